@@ -37,6 +37,7 @@ from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import silent
 from mptk.protocols.chain import Prepared
+from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
@@ -87,7 +88,7 @@ def prepared(teacher: str) -> Prepared:
     """The model as `prune` prepares it for MaskPrune at 30 %."""
     loaded = models.load(MODEL)
     analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
-    return legalise(MODEL, settings(teacher), loaded, CAUSAL_LM, analysis, silent)
+    return legalise(MODEL, settings(teacher), Analysed(loaded, CAUSAL_LM, analysis), silent)
 
 
 def learner(run: Prepared) -> Learner:

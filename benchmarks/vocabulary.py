@@ -18,6 +18,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import result_header, write_result
+from mptk.conversions.vocabulary.convert import Tokens
 from mptk.io import models
 from mptk.ir.plan import Plan
 
@@ -86,8 +87,7 @@ def main(
     prompts = [part[:PROMPT] for parts in texts.values() for part in parts[: PROMPTS // len(texts)]]
     for folder in folders:
         small = AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
-        tokens = Plan.load(folder / "plan.json").vocabulary
-        assert tokens is not None
+        tokens = Tokens.read(Plan.load(folder / "plan.json").conversions["vocabulary"])
         rows.append(measured(folder.name, small, texts) | greedy(whole, small, tokens.keep, prompts))
         print(rows[-1], flush=True)
     if json is not None:

@@ -19,6 +19,7 @@ import typer
 import mptk
 from benchmarks.tiny_models import CannotBuild, model_types, tiny_model
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, saved_rows, sweep
+from mptk.conversions.kv_heads import MergedHeads
 
 MAPPING = "causal-lm"
 ALONE: dict[str, Any] = {
@@ -45,9 +46,9 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
             return {**row, "reason": describe(error)}
         assert found is not None
         assert found.compiled is not None
-        merged = found.compiled.prepared.merged
-        assert merged is not None
-        row |= {"stage": "merged", "heads": [merged.heads.of, 1], "keys": merged.keys, "values": merged.values}
+        (merged,) = found.compiled.prepared.conversions
+        assert isinstance(merged, MergedHeads)
+        row |= {"stage": "merged", "heads": [merged.of, 1], "keys": merged.keys, "values": merged.values}
         return {**row, "difference": max(stage["relative"] for stage in found.report.proof)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -75,7 +74,7 @@ def awake(analysis: Analysis) -> Analysis:
     floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
     faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
     woken = {n: _random(state[n], generator) for n in faint}
-    return replace(analysis, program=replace(analysis.program, state=state.updated(woken)))
+    return analysis.with_weights(woken)
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,7 +92,7 @@ def in_fine_types(analysis: Analysis) -> Analysis:
     state, wide = analysis.program.state, _wide(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
     fine = state.changed(dict.fromkeys(coarse, partial(Tensor.to, dtype=wide)))
-    return replace(analysis, program=replace(analysis.program, state=fine)) if coarse else analysis
+    return analysis.with_weights(fine)
 
 
 def _fine(program: Program) -> Program:

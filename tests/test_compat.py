@@ -35,14 +35,14 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedConfig,
+    modeling_utils,
 )
 from transformers.models.llama import modeling_llama
 
 import mptk
 from mptk.api import compiler as api
 from mptk.compat import torch as compat
-from mptk.compat import transformers as compat_transformers
-from mptk.compat.accelerate import offloaded, own_state, take_offload_index
+from mptk.compat.accelerate import own_state
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off, refuses_lora
 from mptk.compat.symbols import Symbols, evaluated, exponents, expression, symbols_in, value_of
@@ -51,9 +51,11 @@ from mptk.compat.transformers import (
     forget_source,
     missing_attributes,
     model_classes,
-    unread_weights,
     without_generation,
 )
+from mptk.io.deferred import Deferred
+from mptk.io.opening import Files
+from mptk.io.resident import Resident
 from mptk.methods.maskprune.adapters import adapt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,20 +310,20 @@ def test_a_model_is_made_without_settings_of_generation_from_its_config() -> Non
     assert GenerationConfig.from_model_config(config).max_length == 7
 
 
-def test_of_weights_that_stay_on_disk_only_converted_ones_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
-    read: list[str] = []
-    get = compat_transformers._Slice.__getitem__
-    monkeypatch.setattr(
-        compat_transformers._Slice, "__getitem__", lambda self, index: read.append(self._key) or get(self, index)
-    )
-    with offloaded(str(tmp_path / "converted")) as options, unread_weights():
-        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
-    assert read, changed("transformers", "modeling_utils.safe_open")
-    assert all(".experts." in key for key in read), changed("transformers", "WeightRenaming.materialize_tensors")
-    assert take_offload_index(opened).keys() == model.state_dict().keys()
+    monkeypatch.setattr(modeling_utils, "safe_open", None)
+    files = Files()
+    with files.unread():
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert modeling_utils.safe_open is None
+    said = changed("transformers", "modeling_utils.safe_open")
+    assert all(isinstance(weight, Deferred) for weight in opened.state_dict(keep_vars=True).values()), said
+    weights = files.weights(opened, Resident(0))
+    assert {name: tensor.tolist() for name, tensor in weights.items()} == {
+        name: tensor.tolist() for name, tensor in model.state_dict().items()
+    }
+    assert all(type(p) is nn.Parameter and p.is_meta for p in opened.parameters())
 
 
 # ---- accelerate ----

@@ -28,6 +28,7 @@ from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.train import Loop
 from mptk.progress import silent
 from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import SampleSets
 from mptk.tasks import CAUSAL_LM
@@ -47,7 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
     analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
-    return legalise(path, replace(SETTINGS, keep=("hidden",)), loaded, CAUSAL_LM, analysis, silent)
+    return legalise(path, replace(SETTINGS, keep=("hidden",)), Analysed(loaded, CAUSAL_LM, analysis), silent)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mptk.errors import MptkError
 from mptk.ir.weights import Lazy, Weights
 from mptk.publish.folder import publish
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.emit import emit_hf, write_checkpoint
+from passes.targets.stock.emit import write_checkpoint
 
 VOCAB = 101
 LOAD = """
@@ -66,6 +66,19 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(config).eval()
 
 
+def written(
+    state: Mapping[str, Tensor],
+    stock: StockConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast | None,
+    folder: Path,
+) -> Path:
+    """A published folder with the checkpoint."""
+    with publish(folder) as temporary:
+        write_checkpoint(state, stock, model, tokenizer, temporary)
+    return folder
+
+
 def stock_of(model: PreTrainedModel) -> StockConfig:
     return StockConfig(type(model), model.config, {})
 
@@ -92,7 +105,7 @@ def test_stock_transformers_loads_it_without_mptk(
 ) -> None:
     model = llama(tie_word_embeddings=True)
     model.generation_config = GenerationConfig(max_new_tokens=17)
-    folder = emit_hf(model.state_dict(), stock_of(model), model, tokenizer, tmp_path / "runs" / "small")
+    folder = written(model.state_dict(), stock_of(model), model, tokenizer, tmp_path / "runs" / "small")
     torch.save(tokens, tmp_path / "tokens.pt")
     arguments = [str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, cwd=tmp_path)
@@ -110,7 +123,7 @@ def test_stock_transformers_loads_it_without_mptk(
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
-    folder = emit_hf(model.state_dict(), stock_of(model), model, None, tmp_path / "out")
+    folder = written(model.state_dict(), stock_of(model), model, None, tmp_path / "out")
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert names == model.state_dict().keys() - {"lm_head.weight"}
@@ -122,7 +135,7 @@ def test_untied_weights_that_share_memory_are_stored_each(tmp_path: Path) -> Non
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     for name in [n for n in state if n.endswith("norm.weight")]:
         state[name] = state["model.norm.weight"]
-    folder = emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    folder = written(state, stock_of(model), model, None, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
@@ -132,14 +145,14 @@ def test_different_values_of_a_tied_weight_are_refused(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     state = {**model.state_dict(), "lm_head.weight": torch.zeros(VOCAB, 48)}
     with pytest.raises(MptkError, match=r"lm_head.weight and model.embed_tokens.weight are one weight"):
-        emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+        written(state, stock_of(model), model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_weights_set_the_dtype(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
     stock = StockConfig(LlamaForCausalLM, llama().config, {})
-    folder = emit_hf(model.state_dict(), stock, model, None, tmp_path / "out")
+    folder = written(model.state_dict(), stock, model, None, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype is torch.bfloat16
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
@@ -152,7 +165,7 @@ def test_slices_are_stored_without_the_memory_they_came_from(tmp_path: Path, tok
     state["model.norm.weight"] = wide[:48]
     name = "model.layers.1.mlp.up_proj.weight"
     state[name] = state[name].T.contiguous().T
-    folder = emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    folder = written(state, stock_of(model), model, None, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert (logits(loaded, tokens) - logits(model, tokens)).abs().max() <= 1e-5
 
@@ -217,7 +230,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, messag
     model = llama()
     state = {k: v for k, v in {**model.state_dict(), **change}.items() if v is not None}
     with pytest.raises(MptkError, match=message):
-        emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+        written(state, stock_of(model), model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +240,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (folder / "thesis.txt").write_text("irreplaceable")
     model = llama()
     with pytest.raises(MptkError, match="was not made by mptk"):
-        emit_hf(model.state_dict(), stock_of(model), model, None, folder)
+        written(model.state_dict(), stock_of(model), model, None, folder)
     file = tmp_path / "file"
     file.write_text("also mine")
     with pytest.raises(MptkError, match="was not made by mptk"), publish(file):

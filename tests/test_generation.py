@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mptk.api.compiler import export_folder, onnx_folder
 from mptk.cli.main import app
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, generate
@@ -33,7 +34,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(source, tmp_path_factory):
-    return export_folder(str(source), tmp_path_factory.mktemp("out") / "exported", quantize=("int8",))
+    return export_folder(str(source), tmp_path_factory.mktemp("out") / "exported", Settings(quantize=("int8",)))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
 
 
 def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
-    last = OrtDecoder(export_folder(str(source), tmp_path / "last", logits="last"), threads=1)
+    last = OrtDecoder(export_folder(str(source), tmp_path / "last", Settings(logits="last")), threads=1)
     ids = np.array([PROMPTS[2]])
     assert last.last_only
     assert not decoder.last_only

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import architectures
 import pytest
 import torch
@@ -38,6 +41,10 @@ def hard_values(analysis: Analysis, plan: object) -> dict[tuple[str, int], Tenso
     }
 
 
+def masked(module: nn.Module, analysis: Analysis, families: Sequence[str], *how: Any) -> InsertedMasks:
+    return InsertedMasks(module, find_mask_sites(analysis, module, families), *how)
+
+
 def logits(module: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return module(ids, use_cache=False).logits
@@ -51,7 +58,7 @@ def test_hard_masks_compute_what_the_masked_program_computes(architecture: str) 
     for family in families(analysis):
         plan = random_plan(analysis, [family])
         values = hard_values(analysis, plan)
-        masks = insert_masks(model, analysis, [family], lambda name, layer, v=values: v[name, layer])
+        masks = masked(model, analysis, [family], lambda name, layer, v=values: v[name, layer])
         expected = mask(analysis, resolve_plan(analysis, plan))(ids)
         seen = logits(model, ids)
         masks.remove()
@@ -65,7 +72,7 @@ def test_ones_change_no_bit_and_removal_leaves_the_module_untouched(architecture
     before, keys = logits(model, ids), list(model.state_dict())
     analysis = analyze(trace(model))
     sizes = {f.name: (f.scopes, f.size) for f in analysis.families}
-    masks = insert_masks(model, analysis, families(analysis), lambda name, layer: torch.ones(sizes[name]))
+    masks = masked(model, analysis, families(analysis), lambda name, layer: torch.ones(sizes[name]))
     assert torch.equal(logits(model, ids), before)
     masks.remove()
     assert list(model.state_dict()) == keys
@@ -88,16 +95,16 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     dense = logits(adapted, ids)
-    masks = insert_masks(original(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
-    masked = logits(adapted, ids)
-    assert (masked - dense).abs().max() > 1e-3
+    masks = masked(original(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
+    seen = logits(adapted, ids)
+    assert (seen - dense).abs().max() > 1e-3
     with masks.disabled():
         assert torch.equal(logits(adapted, ids), dense)
     masks.remove()
     merged = adapted.merge_and_unload().eval()
     state = merged.state_dict()
     merged.load_state_dict(state | {name: masks.fold(name, state[name]) for name in masks.weights})
-    assert (logits(merged, ids) - masked).abs().max() <= 2e-5 * max(1.0, masked.abs().max().item())
+    assert (logits(merged, ids) - seen).abs().max() <= 2e-5 * max(1.0, seen.abs().max().item())
 
 
 class Past(nn.Module):
@@ -118,7 +125,7 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
     plan = random_plan(analysis, [family.name])
     values = hard_values(analysis, plan)
     dense, expected = model(x), mask(analysis, resolve_plan(analysis, plan))(x)
-    masks = insert_masks(model, analysis, [family.name], lambda name, layer: values[name, layer])
+    masks = masked(model, analysis, [family.name], lambda name, layer: values[name, layer])
     seen = model(x)
     masks.remove()
     assert (seen - dense).abs().max() > 1e-3
@@ -130,7 +137,7 @@ def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
     model = architectures.model("mixtral")
     analysis = analyze(trace(model))
     with pytest.raises(MptkError, match=r"experts cannot be learned: zeros would disturb .*topk|softmax"):
-        insert_masks(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
+        masked(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptneox", "mixtral"])
@@ -141,7 +148,7 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     (depth,) = analysis.depths
     assert depth.stack is not None
     m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
-    masks = insert_masks(
+    masks = masked(
         model,
         analysis,
         ["layers"],
@@ -178,7 +185,7 @@ def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position
         for i in range(len(f.groups))
     }
     seen: dict[tuple[str, int], Tensor] = {}
-    inserted = insert_masks(
+    inserted = masked(
         model, analysis, names, lambda name, i: masks[name, i], lambda name, i, each: seen.update({(name, i): each})
     )
 

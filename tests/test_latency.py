@@ -27,6 +27,7 @@ from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.progress import silent
 from mptk.protocols.chain import Prepared
+from mptk.protocols.conversion import Analysed
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -219,16 +220,16 @@ def test_milliseconds_are_reached_and_not_exceeded(model, analysis, machine, obj
     assert all(ms is not None and 0.65 * dense <= ms <= 0.7 * dense for ms in found)
 
 
-def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine, tmp_path):
-    plan = tmp_path / "plan.json"
-    Plan({"hidden": FamilyPlan(24, HIDDEN, {"": (tuple(range(24)),)})}).save(plan)
-    made = prepared(model, analysis, replace(SETTINGS, plan=str(plan), max_ms=1e6))
+def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine):
+    plan = Plan({"hidden": FamilyPlan(24, HIDDEN, {"": (tuple(range(24)),)})})
+    made = prepared(model, analysis, replace(SETTINGS, plan="plan.json", max_ms=1e6), plan)
     assert made.cost.share({"hidden": 24}) < 0.8
     assert made.settings.sparsity == SETTINGS.sparsity
 
 
-def prepared(model, analysis, settings) -> Prepared:
-    return legalise("model", settings, Loaded(model, None, "model", Path()), CAUSAL_LM, analysis, silent)
+def prepared(model, analysis, settings, plan=None) -> Prepared:
+    start = Analysed(Loaded(model, None, "model", Path()), CAUSAL_LM, analysis)
+    return legalise("model", settings, start, silent, plan=plan)
 
 
 # ---- errors ----

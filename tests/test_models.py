@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +271,7 @@ class TestHub:
 
 
 def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Path) -> None:
-    """A mixture's experts are converted into a temporary folder, which a program may outlive its model with."""
-    import gc
-
-    import architectures
-
-    from mptk.io.resident import Resident
-
+    """A mixture's experts are made of several weights of the file; a program may outlive its model."""
     model = architectures.model("mixtral")
     model.save_pretrained(tmp_path)
     loaded = models.open_weights(str(tmp_path), Resident(0))
@@ -284,6 +281,17 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
     del loaded
     gc.collect()
     assert torch.equal(some[name], model.state_dict()[name])
+
+
+@pytest.mark.parametrize("load", [models.load, partial(models.open_weights, resident=Resident(0))])
+def test_a_weight_of_another_shape_than_the_configs_is_named(load: Callable[[str], Any], tmp_path: Path) -> None:
+    model = architectures.model("llama")
+    model.config.intermediate_size += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        MptkError, match=r"mlp\.\w+_proj\.weight in .*safetensors is \[.*\], and config.json makes it \[.*\]"
+    ):
+        load(str(tmp_path))
 
 
 OPEN = """

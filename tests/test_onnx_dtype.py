@@ -83,7 +83,7 @@ def test_what_onnx_runtime_does_not_run_is_refused_by_name(checkpoint: str, tmp_
         with pytest.raises(MptkError, match=message):
             Settings(onnx_dtype=dtype)
         with pytest.raises(MptkError, match=message):
-            export_folder(checkpoint, tmp_path / "out", onnx_dtype=dtype)
+            export_folder(checkpoint, tmp_path / "out", Settings(onnx_dtype=dtype))
     with pytest.raises(MptkError, match="int8 is made of a float32 graph; leave out --onnx-dtype or --quantize"):
         Settings(onnx_dtype="float16", quantize=("int8",))
     with pytest.raises(

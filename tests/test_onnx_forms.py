@@ -20,6 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import mptk
 from mptk.api.compiler import export_folder
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, ProofError
 from mptk.publish.manifest import write_manifest
 
@@ -222,7 +223,7 @@ def test_a_graph_without_a_mask_is_not_said_to_take_padding(
 
 def test_quantised_and_in_float16(folders: Path, tmp_path: Path) -> None:
     dense = folders / "encoder"
-    out = export_folder(str(dense), tmp_path / "export", quantize=("int8", "int4", "fp16"))
+    out = export_folder(str(dense), tmp_path / "export", Settings(quantize=("int8", "int4", "fp16")))
     model, ids = AutoModel.from_pretrained(dense).eval(), torch.randint(3, 61, (2, 9))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     runs = {
@@ -255,7 +256,7 @@ def test_an_encoder_decoder_is_exported_and_not_quantised(folders: Path, tmp_pat
     names = ["decoder_model.onnx", "decoder_model.onnx_data", "encoder_model.onnx", "encoder_model.onnx_data"]
     assert sorted(path.name for path in (out / "onnx").iterdir()) == names
     with pytest.raises(MptkError, match="written in float32 only; leave out --quantize and --onnx-dtype"):
-        export_folder(str(dense), tmp_path / "int8", quantize=("int8",))
+        export_folder(str(dense), tmp_path / "int8", Settings(quantize=("int8",)))
     with pytest.raises(MptkError, match="text is for a decoder's int4"):
         export_folder(str(dense), tmp_path / "text", text="README.md")
 

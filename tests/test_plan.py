@@ -13,9 +13,10 @@ from architectures import model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mptk.conversions import planned
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import PLAN_FORMAT, FamilyPlan, Heads, Plan, Tokens
+from mptk.ir.plan import PLAN_FORMAT, FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -229,25 +230,32 @@ def test_the_documented_examples_are_plans() -> None:
     assert examples
     for example in examples:
         plan = Plan.from_json(json.loads(example))
-        assert plan.families or plan.vocabulary or plan.kv_heads
+        assert plan.families or plan.conversions
 
 
-def test_kv_heads_are_read_as_they_were_written() -> None:
-    plan = Plan({}, kv_heads=Heads(8, 2))
+HEADS = {"width": 2, "of": 8}
+TOKENS = {"width": 4, "of": 9, "keep": "0-2,5"}
+
+
+def test_conversions_are_read_as_they_were_written() -> None:
+    plan = Plan({}, conversions={"vocabulary": TOKENS, "kv_heads": HEADS})
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.digest == plan.digest != Plan({}).digest
-    for body in ({"width": 3, "of": 8}, {"width": 8, "of": 8}, {"width": 0, "of": 8}, {"of": 8}, 2):
-        with pytest.raises(MptkError, match='plan: kv_heads: "width" and "of" must be integers'):
-            Plan.from_json({**plan.to_json(), "kv_heads": body})
+    assert len(planned(again)) == 2
 
 
-def test_a_vocabulary_is_read_as_it_was_written():
-    plan = Plan({}, vocabulary=Tokens(9, (0, 1, 2, 5)))
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
-    assert again == plan
-    assert again.digest == plan.digest != Plan({}).digest
-    for keep, said in (("0-2,9", "0..8"), ("0-2", "3 units kept, but width is 4"), (None, "expected a list")):
-        body = {**plan.to_json(), "vocabulary": {"width": 4, "of": 9, "keep": keep}}
-        with pytest.raises(MptkError, match=f"plan: vocabulary.*{said}"):
-            Plan.from_json(body)
+@pytest.mark.parametrize(
+    ("name", "entry", "said"),
+    [
+        *(("kv_heads", {"width": w, "of": 8}, '"width" and "of" must be integers') for w in (3, 8, 0, None)),
+        ("vocabulary", {**TOKENS, "keep": "0-2,9"}, "0..8"),
+        ("vocabulary", {**TOKENS, "keep": "0-2"}, "3 units kept, but width is 4"),
+        ("vocabulary", {**TOKENS, "keep": None}, "expected a list"),
+        ("kv_heads", 2, "is not an object"),
+        ("kv_head", HEADS, "is no entry of a plan"),
+    ],
+)
+def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, said: str) -> None:
+    with pytest.raises(MptkError, match=f"plan: .*{name}.*{said}"):
+        planned(Plan.from_json({**Plan({}).to_json(), name: entry}))

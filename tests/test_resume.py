@@ -30,6 +30,7 @@ from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io.dense import fingerprint
 from mptk.ir.passes import Record
+from mptk.ir.plan import Plan
 from mptk.protocols.report import Report
 from mptk.protocols.run_folder import RunFolder
 
@@ -263,7 +264,7 @@ CHANGES = {
     "the model's config.json": replaced("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
     "the model's tokenizer.json": replaced("tokenizer.json", f'"{WORDS[0]}"', '"other"'),
     "text.txt": lambda model: (model.parent / "text.txt").write_text(" ".join(reversed(WORDS * 90))),
-    "plan.json": replaced("../plan.json", "\n", " \n"),
+    "plan.json": replaced("../plan.json", '"0-31"', '"1-32"'),
 }
 """What a run is given, as it is named, and a change of it."""
 
@@ -294,6 +295,17 @@ def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(w
         mptk.prune(str(place / "model"), out, replace(settings, resume=True))
     assert not out.exists()
     assert digests(place / "out.run", plan=False) == before
+
+
+def test_a_plan_that_is_edited_meanwhile_changes_nothing(place: Path) -> None:
+    plan = Plan.load(place / "plan.json")
+    settings = replace(SETTINGS, data=str(place / "text.txt"), plan=str(place / "plan.json"))
+    found = mptk.prune(
+        str(place / "model"), settings=settings, progress=None, on_stage=lambda _: Plan({}).save(place / "plan.json")
+    )
+    assert found is not None
+    assert found.plan == plan
+    assert Plan.load(place / "plan.json") == Plan({})
 
 
 @pytest.mark.parametrize("what", ["the model's model.safetensors", "the model's tokenizer.json", "text.txt"])

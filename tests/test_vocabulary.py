@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
+from mptk.conversions.vocabulary.convert import Tokens
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.publish.manifest import write_manifest
@@ -72,9 +73,13 @@ def logits(model: PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torc
         return model(input_ids=torch.tensor([ids]), **more).logits[0]
 
 
+def tokens_of(plan: Plan) -> tuple[int, ...]:
+    return Tokens.read(plan.conversions["vocabulary"]).keep
+
+
 def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     report, plan = mptk.Pruned.open(pruned).report, Plan.load(pruned / "plan.json")
-    kept = plan.vocabulary.keep
+    kept = tokens_of(plan)
     assert report.vocabulary["of"] == 300
     assert report.vocabulary["kept"] == len(kept) < 290
     assert len(kept) % 2 == 0
@@ -99,7 +104,7 @@ def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
 
 def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
     result = mptk.prune(str(dense), **ALONE)
-    kept, small = result.plan.vocabulary.keep, result.model
+    kept, small = tokens_of(result.plan), result.model
     whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     ids = result.tokenizer(WORDS).input_ids
     there = logits(whole, words(WORDS).input_ids)[:, list(kept)]
@@ -113,7 +118,7 @@ def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
 @pytest.mark.long
 def test_a_model_that_keeps_all_tokens_writes_the_same_text(dense):
     result = mptk.prune(str(dense), **{**ALONE, "multiple": 300})
-    assert result.plan.vocabulary.keep == tuple(range(300))
+    assert tokens_of(result.plan) == tuple(range(300))
     whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     ids = words(WORDS, return_tensors="pt").input_ids
     one, other = (m.generate(ids, max_new_tokens=20, do_sample=False) for m in (whole, result.model))
@@ -126,7 +131,7 @@ def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
     model.generation_config.suppress_tokens = [3, 298]
     words = toys.tokenizer()
     result = mptk.prune(model, tokenizer=words, **ALONE)
-    keep = result.plan.vocabulary.keep
+    keep = tokens_of(result.plan)
     assert keep[-1] == 299
     assert 298 not in keep
     result.save(tmp_path / "saved")
@@ -151,7 +156,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
         eval_windows=2,
         eval_length=24,
     )
-    assert trained.plan.vocabulary == Plan.load(pruned / "plan.json").vocabulary
+    assert trained.plan.conversions == Plan.load(pruned / "plan.json").conversions
     assert trained.report.vocabulary["corpus"] == "the plan"
     again = mptk.prune(str(dense), **{**FEW, "plan": str(pruned / "plan.json"), "data": [TEXT]}, progress=None)
     assert again.report.plan_sha256 == mptk.Pruned.open(pruned).report.plan_sha256
@@ -162,7 +167,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
 def test_encoder_decoders_lose_rows_too(folders):
     whole = AutoModelForSeq2SeqLM.from_pretrained(folders / "encoder-decoder")
     result = mptk.prune(str(folders / "encoder-decoder"), **ALONE)
-    kept = list(result.plan.vocabulary.keep)
+    kept = list(tokens_of(result.plan))
     assert len(kept) < whole.config.vocab_size
     ids, start = result.tokenizer(WORDS).input_ids, torch.tensor([[0, 5, 7]])
     there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
@@ -176,7 +181,7 @@ def test_masked_models_lose_rows_too():
     words = toys.tokenizer()
     words.add_special_tokens({"mask_token": "<pad>"})
     result = mptk.prune(masked, tokenizer=words, **ALONE)
-    kept = list(result.plan.vocabulary.keep)
+    kept = list(tokens_of(result.plan))
     ids = result.tokenizer(WORDS).input_ids
     there = logits(masked, [kept[i] for i in ids])[:, kept]
     assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
@@ -246,7 +251,7 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
             mptk.prune(name, **{**ALONE, **more})
     with pytest.raises(MptkError, match="has no tokenizer to trim"):
         mptk.prune(toys.llama(), **{**ALONE, "data": "random"})
-    with pytest.raises(MptkError, match="has no vocabulary to trim"):
+    with pytest.raises(MptkError, match="needs a text model"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
     other = Plan.load(pruned / "plan.json").to_json()
     other["vocabulary"]["of"] = 999
@@ -254,5 +259,5 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
     with pytest.raises(MptkError, match="vocabulary has 300 tokens in this model, not 999"):
         mptk.prune(name, **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
     plan = Plan.load(pruned / "plan.json")
-    with pytest.raises(MptkError, match=r"this plan removes tokens, which mptk.prune\(plan=...\) alone does"):
+    with pytest.raises(MptkError, match=r"this plan removes tokens, which only mptk.prune"):
         mptk.rewrite(mptk.analyze(toys.llama(tied=False)), plan)

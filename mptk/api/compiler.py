@@ -19,8 +19,8 @@ from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
-from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
+from mptk.conversions import planned
 from mptk.errors import MptkError, ProofError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -48,7 +48,6 @@ from mptk.publish.manifest import check_manifest
 from mptk.targets.gguf import Conversion, LayerWidths, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
-from mptk.tasks.decoder_form import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
@@ -207,26 +206,25 @@ def export(
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
     _check_whole(plan)
-    how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
-    settings, form = Settings(onnx_dtype=onnx_dtype, **how), form_of(model)
-    if form is None or form is CAUSAL_LM.onnx:
-        export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
-        return Path(folder)
-    if model.dtype is not torch.float32:
-        raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
-    program = trace(model, example_of(model), dynamic=True)
+    settings = Settings(
+        logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
+    )
+    form, program = form_of(model) or CAUSAL_LM.onnx, None
+    assert form is not None
+    if form is not CAUSAL_LM.onnx:
+        if model.dtype is not torch.float32:
+            raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
+        program = trace(model, example_of(model), dynamic=True)
     form.check(model, settings)
-    loaded = Loaded(model, None, type(model).__name__, Path(), dtype=model.dtype)
-    dense = Dense(loaded, settings, program, about=metadata)
-    form.export(dense, plan, None, Path(folder), Log())
+    dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
+    form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
     return Path(folder)
 
 
 def _check_whole(plan: Plan | None) -> None:
-    """Raise MptkError if a plan removes tokens or merges KV heads: then a cut starts from another model."""
-    if plan is not None and (plan.vocabulary or plan.kv_heads):
-        what = "removes tokens" if plan.vocabulary else "merges KV heads"
-        raise MptkError(f"this plan {what}, which mptk.prune(plan=...) alone does; give it the plan's file")
+    """Raise MptkError if a plan converts the model first: then a cut starts from another model."""
+    for kind, _ in () if plan is None else planned(plan):
+        raise MptkError(f"this plan {kind.does}, which only mptk.prune(plan=...) does; give it the plan's file")
 
 
 @checked
@@ -257,30 +255,31 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWid
 def export_folder(
     model: str,
     out: str | Path,
+    settings: Settings | None = None,
     *,
     text: str | None = None,
     progress: Progress | None = None,
     on_note: Callable[[str], object] = warnings.warn,
-    **keywords: Any,
 ) -> Path:
     """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
     The graph of an image model takes images of its config's size.
 
-    ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``on_note`` is given a line on each optional file that is left out. ``keywords``: the fields of
-    ``Settings`` that `mptk export` has: ``logits``, ``quantize``, ``device``, …
+    ``settings``: of its fields those count that say how graphs are written and what of the machine is used. ``text``: a
+    file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all positions.
+    ``on_note`` is given a line on each optional file that is left out.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: it is ``strict``, and a quantised weight is further from the float one than rounding brings it.
     """
-    say, settings = progress or silent, with_keywords(Settings(), keywords)
-    check_replaceable(Path(out), settings.overwrite)
+    say, settings = progress or silent, settings or Settings()
+    trust, overwrite = settings.trust_remote_code, settings.overwrite
+    check_replaceable(Path(out), overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
     resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
+    loaded, task = open_task(model, resident, trust_remote_code=trust)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)

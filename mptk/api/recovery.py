@@ -19,8 +19,9 @@ from mptk.distributed.processes import holds
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
-from mptk.protocols.chain import Chosen, Prepared, Task
+from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.report import Report
+from mptk.protocols.task import Task
 from mptk.publish.manifest import check_manifest
 from mptk.targets.stock_config import check_code
 from mptk.tasks.of_folder import task_of_folder

@@ -12,14 +12,14 @@ from mptk.api.pruned import Shown, reporting
 from mptk.api.sources import Data, Inputs, Model, given, names_of, source_of, with_inputs
 from mptk.arguments import checked
 from mptk.chain.job import Job, held
-from mptk.chain.prepare import check_settings, settled
+from mptk.chain.prepare import check_settings, given_plan, settled
 from mptk.chain.prune import compared, prepared_for, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.config.recipe import command
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conversions.kv_heads import merged_on
+from mptk.conversions import fitted
 from mptk.errors import explained
 from mptk.files import scratch, write_json
 from mptk.ir.passes import Log
@@ -77,7 +77,7 @@ def shapes(
 
     def ranked(job: Job, prepared: Prepared, context: Context) -> Shapes:
         sets = compared(prepared, read_samples(job, prepared, context, measures=False), context)
-        found = search_shapes(merged_on(prepared, sets.calibration, context), sets, context)
+        found = search_shapes(fitted(prepared, sets.calibration, context), sets, context)
         if isinstance(model, str | Path):
             found = replace(found, command=command(str(model), chosen, found.best.widths))
         if out is not None:
@@ -90,6 +90,7 @@ def shapes(
     find_device(chosen.device)
     with reporting(progress) as say, own_state(chosen.device), explained(), held(job, chosen.overwrite):
         settings = settled(chosen)
-        check_settings(settings)
+        job = replace(job, plan=given_plan(settings))
+        check_settings(settings, job.plan, job.vocabulary)
         settings = replace(settings, learning=replace(settings.learning, steps=0))  # those of a run after it
         return prepared_for(ranked, job, settings, Context(Log(), say))

@@ -27,7 +27,8 @@ from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Prepared, Task
+from mptk.protocols.chain import Prepared
+from mptk.protocols.task import Task
 from mptk.tasks import open_task, task_of
 from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
 from mptk.tasks.inputs.text import fitting

@@ -23,25 +23,27 @@ from mptk.api.sources import (
 )
 from mptk.arguments import checked
 from mptk.compat.torch import sources_forgotten
-from mptk.compile.trace import fitting, traced
+from mptk.compile.trace import LONGEST_TRACE, fitting, traced
 from mptk.config.setting import with_keywords
 from mptk.config.settings import IN_MEMORY, Settings
-from mptk.conversions.vocabulary.convert import trim
+from mptk.conversions import converted, planned
 from mptk.errors import MptkError, explained
 from mptk.io import models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
 from mptk.io.live import unwrapped
 from mptk.io.resident import Resident
+from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room
-from mptk.progress import Count
+from mptk.progress import Count, silent
 from mptk.proof.verification import plan_of
-from mptk.protocols.chain import Task
+from mptk.protocols.conversion import Analysed
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.report import FILE, Report
-from mptk.protocols.values import SampleSets
+from mptk.protocols.task import Task
+from mptk.protocols.values import Context, SampleSets
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, kind_of
 from mptk.tasks.module import Module
@@ -165,13 +167,14 @@ class _Programs:
 
     def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
-        tokens = None
-        if isinstance(place, str | Path) and (Path(place) / "plan.json").is_file():
-            tokens = plan_of(place).vocabulary
-        if tokens is None:
+        if not isinstance(place, str | Path) or not (Path(place) / "plan.json").is_file():
             return dense
-        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor)), tokens)
-        return loaded, task
+        changes = [(kind, change) for kind, change in planned(plan_of(place)) if not kind.fits]
+        if not changes:
+            return dense
+        model = Analysed(*dense, group.analyze(traced(*dense, self.executor)))
+        model, _ = converted(model, changes, Context(Log(), silent), self.executor, LONGEST_TRACE)
+        return model.loaded, model.task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
         self.opened.append(opened)

@@ -42,7 +42,7 @@ def describe(
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
-    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.trimmed, prepared.merged)
+    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
@@ -71,10 +71,9 @@ def describe(
         },
         data=used_data(sets, prepared.settings),
         recovery=compiled.recovery,
-        vocabulary={} if prepared.trimmed is None else prepared.trimmed.row(),
-        kv_heads={} if prepared.merged is None else prepared.merged.row(),
         search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **{each.name: row for each in prepared.conversions if (row := each.row())},
     )
 
 

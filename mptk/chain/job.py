@@ -14,9 +14,11 @@ from mptk.files import claimed
 from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
+from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
-from mptk.protocols.chain import Chosen, Compiled, Prepared, Task
+from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.report import Report
+from mptk.protocols.task import Task
 from mptk.publish.folder import check_apart, check_replaceable
 
 
@@ -25,10 +27,10 @@ class Job:
     """What a run starts from and where it ends.
 
     ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
-    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
-    ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps. ``needs`` says what
-    the run will need, if that is known before the model is opened. ``samples``: those that the caller gives.
-    ``vocabulary``: the texts that the caller gives, whose tokens stay.
+    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or ``plan``
+    gives the plan: what ``settings.plan`` names, which is read once, when the run starts. ``kept``: the share of the
+    parameters that ``given`` keeps. ``needs`` says what the run will need, if that is known before the model is opened.
+    ``samples``: those that the caller gives. ``vocabulary``: the texts that the caller gives, whose tokens stay.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Job:
     needs: Callable[[Settings], Estimate] | None = None
     samples: Callable[[Prepared], Given] | None = None
     vocabulary: Sequence[str] | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mptk.chain.estimate import check_fits, estimated_for
 from mptk.chain.job import Job
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
-from mptk.conversions.kv_heads import heads_asked, merge
-from mptk.conversions.vocabulary.convert import asked, corpus_of, trim
+from mptk.conversions import converted, wanted
 from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
@@ -29,10 +29,11 @@ from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multi
 from mptk.methods.division.search import rungs
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Method, Prepared, Target, Task, stored_type
+from mptk.protocols.chain import Method, Prepared, Target, stored_type
+from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
-from mptk.protocols.trimmed import Trimmed
+from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
 from mptk.targets import find_target
@@ -57,17 +58,20 @@ def settled(settings: Settings) -> Settings:
     return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise MptkError for what cannot be done with any model."""
+def given_plan(settings: Settings) -> Plan | None:
+    """The plan that the settings name. A run reads it once; what it does later goes by what was read."""
+    return None if settings.plan is None else Plan.load(settings.plan)
+
+
+def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
+    """Raise MptkError for what cannot be done with any model. ``plan``, ``texts``: a job's plan and vocabulary."""
     method = find_method(settings.method)
     target = find_target(settings.target)
     if not settings.fixed:
         method.check(settings)
         if settings.layers == FREE:
             check_divides(settings, method, target)
-    asked(settings)
-    if heads_asked(settings) is not None and settings.budget == LATENCY and settings.max_ms is None:
-        raise MptkError("--kv-heads: a share of the latency would be of the merged model's; give --max-decode-ms")
+    wanted(settings, plan, texts)
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.search:
@@ -119,20 +123,12 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         check_classed(loaded, settings, length)
         settings = replace(settings, length=length, eval_length=length)
     with context.stage("analyse"):
-        analysis = group.analyze(program)
-    trimmed = None
-    if settings.vocabulary is not None or asked(settings) is not None:
-        with context.stage("vocabulary"):
-            loaded, task, trimmed = trimmed_for(job, settings, loaded, task, analysis)
-            analysis = group.analyze(traced(loaded, task, executor, settings.length))
-    merged = None
-    if (heads := heads_asked(settings)) is not None:
-        with context.stage("KV heads"):
-            loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, settings.length, like)
+        model = Analysed(loaded, task, group.analyze(program))
+    changes = wanted(settings, job.plan, job.vocabulary)
+    model, conversions = converted(model, changes, context, executor, settings.length, like)
     with context.stage("legalise"):
-        before = None if merged is None else merged.analysis
-        prepared = legalise(job.source, settings, loaded, task, analysis, context.progress, before)
-    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged, origin=origin)
+        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan)
+    prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
@@ -150,7 +146,7 @@ def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Ta
     """
     before = states_of(job.source)
     loaded, task = job.load(resident)
-    origin = once(lambda: origin_of(job.source, loaded, settings, job.start))
+    origin = once(lambda: origin_of(job.source, loaded, settings, job.start, job.plan))
     if before and not loaded.live and states_of(job.source) != before:
         raise MptkError(f"{job.source} changed while it was opened; start again")
     return loaded, task, origin
@@ -163,17 +159,6 @@ def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
             f"{type(loaded.model).__name__} is traced for {length} tokens alone, and a graph would take no others; "
             "use --target stock, or cut it for inputs of one length with mptk.rewrite"
         )
-
-
-def trimmed_for(
-    job: Job, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis
-) -> tuple[Loaded, Task, Trimmed]:
-    """The model with the tokens alone that the settings' corpus or plan keeps, its task, and what it was before."""
-    tokens = asked(settings)
-    if tokens is not None:
-        return trim(loaded, task, analysis, tokens)
-    name, corpus = str(settings.vocabulary), corpus_of(settings, job.vocabulary)
-    return trim(loaded, task, analysis, corpus, name, settings.multiple)
 
 
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
@@ -213,25 +198,27 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 def legalise(
     source: str,
     settings: Settings,
-    loaded: Loaded,
-    task: Task,
-    analysis: Analysis,
+    model: Analysed,
     progress: Progress,
-    before: Analysis | None = None,
+    conversions: tuple[Conversion, ...] = (),
+    plan: Plan | None = None,
 ) -> Prepared:
-    """The widths that the settings and the target allow, or the plan that the settings give, resolved.
+    """The widths that the settings and the target allow, or the plan that is given, resolved.
 
-    ``before``: of the model with all its KV heads, if it has fewer now.
+    ``conversions``: what ``model`` went through.
     """
+    loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
+    before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
     if settings.portable:
         legal = legal.portable()
     stored = stored_type(settings, loaded)
-    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before)
-    prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
+    plan = plan or Plan({})
+    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
+    prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
+    prepared = replace(prepared, conversions=conversions)
     if settings.fixed:
-        plan = Plan({}) if settings.plan is None else Plan.load(settings.plan)
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     check_any(analysis, cost)

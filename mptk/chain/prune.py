@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Given, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
-from mptk.chain.prepare import announce, check_settings, prepare, settled
+from mptk.chain.prepare import announce, check_settings, given_plan, prepare, settled
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION, widened
@@ -24,7 +24,7 @@ from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting, fixed_sizes, one_length
 from mptk.config.recipe import write_recipe
 from mptk.config.settings import IN_MEMORY, Settings
-from mptk.conversions.kv_heads import merged_on, with_merged
+from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
 from mptk.distributed.processes import holds, leads, processes
 from mptk.errors import ProofError, explained
@@ -83,7 +83,8 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
 def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
-    check_settings(settings)
+    job = replace(job, plan=given_plan(settings))
+    check_settings(settings, job.plan, job.vocabulary)
     return prepared_for(worked, job, settings, context)
 
 
@@ -107,7 +108,7 @@ def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings
 
 def require_unchanged(job: Job, prepared: Prepared) -> None:
     """Raise MptkError if what the run was given is not what it was when it began."""
-    prepared.origin.require(origin_of(job.source, prepared.given, prepared.settings, job.start))
+    prepared.origin.require(origin_of(job.source, prepared.given, prepared.settings, job.start, job.plan))
 
 
 def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
@@ -115,7 +116,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
     if job.given is None:
-        prepared = merged_on(prepared, sets.calibration, context)
+        prepared = fitted(prepared, sets.calibration, context)
     if settings.search:
         prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
@@ -234,14 +235,13 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
     """What is cut: as the job gives it, as a file gives it, or as the method finds it."""
     if job.given is not None:
         return job.given(prepared)
-    tokens = None if prepared.trimmed is None else prepared.trimmed.tokens
     if prepared.plan is not None:
         assert prepared.cut is not None
-        return with_merged(prepared, Chosen(replace(prepared.plan, vocabulary=tokens), prepared.cut))
+        return with_conversions(prepared, Chosen(prepared.plan, prepared.cut))
     s = prepared.settings
     chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, sets, context))
     meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
-    return with_merged(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta, tokens)))
+    return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
 
 
 def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
@@ -256,8 +256,8 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
         return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
-        fitted = kept_fit(prepared, context.folder, fit)
-    return replace(chosen, changes=fitted, trained=tuple(fitted))
+        found = kept_fit(prepared, context.folder, fit)
+    return chosen.with_weights(found)
 
 
 def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
@@ -284,8 +284,8 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
             prepared.calibrator,
             context.folder,
         )
-    changes = Weights(chosen.changes).updated(widened(changed(prepared, chosen), chosen.cut, found.weights))
-    return replace(chosen, changes=changes, trained=tuple(changes), notes=(*chosen.notes, found.note))
+    chosen = replace(chosen, notes=(*chosen.notes, found.note))
+    return chosen.with_weights(widened(changed(prepared, chosen), chosen.cut, found.weights))
 
 
 # ---- cutting, training, writing ----
@@ -306,17 +306,16 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         found = learner.recover(small, steps, sets.proof, used, held_out)
     if found is None:
         return compiled, []
-    aliases = prepared.analysis.program.aliases
-    dense = renumbering(compiled.analysis, chosen.cut).names(prepared.analysis.program.state_dict())
-    named = {aliases.get(dense[name], dense[name]): each for name, each in found.weights.items() if name in dense}
-    known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
-    changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
-    chosen = replace(chosen, changes=changes, trained=tuple(changes))
+    program = prepared.analysis.program
+    old = renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
+    owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
+    named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
+    chosen = chosen.with_weights(widened(compiled.analysis, chosen.cut, Weights(named)))
     row: Row = {"rank": learner.rank, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
-    held = replace(compiled.analysis, program=compiled.analysis.program.with_state(changes))  # the rest is as stored
+    held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
     difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
     return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
 
@@ -335,8 +334,7 @@ def written_folder(
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         notes += [one_length(prepared), fixed_sizes(prepared)]
-        notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
-        notes.append("" if prepared.merged is None else prepared.merged.note)
+        notes += [each.note for each in prepared.conversions]
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):

@@ -51,14 +51,14 @@ def prune(
     """
     from mptk.api.pruned import prune
     from mptk.chain.estimate import estimated
-    from mptk.chain.prepare import check_settings, settled
+    from mptk.chain.prepare import check_settings, given_plan, settled
     from mptk.methods import find_method
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
     learns = not meant.fixed and find_method(meant.method).learns
     refuse_idle("prune", Asked(meant, learns, writes=folder is not None, estimate=estimate))
-    check_settings(meant)
+    check_settings(meant, given_plan(meant))
     needs = partial(estimated, model, meant) if estimate else None
     carry_out(partial(prune, model, folder, settings), needs, folder)
 

@@ -16,7 +16,7 @@ from mptk.cli.console import echo, err, out
 from mptk.cli.options import Json, Model, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
-from mptk.config.setting import SEED, Choices, values
+from mptk.config.setting import SEED, Choices
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
@@ -42,14 +42,7 @@ def export_onnx(
         refuse(("data",), "only int4 needs a text; give --quantize int4, or leave it out")
     notes: list[str] = []
     with stages(err) as progress:
-        api.export_folder(
-            model,
-            folder,
-            text=data,
-            progress=progress,
-            on_note=notes.append,
-            **values(settings, "export"),
-        )
+        api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import transformers
-from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, core_model_loading, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 
 def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -75,26 +73,12 @@ def without_generation() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unread_weights() -> Iterator[None]:
-    """Within it ``from_pretrained`` reads no weight that stays where it is on disk, and gives back the pages of others.
+def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
+    """Within it ``from_pretrained`` opens safetensors files with ``opened``, in place of ``safe_open``.
 
-    It would read all of them and drop them again, with every file mapped meanwhile. Weights that are converted, and
-    buffers, are still read, each through a mapping of its own. A loader that skips what it offloads would replace this.
+    It would read all weights. An argument would replace this.
     """
-    renaming = core_model_loading.WeightRenaming
-    read = renaming.materialize_tensors
-
-    def later(self: Any) -> dict[str, Any]:
-        if not all(callable(job) for jobs in self.collected_tensors.values() for job in jobs):
-            return read(self)
-        return {key: [_Later(job) for job in self.collected_tensors.pop(key)] for key in list(self.collected_tensors)}
-
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(_replaced(renaming, "materialize_tensors", later))
-        for name in ("offload_weight", "set_param_for_module"):
-            whole = _given(getattr(core_model_loading, name))
-            patches.enter_context(_replaced(core_model_loading, name, whole))
-        patches.enter_context(_replaced(modeling_utils, "safe_open", _Opened))
+    with _replaced(modeling_utils, "safe_open", opened):
         yield
 
 
@@ -112,56 +96,9 @@ def saved_by(split: Callable[..., Any], save: Callable[..., None]) -> Iterator[N
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner).get(name)
+    before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is None:  # it was inherited
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-class _Later:
-    """A weight that is read if something needs it after all."""
-
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self.read = read
-
-
-def _given(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` with its weight read first."""
-    return lambda *args, **options: call(*(a.read() if isinstance(a, _Later) else a for a in args), **options)
-
-
-class _Opened:
-    """An open safetensors file whose slices open it for themselves: their pages go when they do."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._open: Callable[[], Any] = partial(safe_open, *args, **options)
-        self._file: Any = self._open()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> Any:
-        return self._file.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
-
-    def get_slice(self, key: str) -> _Slice:
-        return _Slice(self._open, self._file.get_slice(key), key)
-
-
-class _Slice:
-    def __init__(self, opened: Callable[[], Any], part: Any, key: str) -> None:
-        self._open, self._part, self._key = opened, part, key
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
-
-    def __getitem__(self, index: Any) -> Any:
-        with self._open() as file:
-            return file.get_slice(self._key)[index]
+        setattr(owner, name, before)

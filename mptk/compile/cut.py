@@ -18,7 +18,7 @@ from passes.transforms.store import Store
 
 def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
     """The analysis over the dense weights with the choice's changes."""
-    return replace(prepared.analysis, program=prepared.analysis.program.with_state(chosen.changes))
+    return prepared.analysis.with_weights(chosen.changes)
 
 
 def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:

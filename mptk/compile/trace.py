@@ -17,7 +17,8 @@ from mptk.io.models import Loaded
 from mptk.io.resident import free_memory
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Prepared, Task
+from mptk.protocols.chain import Prepared
+from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
 from passes.frontend.bound import bounded
 from passes.frontend.eager import compared

@@ -1,1 +1,99 @@
-"""What changes a dense model before it is analysed: a vocabulary without tokens, merged KV heads."""
+"""What changes a dense model before it is cut: its vocabulary, its KV heads. A new kind is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from mptk.compile.trace import traced
+from mptk.config.settings import Settings
+from mptk.conversions.kv_heads import MergedHeads
+from mptk.conversions.vocabulary.convert import TrimmedVocabulary
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.ir.plan import Plan
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.conversion import Analysed, Change, Conversion
+from mptk.protocols.task import Task
+from mptk.protocols.values import Context, short
+from mptk.staged.staged import Executor
+from passes.analysis import group
+
+CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
+"""In the order in which a model goes through them; kinds that fit weights come last."""
+
+Changes = Sequence[tuple[type[Conversion], Change]]
+
+
+def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
+    """The changes that the settings and the plan ask for. ``texts``: those that the caller gave in memory.
+
+    Raises:
+        MptkError: the settings and the plan settle the same; or either asks for something that cannot be.
+    """
+    changes = dict[type[Conversion], Change]() if plan is None else dict(planned(plan))
+    for kind in CONVERSIONS:
+        if (change := kind.asked(settings, texts)) is None:
+            continue
+        if kind in changes:
+            option = kind.name.replace("_", "-")
+            raise MptkError(f'the plan says {kind.settles}; leave out --{option}, or the plan\'s "{kind.name}"')
+        changes[kind] = change
+    return [(kind, changes[kind]) for kind in CONVERSIONS if kind in changes]
+
+
+def planned(plan: Plan) -> Changes:
+    """The changes that a plan asks for. Raises MptkError if it has an entry of no conversion, or a wrong one."""
+    known = {kind.name: kind for kind in CONVERSIONS}
+    if unknown := plan.conversions.keys() - known.keys():
+        raise MptkError(f'plan: "{min(unknown)}" is no entry of a plan; see docs/plan.md')
+    return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
+
+
+def converted(
+    model: Analysed, changes: Changes, context: Context, executor: Executor, length: int, like: Samples | None = None
+) -> tuple[Analysed, tuple[Conversion, ...]]:
+    """The model after all changes, and the conversions that were made. ``length``, ``like``: as in ``traced``."""
+    made = list[Conversion]()
+    for kind, change in changes:
+        with context.stage(kind.stage):
+            made.append(change(model, partial(analysed, model.task, executor, length, like)))
+        model = made[-1].after
+    return model, tuple(made)
+
+
+def analysed(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
+    """A model with its task and its analysis. ``task``: of a model that differs from it by a conversion."""
+    task = task.bind(loaded)
+    return Analysed(loaded, task, group.analyze(traced(loaded, task, executor, length, like)))
+
+
+def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
+    """``prepared`` with the weights that its conversions fit to ``samples``."""
+    for each in prepared.conversions:
+        if not each.fits:
+            continue
+        with context.stage(each.fits):
+            made = each.fitted(samples, short(samples, prepared.task.sequences), prepared.executor)
+        loaded, weights = prepared.loaded, Weights(made.weights)
+        own, aliases = loaded.weights or Weights({}), each.before.analysis.program.aliases
+        names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+        prepared = replace(
+            prepared,
+            loaded=replace(loaded, weights=own.updated(weights.selected(names))),
+            analysis=prepared.analysis.with_weights(weights),
+            conversions=tuple(made if other is each else other for other in prepared.conversions),
+        )
+    return prepared
+
+
+def with_conversions(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """The choice with the entries of the conversions in its plan, and their weights among those that were trained."""
+    for each in prepared.conversions:
+        if each.weights:
+            chosen = replace(chosen, changes=each.weights).with_weights(chosen.changes)
+    entries = {each.name: each.entry for each in prepared.conversions}
+    return replace(chosen, plan=replace(chosen.plan, conversions=entries))

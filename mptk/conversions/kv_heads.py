@@ -1,99 +1,140 @@
-"""merging: a dense model becomes one with fewer KV heads and all its query heads. A run then starts there.
+"""kv_heads: a dense model becomes one with fewer KV heads and all its query heads. A run then starts there.
 
-The class is built with fewer heads (``merge``), each the first of those that it will be made of. When there are
-samples, its projections are merged in closed form (``merged_on``; ``passes/transforms/merge_heads.py``), and the choice
-has them as it has trained weights. The model before the merge stays the one that is imitated and compared with.
+The class is built with fewer heads, each the first of those that it will be made of. When there are samples, its
+projections are merged in closed form (``projections``; ``passes/transforms/merge_heads.py``), and the choice has them
+as it has trained weights. The model before the merge stays the one that is imitated and compared with.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.compile.trace import traced
 from mptk.config.settings import Settings
+from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.models import Loaded
 from mptk.io.remade import remade
 from mptk.ir.axes import axes_in
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Heads, Plan
+from mptk.ir.plan import Entry
+from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.methods.reconstruct import stored
-from mptk.protocols.chain import Chosen, Prepared, Task
-from mptk.protocols.merged import Merged
-from mptk.protocols.values import Context, short
+from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
 from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
-from passes.analysis import group
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.transforms.merge_heads import How, first_heads, merged_heads
-from passes.verify import TOLERANCE, prove
+from passes.transforms.merge_heads import How, first_heads, merged_heads, repeated_first
+from passes.verify import TOLERANCE, StageOutputs, prove
 
 Stream = tuple[fx.Node, int]
 """A value in a graph, and its dimension that is summed over."""
 
 
-def heads_asked(settings: Settings) -> int | Heads | None:
-    """The KV heads that the settings or their plan leave; None: all. Raises MptkError if both say a number."""
-    planned = None if settings.plan is None else Plan.load(settings.plan).kv_heads
-    if planned is not None and settings.kv_heads is not None:
-        raise MptkError('the plan says how many KV heads stay; leave out --kv-heads, or the plan\'s "kv_heads"')
-    return settings.kv_heads if planned is None else planned
+@dataclass(frozen=True, kw_only=True)
+class MergedHeads(Conversion):
+    """Each run of KV heads of a layer became one. Until they are fitted, it is the first of its run.
 
-
-def merge(
-    loaded: Loaded,
-    task: Task,
-    analysis: Analysis,
-    asked: int | Heads,
-    executor: Executor,
-    length: int,
-    like: Samples | None = None,
-) -> tuple[Loaded, Task, Analysis, Merged]:
-    """The model with the KV heads ``asked`` for in each layer, its task, its analysis, and what it was before.
-
-    ``length``, ``like``: as in ``traced``.
-
-    Raises:
-        MptkError: its attention has another form; its class holds no such number of KV heads; or it has another number
-            than a plan says.
+    ``layers``: the projections of ``before``. ``of``, ``count``: KV heads of a layer, before and after. ``keys``,
+    ``values``: how they were merged; ``keep`` if they were not yet.
     """
-    if not isinstance(loaded.model, PreTrainedModel):
-        raise MptkError(f"{type(loaded.model).__name__} has no config to hold fewer KV heads; leave out kv_heads")
-    count = asked.width if isinstance(asked, Heads) else asked
-    layers, stock = held(analysis, loaded.model, count)
-    heads = Heads(layers[0].groups.size, count)
-    if isinstance(asked, Heads) and asked != heads:
-        raise MptkError(f"plan: kv_heads has {heads.of} KV heads in this model, not {asked.of}")
-    small = remade(
-        loaded,
-        stock.config,
-        _as_stored(stock.config, models.config_in(loaded)),
-        _first(loaded, analysis, layers, count),
-        tokenizer=loaded.tokenizer,
-        generation=getattr(loaded.model, "generation_config", None),
-        what=f"{count} KV heads",
-        remedy="leave out --kv-heads",
-    )
-    task = task.bind(small)
-    after = group.analyze(traced(small, task, executor, length, like))
-    return small, task, after, Merged(loaded, analysis, layers, heads, after.program, stock.changes)
+
+    name = "kv_heads"
+    stage = "KV heads"
+    settles = "how many KV heads stay"
+    does = "merges KV heads"
+    fits = "merge KV heads"
+
+    layers: Sequence[SharedHeads]
+    of: int
+    count: int
+    keys: How = "keep"
+    values: How = "keep"
+
+    @classmethod
+    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+        if settings.kv_heads is None:
+            return None
+        if settings.budget == LATENCY and settings.max_ms is None:
+            raise MptkError("--kv-heads: a share of the latency would be of the merged model's; give --max-decode-ms")
+        return partial(cls.merge, settings.kv_heads, None)
+
+    @classmethod
+    def planned(cls, entry: Entry) -> Change:
+        width, of = entry.get("width"), entry.get("of")
+        if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
+            raise MptkError('plan: kv_heads: "width" and "of" must be integers, and "of" a multiple of "width"')
+        return partial(cls.merge, width, of)
+
+    @classmethod
+    def merge(cls, count: int, of: int | None, model: Analysed, analyse: Analyse) -> Conversion:
+        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has.
+
+        Raises:
+            MptkError: its attention has another form; its class holds no such number of KV heads; or it has another
+                number than a plan says.
+        """
+        loaded = model.loaded
+        if not isinstance(loaded.model, PreTrainedModel):
+            raise MptkError(f"{type(loaded.model).__name__} has no config to hold fewer KV heads; leave out kv_heads")
+        layers, stock = held(model.analysis, loaded.model, count)
+        found = layers[0].groups.size
+        if of not in (None, found):
+            raise MptkError(f"plan: kv_heads has {found} KV heads in this model, not {of}")
+        small = remade(
+            loaded,
+            stock.config,
+            _as_stored(stock.config, models.config_in(loaded)),
+            _first(model, layers, count),
+            tokenizer=loaded.tokenizer,
+            generation=getattr(loaded.model, "generation_config", None),
+            what=f"{count} KV heads",
+            remedy="leave out --kv-heads",
+        )
+        return cls(model, analyse(small), stock.changes, layers=layers, of=found, count=count)
+
+    @property
+    def entry(self) -> Entry:
+        return {"width": self.count, "of": self.of}
+
+    @property
+    def note(self) -> str:
+        if "keep" in (self.keys, self.values):  # not in this run
+            return ""
+        ways = {"fit": "by principal components", "mean": "by their mean, since a norm or the like follows"}
+        return (
+            f"{self.of} KV heads of a layer became {self.count}, all query heads stay: "
+            f"keys merged {ways[self.keys]}; values {ways[self.values]}"
+        )
+
+    def row(self) -> dict[str, Any]:
+        return {"of": self.of, "kept": self.count, **self.config_row}
+
+    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+        program = self.before.analysis.program
+        changes = {n: change for layer in self.layers for n, change in repeated_first(layer, self.count).items()}
+        return program.with_state(program.state.changed(changes, moves=True)), self.after.analysis.program
+
+    def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
+        keys, values = ways_of(self, few, executor)
+        return replace(self, keys=keys, values=values, weights=projections(self, samples, executor, keys, values))
 
 
-def _first(loaded: Loaded, analysis: Analysis, layers: Sequence[SharedHeads], count: int) -> Weights:
-    """The checkpoint's weights with the first KV head of each run alone."""
+def _first(model: Analysed, layers: Sequence[SharedHeads], count: int) -> Weights:
+    """The checkpoint's weights with only the first KV head of each run."""
+    loaded, analysis = model.loaded, model.analysis
     places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
     aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
     owners = {name: aliases.get(name, name) for name in weights}
@@ -175,37 +216,9 @@ def config_for(
 # ---- their weights ----
 
 
-def merged_on(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
-    """``prepared`` with the projections of its KV heads merged so that least is lost on ``samples``."""
-    merged = prepared.merged
-    if merged is None:
-        return prepared
-    with context.stage("merge KV heads"):
-        keys, values = ways_of(merged, short(samples, prepared.task.sequences), prepared.executor)
-        weights = projections(merged, samples, prepared.executor, keys, values)
-    aliases = merged.analysis.program.aliases
-    own = Weights({}) if prepared.loaded.weights is None else prepared.loaded.weights
-    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
-    return replace(
-        prepared,
-        loaded=replace(prepared.loaded, weights=own.updated(weights.selected(names))),
-        analysis=replace(prepared.analysis, program=prepared.analysis.program.with_state(weights)),
-        merged=replace(merged, keys=keys, values=values, weights=weights),
-    )
-
-
-def with_merged(prepared: Prepared, chosen: Chosen) -> Chosen:
-    """The choice with the merged projections among its trained weights, and the number of heads in its plan."""
-    merged = prepared.merged
-    if merged is None:
-        return chosen
-    changes = Weights(merged.weights).updated(chosen.changes)
-    return replace(chosen, plan=replace(chosen.plan, kv_heads=merged.heads), changes=changes, trained=tuple(changes))
-
-
-def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]:
+def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
     """How keys and values are merged: ``fit`` if heads that are turned, and turned back, change nothing on ``few``."""
-    program, count = merged.analysis.program, merged.heads.width
+    program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
         made = Made(executor)
@@ -217,9 +230,9 @@ def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]
     return way("turn", "keep"), way("keep", "turn")
 
 
-def projections(merged: Merged, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
+def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers, in their shapes afterwards; those of a layer are made at a time."""
-    program, count, made = merged.analysis.program, merged.heads.width, Made(executor)
+    program, count, made = merged.before.analysis.program, merged.count, Made(executor)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
         places = first_heads(layer, count)
@@ -249,13 +262,13 @@ class Made:
 
 
 def with_products(
-    merged: Merged, samples: Samples, executor: Executor, made: Callable[[SharedHeads, Mapping[str, Tensor]], None]
+    merged: MergedHeads, samples: Samples, executor: Executor, made: Callable[[SharedHeads, Mapping[str, Tensor]], None]
 ) -> None:
     """Call ``made`` with each layer and the Σ x xᵀ of the inputs x of its projections, as soon as they are known.
 
     They are by weight, float64 [in + 1, in + 1], with a 1 at the end of x.
     """
-    analysis = merged.analysis
+    analysis = merged.before.analysis
     inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]
     reading = {stored(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)}
     waiting = {

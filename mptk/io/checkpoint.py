@@ -128,12 +128,6 @@ def dtypes_in(file: Path) -> dict[str, torch.dtype | None]:
         return {name: _FLOATS.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
 
 
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of each tensor in a safetensors file."""
-    with safe_open(file, "pt") as weights:
-        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-
-
 def stored_dtype(folder: Path) -> torch.dtype:
     """The floating type of most numbers in a folder's safetensors. float32 without such numbers."""
     counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}

@@ -1,6 +1,7 @@
 """deferred: tensors whose numbers are made later, by the calls that they went through meanwhile.
 
-``save_pretrained`` renames, splits and joins weights before it writes them. With these it does so to shapes alone.
+``save_pretrained`` renames, splits and joins weights before it writes them, ``from_pretrained`` after it has read them.
+With these they do so to shapes only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.to:  # it stays on the meta device
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
         found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         given = {id(value) for value in tree_leaves((args, kwargs))}
         several = isinstance(found, (tuple, list))
@@ -46,6 +49,19 @@ def sources(tensor: Deferred) -> frozenset[str]:
         return frozenset([tensor.weight])
     parts = (sources(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
     return frozenset[str]().union(*parts)
+
+
+_SAME = (Tensor.__getitem__, Tensor.to, Tensor.detach, Tensor.requires_grad_, Tensor.contiguous)
+
+
+def itself(tensor: Deferred) -> str | None:
+    """The name of the weight that ``tensor`` is, be it in another type; None if it is made of weights."""
+    while tensor.weight is None:
+        func, args, _, index = tensor.call
+        if func not in _SAME or index is not None or any(each is not ... for each in args[1:]):
+            return None
+        tensor = args[0]
+    return tensor.weight
 
 
 def made(tensor: Deferred, weights: Mapping[str, Tensor]) -> Tensor:

@@ -22,16 +22,16 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.arguments import checked
-from mptk.compat.accelerate import offloaded, take_offload_index
-from mptk.compat.transformers import dequantize_gguf, forget_source, unread_weights
+from mptk.compat.transformers import dequantize_gguf, forget_source
 from mptk.errors import MptkError, first_line
-from mptk.files import path_of, scratch, tidy
+from mptk.files import path_of, tidy
 from mptk.io.auto_classes import loader
 from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, cached, fetch
-from mptk.io.resident import Resident, stored_weight
-from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes, check_stored
+from mptk.io.resident import Resident
+from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.publish.licence import CARD, NOTICES, write_stub
@@ -103,22 +103,13 @@ def load(
 def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:
     """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
 
-    Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are
-    converted first, into a temporary folder.
+    Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are made
+    when they are asked for.
     """
-    converted = scratch()  # it goes with the last weight that may be read from it
-    with offloaded(str(converted.folder)) as options, unread_weights():
-        loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
-    index = take_offload_index(loaded.model)
-    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
-    held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
-    check_stored(index, likes, held)
-    entries = {
-        name: stored_weight(file, key, likes[name], resident, held[file][key], converted)
-        for name, (file, key) in index.items()
-    }
-    made = {name: like for name, like in likes.items() if name not in index and not like.is_meta}
-    return replace(loaded, weights=Weights(entries | made))
+    files = Files()
+    with files.unread():
+        loaded = _load(model, trust_remote_code, local, dtype=torch.float32)
+    return replace(loaded, weights=files.weights(loaded.model, resident))
 
 
 def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
@@ -307,7 +298,19 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
         module, report = getattr(transformers, loader(config)).from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, **options
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused here, by name
+            **options,
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        file = next((file for file in folder.glob("*.safetensors") if name in dtypes_in(file)), folder)
+        raise MptkError(
+            f"{name} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
+            "model: download it again"
         )
     if missing := sorted(report["missing_keys"]):
         raise MptkError(

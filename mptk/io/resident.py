@@ -45,16 +45,11 @@ def stored_weight(
     like: Tensor,
     resident: Resident,
     held: torch.dtype | None = None,
-    owner: object = None,
 ) -> Lazy:
-    """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file.
-
-    ``owner``: kept for as long as the weight can be read, as what removes the file's folder.
-    """
-
+    """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
     size = _size(file)
 
-    def narrow(_: object = owner) -> Tensor:
+    def narrow() -> Tensor:
         try:
             with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
                 tensor: Tensor = opened.get_tensor(key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from mptk.conform import brief
 from mptk.errors import MptkError, first_line
-from mptk.io.checkpoint import shapes_in
 from mptk.io.fields import field
 from mptk.reading import Damaged, check_inside, read_json
 
@@ -117,24 +115,6 @@ def check_weights(file: Path) -> int:
             return len(opened.keys())
     except (SafetensorError, OSError) as error:
         raise damaged(file)(first_line(error)) from error
-
-
-def check_stored(
-    index: Mapping[str, tuple[Path, str]],
-    likes: Mapping[str, Tensor],
-    held: Mapping[Path, Mapping[str, torch.dtype | None]],
-) -> None:
-    """Raise MptkError if a weight in a file has another shape than the module's, or is of whole numbers."""
-    shapes = {file: shapes_in(file) for file in held}
-    for name, (file, key) in index.items():
-        found, wanted = shapes[file][key], tuple(likes[name].shape)
-        if found != wanted:
-            raise MptkError(
-                f"{key} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
-                "model: download it again"
-            )
-        if held[file][key] is None and likes[name].is_floating_point():
-            raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from mptk.ir.axes import Axis
 
@@ -71,6 +71,11 @@ class Renumbering:
     def names(self, names: Iterable[str]) -> dict[str, str]:
         """New name → name, for the weights that stay."""
         return {new: name for name in names if (new := self.new(name)) is not None}
+
+    def old(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Weights after the removal under the names that they had before. ``names``: of all weights before."""
+        before = self.names(names)
+        return {before[name]: weight for name, weight in weights.items() if name in before}
 
 
 def numbered(module: str, name: str) -> tuple[int, str] | None:

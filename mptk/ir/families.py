@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
+from torch import Tensor
 
 from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.blocks import Stack
 from mptk.ir.program import Program
+from mptk.ir.weights import Lazy
 
 Place = tuple[str, int]
 """A weight's name, and one of its dimensions."""
@@ -205,6 +207,10 @@ class Analysis:
     def stacks(self) -> tuple[Stack, ...]:
         """The lists of residual blocks of which some can be removed."""
         return tuple(family.stack for family in self.depths)
+
+    def with_weights(self, weights: Mapping[str, Tensor | Lazy]) -> Analysis:
+        """The same of the program with other tensors for some of its weights."""
+        return replace(self, program=self.program.with_state(weights))
 
     def divided(self, names: Collection[str]) -> Analysis:
         """The same with the families ``names`` divided into their layers, as far as they have several."""

@@ -16,6 +16,7 @@ from mptk.files import json_text, write_json
 from mptk.reading import read_json
 
 PLAN_FORMAT = "mptk-plan/1"
+_OWN = ("format", "meta", "families")
 _UNIT = re.compile(r"[0-9]{1,18}")
 LARGEST_FAMILY = 1 << 24
 """Units of the largest family."""
@@ -38,42 +39,20 @@ class FamilyPlan:
     keep: Mapping[str, Keep]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens that stay of a vocabulary of ``of``: ``keep``, ascending. Each gets its position there as its id."""
-
-    of: int
-    keep: tuple[int, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """The entry of a plan file."""
-        return {"width": len(self.keep), "of": self.of, "keep": _ranges(self.keep)}
-
-
-@dataclass(frozen=True)
-class Heads:
-    """KV heads of each layer: ``of`` become ``width``, each one of as many heads side by side. Query heads stay."""
-
-    of: int
-    width: int
-
-    def to_json(self) -> dict[str, object]:
-        """The entry of a plan file."""
-        return {"width": self.width, "of": self.of}
+Entry = Mapping[str, object]
+"""What a plan file says of a conversion, which its own code reads (``mptk/conversions``)."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it.
 
-    ``vocabulary``: the tokens that stay; None: all. ``kv_heads``: how many KV heads become how many; None: all stay.
-    Families belong to the model that has these tokens and heads.
+    ``conversions``: name → its entry. Families are those of the model after these.
     """
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
-    vocabulary: Tokens | None = None
-    kv_heads: Heads | None = None
+    conversions: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -88,10 +67,9 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the kept units, tokens and heads."""
-        body = self.to_json()
-        more = [body[name] for name in ("vocabulary", "kv_heads") if name in body]
-        kept = [body["families"], *more] if more else body["families"]
+        """SHA-256 of the kept units and the conversions."""
+        families = self.to_json()["families"]
+        kept = [families, *self.conversions.values()] if self.conversions else families
         return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
@@ -99,8 +77,7 @@ class Plan:
         return {
             "format": PLAN_FORMAT,
             "meta": dict(self.meta),
-            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary.to_json()}),
-            **({} if self.kv_heads is None else {"kv_heads": self.kv_heads.to_json()}),
+            **self.conversions,
             "families": {
                 name: {
                     "width": f.width,
@@ -139,13 +116,16 @@ class Plan:
             raise MptkError(f'{source}: "meta" is not an object; see docs/plan.md')
         parsed, units = {}, 0
         for name, body in families.items():
-            parsed[name] = _family(body, f"{source}: families.{name}", MOST_UNITS - units)
+            parsed[name] = read_family(body, f"{source}: families.{name}", MOST_UNITS - units)
             units += sum(len(row) for keep in parsed[name].keep.values() for row in keep)
-        tokens = _tokens(data.get("vocabulary"), f"{source}: vocabulary")
-        return Plan(parsed, meta, tokens, _heads(data.get("kv_heads"), f"{source}: kv_heads"))
+        others = {name: body for name, body in data.items() if name not in _OWN and body is not None}
+        for name, body in others.items():
+            if not isinstance(body, dict):
+                raise MptkError(f'{source}: "{name}" is not an object; see docs/plan.md')
+        return Plan(parsed, meta, others)
 
 
-def _family(body: object, where: str, most: int) -> FamilyPlan:
+def read_family(body: object, where: str, most: int = MOST_UNITS) -> FamilyPlan:
     """A family's choice, with at most ``most`` kept units in all, which are counted before they are listed."""
     if not isinstance(body, dict):
         raise MptkError(f"{where} is not an object; see docs/plan.md")
@@ -161,23 +141,6 @@ def _family(body: object, where: str, most: int) -> FamilyPlan:
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
 
 
-def _tokens(body: object, where: str) -> Tokens | None:
-    if body is None:
-        return None
-    keep = body.get("keep") if isinstance(body, dict) else None
-    family = _family({**body, "keep": {"tokens": keep}} if isinstance(body, dict) else body, where, MOST_UNITS)
-    return Tokens(family.of, family.keep["tokens"][0])
-
-
-def _heads(body: object, where: str) -> Heads | None:
-    if body is None:
-        return None
-    width, of = (body.get("width"), body.get("of")) if isinstance(body, dict) else (None, None)
-    if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
-        raise MptkError(f'{where}: "width" and "of" must be integers, and "of" a multiple of "width"')
-    return Heads(of, width)
-
-
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
     if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
@@ -189,11 +152,11 @@ def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
 
 
 def _encode(keep: Keep) -> str | list[str]:
-    rows = [_ranges(row) for row in keep]
+    rows = [ranges(row) for row in keep]
     return rows[0] if len(rows) == 1 else rows
 
 
-def _ranges(units: tuple[int, ...]) -> str:
+def ranges(units: tuple[int, ...]) -> str:
     """``(0, 1, 2, 5)`` → ``"0-2,5"``: short to read, to write and to diff."""
     parts: list[list[int]] = []
     for unit in units:

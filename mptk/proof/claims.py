@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mptk.compile.changes import COMPENSATION
+from mptk.conversions import CONVERSIONS
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.files import json_text
@@ -23,9 +24,8 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import all_criteria
-from mptk.protocols.merged import Merged
+from mptk.protocols.conversion import Conversion, imitated
 from mptk.protocols.report import PROVEN_ON, Report
-from mptk.protocols.trimmed import Trimmed
 from mptk.publish.manifest import listed, weights_digest
 from mptk.targets import ONNX, targets
 from passes.check_cut import table_size
@@ -72,30 +72,31 @@ def check_numbers(
     plan: Plan,
     dense: torch.dtype,
     stored: torch.dtype,
-    trimmed: Trimmed | None = None,
-    merged: Merged | None = None,
+    conversions: Sequence[Conversion] = (),
 ) -> None:
     """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
 
-    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``trimmed``,
-    ``merged``: as in ``costs``.
+    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``analysis``: of the
+    model after its ``conversions``.
 
     Raises:
         MptkError: one is not what the plan and the dense model give.
     """
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
-    cost = CostModel(analysis, itemsize=stored.itemsize, before=None if merged is None else merged.analysis)
+    compared = imitated(conversions)
+    cost = CostModel(analysis, itemsize=stored.itemsize, before=None if compared is None else compared.analysis)
     _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
-    for name, figures in costs(cost, plan, dense, trimmed, merged).items():
+    for name, figures in costs(cost, plan, dense, conversions).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
-    row = {} if trimmed is None else {**trimmed.row(), "corpus": report.vocabulary.get("corpus", "")}
-    require_same("vocabulary", report.vocabulary, row)
-    require_same("kv_heads", report.kv_heads, {} if merged is None else merged.row())
+    rows = {each.name: each.row() for each in conversions}
+    for kind in CONVERSIONS:
+        said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
+        require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
-    fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or merged
+    fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or compared
     learned = fits or method.learns or settings.steps
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
@@ -145,15 +146,13 @@ def costs(
     cost: CostModel,
     plan: Plan,
     dense: torch.dtype,
-    trimmed: Trimmed | None = None,
-    merged: Merged | None = None,
+    conversions: Sequence[Conversion] = (),
 ) -> dict[str, dict[str, float]]:
     """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's.
 
-    ``trimmed``, ``merged``: the dense model with all its tokens, or KV heads, if ``cost`` is of one with fewer.
+    ``conversions``: what made the model that ``cost`` is of, of the dense one.
     """
-    before = trimmed or merged
-    analysis = cost.analysis if before is None else before.analysis
+    analysis = conversions[0].before.analysis if conversions else cost.analysis
     whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
     return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
 

@@ -1,7 +1,7 @@
 """proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
 
 The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
-outputs of the model with fewer tokens or KV heads, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+outputs of each conversion, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Compiled, Prepared, Proven, Target
+from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
 from passes.analysis.borders import Reach, reach
@@ -61,7 +61,9 @@ def prove_folder(
     for check in checks:
         written |= check.stages
     found = [d for check in checks for d in check.exact]
-    found += _trimmed(compiled.prepared, batches) + _merged(compiled.prepared, batches)
+    for each in compiled.prepared.conversions:
+        one, other = each.equal(compiled.prepared.executor)
+        found += run(one, {each.stage: (other, TOLERANCE)}, *batches)
     if compiled.program is compiled.exact:
         found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
@@ -112,23 +114,6 @@ def _unseen(compiled: Compiled, batch: Samples) -> list[Difference]:
     woken, cut = awake(analysis), compiled.chosen.cut
     stage = {"random in place of zeros": (cut_program(woken, cut, Log()).exact, TOLERANCE)}
     return prove(mask(woken, cut), stage, batch, executor=executor)
-
-
-def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
-    """The difference of the dense model, with all its tokens, from the one that has the kept tokens alone."""
-    trimmed, executor = prepared.trimmed, prepared.executor
-    if trimmed is None:
-        return []
-    stage = {"vocabulary": (partial(trimmed.outputs, executor=executor), TOLERANCE)}
-    return prove(prepared.reference, stage, *batches, executor=executor)
-
-
-def _merged(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
-    """The difference of the model whose KV heads are equal in runs from the one that has one of each run."""
-    merged = prepared.merged
-    if merged is None:
-        return []
-    return prove(merged.equal, {"KV heads": (merged.first, TOLERANCE)}, *batches, executor=prepared.executor)
 
 
 def find_reach(compiled: Compiled) -> Reach:

@@ -15,14 +15,13 @@ from mptk.compile.changes import changes_of
 from mptk.compile.cut import compile_plan
 from mptk.compile.trace import fitting, traced
 from mptk.config.settings import Settings
-from mptk.conversions.kv_heads import merge
-from mptk.conversions.vocabulary.convert import trim, unread_tokenizer
+from mptk.conversions import converted, planned
+from mptk.conversions.vocabulary.convert import unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
-from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
@@ -30,7 +29,8 @@ from mptk.methods import find_method
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, Task, stored_type
+from mptk.protocols.chain import Chosen, Prepared, stored_type
+from mptk.protocols.conversion import Analysed
 from mptk.protocols.execution import execution
 from mptk.protocols.report import PROVEN_ON, Report, unreadable
 from mptk.protocols.values import Context
@@ -85,8 +85,8 @@ def verify(
     with _readable(folder):
         check_files(report, folder)
     resident, executor = execution(Settings(memory=memory, device=device))
-    model = str(model) if isinstance(model, Path) else model
-    loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
+    dense = str(model) if isinstance(model, Path) else model
+    loaded = open_dense(report.model, report.model_sha256, dense, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
     require_same("task", report.task, task.name)
@@ -95,25 +95,18 @@ def verify(
     like = samples if find_target(report.settings.target).classed else None
     program = traced(loaded, task, executor, report.settings.length, like)
     samples = fitting(task, program, samples, PROVEN_ON)
-    analysis, trimmed = group.analyze(program), None
-    if plan.vocabulary is not None:
-        loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
-        analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
-    merged = None
-    if plan.kv_heads is not None:
-        heads, length = plan.kv_heads, report.settings.length
-        loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, length, like)
+    start, context = Analysed(loaded, task, group.analyze(program)), Context(Log(), silent)
+    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
+    loaded, analysis = start.loaded, start.analysis
     with _readable(folder):
-        check_numbers(
-            report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed, merged
-        )
+        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), conversions)
         check_samples(samples, folder, analysis.program, example)
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
-    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
-    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged)
+    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
+    prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
-    compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))
+    compiled = compile_plan(prepared, chosen, samples, context)
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
@@ -121,21 +114,19 @@ def verify(
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
 
 
-def _prepared(
-    report: Report, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis, plan: Plan
-) -> Prepared:
+def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
     """The dense model as ``prune`` prepared it to cut it to this plan."""
     target, method = find_target(settings.target), find_method(settings.method)
-    legal = target.legal(analysis, loaded.model, settings.multiple)
+    loaded, analysis = model.loaded, model.analysis
     return Prepared(
         source=report.model,
         settings=settings,
         loaded=loaded,
-        task=task,
+        task=model.task,
         method=method,
         target=target,
         analysis=analysis,
-        legal=legal,
+        legal=target.legal(analysis, loaded.model, settings.multiple),
         cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
         plan=plan,
         cut=resolve_plan(analysis, plan),

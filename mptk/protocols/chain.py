@@ -10,7 +10,7 @@ protocol and inherits the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mptk.config.settings import Learning, Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import replica
-from mptk.io.data import protocol_name
-from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
@@ -33,15 +31,13 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
-from mptk.progress import Count, Progress
-from mptk.protocols.merged import Merged
-from mptk.protocols.onnx_form import OnnxForm
+from mptk.ir.weights import Weights
+from mptk.protocols.conversion import Conversion, imitated
 from mptk.protocols.origin import Origin
 from mptk.protocols.shapes import Shapes
-from mptk.protocols.trimmed import Trimmed
+from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.frontend.trace import uncached
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
 from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
@@ -54,8 +50,8 @@ class Prepared:
 
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
     given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
-    ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
-    ``merged``: the model with all its KV heads, if ``loaded`` has fewer. ``origin``: digests of what was given.
+    ``executor`` runs its programs. ``conversions``: what made ``loaded`` of the model that was given. ``origin``:
+    digests of what was given.
     """
 
     source: str
@@ -72,24 +68,25 @@ class Prepared:
     plan: Plan | None = None
     cut: Cut | None = None
     shapes: Shapes | None = None
-    trimmed: Trimmed | None = None
-    merged: Merged | None = None
+    conversions: tuple[Conversion, ...] = ()
     origin: Origin = field(default_factory=Origin)
 
     @property
     def given(self) -> Loaded:
-        """The dense model as the user gave it, with all its tokens and heads."""
-        return self.compared if self.trimmed is None else self.trimmed.loaded
+        """The dense model as the user gave it, before its conversions."""
+        return self.conversions[0].before.loaded if self.conversions else self.loaded
 
     @property
     def compared(self) -> Loaded:
-        """The dense model that is imitated, and compared with: with the tokens that stay, and all KV heads."""
-        return self.loaded if self.merged is None else self.merged.loaded
+        """The dense model that is imitated, and compared with: before the conversions that change its outputs."""
+        model = imitated(self.conversions)
+        return self.loaded if model is None else model.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        return self.analysis.program if self.merged is None else self.merged.analysis.program
+        model = imitated(self.conversions)
+        return self.analysis.program if model is None else model.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,6 +162,11 @@ class Chosen:
     notes: tuple[str, ...] = ()
     witness: Witness | None = None
     steps: int = 0
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
+        """The same with these weights, too, as trained ones."""
+        changes = Weights(self.changes).updated(weights)
+        return replace(self, changes=changes, trained=tuple(changes))
 
 
 @dataclass(frozen=True)
@@ -301,81 +303,3 @@ class Target(Protocol):
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """What is left out of the folder if its check fails, as a quantised graph. Asked for if all else is equal."""
         return []
-
-
-class Task(Protocol):
-    """What kind of model it is: its samples, its loss, how good it is, its ONNX form.
-
-    ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
-    ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
-    ``sequences``: inputs of token ids may be cut to any length. ``onnx``: how it is written as ONNX; None if it is not.
-    """
-
-    name: str
-    summary: str
-    compares: bool = False
-    classes: bool = True
-    sequences: bool = True
-    onnx: OnnxForm | None = None
-
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
-        ...
-
-    def bind(self, loaded: Loaded) -> Task:
-        """The task for this model. Raises MptkError if the model lacks something."""
-        return self
-
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        """Raise MptkError if the model does not compute what its class promises."""
-        return None
-
-    def example(self, model: nn.Module) -> Samples:
-        """A few small samples to trace the model with. It may have no weights."""
-        ...
-
-    def only_length(self, program: Program) -> int | None:
-        """The tokens that each sample must have; None if there may be any number of them, or there are none."""
-        return program.length if self.sequences else None
-
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        """``count`` samples to calibrate or train on.
-
-        Raises:
-            MptkError: no data is given and the model cannot make any.
-        """
-        ...
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        """Samples to measure quality on."""
-        ...
-
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
-        """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
-        return Samples(dict(inputs))
-
-    def named(self, model: nn.Module, data: str) -> str:
-        """``data`` of the settings, by default text, as the protocol of a measurement names it."""
-        return protocol_name(data)
-
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""
-        ...
-
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """What gradients are taken of at the dense model; another function if ``loss`` is at its minimum there."""
-        return self.loss(output, samples)
-
-    def predicted(self, samples: Samples) -> int:
-        """How many terms ``loss`` sums over."""
-        ...
-
-    def output(self, module: nn.Module, samples: Samples) -> Tensor:
-        """What the program computes, by the module itself."""
-        found = module(**samples.inputs, **uncached(module))
-        output: Tensor = found if isinstance(found, Tensor) else found[0]
-        return output
-
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        """Name → how good each run is, and ``protocol``: how it was measured."""
-        ...

@@ -26,23 +26,27 @@ from passes.verify import Difference
 class Dense:
     """A dense model that is to be written as ONNX, in the type and the form that the settings name.
 
-    ``program``: as its task traces it, with its weights; with those that a method changed. ``about``: what the
-    graphs' metadata say beside the source, the plan and versions.
+    ``program``: as its task traces it, with its weights; with those that a method changed. None for a decoder whose
+    model has its weights, and runs itself. ``about``: what the graphs' metadata say beside the source, the plan and
+    versions.
     """
 
     loaded: Loaded
     settings: Settings
-    program: Program
+    program: Program | None
     executor: Executor = EXECUTOR
     about: Mapping[str, str] = field(default_factory=dict)
 
     def weighted(self, program: Program) -> Program:
         """Another trace of the same model, with the weights of this one."""
+        if self.program is None:
+            return self.loaded.with_weights(program)
         own = self.program.state_dict().updated(self.program.state)  # tied weights by all their names
         return self.loaded.with_weights(program).with_state(own)
 
     def run(self, samples: Samples) -> Tensor:
         """What the program computes."""
+        assert self.program is not None
         output: Tensor = next(self.executor.outputs([self.program], [samples.tensors]))
         return output
 

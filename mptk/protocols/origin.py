@@ -21,6 +21,7 @@ from mptk.io import data
 from mptk.io.dense import files_of, fingerprint
 from mptk.io.live import weights_fingerprint
 from mptk.io.models import Loaded
+from mptk.ir.plan import Plan
 from mptk.publish.manifest import MARKER, file_digests, file_sha256
 
 WEIGHTS, TOKENIZER = "the model's weights", "the tokenizer"
@@ -44,8 +45,8 @@ class Origin:
             )
 
 
-def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None) -> Origin:
-    """What a run on the model ``source`` was given. ``start``: the folder whose weights it trains.
+def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
+    """What a run on the model ``source`` was given. ``start``: the folder whose weights it trains. ``plan``: as read.
 
     Files that were not touched since are not read again.
     """
@@ -58,7 +59,9 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
         parts |= {MODEL_FILE + name: digest for name, digest in zip(files, digests, strict=True)}
     if loaded.tokenizer is not None:  # a caller may give one of his own
         parts[TOKENIZER] = _digest_of(loaded.tokenizer)
-    others = [settings.plan, settings.inputs, None if start is None else str(start / MARKER)]
+    if settings.plan is not None and plan is not None:
+        parts[settings.plan] = plan.digest
+    others = [settings.inputs, None if start is None else str(start / MARKER)]
     with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
         parts |= data.file_digests(*named(settings))
         parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}

@@ -134,7 +134,8 @@ def check_reading(compiled: Compiled, folder: Path) -> None:
     prepared = compiled.prepared
     if (dense := prepared.given.tokenizer) is not None:
         written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)
-        check_same_reading(dense, written, None if prepared.trimmed is None else prepared.trimmed.tokens.keep)
+        kept = next((each.tokens for each in prepared.conversions if each.tokens is not None), None)
+        check_same_reading(dense, written, kept)
 
 
 RARE = 64

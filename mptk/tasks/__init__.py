@@ -14,8 +14,8 @@ from mptk.io.auto_classes import classes_of
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.plugins import with_plugins
-from mptk.protocols.chain import Task
 from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder

@@ -18,7 +18,7 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.tasks.inputs import inputs_of
 
 Figure = Callable[[Any, Any], Tensor]

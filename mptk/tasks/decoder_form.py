@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -10,28 +10,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, ProofError
-from mptk.io.evaluation import LogitsFn
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
 from mptk.ort.decoder import GRAPH_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.chain import stored_type
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks
-from mptk.staged.staged import EXECUTOR, Executor
-from mptk.tasks.exporting import logits_apart, quantised
+from mptk.tasks.exporting import about, cut, logits_apart, quantised
 from mptk.tasks.genai import GENAI_FILE, write_genai_config
-from mptk.version import __version__
-from passes.analysis import group
-from passes.frontend.trace_decoder import LogitsScope, trace_decoder
-from passes.pipelines import cut_program, emit_onnx, quantize_onnx
+from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 PADDED_TOKENS = 3
@@ -86,22 +80,20 @@ class DecoderForm(OnnxForm):
     described = (GENAI_FILE,)
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        settings, loaded = dense.settings, dense.loaded
-        text = None if samples is None else samples.inputs["input_ids"]
-        file = export_decoder(
-            loaded.model,
-            folder,
-            {"source": loaded.source, **dense.about},
-            plan=plan,
-            logits=settings.logits,
-            objective=settings.objective,
-            onnx_dtype=settings.onnx_dtype,
-            log=log,
-            dtype=stored_type(settings, loaded),
-            weights=dense.weighted,
-            dense=lambda ids: dense.run(next_tokens(ids)),
-            executor=dense.executor,
+        settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
+        step(0, 0, "trace a decoding step")
+        run = None if dense.program is None else lambda ids: dense.run(next_tokens(ids))
+        program = trace_decoder(
+            model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
         )
+        if wanted != "auto" and model.dtype is not torch.float32:
+            raise MptkError(f"a {wanted} graph is made of a float32 model, not {model.dtype}; call model.float()")
+        program = cut(program, dense, plan, log)
+        step(0, 0, "translate the graph")
+        said = {"objective": settings.objective, **about(dense, plan)}
+        half, objective = wanted == "float16", settings.objective
+        file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
+        text = None if samples is None else samples.inputs["input_ids"]
         return quantised(dense, file, text, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
@@ -158,44 +150,3 @@ def _place(count: int, width: int, side: str) -> Tensor:
     start = width - count if side == "left" else 0
     place[start : start + count] = torch.arange(count)
     return place
-
-
-def export_decoder(
-    model: PreTrainedModel,
-    folder: Path,
-    metadata: Mapping[str, str],
-    *,
-    plan: Plan | None = None,
-    logits: LogitsScope = "all",
-    quantize: Sequence[str] = (),
-    text: Tensor | None = None,
-    objective: str = "decode",
-    onnx_dtype: str = "auto",
-    log: Log | None = None,
-    dtype: torch.dtype = torch.float32,
-    weights: Callable[[Program], Program] = lambda program: program,
-    dense: LogitsFn | None = None,
-    executor: Executor = EXECUTOR,
-) -> Path:
-    """Write ``model.onnx`` and the quantised graphs; returns the file. Arguments and errors are as in ``mptk.export``.
-
-    ``log`` is given a record of each pass. ``dtype``: the type that the checkpoint's weights are stored in; the graph's
-    numbers are those, in the type that ``onnx_dtype`` names. ``weights``, ``dense``, ``executor``: as in
-    ``trace_decoder``.
-    """
-    log = log or Log()
-    step(0, 0, "trace a decoding step")
-    program = trace_decoder(model, logits=logits, weights=weights, dense=dense, executor=executor)
-    if onnx_dtype != "auto" and model.dtype is not torch.float32:
-        raise MptkError(f"a {onnx_dtype} graph is made of a float32 model, not {model.dtype}; call model.float()")
-    about = {"mptk_version": __version__, "objective": objective, **metadata}
-    if plan is not None:
-        analysis = group.analyze(program)
-        program = cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
-        about["plan_sha256"] = plan.digest
-    step(0, 0, "translate the graph")
-    half = onnx_dtype == "float16"
-    file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
-    for scheme in quantize:
-        quantize_onnx(file, scheme, None if text is None else text.numpy(), log, executor.device)
-    return file

@@ -109,6 +109,7 @@ def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]
     model, executor = dense.loaded.model, dense.executor
     example = inputs_of(model).example(model)
     if not is_text(example):
+        assert dense.program is not None
         traced = Traced(dense.program, list(example))
         traced.check_sizes()
         return traced, {}

@@ -21,8 +21,8 @@ from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
-from mptk.protocols.chain import Task
 from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import compared
 from mptk.tasks.encoder import distances, errors, projection
@@ -216,6 +216,7 @@ class ModuleForm(ModelForm):
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):
             raise MptkError("the module has several outputs; export the folder with torch.onnx")
+        assert dense.program is not None
         traced = Traced(dense.program, list(self.inputs))
         traced.check_sizes()
         return traced, {}

@@ -9,8 +9,8 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
-from mptk.protocols.chain import Task
 from mptk.protocols.report import PROVEN_ON, Report
+from mptk.protocols.task import Task
 from mptk.tasks import task_of
 from mptk.tasks.module import Module, example_samples
 

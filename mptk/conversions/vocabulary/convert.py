@@ -1,34 +1,40 @@
-"""vocabulary: a dense model becomes one that has the tokens of a corpus, or of a plan, alone. A run then starts there.
+"""vocabulary: a dense model becomes one that has only the tokens of a corpus, or of a plan.
 
 What is looked up and predicted by token loses rows; the config's and the tokenizer's ids are those of the rows that
-stay. The proof compares the logits of the two models (``proof/proof.py``).
+stay. The proof compares the logits of the two models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mptk.config.settings import IN_MEMORY, Settings
-from mptk.conversions.vocabulary.ids import named_ids
-from mptk.conversions.vocabulary.narrow import narrowed
-from mptk.conversions.vocabulary.tokens import Choice, check_reading, used_ids
+from mptk.conversions.vocabulary.ids import named_ids, renumbered
+from mptk.conversions.vocabulary.tokens import Choice, check_reading, trimmed_tokenizer, used_ids
 from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.models import Loaded
+from mptk.io.remade import remade
 from mptk.io.text.files import Document
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan, Tokens
+from mptk.ir.plan import Entry, ranges, read_family
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, KeptUnits
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.protocols.chain import Task
-from mptk.protocols.trimmed import Trimmed
+from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.staged.staged import Executor
 from mptk.tasks.base import TokenTask
 from mptk.tasks.module import Module
 from passes.analysis.vocabulary import Vocabulary, find_vocabulary
+from passes.verify import StageOutputs
 
 LEAST = 16
 """Tokens that always stay: a model is traced with the first dozen."""
@@ -38,6 +44,105 @@ PLANNED = "the plan"
 Corpus = Callable[[Loaded], Iterable[Document]]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that stay of a vocabulary of ``of``: ``keep``, ascending. Each gets its position there as its id."""
+
+    of: int
+    keep: tuple[int, ...]
+
+    @staticmethod
+    def read(entry: Entry) -> Tokens:
+        """The tokens of an entry of a plan. Raises MptkError with the place of the mistake."""
+        family = read_family({**entry, "keep": {"tokens": entry.get("keep")}}, "plan: vocabulary")
+        return Tokens(family.of, family.keep["tokens"][0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmedVocabulary(Conversion):
+    """A model lost the rows of some tokens.
+
+    ``vocabulary``: where its tokens were counted. ``kept``: the tokens that stay. ``corpus``: what decided, by name.
+    """
+
+    name = "vocabulary"
+    stage = "vocabulary"
+    settles = "which tokens stay"
+    does = "removes tokens"
+    told = ("corpus",)
+
+    vocabulary: Vocabulary
+    kept: Tokens
+    corpus: str
+
+    @classmethod
+    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+        if settings.vocabulary is None:
+            return None
+        return partial(cls.trim, corpus_of(settings, texts), str(settings.vocabulary), settings.multiple)
+
+    @classmethod
+    def planned(cls, entry: Entry) -> Change:
+        return partial(cls.trim, Tokens.read(entry), PLANNED, 1)
+
+    @classmethod
+    def trim(cls, wanted: Tokens | Corpus, name: str, multiple: int, model: Analysed, analyse: Analyse) -> Conversion:
+        """The conversion of ``model``.
+
+        Args:
+            wanted: the tokens that stay, or the corpus that decides; ``name``: what a report calls it.
+            multiple: if the number of tokens is a multiple of this, it stays one.
+
+        Raises:
+            MptkError: the model has no vocabulary of its own, or one that cannot be trimmed exactly.
+        """
+        loaded = model.loaded
+        if isinstance(model.task, Module):
+            raise MptkError("vocabulary trimming needs a text model; leave out example_inputs, or vocabulary")
+        vocabulary = find_vocabulary(model.analysis, predicts=isinstance(model.task, TokenTask))
+        if isinstance(wanted, Tokens):
+            tokens = wanted
+            _check_tokens(tokens, vocabulary)
+            small, changes = _narrowed(model, vocabulary, tokens)
+        else:
+            if loaded.tokenizer is None:
+                raise MptkError(f"{loaded.source} has no tokenizer to trim; add its files, or leave out --vocabulary")
+            tokens = _chosen(loaded, wanted, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
+            small, changes = _narrowed(model, vocabulary, tokens)
+            assert small.tokenizer is not None
+            check_reading(wanted(loaded), loaded.tokenizer, small.tokenizer, tokens.keep)
+        return cls(model, analyse(small), changes, vocabulary=vocabulary, kept=tokens, corpus=name)
+
+    @property
+    def entry(self) -> Entry:
+        return {"width": len(self.kept.keep), "of": self.kept.of, "keep": ranges(self.kept.keep)}
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self.kept.keep
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{len(self.kept.keep):,} of {self.kept.of:,} tokens stay, those of {self.corpus}; the quality of the "
+            "dense model is measured with these alone, and other text has more tokens than before"
+        )
+
+    def row(self) -> dict[str, Any]:
+        return {"of": self.kept.of, "kept": len(self.kept.keep), "corpus": self.corpus, **self.config_row}
+
+    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+        return self.after.analysis.program, partial(self._outputs, executor)
+
+    def _outputs(self, executor: Executor, batch: Samples) -> Tensor:
+        """What the whole model gives for samples in the new ids: of logits, those of the kept tokens."""
+        kept = torch.tensor(self.kept.keep)
+        pairs = zip(batch.tensors, self.vocabulary.inputs, strict=True)
+        inputs = [kept[tensor] if is_ids else tensor for tensor, is_ids in pairs]
+        found: Tensor = next(executor.outputs([self.before.analysis.program], [inputs]))
+        return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
+
+
 def corpus_of(settings: Settings, texts: Sequence[str] | None) -> Corpus:
     """The documents whose tokens stay. ``texts``: those that the caller gave in memory."""
     if settings.vocabulary == IN_MEMORY:
@@ -45,43 +150,6 @@ def corpus_of(settings: Settings, texts: Sequence[str] | None) -> Corpus:
             raise MptkError("vocabulary holds no texts; give a list of texts, or the name of a file")
         return lambda loaded: ([text] for text in texts)
     return lambda loaded: data.documents(str(settings.vocabulary), loaded.tokenizer)
-
-
-def asked(settings: Settings) -> Tokens | None:
-    """The tokens that the settings' plan keeps. Raises MptkError if a corpus is to decide, too."""
-    tokens = None if settings.plan is None else Plan.load(settings.plan).vocabulary
-    if tokens is not None and settings.vocabulary is not None:
-        raise MptkError('the plan says which tokens stay; leave out --vocabulary, or the plan\'s "vocabulary"')
-    return tokens
-
-
-def trim(
-    loaded: Loaded, task: Task, analysis: Analysis, tokens: Tokens | Corpus, name: str = PLANNED, multiple: int = 1
-) -> tuple[Loaded, Task, Trimmed]:
-    """The model with some tokens alone, its task, and what it was before.
-
-    Args:
-        tokens: those that stay, or the corpus that decides; ``name``: what a report calls it.
-        multiple: if the number of tokens is a multiple of this, it stays one.
-
-    Raises:
-        MptkError: the model has no vocabulary of its own, or one that cannot be trimmed exactly.
-    """
-    if isinstance(task, Module):
-        raise MptkError("what reads example inputs has no vocabulary to trim; leave out example_inputs, or vocabulary")
-    vocabulary = find_vocabulary(analysis, predicts=isinstance(task, TokenTask))
-    if isinstance(tokens, Tokens):
-        _check_tokens(tokens, vocabulary)
-        small, changes = _narrowed(loaded, analysis, vocabulary, tokens)
-    else:
-        corpus = tokens
-        if loaded.tokenizer is None:
-            raise MptkError(f"{loaded.source} has no tokenizer to trim; add its files, or leave out --vocabulary")
-        tokens = _chosen(loaded, corpus, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
-        small, changes = _narrowed(loaded, analysis, vocabulary, tokens)
-        assert small.tokenizer is not None
-        check_reading(corpus(loaded), loaded.tokenizer, small.tokenizer, tokens.keep)
-    return small, task.bind(small), Trimmed(loaded, analysis, vocabulary, tokens, changes, name)
 
 
 def unread_tokenizer(loaded: Loaded, folder: Path) -> str:
@@ -109,9 +177,13 @@ def _chosen(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
     return Tokens(rows, choice.kept(used | named, LEAST, multiple))
 
 
-def _narrowed(
-    loaded: Loaded, analysis: Analysis, vocabulary: Vocabulary, tokens: Tokens
-) -> tuple[Loaded, dict[str, list[object]]]:
+def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[Loaded, Mapping[str, Sequence[Any]]]:
+    """The model with the rows of the tokens that stay, and its config's changes.
+
+    Raises:
+        MptkError: the class has other weights for so few tokens; or the tokenizer cannot be trimmed.
+    """
+    loaded, analysis = model.loaded, model.analysis
     table = np.zeros((1, tokens.of), dtype=bool)
     table[0, list(tokens.keep)] = True
     kept = KeptUnits((), table)
@@ -119,5 +191,21 @@ def _narrowed(
     aliases = analysis.program.aliases
     weights = Weights({}) if loaded.weights is None else loaded.weights
     places = {name: analysis.weights.get(aliases.get(name, name), ()) for name in weights}
-    changes = {n: partial(cut.slice, dims=dims) for n, dims in places.items() if any(map(cut.touches, dims))}
-    return narrowed(loaded, weights.changed(changes, moves=True), tokens.keep, tokens.of)
+    sliced = {n: partial(cut.slice, dims=dims) for n, dims in places.items() if any(map(cut.touches, dims))}
+    new = {old: i for i, old in enumerate(tokens.keep)}
+    config, changes = renumbered(loaded.model.config, new, tokens.of)
+    generation = getattr(loaded.model, "generation_config", None)
+    if generation is not None:
+        generation, more = renumbered(generation, new, tokens.of)
+        changes = {**more, **changes}
+    small = remade(
+        loaded,
+        config,
+        renumbered(models.config_in(loaded), new, tokens.of)[0],
+        weights.changed(sliced, moves=True),
+        tokenizer=None if loaded.tokenizer is None else trimmed_tokenizer(loaded.tokenizer, tokens.keep),
+        generation=generation,
+        what=f"{len(tokens.keep)} tokens",
+        remedy="leave out --vocabulary",
+    )
+    return small, changes

@@ -25,7 +25,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.sizes import example_size, is_open
 from mptk.progress import Count
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.staged.staged import EXECUTOR, Executor, Tap
 from mptk.tasks import CAUSAL_LM
 

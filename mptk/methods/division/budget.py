@@ -15,7 +15,6 @@ from mptk.cost.operator_times import cached_times
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Target
 from passes.targets import legalize
@@ -31,12 +30,14 @@ def budgeted(
     progress: Progress,
     itemsize: int | None = None,
     before: Analysis | None = None,
+    planned: Sequence[str] = (),
 ) -> tuple[CostModel, Settings]:
     """The cost model of the settings' budget, and the settings with milliseconds turned into a sparsity.
 
     A latency comes from operators that are timed now or were before (``cost/operator_times.py``).
 
-    ``itemsize``: bytes of a number as it is stored. ``before``: as in ``CostModel``.
+    ``itemsize``: bytes of a number as it is stored. ``before``: as in ``CostModel``. ``planned``: the families of
+    a plan that is given.
 
     Raises:
         MptkError: no such budget; no latency can be predicted; or the dense model takes no longer than ``max_ms``.
@@ -44,7 +45,7 @@ def budgeted(
     s = settings
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
-    names = _variable(analysis, legal, s)
+    names = _variable(analysis, legal, s, planned)
     channels = [name for name in names if analysis.family(name).kind == "channels"]
     ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
@@ -59,11 +60,11 @@ def budgeted(
     return cost, replace(s, sparsity=min(wanted, MOST))
 
 
-def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:
+def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:
     """Families that the settings and the target may cut."""
     s, there = settings, {f.name: f for f in analysis.all_families}
     if s.fixed:
-        names = [] if s.plan is None else list(Plan.load(s.plan).families)
+        names = list(planned)
     else:
         layered = [n for n, f in there.items() if is_layered(f) and n not in legal.refused]
         names = [*(s.families or layered), *s.widths]

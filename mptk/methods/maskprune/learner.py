@@ -181,7 +181,8 @@ class Learner:
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
-        teacher = self._teacher(partial(_dense, student, masks) if prepared.merged is None else self._another())
+        same = prepared.compared is prepared.loaded
+        teacher = self._teacher(partial(_dense, student, masks) if same else self._another())
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)

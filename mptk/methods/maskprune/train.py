@@ -24,8 +24,8 @@ from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import distilled, hidden_error
 from mptk.methods.maskprune.teacher import Output, Target
 from mptk.methods.maskprune.watch import NAME, STATE, Watch
-from mptk.protocols.chain import Task
 from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.task import Task
 from passes.frontend.trace import uncached
 
 Teacher = Callable[[Samples], Target]

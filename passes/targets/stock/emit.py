@@ -18,21 +18,7 @@ from mptk.io.checkpoint import portable, save_tokenizer
 from mptk.io.deferred import deferred
 from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
-from mptk.publish.folder import publish
 from passes.targets.stock.config import StockConfig
-
-
-def emit_hf(
-    state: Mapping[str, Tensor],
-    stock: StockConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: str | Path,
-) -> Path:
-    """Write a checkpoint folder atomically: ``write_checkpoint`` inside ``publish``."""
-    with publish(folder) as temporary:
-        write_checkpoint(state, stock, model, tokenizer, temporary)
-    return Path(folder)
 
 
 def write_checkpoint(

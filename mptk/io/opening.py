@@ -1,0 +1,112 @@
+"""opening: a model whose weights are read from its safetensors files when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mptk.compat.accelerate import loaded_by_all
+from mptk.compat.transformers import opened_by
+from mptk.errors import MptkError
+from mptk.io.checkpoint import dtypes_in
+from mptk.io.deferred import Deferred, deferred, itself, made, sources
+from mptk.io.resident import Resident, stored_weight
+from mptk.ir.weights import Lazy, Weights
+
+
+class Files(dict[str, tuple[Path, Tensor]]):
+    """The tensors of the safetensors files that ``from_pretrained`` opened: name → file, and shape and type."""
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within it ``from_pretrained`` reads no weight: the model gets ``Deferred`` ones."""
+        with loaded_by_all(), opened_by(lambda file, *_, **__: _Opened(Path(file), self)):
+            yield
+
+    def weights(self, model: nn.Module, resident: Resident) -> Weights:
+        """Parameters and saved buffers of ``model``; its parameters are then plain tensors on the meta device.
+
+        ``resident`` keeps what fits. Weights that the module holds in another form than the files (the experts of a
+        layer in one tensor) are made when they are asked for.
+
+        Raises:
+            MptkError: a weight is of whole numbers.
+        """
+        entries, buffers, metas = dict[str, Tensor | Lazy](), dict(model.named_buffers()), dict[int, nn.Parameter]()
+        self._check(model)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Deferred):
+                entries[name] = tensor.detach()
+                continue
+            entry = entries[name] = self._entry(tensor, resident)
+            owner, _, leaf = name.rpartition(".")
+            if name in buffers:
+                value = entries[name] = entry.make()
+                setattr(model.get_submodule(owner), leaf, value)
+            else:
+                meta = metas.setdefault(id(tensor), nn.Parameter(entry.like, requires_grad=tensor.requires_grad))
+                setattr(model.get_submodule(owner), leaf, meta)
+        return Weights(entries)
+
+    def _check(self, model: nn.Module) -> None:
+        held = {file: dtypes_in(file) for file in {file for file, _ in self.values()}}
+        for tensor in model.state_dict(keep_vars=True).values():
+            for key in sources(tensor) if isinstance(tensor, Deferred) and tensor.is_floating_point() else ():
+                file, _ = self[key]
+                if held[file][key] is None:
+                    raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
+
+    def _entry(self, tensor: Deferred, resident: Resident) -> Lazy:
+        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if (key := itself(tensor)) is not None:
+            file, stored = self[key]
+            return stored_weight(file, key, like, resident, stored.dtype if stored.is_floating_point() else None)
+        unkept, names = Resident(0), sorted(sources(tensor))
+        parts = {key: stored_weight(self[key][0], key, self[key][1], unkept) for key in names}
+
+        def make() -> Tensor:
+            return made(tensor, {key: part.make() for key, part in parts.items()})
+
+        return Lazy(like, partial(resident.get, f"{self[names[0]][0]}|{names}", make))
+
+
+class _Opened:
+    """A safetensors file as ``from_pretrained`` opens it, whose tensors are read later."""
+
+    def __init__(self, file: Path, files: Files) -> None:
+        with safe_open(file, "pt") as opened:
+            self._metadata = opened.metadata()
+            self._likes = {key: _like(opened, key) for key in opened.keys()}  # noqa: SIM118
+        files.update({key: (file, like) for key, like in self._likes.items()})
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._likes)
+
+    def metadata(self) -> Any:
+        """What the file says beside them."""
+        return self._metadata
+
+    def get_slice(self, key: str) -> Deferred:
+        """A tensor, which is read later."""
+        return deferred(key, self._likes[key])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """It is closed already."""
+
+
+def _like(opened: Any, key: str) -> Tensor:
+    """The shape and the type of a tensor in a file."""
+    part = opened.get_slice(key)
+    shape = part.get_shape()
+    return torch.empty(shape, dtype=(part[:0] if shape else opened.get_tensor(key)).dtype, device="meta")

@@ -1,0 +1,87 @@
+"""A kind of conversion of its own is a class and a line in a list: its model, its proof and its note follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+
+import mptk
+from mptk import conversions
+from mptk.config.settings import Settings
+from mptk.errors import ProofError
+from mptk.ir.plan import Entry, Plan
+from mptk.ir.program import Program
+from mptk.proof import claims
+from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.staged.staged import Executor
+
+MEASURED = {"data": "random", "samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "progress": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledValues(Conversion):
+    """Values are ``by`` times as large, and the projections after them make up for it."""
+
+    name = "values"
+    stage = "scaled values"
+    settles = "how large values are"
+    does = "scales values"
+
+    by: float
+
+    @classmethod
+    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+        return None
+
+    @classmethod
+    def planned(cls, entry: Entry) -> Change:
+        return partial(cls.scale, float(str(entry["by"])), float(str(entry.get("back", entry["by"]))))
+
+    @classmethod
+    def scale(cls, by: float, back: float, model: Analysed, analyse: Analyse) -> Conversion:
+        weights = model.loaded.weights
+        assert weights is not None
+        changes = {name: partial(torch.mul, other=by) for name in weights if "v_proj" in name}
+        changes |= {name: partial(torch.mul, other=1 / back) for name in weights if "o_proj" in name}
+        return cls(model, analyse(replace(model.loaded, weights=weights.changed(changes))), by=by)
+
+    @property
+    def entry(self) -> Entry:
+        return {"by": self.by}
+
+    @property
+    def note(self) -> str:
+        return f"values are {self.by} times as large"
+
+    def equal(self, executor: Executor) -> tuple[Program, Program]:
+        return self.before.analysis.program, self.after.analysis.program
+
+
+@pytest.fixture(autouse=True)
+def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (conversions, claims):
+        monkeypatch.setattr(module, "CONVERSIONS", (*conversions.CONVERSIONS, ScaledValues))
+
+
+def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:
+    dense = toys.llama(layers=2)
+    Plan({}, conversions={"values": {"by": 4.0}}).save(tmp_path / "plan.json")
+    found = mptk.prune(dense, tmp_path / "out", plan=str(tmp_path / "plan.json"), onnx=False, **MEASURED)
+    assert found is not None
+    assert "values are 4.0 times as large" in found.report.notes
+    assert [stage["stage"] for stage in found.report.proof].count("scaled values") == 1
+    layer, before = found.model.model.layers[0].self_attn, dense.model.layers[0].self_attn
+    assert torch.equal(layer.v_proj.weight, 4 * before.v_proj.weight)
+    assert mptk.verify(tmp_path / "out", model=dense)
+
+
+def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path: Path) -> None:
+    Plan({}, conversions={"values": {"by": 4.0, "back": 2.0}}).save(tmp_path / "plan.json")
+    with pytest.raises(ProofError, match="fails at 'scaled values'"):
+        mptk.prune(toys.llama(layers=2), plan=str(tmp_path / "plan.json"), **MEASURED)

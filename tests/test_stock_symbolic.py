@@ -19,6 +19,7 @@ class ToyConfig(PreTrainedConfig):
     width: int = 12
     half: int = 5
     kinds: list[int] | None = None
+    part: int = 5
 
 
 class Toy(PreTrainedModel):
@@ -31,6 +32,10 @@ class Toy(PreTrainedModel):
         super().__init__(config)
         self.up = nn.Linear(config.width, type(self).inner(config), bias=False)
         self.post_init()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Each half, as a recurrence divides its channels."""
+        return self.up(values).view(-1, 2, self.config.part)
 
 
 def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
@@ -74,6 +79,20 @@ def test_a_number_that_cannot_be_a_symbol_stays_a_number(monkeypatch: pytest.Mon
     spec = Spec(Toy(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert changed(stock.config({"half": 4})) == {"half": 4}
+
+
+def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
+    spec = Spec(Toy(ToyConfig()), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
+
+    def forward(model: PreTrainedModel) -> None:
+        model(torch.ones(3, 12, device="meta"))
+
+    def never(model: PreTrainedModel) -> None:
+        raise ValueError("numbers, please")
+
+    stock = spec.discover(forward=forward)
+    assert "shape '[-1, 2, 5]' is invalid" in refused(stock.accepts({"half": 4})).reason
+    assert spec.discover(forward=never).accepts({"half": 4}) is None, "the class before the cut does not run, either"
 
 
 def test_a_class_that_takes_no_symbols_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

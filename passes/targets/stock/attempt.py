@@ -17,6 +17,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.compat.torch import FakeTensorMode
+
+Forward = Callable[[PreTrainedModel], object]
+"""Runs a model once on inputs without numbers."""
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -25,10 +29,10 @@ class Refusal:
     """Why the stock class cannot hold the model. A value, not an exception: the caller prints it or tries another way.
 
     Attributes:
-        kind: the step that refused. "validator": the config's own check. "constructor": the model's. "names": the set
-            of parameters differs. "shape": no config field gives a parameter its shape. "shared": one field serves
-            several families, which must be cut together. "numeric": the shapes fit, but the class computes another
-            function.
+        kind: the step that refused. "validator": the config's own check. "constructor": the model's, or its forward
+            pass. "names": the set of parameters differs. "shape": no config field gives a parameter its shape.
+            "shared": one field serves several families, which must be cut together. "numeric": the shapes fit, but the
+            class computes another function.
         where: the validator, the line of the constructor, or the parameter.
         config: for "validator", the complete config that was refused (``rehome`` starts from it).
     """
@@ -49,6 +53,16 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
             return refusal(error, model_class)
+
+
+def failure(forward: Forward, model: PreTrainedModel) -> Refusal | None:
+    """Why a forward pass of a model on the meta device raises, or None."""
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
+        try:
+            forward(model.eval())
+        except Exception as error:  # noqa: BLE001 (as above)
+            return refusal(error, type(model))
+    return None
 
 
 def configured(
@@ -111,13 +125,12 @@ def refusal(error: Exception, cls: type) -> Refusal:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings while unusual configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
-    logger = logging.getLogger("transformers")
-    saved = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    """No warnings while unusual configs are tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.handlers, logger.propagate = saved
+        logging.disable(before)

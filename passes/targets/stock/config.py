@@ -128,12 +128,12 @@ def finished(
     if isinstance(model, Refusal):
         return model
     if refused is not None:
-        return replace(refused, config=_with_scalars(config, scalars))
+        return replace(refused, config=with_scalars(config, scalars))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if (wrong := misfit(shapes, target)) is not None:
         return wrong
     changes = _changes(template, assignment) | _scalar_changes(config, scalars)
-    return StockConfig(model_class, _with_scalars(config, scalars), changes)
+    return StockConfig(model_class, with_scalars(config, scalars), changes)
 
 
 def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
@@ -169,7 +169,8 @@ def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedCo
             yield config, key, key
 
 
-def _with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> PreTrainedConfig:
+def with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> PreTrainedConfig:
+    """A copy of ``config`` in which every float field with an old value of ``scalars`` has the new one."""
     config = copy.deepcopy(config)
     found = [(owner, name, new) for old, new in scalars.items() for owner, name, _ in _floats(config, old)]
     for owner, name, new in found:

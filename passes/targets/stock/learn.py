@@ -14,13 +14,15 @@ from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
-from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit
+from passes.targets.stock.attempt import Forward, Refusal, failure
+from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit, with_scalars
 from passes.targets.stock.depth import Built, build, pattern, shorten
 from passes.targets.stock.equations import CutShapes, Law, Products, solve
-from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of
+from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
 
 Widths = dict[str, int]
+OTHER_EPSILON = 1.37
+"""By what norms' epsilons are multiplied in a trial, to see whether they come from the config."""
 
 
 class Stock:
@@ -31,6 +33,7 @@ class Stock:
         refusals: family → why it cannot be cut alone in the stock class.
         together: sets of families that the class can only cut together because they share a field, e.g. the heads of
             an encoder and of its decoder.
+        derived: as given to ``discover``.
     """
 
     def __init__(self, model: PreTrainedModel, families: Mapping[str, int], shapes: CutShapes) -> None:
@@ -39,6 +42,9 @@ class Stock:
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
         self._law: Law | None = None
+        self.derived: Mapping[str, str] = {}
+        self._norms: Mapping[str, Mapping[str, float]] = {}
+        self._forward: Forward | None = None
 
     @staticmethod
     def discover(
@@ -48,6 +54,8 @@ class Stock:
         shapes: CutShapes,
         *,
         derived: Mapping[str, str] = MappingProxyType({}),
+        norms: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+        forward: Forward | None = None,
     ) -> Stock:
         """Learn which of ``families`` the class of ``model`` can express, alone or together with others.
 
@@ -57,11 +65,15 @@ class Stock:
             fixed: sizes of the leaf axes that belong to no family.
             shapes: the shapes of a cut.
             derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
+            norms: family → weight → the epsilon of its norm, which a cut changes.
+            forward: what must run with the class after a cut, if it runs before: a number that no weight shows (the
+                size of a recurrence's heads) may be wrong though all shapes fit.
 
         Raises:
             MptkError: the class cannot be built from the model's config.
         """
         stock = Stock(model, dict(families), shapes)
+        stock.derived, stock._norms, stock._forward = derived, norms, forward
         if families:
             stock._learn(fixed, derived)
         return stock
@@ -205,8 +217,28 @@ class Stock:
         """What is wrong with the class built for ``widths``. Validators do not count."""
         assignment = self._assign(widths)
         made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
-        model = made if isinstance(made, Refusal) else built(self._class, made[0])
-        return model if isinstance(model, Refusal) else self._differs(sizes_of(model), widths)
+        norms = {weight: old for name in widths for weight, old in self._norms.get(name, {}).items()}
+        other = {old: OTHER_EPSILON * old for old in norms.values()}
+        model = made if isinstance(made, Refusal) else built(self._class, with_scalars(made[0], other))
+        if isinstance(model, Refusal):
+            return model
+        sizes, before = sizes_of(model), {new: old for old, new in other.items()}
+        kept = {(name.rpartition(".")[0], number) for name, number in sizes.numbers.items()}
+        for weight, old in norms.items():
+            if (weight.rpartition(".")[0], old) in kept:
+                where = starred(weight)
+                return Refusal("numeric", where, f"the class fixes its norm's epsilon at {old:g}, which a cut changes")
+        numbers = {name: before.get(number, number) for name, number in sizes.numbers.items()}
+        return self._differs(Sizes(sizes.shapes, numbers), widths) or self._fails(model)
+
+    def _fails(self, model: PreTrainedModel) -> Refusal | None:
+        """Why a forward pass of the cut class fails, if one of the dense class does not."""
+        found = None if self._forward is None else failure(self._forward, model)
+        if found is not None and self._forward is not None:
+            dense = built(self._class, self.dense)
+            if isinstance(dense, Refusal) or failure(self._forward, dense) is not None:
+                self._forward = found = None
+        return found
 
 
 def trial_widths(families: Mapping[str, int], group: Sequence[str]) -> list[tuple[tuple[str, int], ...]]:

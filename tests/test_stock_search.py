@@ -101,13 +101,16 @@ def test_probing_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma3_text", "gemma2", "qwen2"])
 def test_a_class_is_built_three_times_at_most(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With symbols, with symbols for what its config leaves open, and once with the numbers that were found."""
+    """With symbols, with symbols for what its config leaves open, and once with the numbers that were found.
+
+    A class with experts does not run on tensors without numbers. It is built once more to see that it never did.
+    """
     model: Any = tiny_model("causal-lm", kind).model
     analysis, built, init = analyze(trace(model)), [], type(model).__init__
     monkeypatch.setattr(type(model), "__init__", lambda *given: built.append(given) or init(*given))
     stock = discover(analysis, model)
     assert "kv_groups" not in stock.refusals
-    assert len(built) <= 3
+    assert len(built) <= 3 + (kind == "qwen3_moe")
 
 
 def test_numbers_that_must_change_at_once() -> None:

@@ -21,6 +21,8 @@ from passes.targets.stock.equations import CutShapes, Law, Products, solve
 from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
 
 Widths = dict[str, int]
+NEGLIGIBLE = 5e-6
+"""An epsilon that moves a norm of usual activations by less than a tenth of what the proof allows."""
 OTHER_EPSILON = 1.37
 """By what norms' epsilons are multiplied in a trial, to see whether they come from the config."""
 
@@ -217,7 +219,8 @@ class Stock:
         """What is wrong with the class built for ``widths``. Validators do not count."""
         assignment = self._assign(widths)
         made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
-        norms = {weight: old for name in widths for weight, old in self._norms.get(name, {}).items()}
+        every = {weight: old for name in widths for weight, old in self._norms.get(name, {}).items()}
+        norms = {weight: old for weight, old in every.items() if old > NEGLIGIBLE}
         other = {old: OTHER_EPSILON * old for old in norms.values()}
         model = made if isinstance(made, Refusal) else built(self._class, with_scalars(made[0], other))
         if isinstance(model, Refusal):

@@ -30,12 +30,12 @@ class Toy(PreTrainedModel):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
-        self.up = nn.Linear(config.width, type(self).inner(config), bias=False)
+        self.up, self.part = nn.Linear(config.width, type(self).inner(config), bias=False), config.part
         self.post_init()
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Each half, as a recurrence divides its channels."""
-        return self.up(values).view(-1, 2, self.config.part)
+        return self.up(values).view(-1, 2, self.part)
 
 
 def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
@@ -93,6 +93,27 @@ def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
     stock = spec.discover(forward=forward)
     assert "shape '[-1, 2, 5]' is invalid" in refused(stock.accepts({"half": 4})).reason
     assert spec.discover(forward=never).accepts({"half": 4}) is None, "the class before the cut does not run, either"
+
+
+def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class takes a half of three channels, but not of four, for six parts, which may be the channels."""
+
+    def inner(config: ToyConfig) -> int:
+        if 6 % config.half:
+            raise ValueError("no whole parts")
+        return 2 * config.half
+
+    monkeypatch.setattr(Toy, "inner", staticmethod(inner))
+    for part, ok in ((6, False), (7, True)):
+        spec = Spec(Toy(ToyConfig(half=6, part=part)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
+        assert (spec.discover().accepts({"half": 3}) is None) == ok
+
+
+def test_a_width_that_the_class_rounds_is_refused_without_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: (config.half + 1) // 2 * 4))
+    spec = Spec(Toy(ToyConfig(half=6)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
+    stock = spec.discover()
+    assert [width for width in range(1, 6) if stock.accepts({"half": width}) is None] == [2, 4]
 
 
 def test_a_class_that_takes_no_symbols_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from passes.targets.stock.attempt import Forward, Refusal, failure
 from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit, with_scalars
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.equations import CutShapes, Law, Products, solve
+from passes.targets.stock.equations import CutShapes, Law, Products, is_width, solve
 from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
 
 Widths = dict[str, int]
@@ -87,7 +87,10 @@ class Stock:
         """
         assignment = self._assign(widths)
         config = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
-        return config if isinstance(config, Refusal) else config[1]
+        if isinstance(config, Refusal):
+            return config
+        rounds = self._law is not None and self._law.reading.rounds
+        return config[1] or (self._fits(self._cut(widths)) if rounds else None)
 
     def config(
         self,
@@ -127,15 +130,19 @@ class Stock:
 
     def _assign(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
         """The fields that ``widths`` change, and all implicit ones."""
-        cut = {name for name, width in widths.items() if width != self._families.get(name, width)}
-        for name in sorted(cut & self.refusals.keys()):
+        cut = self._cut(widths)
+        for name in sorted(cut.keys() & self.refusals.keys()):
             groups = [group for group in self.together if name in group]
             if not groups:
                 return self.refusals[name]
-            if not any(group <= cut for group in groups):
-                others = " and ".join(sorted(groups[0] - cut))
+            if not any(group <= cut.keys() for group in groups):
+                others = " and ".join(sorted(groups[0] - cut.keys()))
                 return Refusal("shared", name, f"the config can only express it cut together with {others}")
-        return {} if self._law is None else self._law.at({name: widths[name] for name in cut})
+        return {} if self._law is None else self._law.at(cut)
+
+    def _cut(self, widths: Mapping[str, int]) -> Widths:
+        """The widths that change."""
+        return {name: width for name, width in widths.items() if width != self._families.get(name, width)}
 
     def _learn(self, fixed: Sequence[int], derived: Mapping[str, str]) -> None:
         """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
@@ -209,11 +216,19 @@ class Stock:
                     packed[group] = cuts[0]
             if self._contradicted({n: w for cut in packed.values() for n, w in cut.items()}) is not None:
                 for group in packed:
-                    why = [self._contradicted(cut) for cut in trials[group]]
-                    if None not in why:
+                    wrong = [why for cut in trials[group] if (why := self._contradicted(cut)) is not None]
+                    if wrong and (len(wrong) == len(trials[group]) or self._unfollowed(trials[group][0])):
                         self.together = [other for other in self.together if other != group]
-                        self.refusals |= {name: why[0] for name in group if why[0] is not None}
+                        self.refusals |= dict.fromkeys(group, wrong[0])
             left = {group: cuts for group, cuts in left.items() if group not in packed}
+
+    def _unfollowed(self, widths: Widths) -> bool:
+        """Whether the class has a number equal to the width of a family that is cut, and it stays."""
+        if self._law is None or isinstance(assignment := self._law.at(widths), Refusal):
+            return False
+        dense, now = self._law.reading.dense.numbers, self._law.reading.at(assignment).numbers
+        old = {self._families[name] for name in widths}
+        return any(is_width(name, number) and number in old and now[name] == number for name, number in dense.items())
 
     def _contradicted(self, widths: Widths) -> Refusal | None:
         """What is wrong with the class built for ``widths``. Validators do not count."""

@@ -93,6 +93,7 @@ class Reading:
         fields: the config's integers; a list has one for each entry.
         pins: the implicit fields that stand for a number.
         dense: the sizes before the cut.
+        rounds: whether some size is more than sums and products of fields.
 
     Raises:
         MptkError: the class cannot be built from ``config``.
@@ -117,6 +118,8 @@ class Reading:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
         self.dense = self.at({})
+        sizes = {size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)}
+        self.rounds = not all(size.is_polynomial() for size in sizes)
         del self._symbols, self._integers  # torch's record of all sizes
 
     def at(self, assignment: Assignment) -> Sizes:

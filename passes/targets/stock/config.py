@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from passes.targets.stock.attempt import Refusal, configured, on_meta
-from passes.targets.stock.equations import Products, solve
+from passes.targets.stock.equations import Grown, Law, Products
 from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread
 
 
@@ -53,6 +53,7 @@ def probe_config(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     target_shapes: Shapes,
+    grown: Grown,
     widths: Mapping[str, tuple[int, int]],
     fixed: Sequence[int],
 ) -> StockConfig | Refusal:
@@ -62,11 +63,9 @@ def probe_config(
         model_class: the stock class, e.g. ``type(model)``.
         config: its config before the cut; not changed.
         target_shapes: state-dict name → shape after the cut, tied names included.
+        grown: the dimensions that the cut changes, with the families that they grow with.
         widths: family → (old, new) width, for every leaf axis that the cut touches.
         fixed: sizes of the other leaf axes. A field may be a product of up to three of all these sizes.
-
-    Returns:
-        The config with the fewest changes found, or the refusal.
     """
     try:
         reading = Reading(model_class, config)
@@ -76,16 +75,13 @@ def probe_config(
         return wrong
     grows = [name for name, (before, after) in widths.items() if after > before]
     products = Products({name: before for name, (before, _) in widths.items()}, fixed, grows)
-    old = reading.dense.shapes
-    moved = {a for name in old for a, b in zip(old[name], target_shapes[name], strict=True) if a != b}
-    odd = {n for n in reading.dense.numbers.values() if isinstance(n, int) and not products.of(n)} - moved
-    assignment, refused = solve(reading, target_shapes, odd)
+    new = {name: after for name, (_, after) in widths.items()}
+    assignment = Law(reading, products, grown, ()).at(new)
+    if isinstance(assignment, Refusal):
+        return assignment
     cut = reading.at(assignment)
-    refused = refused or misfit(cut.shapes, target_shapes)
-    refused = refused or products.strange(reading.dense, cut, {name: new for name, (_, new) in widths.items()})
-    if refused is not None:
-        return refused
-    return finished(model_class, config, reading.needed(assignment), target_shapes)
+    refused = misfit(cut.shapes, target_shapes) or products.strange(reading.dense, cut, new)
+    return refused or finished(model_class, config, reading.needed(assignment), target_shapes)
 
 
 def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:

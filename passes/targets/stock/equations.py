@@ -13,19 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TypeAlias
 
-import sympy
-
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.symbolic import Assignment, Field, Reading, Shapes, Sizes, SizeSlot, starred
+from passes.targets.stock.symbolic import Field, Reading, Shapes, Sizes, SizeSlot, starred
 
 CutShapes = Callable[[Mapping[str, int]], Shapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
 Place: TypeAlias = SizeSlot | str
 """A dimension of a weight, or a number of a module."""
 Row = dict[Hashable, Fraction]
-"""A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's, a prime number's."""
+"""A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's."""
+Grown = Mapping[SizeSlot, Row]
+"""Dimension of a weight → the families that it grows with, with exponents."""
 FACTORS = 3
 
 
@@ -146,13 +147,13 @@ class Equation:
         return self.fields | {unknown: -factor for unknown, factor in self.wanted.items()}
 
 
-def equations(reading: Reading, wanted: Callable[[SizeSlot], Row]) -> list[Equation]:
+def equations(reading: Reading, grown: Grown) -> list[Equation]:
     """All different equations of a class. A size of 1 that stays is left out: what it is made of may be rounded."""
     found = dict[Hashable, Equation]()
     for place, own in reading.exponents():
         fields, grows, integer = dict[Hashable, Fraction](own.items()), Row(), None
         if isinstance(place, tuple):
-            grows = wanted(place)
+            grows = grown.get(place, {})
             if not grows and reading.dense.shapes[place[0]][place[1]] == 1:
                 continue
         elif is_width(place, value := reading.dense.numbers[place]):
@@ -166,18 +167,18 @@ def equations(reading: Reading, wanted: Callable[[SizeSlot], Row]) -> list[Equat
 class Law:
     """How the fields of a class follow the widths of a model's families, and which of these it ties together.
 
-    ``fixed``: families that must stay; None: neither these nor the numbers of modules count.
+    ``products``: what the numbers of modules may be. ``fixed``: families that must stay; None: neither these nor the
+    numbers of modules count.
 
     Attributes:
-        reading, products: of the class, and of what its numbers may be.
+        reading, products, grown: as given.
         fields: field → families whose width it grows with, with exponents.
         ties: sums of families that are zero.
     """
 
-    def __init__(self, reading: Reading, products: Products, shapes: CutShapes, fixed: Collection[str] | None) -> None:
-        self.reading, self.products, families = reading, products, products.families
-        grown = _grown(reading.dense.shapes, families, shapes)
-        every = equations(reading, lambda slot: grown.get(slot, {}))
+    def __init__(self, reading: Reading, products: Products, grown: Grown, fixed: Collection[str] | None) -> None:
+        self.reading, self.products, self.grown, families = reading, products, grown, products.families
+        every = equations(reading, grown)
         every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
         others = [each for each in every if each.integer is None]
         count = Counter(field for each in others for field in each.fields)
@@ -220,9 +221,11 @@ class Law:
         for tie in self.ties:
             if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
                 names = " and ".join(sorted(map(str, tie)))
+                if len(tie) == 1:
+                    config = type(self.reading.template).__name__
+                    return Refusal("shape", config, f"no field sets the sizes of {names} and no others")
                 where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), names)
-                what = "are one number in the config and must be cut in proportion" if len(tie) > 1 else "must stay"
-                return Refusal("shared", where, f"{names} {what}")
+                return Refusal("shared", where, f"{names} are one number in the config and must be cut in proportion")
         found = {pin: pin.value for pin in self.reading.pins}
         for field, row in self.fields.items():
             value = scaled(field.value, row, ratios)
@@ -232,6 +235,11 @@ class Law:
             if value != field.value:
                 found[field] = int(value)
         return found
+
+    @cached_property
+    def free(self) -> Law:
+        """The law without fixed families and numbers of modules."""
+        return Law(self.reading, self.products, self.grown, None)
 
     def group(self, name: str, last: Sequence[str] = ()) -> frozenset[str] | None:
         """A family and the fewest that must be cut with it, in proportion; None if there are none such.
@@ -258,7 +266,7 @@ def _free(row: Row) -> bool:
     return any(isinstance(unknown, Field) for unknown in row)
 
 
-def _grown(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
+def growing(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
     """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
     found: dict[SizeSlot, Row] = {}
     for family, width in families.items():
@@ -268,80 +276,3 @@ def _grown(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dic
                 if two != one:
                     found.setdefault((name, d), {})[family] = Fraction(4 * two - three - 3 * one, 2 * one)
     return found
-
-
-def solve(reading: Reading, target: Shapes, odd: Collection[int] = ()) -> tuple[dict[Field, int], Refusal | None]:
-    """The fields that give a class the ``target``'s shapes, and the first place that no field can correct.
-
-    Integers of modules in ``odd`` must stay, as floats do.
-    """
-
-    def ratio(slot: SizeSlot) -> Row:
-        old, new = reading.dense.shapes[slot[0]][slot[1]], target[slot[0]][slot[1]]
-        return _factors(new, old)
-
-    every = [each for each in equations(reading, ratio) if each.integer is None or each.integer in odd]
-    every.sort(key=lambda e: (_is_sum(e), not e.wanted, isinstance(e.place, str)))
-    count = Counter(field for each in every if each.wanted for field in each.fields)
-    fields = dict.fromkeys(field for each in every for field in each.fields)
-    echelon = Echelon(sorted(fields, key=lambda f: (-count[f], f in reading.pins)))
-    values = dict[Field, Fraction]()
-    for each in every:
-        row = _summand(reading, echelon, each, target) if _is_sum(each) else each.row
-        left, before = echelon.left(row), _rounded(reading, values)
-        if left and not _free(left):
-            return before, _wrong(reading, each.place, before, target)
-        echelon.add(row)
-        values = _values(echelon)
-        if isinstance(each.place, str) and any(value.denominator != 1 for value in values.values()):
-            return before, _wrong(reading, each.place, before, target)
-    return _rounded(reading, values), None
-
-
-def _is_sum(equation: Equation) -> bool:
-    return not isinstance(equation.place, str) and any(e.denominator != 1 for e in equation.fields.values())
-
-
-def _summand(reading: Reading, echelon: Echelon, equation: Equation, target: Shapes) -> Row:
-    """An equation for the one field of a sum that no other equation gives: the first value that is enough."""
-    assert isinstance(equation.place, tuple)
-    name, dimension = equation.place
-    field = next((field for field in equation.fields if isinstance(field, Field) and field not in echelon.solved), None)
-    if field is None:
-        return {}
-    values, known = range(1, 4 * field.value), _rounded(reading, _values(echelon))
-    sizes = (reading.at({**known, field: value}).shapes[name][dimension] for value in values)
-    value = next((v for v, size in zip(values, sizes, strict=True) if size >= target[name][dimension]), field.value)
-    return {field: Fraction(1)} | _factors(field.value, value)
-
-
-def _factors(above: int, below: int) -> Row:
-    """The prime numbers in a ratio, with their powers."""
-    ratio = sympy.Rational(above, below) if above != below else sympy.Integer(1)
-    return {prime: Fraction(power) for prime, power in sympy.factorrat(ratio).items()}
-
-
-def _values(echelon: Echelon) -> dict[Field, Fraction]:
-    """The fields that are solved for, of which each is a product of powers of primes."""
-    rows = {field: echelon.of(field) for field in echelon.solved if isinstance(field, Field)}
-    found = {f: scaled(f.value, row, {p: Fraction(p) for p in row if isinstance(p, int)}) for f, row in rows.items()}
-    return {field: Fraction(field.value) if value is None else value for field, value in found.items()}
-
-
-def _rounded(reading: Reading, values: Mapping[Field, Fraction]) -> dict[Field, int]:
-    changed = {field: max(round(value), 1) for field, value in values.items() if value != field.value}
-    return {pin: pin.value for pin in reading.pins} | changed
-
-
-def _wrong(reading: Reading, place: Place, assignment: Assignment, target: Shapes) -> Refusal:
-    """Why a place cannot be right if the fields of its other sizes are set."""
-    cut = reading.at(assignment)
-    if isinstance(place, str):
-        return changes(place, reading.dense.numbers[place], cut.numbers[place])
-    name, dimension = place
-    setting = ", ".join(f"{f.name}={value}" for f, value in assignment.items() if value != f.value)
-    what = f"{setting} would make it {cut.shapes[name]}, but the cut leaves {target[name]}"
-    if not setting or cut.shapes[name] == target[name]:
-        kind, old = type(reading.template).__name__, reading.dense.shapes[name]
-        what = f"no field of {kind} turns {old} into {target[name]} (dimension {dimension})"
-    return Refusal("shape", starred(name), what)

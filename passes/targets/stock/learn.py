@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from passes.targets.stock.attempt import Forward, Refusal, failure
 from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit, with_scalars
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.equations import CutShapes, Law, Products, is_width, solve
+from passes.targets.stock.equations import CutShapes, Law, Products, growing, is_width
 from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
 
 Widths = dict[str, int]
@@ -154,7 +154,8 @@ class Stock:
         if (wrong := misfit(reading.dense.shapes, self._shapes({}))) is not None:
             self.refusals = dict.fromkeys(self._families, wrong)
             return
-        self._law = Law(reading, Products(self._families, fixed), self._shapes, derived)
+        grown = growing(reading.dense.shapes, self._families, self._shapes)
+        self._law = Law(reading, Products(self._families, fixed), grown, derived)
         trials = dict[frozenset[str], list[Widths]]()
         for name in self._families:
             self._try(frozenset((name,)), trials)
@@ -181,7 +182,9 @@ class Stock:
         assert self._law is not None
         assignment = self._law.at(widths)
         if isinstance(assignment, Refusal):
-            return solve(self._law.reading, self._shapes(widths))[1] or assignment
+            other = self._law.free.at(widths)  # does the class compute another function?
+            why = None if isinstance(other, Refusal) else self._differs(self._law.reading.at(other), widths)
+            return why or assignment
         return self._differs(self._law.reading.at(assignment), widths)
 
     def _differs(self, sizes: Sizes, widths: Widths) -> Refusal | None:
@@ -194,8 +197,7 @@ class Stock:
         assert self._law is not None
         group = self._law.group(name)
         if group is None:
-            free = Law(self._law.reading, self._law.products, self._shapes, None)
-            group = free.group(name, [*derived]) or frozenset()
+            group = self._law.free.group(name, [*derived]) or frozenset()
         if fixed := sorted(group & derived.keys()):
             what = f"it can only be cut together with {fixed[0]}, which must stay: {derived[fixed[0]]}"
             self.refusals[name] = Refusal("numeric", name, what)

@@ -118,7 +118,7 @@ class Reading:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
         self.dense = self.at({})
-        sizes = {size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)}
+        sizes: set[Number] = {size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)}
         self.rounds = not all(size.is_polynomial() for size in sizes)
         del self._symbols, self._integers  # torch's record of all sizes
 

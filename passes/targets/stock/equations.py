@@ -14,15 +14,12 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TypeAlias
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.symbolic import Field, Reading, Shapes, Sizes, SizeSlot, starred
 
 CutShapes = Callable[[Mapping[str, int]], Shapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
-Place: TypeAlias = SizeSlot | str
-"""A dimension of a weight, or a number of a module."""
 Row = dict[Hashable, Fraction]
 """A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's."""
 Grown = Mapping[SizeSlot, Row]
@@ -105,19 +102,14 @@ class Products:
                 (old, new) in sizes or any(scaled(old, r, ratios) == new for r in self.of(old))
             )
             if not may:
-                return changes(name, old, new)
+                where = starred(name)
+                return Refusal("numeric", where, f"not the same function: {where} changes from {old} to {new}")
         return None
 
 
 def is_width(name: str, value: float) -> bool:
     """Whether a number of a module may follow a width: an integer that is no size of a table."""
     return isinstance(value, int) and not name.endswith("]")
-
-
-def changes(name: str, old: float, new: float) -> Refusal:
-    """The refusal of a class that computes another number."""
-    where = starred(name)
-    return Refusal("numeric", where, f"not the same function: {where} changes from {old} to {new}")
 
 
 def scaled(value: float, exponents: Row, ratios: Row) -> Fraction | None:
@@ -137,7 +129,7 @@ class Equation:
     ``integer``: the number, if it is an integer that a module keeps; it may follow a width.
     """
 
-    place: Place
+    place: SizeSlot | str
     fields: Row
     wanted: Row
     integer: int | None

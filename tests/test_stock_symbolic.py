@@ -11,6 +11,7 @@ from stock_specs import Spec, changed, llama, qwen2, refused
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
+from benchmarks.tiny_models import tiny_model
 from passes.targets.stock.symbolic import Reading
 
 
@@ -127,6 +128,12 @@ def test_a_class_that_takes_no_symbols_is_refused_with_its_reason(monkeypatch: p
     refusal = refused(spec.discover().accepts({"width": 8}))
     assert refusal.kind == "constructor"
     assert refusal.reason == "TypeError: a plain number, please"
+
+
+def test_torch_does_not_warn_of_what_symbols_leave_open(capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("causal-lm", "inkling2_loop_text").model
+    Reading(type(model), model.config)
+    assert "evaluate_expr" not in capfd.readouterr().err
 
 
 def test_reading_leaves_no_trace() -> None:

@@ -2,8 +2,8 @@
 
 The class is read once as expressions of its config's fields (``symbolic.py``). What these have in common with the cut
 model's sizes says how the fields follow the families' widths (``equations.py``). One build of a trial cut of all
-families together confirms it. After that, ``Stock`` answers in about two milliseconds whether the class accepts given
-widths.
+families together confirms it: a forward pass must run, and norms must take their epsilon from the config. After that,
+``Stock`` answers in a few milliseconds whether the class accepts given widths.
 """
 
 from __future__ import annotations

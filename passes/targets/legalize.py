@@ -159,8 +159,7 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
     norms = {family.name: epsilons(analysis, family) for family in analysis.families}
     derived = derived_families(analysis)
 
-    def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        return cut_shapes(analysis, widths)
+    shapes = functools.partial(cut_shapes, analysis)
 
     def forward(built: PreTrainedModel) -> None:
         given, _ = analysis.program.exported.example_inputs or ((), {})

@@ -8,6 +8,8 @@ the numbers that it derives (an attention scale, rotary tables) are compared, to
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -19,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from passes.targets.stock.attempt import Refusal, configured, on_meta
 from passes.targets.stock.equations import Grown, Law, Products
-from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread
+from passes.targets.stock.symbolic import Assignment, Field, Reading, Shapes, Unread
 
 
 @dataclass(frozen=True)
@@ -144,16 +146,11 @@ def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tu
     before, after = template.to_dict(), template.to_dict()
     for key, value in assignment.items():
         key.put(after, value)
-    return {
-        ".".join(key.path): (_get(before, key.path) if not key.implicit else None, _get(after, key.path))
-        for key in assignment
-    }
 
+    def at(body: dict[str, Any], key: Field) -> object:
+        return functools.reduce(operator.getitem, key.path, body)
 
-def _get(body: Any, path: Sequence[str]) -> object:
-    for key in path:
-        body = body[key]
-    return body
+    return {".".join(key.path): (None if key.implicit else at(before, key), at(after, key)) for key in assignment}
 
 
 def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:

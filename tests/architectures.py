@@ -3,12 +3,13 @@ hidden 48, ffn 80, 6 heads (2 KV heads), head size 10 (8 where the architecture 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 HIDDEN, FFN, HEADS, KV, HEAD, VOCAB, LAYERS = 48, 80, 6, 2, 10, 97, 2
 GROUPED = {
     "hidden_size": HIDDEN,
@@ -58,10 +59,14 @@ def model(architecture: str, *, meta: bool = False, attention: str = "sdpa", **c
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             config(architecture, **changes), attn_implementation=attention
         )
-    if not meta:
-        for parameter in made.parameters():
-            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return made.eval()
+    return (made if meta else spread(made)).eval()
+
+
+def spread(model: Model, std: float = 0.2) -> Model:
+    """The model itself, its weights far from their small initial values (norms and biases too)."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=std)
+    return model
 
 
 def tokens(batch: int = 2, sequence: int = 7) -> torch.Tensor:

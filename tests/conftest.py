@@ -79,6 +79,31 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def inside(monkeypatch):
+    """What a test can only do inside of the product (inside.py)."""
+    from inside import Inside
+
+    return Inside(monkeypatch)
+
+
+@pytest.fixture
+def typed(inside):
+    """Runs words as the console script does, in this process. Gives the exit code."""
+
+    def run(*words):
+        from mptk.cli.main import main
+
+        inside.bound("sys.argv", ["mptk", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     """A folder that all workers of a run share."""

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
 KV, Q, HEAD = 2, 3, 10  # query heads: KV · Q = 6

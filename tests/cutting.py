@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import mptk
+from mptk import FamilyPlan, Plan
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.transforms.masked_reference import mask
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mptk
-from mptk.errors import MptkError, ProofError
+from mptk import MptkError, ProofError
 from tests.programs.oracles import disturbed, zeroed
 
 INPUT, OUTPUT = 7, 5

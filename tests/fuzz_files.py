@@ -35,14 +35,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save
 
+from mptk import MptkError, Plan, Report
 from mptk.chain.kept import CHOICE, Choice
 from mptk.config.recipe import read_recipe
-from mptk.errors import MptkError, exhausted
+from mptk.errors import exhausted
 from mptk.io import models
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
-from mptk.ir.plan import Plan
-from mptk.protocols.report import Report
 from mptk.protocols.run_folder import check_unfinished
 from mptk.publish.manifest import check_manifest
 from mptk.report import sections as views

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from architectures import GROUPED, HEAD
 from cutting import random_plan
+from inside import Inside, changed
 from safetensors.torch import load_file, save_file
-from test_pruning import WORDS, save
+from toy_checkpoints import WORDS, save
 from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
@@ -33,17 +34,16 @@ Edit = Callable[[Path], None]
 @contextmanager
 def remembered() -> Iterator[None]:
     """Within it, models are loaded, traced and probed once; every cut, emission and proof is done anew."""
-    with pytest.MonkeyPatch.context() as patch:
+    with changed() as inside:
         for owner, name, key in (
             (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
             (group, "analyze", lambda program: id(program)),
             (legalize, "discover", lambda analysis, model: (id(analysis.facts), id(model))),
         ):
-            patch.setattr(owner, name, once(getattr(owner, name), key))
+            inside.bound(f"{owner.__name__}.{name}", once(getattr(owner, name), key))
         load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)
-        patch.setattr(
-            models,
-            "open_weights",
+        inside.bound(
+            "mptk.io.models.open_weights",
             lambda model, *a, **o: (dense if Path(model).name == "dense" else load)(model, *a, **o),
         )
         yield
@@ -66,20 +66,8 @@ class Lab:
 
     def __init__(self, root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
         self.root, self.count = root, 0
-        config = MistralConfig(
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=10,
-            vocab_size=97,
-            max_position_embeddings=128,
-            sliding_window=WINDOW,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
+        sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD, "max_position_embeddings": 128}
+        config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
         self.dense = save(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
         analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
@@ -172,20 +160,14 @@ def all_of(*edits: Edit) -> Edit:
 
 def cut_wrongly(
     damage: Callable[[Program], Program], target: str = "mptk.compile.cut.cut_program"
-) -> Callable[..., None]:
+) -> Callable[[Inside], None]:
     """The rewritten program comes out damaged."""
 
-    def inject(patch: pytest.MonkeyPatch) -> None:
-        from passes.pipelines import cut_program
+    def damaged(pruned: Any) -> Any:
+        program = damage(pruned.program)
+        return replace(pruned, program=program, exact=program)
 
-        def damaged(*arguments: Any) -> Any:
-            pruned = cut_program(*arguments)
-            damaged = damage(pruned.program)
-            return replace(pruned, program=damaged, exact=damaged)
-
-        patch.setattr(target, damaged)
-
-    return inject
+    return lambda inside: inside.spoil(target, damaged)
 
 
 def state(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Program], Program]:
@@ -212,18 +194,12 @@ def constant(old: int, new: int) -> Callable[[Program], Program]:
     return change
 
 
-def after(target: str, edit: Edit, argument: int) -> Callable[[pytest.MonkeyPatch], None]:
+def after(target: str, edit: Edit, argument: int) -> Callable[[Inside], None]:
     """What the function ``target`` has written into the folder it was given is edited at once."""
-    import pkgutil
 
-    def inject(patch: pytest.MonkeyPatch) -> None:
-        original = pkgutil.resolve_name(target)
+    def edited(real: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        edit(Path(arguments[argument]))
+        return result
 
-        def edited(*arguments: Any, **options: Any) -> Any:
-            result = original(*arguments, **options)
-            edit(Path(arguments[argument]))
-            return result
-
-        patch.setattr(target, edited)
-
-    return inject
+    return lambda inside: inside.around(target, edited)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mptk import conform
-from mptk.config.settings import Settings
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk import FamilyPlan, Plan, Report, Settings, conform
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report
 from mptk.report.runs import Run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x^2$"

@@ -11,15 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mptk import MptkError, analyze, trace
 from mptk.distributed.processes import once
-from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods import criteria, distil
 from mptk.methods.criteria import observe
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
 
 

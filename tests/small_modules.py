@@ -1,4 +1,4 @@
-"""One layer that is cut, with a body of one's own after it, and its proof: each family cut alone, and all together."""
+"""Small modules: one layer that is cut, with a body of one's own after it, and its proof; layers that are added up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from cutting import cut_and_compare, random_plan
 from torch import Tensor, nn
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -29,6 +28,24 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.body(self.up(x), **self.weights)
+
+
+class Residual(nn.Module):
+    """Layers that are added to what comes before, ``strong`` ones a thousand times as much as the others."""
+
+    def __init__(self, strong: set[int], layers: int, inner: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ModuleList(nn.Linear(24, inner) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(inner, 24) for _ in range(layers))
+        with torch.no_grad():
+            for layer in set(range(layers)) - strong:
+                self.down[layer].weight *= 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
 
 
 def prove(module: nn.Module, *inputs: Tensor) -> Analysis:

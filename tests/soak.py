@@ -249,8 +249,7 @@ def write_inputs(place: Path) -> None:
     import toy_checkpoints as toys
 
     kinds.write_all(place / "kinds")
-    toys.llama().save_pretrained(place / "llama")
-    toys.tokenizer().save_pretrained(place / "llama")
+    toys.saved(toys.llama(), place / "llama")
     toys.write_gguf(toys.llama(), toys.tokenizer(), place / "toy.gguf")
     shutil.copy(place / "kinds" / "text.txt", place)
     for name in ("cache", "tmp"):

@@ -1,4 +1,7 @@
-"""Programs run in bfloat16 on request: near to float32, and nothing that is summed, solved or proven runs that way."""
+"""Programs run in bfloat16 on request: near to float32, and nothing that is summed, solved or proven runs that way.
+
+It reaches for mptk.staged and mptk.methods.criteria: what is summed in which type is no result of a run.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,20 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from test_pruning import SETTINGS, llama_config, save
+from inside import Inside
 from test_staged import MODELS, SMALL, built
 from torch import Tensor
+from toy_checkpoints import SETTINGS, llama_config, save
 from transformers import LlamaForCausalLM
 
-from mptk import Settings, prune
+from mptk import Plan, Settings, analyze, prune, trace, verify
 from mptk.chain.prepare import settled
 from mptk.config.settings import Learning
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import Calibration, gradients
 from mptk.progress import Progress
-from mptk.proof.verification import verify
 from mptk.staged.staged import Executor
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 BF16 = Executor(compute=torch.bfloat16)
 STAGED = replace(SMALL, compute=torch.bfloat16)
@@ -111,16 +110,15 @@ class Ran(list[tuple[str, torch.dtype]]):
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+def ran(inside: Inside) -> Ran:
     found = Ran()
     for name in ("outputs", "watch", "gradients"):
-        own = getattr(Executor, name)
 
-        def spied(self: Executor, *args: Any, own: Any = own, **options: Any) -> Any:
+        def spied(own: Any, self: Executor, *args: Any, **options: Any) -> Any:
             found.append((found.stage, self.compute))
             return own(self, *args, **options)
 
-        monkeypatch.setattr(Executor, name, spied)
+        inside.around(f"mptk.staged.staged.Executor.{name}", spied)
     return found
 
 
@@ -160,8 +158,3 @@ def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     assert settled(settings).learning.precision == "bf16"
     assert settled(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
     assert settled(replace(settings, compute_dtype="float32")).learning.precision == "no"
-
-
-def test_no_other_type_is_taken() -> None:
-    with pytest.raises(MptkError, match="no compute_dtype 'float16'; choose one of float32, bfloat16"):
-        Settings(compute_dtype="float16")

@@ -7,8 +7,8 @@ import json
 import pytest
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
+from mptk import MptkError
 from mptk.conform import made
-from mptk.errors import MptkError
 from mptk.ort.bench import Bench, alternate, bench_decoders
 from mptk.ort.roofline import graph_work
 from mptk.report.markdown import rendered
@@ -87,18 +87,15 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
     assert at["narrow", "decode 16"] == graph_work(narrow, sequence=1, past=16).bytes
 
 
-def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow, monkeypatch):
+def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow, inside):
     ms, begun = {1: 20.0, 2: 40.0}, []
 
-    def layers(decoder, case):
-        return len(decoder.past) // 2
-
-    def taken(steps, rounds):
+    def taken(alternate, steps, rounds):
         begun.append(steps[0])
         return [[ms[step]] * rounds for step in steps]
 
-    monkeypatch.setattr("mptk.ort.bench.decoder_step", layers)
-    monkeypatch.setattr("mptk.ort.bench.alternate", taken)
+    inside.around("mptk.ort.bench.decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
+    inside.around("mptk.ort.bench.alternate", taken)
     result = bench_decoders({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
     assert begun == [2, 1, 2, 1]
     assert [(row.ms, row.ratio) for row in result.rows] == [(40, 1), (20, 0.5)]
@@ -134,8 +131,8 @@ def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
     assert "ideal" in drawn
 
 
-def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.ort.bench.ROUND_S", 0.0)
+def test_sides_take_turns_and_the_order_changes(inside):
+    inside.bound("mptk.ort.bench.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"

@@ -1,4 +1,7 @@
-"""Positions at which a decoder begins to compute something else, and a proof that goes beyond them."""
+"""Positions at which a decoder begins to compute something else, and a proof that goes beyond them.
+
+It reaches for passes.analysis.borders and mptk.tasks.decoder_form: a border is found long before a proof reports it.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import Inside
 from lab import after, fields
-from test_pruning import save
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
+from toy_checkpoints import save
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
-from mptk.errors import MptkError
+from mptk import MptkError, trace
 from mptk.ir.samples import next_tokens
 from mptk.proof.proof import proof_batches
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import CASES, decoded
 from passes.analysis.borders import config_borders, graph_borders, reach
-from passes.frontend.trace import trace
 from passes.verify import Difference
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
@@ -130,7 +133,7 @@ def test_decoding_steps_cross_each_border_with_the_cache() -> None:
     assert ends == [*range(7, 17), 33, 34, 35, 38, 39, 40]
 
 
-def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, inside: Inside) -> None:
     """Gemma 3 with a window of 96 instead of 64: the config's check sees it, and so do the logits beyond it."""
     dense = save(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
     settings = mptk.Settings(
@@ -144,9 +147,9 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
     write_manifest(out)
     with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
         mptk.verify(out)
-    monkeypatch.setattr("mptk.targets.stock.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
+    inside.gives("mptk.targets.stock.check_config", Difference("config", 0.0, 0.0, 0.0))
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': outputs differ by"):
         mptk.verify(out)
-    after("mptk.targets.stock.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
+    after("mptk.targets.stock.write_checkpoint", fields("config.json", sliding_window=96), 4)(inside)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         mptk.prune(dense, tmp_path / "again", settings)

@@ -1,4 +1,7 @@
-"""A trace that takes too long is stopped, and a plain module is then traced with its batch size open alone."""
+"""A trace that takes too long is stopped, and a plain module is then traced with its batch size open alone.
+
+It reaches for passes.frontend.bound: a limit of a tenth of a second is too short for a model.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from inside import Inside
 from torch import nn
 
 import mptk
-import passes.frontend.trace
 from mptk.compile import trace as tracing
 from passes.frontend.bound import Late, bounded
 
@@ -53,15 +56,15 @@ def test_what_ends_in_time_is_left_alone_and_so_is_another_thread() -> None:
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
-def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace, asked = passes.frontend.trace.trace, list[Any]()
+def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(inside: Inside) -> None:
+    asked = list[Any]()
 
-    def slow(module: nn.Module, inputs: Any = None, *, dynamic: Any = False) -> Any:
+    def slow(trace: Any, module: nn.Module, inputs: Any = None, *, dynamic: Any = False) -> Any:
         asked.append(dynamic)
         return busy() if dynamic is True else trace(module, inputs, dynamic=dynamic)
 
-    monkeypatch.setattr(passes.frontend.trace, "trace", slow)
-    monkeypatch.setattr(tracing, "TRACE_SECONDS", 0.2)
+    inside.around("passes.frontend.trace.trace", slow)
+    inside.bound(f"{tracing.__name__}.TRACE_SECONDS", 0.2)
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
     assert pruned is not None

@@ -1,4 +1,7 @@
-"""README.md of a pruned folder: metadata that a hub reads, figures of the report, lines of Python that run as they are."""
+"""README.md of a pruned folder: metadata that a hub reads, figures of the report, lines of Python that run as they are.
+
+It reaches for mptk.report.card: a card of made-up figures needs no run.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import mptk
-from mptk.protocols.report import Report
+from mptk import Report
 from mptk.publish import licence
 from mptk.publish.manifest import check_manifest
 from mptk.report.card import is_hub_id, title, told
@@ -29,8 +32,7 @@ LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
     source = tmp_path_factory.mktemp("dense") / BASE
-    toys.llama().save_pretrained(source)
-    toys.tokenizer().save_pretrained(source)
+    toys.saved(toys.llama(), source)
     (source / "README.md").write_text(LICENCE)
     (source / "LICENSE").write_text("be kind")
     out = tmp_path_factory.mktemp("pruned") / "out"

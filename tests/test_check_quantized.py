@@ -11,9 +11,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from graph_damage import Damage, damaged, garbage_block, one_code
+from inside import Inside
 from tiny_decoders import CONFIGS, GROUPED, graphs_of, tiny_decoder
 
-from mptk.errors import ProofError
+from mptk import ProofError
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
@@ -104,10 +105,9 @@ class ReorderPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def test_channels_in_another_order_are_the_same_weights(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_in_another_order_are_the_same_weights(graphs: Path, inside: Inside) -> None:
     """As on a processor whose rounding puts equally large channels in another order."""
-    even_channels = checked.even_channels
-    monkeypatch.setattr(checked, "even_channels", lambda source: [*even_channels(source), ReorderPass()])
+    inside.spoil("passes.targets.onnx.check_quantized.even_channels", lambda found: [*found, ReorderPass()])
     for scheme in ("int8", "int4"):
         assert check_quantized(graphs / "model.onnx", graphs / QUANTIZED[scheme], scheme) <= 1
 

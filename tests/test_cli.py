@@ -1,4 +1,7 @@
-"""The command line on a tiny checkpoint: what each command prints and writes, and what a user's error looks like."""
+"""The command line on a tiny checkpoint: what each command prints and writes, and what a user's error looks like.
+
+It reaches for mptk.publish.manifest and the rules: what the commands print is compared with them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from inside import Inside
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
-from mptk.cli import app
-from mptk.cli.main import main
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.files import write_json
 from mptk.publish.manifest import check_manifest
 from passes.analysis.rules import RULES
@@ -83,19 +85,14 @@ def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @pytest.fixture
-def mptk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def mptk(inside: Inside, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Runs a command line in this process, as the console script does."""
 
     def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mptk", *map(str, arguments)])
-        monkeypatch.setattr(app.out, "width", 2000)
+        inside.bound("mptk.cli.console.out.width", 2000)
         capsys.readouterr()
         with warnings.catch_warnings():
-            try:
-                main()
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
+            code = typed(*arguments)
         return Result(code, *capsys.readouterr())
 
     return run
@@ -232,8 +229,8 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
     assert report["quality"]["dense"] > 1
 
 
-def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, monkeypatch):
-    monkeypatch.setattr("mptk.ort.bench.peak_memory", lambda *_: 1)  # test_bench.py measures it, in new processes
+def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, inside):
+    inside.gives("mptk.ort.bench.peak_memory", 1)  # test_bench.py measures it, in new processes
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)
     result = mptk("bench", files.model, out, "--lengths", "16,40", "--rounds", "2", "--json", tmp_path / "bench.json")

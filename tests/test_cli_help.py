@@ -1,4 +1,7 @@
-"""The command line itself: choices, completion, help, quiet and verbose, JSON on standard output, wide tables, Ctrl-C."""
+"""The command line itself: choices, completion, help, quiet and verbose, JSON on standard output, wide tables, Ctrl-C.
+
+It reaches for mptk.cli.options: the words of `--help` are those of the code.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from inside import Inside
 from test_cli import ROOT, SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
 
+from mptk import MptkError, Settings
 from mptk.cli.main import app as commands
 from mptk.cli.options import chosen
-from mptk.config import setting
-from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGETS, Settings
-from mptk.errors import MptkError
+from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGETS
 from mptk.methods import methods
 from mptk.targets import TARGETS as WRITTEN
 from passes import pipelines
@@ -43,7 +46,11 @@ def test_the_names_of_choices_are_those_that_are_there() -> None:
         (["prune", "m", "--method", "wandaa"], ["--method", "did you mean 'wanda'?", "maskprune, random, magnitude"]),
         (["prune", "m", "--quantize", "int8,int5"], ["--quantize", "'int5' is not known", "int8, int4, fp16"]),
         (["prune", "m", "--device", "gpu"], ["--device", "auto, cpu, cuda, mps, xpu"]),
-        (["prune", "m", "--dtype", "float"], ["--dtype", "float32"]),
+        (["prune", "m", "--dtype", "int8"], ["--dtype", "auto, float32, bfloat16, float16"]),
+        (["prune", "m", "--compute-dtype", "float16"], ["--compute-dtype", "float32, bfloat16"]),
+        (["prune", "m", "--precision", "bf"], ["--precision", "no, bf16, fp16"]),
+        (["prune", "m", "--tracker", "board"], ["--tracker", "none, tensorboard, wandb"]),
+        (["export", "m", "--logits", "first"], ["--logits", "all, last"]),
         (["analyze", "m", "--target", "stok"], ["--target", "did you mean 'stock'?"]),
         (["eval", "m", "--runtime", "tf"], ["--runtime", "torch, onnx"]),
         (["recover", "m", "--out", "o", "--teacher", "dead"], ["--teacher", "live, cached"]),
@@ -64,11 +71,11 @@ def test_devices_have_numbers() -> None:
             Settings(device=wrong)
 
 
-def test_plugins_are_accepted_and_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_are_accepted_and_completed(inside: Inside) -> None:
     class Entry:
         name = "sparsegpt"
 
-    monkeypatch.setattr(setting, "entry_points", lambda group: [Entry] if group == "mptk.methods" else [])
+    inside.around("mptk.config.setting.entry_points", lambda _, group: [Entry] if group == "mptk.methods" else [])
     assert chosen(METHODS)["parser"]("sparsegpt") == "sparsegpt"
     assert chosen(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 
@@ -191,16 +198,13 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(files, tmp_path: Path) -> Non
     )
 
 
-def test_ctrl_c_elsewhere(mptk, files, monkeypatch) -> None:  # noqa: F811
-    def stop(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mptk.api.compiler.analyze", stop)
+def test_ctrl_c_elsewhere(mptk, files, inside) -> None:  # noqa: F811
+    inside.stop("mptk.api.compiler.analyze", error=KeyboardInterrupt)
     result = mptk("analyze", files.model)
     assert (result.code, result.error) == (130, "interrupted; nothing was published")
 
 
-def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, monkeypatch) -> None:  # noqa: F811
+def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, inside) -> None:  # noqa: F811
     def traced(*arguments: object, **options: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -209,10 +213,10 @@ def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, monke
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
     try:
-        monkeypatch.setattr("mptk.api.compiler.analyze", traced)
+        inside.around("mptk.api.compiler.analyze", traced)
         result = mptk("analyze", files.model)
         assert (result.code, result.error) == (130, "interrupted; nothing was published")
-        monkeypatch.setattr("mptk.api.compiler.analyze", lambda *arguments, **options: 1 / 0)
+        inside.stop("mptk.api.compiler.analyze", error=ZeroDivisionError)
         assert mptk("analyze", files.model).code == 70  # the next command knows of no signal
     finally:
         signal.signal(signal.SIGINT, before)

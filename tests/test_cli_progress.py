@@ -1,4 +1,7 @@
-"""Progress of a run on stderr: lines in a log, bars on a terminal."""
+"""Progress of a run on stderr: lines in a log, bars on a terminal.
+
+It reaches for mptk.cli.progress: its clock is the test's own.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from inside import Inside
 from peft import PeftModel
 from torch import fx, nn
 from transformers import (
@@ -310,9 +311,9 @@ def test_a_model_is_made_without_settings_of_generation_from_its_config() -> Non
     assert GenerationConfig.from_model_config(config).max_length == 7
 
 
-def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside: Inside) -> None:
     (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(modeling_utils, "safe_open", None)
+    inside.bound("transformers.modeling_utils.safe_open", None)
     files = Files()
     with files.unread():
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

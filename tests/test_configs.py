@@ -12,7 +12,7 @@ import architectures
 import pytest
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.targets.stock import Written

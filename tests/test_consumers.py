@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import onnx
 import pytest
-import torch
 import toy_checkpoints as toys
 from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import mptk
+from mptk import Report
 from mptk.ort.generation import TextGenerator
-from mptk.protocols.report import Report
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.transformers_js import KEY, entry
 from passes.pipelines import SCHEMES
@@ -39,13 +39,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     config = toys.llama().config
     config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
-    model = LlamaForCausalLM(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.3)
+    model = architectures.spread(LlamaForCausalLM(config), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # and its logit: no text ends early
-    model.save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
-    return folder
+    return Path(toys.saved(model, folder))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""A kind of conversion of its own is a class and a line in a list: its model, its proof and its note follow."""
+"""A kind of conversion of its own is a class and a line in a list: its model, its proof and its note follow.
+
+It reaches for mptk.conversions: the list is where a conversion is added.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 
 import mptk
-from mptk import conversions
-from mptk.config.settings import Settings
-from mptk.errors import ProofError
-from mptk.ir.plan import Entry, Plan
+from mptk import Plan, ProofError, Settings, conversions
+from mptk.ir.plan import Entry
 from mptk.ir.program import Program
 from mptk.proof import claims
 from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
@@ -64,9 +66,10 @@ class ScaledValues(Conversion):
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def listed(inside: Inside) -> None:
+    listed = (*conversions.CONVERSIONS, ScaledValues)
     for module in (conversions, claims):
-        monkeypatch.setattr(module, "CONVERSIONS", (*conversions.CONVERSIONS, ScaledValues))
+        inside.bound(f"{module.__name__}.CONVERSIONS", listed)
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:

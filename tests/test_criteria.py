@@ -1,4 +1,7 @@
-"""One-shot criteria against formulas written out by hand over module hooks."""
+"""One-shot criteria against formulas written out by hand over module hooks.
+
+It reaches for mptk.methods.criteria: a plan does not show a score.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +35,15 @@ from criteria_cases import (
     saliency,
     wanda,
 )
+from inside import Inside
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from mptk.errors import MptkError
-from mptk.ir.samples import Samples, next_tokens
+from mptk import MptkError, Samples, analyze, trace
+from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria import fisher
 from mptk.methods.criteria.observe import Calibration, find_sites
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +324,10 @@ def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
 # ---- extension ----
 
 
-def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, inside: Inside) -> None:
     page = (Path(__file__).parents[1] / "docs" / "criteria.md").read_text()
     example = page.split("```python\n")[-1].split("```")[0]
-    monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
+    inside.bound("mptk.methods.criteria.CRITERIA", dict(criteria.CRITERIA))
     made: dict[str, Any] = {}
     exec(compile(example, "docs/criteria.md", "exec"), made)  # noqa: S102
     criteria.CRITERIA["norm"] = made["NORM"]

@@ -1,10 +1,14 @@
-"""What all criteria share: statistics over the text, seeds, progress, the choice of units."""
+"""What all criteria share: statistics over the text, seeds, progress, the choice of units.
+
+It reaches for mptk.methods.criteria: a plan does not show a score.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from criteria_cases import FFN, LAYERS, WINDOWS, Case, grouped_queries, packed_experts
+from inside import Inside
 
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
@@ -29,11 +33,11 @@ def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
     assert moments.deviation.tolist() == [[2, 8], [0, 0], [0, 0]]
 
 
-def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, inside: Inside) -> None:
     whole = {c: criteria.score(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor", "fisher")}
     experts = criteria.score(moe.analysis, "flap", WINDOWS)
-    monkeypatch.setattr(observe, "OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
-    monkeypatch.setattr(observe, "GRADIENT_TOKENS", 1)
+    inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 1)
     for name, expected in whole.items():
         for family, got in criteria.score(gqa.analysis, name, WINDOWS).items():
             torch.testing.assert_close(got, expected[family], rtol=1e-4, atol=1e-8)
@@ -67,8 +71,8 @@ def test_random_follows_the_seed_and_nothing_else(gqa: Case) -> None:
     assert not torch.equal(alone["ffn"], criteria.score(gqa.analysis, "random", seed=5)["ffn"])
 
 
-def test_progress_counts_windows(gqa: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "OBSERVED_TOKENS", 3 * WINDOWS.shape[1])
+def test_progress_counts_windows(gqa: Case, inside: Inside) -> None:
+    inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 3 * WINDOWS.shape[1])
     seen: list[tuple[int, int]] = []
     criteria.score(gqa.analysis, "wanda", WINDOWS, families=["ffn"], progress=lambda *counts: seen.append(counts))
     assert seen == [(3, 7), (6, 7), (7, 7)]

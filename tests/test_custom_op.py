@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.zoo import prove
-from mptk.errors import MptkError
+from mptk import MptkError, analyze, trace
 from mptk.ir.axis_facts import Dims
-from passes.analysis.group import analyze
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.resizer import Counted, counted_argument
 from passes.analysis.rules.table import RULES, Result, rule
-from passes.frontend.trace import trace
 
 
 @torch.library.custom_op("mptk_test::gated", mutates_args=())

@@ -1,4 +1,7 @@
-"""A plan cuts the decoder with its cache as it cuts the plain forward: same families, same logits, smaller cache."""
+"""A plan cuts the decoder with its cache as it cuts the plain forward: same families, same logits, smaller cache.
+
+It reaches for passes.frontend.trace_decoder: the decoder step is no public program.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,13 @@ import random
 
 import pytest
 import torch
-from tiny_decoders import CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
+from tiny_decoders import FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
 import mptk
+from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.decoder import OrtDecoder
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 
@@ -66,13 +67,6 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
     logits, _ = runtime.decode(ids[:, 6:].numpy(), cache)
     torch.testing.assert_close(torch.from_numpy(logits), expected[:, 6:], atol=1e-4, rtol=0)
     assert {value.shape()[1] for value in cache.values.values()} == {heads}
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_tracing_leaves_the_model_in_its_mode(kind):
-    model = tiny_decoder(kind, num_hidden_layers=1) if kind not in (SLIDING, FUSED) else tiny_decoder(kind)
-    trace(model)
-    assert not any(module.training for module in model.modules())
 
 
 def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):

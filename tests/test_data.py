@@ -1,20 +1,23 @@
-"""Text from files and data sets, windows of tokens, and text sampled from the model."""
+"""Text from files and data sets, windows of tokens, and text sampled from the model.
+
+It reaches for mptk.io.data: a run does not show its windows.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 from toy_checkpoints import texts
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.io import data
 from mptk.io.text.sampled import sampled
 
@@ -48,14 +51,14 @@ class TestLoadText:
         (tmp_path / "picture.png").write_bytes(b"\x89")
         assert texts(str(tmp_path)) == ["first", "second"]
 
-    def test_datasets_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_datasets_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
         asked = []
 
-        def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+        def load_dataset(real: object, *args: object, **options: object) -> list[dict[str, str]]:
             asked.append((*args, options["split"], options["streaming"]))
             return [{"text": "row"}]
 
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        inside.around("datasets.load_dataset", load_dataset)
         monkeypatch.chdir(tmp_path)
         assert texts("org/set") == ["row"]
         texts("org/set:cfg")
@@ -67,33 +70,6 @@ class TestLoadText:
         ]
         with pytest.raises(MptkError, match="too many colons"):
             texts("a:b:c:d:e")
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("a.txt", b" \n ", "holds no text"),
-            ("a.txt", b"\xff\xfe\xff", "not UTF-8"),
-            ("a.jsonl", b'{"a": "x", "b": "y"}', r"2 columns of strings \(a, b\)"),
-            ("a.jsonl", b'{"a": 1}', "no columns of strings"),
-            ("a.jsonl", b"{not json", "line 1: it is not JSON"),
-            ("a.parquet", b"not parquet", "cannot read"),
-            ("a.jsonl", b"", "holds no text"),
-        ],
-    )
-    def test_what_is_wrong_with_a_file(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(MptkError, match=message):
-            data.evaluation_windows(toys.tokenizer(), str(tmp_path / name), 7)
-
-    def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        for name in ("x" * 300, "~nobody-at-all/a.txt"):
-            with pytest.raises(MptkError, match="not a file or folder"):
-                texts(name)
-        with pytest.raises(MptkError, match="no text in it"):
-            texts(str(tmp_path))
-        with pytest.raises(MptkError, match=r"not a file or folder.*check the path"):
-            texts(str(tmp_path / "none.txt"))
 
 
 class TestTokenWindows:

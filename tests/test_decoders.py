@@ -1,4 +1,7 @@
-"""What is no decoder is refused in one line before any work, by each command that needs one."""
+"""What is no decoder is refused in one line before any work, by each command that needs one.
+
+It reaches for mptk.tasks: it asks whether a model is a decoder without a command.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from inside import Inside
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,8 +22,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from mptk import MptkError
 from mptk.cli.main import app
-from mptk.errors import MptkError
 from mptk.io import models
 from mptk.tasks import load_decoder
 
@@ -54,11 +58,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_in_one_line_what_is_possible(
-    folder: tuple[str, str], monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
+def test_every_command_says_in_one_line_what_is_possible(folder: tuple[str, str], inside: Inside, command: str) -> None:
     kind, path = folder
-    monkeypatch.setattr("mptk.io.models._from_pretrained", lambda *_, **__: pytest.fail("its weights were read"))
+    inside.forbid("mptk.io.models._from_pretrained")
     run = CliRunner().invoke(app, [path if word == "MODEL" else word for word in COMMANDS[command]])
     assert isinstance(run.exception, MptkError), run.output
     line = str(run.exception)

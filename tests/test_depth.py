@@ -1,4 +1,7 @@
-"""Depth: whole residual blocks are found in the graph, masked, removed, and held by the stock class."""
+"""Depth: whole residual blocks are found in the graph, masked, removed, and held by the stock class.
+
+It reaches for passes.targets: the choice of blocks is tried without a run for each.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from cutting import cut_and_compare
+from inside import changed
 from test_learning import SETTINGS as LEARNS
-from test_pruning import SETTINGS, save
 from torch import nn
+from toy_checkpoints import SETTINGS, save
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -26,12 +31,10 @@ from transformers import (
 )
 
 import mptk
+from mptk import FamilyPlan, MptkError, Plan
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
-from mptk.methods.maskprune.solver import Solver
 from mptk.ort.decoder import OrtDecoder
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.legalize import discover
@@ -45,9 +48,7 @@ IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
 
 def random_model(model):
     torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
-    return model.eval()
+    return architectures.spread(model, 0.15).eval()
 
 
 def keeping(analysis, *units, name="layers"):
@@ -293,19 +294,19 @@ def test_maskprune_divides_a_budget_among_blocks_and_channels(learned):
     assert all(d.ok for d in mptk.verify(out))
 
 
-def test_masks_are_learned_without_the_blocks_that_go(learned, tmp_path, monkeypatch):
+def test_masks_are_learned_without_the_blocks_that_go(learned, tmp_path):
     """Once a block's mask is 0, no channel of it has a gradient; and a stopped run goes on to the same plan."""
     source, out, _ = learned
     seen = []
 
-    def stop(solver, kept):
+    def stop(harden, solver, kept):
         seen.append({family: (solver.masks[family].detach().clone(), solver.removed[family]) for family in kept})
-        monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Solver, "harden", stop)
-    with pytest.raises(KeyboardInterrupt):
-        mptk.prune(source, tmp_path / "small", LEARNED)
+    with changed() as inside:
+        inside.around("mptk.methods.maskprune.solver.Solver.harden", stop)
+        with pytest.raises(KeyboardInterrupt):
+            mptk.prune(source, tmp_path / "small", LEARNED)
     masks, removed = seen[0]["layers"]
     assert removed == 4 - Plan.load(out / "plan.json").families["layers"].width
     gone = [u for u in range(4) if u not in Plan.load(out / "plan.json").families["layers"].keep["model.layers"][0]]

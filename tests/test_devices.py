@@ -1,19 +1,22 @@
-"""Training on another device than the host's, which ``second_device`` stands for: where tensors are, and what crosses."""
+"""Training on another device than the host's, which ``second_device`` stands for: where tensors are, and what crosses.
+
+It reaches for mptk.methods.maskprune: the second device is no device for a command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import architectures
 import pytest
 import torch
-from accelerate import Accelerator
+from inside import Inside, Stopped, changed
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
-from test_learning import LEARNING, SETTINGS, Stopped, metrics
-from test_pruning import llama_config, save
+from test_learning import LEARNING, SETTINGS, metrics
 from torch import Tensor
+from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk.chain.prepare import legalise
@@ -22,7 +25,6 @@ from mptk.config.settings import Learning
 from mptk.distributed.processes import replica
 from mptk.io import models
 from mptk.ir.samples import next_tokens
-from mptk.methods.maskprune import learner as maskprune
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.train import Loop
@@ -76,9 +78,9 @@ def on_the_host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
+def second(inside: Inside) -> Iterator[SecondDevice]:
     """Training happens on the second device."""
-    monkeypatch.setattr(Accelerator, "device", property(lambda _: DEVICE))
+    inside.bound("accelerate.Accelerator.device", property(lambda _: DEVICE))
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # else ``Module.to`` replaces the parameters
     with SecondDevice() as device:
@@ -98,18 +100,17 @@ def require_same(one: Run, other: Run) -> None:
 
 
 def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_crosses_in_a_step(
-    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice, inside: Inside
 ) -> None:
     crossed: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
-    step = Loop._step
 
-    def watched(loop: Loop, number: int) -> object:
+    def watched(step: Callable[..., object], loop: Loop, number: int) -> object:
         before = len(second.crossed)
         found = step(loop, number)
         crossed.setdefault(number, set()).update(second.crossed[before:])
         return found
 
-    monkeypatch.setattr(Loop, "_step", watched)
+    inside.around("mptk.methods.maskprune.train.Loop._step", watched)
     require_same(on_the_host, train(prepared, tmp_path / "out"))
     crossed.pop(0)  # recovery puts its teacher there
     assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 6)}
@@ -121,24 +122,24 @@ def test_a_run_goes_on_on_another_device(
     on_the_host: Run,
     tmp_path: Path,
     second: SecondDevice,
-    monkeypatch: pytest.MonkeyPatch,
+    inside: Inside,
     begins: str,
 ) -> None:
-    host, step = property(lambda _: torch.device("cpu")), Loop._step
+    host = property(lambda _: torch.device("cpu"))
 
-    def stopped(loop: Loop, number: int) -> object:
+    def stopped(step: Callable[..., object], loop: Loop, number: int) -> object:
         if number == 4:
             raise Stopped
         return step(loop, number)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_step", stopped)
+    with changed() as there:
+        there.around("mptk.methods.maskprune.train.Loop._step", stopped)
         if begins == "on the host":
-            patch.setattr(Accelerator, "device", host)
+            there.bound("accelerate.Accelerator.device", host)
         with pytest.raises(Stopped):
             train(prepared, tmp_path / "out")
     if begins == "there":
-        monkeypatch.setattr(Accelerator, "device", host)
+        inside.bound("accelerate.Accelerator.device", host)
     require_same(on_the_host, train(prepared, tmp_path / "out"))
 
 
@@ -150,18 +151,18 @@ def test_the_cached_teachers_targets_go_to_the_device(
 
 
 def test_changed_weights_leave_the_device_one_by_one(
-    prepared: Prepared, tmp_path: Path, second: SecondDevice, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tmp_path: Path, second: SecondDevice, inside: Inside
 ) -> None:
-    original, live = maskprune.changed, []
+    live = []
 
-    def watched(*args: object) -> Iterator[tuple[str, Tensor]]:
+    def watched(original: Callable[..., Iterator[tuple[str, Tensor]]], *args: object) -> Iterator[tuple[str, Tensor]]:
         live.append(live_bytes())
         for name, weight in original(*args):
             live.append(live_bytes())
             yield name, weight
             del weight
 
-    monkeypatch.setattr(maskprune, "changed", watched)
+    inside.around("mptk.methods.maskprune.learner.changed", watched)
     train(prepared, tmp_path / "out")
     assert len(live) == 1 + ADAPTED
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs

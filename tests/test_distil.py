@@ -1,4 +1,7 @@
-"""Local distillation: what is left of each block is trained to give the dense block's outputs."""
+"""Local distillation: what is left of each block is trained to give the dense block's outputs.
+
+It reaches for mptk.methods.distil: a block's training is compared with the dense block's outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from cutting import random_plan
+from inside import Inside, changed
 from test_staged import built
 from torch import Tensor, nn
 
 import mptk
-from mptk.errors import MptkError
+from mptk import FamilyPlan, MptkError, Plan, Samples, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
-from mptk.ir.samples import Samples
 from mptk.methods.distil import Distilled, Schedule, distil_blocks
 from mptk.protocols.run_folder import RunFolder
-from mptk.staged import spool
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import rewrite
 
@@ -44,8 +43,8 @@ class Case:
     samples: Samples
 
     def distil(self, how: Schedule = HOW, executor: Executor = EXECUTOR, kept: RunFolder | None = None) -> Distilled:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mptk.methods.distil.STEP", 2 * self.samples.positions)
+        with changed() as inside:
+            inside.bound("mptk.methods.distil.STEP", 2 * self.samples.positions)
             return distil_blocks(
                 self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, kept=kept
             )
@@ -105,9 +104,7 @@ def test_a_block_that_training_makes_worse_stays_as_it_was() -> None:
     assert all(torch.equal(found.weights[name], cut.small.state[name]) for name in found.weights)
 
 
-def test_stages_in_files_and_blocks_that_were_kept_give_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_stages_in_files_and_blocks_that_were_kept_give_the_same(inside: Inside, tmp_path: Path) -> None:
     cut = case("decoder")
 
     def run(executor: Executor = EXECUTOR) -> Distilled:
@@ -118,7 +115,7 @@ def test_stages_in_files_and_blocks_that_were_kept_give_the_same(
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("block-*")}
     assert len(written) == 4
     (tmp_path / "run.run" / "block-2.safetensors").unlink()
-    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
+    inside.bound("mptk.staged.spool.SMALLEST_FILE", 0)
     found = run(Executor(borders=0))
     again = {path.name for path in tmp_path.rglob("block-*") if path.stat().st_mtime_ns != written[path.name]}
     assert again == {"block-2.safetensors"}

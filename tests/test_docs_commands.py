@@ -5,6 +5,8 @@ run as they are written, but for ``--no-onnx`` where no later line needs a graph
 line's own parser: what starts processes, what times the machine for minutes, and on pages to look things up in what
 writes a model (the README and the tutorial have run that). A block or a line that says that it needs a network, a GPU
 or another program is skipped.
+
+It reaches for mptk.api.recovery and mptk.chain.prepare: training takes two steps here.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 import toy_checkpoints as toys
 import typer
 from docs_blocks import MARK, PAGES, ROOT, Block, blocks, inline
+from inside import Inside
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -61,12 +64,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("reader")
     words, model = toys.tokenizer(), toys.llama(layers=1, **SIZES)
     with pytest.MonkeyPatch.context() as patch:
+        inside = Inside(patch)
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(folder)
         for module in (mptk.chain.prepare, mptk.api.recovery):
-            patch.setattr(module, "DEFAULT_STEPS", 2)
-        patch.setattr("mptk.ort.bench.peak_memory", lambda *_: 0)
+            inside.bound(f"{module.__name__}.DEFAULT_STEPS", 2)
+        inside.gives("mptk.ort.bench.peak_memory", 0)
         for name, path in {name: _target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)
             if ALIASES[name].folder:

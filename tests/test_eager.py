@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import mptk
-from mptk.errors import MptkError
+from mptk import MptkError
 from tests.cutting import random_plan
 from tests.programs.oracles import zeroed
 

@@ -2,23 +2,24 @@
 
 Each row of ``GRAPHS`` and ``FILES`` is one of them. All are put into a published folder whose manifest fits, which
 ``verify`` must refuse; and into what ``prune`` writes, of which then nothing is published.
+
+It reaches for passes.targets.onnx.names: the files to damage.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
 from graph_damage import damaged, exchanged, rewired
+from inside import Inside
 from lab import Edit, Lab, after, fields, remembered
 
 import mptk
-from mptk.cli.main import main
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.files import write_json
 from passes.targets.onnx.names import QUANTIZED
 
@@ -308,16 +309,16 @@ def test_verify_refuses_a_file_by_its_name_and_its_field(lab: Lab, name: str) ->
 
 
 @pytest.mark.parametrize("name", rows(GRAPHS, QUICK.__contains__))
-def test_prune_publishes_no_such_graph(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_prune_publishes_no_such_graph(lab: Lab, inside: Inside, name: str) -> None:
     edit, stage = GRAPHS[name]
-    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
+    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
     refused(lab, f"the proof fails at '{stage}'")
 
 
 @pytest.mark.parametrize("name", rows(FILES, QUICK.__contains__))
-def test_prune_publishes_no_such_file(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_prune_publishes_no_such_file(lab: Lab, inside: Inside, name: str) -> None:
     edit, line, step, argument = FILES[name]
-    after(step, edit, argument)(monkeypatch)
+    after(step, edit, argument)(inside)
     refused(lab, f"the proof fails at 'config': {line}")
 
 
@@ -332,28 +333,21 @@ def refused(lab: Lab, line: str) -> None:
 # ---- what is optional ----
 
 
-def broken(scheme: str) -> Callable[[pytest.MonkeyPatch], None]:
+def broken(scheme: str) -> Callable[[Inside], None]:
     """A quantised graph that comes out with scales twice as large, or (int4) cannot be made."""
 
-    def inject(patch: pytest.MonkeyPatch) -> None:
-        from mptk.tasks import exporting
+    def quantize(original: Callable[..., object], file: Path, kind: str, *others: object) -> None:
+        if kind == scheme == "int4":
+            raise MptkError("this model has no int4; leave it out")
+        original(file, kind, *others)
+        if kind == scheme:
+            damaged(file.with_name(QUANTIZED[kind]), "_scales", lambda scales: 2 * scales)
 
-        original = exporting.quantize_onnx
-
-        def quantize(file: Path, kind: str, *others: object) -> None:
-            if kind == scheme == "int4":
-                raise MptkError("this model has no int4; leave it out")
-            original(file, kind, *others)
-            if kind == scheme:
-                damaged(file.with_name(QUANTIZED[kind]), "_scales", lambda scales: 2 * scales)
-
-        patch.setattr(exporting, "quantize_onnx", quantize)
-
-    return inject
+    return lambda inside: inside.around("mptk.tasks.exporting.quantize_onnx", quantize)
 
 
 GENAI = "genai_config.json"
-LEFT_OUT: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
+LEFT_OUT: dict[str, tuple[Callable[[Inside], None], str, str]] = {
     "int8": (broken("int8"), "onnx/model_quantized.onnx", "the proof fails at 'int8 weights': "),
     "int4": (broken("int4"), "onnx/model_q4.onnx", "this model has no int4"),
     "genai": (
@@ -365,11 +359,9 @@ LEFT_OUT: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_an_optional_file_that_fails_is_left_out_with_a_note(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_optional_file_that_fails_is_left_out_with_a_note(lab: Lab, inside: Inside, name: str) -> None:
     inject, file, reason = LEFT_OUT[name]
-    inject(monkeypatch)
+    inject(inside)
     out = lab.prune(quantize=("int8", "int4"))
     report = mptk.Report.read(out)
     (note,) = [note for note in report.notes if "left out" in note]
@@ -381,33 +373,30 @@ def test_an_optional_file_that_fails_is_left_out_with_a_note(
     assert all("quality" in row for row in report.quantized.values())
     assert Path(file).name not in (out / "README.md").read_text().replace(note, "")
     assert not [row for row in report.proof if row["stage"].startswith(name)]
-    monkeypatch.undo()
+    inside.undo()
     assert [d.stage for d in mptk.verify(out)] == [row["stage"] for row in report.proof]
 
 
 @pytest.mark.parametrize("name", rows(LEFT_OUT, "int8".__eq__))
-def test_strict_refuses_the_whole_for_an_optional_file(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_strict_refuses_the_whole_for_an_optional_file(lab: Lab, inside: Inside, name: str) -> None:
     inject, _, reason = LEFT_OUT[name]
-    inject(monkeypatch)
+    inject(inside)
     with pytest.raises(MptkError, match=reason):
         lab.prune(quantize=("int8", "int4"), strict=True)
 
 
 @pytest.mark.long
 def test_export_and_recover_leave_it_out_too(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lab: Lab, inside: Inside, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inject, file, _ = LEFT_OUT["int8"]
-    inject(monkeypatch)
+    inject(inside)
     out = lab.root / "exported"
-    command = ["mptk", "export", str(lab.dense), "--quantize", "int8", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
+    command = ["export", str(lab.dense), "--quantize", "int8", "--out", str(out)]
+    assert typed(*command) == 0
     assert f"{file} was left out: the proof fails at 'int8 weights'" in capsys.readouterr().out.replace("\n", " ")
     assert not (out / file).exists()
-    monkeypatch.setattr(sys, "argv", [*command, "--strict"])
-    with pytest.raises(SystemExit, match="1"):
-        main()
+    assert typed(*command, "--strict") == 1
     how = {"steps": 2, "batch": 2, "micro": 2, "length": 40, "eval_length": 40, "quantize": "int8"}
     found = mptk.recover(lab.folder, lab.root / "recovered", data=lab.settings.data, **how)
     assert found is not None

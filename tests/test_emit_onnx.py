@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.ir.program import Program
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import cache_shapes, trace_decoder

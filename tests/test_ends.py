@@ -1,4 +1,7 @@
-"""A cut with equal layers says what whole first and last layers would have saved."""
+"""A cut with equal layers says what whole first and last layers would have saved.
+
+It reaches for mptk.cost.model: a plan's budget is counted again.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,19 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from inside import Inside
+from small_modules import Residual
 
 import mptk
+from mptk import Plan
 from mptk.cost.model import CostModel
-from mptk.ir.plan import Plan
-from mptk.methods.division import ends
-from mptk.protocols.chain import Prepared
 
 LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)
 
 
-class Residual(nn.Module):
-    """Ten layers, each added to what comes before, ``strong`` ones a thousand times as much as the others."""
-
-    def __init__(self, strong: set[int]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.ModuleList(nn.Linear(24, 48) for _ in range(LAYERS))
-        self.down = nn.ModuleList(nn.Linear(48, 24) for _ in range(LAYERS))
-        with torch.no_grad():
-            for layer in set(range(LAYERS)) - strong:
-                self.down[layer].weight *= 1e-3
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x
-
-
 def note(strong: set[int], **settings: object) -> str:
-    found = mptk.prune(Residual(strong), None, SETTINGS, example_inputs=(torch.randn(8, 24),), **settings)
+    found = mptk.prune(Residual(strong, LAYERS, 48), None, SETTINGS, example_inputs=(torch.randn(8, 24),), **settings)
     assert found is not None
     return next((n for n in found.report.notes if "equal layers" in n), "")
 
@@ -61,17 +45,13 @@ def test_nothing_is_said_else(strong: set[int], settings: dict[str, object]) -> 
     assert note(strong, **settings) == ""
 
 
-def test_whole_ends_save_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(ends, "masked_losses", lambda prepared, plans, *rest: (2.0, 1.0))
-    whole_ends = ends.whole_ends
-
-    def kept(prepared: Prepared, *given: object) -> Plan | None:
-        made.append((prepared.analysis, whole_ends(prepared, *given)))
-        return made[-1][1]
-
-    monkeypatch.setattr(ends, "whole_ends", kept)
+def test_whole_ends_save_as_much(inside: Inside) -> None:
+    plans: list[Plan] = []
+    inside.gives("mptk.methods.division.ends.masked_losses", (2.0, 1.0))
+    asked = inside.calls("mptk.methods.division.ends.whole_ends")
+    inside.spoil("mptk.methods.division.ends.whole_ends", lambda plan: plans.append(plan) or plan)
     assert note(set())
-    ((analysis, plan),) = made
+    ((prepared, *_),), (plan,) = asked, plans
+    analysis = prepared.analysis
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
     assert CostModel(analysis.divided(plan.divided)).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

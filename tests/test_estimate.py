@@ -1,10 +1,12 @@
-"""What a run will need is said before it starts, and what cannot fit is refused then."""
+"""What a run will need is said before it starts, and what cannot fit is refused then.
+
+It reaches for mptk.cost.estimate: the parts of an estimate are compared one by one.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +14,12 @@ from typing import NamedTuple
 import architectures
 import pytest
 import torch
-from test_pruning import SETTINGS, WORDS, llama_config, save
-from toy_checkpoints import llama
+from inside import Inside
+from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mptk import Settings, prune, recover
+from mptk import MptkError, Settings, analyze, prune, recover, trace
 from mptk.api import recovery
 from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.cli.main import app
@@ -26,9 +28,6 @@ from mptk.cost import estimate as costs
 from mptk.cost.estimate import Estimate, Machine, Pass, Sizes, Work, duration, estimate, size_text, stacked
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import blocks
-from mptk.errors import MptkError
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
@@ -37,8 +36,8 @@ WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibrati
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptk.chain.estimate.this_machine", lambda *_: SLOW)
+def machine(inside: Inside) -> None:
+    inside.gives("mptk.chain.estimate.this_machine", SLOW)
 
 
 @pytest.fixture
@@ -181,13 +180,12 @@ def test_a_short_convolution_is_no_mixture() -> None:
     assert stacked([block]) == []
 
 
-def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[torch.device, torch.dtype]] = []
-    monkeypatch.setattr("mptk.chain.estimate.this_machine", lambda *on: asked.append(on) or SLOW)
+def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, inside: Inside) -> None:
+    asked = inside.calls("mptk.chain.estimate.this_machine")
     settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
     host = estimated(eight_billion, settings)
     assert (host.there, host.device) == ({}, "")
-    monkeypatch.setattr("mptk.chain.estimate.find_device", lambda _: torch.device("cuda", 1))
+    inside.gives("mptk.chain.estimate.find_device", torch.device("cuda", 1))
     found = estimated(eight_billion, replace(settings, compute_dtype="bfloat16"))
     assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
     assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
@@ -199,9 +197,9 @@ def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, monkeypatc
     assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
 
 
-def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) -> None:
     found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
-    monkeypatch.setattr("mptk.chain.estimate.device_memory", lambda device: 2e9 if device.index == 1 else None)
+    inside.around("mptk.chain.estimate.device_memory", lambda _, device: 2e9 if device.index == 1 else None)
     said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
     with pytest.raises(MptkError, match=said):
         check_fits(found, tmp_path)
@@ -268,15 +266,15 @@ class Disk(NamedTuple):
 def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
     eight_billion: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    inside: Inside,
     changes: dict[str, int],
     memory: float,
     disk: int,
     said: str,
 ) -> None:
-    monkeypatch.setattr("mptk.chain.estimate.free_memory", lambda: memory)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(disk))
-    monkeypatch.setattr("mptk.io.models.load", lambda *_, **__: pytest.fail("weights were read"))
+    inside.gives("mptk.chain.estimate.free_memory", memory)
+    inside.gives("shutil.disk_usage", Disk(disk))
+    inside.forbid("mptk.io.models.load")
     learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))
     changes = {name: value for name, value in changes.items() if name not in ("steps", "rank")}
     settings = Settings(method="wanda", data="text", learning=learning, **({"onnx": False} | changes))  # type: ignore[arg-type]
@@ -292,29 +290,24 @@ def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
         check_fits(found, tmp_path / "not" / "there")
 
 
-def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-    monkeypatch.setattr(costs, "SAMPLE", 1 << 16)
+    inside.bound("mptk.cost.estimate.SAMPLE", 1 << 16)
     first = costs.this_machine()
     assert min(first.flops, first.read, first.write) > 0
     (kept,) = (tmp_path / "machine").iterdir()
     assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
-    monkeypatch.setattr(costs, "product_rate", lambda *_: 1.0)
+    inside.gives("mptk.cost.estimate.product_rate", 1.0)
     assert costs.this_machine(dtype=torch.bfloat16).read > 0
     assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
-    monkeypatch.setattr(costs, "calibrate", lambda *_: pytest.fail("measured again"))
+    inside.forbid("mptk.cost.estimate.calibrate")
     assert costs.this_machine() == first
 
 
-def test_a_slow_type_is_timed_by_a_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
-    timed: list[float] = []
-
-    def slow(run: Callable[[], object], threads: int, seconds: float) -> float:
-        timed.append(seconds)
-        return 100.0
-
-    monkeypatch.setattr(costs, "typical_ms", slow)
+    inside.gives("mptk.cost.estimate.typical_ms", 100.0)
+    timed = inside.calls("mptk.cost.estimate.typical_ms")
     assert costs.product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
     assert len(timed) == 1
 

@@ -1,8 +1,10 @@
-"""Perplexity against sums done by hand, its protocol, tasks of lm-eval, and the real model's known value."""
+"""Perplexity against sums done by hand, its protocol, tasks of lm-eval, and the real model's known value.
+
+It reaches for mptk.io: perplexity of a model in memory.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -13,11 +15,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from mptk import MptkError
 from mptk.cli.main import app
-from mptk.errors import MptkError
 from mptk.io import data, evaluation, models, packaged
 
 
@@ -93,9 +96,9 @@ class TestZeroShot:
         )
         return tmp_path
 
-    def test_local_task(self, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        lm_eval = pytest.importorskip("lm_eval")
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", task / "cache")
+    def test_local_task(self, task: Path, inside: Inside) -> None:
+        pytest.importorskip("lm_eval")
+        inside.bound("datasets.config.HF_DATASETS_CACHE", task / "cache")
         model, tokenizer = toys.llama(), toys.tokenizer()
         model.save_pretrained(task / "toy")
         tokenizer.save_pretrained(task / "toy")
@@ -107,17 +110,15 @@ class TestZeroShot:
         assert all(isinstance(value, float) for value in results["toy_task"].values())
 
         # lm-eval's own task files are many; an index without any takes their place.
-        own = lm_eval.tasks.TaskManager
-        monkeypatch.setattr(
-            lm_eval.tasks,
-            "TaskManager",
-            lambda include_path, include_defaults: own(include_path=include_path, include_defaults=False),
+        inside.around(
+            "lm_eval.tasks.TaskManager",
+            lambda own, include_path, include_defaults: own(include_path=include_path, include_defaults=False),
         )
         names = ["toy_task", "nothing_like_it"]
         with pytest.raises(MptkError, match="no task 'nothing_like_it'"):
             evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust_remote_code=True)
 
-    def test_a_task_that_fails_is_one_line(self, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_task_that_fails_is_one_line(self, task: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
         """lm-eval is stood in for: what it raises is that of data sets, templates and functions."""
 
         def fails(**_: object) -> None:
@@ -131,7 +132,7 @@ class TestZeroShot:
         for name, content in stand_in.items():
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
             vars(sys.modules[name]).update(content)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+        inside.gives("importlib.util.find_spec", True)
         loaded = models.Loaded(toys.llama(), toys.tokenizer(), "toy", task)
         with pytest.raises(MptkError, match=r"^lm-eval cannot run toy_task: .*column 'q' is not there.*; check the"):
             evaluation.zero_shot(loaded, ["toy_task"])
@@ -147,8 +148,8 @@ class TestZeroShot:
         assert re.search(message, str(result.exception))
         assert not (task / "ran").exists()
 
-    def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def test_not_installed(self, inside: Inside) -> None:
+        inside.gives("importlib.util.find_spec", None)
         with pytest.raises(MptkError, match=r"pip install 'mptk\[eval\]'"):
             evaluation.zero_shot("any", ["arc_easy"])
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from cutting import cut_and_compare, random_plan
 from torch import Tensor, nn
 
+from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import export_program, trace
+from passes.frontend.trace import export_program
 
 VOCAB, HIDDEN, INNER, OUT = 13, 12, 10, 11
 IDS = torch.arange(14).reshape(2, 7) % VOCAB

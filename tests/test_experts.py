@@ -1,4 +1,7 @@
-"""Whole experts: chosen by what they add to their tokens (REAP), cut to legal numbers, proven through the command line."""
+"""Whole experts: chosen by what they add to their tokens (REAP), cut to legal numbers, proven through the command line.
+
+It reaches for passes.targets.derived: which numbers of experts are legal.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Plan, analyze, trace
 from mptk.cli.main import app
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.methods import criteria
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.targets.derived import derived_families
 
 PLANTED = 3

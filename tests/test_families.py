@@ -13,15 +13,12 @@ from architectures import CONFIGS, FFN, HEAD, HEADS, HIDDEN, KV, LAYERS, VOCAB, 
 from cutting import cut_and_compare, largest, random_plan
 
 import mptk
-from mptk.errors import MptkError
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis
 from mptk.ir.ops import op_name
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.frontend.trace_decoder import trace_decoder
 from passes.transforms.masked_reference import mask
 

@@ -1,9 +1,12 @@
-"""Faults, each put into one step or one file, and the stage or the line that must catch it. Nothing is published."""
+"""Faults, each put into one step or one file, and the stage or the line that must catch it. Nothing is published.
+
+It reaches for the steps of a run, to break one at a time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from graph_damage import Damage, damaged, garbage_block, one_code
+from inside import Inside
 from lab import (
     WINDOW,
     Edit,
@@ -30,16 +34,13 @@ from lab import (
 from safetensors.torch import save_file
 
 import mptk
+from mptk import MptkError, Plan, Report
 from mptk.config.settings import Learning, Training
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.ort.decoder import OrtDecoder
-from mptk.protocols.report import PROVEN_ON, Report
+from mptk.protocols.report import PROVEN_ON
 from passes.targets.onnx.names import QUANTIZED
-from passes.transforms.insert_masks import InsertedMasks
 
-Inject = Callable[[pytest.MonkeyPatch], None]
+Inject = Callable[[Inside], None]
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +66,13 @@ LAYER = "model.layers.1"
 FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
 
 
-def unmasked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mptk.protocols.chain.mask", lambda analysis, cut: analysis.program)
+def unmasked(inside: Inside) -> None:
+    inside.around("mptk.protocols.chain.mask", lambda mask, analysis, cut: analysis.program)
 
 
-def untied(patch: pytest.MonkeyPatch) -> None:
-    state_dict = Program.state_dict
-    patch.setattr(
-        Program, "state_dict", lambda p: state_dict(p).updated({"lm_head.weight": state_dict(p)["lm_head.weight"] + 1})
-    )
+def untied(inside: Inside) -> None:
+    head = "lm_head.weight"
+    inside.spoil("mptk.ir.program.Program.state_dict", lambda state: state.updated({head: state[head] + 1}))
 
 
 def other_state(name: str, size: int) -> Inject:
@@ -117,9 +116,9 @@ SAME = ("epsilon", "activation", "positions", "end of sequence", "begin of seque
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in SAME else n for n in STEPS])
-def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_step_that_goes_wrong(lab: Lab, inside: Inside, name: str) -> None:
     inject, caught = STEPS[name]
-    inject(monkeypatch)
+    inject(inside)
     before = sorted(p.name for p in lab.root.iterdir())
     with pytest.raises(MptkError, match=caught) as error:
         lab.prune(onnx=False)
@@ -128,11 +127,9 @@ def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
-def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(
-        "mptk.targets.stock.check_config", lambda *_: mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0)
-    )
-    STEPS[name][0](monkeypatch)
+def test_logits_show_a_wrong_config_too(lab: Lab, inside: Inside, name: str) -> None:
+    inside.gives("mptk.targets.stock.check_config", mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0))
+    STEPS[name][0](inside)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         lab.prune(onnx=False)
 
@@ -140,33 +137,29 @@ def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatc
 # ---- training ----
 
 
-def scaled_adapters(patch: pytest.MonkeyPatch) -> None:
-    from peft.tuners.lora.layer import Linear
-
-    delta = Linear.get_delta_weight
-    patch.setattr(Linear, "get_delta_weight", lambda layer, name: 1.01 * delta(layer, name))
+def scaled_adapters(inside: Inside) -> None:
+    inside.spoil("peft.tuners.lora.layer.Linear.get_delta_weight", lambda delta: 1.01 * delta)
 
 
-def swapped_rows(patch: pytest.MonkeyPatch) -> None:
-    from mptk.compile.changes import widened
-
-    def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
-        result = dict(widened(*arguments))
+def swapped_rows(inside: Inside) -> None:
+    def damaged(widened: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        result = dict(widened)
         name = f"{FFN}.up_proj.weight"
         kept = (0, 1)
         result[name] = result[name].clone()
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    patch.setattr("mptk.chain.prune.widened", damaged)
+    inside.spoil("mptk.chain.prune.widened", damaged)
 
 
+FOLD = "passes.transforms.insert_masks.InsertedMasks.fold"
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda p: p.setattr("mptk.chain.prune.widened", lambda *_: {}), "trained model"),
+    "recovery dropped": (lambda inside: inside.gives("mptk.chain.prune.widened", {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
     "masks not folded": (
-        lambda p: p.setattr(InsertedMasks, "fold", lambda self, name, weight: weight),
+        lambda inside: inside.around(FOLD, lambda fold, self, name, weight: weight),
         "learned masks",
     ),
 }
@@ -175,17 +168,17 @@ LEARNED = {"method": "maskprune", "plan": None, "onnx": False, "families": ("ffn
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_weights_that_are_not_the_trained_ones(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_weights_that_are_not_the_trained_ones(lab: Lab, inside: Inside, name: str) -> None:
     inject, stage = TRAINING[name]
-    inject(monkeypatch)
+    inject(inside)
     out = lab.root / f"out{lab.count + 1}"
     with pytest.raises(MptkError, match=f"the proof fails at '{stage}'"):
         lab.prune(learning=LEARNING, multiple=8, **LEARNED)
     assert not out.exists()
 
 
-def test_adapters_merged_wrongly_in_recovery_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled_adapters(monkeypatch)
+def test_adapters_merged_wrongly_in_recovery_alone(lab: Lab, inside: Inside) -> None:
+    scaled_adapters(inside)
     with pytest.raises(MptkError, match="the proof fails at 'trained model'"):
         lab.prune(learning=LEARNING, onnx=False)
 
@@ -337,33 +330,28 @@ def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab: Lab, name: str)
     assert "\n" not in str(error.value)
 
 
-def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, inside: Inside) -> None:
     """Also if every weight is right: NaN never passes."""
-    logits = OrtDecoder.logits
-    monkeypatch.setattr(
-        OrtDecoder,
-        "logits",
-        lambda self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
+    inside.around(
+        "mptk.ort.decoder.OrtDecoder.logits",
+        lambda logits, self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
     )
     with pytest.raises(MptkError, match="the proof fails at 'int4 logits'"):
         mptk.verify(lab.folder)
 
 
 @pytest.mark.parametrize(("from_position", "stage"), [(1, "padded left"), (WINDOW, "decode")])
-def test_decoding_with_positions_that_are_one_too_far(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, from_position: int, stage: str
-) -> None:
+def test_decoding_with_positions_that_are_one_too_far(lab: Lab, inside: Inside, from_position: int, stage: str) -> None:
     """Also if they are so from the window on alone."""
-    feeds = OrtDecoder.feeds
 
-    def shifted(self: OrtDecoder, ids: Any, mask: Any, cache: Any) -> Any:
+    def shifted(feeds: Callable[..., Any], self: OrtDecoder, ids: Any, mask: Any, cache: Any) -> Any:
         given = feeds(self, ids, mask, cache)
         if cache.length >= from_position:
             positions = given["position_ids"].numpy() + 1
             given["position_ids"] = type(given["position_ids"]).ortvalue_from_numpy(positions)
         return given
 
-    monkeypatch.setattr(OrtDecoder, "feeds", shifted)
+    inside.around("mptk.ort.decoder.OrtDecoder.feeds", shifted)
     with pytest.raises(MptkError, match=f"the proof fails at 'ONNX Runtime {stage}'"):
         mptk.verify(lab.folder)
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from inside import Inside
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.files import json_text, staged, write_file, write_json, write_text, write_together
 from mptk.publish import manifest
 from mptk.publish.folder import publish
@@ -143,11 +144,9 @@ def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
         pass
 
 
-def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[object] = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(given) or digest(*given))
-    monkeypatch.setattr(manifest, "SETTLED", 10**7)
+def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, inside: Inside) -> None:
+    read = inside.calls("hashlib.file_digest")
+    inside.bound("mptk.publish.manifest.SETTLED", 10**7)
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     time.sleep(0.05)
@@ -161,9 +160,8 @@ def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, mo
     assert manifest.file_sha256(file) == hashlib.sha256(b"six").hexdigest()
 
 
-def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stops = [KeyboardInterrupt()]
-    monkeypatch.setattr(Path, "rmdir", lambda path: (_ for _ in ()).throw(stops.pop()) if stops else os.rmdir(path))
+def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, inside: Inside) -> None:
+    inside.stop("pathlib.Path.rmdir", error=KeyboardInterrupt)
     folder = staged(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         folder.close()

@@ -11,15 +11,13 @@ from criteria_cases import FFN, LAYERS, WINDOWS, Case, SharedLayer, fused_heads,
 from torch import Tensor
 
 import mptk
+from mptk import Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria import Calibration, Compensation
 from mptk.methods.criteria.flap import FLAP, compensate
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
 
 

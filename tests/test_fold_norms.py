@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
 from passes.analysis.rules.resizer import scale_of
-from passes.frontend.trace import trace
 from passes.transforms.fold_norms import FoldNorms, unfoldable
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite
@@ -38,9 +37,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_go_into_weights_and_epsilons(name):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    model = architectures.spread(MODELS[name]().eval())
     ids = torch.randint(97, (2, 7))
     analysis = analyze(trace(model))
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))

@@ -1,28 +1,30 @@
-"""``--layers free``: the budget is divided over the layers, and the result is proven and read as every other."""
+"""``--layers free``: the budget is divided over the layers, and the result is proven and read as every other.
+
+It reaches for mptk.methods.division.layers: a division of made-up curves has a known answer.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import changed
 from safetensors.torch import load_file, save_file
-from torch import nn
+from small_modules import Residual
 from transformers import LlamaForCausalLM
 
 import mptk
+from mptk import MptkError, Plan, analyze, trace
 from mptk.compile.changes import changes_of
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, divide, levels
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -39,46 +41,28 @@ SETTINGS = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dense")
-    toys.llama(layers=3).save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return toys.saved(toys.llama(layers=3), tmp_path_factory.mktemp("dense"))
+
+
+def falling(losses: object, prepared: object, programs: Sequence[object], *rest: object) -> range:
+    return range(len(programs), 0, -1)
 
 
 @pytest.fixture(scope="module")
 def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
-        )
+    with changed() as inside:
+        inside.around("mptk.methods.division.trial.losses", falling)
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert found is not None
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 
 
-class Residual(nn.Module):
-    """Three layers, of which the second adds nearly nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.ModuleList(nn.Linear(24, 64) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(64, 24) for _ in range(3))
-        with torch.no_grad():
-            self.down[1].weight *= 1e-3
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x
-
-
 def test_the_layer_that_matters_least_loses_most() -> None:
     samples = torch.randn(16, 24)
-    found = mptk.prune(Residual(), settings=SETTINGS, example_inputs=(samples,), onnx=False)
+    found = mptk.prune(Residual({0, 2}, 3, 64), settings=SETTINGS, example_inputs=(samples,), onnx=False)
     assert found is not None
     widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
     assert len(widths) == 3
@@ -127,10 +111,8 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
 def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
-        )
+    with changed() as inside:
+        inside.around("mptk.methods.division.trial.losses", falling)
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
     assert found is not None
@@ -194,7 +176,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
         ({"budget": "latency"}, "use another --budget"),
         ({"search": True}, "not --layers free; leave out one of both"),
-        ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),
+        ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, message: str) -> None:

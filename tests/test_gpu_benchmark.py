@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import Inside
 
 from benchmarks import gpu, scale, scale_checkpoint
 from benchmarks.gpu import JOBS, Stages, do, main, table
@@ -15,16 +16,16 @@ SIZES = {"layers": 2, "hidden": 64, "ffn": 320, "heads": 4, "kv_heads": 2, "voca
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, inside: Inside) -> Path:
     """A folder with the checkpoint of the quick run, of which jobs run in this process."""
-    monkeypatch.setattr(scale_checkpoint, "CHARACTERS", 20_000)
+    inside.bound("benchmarks.scale_checkpoint.CHARACTERS", 20_000)
     scale_checkpoint.make_checkpoint(tmp_path / "tiny", scale_checkpoint.config_of(**SIZES))
 
-    def here(command: list[str], *_: object, **__: object) -> scale.Row:
+    def here(measured: object, command: list[str], *_: object, **__: object) -> scale.Row:
         do(gpu.Job(**json.loads(command[-1])))
         return {"seconds": 1.0, "command": "here"}
 
-    monkeypatch.setattr(gpu, "measured", here)
+    inside.around("benchmarks.gpu.measured", here)
     return tmp_path
 
 
@@ -36,7 +37,7 @@ def run(work: Path, *, jobs: str) -> list[scale.Row]:
 
 
 def test_every_job_runs_by_stages_and_is_not_run_again(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, inside: Inside, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [job for job in JOBS if job != "taylor"]  # as wanda
     rows = run(work, jobs=",".join(jobs))
@@ -48,7 +49,7 @@ def test_every_job_runs_by_stages_and_is_not_run_again(
     assert stages["proof"] == {"proof"}
     assert all(found["seconds"] >= 0 and "peak_bytes" not in found for r in rows for found in r["stages"].values())
     assert "| tiny | masks | recovery | " in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "do", lambda _: pytest.fail("run again"))
+    inside.forbid("benchmarks.gpu.do")
     assert run(work, jobs=",".join(jobs)) == rows
 
 

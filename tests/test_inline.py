@@ -10,10 +10,8 @@ import torch
 from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk import MptkError, analyze, trace
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 X = torch.randn(2, 5, 6)
 INNER = 8

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, EuroBertConfig, EuroBertModel, XL
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError
 from mptk.cli.main import app
-from mptk.errors import MptkError
 
 IDS = torch.arange(24 * 6).reshape(24, 6) % 40
 

@@ -11,13 +11,10 @@ import torch
 from cutting import random_plan
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.adapters import adapt, original
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
 

@@ -1,4 +1,7 @@
-"""Every kind of model from its folder and its users' data to a proven smaller folder: text, images and sound."""
+"""Every kind of model from its folder and its users' data to a proven smaller folder: text, images and sound.
+
+It reaches for mptk.tasks: a kind is found before any command runs.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,20 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from inside import Inside
 from kinds import DATA, METRICS, MODELS, settings
 from PIL import Image
 from transformers import MambaConfig, MambaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 import mptk
-import passes.frontend.trace
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
+from mptk import MptkError, Samples
 from mptk.api import compiler as api
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import Learning, Training
-from mptk.errors import MptkError
 from mptk.io.models import Loaded, load
-from mptk.ir.program import Program
-from mptk.ir.samples import IGNORED, Samples
+from mptk.ir.samples import IGNORED
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
@@ -128,9 +130,9 @@ def test_targets_end_with_the_text() -> None:
     ],
 )
 def test_data_of_another_kind_is_said_before_any_work(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: str, line: str
+    folders: Path, tmp_path: Path, inside: Inside, name: str, data: str, line: str
 ) -> None:
-    monkeypatch.setattr("passes.frontend.trace.trace", lambda *_, **__: pytest.fail("the model was traced first"))
+    inside.forbid("passes.frontend.trace.trace")
     given = data if data == "self" else str(folders / data)
     with pytest.raises(MptkError, match=line):
         mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=given))
@@ -211,16 +213,15 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
         api.export_folder(dense, tmp_path / "onnx")
 
 
-def test_a_trace_holds_the_size_of_images_if_all_have_it(
-    monkeypatch: pytest.MonkeyPatch, folders: Path, tmp_path: Path
-) -> None:
+def test_a_trace_holds_the_size_of_images_if_all_have_it(inside: Inside, folders: Path, tmp_path: Path) -> None:
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
-    trace, symbolic = passes.frontend.trace.trace, []
-    monkeypatch.setattr(
-        passes.frontend.trace,
-        "trace",
-        lambda *given, dynamic: symbolic.append(dynamic) or trace(*given, dynamic=dynamic),
-    )
+    symbolic: list[Any] = []
+
+    def trace(real: Any, *given: Any, dynamic: Any) -> Any:
+        symbolic.append(dynamic)
+        return real(*given, dynamic=dynamic)
+
+    inside.around("passes.frontend.trace.trace", trace)
     loaded = Loaded(MODELS["image classifier"]().eval(), None, "it", Path())
     like = task_of(loaded).example(loaded.model)
     larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
@@ -237,8 +238,8 @@ def test_data_of_two_sizes_leave_the_size_open() -> None:
     assert not same_sizes(small, large)
 
 
-def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Program, "length", 7)
+def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside: Inside) -> None:
+    inside.bound("mptk.ir.program.Program.length", 7)
     loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
     with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced only for 7 tokens: .*mptk.rewrite"):
         traced(loaded, task_of(loaded), EXECUTOR)

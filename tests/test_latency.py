@@ -1,4 +1,7 @@
-"""Latency as a budget, with operators of made-up times: nothing here depends on how fast the machine is."""
+"""Latency as a budget, with operators of made-up times: nothing here depends on how fast the machine is.
+
+It reaches for mptk.cost: operators of made-up times stand for the machine.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pruning import llama, llama_config  # noqa: F401 (a fixture)
+from test_pruning import llama  # noqa: F401 (a fixture)
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.chain.prepare import legalise
 from mptk.cli.main import app
 from mptk.cost import operator_times
@@ -22,15 +27,11 @@ from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, cached_times, measure
-from mptk.errors import MptkError
 from mptk.io.models import Loaded
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.progress import silent
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.tasks import CAUSAL_LM
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.targets import legalize
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
@@ -67,10 +68,10 @@ def analysis(model):
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path) -> Path:
+def machine(monkeypatch, inside, tmp_path) -> Path:
     """A machine whose operators take made-up times, and its empty cache folder."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(operator_times, "measure", lambda found, threads, progress: times(found))
+    inside.around("mptk.cost.operator_times.measure", lambda measure, found, threads, progress: times(found))
     return tmp_path / "cache"
 
 
@@ -145,17 +146,17 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
     assert asked[2:] == [[small]]
 
 
-def test_another_runtime_is_measured_anew(machine, monkeypatch):
+def test_another_runtime_is_measured_anew(machine, inside):
     one = [Operator(MATMUL, (1, 2, 3))]
     cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
-    monkeypatch.setattr(operator_times.ort, "__version__", "0.0")
+    inside.bound("onnxruntime.__version__", "0.0")
     assert cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
     assert len(list((machine / "latency").iterdir())) == 2
 
 
-def test_every_kind_of_operator_runs(monkeypatch):
-    monkeypatch.setattr(operator_times, "COLD_BYTES", 4096)
-    monkeypatch.setattr(operator_times, "SECONDS", 0.0)
+def test_every_kind_of_operator_runs(inside):
+    inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
+    inside.bound("mptk.cost.operator_times.SECONDS", 0.0)
     found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
@@ -165,14 +166,12 @@ def test_every_kind_of_operator_runs(monkeypatch):
 
 
 @pytest.mark.parametrize(("tokens", "past", "heads"), [(1, 9, 2), (5, 0, 6)])
-def test_attention_is_timed_as_the_graph_for_its_phase_has_it(monkeypatch, tokens, past, heads):
-    seen = []
-    monkeypatch.setattr(operator_times, "COLD_BYTES", 4096)
-    monkeypatch.setattr(
-        operator_times, "_ms", lambda threads, nodes, inputs, outputs: seen.append((nodes, inputs)) or 1.0
-    )
+def test_attention_is_timed_as_the_graph_for_its_phase_has_it(inside, tokens, past, heads):
+    inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
+    inside.gives("mptk.cost.operator_times._ms", 1.0)
+    seen = inside.calls("mptk.cost.operator_times._ms")
     operator_times.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
-    ((nodes, inputs),) = seen
+    ((_, nodes, inputs, _),) = seen
     assert {a.name: a.i for a in nodes[0].attribute} == {"q_num_heads": heads, "kv_num_heads": 2}
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
     assert shapes["q"] == [1, tokens * 6 // heads, heads * 4]
@@ -267,13 +266,11 @@ def test_settings_that_contradict_each_other_are_refused():
         ("--budget flops", ("flops", "decode", None, 1)),
     ],
 )
-def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
-    asked: list[mptk.Settings] = []
-    monkeypatch.setattr(
-        "mptk.api.pruned.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
-    )
+def test_command_line_says_what_is_budgeted(inside, options, wanted):
+    inside.gives("mptk.api.pruned.prune", None)
+    asked = inside.calls("mptk.api.pruned.prune")
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
-    (s,) = asked
+    ((*_, s),) = asked
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
 
 

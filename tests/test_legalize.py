@@ -7,14 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
-from mptk.config.settings import Settings
+from mptk import MptkError, Settings, analyze, trace
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
 from mptk.methods import find_method
 from mptk.methods.division.budget import WidthSearch, multiples
 from mptk.targets import find_target
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.targets import legalize
 from passes.targets.derived import derived_families
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import toy_checkpoints as toys
 from gguf import GGUFReader
+from inside import Inside
 from safetensors.torch import load_file, save_file
 
 import mptk
+from mptk import FamilyPlan, MptkError, Plan, ProofError
 from mptk.api import compiler as api
-from mptk.errors import MptkError, ProofError
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.weights import Weights
 from mptk.targets import gguf as llama_cpp
 
@@ -120,16 +120,9 @@ def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
     assert found.data.tobytes() == stored.view(torch.uint16).numpy().tobytes()
 
 
-def test_what_is_written_is_read_again(
-    dense: Path, ragged: mptk.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right, asked = llama_cpp.paired, []
-
-    def wrong_once(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-        asked.append(weight)
-        return weight if len(asked) == 1 else right(weight, head_dim)
-
-    monkeypatch.setattr(llama_cpp, "paired", wrong_once)
+def test_what_is_written_is_read_again(dense: Path, ragged: mptk.Pruned, tmp_path: Path, inside: Inside) -> None:
+    asked = inside.calls("mptk.targets.gguf.paired")
+    inside.spoil("mptk.targets.gguf.paired", lambda weight: asked[0][0] if len(asked) == 1 else weight)
     with pytest.raises(ProofError, match=r"blk\.0\.attn_[qk]\.weight in .* is not the folder's"):
         api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

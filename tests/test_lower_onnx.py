@@ -10,7 +10,7 @@ from onnx_checks import alone, cache_inputs
 from tiny_decoders import GROUPED, tiny_decoder
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx

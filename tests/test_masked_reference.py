@@ -11,11 +11,10 @@ import torch
 from cutting import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
 
 

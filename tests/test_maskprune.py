@@ -8,12 +8,13 @@ import architectures
 import pytest
 import torch
 from cutting import random_plan
+from inside import Inside
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from mptk import MptkError, Samples, analyze, trace
 from mptk.config.settings import Learning, LossWeights
-from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import schedule
@@ -21,8 +22,6 @@ from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -39,9 +38,9 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torc
 @pytest.mark.parametrize("positions", [1, 4, 100])
 @pytest.mark.parametrize("weights", [LossWeights(lm=0.0), LossWeights(kl=0.0), LossWeights(lm=0.3, kl=1.7)])
 def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
-    monkeypatch: pytest.MonkeyPatch, positions: int, weights: LossWeights
+    inside: Inside, positions: int, weights: LossWeights
 ) -> None:
-    monkeypatch.setattr("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
+    inside.bound("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
     student, teacher = logits(0, 2, 5, 11).requires_grad_(), logits(1, 2, 5, 11) + 300
     ids = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(2))
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -59,10 +58,8 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
 
 
 @pytest.mark.parametrize("positions", [1, 100])
-def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(
-    monkeypatch: pytest.MonkeyPatch, positions: int
-) -> None:
-    monkeypatch.setattr("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
+def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(inside: Inside, positions: int) -> None:
+    inside.bound("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
     student, short = logits(0, 2, 5, 11).requires_grad_(), shorten(logits(1, 2, 5, 11), 3)
     logs = log_softmax(student, -1)
     top = logs.gather(-1, short.tokens)

@@ -1,6 +1,9 @@
 """``prune --kv-heads``: KV heads are merged in closed form, under the one budget and plan, and the result is proven.
 
-The merge is exact if nothing is lost, and near the dense model if something is."""
+The merge is exact if nothing is lost, and near the dense model if something is.
+
+It reaches for mptk.conversions: merged heads are turned, to be refused.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,15 @@ import architectures
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 from small_modules import Small
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Plan, ProofError
 from mptk.cli.main import app
 from mptk.conversions import kv_heads as merging
-from mptk.errors import MptkError, ProofError
-from mptk.ir.plan import Plan
-from mptk.protocols.chain import Prepared
 from mptk.publish.manifest import write_manifest
 
 ONE = {"width": 1, "of": 2}
@@ -33,15 +35,9 @@ ALONE: dict[str, Any] = {"kv_heads": 1, "sparsity": 0.0, "method": "wanda", "dat
 CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "multiple": 4}
 
 
-def saved(model: PreTrainedModel, folder: Path) -> str:
-    model.save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
+    return toys.saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,7 @@ def redundant(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path) -> None:
     dense = redundant(architectures.model(name, vocab_size=300))
-    found = mptk.prune(saved(dense, tmp_path / "dense"), **ALONE)
+    found = mptk.prune(toys.saved(dense, tmp_path / "dense"), **ALONE)
     assert found is not None
     small = found.model
     assert small.config.num_key_value_heads == 1
@@ -107,13 +103,13 @@ def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str,
     ],
 )
 def test_principal_components_lose_less_than_means(
-    changes: Mapping[str, int], kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: Mapping[str, int], kv_heads: int, tmp_path: Path, inside: Inside
 ) -> None:
     dense, far = architectures.model("llama", vocab_size=300, **changes), []
-    source = saved(dense, tmp_path / "dense")
+    source = toys.saved(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
-            monkeypatch.setattr(merging, "ways_of", lambda *_, ways=ways: ways)
+            inside.gives(f"{merging.__name__}.ways_of", ways)
         found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
         assert found is not None
         assert found.model.config.num_key_value_heads == kv_heads
@@ -122,7 +118,7 @@ def test_principal_components_lose_less_than_means(
 
 
 def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> None:
-    found = mptk.prune(saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
+    found = mptk.prune(toys.saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
     assert found is not None
     (note,) = (note for note in found.report.notes if "KV heads" in note)
     assert "keys merged by their mean" in note
@@ -153,11 +149,10 @@ def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) ->
     assert stages[-1] == "ONNX Runtime decode"
 
 
-def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(
-    cut: Path, dense: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = merging.first_heads
-    monkeypatch.setattr(merging, "first_heads", lambda *of: {n: (dim, p.flip(0)) for n, (dim, p) in first(*of).items()})
+def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, dense: str, inside: Inside) -> None:
+    inside.spoil(
+        f"{merging.__name__}.first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
+    )
     with pytest.raises(ProofError, match="fails at 'KV heads'"):
         mptk.prune(dense, **ALONE)
     with pytest.raises(ProofError, match="fails at 'KV heads'"):
@@ -180,14 +175,9 @@ def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str
 
 
 @pytest.mark.parametrize("method", ["maskprune", "flap"])
-def test_the_model_before_the_merge_is_imitated(
-    method: str, dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    imitated = []
-    teacher = Prepared.teacher
-    monkeypatch.setattr(
-        Prepared, "teacher", lambda self, *given: imitated.append(teacher(self, *given)) or imitated[-1]
-    )
+def test_the_model_before_the_merge_is_imitated(method: str, dense: str, tmp_path: Path, inside: Inside) -> None:
+    imitated: list[PreTrainedModel] = []
+    inside.spoil("mptk.protocols.chain.Prepared.teacher", lambda model: imitated.append(model) or model)
     more = {"method": method, "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
     found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
     assert found is not None
@@ -252,7 +242,7 @@ def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) 
     ],
 )
 def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path) -> None:
-    source = saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
+    source = toys.saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
     with pytest.raises(MptkError, match=message):
         mptk.prune(source, tmp_path / "out", **{**ALONE, "kv_heads": kv_heads})
     assert not (tmp_path / "out").exists()

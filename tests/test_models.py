@@ -1,4 +1,7 @@
-"""What a MODEL may be, and what never runs while loading one."""
+"""What a MODEL may be, and what never runs while loading one.
+
+It reaches for mptk.io.models: a skeleton and opened weights are not public.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import architectures
-import huggingface_hub.constants
 import pytest
 import torch
 import toy_checkpoints as toys
 import transformers
 import transformers.dynamic_module_utils
+from inside import Inside, changed
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -38,7 +41,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.io import models
 from mptk.io.fields import field
 from mptk.io.resident import Resident
@@ -55,8 +58,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "toy"
-    toys.llama().save_pretrained(path)
-    toys.tokenizer().save_pretrained(path)
+    toys.saved(toys.llama(), path)
     return path
 
 
@@ -99,13 +101,6 @@ class TestFolder:
         with pytest.raises(MptkError, match=r"no weights for 9 parameters .*model\.layers\.2"):
             models.load(str(folder))
 
-    def test_not_a_checkpoint(self, tmp_path: Path) -> None:
-        with pytest.raises(MptkError, match=r"no config\.json"):
-            models.load(str(tmp_path))
-        (tmp_path / "notes.txt").write_text("x")
-        with pytest.raises(MptkError, match=r"neither .* nor a \.gguf"):
-            models.load(str(tmp_path / "notes.txt"))
-
 
 class Touch:
     """Unpickling one makes the file ``path``."""
@@ -133,8 +128,8 @@ class TestNothingRuns:
             models.load(str(folder))
         assert not (tmp_path / "ran").exists()
 
-    def test_the_models_own_code(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    def test_the_models_own_code(self, folder: Path, tmp_path: Path, inside: Inside) -> None:
+        inside.bound("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
         config = json.loads((folder / "config.json").read_text())
         code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
         config |= {"model_type": "own", "auto_map": code, "architectures": ["OwnForCausalLM"]}
@@ -222,16 +217,16 @@ class TestGguf:
             assert torch.equal(logits(again), logits(toys.llama()))
             assert again.generation_config.eos_token_id == 1
 
-    def test_converted_once_and_again_when_it_changes(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_converted_once_and_again_when_it_changes(self, file: Path) -> None:
         first = models.load(str(file)).path
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "_convert", lambda *args: pytest.fail("converted twice"))
+        with changed() as inside:
+            inside.forbid("mptk.io.models._convert")
             assert models.load(str(file)).path == first
         toys.write_gguf(toys.llama(seed=1), toys.tokenizer(), file)
         assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=1)))
 
-    def test_skeleton_reads_the_metadata_alone(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(models, "_convert", lambda *args: pytest.fail("converted"))
+    def test_skeleton_reads_the_metadata_alone(self, file: Path, inside: Inside) -> None:
+        inside.forbid("mptk.io.models._convert")
         skeleton = models.skeleton(str(file))
         assert {p.device.type for p in skeleton.parameters()} == {"meta"}
         assert {n: p.shape for n, p in skeleton.named_parameters()} == {
@@ -249,9 +244,9 @@ class TestGguf:
 
 class TestHub:
     @pytest.fixture(autouse=True)
-    def _offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    def _offline(self, tmp_path: Path, inside: Inside) -> None:
+        inside.bound("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        inside.bound("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def test_id(self, tmp_path: Path) -> None:
         repo = tmp_path / "hub" / "models--someone--toy"

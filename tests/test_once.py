@@ -1,4 +1,7 @@
-"""What is dear or could come out otherwise the second time is done once in a run of ``prune``."""
+"""What is dear or could come out otherwise the second time is done once in a run of ``prune``.
+
+It reaches for what must run once, to count its calls.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inside import Inside
 
 import mptk
 import mptk.chain.prune
@@ -25,30 +29,23 @@ SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, multiple=4, learnin
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    toy_checkpoints.llama().save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
-    return str(folder)
+    words = toy_checkpoints.tokenizer(begin=True)
+    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
 
 
-def counted(patch: pytest.MonkeyPatch, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
+def counted(inside: Inside, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
     """The arguments of every call of ``function``, wherever it was imported to."""
     calls: list[tuple[Any, ...]] = []
-
-    def wrapper(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        return function(*arguments, **options)
-
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("mptk", "passes") and getattr(module, function.__name__, None) is function:
-            patch.setattr(module, function.__name__, wrapper)
+            inside.around(
+                f"{name}.{function.__name__}", lambda real, *given, **o: calls.append(given) or real(*given, **o)
+            )
     return calls
 
 
-def test_learned_plan_is_resolved_once_for_each_analysis(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resolved, discovered, sites = (counted(monkeypatch, f) for f in (resolve_plan, discover, find_mask_sites))
+def test_learned_plan_is_resolved_once_for_each_analysis(model: str, tmp_path: Path, inside: Inside) -> None:
+    resolved, discovered, sites = (counted(inside, f) for f in (resolve_plan, discover, find_mask_sites))
     report = mptk.prune(model, tmp_path / "out", SETTINGS).report
     assert report is not None
     assert report.trained
@@ -59,12 +56,10 @@ def test_learned_plan_is_resolved_once_for_each_analysis(
     assert len(sites) == 1
 
 
-def test_given_plan_is_resolved_once_for_each_analysis(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_given_plan_is_resolved_once_for_each_analysis(model: str, tmp_path: Path, inside: Inside) -> None:
     one_shot = replace(SETTINGS, method="magnitude", learning=Learning(steps=0), onnx=False)
     mptk.prune(model, tmp_path / "first", one_shot)
-    resolved, discovered, sites = (counted(monkeypatch, f) for f in (resolve_plan, discover, find_mask_sites))
+    resolved, discovered, sites = (counted(inside, f) for f in (resolve_plan, discover, find_mask_sites))
     given = replace(one_shot, plan=str(tmp_path / "first" / "plan.json"), reconstruct=True, onnx=True)
     mptk.prune(model, tmp_path / "out", given)
     assert (len(resolved), len(discovered), len(sites)) == (2, 1, 1)

@@ -1,4 +1,7 @@
-"""``--onnx-dtype``: the type of the graph, its proof, and what ONNX Runtime does not run."""
+"""``--onnx-dtype``: the type of the graph, its proof, and what ONNX Runtime does not run.
+
+It reaches for mptk.ort.decoder: a graph is run by itself.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inside import Inside
 from onnx_checks import padded
 from tiny_decoders import BIASED, FUSED, GROUPED, SLIDING, tiny_decoder
 
 import mptk
+from mptk import MptkError, ProofError, Settings
 from mptk.api.compiler import export_folder
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, ProofError
 from mptk.ort.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
-from passes.targets.onnx import float16
 from tests import toy_checkpoints
 
 SETTINGS = Settings(
@@ -50,8 +52,7 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bfloat16")
-    toy_checkpoints.llama().to(torch.bfloat16).save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    toy_checkpoints.saved(toy_checkpoints.llama().to(torch.bfloat16), folder, toy_checkpoints.tokenizer(begin=True))
     return str(folder)
 
 
@@ -67,11 +68,9 @@ def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path)
     assert all(d.ok and d.relative > 0 for d in verified if d.stage in stages)
 
 
-def test_weights_that_are_a_thousandth_off_are_found(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    convert = float16.convert_np_to_float16
-    monkeypatch.setattr(float16, "convert_np_to_float16", lambda array: convert(array * np.float32(1.001)))
+def test_weights_that_are_a_thousandth_off_are_found(checkpoint: str, tmp_path: Path, inside: Inside) -> None:
+    target = "onnxruntime.transformers.float16.convert_np_to_float16"
+    inside.around(target, lambda convert, array: convert(array * np.float32(1.001)))
     with pytest.raises(ProofError, match=r"the proof fails at 'fp16 weights'"):
         mptk.prune(checkpoint, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()

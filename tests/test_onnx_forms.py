@@ -14,14 +14,14 @@ import pytest
 import torch
 import transformers
 from graph_damage import damaged, rewired
+from inside import Inside
 from kinds import CLASSES, MODELS, VOCAB
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 import mptk
+from mptk import MptkError, ProofError, Settings
 from mptk.api.compiler import export_folder
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, ProofError
 from mptk.publish.manifest import write_manifest
 
 SETTINGS = {"data": "random", "multiple": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
@@ -211,11 +211,9 @@ def test_a_plan_may_cut_what_the_encoder_hands_on(folders: Path, tmp_path: Path)
     assert session.get_outputs()[0].shape[2] == width < 24
 
 
-def test_a_graph_without_a_mask_is_not_said_to_take_padding(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_without_a_mask_is_not_said_to_take_padding(folders: Path, tmp_path: Path, inside: Inside) -> None:
     dense = folders / "encoder"
-    monkeypatch.setattr("mptk.tasks.padding.MASK", "no mask")
+    inside.bound("mptk.tasks.padding.MASK", "no mask")
     settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", **SETTINGS)
     report = mptk.prune(str(dense), tmp_path / "out", settings).report
     assert any("padding changes what the model computes" in note for note in report.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import traces
+from inside import Inside
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_np_to_float16
 from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
@@ -23,7 +25,7 @@ from mptk.ir.program import Program
 from mptk.ir.weights import Lazy, Weights
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx import emit, tensors
+from passes.targets.onnx import tensors
 from passes.targets.onnx.block_weights import rounded
 from passes.targets.onnx.check_quantized import check_quantized
 
@@ -75,28 +77,27 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_weights_read_one_by_one_are_those_of_an_export_that_holds_all(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, inside: Inside
 ) -> None:
-    monkeypatch.setattr(emit, "SMALL", 16)
-    monkeypatch.setattr(emit, "_exported", traces.TRANSLATE)  # passes number values anew in a copy
+    inside.bound("passes.targets.onnx.emit.SMALL", 16)
+    inside.bound("passes.targets.onnx.emit._exported", traces.TRANSLATE)  # passes number values anew in a copy
     program = trace_decoder(tiny_decoder(kind))
     state = Read(program.state)
     found = constants(emit_onnx(replace(program, state=state), tmp_path / "read"))
-    monkeypatch.setattr(emit, "without_weights", lambda program: program)
-    monkeypatch.setattr(emit, "with_weights", lambda model, _: model)
+    inside.around("passes.targets.onnx.emit.without_weights", lambda without, program: program)
+    inside.around("passes.targets.onnx.emit.with_weights", lambda with_weights, model, _: model)
     assert_same(found, constants(emit_onnx(program, tmp_path / "held")))
 
 
-def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emit, "SMALL", LARGE)
-    exported = emit.with_weights
+def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, inside: Inside) -> None:
+    inside.bound("passes.targets.onnx.emit.SMALL", LARGE)
 
-    def count(model: ir.Model, program: Program) -> ir.Model:
+    def count(exported: Callable[..., ir.Model], model: ir.Model, program: Program) -> ir.Model:
         """From here on: the export itself may look at each weight's shape."""
         state.alive = Alive()
         return exported(model, program)
 
-    monkeypatch.setattr(emit, "with_weights", count)
+    inside.around("passes.targets.onnx.emit.with_weights", count)
     program = trace_decoder(tiny_decoder(GROUPED))
     state = Read(program.state)
     emit_onnx(replace(program, state=state), tmp_path)
@@ -106,18 +107,17 @@ def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
-    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, tmp_path: Path, inside: Inside
 ) -> None:
     """Three: queries, keys and values, which are smoothed by one scale."""
-    alive, read = Alive(), tensors._read
+    alive = Alive()
 
-    def counted(*of: object) -> np.ndarray:
-        array = read(*of)  # type: ignore[arg-type]
+    def counted(array: np.ndarray) -> np.ndarray:
         if array.size > 900:
             alive.add(array)
         return array
 
-    monkeypatch.setattr(tensors, "_read", counted)
+    inside.spoil("passes.targets.onnx.tensors._read", counted)
     source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=3)), tmp_path)
     file = quantize_onnx(source, scheme)
     assert alive.made >= 3 * 7
@@ -129,7 +129,7 @@ def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
 @pytest.mark.parametrize(("bits", "block"), [(8, 16), (8, 128), (4, 32)])
 @pytest.mark.parametrize("inputs", [96, 80])
 def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_graph(
-    bits: int, block: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, block: int, inputs: int, inside: Inside
 ) -> None:
     weight = RNG.standard_normal((inputs, 37)).astype(np.float32)
     graph = helper.make_graph(
@@ -144,7 +144,7 @@ def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_grap
     quantizer = ort.MatMulNBitsQuantizer(helper.make_model(graph), algo_config=config)
     quantizer.process()
     expected = [numpy_helper.to_array(c) for c in quantizer.model.model.graph.initializer]
-    monkeypatch.setattr(tensors, "PART", 5 * inputs)
+    inside.bound("passes.targets.onnx.tensors.PART", 5 * inputs)
     found = rounded(weight, bits, block)
     assert len(found) == len(expected) == (2 if bits == 8 else 3)
     for array, other in zip(found, expected, strict=True):

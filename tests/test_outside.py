@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from benchmarks.tiny_weights import randomise
 from benchmarks.zoo import prove
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
@@ -152,33 +151,6 @@ class UNet(nn.Module):
         return self.last(y)  # type: ignore[no-any-return]
 
 
-def grouped_cnn() -> nn.Module:
-    """Grouped, depthwise and pointwise convolutions with batch norm, then a classifier."""
-    return nn.Sequential(
-        nn.Conv2d(3, 12, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(12, 20, 3, padding=1, groups=4),
-        nn.BatchNorm2d(20),
-        nn.ReLU(),
-        nn.Conv2d(20, 20, 3, padding=1, groups=20),
-        nn.ReLU6(),
-        nn.Conv2d(20, 16, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    )
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(7, 13), nn.ReLU(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 4))
-
-
-def test_mlp_hidden_layers() -> None:
-    analysis = analysed(mlp(), torch.randn(3, 7, generator=torch.Generator().manual_seed(1)))
-    assert sizes(analysis) == {13, 11}
-    assert {w for b in analysis.blocked for w in b.weights} >= {"0.weight[1]", "4.weight[0]"}
-
-
 def test_nanogpt_style() -> None:
     analysis = analysed(NanoGPT(), TOKENS)
     assert {3, 40} <= sizes(analysis)
@@ -198,10 +170,6 @@ def test_unet_skip_concatenation() -> None:
     (skip,) = next(f for f in analysis.families if f.size == 10).groups
     joined = next(m for m in skip.members if m.weight == "join.weight")
     assert skip.positions(joined)[0, :, 0].tolist() == list(range(12, 22))
-
-
-def test_grouped_and_depthwise_convolutions() -> None:
-    assert analysed(grouped_cnn(), IMAGE[:, :, :12, :12]).families
 
 
 # ---- libraries ----

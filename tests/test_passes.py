@@ -11,12 +11,11 @@ import torch
 from cutting import random_plan
 from torch import Tensor, nn
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, PassResult, Record, run
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.pipelines import cutting
 from passes.targets.onnx.lower import LowerOps
 from passes.targets.onnx.lower_complex import LowerComplex

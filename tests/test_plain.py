@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from inside import Inside
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
@@ -147,9 +148,11 @@ def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_
     assert not ACTS.search(result.stdout)
 
 
-def test_mptks_own_error_has_a_log_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mptks_own_error_has_a_log_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-    monkeypatch.setattr("mptk.io.packaged.cached", lambda alias: 1 / 0)
+    inside.around("mptk.io.packaged.cached", lambda cached, alias: 1 / 0)
     result = run(["models"])
     assert result.code == 70
     (line,) = result.errors

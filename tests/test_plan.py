@@ -13,13 +13,11 @@ from architectures import model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.conversions import planned
-from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import PLAN_FORMAT, FamilyPlan, Plan
+from mptk.ir.plan import PLAN_FORMAT
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
 
@@ -126,20 +124,6 @@ def test_a_wrong_family_is_refused_with_the_place(name: str) -> None:
 def test_a_wrong_plan_is_refused(data: Any, message: str) -> None:
     with pytest.raises(MptkError, match=message):
         Plan.from_json(data)
-
-
-def test_files_that_are_no_plan(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    with pytest.raises(MptkError, match="cannot read plan"):
-        Plan.load(path)
-    with pytest.raises(MptkError, match="cannot read plan"):
-        Plan.load(tmp_path)
-    path.write_text('{"format": \n oops}')
-    with pytest.raises(MptkError, match=r"is not JSON \(line 2"):
-        Plan.load(path)
-    path.write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(MptkError, match="it is not UTF-8 text"):
-        Plan.load(path)
 
 
 # ---- against a model ----

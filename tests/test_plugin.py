@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
+from mptk import Report
 from mptk.cli.main import app
-from mptk.protocols.report import Report
 from tests import toy_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +37,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    toy_checkpoints.llama().save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
-    return str(folder)
+    words = toy_checkpoints.tokenizer(begin=True)
+    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
 
 
 class Done(NamedTuple):
@@ -110,7 +108,7 @@ ANALYSED = """
 import torch
 from torch import nn
 import mptk
-from mptk.ir.samples import Samples
+from mptk import Samples
 from mptk.methods import criteria
 from mptk_example.rule import gate
 

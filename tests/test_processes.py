@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
+from inside import Inside
 
-from mptk.compat.accelerate import own_state
+from mptk import MptkError
 from mptk.distributed import processes
-from mptk.errors import MptkError
 from mptk.methods.maskprune.adapters import adapt
 
 
@@ -22,16 +22,10 @@ def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(archit
     assert processes.blocks(torch.nn.Linear(2, 2)) == []
 
 
-def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "processes", lambda: SimpleNamespace(num_processes=2))
+def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
+    inside.gives("mptk.distributed.processes.processes", SimpleNamespace(num_processes=2))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(MptkError, match="add --fsdp_version 2"):
         processes.accelerator("no")
-
-
-def test_each_run_has_a_precision_of_its_own() -> None:
-    for precision in ("bf16", "no"):
-        with own_state():
-            assert processes.accelerator(precision).mixed_precision == precision

@@ -11,7 +11,7 @@ from cutting import random_plan
 from torch import nn
 
 import mptk
-from mptk.errors import MptkError
+from mptk import MptkError
 
 
 class Net(nn.Module):

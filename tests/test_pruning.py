@@ -1,4 +1,7 @@
-"""The main job on tiny models: what a user gets in the folder, and what happens when something is wrong."""
+"""The main job on tiny models: what a user gets in the folder, and what happens when something is wrong.
+
+It reaches for mptk.ort.decoder and passes.pipelines: what is published is read by itself.
+"""
 
 from __future__ import annotations
 
@@ -7,69 +10,30 @@ import hashlib
 import json
 import random
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
 
 import mptk
-from mptk.chain import prune as pruning
+from mptk import MptkError, Plan, Report
 from mptk.cli.main import app
-from mptk.errors import MptkError
 from mptk.io import data
-from mptk.ir.plan import Plan
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.chain import Proven
-from mptk.protocols.report import Report
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import QUANTIZED
 from passes.verify import Difference
-
-SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
-WORDS = [f"w{i}" for i in range(95)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-
-
-def save(model: torch.nn.Module, folder: Path) -> str:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def llama_config() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        vocab_size=97,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +79,6 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
     assert {"config.json", "model.safetensors", "plan.json", "onnx/model.onnx"} <= set(report.files)
 
 
-def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    out, report = pruned
-    again = mptk.verify(out)
-    assert [d.stage for d in again] == [d["stage"] for d in report.proof]
-    broken = tmp_path / "broken"
-    shutil.copytree(out, broken)
-    state = load_file(broken / "model.safetensors")
-    state["model.layers.1.mlp.down_proj.weight"][3] += 0.5
-    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MptkError, match=r"model.safetensors in .* was changed since it was published"):
-        mptk.verify(broken)
-
-
 def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned, tmp_path):
     settings = replace(SETTINGS, quantize=("int8", "fp16"))
     report = mptk.prune(llama, tmp_path / "out", settings).report
@@ -161,10 +108,9 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     assert "quality" not in report.quantized["int8"]
 
 
-def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pruning, "prove_folder", lambda *_, **how: Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
-    )
+def test_a_failed_proof_publishes_nothing(llama, tmp_path, inside):
+    wrong = Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
+    inside.gives("mptk.chain.prune.prove_folder", wrong)
     with pytest.raises(MptkError, match="rewritten graph"):
         mptk.prune(llama, tmp_path / "out", SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"], "what --resume needs, and no result"
@@ -283,10 +229,10 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, cha
 
 
 @pytest.mark.long
-def test_example_script_does_the_main_job(llama, tmp_path, monkeypatch, capsys):
+def test_example_script_does_the_main_job(llama, tmp_path, inside, capsys):
     script = Path(__file__).parents[1] / "examples" / "prune.py"
     assert len(script.read_text().splitlines()) < 30
-    monkeypatch.setattr(sys, "argv", [str(script), llama, str(tmp_path / "out"), "0.4"])
+    inside.bound("sys.argv", [str(script), llama, str(tmp_path / "out"), "0.4"])
     run_path(str(script), run_name="__main__")
     said = capsys.readouterr().out
     assert "ffn: 80 units in each of 3 layers" in said
@@ -304,8 +250,8 @@ def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
     assert stages["rewrite"]["changed"]
 
 
-def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, tmp_path, inside):
+    inside.stop("mptk.chain.prune.measured", error=KeyboardInterrupt)
     settings = replace(SETTINGS, method="magnitude", onnx=False)
     with pytest.raises(KeyboardInterrupt):
         mptk.prune(llama, tmp_path / "out", settings)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
+from inside import Inside
 from typer.testing import CliRunner
 
+from mptk import MptkError
 from mptk.cli.main import app
-from mptk.errors import MptkError
 from mptk.publish.manifest import write_manifest
 from mptk.publish.push import push
 
@@ -86,10 +86,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    inside.bound("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     yield server
     server.shutdown()
@@ -143,8 +143,8 @@ def test_a_refusal_is_one_line_that_says_what_to_check(hub: Hub, folder: Path) -
     assert "\n" not in str(raised.value)
 
 
-def test_a_hub_that_cannot_be_reached(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+def test_a_hub_that_cannot_be_reached(hub: Hub, folder: Path, inside: Inside) -> None:
+    inside.bound("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(MptkError, match=r"was not uploaded to http://127\.0\.0\.1:9.*the network"):
         push(folder, "me/small")
 

@@ -1,4 +1,7 @@
-"""Models of every kind in memory, with data in memory: what ``mptk.prune`` makes of them."""
+"""Models of every kind in memory, with data in memory: what ``mptk.prune`` makes of them.
+
+It reaches for mptk.tasks and mptk.io.live: whether the kind is the right one.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from torch import nn
 from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
+from mptk import MptkError, Samples
 from mptk.api.sources import collected
-from mptk.errors import MptkError
 from mptk.io.live import open_live
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir.samples import next_tokens
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import task_of
 

@@ -1,11 +1,13 @@
-"""``mptk.prune`` from Python: models by name and in memory, keywords, data in memory; what ``Pruned`` gives."""
+"""``mptk.prune`` from Python: models by name and in memory, keywords, data in memory; what ``Pruned`` gives.
+
+It reaches for mptk.config.setting: every keyword is compared with its declaration.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
 import inspect
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,20 @@ from typing import Any
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
+from mptk import MptkError, Samples, Settings
 from mptk.api.sources import collected
 from mptk.config.setting import with_keywords
-from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
-from mptk.errors import MptkError
+from mptk.config.settings import IN_MEMORY, Learning, Training
 from mptk.io.live import open_live
 from mptk.ir.passes import PassResult
-from mptk.ir.program import Program, ProgramModule
-from mptk.ir.samples import Samples
+from mptk.ir.program import ProgramModule
 from mptk.tasks import task_of
-from passes.transforms.rewrite import Rewrite
 
 SMALL = {"sparsity": 0.3, "multiple": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None}
@@ -106,10 +107,10 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
 
 
 def test_without_a_folder_nothing_stays_and_half_precision_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     """Weights are computed with in float32 and stored as they were."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    inside.bound("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
     model = toys.llama().to(torch.bfloat16)
@@ -125,8 +126,7 @@ def test_without_a_folder_nothing_stays_and_half_precision_stays(
 
 
 def test_the_tokenizer_is_found_where_the_model_came_from(tmp_path: Path) -> None:
-    toys.llama().save_pretrained(tmp_path)
-    toys.tokenizer().save_pretrained(tmp_path)
+    toys.saved(toys.llama(), tmp_path)
     found = mptk.prune(LlamaForCausalLM.from_pretrained(tmp_path), method="wanda", data=TEXTS, **SMALL)
     assert found is not None
     assert found.tokenizer is not None
@@ -276,7 +276,7 @@ def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
     assert measured["pruned"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
 
 
-def test_a_new_head_of_zeros_hides_no_wrong_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_head_of_zeros_hides_no_wrong_cut(inside: Inside) -> None:
     net = Net()
     nn.init.zeros_(net.head.weight)
     nn.init.zeros_(net.head.bias)
@@ -286,15 +286,12 @@ def test_a_new_head_of_zeros_hides_no_wrong_cut(monkeypatch: pytest.MonkeyPatch)
     assert not found.model(*EXAMPLE).any()
     assert found.report.proof[-1]["stage"] == "random in place of zeros"
 
-    right = Rewrite.run
-
-    def wrong(self: Rewrite, program: Program) -> PassResult:
-        result = right(self, program)
+    def wrong(result: PassResult) -> PassResult:
         name = next(n for n in result.program.parameters if n.endswith("down.weight"))
         turned = {name: result.program.state[name].flip(1)}
         return replace(result, program=result.program.with_state(turned))
 
-    monkeypatch.setattr(Rewrite, "run", wrong)
+    inside.spoil("passes.transforms.rewrite.Rewrite.run", wrong)
     with pytest.raises(MptkError, match="random in place of zeros"):
         mptk.prune(module, example_inputs=EXAMPLE, progress=None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import toy_checkpoints as toys
+from inside import Inside, changed
 
 from benchmarks import quality
 from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
@@ -32,11 +33,10 @@ def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) ->
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, inside: Inside) -> Path:
     """A folder with the text of a benchmark of a toy model."""
-    toys.llama(max_position_embeddings=600).save_pretrained(tmp_path / "dense")
-    toys.tokenizer().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(quality, "MODEL", str(tmp_path / "dense"))
+    toys.saved(toys.llama(max_position_embeddings=600), tmp_path / "dense")
+    inside.bound("benchmarks.quality.MODEL", str(tmp_path / "dense"))
     text = "the quick brown fox jumps over a lazy dog. " * 40
     (tmp_path / "train.txt").write_text(text * 40)
     (tmp_path / "wiki.test.raw").write_text(text * 10)
@@ -69,25 +69,21 @@ def rows(place: Path, methods: str, widths: str = "", tokens: int = 0) -> list[d
     return [row for row in quality.rows_in(file) if row["method"] != "dense"]
 
 
-def test_a_row_is_computed_once_and_at_other_widths_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_computed_once_and_at_other_widths_again(place: Path, inside: Inside) -> None:
     rows(place, "magnitude", widths="ffn=32")
     found = rows(place, "magnitude")
     assert [row["given"] for row in found] == [{"ffn": 32}, {}]
-    monkeypatch.setattr(quality, "prune", lambda *_: pytest.fail("pruned again"))
+    inside.forbid("benchmarks.quality.prune")
     assert rows(place, "magnitude") == rows(place, "magnitude", widths="ffn=32") == found
 
 
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_row_goes_on_where_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_row_goes_on_where_it_was(place: Path, inside: Inside) -> None:
     rows(place, "magnitude")  # the dense row, too
-    with monkeypatch.context() as patch:
-        patch.setattr(quality, "measure", interrupted)
+    with changed() as stopping:
+        stopping.stop("benchmarks.quality.measure", error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             rows(place, "wanda", tokens=1024)
-    monkeypatch.setattr(quality, "prune", lambda *_: pytest.fail("pruned again"))
+    inside.forbid("benchmarks.quality.prune")
     _, resumed = rows(place, "wanda", tokens=1024)
     assert (resumed["method"], resumed["tokens"], resumed["rank"]) == ("wanda", 1024, 0)
     assert not list((place / "work").glob("row-*"))

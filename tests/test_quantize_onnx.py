@@ -13,8 +13,7 @@ import pytest
 from onnx_ir.passes import common
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, graphs_of, tiny_decoder
 
-import passes.targets.onnx.measure
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
@@ -216,14 +215,14 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
     assert rounded_error(*arrays) < 0.8 * rounded_error(gate, up, down)
 
 
-def test_sums_do_not_depend_on_how_much_is_run_at_once(source, monkeypatch):
+def test_sums_do_not_depend_on_how_much_is_run_at_once(source, inside):
     graph = onnx.load(source, load_external_data=False).graph
     norms = [n for n in graph.node if n.op_type in ("RMSNormalization", "LayerNormalization")]
     channels = {str(n.output[0]): 48 for n in norms[:1] + norms[-1:]}
     text = RNG.integers(3, 97, (10, 12))
     squares, products = (dict(measure_onnx(source, channels, text, what)) for what in ("squares", "products"))
-    monkeypatch.setattr(passes.targets.onnx.measure, "TOKENS_AT_ONCE", 36)
-    monkeypatch.setattr(passes.targets.onnx.measure, "BYTES", 1)
+    inside.bound("passes.targets.onnx.measure.TOKENS_AT_ONCE", 36)
+    inside.bound("passes.targets.onnx.measure.BYTES", 1)
     assert squares.keys() == products.keys() == channels.keys()
     for what, expected in (("squares", squares), ("products", products)):
         for name, found in measure_onnx(source, channels, text, what):

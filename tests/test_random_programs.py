@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
+from inside import Inside
 
-from mptk.ir.resolved_plan import Cut
 from tests import eager_modules
 from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
@@ -70,14 +70,13 @@ MLP = Program.parse(
 )
 
 
-def test_slices_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_at_wrong_positions_are_found_out(inside: Inside) -> None:
     assert check(MLP).verdict == "proven"
-    positions = Cut.positions
-    monkeypatch.setattr(Cut, "positions", lambda cut, term: np.sort((positions(cut, term) + 1) % term.size))
+    wrong = lambda positions, cut, term: np.sort((positions(cut, term) + 1) % term.size)  # noqa: E731
+    inside.around("mptk.ir.resolved_plan.Cut.positions", wrong)
     assert check(MLP).cause.startswith("the proof fails at 'rewrite'")
 
 
-def test_masks_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = Cut.mask
-    monkeypatch.setattr(Cut, "mask", lambda cut, term: np.roll(mask(cut, term), 1))
+def test_masks_at_wrong_positions_are_found_out(inside: Inside) -> None:
+    inside.spoil("mptk.ir.resolved_plan.Cut.mask", lambda mask: np.roll(mask, 1))
     assert check(MLP).cause.startswith("the masked program and the zeroed module")

@@ -1,4 +1,7 @@
-"""Recipes: every option a key, the command line wins, each run writes its own; `mptk rerun` repeats a run."""
+"""Recipes: every option a key, the command line wins, each run writes its own; `mptk rerun` repeats a run.
+
+It reaches for mptk.config.recipe: a recipe is read without a run.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from inside import Inside
 from test_cli import SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
 
@@ -46,11 +50,10 @@ OTHER = api.Settings(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(inside: Inside) -> list[Any]:
     """Collects what `prune` is asked for, in place of a run."""
-    calls: list[Any] = []
-    monkeypatch.setattr("mptk.api.pruned.prune", lambda *arguments, **_: calls.append(arguments))
-    return calls
+    inside.gives("mptk.api.pruned.prune", None)
+    return inside.calls("mptk.api.pruned.prune")
 
 
 def write(path: Path, **values: object) -> str:
@@ -106,13 +109,6 @@ def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str,
     assert result.code == 1
     assert message in result.error
     assert "cannot read" in mptk("prune", "m", "--out", "o", "--config", tmp_path / "none.yaml").error
-
-
-def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
-    result = run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", sparsity=3))
-    assert result.exit_code == 2
-    assert "--sparsity" in result.stderr
-    assert run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", method="wandaa")).exit_code == 2
 
 
 def test_every_option_is_a_key_of_the_recipe() -> None:

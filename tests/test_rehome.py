@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pruning import save
+from toy_checkpoints import llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Report
 from mptk.cli.main import app
-from mptk.errors import MptkError
-from mptk.protocols.report import Report
 from mptk.publish.manifest import write_manifest
 
 REFUSED = mptk.Settings(
@@ -26,17 +25,8 @@ REFUSED = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    config = LlamaConfig(
-        hidden_size=40,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        head_dim=6,
-        vocab_size=97,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    sizes = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 6}
+    config = llama_config(num_hidden_layers=2, **sizes)
     return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
 
 

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from inside import Inside, changed
 from safetensors.torch import save_file
 
+from mptk import MptkError
 from mptk.api import compiler as api
-from mptk.errors import MptkError
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
@@ -153,11 +155,11 @@ def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> 
 
 
 def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     for variable, place in (("MPTK_CACHE", "cache"), ("TMPDIR", "tmp")):
         monkeypatch.setenv(variable, str(tmp_path / place))
-    monkeypatch.setattr("tempfile.tempdir", None)
+    inside.bound("tempfile.tempdir", None)
     places = [tmp_path / place for place in ("cache", "cache/onnx", "cache/gguf/some", "tmp", "runs")]
     for place in places:
         place.mkdir(parents=True)
@@ -192,10 +194,10 @@ def test_a_process_killed_before_it_had_its_lock_leaves_nothing_either(tmp_path:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path, calls: int) -> None:
     """Where the system cannot exchange two names at once."""
-    out, rename, count = tmp_path / "out", os.rename, 0
+    out, count = tmp_path / "out", 0
     write(out, "earlier")
 
-    def dying(*given: Path) -> None:
+    def dying(rename: Callable[..., None], *given: Path) -> None:
         nonlocal count
         rename(*given)
         count += 1
@@ -203,10 +205,10 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
             os.kill(os.getpid(), signal.SIGKILL)
 
     def replaced() -> None:
-        with claimed(out) as staging, pytest.MonkeyPatch.context() as patch:
+        with claimed(out) as staging, changed() as inside:
             (staging.folder / "file").write_text("new")
-            patch.setattr("mptk.files.replace._exchanged", lambda one, two: False)
-            patch.setattr(os, "rename", dying)
+            inside.gives("mptk.files.replace._exchanged", False)
+            inside.around("os.rename", dying)
             put_folder(staging, out)
 
     killed(replaced)
@@ -217,12 +219,12 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
 
 
 def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_ones_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inside: Inside
 ) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("fcntl.flock", unsupported)
+    inside.around("fcntl.flock", unsupported)
     with another(lambda: hold(tmp_path / "out")), pytest.raises(MptkError, match="in use by process"):
         hold(tmp_path / "out")
     write(tmp_path / "out", "mine")
@@ -288,10 +290,9 @@ def test_rights_are_those_that_the_umask_leaves(tmp_path: Path, mask: int) -> No
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-def test_a_folder_goes_from_one_moment_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_from_one_moment_to_the_next(tmp_path: Path, inside: Inside) -> None:
     (tmp_path / "run" / "a").mkdir(parents=True)
-    remove = staging.remove_tree
-    monkeypatch.setattr(staging, "remove_tree", lambda path: (remove(path), (tmp_path / "run").exists() and 1 / 0))
+    inside.spoil("mptk.files.staging.remove_tree", lambda _: (tmp_path / "run").exists() and 1 / 0)
     discard(tmp_path / "run")
     assert names(tmp_path) == []
 
@@ -354,20 +355,19 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         (errno.ENAMETOOLONG, "File name too long; give a shorter name"),
     ],
 )
-def test_the_real_cause_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
+def test_the_real_cause_is_named(tmp_path: Path, number: int, remedy: str) -> None:
     write(tmp_path / "out", "earlier")
 
-    def refused(*given: object, **_: object) -> int:
+    def refused(real: Callable[..., int], *given: object, **_: object) -> int:
         if given[1:] and isinstance(given[1], int) and not given[1] & os.O_CREAT:
-            return opening(*given)  # it only reads
+            return real(*given)  # it only reads
         raise OSError(number, os.strerror(number))
 
-    opening = os.open
     for call in ("fill", "mkdir", "rename", "open"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mptk.files.replace._exchanged", refused)
+        with changed() as inside:
+            inside.around("mptk.files.replace._exchanged", refused)
             if call != "fill":
-                patch.setattr(os, call, refused)
+                inside.around(f"os.{call}", refused)
             with pytest.raises(MptkError) as raised:
                 write(tmp_path / "out", "new")
         assert str(raised.value).startswith(f"cannot write {tmp_path / 'out'}: {remedy}"), call
@@ -417,11 +417,9 @@ def test_an_output_with_files_of_the_user_is_refused(output: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_overwrite_leaves_files_of_the_user_where_they_are(
-    output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
-) -> None:
+def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, inside: Inside, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr("mptk.files.replace._exchanged", lambda one, two: False)
+        inside.gives("mptk.files.replace._exchanged", False)
     mine = others(output)
     (output / "README.md").write_text("changed")
     for _ in range(2):
@@ -482,16 +480,23 @@ def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_o
 # ---- the cache of exports ----
 
 
-def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def exports(inside: Inside, graph: Callable[[Path], bytes]) -> None:
+    """An export takes no time; what it writes is ``graph`` of the model's folder."""
+
+    def export(real: object, model: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(graph(model))
+
+    inside.around(f"{api.__name__}.load_decoder", lambda real, model: SimpleNamespace(model=Path(model)))
+    inside.around(f"{api.__name__}.export", export)
+
+
+def test_an_export_of_other_content_is_never_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
     """Whatever its path and its times say."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api, "load_decoder", lambda model: type("Loaded", (), {"model": Path(model)}))
-
-    def export(model: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model.onnx").write_bytes((model / "model.safetensors").read_bytes())
-
-    monkeypatch.setattr(api, "export", export)
+    exports(inside, lambda model: (model / "model.safetensors").read_bytes())
     model, times = tmp_path / "model", time.time_ns()
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -507,16 +512,10 @@ def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypa
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Callable[[], Path]:
     """Gives the cached export of a model, whose graph is in truth the word ``graph``."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api, "load_decoder", lambda model: type("Loaded", (), {"model": Path(model)}))
-
-    def export(model: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model.onnx").write_bytes(b"graph")
-
-    monkeypatch.setattr(api, "export", export)
+    exports(inside, lambda model: b"graph")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     save_file({"x": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
@@ -552,12 +551,10 @@ def test_a_damaged_or_foreign_export_is_made_anew(
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "mptk.json"]
 
 
-def test_users_of_one_cache_have_exports_of_their_own(
-    exported: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_of_one_cache_have_exports_of_their_own(exported: Callable[[], Path]) -> None:
     mine = exported()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "geteuid", lambda: 4321)
+    with changed() as inside:
+        inside.gives("os.geteuid", 4321)
         yours = mine.with_name(mine.name.rpartition("-")[0] + "-4321")
         yours.mkdir()  # by somebody else: the number of this process's user is another
         with pytest.raises(MptkError, match=rf"^{yours} belongs to another user; remove it, or set MPTK_CACHE"):

@@ -1,11 +1,13 @@
-"""A run that trains nothing, stopped and resumed: finished stages are kept, and the result is the same."""
+"""A run that trains nothing, stopped and resumed: finished stages are kept, and the result is the same.
+
+It reaches for mptk.protocols.run_folder: what a stopped run left.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import pkgutil
 import random
 import re
 import shutil
@@ -18,20 +20,20 @@ from pathlib import Path
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Stopped, changed
 from lab import remembered
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
+from test_pruning import gpt2  # noqa: F401 (a fixture)
+from toy_checkpoints import WORDS, llama_config, save
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
+from mptk import MptkError, Plan, Report
 from mptk.config.settings import Learning, Training
-from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io.dense import fingerprint
 from mptk.ir.passes import Record
-from mptk.ir.plan import Plan
-from mptk.protocols.report import Report
 from mptk.protocols.run_folder import RunFolder
 
 SETTINGS = mptk.Settings(
@@ -66,10 +68,6 @@ SAID = {
 }
 
 
-class Stopped(BaseException):
-    """What no handler of errors catches."""
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
@@ -92,23 +90,18 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> mptk.Settings:
 def counted(counts: Counter[str], stop: str | None, call: int = 1) -> Iterator[None]:
     """Count the calls of the stages that end. The nth call of ``stop`` half writes its file, if it has one, and stops."""
 
-    def watched(name: str) -> Callable[..., object]:
-        original, calls = pkgutil.resolve_name(name), iter(range(1, 1000))
-
-        def run(*args: object, **options: object) -> object:
-            if name == stop and next(calls) == call:
-                for path in (a for a in args if isinstance(a, Path) and a.parent.name == "new"):
-                    path.write_bytes(b"half")
-                raise Stopped
-            result = original(*args, **options)
+    def ended(name: str) -> Callable[[object], object]:
+        def count(result: object) -> object:
             counts[name] += 1
             return result
 
-        return run
+        return count
 
-    with pytest.MonkeyPatch.context() as patch:
+    with changed() as inside:
+        if stop is not None:
+            inside.stop(stop, call)
         for name in (TEXT, SCORE, WIDTHS, FIT, BLOCK, CUT, WRITE, SAVE):
-            patch.setattr(name, watched(name))
+            inside.spoil(name, ended(name))
         yield
 
 
@@ -207,8 +200,8 @@ def test_what_the_system_refuses_is_one_line_and_the_run_goes_on_afterwards(
     mptk.prune(llama, out, replace(settings, sparsity=0.2))
     earlier, model = digests(out), digests(Path(llama), plan=False)
     for stage, number in REFUSED:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage, refusing(number))
+        with changed() as inside:
+            inside.around(stage, refusing(number))
             with pytest.raises(MptkError) as raised:
                 mptk.prune(llama, out, resumed)
         assert re.search(SAID[number], str(raised.value))

@@ -21,12 +21,11 @@ from cutting import largest, random_plan
 from rule_cases import BATCH, INPUT, SEQUENCE, Case, Cases
 
 import mptk
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.ops import op_name
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
 from passes.analysis.rules import POINTWISE, RULES
-from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
 
 GROUPS: dict[str, dict[str, Case]] = (

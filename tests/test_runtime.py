@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_decoders import GROUPED, tiny_decoder
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx

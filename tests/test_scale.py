@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import Inside
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import scale, scale_checkpoint
 from benchmarks.scale import measured, read_and_write, table
 from benchmarks.scale_checkpoint import config_of, make_checkpoint
-from mptk.ir.plan import Plan
+from mptk import Plan
 
 SIZES = {"layers": 3, "hidden": 48, "ffn": 96, "heads": 6, "kv_heads": 2, "vocab": 301}
 EMBEDDING, BLOCK = 301 * 48, 48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 96 + 2 * 48
 
 
 @pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale_checkpoint, "SHARD_BYTES", 30_000)
-    monkeypatch.setattr(scale_checkpoint, "CHARACTERS", 2000)
+def small_shards(inside: Inside) -> None:
+    inside.bound("benchmarks.scale_checkpoint.SHARD_BYTES", 30_000)
+    inside.bound("benchmarks.scale_checkpoint.CHARACTERS", 2000)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -76,20 +77,22 @@ def test_a_failed_command_says_so(tmp_path: Path) -> None:
     assert "analyze tiny failed: exit 1: no such thing" in table([row | {"row": "analyze", "shape": "tiny"}])
 
 
-def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path, inside: Inside) -> None:
     for name, size in (("a", 3_000_000), ("b", 2_000_000)):
         (tmp_path / name).write_bytes(name.encode() * size)
     scratch, kept = tmp_path / "copy", tmp_path / "kept"
-    monkeypatch.setattr(Path, "unlink", lambda self: self.rename(kept))
+    inside.around("pathlib.Path.unlink", lambda unlink, path: path.rename(kept))
     read_and_write([tmp_path / "a", tmp_path / "b"], 4_000_000, scratch)
     assert kept.read_bytes() == b"a" * 3_000_000 + b"b" * 1_000_000
 
 
-def test_the_bound_is_a_gigabyte_and_three_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_is_a_gigabyte_and_three_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
     monkeypatch.setitem(scale.COMMANDS, "analyze", "-c pass")
     bench = scale.Bench(tmp_path, 1, "", None, 1, "")
     sizes = {"block_bytes": 500_000_000, "tensor_bytes": 1}
-    monkeypatch.setattr(bench, "checkpoint", lambda shape: (tmp_path, sizes))
+    inside.gives("benchmarks.scale.Bench.checkpoint", (tmp_path, sizes))
     row = bench.command("analyze", "tiny")
     assert row["bound_bytes"] == 2_500_000_000
     assert row["peak_ratio"] == pytest.approx(row["peak_bytes"] / 2.5e9, abs=1e-3)

@@ -1,4 +1,7 @@
-"""ONNX Runtime runs in the execution provider of the device that is asked for, if it has one, and says which."""
+"""ONNX Runtime runs in the execution provider of the device that is asked for, if it has one, and says which.
+
+It reaches for mptk.ort.sessions and mptk.targets: no machine has all providers.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 import pytest
 import torch
-from test_pruning import SETTINGS, WORDS, llama_config, save
+from inside import Inside
+from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
-from mptk import prune
+from mptk import MptkError, Samples, prune
 from mptk.cli.main import app
-from mptk.errors import MptkError
-from mptk.ir.samples import Samples
-from mptk.ort import sessions
 from mptk.ort.sessions import HOST, memory_of, open_session, providers
-from mptk.proof.proof import prove_folder
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import session_device
 from mptk.targets import ONNX
@@ -32,10 +31,10 @@ Asked = list[list[tuple[str, dict[str, Any]]]]
 
 
 @pytest.fixture
-def everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def everything(inside: Inside) -> None:
     """An ONNX Runtime with every provider."""
     names = ["TensorrtExecutionProvider", GPU, "CoreMLExecutionProvider", "OpenVINOExecutionProvider", HOST]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: names)
+    inside.gives("onnxruntime.get_available_providers", names)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +57,19 @@ def test_the_cpu_has_its_own_alone(everything: None) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
-def test_a_provider_that_is_not_there_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["AzureExecutionProvider", HOST])
+def test_a_provider_that_is_not_there_is_not_asked_for(inside: Inside, device: str) -> None:
+    inside.gives("onnxruntime.get_available_providers", ["AzureExecutionProvider", HOST])
     assert providers(torch.device(device)) == [(HOST, {})]
 
 
-def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(inside: Inside) -> None:
     there = torch.device("cuda", 0)
-    monkeypatch.setattr("mptk.protocols.execution.find_device", lambda _: there)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [HOST])
+    inside.gives("mptk.protocols.execution.find_device", there)
+    inside.gives("onnxruntime.get_available_providers", [HOST])
     with pytest.raises(MptkError, match=r"no execution provider for cuda; install .* or choose --device cpu"):
         session_device("cuda")
     assert session_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [GPU, HOST])
+    inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
     assert session_device("cuda") == session_device("auto") == there
 
 
@@ -99,26 +98,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+def asked(inside: Inside) -> Asked:
     """A GPU that exists for ONNX Runtime alone: what each session is asked for. The CPU runs it."""
     found: Asked = []
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [GPU, HOST])
-    make = ort.InferenceSession
+    inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
 
-    def session(model: object, options: object, providers: list[tuple[str, dict[str, Any]]]) -> ort.InferenceSession:
+    def session(make: Any, model: object, options: object, providers: list[tuple[str, dict[str, Any]]]) -> Any:
         found.append(providers)
         return make(model, options, providers=[HOST])
 
-    monkeypatch.setattr(sessions.ort, "InferenceSession", session)
+    inside.around("onnxruntime.InferenceSession", session)
     return found
 
 
 def test_every_session_of_a_command_is_on_the_device(
-    folder: Path, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, asked: Asked, inside: Inside
 ) -> None:
-    monkeypatch.setattr("mptk.protocols.execution.find_device", lambda _: torch.device("cuda", 1))
-    monkeypatch.setattr("mptk.ort.roofline.torch.ones", lambda n, device: torch.zeros(n))
-    monkeypatch.setattr("mptk.ort.bench.peak_memory", lambda *_: 1)
+    inside.gives("mptk.protocols.execution.find_device", torch.device("cuda", 1))
+    inside.around("mptk.ort.roofline.torch.ones", lambda ones, n, device: torch.zeros(n))
+    inside.gives("mptk.ort.bench.peak_memory", 1)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS))
     table = tmp_path / "bench.md"
@@ -136,12 +134,14 @@ def test_every_session_of_a_command_is_on_the_device(
 
 
 def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
-    folder: Path, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, asked: Asked, inside: Inside
 ) -> None:
     """Programs stay on the CPU here; the target is told that the run has a GPU."""
     proven: list[dict[str, object]] = []
 
-    def checked(compiled: Compiled, targets: Sequence[Target], out: Path, windows: Samples, **how: bool) -> Proven:
+    def checked(
+        real: Any, compiled: Compiled, targets: Sequence[Target], out: Path, windows: Samples, **how: bool
+    ) -> Proven:
         executor = replace(compiled.prepared.executor, device=torch.device("cuda", 1))
         there = replace(compiled, prepared=replace(compiled.prepared, executor=executor))
         asked.clear()
@@ -150,9 +150,9 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         for extra in ONNX.extras(there, out, [windows[:1]]):
             extra.check()
         proven.extend(p[0] for p in asked)  # type: ignore[arg-type]
-        return prove_folder(compiled, targets, out, windows, **how)
+        return real(compiled, targets, out, windows, **how)
 
-    monkeypatch.setattr("mptk.chain.prune.prove_folder", checked)
+    inside.around("mptk.chain.prune.prove_folder", checked)
     report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
     own, main, smoothing, int8, whole = proven
     assert own == int8 == whole == (GPU, {"device_id": 1, "use_tf32": 0})

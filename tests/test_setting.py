@@ -11,12 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from mptk import MptkError
 from mptk.cli.app import app, command
 from mptk.cli.options import refuse_idle
 from mptk.cli.recipes import Config
 from mptk.config.recipe import recorded
 from mptk.config.setting import Asked, Choices, Idle, Record, from_json, record, setting, taken, with_keywords
-from mptk.errors import MptkError
 
 KITCHEN, BAKE = "Kitchen", ("bake",)
 COLD = Idle(lambda asked: not asked.settings.heat, "the oven is cold", "give {heat}, or leave it out")

@@ -1,29 +1,32 @@
-"""The search of the shape: what it tries, what it measures, how it halves, what it keeps, and what `prune` makes of it."""
+"""The search of the shape: what it tries, what it measures, how it halves, what it keeps, and what `prune` makes of it.
+
+It reaches for mptk.methods.division.search: rungs and finalists of made-up shapes.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from inside import Inside, Stopped
 from lab import remembered
 from safetensors.torch import load_file
 from test_latency import times
-from test_pruning import WORDS, llama_config, save
+from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError
 from mptk.cli.main import app
 from mptk.conform import made
-from mptk.cost import operator_times
-from mptk.errors import MptkError
-from mptk.methods.division.search import Search, finalists, rungs
+from mptk.methods.division.search import finalists, rungs
 from mptk.methods.maskprune.learner import Learner
 from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
 
@@ -42,10 +45,6 @@ SETTINGS = mptk.Settings(
 TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
 """Three shapes for three steps of 64 tokens each, then two of them for six more."""
 DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
-
-
-class Stopped(BaseException):
-    """What no handler of errors catches."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,10 +103,10 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
 
 
 def test_a_latency_is_a_budget_too(
-    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(operator_times, "measure", lambda found, threads, progress: times(found))
+    inside.around("mptk.cost.operator_times.measure", lambda measure, found, threads, progress: times(found))
     asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
     found = mptk.shapes(llama, settings=settings, progress=None, **asked)
     dense = found.dense.latency_ms
@@ -163,24 +162,17 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 
 
 def test_a_killed_search_loses_one_rung_of_one_shape(
-    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
 ) -> None:
-    calls, train = [], Search.trained
-
-    def stopping(*arguments: object) -> Shape:
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise Stopped
-        return train(*arguments)
-
-    monkeypatch.setattr(Search, "trained", stopping)
+    inside.stop("mptk.methods.division.search.Search.trained", 5)
+    calls = inside.calls("mptk.methods.division.search.Search.trained")
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    monkeypatch.setattr("mptk.methods.division.search.Search.measured", None)  # all of these were kept
+    inside.forbid("mptk.methods.division.search.Search.measured")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
@@ -191,13 +183,12 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
             mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     file.write_text(written)
     begun: list[dict[str, torch.Tensor]] = []
-    recover = Learner.recover
 
-    def watched(self: Learner, small: torch.nn.Module, *arguments: object) -> object:
+    def watched(recover: Callable[..., object], self: Learner, small: torch.nn.Module, *arguments: object) -> object:
         begun.append({name: tensor.clone() for name, tensor in small.state_dict().items()})
         return recover(self, small, *arguments)
 
-    monkeypatch.setattr(Learner, "recover", watched)
+    inside.around(f"{Learner.__module__}.Learner.recover", watched)
     kept = load_file(tmp_path / "out.run" / f"shape-{calls[-1][1]:05d}-0.safetensors")
     found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     assert all(torch.equal(begun[0][name], tensor) for name, tensor in kept.items())  # it goes on from the rung before
@@ -221,10 +212,10 @@ def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
 
 
 def test_the_command_prints_a_table_and_what_prunes_to_the_best(
-    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mptk.cli.console.out.width", 2000)
+    inside.bound("mptk.cli.console.out.width", 2000)
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --multiple-of 8 --keep q_heads"
     run = CliRunner().invoke(app, ["shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q"])
     assert run.exit_code == 0, run.output

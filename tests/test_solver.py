@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mptk import MptkError
 from mptk.config.settings import Rates
-from mptk.errors import MptkError
 from mptk.methods.maskprune.solver import Solver, proximal
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}

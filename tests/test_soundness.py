@@ -12,8 +12,7 @@ from cutting import cut_and_compare, random_plan
 from small_modules import HIDDEN, INNER, OUT, WIDTH, Small, X, offered, prove
 from torch import Tensor, nn
 
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from mptk import analyze, trace
 
 # ---- positions, and the pieces that they are taken apart in ----
 

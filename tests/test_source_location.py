@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.ops import reached
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 REASON = re.compile(r"(?P<why>.+) \((?P<op>[\w.]+) in (?P<module>.+), (?P<file>\w+\.py):(?P<line>\d+)\)")
 

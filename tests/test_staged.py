@@ -12,12 +12,12 @@ import pytest
 import torch
 import toy_checkpoints
 from cutting import random_plan
+from inside import Inside
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 import mptk
-from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk import MptkError, Settings, analyze, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
@@ -29,8 +29,6 @@ from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite
 
@@ -90,8 +88,8 @@ def built(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
 
 
 @pytest.fixture(autouse=True)
-def _all_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
+def _all_to_files(inside: Inside) -> None:
+    inside.bound("mptk.staged.spool.SMALLEST_FILE", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -163,22 +161,22 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
     assert all(alive[name] < 1.3 * min(alive[other] for other in ends) < 0.7 * max(alive.values()) for name in ends)
 
 
-def test_what_fits_into_memory_is_one_stage_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_into_memory_is_one_stage_without_a_search(inside: Inside) -> None:
     """The search takes time with the square of the number of calls."""
     flow = Flow(built("decoder")[0])
     whole = sum(flow.weight_bytes.values())
     assert partition(flow, whole - 1).ends != ()
-    monkeypatch.setattr("mptk.staged.partition._ends", lambda *_: pytest.fail("there was a search"))
+    inside.forbid("mptk.staged.partition._ends")
     assert partition(flow, whole).ends == ()
 
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "magnitude"])
 @pytest.mark.parametrize("model", ["decoder", "learned positions", "mixture"])
-def test_scores_are_those_of_the_whole_program(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_whole_program(name: str, model: str, inside: Inside) -> None:
     analysis = analyze(built(model)[0])
     windows = architectures.tokens(5, 9)
-    monkeypatch.setattr("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
-    monkeypatch.setattr("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
+    inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
     families = [f.name for f in analysis.families if f.name in ("ffn", "heads", "q_heads", "kv_groups")]
     whole = score(analysis, name, windows, families=families)
     staged = score(analysis, name, windows, families=families, executor=SMALL)
@@ -284,8 +282,7 @@ def test_a_word_that_is_no_device_is_refused() -> None:
     ],
 )
 def test_what_needs_the_whole_model_is_refused_if_it_does_not_fit(tmp_path: Path, changes: dict, said: str) -> None:
-    toy_checkpoints.llama().save_pretrained(tmp_path / "dense")
-    toy_checkpoints.tokenizer().save_pretrained(tmp_path / "dense")
+    toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path / "dense")
     with pytest.raises(MptkError, match=said):
         mptk.prune(str(tmp_path / "dense"), tmp_path / "out", Settings(memory=100_000, **changes))
     assert not (tmp_path / "out").exists()

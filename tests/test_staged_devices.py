@@ -13,6 +13,7 @@ from second_device import DEVICE, SecondDevice, SecondTensor
 from test_staged import built
 from torch import Tensor
 
+from mptk import analyze, trace
 from mptk.compat.torch import FakeTensorMode
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
@@ -20,8 +21,6 @@ from mptk.methods.criteria import score
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.staged.staged import Executor
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite

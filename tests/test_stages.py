@@ -1,4 +1,7 @@
-"""Classes whose config has a width for each stage: what it holds, what is cut together, and why the rest must stay."""
+"""Classes whose config has a width for each stage: what it holds, what is cut together, and why the rest must stay.
+
+It reaches for passes.transforms: one stage is cut by itself.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,8 @@ from transformers import (
 )
 
 import mptk
+from mptk import FamilyPlan, MptkError, Plan
 from mptk.api import compiler as api
-from mptk.errors import MptkError
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.report.analysis import analysis_json
 from mptk.targets import find_target
 from passes.transforms.fold_norms import FoldNorms

@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from passes.targets.stock.config import StockConfig, probe_config
 from passes.targets.stock.equations import growing
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from inside import Inside
 
-from mptk.cli.app import app, command, main
+from mptk import MptkError
+from mptk.cli.app import app, command
 from mptk.cli.console import err
 from mptk.cli.progress import stages
-from mptk.errors import MptkError
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -33,20 +34,16 @@ def _not_ignored() -> Iterator[None]:
 
 
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], int]]:
+def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
     """The exit code of a command that does what is given."""
     known = list(app.registered_commands)
 
     def run(work: Callable[[], None]) -> int:
         command("work")(work)
-        monkeypatch.setattr(sys, "argv", ["mptk", "work"])
         try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
+            return typed("work")
         finally:
             app.registered_commands[:] = known
-        return 0
 
     yield run
     app.registered_commands[:] = known
@@ -126,10 +123,10 @@ def test_a_signal_that_was_dropped_until_the_end_is_no_success(
 
 
 def test_another_error_that_python_drops_is_shown_as_ever(
-    ended: Callable[[Callable[[], None]], int], monkeypatch: pytest.MonkeyPatch
+    ended: Callable[[Callable[[], None]], int], inside: Inside
 ) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: seen.append(found.exc_type))
+    inside.around("sys.unraisablehook", lambda hook, found: seen.append(found.exc_type))
 
     class Last:
         def __del__(self) -> None:

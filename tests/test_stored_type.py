@@ -1,4 +1,7 @@
-"""The result has the type of the checkpoint that it was made of, or the one that was asked for; the proof is as tight."""
+"""The result has the type of the checkpoint that it was made of, or the one that was asked for; the proof is as tight.
+
+It reaches for passes.transforms.store: the type that is stored, without a run.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mptk
+from mptk import MptkError, Report
 from mptk.config.settings import Learning, Training
-from mptk.errors import MptkError
 from mptk.io import models
-from mptk.protocols.report import Report
 from passes.transforms.store import Store, stored
 from tests import toy_checkpoints
 
@@ -25,8 +27,7 @@ SETTINGS = mptk.Settings(
 
 
 def checkpoint(folder: Path, dtype: torch.dtype) -> str:
-    toy_checkpoints.llama().to(dtype).save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    toy_checkpoints.saved(toy_checkpoints.llama().to(dtype), folder, toy_checkpoints.tokenizer(begin=True))
     return str(folder)
 
 
@@ -143,8 +144,3 @@ def test_quantised_checkpoints_are_refused_by_name(half: str, tmp_path: Path) ->
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(MptkError, match=r"is quantised \(fp8\)"):
         models.load(str(other))
-
-
-def test_unknown_types_are_refused() -> None:
-    with pytest.raises(MptkError, match="no dtype 'int8'; choose one of auto, float32, bfloat16, float16"):
-        mptk.Settings(dtype="int8")

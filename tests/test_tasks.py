@@ -1,4 +1,7 @@
-"""Masked language models through the command line: pruned, proven, measured by what they predict under masks."""
+"""Masked language models through the command line: pruned, proven, measured by what they predict under masks.
+
+It reaches for mptk.tasks: tokens are masked without a run.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import mptk
+from mptk import MptkError
 from mptk.config.settings import Learning, Training
-from mptk.errors import MptkError
 from mptk.io.models import load
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE

@@ -8,12 +8,9 @@ from architectures import model
 from torch import Tensor, nn
 
 import mptk
-from mptk.errors import MptkError
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.text import program_text
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.pipelines import lowering
 
 

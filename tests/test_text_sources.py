@@ -9,15 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import Inside
 from toy_checkpoints import texts
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from mptk.io import data
-from mptk.io.text import files, sampled, tokens
+from mptk.io.text import files, tokens
 from mptk.io.text.sources import PRESETS, parse, shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,24 +152,24 @@ class TestWeights:
 
 
 class TestPresets:
-    def test_short_names_of_usual_sets(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_short_names_of_usual_sets(self, monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path) -> None:
         asked = []
 
-        def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+        def load_dataset(real: object, *args: object, **options: object) -> list[dict[str, str]]:
             asked.append((*args, options["split"]))
             return [{"text": " = Title = \n"}, {"text": ""}, {"text": "body"}]
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        inside.around("datasets.load_dataset", load_dataset)
         assert texts("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
         data.evaluation_windows(toys.tokenizer(), "wikitext2", 4)
         data.evaluation_windows(toys.tokenizer(), "c4", 4)
         wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
         assert asked == [(*wikitext, "train"), (*wikitext, "test"), ("allenai/c4", "en", "validation")]
 
-    def test_without_network_it_is_one_line_with_a_remedy(self, monkeypatch, tmp_path: Path) -> None:
+    def test_without_network_it_is_one_line_with_a_remedy(self, monkeypatch, inside, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        inside.bound("datasets.config.HF_HUB_OFFLINE", True)
         for name in PRESETS:
             with pytest.raises(MptkError, match="the network and ID:CONFIG:SPLIT") as caught:
                 texts(name)
@@ -177,15 +177,15 @@ class TestPresets:
 
 
 class TestLongTexts:
-    def test_pieces_have_the_tokens_of_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pieces_have_the_tokens_of_the_whole(self, inside: Inside) -> None:
         whole = toys.tokenizer()(toys.TEXT).input_ids
         for size in (40, 64, 100):
-            monkeypatch.setattr(tokens, "PIECE", size)
+            inside.bound("mptk.io.text.tokens.PIECE", size)
             assert len(list(tokens.chunks([toys.TEXT[:50], toys.TEXT[50:]]))) > 3
             assert tokens.token_stream([[toys.TEXT]], toys.tokenizer()).tolist() == whole
 
-    def test_a_text_without_spaces_loses_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tokens, "PIECE", 16)
+    def test_a_text_without_spaces_loses_nothing(self, inside: Inside) -> None:
+        inside.bound("mptk.io.text.tokens.PIECE", 16)
         for spaced in (True, False):
             assert "".join(tokens.chunks(["x" * 100], spaced)) == "x" * 100
         assert "".join(tokens.chunks(["one two three four five six"], True)) == "one two three four five six"
@@ -222,11 +222,11 @@ class TestLongTexts:
 
 
 class TestSelfSampledIsKept:
-    def test_the_same_text_is_sampled_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_same_text_is_sampled_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+    ) -> None:
         monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-        calls = []
-        original = sampled.sampled
-        monkeypatch.setattr(sampled, "sampled", lambda *a, **k: calls.append(k) or original(*a, **k))
+        calls = inside.calls("mptk.io.text.sampled.sampled")
 
         def text(model=None, **options):
             return data.calibration(model or toys.llama(), toys.tokenizer(), count=3, length=9, **options)

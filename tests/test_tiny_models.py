@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import Inside
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks import tiny_models
 from benchmarks.tiny_config import Recipe, recipes, role, tiny_config
 from benchmarks.tiny_models import BATCH, LABELS, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
 
@@ -161,14 +161,14 @@ def test_a_model_that_cannot_run_from_tokens_says_why() -> None:
     assert caught.value.stage == "forward"
 
 
-def test_a_crash_and_a_hang_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(mapping: str, model_type: str) -> dict[str, str]:
+def test_a_crash_and_a_hang_are_rows(inside: Inside) -> None:
+    def check(real: object, mapping: str, model_type: str) -> dict[str, str]:
         if model_type == "hangs":
             time.sleep(60)
         os._exit(3)
 
-    monkeypatch.setattr(tiny_models, "check", check)
-    monkeypatch.setattr(tiny_models, "TIME_LIMIT_S", 5)
+    inside.around("benchmarks.tiny_models.check", check)
+    inside.bound("benchmarks.tiny_models.TIME_LIMIT_S", 5)
     rows = {row["type"]: row for row in sweep([("causal-lm", "dies"), ("causal-lm", "hangs")], jobs=2)}
     assert rows["dies"]["reason"] == "the process died with exit code 3"
     assert rows["hangs"]["reason"] == "ran past 5 s"

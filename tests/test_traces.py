@@ -8,9 +8,9 @@ import architectures
 import pytest
 import torch
 import traces
+from inside import Inside
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mptk
 from mptk.ir.text import program_text
@@ -19,11 +19,9 @@ from passes.pipelines import emit_onnx
 
 
 @pytest.fixture
-def exports(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+def exports(inside: Inside) -> list[nn.Module]:
     """The modules that are traced for real."""
-    export, seen = traces.EXPORT, []
-    monkeypatch.setattr(traces, "EXPORT", lambda module, *a, **o: seen.append(module) or export(module, *a, **o))
-    return seen
+    return inside.calls("traces.EXPORT")
 
 
 def tiny(seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -46,7 +44,7 @@ def test_a_second_trace_is_a_copy_with_the_weights_of_its_own_module(exports: li
     assert torch.equal(one(ids), first(ids, use_cache=False).logits)
 
 
-def test_the_trace_of_another_module_is_another(exports: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside: Inside) -> None:
     ids, hooked, other = architectures.tokens(), tiny(), tiny()
     hooked.model.register_forward_hook(lambda *_: None)
     other.model.layers[0].mlp.forward = lambda x: x
@@ -56,7 +54,7 @@ def test_the_trace_of_another_module_is_another(exports: list[nn.Module], monkey
             mptk.trace(model, (ids,))
         mptk.trace(tiny(), (ids[:1],))
         mptk.trace(tiny(), (ids,), dynamic=True)
-        monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: x)
+        inside.around("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda forward, mlp, x: x)
         mptk.trace(tiny(), (ids,))
     assert len(exports) == 12
 
@@ -69,11 +67,8 @@ def test_a_model_of_another_folder_is_the_same_model(exports: list[nn.Module], t
     assert len(exports) == 1
 
 
-def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    translate, made_anew = traces.TRANSLATE, []
-    monkeypatch.setattr(traces, "TRANSLATE", lambda program: made_anew.append(program) or translate(program))
+def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:
+    made_anew = inside.calls("traces.TRANSLATE")
     with traces.remembered():
         program = trace_decoder(tiny())
         paths = [emit_onnx(program, tmp_path / name) for name in ("made", "copied")]

@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from inside import Inside
 from torch import Tensor, nn
 
 from mptk.config.settings import LossWeights, Training
@@ -77,15 +78,15 @@ def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> N
     assert losses() == whole[3:]
 
 
-def watching(tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple[Loop, list[Tensor]]:
+def watching(tmp_path: Path, losses: list[float], inside: Inside) -> tuple[Loop, list[Tensor]]:
     """A loop that measures these losses, and what its embedding was at each measurement."""
     one, weights = loop(tmp_path, "watched", watch=Watch(WINDOWS)), []
 
-    def measured(samples: Any) -> float:
+    def measured(held_out: object, own: Loop, samples: Any) -> float:
         weights.append(one.parameters["embed.weight"].detach().clone())
         return losses[len(one.watch.losses)]
 
-    monkeypatch.setattr(one, "_held_out", measured)
+    inside.around("mptk.methods.maskprune.train.Loop._held_out", measured)
     return one, weights
 
 
@@ -98,14 +99,14 @@ def watching(tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_after(
-    tmp_path: Path, losses: list[float], kept: int, said: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, losses: list[float], kept: int, said: str, inside: Inside
 ) -> None:
-    one, weights = watching(tmp_path, losses, monkeypatch)
+    one, weights = watching(tmp_path, losses, inside)
     one.run()
     assert torch.equal(one.parameters["embed.weight"], weights[kept])
     assert not torch.equal(weights[0], weights[4])
     (tmp_path / "watched.run" / "masks-00000004.safetensors").unlink()
-    again, _ = watching(tmp_path, losses, monkeypatch)
+    again, _ = watching(tmp_path, losses, inside)
     again.run()
     assert torch.equal(again.parameters["embed.weight"], weights[kept])
     assert again.watch.row("text", 1) == one.watch.row("text", 1)
@@ -118,20 +119,3 @@ def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
     one = loop(tmp_path, "held", watch=Watch(WINDOWS))
     with torch.no_grad():
         assert one._held_out(WINDOWS) == pytest.approx(float(one._losses(WINDOWS)["loss"]), rel=1e-6)
-
-
-def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = RunFolder(tmp_path / "out", {}, resume=True)
-    work.checkpoint("masks", 1, {"x": torch.ones(3)})
-
-    def half(tensors: Any, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mptk.protocols.run_folder.save_file", half)
-    with pytest.raises(KeyboardInterrupt):
-        work.checkpoint("masks", 2, {"x": torch.zeros(3)})
-    step, found = work.latest("masks") or (0, {})
-    assert (step, found["x"].tolist()) == (1, [1.0, 1.0, 1.0])

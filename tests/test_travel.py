@@ -1,4 +1,7 @@
-"""Which cuts break programs other than transformers, and ``--portable``, which leaves them out."""
+"""Which cuts break programs other than transformers, and ``--portable``, which leaves them out.
+
+It reaches for passes.targets.stock: what other programs derive, without a run.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ import toy_checkpoints as toys
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import mptk
+from mptk import MptkError, Settings
 from mptk.api import compiler as api
-from mptk.config.settings import Settings
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods import find_method
 from mptk.methods.division.budget import WidthSearch

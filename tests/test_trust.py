@@ -1,4 +1,7 @@
-"""A folder is data: nothing in it makes mptk run code, fetch something, or load another model than the user means."""
+"""A folder is data: nothing in it makes mptk run code, fetch something, or load another model than the user means.
+
+It reaches for mptk.api.rerun: the settings of a run that is not made.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from test_pruning import llama_config, save
+from inside import Inside
+from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
 import mptk.api.rerun
-from mptk.errors import MptkError
+from mptk import MptkError, Report
 from mptk.files import write_json
 from mptk.io import models
-from mptk.protocols.report import Report
 from mptk.publish.manifest import write_manifest
 from tests.lab import raw_report
 
@@ -71,10 +73,10 @@ def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where transformers copies a model's own code to."""
     with pytest.MonkeyPatch.context() as patch:
         cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        Inside(patch).bound("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
         for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
             patch.delitem(sys.modules, name)  # of another folder, from another file's tests
-        patch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()])
+        Inside(patch).bound("sys.path", [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()])
         yield
 
 
@@ -170,10 +172,10 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
     ],
 )
 def test_what_the_report_names_is_neither_fetched_nor_believed(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, message: str
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside, named: str, message: str
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mptk.io.models._from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    inside.forbid("mptk.io.models._from_pretrained")
     other = LlamaForCausalLM(llama_config())
     save(other, tmp_path / "OTHER")
     with torch.no_grad():
@@ -187,11 +189,9 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
             run()
 
 
-def test_a_report_does_not_choose_where_a_rerun_writes(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[mptk.Settings] = []
-    monkeypatch.setattr("mptk.api.rerun.prune", lambda model, out, settings, **_: asked.append(settings))
+def test_a_report_does_not_choose_where_a_rerun_writes(pruned: Path, tmp_path: Path, inside: Inside) -> None:
+    inside.gives("mptk.api.rerun.prune", None)
+    asked = inside.calls("mptk.api.rerun.prune")
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     settings = raw_report(copy)["settings"]
@@ -199,7 +199,7 @@ def test_a_report_does_not_choose_where_a_rerun_writes(
     edit(copy, settings=settings)
     assert Report.read(copy).settings.learning.teacher_cache
     assert mptk.api.rerun.rerun(copy, tmp_path / "out") is None
-    learning = asked[0].learning
+    learning = asked[0][2].learning
     assert (learning.teacher, learning.teacher_cache, learning.tracker) == ("cached", None, "none")
 
 

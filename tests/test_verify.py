@@ -13,13 +13,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
+from mptk import MptkError, Plan, analyze, trace
 from mptk.ir.samples import next_tokens
 from mptk.proof.verification import changes_of
 from mptk.report.sections import proof_view
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))

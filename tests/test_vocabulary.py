@@ -1,4 +1,7 @@
-"""``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own."""
+"""``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own.
+
+It reaches for mptk.conversions.vocabulary: a written tokenizer is damaged.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import architectures
 import kinds
 import pytest
 import torch
@@ -22,10 +26,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Plan
 from mptk.cli.main import app
 from mptk.conversions.vocabulary.convert import Tokens
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading
@@ -40,17 +43,14 @@ ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT]
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
-    return model
+    return architectures.spread(model)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """A decoder whose head is not its embedding, and the texts."""
     folder = tmp_path_factory.mktemp("dense")
-    spread(toys.llama(tied=False)).save_pretrained(folder)
-    toys.tokenizer(begin=True).save_pretrained(folder)
+    toys.saved(spread(toys.llama(tied=False)), folder, toys.tokenizer(begin=True))
     (folder.parent / "few.txt").write_text(TEXT)
     (folder.parent / "many.txt").write_text(OTHER)
     return folder

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mptk import MptkError
 from mptk.conversions.vocabulary.ids import named_ids, renumbered
 from mptk.conversions.vocabulary.pieces import Merges
 from mptk.conversions.vocabulary.tokens import Choice, check_reading, trimmed_content, trimmed_tokenizer, used_ids
-from mptk.errors import MptkError
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
 RANDOM = random.Random(0)

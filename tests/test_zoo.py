@@ -6,16 +6,14 @@ import random
 from dataclasses import replace
 
 import pytest
+from inside import Inside
 
 from benchmarks import zoo, zoo_depth, zoo_heads
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
-from mptk import rewrite
+from mptk import Plan, analyze, rewrite, trace
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 TYPES = [
     ("causal-lm", "falcon"),  # multi-query, index by a list
@@ -46,14 +44,14 @@ def test_type_is_proven(mapping: str, model_type: str) -> None:
     assert row["families"] == row["proven"] > 2
 
 
-def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_cut_is_caught(inside: Inside) -> None:
     """Were the cut program another one (here: units drawn anew), no family but those of few choices would pass."""
 
-    def other_units(analysis: Analysis, plan: Plan, *, check: bool) -> Program:
+    def other_units(real: object, analysis: Analysis, plan: Plan, *, check: bool) -> Program:
         families = [analysis.family(n) for n in plan.families]
         return rewrite(analysis, random_plan(families, random.Random(99)), check=check)
 
-    monkeypatch.setattr(zoo, "rewrite", other_units)
+    inside.around("benchmarks.zoo.rewrite", other_units)
     tiny = tiny_model("causal-lm", "llama")
     results = dict(zoo.prove(analyze(trace(tiny.wrapper, tiny.inputs)), tiny.inputs))
     assert results["ffn"].startswith("wrong by")
@@ -102,13 +100,13 @@ def test_the_depth_sweep_says_what_a_class_holds_and_why_a_type_has_no_blocks() 
     assert resnet["reason"].endswith("encoder.stages is not an input plus what it adds, of the same axes")
 
 
-def test_the_depth_sweep_catches_a_wrong_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other_blocks(analysis: Analysis, plan: Plan, **options: bool) -> Program:
+def test_the_depth_sweep_catches_a_wrong_cut(inside: Inside) -> None:
+    def other_blocks(real: object, analysis: Analysis, plan: Plan, **options: bool) -> Program:
         kept = {name: analysis.family(name).size - 1 for name in plan.families}
         last = {name: {m: (tuple(range(kept[name])),) for m in f.keep} for name, f in plan.families.items()}
         return rewrite(analysis, Plan({n: replace(f, width=kept[n], keep=last[n]) for n, f in plan.families.items()}))
 
-    monkeypatch.setattr(zoo, "rewrite", other_blocks)
+    inside.around("benchmarks.zoo.rewrite", other_blocks)
     row = zoo_depth.run_type("causal-lm", "gpt2")
     assert row["stage"] == "found"
     assert "wrong by" in row["reason"]

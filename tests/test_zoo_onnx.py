@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from inside import Inside
 from torch import Tensor
 
 from benchmarks import zoo_onnx
@@ -18,16 +21,14 @@ def test_equal_row_says_what_was_cut_and_folded(model_type: str) -> None:
     assert row["difference"] <= zoo_onnx.TOLERANCE
 
 
-def test_a_wrong_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_is_caught(inside: Inside) -> None:
     """One logit of one row in the last decoding step is off."""
-    right = zoo_onnx.in_runtime
 
-    def wrong(*args: object) -> list[Tensor]:
-        outputs = right(*args)  # type: ignore[arg-type]
+    def wrong(outputs: list[Tensor]) -> list[Tensor]:
         outputs[-1][1, 0, 5] += 0.01 * outputs[-1].abs().max()
         return outputs
 
-    monkeypatch.setattr(zoo_onnx, "in_runtime", wrong)
+    inside.spoil("benchmarks.zoo_onnx.in_runtime", wrong)
     row = zoo_onnx.run_type("causal-lm", "llama")
     assert row["stage"] == "run"
     assert row["reason"].startswith("ONNX Runtime differs from torch by")
@@ -39,17 +40,16 @@ def test_recurrent_model_gives_the_reason_of_the_exporter() -> None:
     assert "only if every layer caches its keys and values" in row["reason"]
 
 
-def test_padding_that_only_the_traced_step_sees_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_only_the_traced_step_sees_is_a_fault(inside: Inside) -> None:
     """A step that takes padding for tokens; the model itself does not."""
-    right = zoo_onnx.in_torch
 
-    def blind(run: object, *args: object) -> list[Tensor]:
+    def blind(right: Callable[..., list[Tensor]], run: object, *args: object) -> list[Tensor]:
         def step(ids: Tensor, mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return run(ids, mask * 0 + 1, *rest)  # type: ignore[operator]
 
-        return right(step if isinstance(run, Program) else run, *args)  # type: ignore[arg-type]
+        return right(step if isinstance(run, Program) else run, *args)
 
-    monkeypatch.setattr(zoo_onnx, "in_torch", blind)
+    inside.around("benchmarks.zoo_onnx.in_torch", blind)
     row = zoo_onnx.run_type("causal-lm", "llama")
     assert row["stage"] == "build"
     assert row["reason"].startswith("padding changes the logits of the traced step")

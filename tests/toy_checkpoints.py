@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+import mptk
 from benchmarks import gguf_file
 from mptk.io import data
 
@@ -58,6 +66,36 @@ def llama(*, tied: bool = True, layers: int = 2, seed: int = 0, **sizes: int) ->
         pad_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def saved(model: PreTrainedModel, folder: Path, text: PreTrainedTokenizerBase | None = None) -> str:
+    """The folder of a checkpoint: the model and ``tokenizer()``, or another one."""
+    model.save_pretrained(folder)
+    (text or tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- models of few words ----
+
+WORDS = [f"w{i}" for i in range(95)]
+SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
+
+
+def save(model: PreTrainedModel, folder: Path) -> str:
+    """The folder of a model whose tokens are whole words. Its weights are drawn anew."""
+    text = Tokenizer(models.WordLevel({word: i for i, word in enumerate([BEGIN, END, *WORDS])}, unk_token=BEGIN))
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    words = PreTrainedTokenizerFast(tokenizer_object=text, bos_token=BEGIN, eos_token=END)
+    return saved(architectures.spread(model, 0.15), folder, words)
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    sizes = {"num_hidden_layers": 3, "num_key_value_heads": 3, "pad_token_id": None}
+    return architectures.config("llama", **{**sizes, **changes})
+
+
+# ---- files and texts ----
 
 
 def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerFast, path: Path, *, quantise: bool = False) -> None:

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
-import pytest
 import torch
+from inside import changed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedConfig
@@ -68,10 +68,10 @@ def remembered() -> Iterator[None]:
             translations[key] = TRANSLATE(program)
         return translations[key].clone()
 
-    with pytest.MonkeyPatch.context() as patch:
+    with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
-            patch.setattr(module, "export_program", export)
-        patch.setattr(emit, "_exported", translate)
+            inside.bound(f"{module.__name__}.export_program", export)
+        inside.bound("passes.targets.onnx.emit._exported", translate)
         yield
 
 

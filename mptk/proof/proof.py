@@ -103,12 +103,12 @@ def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Differenc
 
 
 def _unseen(compiled: Compiled, batch: Samples) -> list[Difference]:
-    """If the mask moves no output, the difference with random numbers in the place of the zeros that hide it.
+    """If the cut moves no output of the dense model, the difference with random numbers in place of the zeros in it.
 
     A head of zeros, as of an untrained vision transformer, hides everything before it.
     """
-    analysis, executor = compiled.analysis, compiled.prepared.executor
-    (moved,) = prove(analysis.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
+    analysis, dense, executor = compiled.analysis, compiled.prepared.analysis, compiled.prepared.executor
+    (moved,) = prove(dense.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
     if moved.relative > TOLERANCE or not compiled.chosen.cut.removes:
         return []
     woken, cut = awake(analysis), compiled.chosen.cut

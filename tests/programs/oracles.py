@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import mptk
-from mptk.errors import MptkError, ProofError
+from mptk import FamilyPlan, MptkError, Plan, ProofError
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family, Group, Member, unit_positions
-from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.transforms.masked_reference import mask
 

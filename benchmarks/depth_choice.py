@@ -40,7 +40,6 @@ from passes.transforms.masked_reference import mask
 def loss(analysis: Analysis, gone: list[int], samples: Samples) -> float:
     """Nats a token without the blocks ``gone``."""
     (depth,) = analysis.depths
-    assert depth.stack is not None
     kept = tuple(unit for unit in range(depth.size) if unit not in gone)
     plan = Plan({depth.name: FamilyPlan(len(kept), depth.size, {depth.stack.module: (kept,)})})
     batches = samples.batches(256)

@@ -21,7 +21,7 @@ def plan_of_widths(analysis: Analysis, widths: Mapping[str, int], rng: random.Ra
 
 def draw(family: Family, width: int, rng: random.Random) -> FamilyPlan:
     """``width`` units of each layer, and of each row of its scope; blocks that must stay are among them."""
-    stay = family.stack.stay if isinstance(family, Depth) else ()
+    stay = list(family.stack.stay) if isinstance(family, Depth) else []
     free = [unit for unit in range(family.size) if unit not in stay]
     keep = {
         group.layer: tuple(tuple(sorted([*stay, *rng.sample(free, width - len(stay))])) for _ in range(group.scopes))

@@ -15,7 +15,7 @@ from benchmarks.tiny_models import Logits, Tiny
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.passes import Log
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
@@ -77,9 +77,8 @@ def depth_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
     return {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
 
 
-def _depth(analysis: Analysis, tiny: Tiny, stock: Stock, family: Family) -> dict[str, Any]:
+def _depth(analysis: Analysis, tiny: Tiny, stock: Stock, family: Depth) -> dict[str, Any]:
     """The same of a depth: how many numbers of blocks the class holds, with blocks chosen by random scores."""
-    assert family.stack is not None
     rng, accepted, refusals = random.Random(0), {}, []
     stack = replace(family.stack, module=family.stack.module.removeprefix(PREFIX))
     for width in legal_widths(family):

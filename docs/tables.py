@@ -31,7 +31,7 @@ def written(page: str) -> str:
 
 def runs() -> Iterator[str]:
     """The options of ``prune``, ``recover`` and ``shapes`` that are settings, panel by panel."""
-    yield from _head("option", "keyword in Python", "default", "what it says")
+    yield from _head("option", "Python keyword", "default", "meaning")
     options = taken(Settings, "prune").items()
     for panel in dict.fromkeys(each.setting.panel for _, each in options):
         yield _row(f"**{panel}**", "", "", "")
@@ -45,7 +45,7 @@ def runs() -> Iterator[str]:
 
 def python() -> Iterator[str]:
     """The settings that have no option of their own."""
-    yield from _head("setting", "default", "what it says")
+    yield from _head("setting", "default", "meaning")
     for each in _leaves(Settings.declared):
         if not each.setting.panel:
             yield _row(f"`{each.path}`", _default(each.default), each.setting.help)
@@ -53,7 +53,7 @@ def python() -> Iterator[str]:
 
 def commands() -> Iterator[str]:
     """What commands take besides: options that are no settings, and all options of the commands that do not prune."""
-    yield from _head("command", "option", "default", "what it says")
+    yield from _head("command", "option", "default", "meaning")
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
         shared = {*EVERYWHERE, *(settings if name in RUNS else ())}

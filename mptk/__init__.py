@@ -1,9 +1,9 @@
 """mptk: compiler-style structured pruning.
 
-The main job is ``mptk.prune``, which gives a ``Pruned``; ``shapes`` says how a budget is best divided; ``recover``
-trains it; ``evaluate``, ``generate`` and ``bench`` use it. The steps are functions too: ``trace``, ``analyze``,
-``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense models.
-docs/python.md shows all of them.
+``mptk.prune`` prunes a model and returns a ``Pruned``. ``shapes`` ranks the ways to divide a budget, ``recover`` trains
+a pruned model, and ``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``,
+``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense models. docs/python.md shows them
+all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""arguments: whether a public function is called with what its annotations say, before it does any work."""
+"""arguments: check the arguments of a public function against its annotations, before it does any work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IN_WORDS: dict[object, str] = {
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises MptkError for an argument that is not of its annotated type."""
+    """Wrap a function: it raises MptkError if an argument is not of its annotated type."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -39,7 +39,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raise MptkError for the first of some arguments, by name, that is not of the type that ``function`` says."""
+    """Check arguments by name against the annotations of ``function``; raises MptkError for the first wrong one."""
     hints, several = _annotated(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
@@ -55,7 +55,7 @@ def _annotated(function: Callable[..., Any]) -> tuple[dict[str, Any], Mapping[st
 
 
 def _wrong(value: object, hint: Any, name: str) -> str | None:
-    """What an argument is and what it must be; None if it is that."""
+    """What is wrong with an argument and what to give instead; None if it is of its type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return None
@@ -75,7 +75,7 @@ def _wrong(value: object, hint: Any, name: str) -> str | None:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of a class. Text is not a sequence, a flag not a number; a whole number may be a real."""
+    """Whether a value is of a class. Text is not a sequence and a flag is not a number; an int passes as a float."""
     if kind is None or kind is types.NoneType:
         return value is None
     if kind is Callable or isinstance(kind, type(Protocol)):  # a protocol of a function

@@ -1,4 +1,4 @@
-"""conform: values that were read from a file, against types: dataclasses, typed dicts, lists, numbers."""
+"""conform: check values read from a file against types: dataclasses, typed dicts, lists, numbers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LONGEST = 80
 
 
 def made(kind: type[Made], values: object, where: str = "") -> Made:
-    """A dataclass or a typed dict of ``values``, as JSON gives them. A dataclass leaves names out that it lacks.
+    """Make a dataclass or a typed dict of values read from JSON. A dataclass ignores names that it lacks.
 
-    Nothing is converted (``"3"`` is no number, ``true`` no integer), but a whole number may stand for a float.
+    No value is converted (``"3"`` is not a number, ``true`` not an integer), but an int may stand for a float.
 
     Raises:
-        ValueError: a field is missing, or is not of its type; with its name.
+        ValueError: a field is missing or not of its type; the message names it.
     """
     from pydantic import ValidationError
 
@@ -38,14 +38,14 @@ def made(kind: type[Made], values: object, where: str = "") -> Made:
 
 @functools.cache
 def _holding(kind: Any) -> type[BaseModel]:
-    """A model that holds a ``kind``, since dataclasses of the standard library take the rules of what they lie in."""
+    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's rules."""
     from pydantic import ConfigDict, create_model
 
     return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
 def _said(error: Mapping[str, Any], where: str) -> str:
-    """What is wrong, in our words. ``error``: as pydantic describes it."""
+    """Say in mptk's words what pydantic's ``error`` describes."""
     place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]
     if kind in ("missing", "extra_forbidden"):

@@ -14,19 +14,19 @@ class MptkError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A question with the name of ``known`` that is closest to a mistyped one; ``otherwise`` if none is close."""
+    """Ask whether the closest name in ``known`` was meant by a mistyped one; ``otherwise`` if no name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, and the second, too, if the first only announces it; else its class."""
+    """The first line of an error's text, and the second if the first ends with a colon; its class if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 class ProofError(MptkError):
-    """A result is not what it must be: an error of mptk's own, or of a file that was changed. Nothing is published."""
+    """A result is wrong: mptk has a bug, or somebody changed a file. Nothing is published."""
 
 
 class Exhausted(MptkError):
@@ -51,7 +51,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Within it, what the machine runs out of is an Exhausted error, whichever library says so. So are rights."""
+    """Raise Exhausted if a library reports that memory or disk space ran out, or that file permissions are missing."""
     try:
         yield
     except Exception as error:
@@ -61,9 +61,9 @@ def explained() -> Iterator[None]:
 
 
 def exhausted(error: BaseException) -> MptkError | None:
-    """What ``error``, or an error that it was raised from, says of memory, disk or rights; None if it says nothing.
+    """The message for an error about memory, disk or permissions, also of its cause; None for any other error.
 
-    Libraries have no class for it in common: torch raises a RuntimeError, safetensors a class of its own.
+    Libraries share no class for these errors: torch raises a RuntimeError, safetensors its own class.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -75,7 +75,7 @@ def exhausted(error: BaseException) -> MptkError | None:
         if number in _REFUSED and not isinstance(error, MptkError):
             where = getattr(cause, "filename", None)
             said = _REFUSED[number] + (f" ({where})" if where else "")
-            return MptkError(f"{said}; check the rights of what is read and written, or give another place")
+            return MptkError(f"{said}; check the permissions of the files, or give another place")
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
             return Exhausted(_out_of_memory(str(cause)))
         cause = cause.__cause__
@@ -83,7 +83,7 @@ def exhausted(error: BaseException) -> MptkError | None:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error; libraries in Rust have it only in their text."""
+    """The errno of an error; libraries written in Rust have it only in their text."""
     if isinstance(error, OSError):
         return error.errno
     told = _OS_ERROR.search(str(error))
@@ -99,7 +99,7 @@ def _out_of_memory(text: str) -> str:
     where = f"the {device[1]} device is out of memory" if device else "out of memory"
     wanted = f" ({_readable(float(amount[1]), amount[2])} more were asked for)" if amount else ""
     return (
-        f"{where}{wanted}; free some, or ask for less at once: shorter --length, fewer --samples, a smaller --micro; "
+        f"{where}{wanted}; free some, or lower --length, --samples or --micro; "
         "`mptk prune MODEL --estimate` says what a run needs"
     )
 

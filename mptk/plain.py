@@ -1,8 +1,8 @@
-"""plain: text of unknown origin as text: what a terminal or a browser would obey or hide is written out.
+"""plain: escape text of unknown origin, so that terminals and browsers neither obey nor hide a part of it.
 
-Names of models, paths, data, reports and messages of libraries go through ``plain`` before they are shown: on the
-command line in ``mptk/cli/console.py``, in HTML in ``mptk/report/page/render.py``. In Markdown it is
-``mptk/report/markdown.py``.
+Names of models, paths, data, reports and libraries' messages go through ``plain`` before they are shown.
+``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
+``mptk/report/markdown.py`` does the same for Markdown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""plugins: what other packages add, found by their entry points. docs/plugins.md says how to write one."""
+"""plugins: find what other packages add, by their entry points. docs/plugins.md says how to write one."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def load_plugins(group: str) -> Mapping[str, Any]:
 
 
 def with_plugins(own: Mapping[str, Entry], group: str) -> dict[str, Entry]:
-    """What mptk brings itself and what plugins add, by name. A plugin does not replace what mptk brings."""
+    """Add plugins to mptk's own objects, by name. A plugin cannot replace one of mptk's own."""
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
 def find(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
-    """The entry of that name. Raises MptkError with the names there are."""
+    """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
     return known[name]

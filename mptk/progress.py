@@ -1,4 +1,4 @@
-"""progress: what long work calls to say how far it is."""
+"""progress: the functions that long work calls to report its progress."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Protocol, TypeVar
 Item = TypeVar("Item")
 
 Count = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
+"""Called with the amount done and the total."""
 
 
 class Progress(Protocol):
-    """Called with a stage's name, how much of it is done and how much there is (0: unknown), and figures to show."""
+    """Called with a stage's name, the amount done, the total (0: unknown), and figures to show."""
 
     def __call__(self, stage: str, done: int, total: int, figures: str = "", /) -> None: ...
 
@@ -28,7 +28,7 @@ _STAGE: ContextVar[tuple[Progress, str]] = ContextVar("stage", default=(silent, 
 
 @contextmanager
 def within(progress: Progress, stage: str) -> Iterator[None]:
-    """Within it, ``step`` and ``steps`` show how far this stage is. Passes need no argument for it."""
+    """Make ``step`` and ``steps`` report on this stage, so that passes need no argument for it."""
     token = _STAGE.set((progress, stage))
     try:
         yield
@@ -37,13 +37,13 @@ def within(progress: Progress, stage: str) -> Iterator[None]:
 
 
 def step(done: int, total: int, figures: str = "") -> None:
-    """Say how far the current stage is (``within``)."""
+    """Report the progress of the current stage (``within``)."""
     progress, stage = _STAGE.get()
     progress(stage, done, total, figures)
 
 
 def steps(items: Iterable[Item], figures: str | Callable[[Item], str] = "") -> Iterator[Item]:
-    """The items, each of which is a step of the current stage. ``figures``: what is shown beside the count."""
+    """Iterate over the items and report each as a step of the current stage. ``figures``: shown beside the count."""
     listed = list(items)
     for done, item in enumerate(listed):
         step(done, len(listed), figures(item) if callable(figures) else figures)

@@ -1,4 +1,4 @@
-"""reading: files of unknown origin, within bounds of time and memory, and never from outside of their folder."""
+"""reading: read files of unknown origin within bounds of time and memory, and never outside of their folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mptk.conform import Made, made
 from mptk.errors import MptkError
 
 MOST_BYTES = 1 << 26
-"""Bytes of the largest JSON file that is read: a report or a plan of a large model has a hundredth of that."""
+"""Largest JSON file that is read, in bytes: a large model's report or plan has a hundredth of it."""
 MOST_DEPTH = 64
-"""Objects and lists within one another, at most."""
+"""Deepest nesting of objects and lists."""
 Damaged = Callable[[str], MptkError]
-"""What is wrong with a file → the error to raise."""
+"""Text that says what is wrong with a file → the error to raise."""
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file. Raises ``damaged`` if it is another kind, unreadable or longer than ``most``."""
+    """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):
@@ -37,7 +37,7 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> str:
-    """As ``read_bytes``, in UTF-8."""
+    """The text of a UTF-8 file; errors as in ``read_bytes``."""
     try:
         return read_bytes(path, damaged, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -45,7 +45,7 @@ def read_text(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path, damaged: Damaged) -> Any:
-    """The content of a JSON file; NaN, infinity and what is nested deeper than ``MOST_DEPTH`` are refused."""
+    """The content of a JSON file. It refuses NaN, infinity and nesting deeper than ``MOST_DEPTH``."""
     return json_of(read_text(path, damaged), damaged)
 
 
@@ -70,7 +70,7 @@ def json_of(text: str, damaged: Damaged) -> Any:
     if _depth(content) > MOST_DEPTH:
         raise damaged("it is nested too deep")
     if "\\ud" in text.lower() and not _is_text(content):
-        raise damaged("it holds half of a character")
+        raise damaged("it has half of a surrogate pair")
     return content
 
 
@@ -84,11 +84,11 @@ def _is_text(content: object) -> bool:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _depth(content: object) -> int:
-    """How deep objects and lists lie in one another, up to ``MOST_DEPTH`` + 1."""
+    """How deep objects and lists are nested, up to ``MOST_DEPTH`` + 1."""
     level: list[object] = [content]
     for depth in range(MOST_DEPTH + 1):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -104,7 +104,7 @@ def _inside(value: object) -> Iterable[object]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a named pipe is opened at once, without waiting for its other end."""
+    """Open a file. A named pipe opens at once, without waiting for its other end."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -116,9 +116,9 @@ def _mode(descriptor: int) -> int:
 
 
 def check_inside(folder: Path) -> None:
-    """Raise MptkError if a file of a checkpoint folder lies elsewhere: by a link, or by a name in an index of shards.
+    """Raise MptkError if a link or a shard index in a checkpoint folder leads out of the folder.
 
-    A snapshot in the hub's cache may link to the files of its own model there.
+    A snapshot in the hub's cache may link to its own model's files there.
     """
     home = folder.resolve()
     homes = [home, *([home.parent.parent] if home.parent.name == "snapshots" else [])]
@@ -130,7 +130,7 @@ def check_inside(folder: Path) -> None:
 
 
 def _end(link: Path) -> Path:
-    """Where a link leads. In a circle Python before 3.13 raises an error, and later ones stop at a link."""
+    """Where a link leads. For a circle of links Python before 3.13 raises an error; later versions stop at a link."""
     circle = MptkError(f"{link} is a link that leads in a circle; put the file itself there")
     try:
         end = link.resolve()
@@ -155,9 +155,9 @@ def _check_shards(index: Path) -> None:
     content = read_json(index, damaged)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise damaged("it has no weight_map from weights to files")
+        raise damaged("it lacks weight_map, which maps weights to files")
     for name in sorted(set(shards.values())):
         if name != Path(name).name or name in ("", ".", ".."):
-            raise MptkError(f"{index} names {name}, which leads out of its folder; do not use this model")
+            raise MptkError(f"{index} names {name}, which is outside of its folder; do not use this model")
         if not _is_file(index.parent / name):
-            raise damaged(f"it names {name[:80]}, which is not there")
+            raise damaged(f"it names {name[:80]}, which does not exist")

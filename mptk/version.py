@@ -1,4 +1,4 @@
-"""version: of this package."""
+"""version: the version of this package."""
 
 from importlib import metadata
 

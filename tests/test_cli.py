@@ -187,7 +187,7 @@ def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_
 
 
 def test_a_run_needs_a_place(files, mptk):
-    assert mptk("prune", files.model).error == "error: there is no place for the result; give --out FOLDER"
+    assert mptk("prune", files.model).error == "error: the result needs a folder; give --out FOLDER"
 
 
 def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
@@ -367,7 +367,7 @@ def test_json_file_that_cannot_be_written_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is no mptk-report/1")])
+@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is not a mptk-report/1")])
 def test_report_of_another_kind(tmp_path, mptk, content, message):
     (tmp_path / "report.json").write_text(content)
     result = mptk("report", tmp_path)

@@ -223,7 +223,7 @@ def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
 
 
 def test_influence_judges_no_channels(llama):
-    with pytest.raises(MptkError, match="this method judges whole blocks, not the channels of ffn"):
+    with pytest.raises(MptkError, match="this method scores whole blocks, not the channels of ffn"):
         criteria.score(llama.analysis, "influence", IDS, families=["ffn"])
 
 

@@ -46,7 +46,7 @@ class Case:
         with changed() as inside:
             inside.bound("mptk.methods.distil.STEP", 2 * self.samples.positions)
             return distil_blocks(
-                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, kept=kept
+                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, folder=kept
             )
 
     @torch.no_grad()
@@ -140,10 +140,10 @@ def test_weights_that_blocks_share_are_refused_in_one_line() -> None:
     analysis = analyze(trace(Repeated().eval(), (torch.randn(2, 6),)))
     (family,) = [f for f in analysis.families if f.size == 10]
     cut = resolve_plan(analysis, random_plan(analysis, [family.name]))
-    with pytest.raises(MptkError, match=r"no block that is cut has matrices of its own.*leave out --distil-epochs"):
+    with pytest.raises(MptkError, match=r"no cut block has its own matrices to train.*leave out --distil-epochs"):
         distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW)
 
 
 def test_it_follows_reconstruction() -> None:
-    with pytest.raises(MptkError, match="after reconstruction; leave out --no-reconstruct or --distil-epochs"):
+    with pytest.raises(MptkError, match="needs reconstruction; leave out --no-reconstruct or --distil-epochs"):
         mptk.Settings(reconstruct=False, distil_epochs=1)

@@ -61,7 +61,7 @@ def failing(error: Exception) -> Callable[[], None]:
 def test_out_of_memory(run: Callable[[], object], amount: str) -> None:
     with pytest.raises(Exhausted) as raised, explained():
         run()
-    assert str(raised.value).startswith(f"out of memory{amount}; free some, or ask for less")
+    assert str(raised.value).startswith(f"out of memory{amount}; free some, or lower --length")
     assert "\n" not in str(raised.value)
 
 

@@ -148,7 +148,7 @@ class Ungated(torch.nn.Module):
 
 
 def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
-    with pytest.raises(MptkError, match=r"none are among ffn, hidden; name a family of experts .* --method wanda"):
+    with pytest.raises(MptkError, match=r"none are in ffn, hidden; name a family of experts .* --method wanda"):
         criteria.score(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
     model = Ungated()
     analysis = analyze(trace(model, (WINDOWS,), dynamic=True))

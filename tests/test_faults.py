@@ -241,7 +241,7 @@ def no_graph(folder: Path) -> None:
     file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
 
 
-UNTRUE = "in report.json is not true"
+UNTRUE = "in report.json is wrong"
 PLAIN: dict[str, tuple[Edit, str]] = {
     "data file missing": (remove("onnx/model.onnx_data"), "onnx/model.onnx_data is missing in .* since"),
     "onnx folder deleted": (remove("onnx"), "onnx/model.onnx is missing in .* since"),
@@ -295,7 +295,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
         f"quantized {UNTRUE}",
     ),
     "tokens": (unknown_tokens, "proof/inputs.safetensors in .* holds no inputs of this model"),
-    "a word less": (fields("report.json", cost=None), "report.json in .* is not as `mptk prune` writes it"),
+    "a word less": (fields("report.json", cost=None), "report.json in .* is damaged or was changed"),
     "another dense model": (fields("report.json", model_sha256="0" * 64), "is not the dense model that was pruned"),
     "plan": (other_plan, f"plan_sha256 {UNTRUE}"),
     "plan and its digest": (all_of(other_plan, told_plan), "the proof fails at 'stored weights'"),

@@ -38,11 +38,12 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
+        "mptk/conform.py",
         "mptk/files/replace.py",
         "mptk/files/staging.py",
         "mptk/reading.py",
         "mptk/targets/beside.py",
-    ]  # the last two look at values and print them in errors
+    ]  # but replace and staging they look at values and print them in errors
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

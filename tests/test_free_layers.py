@@ -175,7 +175,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
     [
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
         ({"budget": "latency"}, "use another --budget"),
-        ({"search": True}, "not --layers free; leave out one of both"),
+        ({"search": True}, "leave out --search or --layers free"),
         ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free"),
     ],
 )

@@ -36,7 +36,7 @@ from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import SEQUENCE
-from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.masked_lm import MaskedLM, masked
 from mptk.tasks.seq2seq import until_end
 
 Pruned = Callable[[str], Path]
@@ -173,9 +173,9 @@ def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str)
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     """Perceiver gives logits of all its positions, however short the window."""
-    samples = MaskedLM(3).masked(torch.arange(24).reshape(2, 12))
+    samples = masked(torch.arange(24).reshape(2, 12), 3)
     logits = torch.randn(2, 20, 30)
-    assert MaskedLM(3).loss(logits, samples) == MaskedLM(3).loss(logits[:, :12], samples)
+    assert MaskedLM().loss(logits, samples) == MaskedLM().loss(logits[:, :12], samples)
 
 
 def test_inputs_of_two_names_are_known_by_either() -> None:
@@ -206,10 +206,10 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", multiple=1)
     with pytest.raises(
-        MptkError, match=r"traced for 8 tokens alone, and a graph would take no others; use --target st"
+        MptkError, match=r"can be traced only for 8 tokens, so a graph would take no other length; use --target st"
     ):
         mptk.prune(dense, tmp_path / "graph", replace(run, target="graph"))
-    with pytest.raises(MptkError, match=r"traced for 31 tokens alone, which its ONNX would hold"):
+    with pytest.raises(MptkError, match=r"can be traced only for 31 tokens, so its ONNX graph"):
         api.export_folder(dense, tmp_path / "onnx")
 
 

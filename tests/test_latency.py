@@ -249,7 +249,7 @@ def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(model, analy
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(MptkError, match="objective: 'training' is not known; choose one of prefill, decode"):
         mptk.Settings(objective="training")
-    with pytest.raises(MptkError, match="milliseconds are no budget of params; set budget to latency"):
+    with pytest.raises(MptkError, match="milliseconds are given, but the budget is params; set budget to latency"):
         mptk.Settings(max_ms=3.0)
     both = ["--max-decode-ms", "3", "--max-prefill-ms", "4"]
     result = CliRunner().invoke(app, ["prune", "model", "--out", "out", *both])

@@ -338,7 +338,7 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
             {"learning": replace(LEARNING, rank=0), "families": ("hidden",), "tolerance": 0.9},
             "cannot be trained where hidden is cut",
         ),
-        ({"learning": replace(LEARNING, precision="fp16")}, "fp16 scales gradients"),
+        ({"learning": replace(LEARNING, precision="fp16")}, "which fp16 scales"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
         ({"data": "nowhere.txt"}, "'nowhere.txt' is not a file or folder; check the path"),
     ],

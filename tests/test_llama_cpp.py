@@ -134,7 +134,7 @@ KEEP = FamilyPlan(8, 16, {"": (tuple(range(8)),)})
 @pytest.mark.parametrize(
     ("change", "families", "said"),
     [
-        ({"gate.scale": torch.zeros(2, 2)}, {}, r"gate\.scale has no place in a GGUF file of a llama model"),
+        ({"gate.scale": torch.zeros(2, 2)}, {}, r"a GGUF file of a llama model cannot hold gate\.scale"),
         (
             {"model.layers.0.self_attn.v_proj.weight": torch.zeros(24, 48)},
             {},
@@ -143,7 +143,7 @@ KEEP = FamilyPlan(8, 16, {"": (tuple(range(8)),)})
         (
             {"model.layers.0.self_attn.o_proj.bias": torch.zeros(48)},
             {},
-            r"blk\.0\.attn_output\.bias is in the folder or in",
+            r"blk\.0\.attn_output\.bias is only in one of the folder and",
         ),
         ({"model.norm.weight": torch.zeros(48).long()}, {}, "is of torch.int64, which no GGUF file has"),
         ({}, {"v_dim": KEEP}, "v_dim was cut, which a GGUF file cannot hold"),
@@ -163,10 +163,10 @@ def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, 
     toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
     toys.write_gguf(toys.llama(layers=2), toys.tokenizer(), tmp_path / "short.gguf")
     for like, said in (
-        (dense, r"is no GGUF file; give the \.gguf file of the dense model"),
+        (dense, r"is not a GGUF file; give the \.gguf file of the dense model"),
         (tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
         (tmp_path / "narrow.gguf", "another vocabulary or hidden size"),
-        (tmp_path / "short.gguf", "alone; they are of different models"),
+        (tmp_path / "short.gguf", "so they belong to different models"),
         (tmp_path / "no.gguf", r"no\.gguf"),
     ):
         with pytest.raises(MptkError, match=said):

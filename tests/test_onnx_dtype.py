@@ -83,11 +83,9 @@ def test_what_onnx_runtime_does_not_run_is_refused_by_name(checkpoint: str, tmp_
             Settings(onnx_dtype=dtype)
         with pytest.raises(MptkError, match=message):
             export_folder(checkpoint, tmp_path / "out", Settings(onnx_dtype=dtype))
-    with pytest.raises(MptkError, match="int8 is made of a float32 graph; leave out --onnx-dtype or --quantize"):
+    with pytest.raises(MptkError, match="int8 needs a float32 graph; leave out --onnx-dtype or --quantize"):
         Settings(onnx_dtype="float16", quantize=("int8",))
-    with pytest.raises(
-        MptkError, match=r"a float16 graph is made of a float32 model, not torch.bfloat16; call model.float"
-    ):
+    with pytest.raises(MptkError, match=r"a float16 graph needs a float32 model, not torch.bfloat16; call model.float"):
         mptk.export(tiny_decoder(GROUPED, num_hidden_layers=1).bfloat16(), tmp_path / "out", onnx_dtype="float16")
     assert not list(tmp_path.glob("out/*"))
 

@@ -93,7 +93,7 @@ def test_a_page_says_what_a_run_did() -> None:
         "m30: loss in phase masks",
         "m30: cost in phase masks",
         "m30: widths, as shares of the dense ones in phase masks",
-        "m30: dual z, and what is left of removed masks in phase masks",
+        "m30: dual z, and the removed masks' remaining size in phase masks",
         "m30: each stage of the proof, and its tolerance",
         "m30: times in ONNX Runtime over those of dense, and the ideal",
     ):
@@ -247,14 +247,14 @@ def test_names_are_as_short_as_they_can_be() -> None:
 
 def test_without_matplotlib_the_error_names_the_extra(inside: Inside) -> None:
     inside.around("importlib.util.find_spec", lambda found, name: None if name == "matplotlib" else found(name))
-    with pytest.raises(MptkError, match=r"^matplotlib is not installed.*mptk\[plot\]"):
+    with pytest.raises(MptkError, match=r"^charts need matplotlib.*mptk\[plot\]"):
         report_page([made()])
 
 
 def test_a_report_of_another_kind_is_one_error() -> None:
     run = made()
     broken = replace(run, report=replace(run.report, cost={"dense": {}, "pruned": {}}))
-    with pytest.raises(MptkError, match="m30 is not as `mptk prune` writes it"):
+    with pytest.raises(MptkError, match="m30 is damaged or was changed"):
         report_page([broken])
 
 

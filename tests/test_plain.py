@@ -102,7 +102,7 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
     result = run(["report", str(place["pruned"])])
     if kind == "half":
         assert result.code == 1
-        assert "half of a character" in result.errors[0]
+        assert "half of a surrogate pair" in result.errors[0]
         return
     assert result.code == 0, result.stderr
     assert not ACTS.search(result.stdout)
@@ -156,7 +156,7 @@ def test_mptks_own_error_has_a_log_and_an_exit_code(
     result = run(["models"])
     assert result.code == 70
     (line,) = result.errors
-    assert line.startswith("error: ZeroDivisionError: division by zero. This is an error of mptk's own")
+    assert line.startswith("error: ZeroDivisionError: division by zero. This is a bug in mptk")
     assert "please report it with" in line
     (log,) = (tmp_path / "logs").iterdir()
     assert str(log) in line

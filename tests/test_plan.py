@@ -237,7 +237,7 @@ def test_conversions_are_read_as_they_were_written() -> None:
         ("vocabulary", {**TOKENS, "keep": "0-2"}, "3 units kept, but width is 4"),
         ("vocabulary", {**TOKENS, "keep": None}, "expected a list"),
         ("kv_heads", 2, "is not an object"),
-        ("kv_head", HEADS, "is no entry of a plan"),
+        ("kv_head", HEADS, "is not an entry of a plan"),
     ],
 )
 def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, said: str) -> None:

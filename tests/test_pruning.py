@@ -258,7 +258,7 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, t
     assert Report.read(tmp_path / "out").quality == {}
     assert mptk.verify(tmp_path / "out")
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), str(tmp_path / "out")])
-    assert "not measured, since the run was stopped before" in shown.stdout
+    assert "Not measured, since the run was stopped earlier" in shown.stdout
 
 
 def test_reports_of_earlier_versions_are_read(pruned, tmp_path):

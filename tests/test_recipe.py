@@ -97,10 +97,10 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("sparsty: 0.3", "'sparsty', which is no option of `mptk prune`; did you mean 'sparsity'"),
-        ("config: other.yaml", "'config', which is no option"),
-        ("- a list", "is no list of options"),
-        ("a: [", "is no YAML"),
+        ("sparsty: 0.3", "'sparsty', which is not an option of `mptk prune`; did you mean 'sparsity'"),
+        ("config: other.yaml", "'config', which is not an option"),
+        ("- a list", "does not list options"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str, mptk) -> None:  # noqa: F811
@@ -129,7 +129,8 @@ def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any], mp
     assert (result.code, asked) == (1, [])
     flag = name.replace("_", "-")
     assert (
-        f"a.yaml has {name.replace('-', '_')!r}, which no file may decide; remove it, and type --{flag}" in result.error
+        f"a.yaml has {name.replace('-', '_')!r}, which a recipe may not set; remove it, and type --{flag}"
+        in result.error
     )
 
 
@@ -192,7 +193,7 @@ def test_rerun_says_what_differs(made: Path, tmp_path: Path, mptk) -> None:  # n
     write_manifest(other)
     result = mptk("rerun", other, "--out", tmp_path / "again")
     assert result.code == 1
-    assert f"{other} could not be repeated, and differs in plan, weights, calibration data" in result.error
+    assert f"the result differs from {other} in plan, weights, calibration data" in result.error
     last = result.stdout.splitlines()[-1]
     assert last.startswith("differs in ")
     assert "weights" in last or "plan" in last
@@ -216,7 +217,7 @@ def test_rerun_compares_the_files_and_not_what_the_report_says_of_them(
     write_manifest(other)
     result = mptk("rerun", other, "--out", tmp_path / "again")
     assert result.code == 1
-    assert "could not be repeated, and differs in written config.json; compare" in result.error
+    assert "in written config.json; compare the versions" in result.error
     assert result.stdout.splitlines()[-1] == "differs in torch, written config.json"
     (other / "config.json").write_bytes((made / "config.json").read_bytes())
     write_manifest(other)

@@ -83,7 +83,7 @@ def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_pa
     state["model.layers.1.self_attn.o_proj.weight"][3] += 0.5
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     write_manifest(broken)
-    with pytest.raises(MptkError, match=r"weights_sha256 in report.json is not true"):
+    with pytest.raises(MptkError, match=r"weights_sha256 in report.json is wrong"):
         mptk.verify(broken)
 
 

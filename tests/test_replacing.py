@@ -473,7 +473,7 @@ def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str
 def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(MptkError, match=r"out\.run holds no unfinished run, .*; give another --out, or rename"):
+    with pytest.raises(MptkError, match=r"out\.run is not an unfinished run, .*; give another --out, or rename"):
         check_unfinished(tmp_path / "out", {}, resume=False)
 
 

@@ -40,7 +40,7 @@ SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
-    "mptk.tasks.inputs.text.calibration_windows",
+    "mptk.tasks.inputs.text.TextWindows.calibration",
     "mptk.methods.criteria.measured",
     "mptk.methods.one_shot.best",
 )
@@ -283,7 +283,9 @@ def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(w
     stopped(str(place / "model"), out, settings, Counter(), stop)
     before = digests(place / "out.run", plan=False)
     CHANGES[what](place / "model")
-    message = rf"{what}.* changed since .*out\.run was started, and the result would be a mixture; give what it was"
+    message = (
+        rf"{what}.* changed since .*out\.run was started, so the result would mix old and new; restore what it was"
+    )
     with pytest.raises(MptkError, match=message):
         mptk.prune(str(place / "model"), out, replace(settings, resume=True))
     assert not out.exists()
@@ -308,7 +310,7 @@ def test_nothing_is_published_after_what_a_run_was_given_changed(what: str, plac
             CHANGES[what](place / "model")
 
     settings = replace(SETTINGS, data=str(place / "text.txt"))
-    message = rf"^.*{what} changed while the run worked with it, so that nothing was published; start again$"
+    message = rf"^.*{what} changed during the run, so nothing was published; start again$"
     with pytest.raises(MptkError, match=message):
         mptk.prune(str(place / "model"), place / "out", settings, on_stage=change)
     assert not (place / "out").exists()
@@ -331,7 +333,7 @@ def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
             with torch.no_grad():
                 model.model.norm.weight[0] += 1
 
-    with pytest.raises(MptkError, match=r"^the model's weights changed while the run worked with it"):
+    with pytest.raises(MptkError, match=r"^the model's weights changed during the run"):
         mptk.prune(model, tmp_path / "out", SETTINGS, data=torch.randint(3, 300, (4, 32)), on_stage=train)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "out.run"])
 
@@ -340,7 +342,9 @@ def test_data_in_memory_is_what_the_unfinished_run_was_started_with(llama: str, 
     first, second = (torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     with counted(Counter(), WIDTHS), pytest.raises(Stopped):
         mptk.prune(llama, tmp_path / "out", SETTINGS, data=first)
-    with pytest.raises(MptkError, match=r"data in memory is not what .*out\.run was started with; give the same"):
+    with pytest.raises(
+        MptkError, match=r"data in memory differs from the data that .*out\.run was started with; give the same"
+    ):
         mptk.prune(llama, tmp_path / "out", SETTINGS, data=second, resume=True)
     assert mptk.prune(llama, tmp_path / "out", SETTINGS, data=first, resume=True)
 

@@ -125,7 +125,7 @@ def test_keywords() -> None:
     [
         ({"haet": 1}, "there is no setting 'haet'; did you mean 'heat'?"),
         ({"heat": 2}, "heat: 2 is more than 1.0; give a number from 0.0 to 1.0"),
-        ({"heat": float("nan")}, "heat: nan is no finite number"),
+        ({"heat": float("nan")}, "heat: nan is not a finite number"),
         ({"heat": "1"}, "heat is '1'; give a number"),
         ({"rack": "tip"}, "rack: 'tip' is not known; did you mean 'top'?"),
         ({"grains": ("oat", "oad")}, "grains: 'oad' is not known; did you mean 'oat'?"),
@@ -143,7 +143,7 @@ def test_what_a_file_kept_is_checked() -> None:
     kept = asdict(oven)
     kept["dough"]["grains"] = ["rye"]  # as JSON has it
     assert from_json(Oven, {**kept, "later": 1, "declared": 1}, "oven") == oven
-    for wrong, said in (({"heat": 2}, "oven: heat: 2 is more"), ({"dough": 1}, r"oven\.dough is no object")):
+    for wrong, said in (({"heat": 2}, "oven: heat: 2 is more"), ({"dough": 1}, r"oven\.dough is not an object")):
         with pytest.raises(ValueError, match=said):
             from_json(Oven, kept | wrong, "oven")
 

@@ -130,7 +130,7 @@ def test_tokens_are_halved_over_rungs() -> None:
     assert [count for count, _ in rungs(settings, 4)] == [4, 2]
     assert rungs(settings, 1) == rungs(replace(settings, search_tokens=0), 64) == []
     with pytest.raises(
-        MptkError, match=r"5119 tokens do not suffice to train 6 shapes by halves: .* give 5120 or more"
+        MptkError, match=r"5119 tokens are too few to train 6 shapes by successive halving: .* give 5120 or more"
     ):
         rungs(replace(settings, search_tokens=5119), 64)
 
@@ -261,7 +261,7 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
     mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
     assert "The search of the shape" in CliRunner().invoke(app, ["report", str(folder)]).output
     CliRunner().invoke(app, ["report", str(folder), "--html", str(page)])
-    assert page.read_text().count("What each shape costs and gives") == 1
+    assert page.read_text().count("Cost and quality of each shape") == 1
     said = json.loads((folder / "report.json").read_text())
     said["search"]["shapes"][1]["widths"] = {"ffn": 3}
     (folder / "report.json").write_text(json.dumps(said))
@@ -285,7 +285,7 @@ def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.S
     with pytest.raises(MptkError, match="--plan says which units stay, so --search has nothing to choose"):
         replace(settings, search=True, plan=str(tmp_path / "plan.json"))
     widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
-    with pytest.raises(MptkError, match="--width gives every family, and --search has nothing to choose"):
+    with pytest.raises(MptkError, match="--width fixes every family, so --search has nothing to choose"):
         mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
-    with pytest.raises(MptkError, match="do not suffice to train"):
+    with pytest.raises(MptkError, match="are too few to train"):
         mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)

@@ -118,7 +118,7 @@ def test_a_signal_that_was_dropped_until_the_end_is_no_success(
     ended: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert ended(lambda: in_a_library(signal.SIGINT)) == 130
-    assert capfd.readouterr().err == "interrupted; the command was done by then\n"
+    assert capfd.readouterr().err == "interrupted; the command had already finished\n"
     assert ended(lambda: None) == 0  # the next command knows of no signal
 
 
@@ -191,8 +191,8 @@ def test_streams_that_are_closed_or_full_end_nothing(streams: str, code: int, tm
     assert (tmp_path / "file").read_text() == ""  # no word went to a file that got a closed stream's number
     if streams == ">/dev/full":
         assert run.stderr.splitlines()[-1] == (
-            "error: the result could not be printed: No space left on device; what the command writes to files is "
-            "there, so print it elsewhere"
+            "error: the result could not be printed: No space left on device; files that the command writes are complete, "
+            "so print elsewhere"
         )
     elif ">" not in streams and "|" not in streams:
         assert " ".join(run.stdout.split()).count("the result") == 2000  # lines break where the terminal ends

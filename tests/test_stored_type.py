@@ -110,7 +110,7 @@ def test_a_folder_of_another_type_than_it_says_fails(half: str, tmp_path: Path) 
     from tests.test_trust import edit
 
     edit(tmp_path / "out", settings=report["settings"])
-    with pytest.raises(MptkError, match=r"is not true|dtype"):
+    with pytest.raises(MptkError, match=r"is wrong|dtype"):
         mptk.verify(tmp_path / "out")
 
 

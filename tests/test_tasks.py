@@ -6,7 +6,6 @@ It reaches for mptk.tasks: tokens are masked without a run.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
     masked = ids.clone()
     masked[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id  # type: ignore[union-attr]
     with torch.no_grad():
-        samples = task.with_mask(loaded, "").masked(ids)  # type: ignore[attr-defined]
+        samples = task.made(loaded, {"input_ids": ids})
         logits = task.output(loaded.model, samples)
         expected = -loaded.model(input_ids=masked).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
     assert math.isclose(float(task.loss(logits, samples)), float(expected.sum()), rel_tol=1e-5)
@@ -125,7 +124,8 @@ def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_pat
     assert report.trained
 
 
-def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:
-    loaded = replace(load(str(bert)), tokenizer=None)
+def test_a_tokenizer_without_a_mask_is_said(bert: Path, text: str) -> None:
+    loaded = load(str(bert))
+    loaded.tokenizer.mask_token = None  # type: ignore[union-attr]
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        task_of(loaded).evaluation(loaded, mptk.Settings(data="text.txt"))
+        task_of(loaded).evaluation(loaded, mptk.Settings(data=text, eval_length=24))

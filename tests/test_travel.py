@@ -74,10 +74,10 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     analysis, legal = found
     assert legal.breaks == dict.fromkeys(("hidden", "kv_groups", "q_heads"), HEADS)
     (line,) = breaking(analysis_json(analysis, legal, "m")["families"])
-    assert line.startswith(f"a cut of hidden, kv_groups, q_heads breaks {HEADS}")
+    assert line.startswith(f"cutting hidden, kv_groups, q_heads breaks {HEADS}")
     portable = legal.portable()
     assert {name for name, widths in portable.ladders.items() if len(widths) > 1} == {"ffn", "layers"}
-    assert portable.refused["q_heads"] == f"a cut of it breaks {HEADS}"
+    assert portable.refused["q_heads"] == f"cutting it breaks {HEADS}"
 
 
 def test_portable_refuses_what_breaks(found: tuple[Analysis, LegalWidths]) -> None:
@@ -94,7 +94,7 @@ def test_portable_refuses_what_breaks(found: tuple[Analysis, LegalWidths]) -> No
 def test_portable_keeps_to_what_travels() -> None:
     report = mptk.prune(derivable(), portable=True, sparsity=0.2, tolerance=0.05, **HOW).report
     assert [n for n, f in report.families.items() if f["width"] < f["of"]] == ["ffn"]
-    assert any(note.startswith("--portable left whole kv_groups, q_heads: a cut of it breaks") for note in report.notes)
+    assert any(note.startswith("--portable left uncut kv_groups, q_heads: cutting it breaks") for note in report.notes)
 
 
 def test_a_cut_that_breaks_is_told(tmp_path: Path) -> None:

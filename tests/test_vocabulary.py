@@ -92,7 +92,7 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert words.decode(words("lazy honey, é").input_ids, skip_special_tokens=True) == "lazy honey, é"
     assert (small.config.eos_token_id, words.eos_token_id) == (1, 1)
     assert f"{len(kept)} of 300 tokens stay" in (pruned / CARD).read_text()
-    assert f"| tokens in the vocabulary | 300 | {len(kept)} |" in (pruned / CARD).read_text()
+    assert f"| vocabulary |  | 300 → {len(kept)} |" in (pruned / CARD).read_text()
 
 
 def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
@@ -234,7 +234,7 @@ def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
     content["vocabulary"]["kept"] += 2
     (copy / "report.json").write_text(json.dumps(content))
     write_manifest(copy)
-    with pytest.raises(MptkError, match=r"vocabulary in report\.json is not true"):
+    with pytest.raises(MptkError, match=r"vocabulary in report\.json is wrong"):
         mptk.verify(copy)
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
     for more, said in (
         ({"plan": str(pruned / "plan.json")}, "the plan says which tokens stay"),
         ({"vocabulary": "self"}, "self is not text from which a vocabulary can be taken"),
-        ({"vocabulary": []}, "vocabulary holds no texts"),
+        ({"vocabulary": []}, "vocabulary is empty"),
         ({"data": torch.ones(4, 24, dtype=torch.long)}, "data must be texts beside vocabulary"),
         ({"vocabulary": str(dense / "nothing.txt")}, "nothing.txt"),
     ):

@@ -221,7 +221,7 @@ def test_ids_in_configs_are_renumbered():
 
 
 def test_what_cannot_be_trimmed_is_refused():
-    with pytest.raises(MptkError, match=r"SimpleNamespace is no fast tokenizer.*convert it"):
+    with pytest.raises(MptkError, match=r"SimpleNamespace is not a fast tokenizer.*convert it"):
         Choice(SimpleNamespace(), 9)
     dense = wrapped(byte_level())
     with pytest.raises(MptkError, match=f"the model has {len(dense) - 1} rows; resize"):
@@ -231,5 +231,5 @@ def test_what_cannot_be_trimmed_is_refused():
     kept = Choice(dense, len(dense)).kept(used_ids([[CORPUS]], dense), 16, 1)
     small = trimmed_tokenizer(dense, kept)
     gone = next(text for text in itertools.chain(OTHERS) if not {*dense(text).input_ids} <= {*kept})
-    with pytest.raises(MptkError, match="does not read the text as before"):
+    with pytest.raises(MptkError, match="reads the text differently"):
         check_reading([[gone]], dense, small, kept)

@@ -41,7 +41,7 @@ from mptk.ort.bench import LENGTHS, Bench, bench_decoders
 from mptk.ort.decoder import model_folder
 from mptk.progress import Progress, silent, within
 from mptk.protocols.execution import execution, session_device
-from mptk.protocols.onnx_form import Dense
+from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import left_out
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
@@ -71,9 +71,9 @@ def trace(
     """Trace a model to a Program.
 
     Args:
-        model: any ``nn.Module`` (its weights may lie on the meta device), or what ``io.models`` can find: a hub id,
-            a local folder, a ``.gguf`` file or a packaged alias; of those only the config is read.
-        example_inputs: tensors for ``forward``, by position or by name; may be left out for transformers models.
+        model: any ``nn.Module`` (its weights may be on the meta device), or the name of a model: a hub id, a local
+            folder, a ``.gguf`` file or a packaged alias. Of a named model only the config is read.
+        example_inputs: tensors for ``forward``, by position or by name; transformers models do not need them.
         dynamic: leave batch size and sequence length symbolic, so that the program runs at any.
 
     Raises:
@@ -87,7 +87,7 @@ def trace(
 @checked
 @sources_forgotten()
 def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
-    """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
+    """Find the families of coupled channels that can be cut in a model, and the axes that cannot be cut, with reasons.
 
     Takes what ``trace`` takes, or a Program. Needs no weights.
 
@@ -100,18 +100,18 @@ def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInpu
 @checked
 @sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
-    """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
+    """Cut the analysed program to ``plan``: it gets smaller weights and shape constants, and equals the masked program.
 
     Args:
-        check: prove it: the traced program equals the module, run as Python; on seeded inputs of the traced shapes
-            the cut program equals the masked one, and the mask moves the output. Costs a few forward passes; a program
-            without weights cannot be proven. Where a head of zeros hides what the mask does, the same is proven of a
-            copy with random numbers in its place.
+        check: prove the cut with a few forward passes. The traced program must equal the module, run as Python. On
+            seeded inputs of the traced shapes the cut program must equal the masked one, and the mask must change the
+            output. If a head of zeros hides the mask's effect, a copy with random numbers in place of the zeros is
+            proven. A program without weights cannot be proven.
 
     Raises:
-        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not move the
+        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not change the
             output, so that nothing is proven.
-        ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
+        ProofError: the cut program differs from the masked one; the message has the stage and the difference.
     """
     _check_whole(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
@@ -129,7 +129,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
 
 
 def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[PassResult]) -> None:
-    """Compare what each of ``steps`` made of the analysed program with the masked one."""
+    """Compare the result of each of ``steps`` with the masked program."""
     stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
     if removed_blocks(analysis, cut):
         del stages[Rewrite.name]  # it leaves the blocks to the pass after it
@@ -145,22 +145,21 @@ def show(
     plan: Plan | None = None,
     source: bool = False,
 ) -> str:
-    """A program as text, one line a value, each dimension by the names of its axes (``mptk.ir.text``).
+    """A program as text: one line for each value, with the names of its axes (``mptk.ir.text``).
 
     Takes what ``trace`` takes, or a Program. Needs no weights. Sizes of the inputs are symbolic if the model allows it.
 
     Args:
-        after: a pass of the cutting or the reference pipeline, after which the program is shown; else the traced one.
-        plan: what that pass cuts to.
-        source: add the line of the model's source to each call.
+        after: the pass of the cutting or the reference pipeline after which the program is shown; default: as traced.
+        plan: the plan that the pass cuts to.
+        source: add the line of the model's source code to each call.
 
     Raises:
-        MptkError: as ``analyze``; the plan does not fit; there is no such pass; or only one of pass and plan is given.
+        MptkError: as ``analyze``; the plan does not fit; there is no such pass; or a pass is given without a plan or a
+            plan without a pass.
     """
     if (after is None) != (plan is None):
-        raise MptkError(
-            "a program is shown after a pass only with the plan that it cuts to; give both --after and --plan"
-        )
+        raise MptkError("a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan")
     program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
     analysis = group.analyze(program)
     if after is None or plan is None:
@@ -186,24 +185,25 @@ def export(
     onnx_dtype: str = "auto",
     **metadata: str,
 ) -> Path:
-    """Write a model as ONNX, cut to ``plan`` if one is given: a causal language model with its KV cache.
+    """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
 
-    A model of another kind has the graphs of its task; ``logits``, ``text`` and ``objective`` are a decoder's. Names,
-    dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
+    A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
+    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
 
     Args:
         model: with real weights; of any float type.
         folder: made if missing.
-        logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
-        quantize: ``passes.pipelines.SCHEMES`` to write as well, each in its file of ``names.QUANTIZED``.
-        text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
-        onnx_dtype: ``"auto"``, the model's type; or ``"float32"`` or ``"float16"`` of a model in float32. In float16
+        logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
+        quantize: schemes of ``passes.pipelines.SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
+        text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it each weight is rounded by
+            itself.
+        onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
-        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
+        objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
 
     Raises:
-        MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
-            is no such scheme, objective or type; or graphs are to be quantised that are not float32.
+        MptkError: the model keeps a state that is not keys and values; torch.export or the exporter refuses it; there
+            is no such scheme, objective or type; or quantised graphs are asked for and the model is not float32.
     """
     _check_whole(plan)
     settings = Settings(
@@ -213,7 +213,7 @@ def export(
     assert form is not None
     if form is not CAUSAL_LM.onnx:
         if model.dtype is not torch.float32:
-            raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
+            raise MptkError(f"the graphs of a {type(model).__name__} need a float32 model; call model.float()")
         program = trace(model, example_of(model), dynamic=True)
     form.check(model, settings)
     dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
@@ -222,9 +222,11 @@ def export(
 
 
 def _check_whole(plan: Plan | None) -> None:
-    """Raise MptkError if a plan converts the model first: then a cut starts from another model."""
+    """Raise MptkError if a plan converts the model first: the cut would then start from another model."""
     for kind, _ in () if plan is None else planned(plan):
-        raise MptkError(f"this plan {kind.does}, which only mptk.prune(plan=...) does; give it the plan's file")
+        raise MptkError(
+            f"this plan {kind.does}, which only mptk.prune can do; call mptk.prune(plan=...) with the plan's file"
+        )
 
 
 @checked
@@ -233,15 +235,16 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWid
 
     Args:
         folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target.
-        like: the dense model's GGUF file, or an alias of a packaged one: its vocabulary and settings are taken.
+        like: the dense model's GGUF file, or the alias of a packaged one; vocabulary and settings come from it.
 
     Raises:
-        MptkError: one of both cannot be read; they are not of one LLaMA model; or ``out`` cannot be written.
-        ProofError: what was written is not what the folder has.
+        MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one LLaMA model; or ``out`` cannot be
+            written.
+        ProofError: the written file differs from the folder.
     """
     place, pattern = path_of(folder), models.locate(str(like))
     if pattern.is_dir():
-        raise MptkError(f"{like} is no GGUF file; give the .gguf file of the dense model")
+        raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
     check_apart(Path(out), place, pattern)
     check_manifest(place)
     plan = Plan.load(place / "plan.json")
@@ -261,41 +264,31 @@ def export_folder(
     progress: Progress | None = None,
     on_note: Callable[[str], object] = warnings.warn,
 ) -> Path:
-    """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
+    """Write a model of any task as a folder for ONNX consumers: config, tokenizer and ``onnx/``.
 
     The graph of an image model takes images of its config's size.
 
-    ``settings``: of its fields those count that say how graphs are written and what of the machine is used. ``text``: a
-    file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all positions.
-    ``on_note`` is given a line on each optional file that is left out.
+    ``settings``: only the fields for graphs and for the machine count. ``text``: a file, folder or dataset to calibrate
+    a decoder's ``int4`` on, in 32 windows of at most 256 tokens. ``on_note`` gets a line for each optional file that is
+    left out.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
-        ProofError: it is ``strict``, and a quantised weight is further from the float one than rounding brings it.
+        ProofError: the settings are ``strict``, and a quantised weight differs by more than rounding allows.
     """
     say, settings = progress or silent, settings or Settings()
-    trust, overwrite = settings.trust_remote_code, settings.overwrite
-    check_replaceable(Path(out), overwrite)
+    check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
-    resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=trust)
-    if task.onnx is None:
-        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
-    task.onnx.check(loaded.model, settings)
-    if text is not None and task.onnx is not CAUSAL_LM.onnx:
-        raise MptkError(f"text is for a decoder's int4, and {model} is a {task.summary}; leave out --data")
-    program = traced(loaded, task, executor, like=task.example(loaded.model))
-    if (length := task.only_length(program)) is not None:
-        raise MptkError(f"{model} is traced for {length} tokens alone, which its ONNX would hold; there is none for it")
-    dense = Dense(loaded, settings, program, executor)
+    dense, form = _dense(model, settings, text)
+    loaded = dense.loaded
     positions = positions_of(loaded.model.config) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out), overwrite=settings.overwrite) as folder:
         say("export ONNX", 0, 0)
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
-            notes = task.onnx.export(dense, None, samples, folder / "onnx", Log())
+            notes = form.export(dense, None, samples, folder / "onnx", Log())
         for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
             on_note(note)
         loaded.model.config.save_pretrained(folder)
@@ -305,16 +298,34 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        for note in describe(task.onnx, loaded.model.config, generation, folder, settings.strict):
+        for note in describe(form, loaded.model.config, generation, folder, settings.strict):
             on_note(note)
     return Path(out)
 
 
+def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
+    """The model as it is written as ONNX, and its form. Errors are those of ``export_folder``."""
+    resident, executor = execution(settings)
+    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
+    if task.onnx is None:
+        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
+    task.onnx.check(loaded.model, settings)
+    if text is not None and task.onnx is not CAUSAL_LM.onnx:
+        raise MptkError(f"only a decoder's int4 needs text, and {model} is a {task.summary}; leave out --data")
+    program = traced(loaded, task, executor, like=task.example(loaded.model))
+    if (length := task.only_length(program)) is not None:
+        raise MptkError(
+            f"{model} can be traced only for {length} tokens, so its ONNX graph would take no other length; mptk "
+            "writes none for it"
+        )
+    return Dense(loaded, settings, program, executor), task.onnx
+
+
 def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
-    """Compare the quantised graphs of a folder with its float graph; notes on those that are left out.
+    """Compare the quantised graphs of a folder with its float graph. Returns notes on graphs that are left out.
 
     Raises:
-        ProofError: one is further from it than rounding brings it, and it is ``strict``.
+        ProofError: ``strict``, and a graph differs by more than rounding allows.
     """
     notes = []
     for file in quantized_files(folder):
@@ -337,11 +348,10 @@ def bench(
     """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.ort.bench``).
 
     Args:
-        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is what the others are compared
-            with. Quantised graphs of a folder are taken as well. A model that has no ONNX is exported first, into the
-            cache folder.
+        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is the baseline. Quantised graphs
+            of a folder are timed too. A model without ONNX is first exported into the cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
-        progress: called with stages.
+        progress: called with the progress of each stage.
         settings: of ``mptk.ort.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
 
     Returns:
@@ -352,7 +362,7 @@ def bench(
     """
     check_arguments(bench_decoders, settings)
     if not models:
-        raise MptkError("there is nothing to time; give models, folders or .onnx files")
+        raise MptkError("no model is given; give models, folders or .onnx files")
     there, graphs = session_device(device), dict[str, Path]()
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):
@@ -366,7 +376,7 @@ def bench(
 
 
 def positions_named(model: str) -> int | None:
-    """The positions of a model, or of the one that a graph was made of, by its config; None if it is not known."""
+    """The positions of a model, or of the model that a graph was made from, by its config; None if unknown."""
     there = Path(model)
     if not model.endswith(".onnx") and not any((folder / ONNX_FILE).is_file() for folder in (there, there / "onnx")):
         check_decoder(model)
@@ -376,10 +386,10 @@ def positions_named(model: str) -> int | None:
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder.
+    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export in the cache folder.
 
-    Its name there is made of what the model's files hold, so that a model that changed is exported again. So is one
-    whose export was changed.
+    The export's name comes from the content of the model's files, so a changed model is exported again. A changed
+    export is replaced, too.
     """
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():

@@ -1,4 +1,4 @@
-"""display: where progress of a run is shown: bars on a terminal and in a notebook, plain lines in a log."""
+"""display: show the progress of a run: bars on a terminal and in a notebook, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LINE_S = 10.0
 
 @contextlib.contextmanager
 def shown(console: Console | None = None) -> Iterator[Progress]:
-    """Progress for whoever calls from Python: bars on a terminal and in a notebook, nothing in a script's log.
+    """Progress for calls from Python: bars on a terminal and in a notebook, nothing in a script's log.
 
-    A notebook without ipywidgets cannot move bars, and gets lines.
+    A notebook without ipywidgets cannot move bars and gets lines.
     """
     console = console or Console(stderr=True)
     if console.is_jupyter:
@@ -73,7 +73,7 @@ def bars(console: Console) -> Iterator[Progress]:
 
 
 def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Print a line when a stage starts, and every ``LINE_S`` seconds one with its progress."""
+    """Print a line when a stage starts, and its progress every ``LINE_S`` seconds."""
     start, current, printed = clock(), "", 0.0
 
     def report(stage: str, done: int, total: int, figures: str = "", /) -> None:

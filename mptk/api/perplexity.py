@@ -1,4 +1,4 @@
-"""perplexity: a decoder's perplexity, in torch or of an ONNX graph, and its results in lm-eval tasks."""
+"""perplexity: a decoder's perplexity, in torch or ONNX Runtime, and its results in lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of_model(
     include_path: Path | None,
     limit: int | None,
 ) -> tuple[Perplexity | None, dict[str, Any] | None]:
-    """The perplexity of a decoder in torch on ``data``, and its results in ``tasks``; None for what was not asked."""
+    """The perplexity of a decoder in torch on ``data``, and its results in ``tasks``; None if not asked for."""
     trust, measured, scores = settings.trust_remote_code, None, None
     evaluation.check_trusted(include_path, trust)
     progress("load", 0, 0)

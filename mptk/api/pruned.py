@@ -1,4 +1,4 @@
-"""pruned: ``mptk.prune`` and ``mptk.recover``, and the ``Pruned`` that they give: a model, its plan and its report."""
+"""pruned: ``mptk.prune`` and ``mptk.recover``, and their result ``Pruned``: a model, its plan and its report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from mptk.api import recovery
 from mptk.api.display import shown
-from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_of, with_inputs
+from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
@@ -41,20 +41,20 @@ from mptk.publish.manifest import MARKER, check_manifest
 from mptk.targets.graph import WEIGHTS, module_of
 
 Shown = Progress | Literal["auto"] | None
-"""Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
+"""Where to show progress: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
 
 
 class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
     Attributes:
-        plan: what was kept.
+        plan: the units that were kept.
         report: what ``report.json`` says: settings, widths, costs, quality, proof.
-        folder: where it was written; None if it was not.
+        folder: where it was written; None if it was not written.
     """
 
     def __init__(self, report: Report, place: Path, *, compiled: Compiled | None = None, kept: object = None) -> None:
-        """``place``: the folder. ``kept``: what removes it with this object, if it is a temporary one."""
+        """``place``: the folder. ``kept``: for a temporary folder, the object that removes it at the end."""
         self.report, self.plan = report, plan_of(place)
         self.compiled = compiled
         self._place, self._kept = place, kept
@@ -72,13 +72,13 @@ class Pruned:
     def model(self) -> nn.Module:
         """The small model, in evaluation mode, to run, train and save.
 
-        It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
-        ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
-        their old names and the traced ``forward`` (``ir/program.py``), in its own types; what was a transformers model
-        is in float32.
+        For the target ``stock`` it has a stock transformers class, in the type of the stored weights, as
+        ``from_pretrained`` loads it. For a plain ``nn.Module`` and for the target ``graph`` it is a module with the cut
+        parameters under their old names and the traced ``forward`` (``ir/program.py``), in the module's own types; a
+        transformers model becomes float32.
 
         Raises:
-            MptkError: a folder of target ``graph`` was opened: it has no graph.
+            MptkError: a folder of the target ``graph`` was opened, which holds weights without a class.
         """
         if (self._place / "config.json").is_file():
             trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self._place)
@@ -99,9 +99,9 @@ class Pruned:
 
     @checked
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the folder that ``prune`` writes: checkpoint, plan, report, proof, manifest. Returns it.
+        """Write the same folder as ``prune``: checkpoint, plan, report, proof, manifest. Returns it.
 
-        What was changed in ``model`` since is not in it: train, and use ``model.save_pretrained``. ``overwrite``: as in
+        Later changes of ``model`` are not in it; after training, use ``model.save_pretrained``. ``overwrite``: as in
         ``Settings``.
 
         Raises:
@@ -114,7 +114,7 @@ class Pruned:
 
     @property
     def place(self) -> Path:
-        """The folder that holds it for as long as this object lives."""
+        """The folder that holds the model, at least as long as this object lives."""
         return self._place
 
     def __repr__(self) -> str:
@@ -144,46 +144,37 @@ def prune(
 
     Args:
         model: a hub id, folder, ``.gguf`` file or packaged alias; a transformers model in memory; or any ``nn.Module``.
-            A model in memory stays as it is. It is computed with in float32.
-        out: folder to write. None: nothing is written, and no ONNX is made unless ``onnx=True``.
-        settings: what is asked for; ``keywords`` change some of it.
+            A model in memory does not change; mptk computes with it in float32.
+        out: folder to write. None: nothing is written, and ONNX graphs are made only with ``onnx=True``.
+        settings: the settings; ``keywords`` change some of them.
         progress: ``"auto"``, bars on a terminal and in a notebook; a function (``mptk.progress.Progress``); or None.
         on_stage: called with the record of each stage, passes with their differences.
-        tokenizer: for a model in memory; by default that of the folder or hub model that it was loaded from.
-        example_inputs: tensors for ``forward``, by position or by name, samples in the first dimension. A module that
-            is no transformers model needs them. What counts is then the distance of the outputs from the dense model's.
+        tokenizer: for a model in memory; by default the tokenizer of the folder or hub model that it was loaded from.
+        example_inputs: tensors for ``forward``, by position or by name, samples in the first dimension. Needed for a
+            module that is not a transformers model; its quality is the distance of its outputs from the dense model's.
         data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64
             [n, length]; inputs by name; ``mptk.Samples``; or batches (a ``DataLoader``, a list) of tensors, tuples or
             dicts of inputs. By default an ``nn.Module`` is calibrated on its example inputs.
-        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts: other tokens than theirs go.
+        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts; tokens that they do not use are
+            removed.
         keywords: fields of ``Settings`` (``sparsity``, ``method``, ``families``, …), of its ``Learning`` (``steps``,
             ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``.
 
     Returns:
-        The pruned model. Of several processes that work on one run, all but the first get None.
+        The pruned model. If several processes work on one run, only the first gets it; the others get None.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
-            there is no such keyword; or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
+            there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
     named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
-    plain = isinstance(model, nn.Module) and example_inputs is not None
-    if plain and data is None and (settings is None or settings.data == Settings.data):
-        named["data"] = IN_MEMORY
-    chosen = with_keywords(settings or _defaults(out, model), {**named, **keywords})
-    chosen, inputs = with_inputs(chosen, example_inputs)
-    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=inputs)
-    if source.plain:
-        chosen = _for_plain(chosen)
+    chosen = with_keywords(_defaults(settings, out, model, example_inputs), {**named, **keywords})
+    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    chosen = _for_plain(chosen) if source.plain else chosen
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
         check_texts(data=data, eval_data=eval_data)
-
-    def job(place: Path) -> tuple[Job, Settings]:
-        samples = given(data, eval_data)
-        return Job(source.name, place, source.load, needs=source.needs, samples=samples, vocabulary=texts), chosen
-
-    return _finished(job, out, progress, on_stage)
+    return _finished(lambda place: (source.job(place, given(data, eval_data), texts), chosen), out, progress, on_stage)
 
 
 @checked
@@ -204,16 +195,18 @@ def recover(
     Args:
         pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
         out, progress, on_stage, data, eval_data: as in ``prune``.
-        settings: its fields that do not say what is cut count: ``learning``, ``length``, ``device``, …
-        model: the dense model, if it is no longer where the report says. A ``Pruned`` that ``prune`` gave knows it.
+        settings: only fields that do not decide what is cut count: ``learning``, ``length``, ``device``, …
+        model: the dense model, if it has moved since the report was written. A ``Pruned`` from ``prune`` knows it.
         keywords: as in ``prune``; ``steps`` is 200 by default.
 
     Raises:
-        MptkError: as ``prune``; the folder is not as it was published; or the dense model is not there, or another one.
+        MptkError: as ``prune``; the folder was changed; or the dense model is missing or was changed.
     """
     settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
     if refused := sorted(settled & keywords.keys()):
-        raise MptkError(f"{refused[0]} is settled by what was pruned; prune again to change it")
+        raise MptkError(
+            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
+        )
     base = settings or Settings(onnx=out is not None)
     chosen = recovery.trained(with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords}))
     start = pruned.place if isinstance(pruned, Pruned) else pruned
@@ -221,12 +214,10 @@ def recover(
     if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
         prepared = pruned.compiled.prepared
         dense = prepared.given, prepared.task
-    there = str(model) if isinstance(model, Path) else model
-
-    def job(place: Path) -> tuple[Job, Settings]:
-        return recovery.recovery(start, place, chosen, there, dense, given(data, eval_data))
-
-    return _finished(job, out, progress, on_stage)
+    there, samples = str(model) if isinstance(model, Path) else model, given(data, eval_data)
+    return _finished(
+        lambda place: recovery.recovery(start, place, chosen, there, dense, samples), out, progress, on_stage
+    )
 
 
 def _finished(
@@ -245,7 +236,7 @@ def _finished(
 
 @contextmanager
 def reporting(progress: Shown) -> Iterator[Progress]:
-    """Where progress goes. Meanwhile transformers shows no bars of its own."""
+    """Show progress; transformers' own bars are off meanwhile."""
     others = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -256,24 +247,31 @@ def reporting(progress: Shown) -> Iterator[Progress]:
             enable_progress_bar()
 
 
-def _defaults(out: str | Path | None, model: Model) -> Settings:
-    """The settings of a call that gives none: without a folder no ONNX; masks are learned in transformers models."""
-    settings = Settings(onnx=out is not None)
-    plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
-    return replace(settings, method="wanda") if plain else settings
+def _defaults(
+    settings: Settings | None, out: str | Path | None, model: Model, example_inputs: Inputs | None
+) -> Settings:
+    """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.
+
+    A model in memory with example inputs is calibrated on these, if the settings name no data.
+    """
+    if settings is None:
+        plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
+        settings = Settings(onnx=out is not None, method="wanda" if plain else Settings.method)
+    own = isinstance(model, nn.Module) and example_inputs is not None and settings.data == Settings.data
+    return replace(settings, data=IN_MEMORY) if own else settings
 
 
 def _for_plain(settings: Settings) -> Settings:
-    """The settings for an ``nn.Module``, which no stock class holds.
+    """The settings for an ``nn.Module``, which has no stock class.
 
     Raises:
-        MptkError: it is to be trained.
+        MptkError: the settings ask for training.
     """
     if find_method(settings.method).learns and not settings.fixed:
         raise MptkError(
-            f"{settings.method} trains transformers models alone; give method='wanda', 'taylor', 'flap' or 'magnitude' "
-            "and train Pruned.model yourself"
+            f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
+            "'magnitude', and train Pruned.model yourself"
         )
     if settings.steps:
-        raise MptkError("mptk trains transformers models alone; leave out steps, and train Pruned.model yourself")
+        raise MptkError("mptk trains only transformers models; leave out steps, and train Pruned.model yourself")
     return replace(settings, target="graph" if settings.target == "stock" else settings.target, onnx=False)

@@ -1,4 +1,4 @@
-"""recovery: training a pruned folder against its dense model: ``prune`` again, from that folder's plan and weights."""
+"""recovery: train a pruned folder against its dense model, by ``prune`` from the folder's plan and weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from mptk.tasks.of_folder import task_of_folder
 
 
 def trained(settings: Settings) -> Settings:
-    """Settings of a recovery, with a number of steps."""
+    """Settings of a recovery with the number of steps filled in."""
     return settings if settings.learning.steps is not None else with_keywords(settings, {"steps": DEFAULT_STEPS})
 
 
 def needed(folder: str | Path, settings: Settings, model: str | None = None) -> Estimate:
-    """What a recovery of ``folder`` will need. No model is run. Errors are those of ``mptk.recover``."""
+    """What a recovery of ``folder`` needs. No model runs. Raises the errors of ``mptk.recover``."""
     job, settings = recovery(folder, "", settings, model)
     loaded, _ = job.load(Resident(0))
     return estimated_for(loaded.model, loaded.dtype, settled(settings), job.kept)
@@ -49,12 +49,12 @@ def recovery(
 ) -> tuple[Job, Settings]:
     """The recovery of ``folder``, an ``--out`` folder of ``prune``, as a job, and its settings.
 
-    The folder's report says what is cut, ``settings`` all else: ``data``, which may name something to download, and
-    whether the model's own Python code may run, are never taken from the report. ``model``: the dense model, if it is
-    no longer where the report says. ``dense``: the same, if it is opened already.
+    What is cut comes from the folder's report, all else from ``settings``: the report decides neither ``data``, which
+    may name something to download, nor whether the model's own Python code may run. ``model``: the dense model, if it
+    has moved. ``dense``: the same model, if it is already open.
 
     Raises:
-        MptkError: the folder holds no pruned model, or is not as it was published.
+        MptkError: the folder holds no pruned model, or was changed.
     """
     folder, trust = Path(folder), settings.trust_remote_code
     report = Report.read(folder)

@@ -22,7 +22,7 @@ from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
 
 OWN = (REPORT, RECIPE, CARD, METRICS, "bench.json")
-"""Files in which runs differ that give the same result: they name folders and times."""
+"""Files that differ between equal runs: they name folders and times."""
 
 
 def rerun(
@@ -37,15 +37,15 @@ def rerun(
 ) -> list[dict[str, Any]] | None:
     """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
 
-    Settings, data and, unless ``model`` is given, the model are those that the folder's report names. They may be
-    downloaded. Code of the model runs only with ``trust_remote_code``. ``overwrite``: as in ``Settings``.
+    Settings, data and, unless ``model`` is given, the model come from the folder's report. They may be downloaded. Code
+    of the model runs only with ``trust_remote_code``. ``overwrite``: as in ``Settings``.
 
     Returns:
-        ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. None in all but the first of
-        several processes.
+        Rows with ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. If several processes
+        run, only the first gets them; the others get None.
 
     Raises:
-        MptkError: as ``prune`` and ``recover``; or the folder has no report, or is not as it was published.
+        MptkError: as ``prune`` and ``recover``; or the folder has no report, or was changed.
     """
     folder = Path(folder)
     before = Report.read(folder)
@@ -70,7 +70,7 @@ def rerun(
 
 
 def compared(before: Report, now: Report) -> list[dict[str, Any]]:
-    """What two reports say of the same things, in rows of ``rerun``."""
+    """Compare two reports, as rows of ``rerun``."""
     first, second = _facts(before), _facts(now)
     names = list(dict.fromkeys([*first, *second]))
     rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
@@ -78,7 +78,7 @@ def compared(before: Report, now: Report) -> list[dict[str, Any]]:
 
 
 def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
-    """Whether two folders hold the same files, in rows of ``rerun``: those that no path and no clock gets into."""
+    """Compare the files of two folders, as rows of ``rerun``, except files that hold paths or times."""
     first, second = read_manifest(before), read_manifest(now)
     names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
     rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
@@ -86,7 +86,7 @@ def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
 
 
 def results_differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs of the results in rows of ``rerun``; other versions that gave the same are no difference."""
+    """The results that differ in rows of ``rerun``. Versions do not count."""
     return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
 
 

@@ -1,4 +1,4 @@
-"""sources: what the Python API takes: a model by name or in memory, and samples in memory, as a run takes them."""
+"""sources: turn arguments of the Python API, by name or in memory, into a run's model and samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.chain.estimate import estimated, estimated_for
-from mptk.chain.job import Given
+from mptk.chain.job import Given, Job
 from mptk.chain.prune import wanted
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.cost.estimate import Estimate
@@ -40,27 +40,33 @@ Model = str | Path | nn.Module
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""
 Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[Any]
-"""A name as ``--data`` takes it; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
+"""A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model. ``plain``: it is no transformers model, so that no stock class can hold it."""
+    """A dense model. ``plain``: it is not a transformers model, so it has no stock class."""
 
     name: str
     load: Callable[[Resident], tuple[Loaded, Task]]
     needs: Callable[[Settings], Estimate] | None
     plain: bool
 
+    def job(
+        self, out: Path, samples: Callable[[Prepared], Given] | None, vocabulary: Sequence[str] | None = None
+    ) -> Job:
+        """A run on it that ends in ``out``."""
+        return Job(self.name, out, self.load, needs=self.needs, samples=samples, vocabulary=vocabulary)
+
 
 def source_of(
     model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
 ) -> Source:
-    """What a run starts from.
+    """Open the model that a run starts from.
 
     Raises:
-        MptkError: example inputs are missing, or are none; the weights are not in memory; or, when ``load`` is called,
-            no task takes the model.
+        MptkError: example inputs are missing or empty; the weights are not in memory; or, when ``load`` is called, no
+            task takes the model.
     """
     if not isinstance(model, nn.Module):
         name = str(model)
@@ -77,8 +83,8 @@ def source_of(
     plain = not isinstance(model, PreTrainedModel)
     if plain and example_inputs is None:
         raise MptkError(
-            f"{type(model).__name__} is no transformers model, so mptk cannot know its inputs; give example_inputs, "
-            "the tensors that forward() takes"
+            f"{type(model).__name__} is not a transformers model, so mptk cannot know its inputs; give "
+            "example_inputs, the tensors that forward() takes"
         )
     loaded = open_live(model, tokenizer, trusted=trust)
     task = _task(loaded, example_inputs)
@@ -86,19 +92,23 @@ def source_of(
     return Source(name_of(model), lambda _: (loaded, task), needs, plain)
 
 
-def with_inputs(settings: Settings, example_inputs: Inputs | None) -> tuple[Settings, Inputs | None]:
-    """The settings and the example inputs, which a file may hold. By default it is the data, too.
+def source_for(
+    model: Model, settings: Settings, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+) -> tuple[Source, Settings]:
+    """What a run starts from, and its settings. By default a file of example inputs is also the data.
 
     Raises:
-        MptkError: the file cannot be read; or there are example inputs in memory as well.
+        MptkError: as ``source_of``; the file cannot be read; or example inputs are also given in memory.
     """
-    if settings.inputs is None:
-        return settings, example_inputs
-    if example_inputs is not None:
-        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
-    found = read_inputs(settings.inputs)
-    data = settings.inputs if settings.data == Settings.data else settings.data
-    return replace(settings, data=data), found
+    if settings.inputs is not None:
+        if example_inputs is not None:
+            raise MptkError(
+                "example inputs are given twice, in memory and as a file; leave out example_inputs or inputs"
+            )
+        example_inputs = read_inputs(settings.inputs)
+        settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
+    trust = settings.trust_remote_code
+    return source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs), settings
 
 
 def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
@@ -109,17 +119,17 @@ def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
 
 
 def in_memory(data: Data | None) -> bool:
-    """Whether ``data`` holds samples, and is no name of some."""
+    """Whether ``data`` holds samples, not a name."""
     return data is not None and not isinstance(data, str | Path)
 
 
 def names_of(**given: Data | None) -> dict[str, str]:
-    """Argument → what settings call it, for each that is given."""
+    """Argument → its name in settings, for each argument that is given."""
     return {n: IN_MEMORY if in_memory(data) else str(data) for n, data in given.items() if data is not None}
 
 
 def check_texts(**given: Data | None) -> None:
-    """Raise MptkError for what is in memory and holds token ids: those of a model with fewer tokens are others."""
+    """Raise MptkError if samples in memory hold token ids: ``vocabulary`` gives tokens other ids."""
     for name, data in given.items():
         if in_memory(data) and not _is_text(data):
             raise MptkError(
@@ -128,7 +138,7 @@ def check_texts(**given: Data | None) -> None:
 
 
 def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Given] | None:
-    """What gives a run the samples that are in memory; None if there are none."""
+    """A function that gives a run the samples in memory; None if there are none."""
     if not in_memory(data) and not in_memory(eval_data):
         return None
 
@@ -150,7 +160,7 @@ def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Giv
 def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
     """At most ``count`` samples of ``data``; windows of text have ``length`` tokens.
 
-    ``seed``: of their order; None keeps that of the text.
+    ``seed``: shuffles them; None keeps the order of the text.
 
     Raises:
         MptkError: they are not of this model's kind, or there are none.
@@ -163,7 +173,7 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     if _is_text(data):
         inputs = {"input_ids": _windows(list(data), loaded, count, length, seed)}
     elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
-        raise MptkError("data holds strings beside other values, or bytes; give a list of only strings")
+        raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
     elif isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data, like)
     else:
@@ -181,7 +191,7 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
 
 
 def check_fits(samples: Samples | None, program: Program) -> None:
-    """Raise MptkError if samples in memory do not fit this program: of another type, or ids beyond a table."""
+    """Raise MptkError if samples in memory do not fit this program: their type differs, or token ids are too large."""
     if samples is None:
         return
     nodes = {node.name: node for node in program.placeholders()}
@@ -190,7 +200,7 @@ def check_fits(samples: Samples | None, program: Program) -> None:
         like = node.meta["val"]
         if tensor.is_floating_point() != like.is_floating_point():
             raise MptkError(
-                f"{name} in data is of type {tensor.dtype}, and the model was traced for {like.dtype}; give that"
+                f"{name} in data has type {tensor.dtype}, but the model was traced for {like.dtype}; convert it"
             )
         table = None if tensor.is_floating_point() else table_size(node)
         if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
@@ -213,8 +223,8 @@ def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: in
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
 
-    What a batch has beyond the model's inputs (labels) is left out. An item with a dimension less than ``like``, as a
-    data set gives them, is one sample.
+    Other entries of a batch, as labels, are left out. An item with one dimension less than ``like``, as data sets give,
+    is one sample.
     """
     names = list(like)
     parts: dict[str, list[Tensor]] = {}
@@ -233,6 +243,6 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
         return {name: torch.cat(each) for name, each in parts.items()}
     except (TypeError, RuntimeError) as error:
         raise MptkError(
-            f"data is not as it must be ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
+            f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
             "batches of inputs of one shape, with the samples in the first dimension"
         ) from error

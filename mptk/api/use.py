@@ -1,8 +1,9 @@
-"""use: what ``mptk.evaluate`` and ``mptk.generate`` do with a model: pruned or dense, in a folder or in memory."""
+"""use: ``mptk.evaluate`` and ``mptk.generate``, for a pruned or dense model in a folder or in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,20 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Shown = "auto",
 ) -> dict[str, Any]:
-    """How good a model is, as its kind is measured: perplexity of language models, distance from the dense model, …
+    """Measure a model's quality by the metric of its kind: perplexity, accuracy, distance from the dense model, …
 
     Args:
         model: a ``Pruned``, an ``--out`` folder of ``prune``, or what ``prune`` takes.
         data: as in ``prune``. None: the example inputs of a ``Pruned`` that was a plain module.
-        dense: the dense model to measure beside it. A pruned model knows its own; it is used where the metric is a
-            distance from the dense model's outputs, and always for a ``Pruned`` that ``prune`` gave.
+        dense: the dense model to measure beside it. A pruned model knows its own, which is used if the metric is a
+            distance from the dense model's outputs, and always for a ``Pruned`` from ``prune``.
         windows, length: as ``eval_windows`` and ``eval_length`` of ``Settings``.
 
     Returns:
         The value for ``model`` or, if both were measured, for ``dense`` and ``pruned``; ``metric``; ``protocol``.
 
     Raises:
-        MptkError: there is no data, or no dense model where the metric needs one.
+        MptkError: there is no data, or the metric needs a dense model and there is none.
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
     settings = with_keywords(settings, names_of(data=data))
@@ -93,7 +94,7 @@ def evaluate(
         if in_memory(data):
             samples = collected(data, loaded, task, windows, length)
         elif data is None and task.sequences:
-            raise MptkError("there is nothing to measure on; give data")
+            raise MptkError("evaluate needs data to measure on; give data")
         else:
             samples = task.evaluation(loaded, settings)
         samples = runs.trace(samples)
@@ -105,36 +106,32 @@ def evaluate(
 
 
 def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether a model is measured as a decoder of text. Raises MptkError if no task takes it."""
+    """Whether the model is measured as a text decoder. Raises MptkError if no task takes it."""
     folder = Path(model)
     if (folder / FILE).is_file() and Report.read(folder).task == Module.name:
         return False
     return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
 
 
+@dataclass(eq=False)
 class _Programs:
-    """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``.
+    """Programs to measure side by side, by name. Calling it makes it a ``mptk.io.evaluation.Runs``.
 
-    ``modules``: the classes that run in place of programs that hold one length.
+    ``modules``: the modules that run instead of programs that take only one length.
     """
 
-    def __init__(
-        self,
-        resident: Resident,
-        executor: Executor,
-        trust: bool,
-        tokenizer: PreTrainedTokenizerBase | None,
-        example_inputs: Inputs | None,
-    ) -> None:
-        self.resident, self.executor, self.trust = resident, executor, trust
-        self.tokenizer, self.example_inputs = tokenizer, example_inputs
-        self.names: list[str] = []
-        self.programs: dict[str, Program] = {}
-        self.modules: dict[str, nn.Module] = {}
-        self.opened: list[tuple[models.Loaded, Task]] = []
+    resident: Resident
+    executor: Executor
+    trust: bool
+    tokenizer: PreTrainedTokenizerBase | None
+    example_inputs: Inputs | None
+    names: list[str] = field(default_factory=list)
+    programs: dict[str, Program] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    opened: list[tuple[models.Loaded, Task]] = field(default_factory=list)
 
     def add(self, model: Pruned | Model, dense: Model | None) -> None:
-        """The programs of a model and of its dense model, if that is given, known or needed."""
+        """Add the programs of a model and of its dense model, if one is given, known or needed."""
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
             self.opened.append((prepared.loaded, prepared.task))
@@ -152,7 +149,8 @@ class _Programs:
         elif small[1].compares:
             if report is None:
                 raise MptkError(
-                    f"a {small[1].summary} is measured by its distance from the dense model; give it as dense"
+                    f"a {small[1].summary} is measured by its distance from the dense model; give the dense model as "
+                    "dense"
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
             self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
@@ -181,7 +179,7 @@ class _Programs:
         self.names.append(name)
 
     def trace(self, samples: Samples) -> Samples:
-        """Trace what ``add`` opened, for these samples. Gives them in batches that the programs take."""
+        """Trace the models that ``add`` opened, for these samples. Returns batches of a size that the programs take."""
         for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
             self.programs[name] = traced(loaded, task, self.executor, like=samples)
             if task.only_length(self.programs[name]) is not None:
@@ -222,27 +220,28 @@ def generate(
     threads: int = 0,
     device: str = Settings.device,
 ) -> list[str]:
-    """What a language model writes after each of ``prompts``.
+    """Generate text with a language model after each of ``prompts``.
 
     Args:
-        model: a folder with ``onnx`` in it (as ``prune`` and ``export`` write it) or an ``.onnx`` file, run in ONNX
-            Runtime; or a ``Pruned`` or a transformers model in memory, run in torch if there is no ONNX.
-        temperature, top_k, top_p, seed: as of ``mptk.ort.generation.Sampling``; temperature 0 takes the likeliest.
+        model: a folder with ``onnx`` in it (from ``prune`` or ``export``) or an ``.onnx`` file, which run in ONNX
+            Runtime; or a ``Pruned`` or a transformers model in memory, which run in torch if they have no ONNX.
+        temperature, top_k, top_p, seed: as in ``mptk.ort.generation.Sampling``; temperature 0 takes the likeliest
+            token.
         chat: put each prompt into the model's chat template.
         tokenizer: for a model in memory.
         threads, device: for ONNX Runtime; 0 threads: all cores.
 
     Returns:
-        The new text alone, one for each prompt, of at most ``max_new_tokens`` tokens.
+        The new text for each prompt, without the prompt, of at most ``max_new_tokens`` tokens.
 
     Raises:
-        MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.
+        MptkError: the model has no tokenizer or is not a decoder; or prompt and new tokens exceed its positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
-        raise MptkError(f"max_new_tokens is {max_new_tokens}, and a text has at least one token; give 1 or more")
+        raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=session_device(device))
@@ -253,14 +252,14 @@ def generate(
     module: Any = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
     if not isinstance(module, PreTrainedModel):
-        raise MptkError(f"a {type(module).__name__} writes no text; give a language model of transformers")
+        raise MptkError(f"a {type(module).__name__} cannot generate text; give a language model of transformers")
     if words is None:
-        raise MptkError("there is no tokenizer to read prompts with; give tokenizer=")
+        raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
 
 
 def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
-    """Where the model's ONNX is; None if it must run in torch."""
+    """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):
         return model.place if any(model.place.glob("onnx/*.onnx")) else None
     return None if isinstance(model, nn.Module) else model
@@ -275,7 +274,7 @@ def _written(
     seed: int,
     chat: bool,
 ) -> str:
-    """What a transformers module writes after one prompt."""
+    """The text that a transformers module generates after one prompt."""
     if chat:
         message = [{"role": "user", "content": prompt}]
         found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)

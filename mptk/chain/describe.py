@@ -1,4 +1,4 @@
-"""describe: the report of a proven folder, from the values that the run made."""
+"""describe: make the report of a proven folder from the values of the run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 def describe(
     compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, context: Context
 ) -> Report:
-    """Everything that is known of a proven folder but how good it is, which ``measured`` adds."""
+    """The report of a proven folder without its quality, which ``measured`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
@@ -78,7 +78,7 @@ def describe(
 
 
 def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
-    """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
+    """The data of a run: source and hash of each set of samples, and of the files."""
     found: dict[str, Any] = {}
     for name, samples, source in (
         ("training", sets.training if settings.steps else None, settings.data),
@@ -95,7 +95,7 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
 
 
 def work(settings: Settings) -> dict[str, Pass]:
-    """What ``measured`` costs a run."""
+    """The cost of ``measured``."""
     s = settings
     return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)}
 

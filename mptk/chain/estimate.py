@@ -1,4 +1,4 @@
-"""estimate: what a run will need with its settings, from a model's config, and whether it is there."""
+"""estimate: what a run needs, from the model's config and the settings, and whether the machine has it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 
 
 def estimated(model: str, settings: Settings) -> Estimate:
-    """What ``prune(model, …, settings)`` will need. Reads the config alone; hub ids need not be downloaded.
+    """What ``prune(model, …, settings)`` needs. Reads only the config; a hub model need not be downloaded.
 
     Raises:
         MptkError: there is no such model.
@@ -47,9 +47,9 @@ def estimated(model: str, settings: Settings) -> Estimate:
 
 
 def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Settings, kept: float = 1.0) -> Estimate:
-    """What a run needs on a model, which may have no weights and whose checkpoint has this type.
+    """What a run on a model needs. The model may have no weights; its checkpoint has type ``dtype``.
 
-    ``kept``: the share of the parameters that a plan leaves, if there is one.
+    ``kept``: the share of the parameters that a plan keeps, if there is one.
     """
     config = model.config.get_text_config()
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -69,7 +69,7 @@ def _number(value: object) -> int:
 
 
 def _stored(model: str, settings: Settings) -> torch.dtype:
-    """The type of a checkpoint's weights: of its files, or of its config if they are not there."""
+    """The type of a checkpoint's weights: from its files or, without files, from its config."""
     folder = path_of(model)
     if any(folder.glob("*.safetensors")):
         return stored_dtype(folder)
@@ -78,9 +78,10 @@ def _stored(model: str, settings: Settings) -> torch.dtype:
 
 
 def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.0) -> Work:
-    """The work of a run: what each of its stages says that it does.
+    """The work of a run, as its stages declare it.
 
-    ``long_proof``: whether the config has borders that its proof must go beyond. ``kept``: what a plan leaves.
+    ``long_proof``: whether the config has borders, as a window, that the proof must cross. ``kept``: the share that a
+    plan keeps.
     """
     method = find_method(settings.method)
     s = replace(settings, reconstruct=reconstructs(settings, method))
@@ -102,7 +103,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
 
 
 def _data(settings: Settings) -> dict[str, Pass]:
-    """Text that the model writes itself: it reads its weights for every token of the windows that it writes at once."""
+    """The work of generating text with the model: it reads its weights once for every token of a batch of windows."""
     s = settings
     if s.data != SELF:
         return {}
@@ -112,7 +113,7 @@ def _data(settings: Settings) -> dict[str, Pass]:
 
 
 def check_fits(found: Estimate, out: Path) -> None:
-    """Raise MptkError if the memory or a disk cannot hold what a run needs, with what would make it fit."""
+    """Raise MptkError if memory or disk are too small for a run; the message says what would make it fit."""
     _check_memory(found.needed, "memory", free_memory(), "")
     if found.device:
         room = device_memory(torch.device(found.device))
@@ -133,7 +134,7 @@ def check_fits(found: Estimate, out: Path) -> None:
 
 
 def _check_memory(parts: Mapping[str, float], what: str, free: float | None, more: str) -> None:
-    """Raise MptkError if ``parts`` need more than ``free``; None is not known. ``more``: another remedy."""
+    """Raise MptkError if ``parts`` need more than ``free`` (None: unknown). ``more``: another remedy."""
     least = sum(parts.values())
     if free is not None and least > free:
         most = max(parts, key=lambda name: parts[name])
@@ -145,15 +146,15 @@ def _check_memory(parts: Mapping[str, float], what: str, free: float | None, mor
 
 REMEDIES = {
     "libraries": "close other programs",
-    "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
-    "cut model": "training holds it beside the dense one; give a one-shot --method, as wanda, and no --steps",
+    "weights": "training needs all of them in memory; give a one-shot --method, as wanda, and no --steps",
+    "cut model": "training needs it beside the dense model; give a one-shot --method, as wanda, and no --steps",
     "training": "give --rank 16, a smaller --micro, a shorter --length or --gradient-checkpointing",
-    "values between stages": "give a smaller --memory, so that they go to files",
+    "values between stages": "give a smaller --memory, and they go to files",
     "largest stage": "use a machine with more memory",
     "activations": "give a shorter --length, or use a machine with more memory",
     "logits": "give a shorter --eval-length, or use a machine with more memory",
 }
-"""Part of the memory → what makes it smaller."""
+"""Part of the memory → how to make it smaller."""
 
 
 def _existing(path: Path) -> Path:

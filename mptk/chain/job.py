@@ -1,4 +1,4 @@
-"""job: what a run starts from and what it ends with."""
+"""job: the inputs of a run, and its result."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mptk.publish.folder import check_apart, check_replaceable
 
 @dataclass(frozen=True)
 class Job:
-    """What a run starts from and where it ends.
+    """The inputs of a run and its output folder.
 
-    ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
-    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or ``plan``
-    gives the plan: what ``settings.plan`` names, which is read once, when the run starts. ``kept``: the share of the
-    parameters that ``given`` keeps. ``needs`` says what the run will need, if that is known before the model is opened.
-    ``samples``: those that the caller gives. ``vocabulary``: the texts that the caller gives, whose tokens stay.
+    ``load`` returns the dense model, whose weights are read on demand. ``given`` returns the plan and the weights that
+    a recovery of the folder ``start`` begins with. If it is None, ``plan`` returns the plan of ``settings.plan``, which
+    is read once at the start, or the method chooses. ``kept``: the share of the parameters that ``given`` keeps.
+    ``needs`` estimates the run before the model is opened, if that is possible. ``samples``: the caller's samples.
+    ``vocabulary``: the caller's texts, whose tokens stay.
     """
 
     source: str
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Given:
-    """Samples that the caller gives for training and calibration, and to measure on; None: as the settings say."""
+    """The caller's samples for training and calibration, and to measure on; None: as the settings say."""
 
     training: Samples | None = None
     evaluation: Samples | None = None
@@ -55,13 +55,13 @@ class Given:
 
 @contextmanager
 def held(job: Job, overwrite: bool) -> Iterator[None]:
-    """Within it the job's output, and the folder of its unfinished run, are this run's alone.
+    """Lock the job's output and the folder of its unfinished run, so that only this run uses them.
 
     ``overwrite``: as in ``Settings``.
 
     Raises:
-        MptkError: it cannot be replaced, is read by the job, or is held by another process; in each of several
-            processes, of which the first holds it.
+        MptkError: the output cannot be replaced, is an input of the job, or is locked by another process. If several
+            processes run, the first locks, and all of them raise.
     """
     check_replaceable(job.out, overwrite)
     check_apart(job.out, job.source, *([] if job.start is None else [job.start]))
@@ -77,7 +77,7 @@ def held(job: Job, overwrite: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The report of a proven folder, and what was compiled for it."""
+    """The report of a proven folder, and the compiled model."""
 
     report: Report
     compiled: Compiled

@@ -1,4 +1,4 @@
-"""kept: the choice and the fitted weights of an unfinished run, in its folder."""
+"""kept: store the choice and the fitted weights of an unfinished run in its folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CHOICE, FITTED = "choice", "fitted"
 
 
 def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[], Chosen]) -> Chosen:
-    """The choice of the unfinished run, or what ``make`` gives, which is then kept.
+    """The stored choice of the unfinished run; if there is none, the result of ``make``, which is stored.
 
-    A choice that took training is not kept: training keeps its own checkpoints.
+    A choice that was trained is not stored: training writes its own checkpoints.
     """
     if folder is not None and folder.holds(f"{CHOICE}.json"):
         known = _known(folder, CHOICE, Choice)
@@ -46,9 +46,9 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
 def kept_fit(
     prepared: Prepared, folder: RunFolder | None, make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
-    """The fitted weights of the unfinished run, or what ``make`` gives, which is then kept. Files are read when asked.
+    """The stored fitted weights of the unfinished run, read on demand; if there are none, ``make``'s are stored.
 
-    Processes that do not lead get their own.
+    Only the main process stores them; the others compute their own.
     """
     if folder is None:
         return make()
@@ -77,13 +77,13 @@ class Choice(Fitted):
 
 
 def _known(folder: RunFolder, name: str, kind: type[Made]) -> Made:
-    """What was kept under a name. Raises MptkError if it is damaged."""
+    """The content of a stored file. Raises MptkError if it is damaged."""
     file, remedy = folder.path / f"{name}.json", "remove the folder, and start again"
     return read_as(kind, file, lambda why: MptkError(f"{file.name} in {folder.path} is damaged: {why}; {remedy}"))
 
 
 def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Mapping[str, object]) -> None:
-    """One file a weight, so that one is in memory at a time; then what says that all are there."""
+    """Write one file for each weight, so that one is in memory at a time, then the file that marks them complete."""
     for i, weight in enumerate(weights):
         folder.save(f"{name}-{i}", {weight: weights[weight]})
     write_json(folder.path / f"{name}.json", known)

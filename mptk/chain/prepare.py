@@ -1,4 +1,4 @@
-"""prepare: a run up to its first choice: settings checked, model and data opened, traced, analysed, widths found."""
+"""prepare: the first stage of a run: check settings, open model and data, trace, analyse, find legal widths."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from passes.analysis import group
 
 
 def announce(needs: Estimate, job: Job, context: Context) -> None:
-    """Say what the run will need. Raises MptkError if it is not there."""
+    """Estimate what the run needs. Raises MptkError if the machine has less."""
     context.progress(str(needs), 0, 0)
     check_fits(needs, job.out)
 
 
 def settled(settings: Settings) -> Settings:
-    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
+    """The settings with the number of training steps (default: the method's) and the type for training filled in."""
     steps = settings.learning.steps
     if steps is None:
         learns = not settings.fixed and find_method(settings.method).learns
@@ -59,12 +59,12 @@ def settled(settings: Settings) -> Settings:
 
 
 def given_plan(settings: Settings) -> Plan | None:
-    """The plan that the settings name. A run reads it once; what it does later goes by what was read."""
+    """The plan that the settings name. A run reads the file only once, so later changes of the file have no effect."""
     return None if settings.plan is None else Plan.load(settings.plan)
 
 
 def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
-    """Raise MptkError for what cannot be done with any model. ``plan``, ``texts``: a job's plan and vocabulary."""
+    """Raise MptkError for settings that no model can meet. ``plan``, ``texts``: a job's plan and vocabulary."""
     method = find_method(settings.method)
     target = find_target(settings.target)
     if not settings.fixed:
@@ -77,35 +77,37 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     if settings.search:
         rungs(settings, settings.search_finalists)
         if processes().num_processes > 1:
-            raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
+            raise MptkError(
+                "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
+            )
 
 
 def check_graph_training(settings: Settings) -> None:
-    """Raise MptkError for ways of training that the module of a graph does not have: all its weights are trained."""
+    """Raise MptkError for ways of training that a graph's module does not support: it can only train all weights."""
     learning = settings.learning
     if learning.rank:
-        raise MptkError("--rank: LoRA needs the layers of a class; leave it out, and all weights are trained")
+        raise MptkError("--rank: LoRA needs the layers of a class; leave it out to train all weights")
     if learning.gradient_checkpointing:
         raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
     if shards():
-        raise MptkError("a graph's weights are not spread over processes; leave out FSDP, or use --target stock")
+        raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
 
 
 def check_divides(settings: Settings, method: Method, target: Target) -> None:
-    """Raise MptkError if layers cannot have widths of their own."""
+    """Raise MptkError if layers cannot have different widths."""
     if not target.ragged:
         raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
     if not method.divides:
         raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
     if settings.budget == LATENCY:
-        raise MptkError("--layers free divides parameters, FLOPs or bytes over the layers; use another --budget")
+        raise MptkError("--layers free can divide only parameters, FLOPs or bytes; use another --budget")
 
 
 def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     """Load, trace, analyse and find legal widths.
 
     Raises:
-        MptkError: one of these fails; no legal widths meet the budget; or the training cannot follow the cut.
+        MptkError: one of these fails; no legal widths meet the budget; or the cut model cannot be trained.
     """
     resident, executor = execution(settings)
     with context.stage("load"):
@@ -133,16 +135,16 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
     if settings.trains and across and (settings.learning.rank == 0 or not prepared.target.classed):
-        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
+        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or leave out --steps"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
 
 
 def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:
-    """The dense model, its task, and digests of all that the run is given.
+    """The dense model, its task, and digests of the run's inputs.
 
     Raises:
-        MptkError: as ``job.load``; or the model's files changed meanwhile.
+        MptkError: as ``job.load``; or the model's files changed while they were read.
     """
     before = states_of(job.source)
     loaded, task = job.load(resident)
@@ -153,18 +155,18 @@ def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Ta
 
 
 def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
-    """Raise MptkError if what is written would be a graph of one length, and no class that takes any."""
+    """Raise MptkError if the run would write a graph that takes only one length."""
     if not find_target(settings.target).classed:
         raise MptkError(
-            f"{type(loaded.model).__name__} is traced for {length} tokens alone, and a graph would take no others; "
-            "use --target stock, or cut it for inputs of one length with mptk.rewrite"
+            f"{type(loaded.model).__name__} can be traced only for {length} tokens, so a graph would take no other "
+            "length; use --target stock, or cut it for inputs of one length with mptk.rewrite"
         )
 
 
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
-    """One sample, if it can be had at once. Raises MptkError if one of a source cannot, before anything takes time.
+    """Read one sample of each source, to fail early; returns one if it is available at once.
 
-    Nor may the output replace what is read.
+    Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
     check_apart(job.out, *data.read_places(named))
@@ -181,14 +183,14 @@ def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samp
 
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:
-    """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
+    """Raise MptkError if the run needs all weights in memory and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
     if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (
-            ("training holds", "give a one-shot --method without --steps, and a search no tokens")
+            ("training holds", "give a one-shot --method without --steps, and for a search --tokens 0")
             if settings.trains
-            else ("text that the model writes needs", "give text with --data")
+            else ("generating text with the model needs", "give text with --data")
         )
         raise MptkError(
             f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
@@ -203,9 +205,9 @@ def legalise(
     conversions: tuple[Conversion, ...] = (),
     plan: Plan | None = None,
 ) -> Prepared:
-    """The widths that the settings and the target allow, or the plan that is given, resolved.
+    """The widths that the settings and the target allow, or the given plan, resolved.
 
-    ``conversions``: what ``model`` went through.
+    ``conversions``: the conversions that made ``model``.
     """
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
@@ -229,16 +231,16 @@ def legalise(
 
 
 def check_left(cost: CostModel, settings: Settings) -> None:
-    """Raise MptkError if fewer KV heads alone are the whole cut."""
+    """Raise MptkError if merging KV heads already meets the budget, so that nothing is left to cut."""
     if (gone := cost.sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
         raise MptkError(
-            f"fewer KV heads alone remove {gone:.1%} of the {settings.budget}, and {settings.sparsity:.1%} is asked "
-            "for; ask for more, or for --sparsity 0 to cut nothing else"
+            f"merging KV heads already removes {gone:.1%} of the {settings.budget}, and --sparsity asks for "
+            f"{settings.sparsity:.1%}; ask for more, or give --sparsity 0 to cut nothing else"
         )
 
 
 def by_layer(prepared: Prepared, before: Analysis | None) -> Prepared:
-    """The same with each layer of the families that are cut as a family of its own, equal in each candidate."""
+    """Make each layer of the cut families a family of its own; candidates keep equal widths."""
     s, whole = prepared.settings, prepared.analysis
     analysis = whole.divided(prepared.families)
     parts = {name: [part.name for part in whole.family(name).parts] or [name] for name in prepared.families}

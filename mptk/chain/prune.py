@@ -1,7 +1,7 @@
-"""prune: the main job, from a dense model to a proven folder, as a chain of values. ``api/pruned.py`` starts it.
+"""prune: the main job as a chain of values, from a dense model to a proven folder. ``api/pruned.py`` starts it.
 
 ``prepare`` → Prepared, ``choose`` → Chosen, ``compile_plan`` → Compiled, ``prove_folder`` → Proven, ``describe`` →
-Report. Nothing is published unless every stage of the proof is within its tolerance.
+Report. A folder is published only if every stage of the proof is within its tolerance.
 """
 
 from __future__ import annotations
@@ -57,39 +57,43 @@ from passes.verify import Difference
 T = TypeVar("T")
 
 FOUND = ("sparsity", "length", "eval_length")
-"""Settings that a latency or a trace of one length sets."""
+"""Settings that the run itself fills in: from a latency, or from a trace of one length."""
 
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 SHARE = 8
-"""At most one sample for each so many that are trained on is held out."""
+"""Hold out at most one sample per this number of training samples."""
 
 REMEDY = "nothing was published. Please report this model"
 
 
-@sources_forgotten()
 def run(job: Job, settings: Settings, context: Context) -> Finished | None:
-    """Run every stage in order. Of several processes that work on one run, all but the first get None.
+    """Run every stage in order. Of several processes only the first gets the result; the others get None.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
-            or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
+            or a stage of the proof exceeds its tolerance. ``job.out`` then stays as it was.
     """
+    return started(worked, job, settings, context)
+
+
+@sources_forgotten()
+def started(
+    work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context, *, trains: bool = True
+) -> T:
+    """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
-        return stages(job, settings, context if leads() else replace(context, progress=silent))
-
-
-def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
-    """The stages of ``run``, which gives them an accelerate state of their own."""
-    settings = settled(settings)
-    job = replace(job, plan=given_plan(settings))
-    check_settings(settings, job.plan, job.vocabulary)
-    return prepared_for(worked, job, settings, context)
+        settings = settled(settings)
+        job = replace(job, plan=given_plan(settings))
+        check_settings(settings, job.plan, job.vocabulary)
+        if not trains:
+            settings = replace(settings, learning=replace(settings.learning, steps=0))
+        return prepared_for(work, job, settings, context if leads() else replace(context, progress=silent))
 
 
 def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context) -> T:
-    """What ``work`` makes of the prepared job. If it fails, the folder of an unfinished run stays if it saves time."""
+    """Prepare the job and call ``work``. If it fails, the folder of the unfinished run stays if it saves time later."""
     if keeps_stages(settings):
         check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))
     if job.needs is not None:
@@ -107,12 +111,12 @@ def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings
 
 
 def require_unchanged(job: Job, prepared: Prepared) -> None:
-    """Raise MptkError if what the run was given is not what it was when it began."""
+    """Raise MptkError if an input of the run changed since the run began."""
     prepared.origin.require(origin_of(job.source, prepared.given, prepared.settings, job.start, job.plan))
 
 
 def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
-    """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
+    """The stages after ``prepare``: samples, choice, cut, training, proof, report."""
     settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
     if job.given is None:
@@ -144,7 +148,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
 
 
 def begin(job: Job, prepared: Prepared, context: Context) -> Context:
-    """The context with the folder of the unfinished run, if there is something to choose or to train."""
+    """The context with the folder of the unfinished run, if the run chooses or trains something."""
     settings = prepared.settings
     if not keeps_stages(settings):
         return context
@@ -153,20 +157,20 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
 
 
 def keeps_stages(settings: Settings) -> bool:
-    """Whether something is chosen or trained, which an unfinished run keeps."""
+    """Whether the run chooses or trains something that its folder should store."""
     return not settings.fixed or settings.steps > 0
 
 
 def described(job: Job, settings: Settings) -> dict[str, Any]:
-    """What an unfinished run says of itself, and must be the same to go on with it."""
+    """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
     return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
 
 
 def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
-    """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them.
+    """Samples to train, calibrate and measure on. The first of several processes makes them; the others read them.
 
-    ``measures``: whether there are samples to measure on. If not, the model writes all that is trained on itself.
+    ``measures``: whether there are samples to measure on. If not, the model generates all training text itself.
     """
     s, task, folder = prepared.settings, prepared.task, context.folder
     given = Given() if job.samples is None else job.samples(prepared)
@@ -204,27 +208,27 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
 
 
 def wanted(settings: Settings, used: int | None = None) -> int:
-    """How many samples a run takes at most. ``used``: to calibrate and to train on; None: as many as there are."""
+    """Most samples that a run takes. ``used``: for calibration and training; None: all of them."""
     if used is None:
         used = max(settings.samples, settings.steps * settings.learning.training.batch, searched(settings))
     return used + watched(settings, used)
 
 
 def watched(settings: Settings, samples: int) -> int:
-    """How many samples are held out beside so many: at most a batch if something is trained, more for a search."""
+    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
     count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
     return max(count, judged(samples)) if settings.search else count
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
-    """What is trained on, and what is held out of it: the last samples, none of a single one."""
+    """Split samples into training samples and held-out ones, which are the last; a single sample is not held out."""
     used = len(samples) * SHARE // (SHARE + 1)
     count = min(watched(settings, used), len(samples) - 1)
     return (samples[:-count], samples[-count:]) if count else (samples, None)
 
 
 def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
-    """The sets with the dense model's outputs as targets, if the task's loss compares outputs with these."""
+    """The sets with the dense model's outputs as targets, if the task's loss compares outputs."""
     if not prepared.task.compares or prepared.plan is not None:
         return sets
     with context.stage("dense outputs"):
@@ -232,7 +236,7 @@ def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSe
 
 
 def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
-    """What is cut: as the job gives it, as a file gives it, or as the method finds it."""
+    """Choose what is cut: from the job, from a plan file, or by the method."""
     if job.given is not None:
         return job.given(prepared)
     if prepared.plan is not None:
@@ -261,7 +265,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
 
 
 def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
-    """Where masks of the families that are cut would be."""
+    """The mask sites of the families that are cut."""
     return [site for site in prepared.mask_sites if site.family in chosen.plan.families]
 
 
@@ -292,7 +296,7 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
 
 
 def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
-    """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
+    """Train the small model with the remaining steps and adopt its weights. Also returns the witness's difference."""
     if context.folder is None or context.accelerator is None:
         return compiled, []
     prepared, chosen = compiled.prepared, compiled.chosen
@@ -323,7 +327,7 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
 def written_folder(
     job: Job, compiled: Compiled, sets: SampleSets, witnessed: list[Difference], context: Context
 ) -> Report:
-    """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
+    """Write, prove and publish the folder. The quality in its report is measured afterwards."""
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
     with publish(job.out, overwrite=prepared.settings.overwrite) as folder:

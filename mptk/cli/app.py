@@ -1,4 +1,4 @@
-"""app: the typer application, what all commands share, and what is kept of a command that is stopped."""
+"""app: the typer application, code that all commands share, and the message about a stopped run."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: results and errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results and errors.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say more: each pass's difference, the traceback of an error.")
+    bool, typer.Option("--verbose", "-v", help="Show more: each pass's difference, the traceback of an error.")
 ]
 DEFAULTS = Settings()
 
 
 def main() -> None:
-    """Run the command line. ``mptk.cli.failure`` has the exit codes; whatever fails says so in one line on stderr."""
+    """Run the command line. Each failure is one line on stderr and an exit code of ``mptk.cli.failure``."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -68,9 +68,9 @@ def main() -> None:
 def command(
     name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
 ) -> Callable[[Callable[..., None]], Any]:
-    """As ``app.command``, with ``-q`` and ``-v``, and with examples below the help.
+    """Register a command as ``app.command`` does, with ``-q``, ``-v`` and examples below the help.
 
-    A function that takes ``settings`` gets those of the options that are declared for it. ``base``: their defaults.
+    If the function takes ``settings``, it has the options that are declared for it. ``base``: their defaults.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -88,7 +88,7 @@ def command(
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = settings_from(called, base, given)
                 function(**values)
-                STOPPED.look("the command was done by then")
+                STOPPED.look("the command had already finished")
             except (KeyboardInterrupt, Exception) as error:
                 stop = STOPPED.behind(error)
                 if stop is None:
@@ -116,7 +116,7 @@ def _typed(context: typer.Context, name: str) -> bool:
 
 
 def show(json_file: Path | None, content: object, view: RenderableType) -> None:
-    """Print a result as a table and write it as JSON to a file; if that is -, print the JSON in place of the table."""
+    """Print a result as a table, and write it as JSON to a file; if the file is -, print only the JSON."""
     if json_file == Path("-"):
         echo(json_text(content, indent=1))
         return
@@ -125,10 +125,10 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove what killed commands left in the cache folder and beside the files and folders that are named.
+    """Remove temporary files that killed commands left in the cache folder and beside the named files and folders.
 
     Raises:
-        MptkError: a name is no text.
+        MptkError: a name is not UTF-8 text.
     """
     tidy_shared()
     for argument in arguments:
@@ -140,7 +140,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Within it, Ctrl-C says what is kept of the run that writes to ``folder``, and how to go on."""
+    """On Ctrl-C, say what is kept of the run that writes to ``folder``, and how to continue it."""
     began = time.time()
     try:
         yield
@@ -154,9 +154,9 @@ def resumable(folder: Path) -> Iterator[None]:
 def _kept(folder: Path, began: float) -> str:
     work, marker = folder.with_name(f"{folder.name}.run"), folder / "mptk.json"
     if marker.is_file() and marker.stat().st_mtime >= began:
-        return f"{folder} is proven and published, but its quality was not measured; `mptk eval` does that"
+        return f"{folder} is proven and published, but its quality was not measured; run `mptk eval`"
     if not any(work.glob("*.safetensors")):
-        return "nothing was published, and no stage was finished"
+        return "nothing was published and no stage had finished"
     steps = sorted(path.stem.rpartition("-") for path in work.glob("*-????????.safetensors"))
     trained = f", training up to step {int(steps[-1][2])} of {steps[-1][0]!r}," if steps else ""
     return (

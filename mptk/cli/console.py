@@ -1,4 +1,4 @@
-"""console: where commands print, and how much. It is plain text: neither markup nor control characters act."""
+"""console: where commands print, and how much. They print plain text: markup and control characters have no effect."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.text import Text
 from mptk.plain import plain
 
 WIDE = 1000
-"""Columns where the output is no terminal: no table is cut."""
+"""Columns if the output is not a terminal: wide enough that no table is cut."""
 
 
 @dataclass
 class Voice:
-    """How much a command says. ``quiet``: no progress. ``verbose``: passes' differences, the traceback of an error."""
+    """How much a command prints. ``quiet``: no progress. ``verbose``: also passes' differences and tracebacks."""
 
     quiet: bool = False
     verbose: bool = False
 
 
 class PlainConsole(Console):
-    """A console that takes no string for markup, and writes out control characters in all that it prints.
+    """A console that reads no string as markup and escapes control characters.
 
-    What the program itself lays out (tables, colours, bars) stays.
+    Tables, colours and bars of the program itself work as usual.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -48,7 +48,7 @@ class PlainConsole(Console):
             yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
     def _written_out(self, text: Text) -> Text:
-        """``text`` with its control characters written out, before it is broken into lines."""
+        """``text`` with escaped control characters, before it is broken into lines."""
         if plain(text.plain) == text.plain:
             return text
         made = text.blank_copy()
@@ -63,6 +63,6 @@ err = PlainConsole(stderr=True)
 
 
 def echo(text: str, end: str = "\n") -> None:
-    """Print text as it is, but for control characters: nothing is wrapped or coloured."""
+    """Print text without wrapping or colours; control characters are escaped."""
     sys.stdout.write(plain(text) + end)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""failure: how a command ends that fails: one line with cause and remedy, and an exit code for the kind."""
+"""failure: how a failed command ends: one line with cause and remedy, and an exit code by the kind of error."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mptk.plain import plain
 from mptk.version import __version__
 
 FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
-"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM, SIGHUP."""
+"""Exit codes: an error that the user can fix, a wrong option, a bug in mptk, Ctrl-C, SIGTERM, SIGHUP."""
 KEPT = 20
-"""Logs of mptk's own errors that are kept."""
+"""Number of logs of mptk's own bugs to keep."""
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP. The text says what is kept."""
+    """Ctrl-C, SIGTERM or SIGHUP stopped the command. The text says what is kept."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__(str(stop) or "nothing was published")
@@ -50,17 +50,17 @@ def ended(error: BaseException) -> int:
     if isinstance(error, USAGE_ERROR):
         return _wrong_usage(error)
     if isinstance(error, typer.Abort):
-        _say("stopped; give what was asked for")
+        _say("stopped; answer the question")
         return FAILED
     said = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
-    ours = "This is an error of mptk's own, not of yours"
+    ours = "This is a bug in mptk, not your mistake"
     _say(f"{type(error).__name__}: {said}. {ours}; please report it with {_log(error)}")
     return BUG
 
 
 def unprinted(why: str) -> int:
-    """Say that the standard output did not take the result, and return the exit code."""
-    _say(f"the result could not be printed: {why}; what the command writes to files is there, so print it elsewhere")
+    """Say that the result could not be printed, and return the exit code."""
+    _say(f"the result could not be printed: {why}; files that the command writes are complete, so print elsewhere")
     return FAILED
 
 
@@ -79,7 +79,7 @@ def _wrong_usage(error: Exception) -> int:
 
 
 def _log(error: BaseException) -> str:
-    """The file that keeps the traceback of an error, and the words that it is called by."""
+    """Write the traceback of an error to a file; returns how the message names it."""
     text = f"mptk {__version__}\n{''.join(traceback.format_exception(error))}"
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}"
     for folder in (_logs(), Path(tempfile.gettempdir())):

@@ -1,4 +1,4 @@
-"""models: commands that read no weights: packaged models, ops and passes, a model's analysis and its program."""
+"""models: commands that need no weights: packaged models, ops, passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def analyze(
     settings: Settings,
     json_file: Json = None,
     html: Annotated[
-        Path | None, out_file("Also write a page to this file: what of a layer is cut together, drawn.")
+        Path | None, out_file("Also write a page to this file that draws which matrices of a layer are cut together.")
     ] = None,
 ) -> None:
-    """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
+    """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
     from mptk.report.analysis import analysis_json, analysis_view
@@ -136,7 +136,9 @@ def show_program(
         typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'remove blocks', 'fold norms' or mask."),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
-    source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
+    source: Annotated[
+        bool, typer.Option("--source", help="Add the line of the model's source code to each call.")
+    ] = False,
 ) -> None:
     """Print a model's program: one line for each value, with its axes. Reads no weights."""
     from mptk.api import compiler as api

@@ -1,6 +1,6 @@
-"""options: the options of the commands. Those that are settings are made of their declarations in ``mptk/config/``.
+"""options: the options of the commands. Options of settings are made from the declarations in ``mptk/config/``.
 
-A command with a parameter ``settings: Settings`` has the options that are declared for it, and gets what they say.
+A command with a parameter ``settings: Settings`` has the options that are declared for it, and gets their values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
-"""The names of the options of the running command that stand in its command line, and not in a recipe."""
+"""The names of the running command's options that the user typed, without the recipe's."""
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
@@ -49,14 +49,14 @@ def out_folder(help: str) -> OptionInfo:
 
 
 def out_file(help: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
-    """An option for a file. ``suffixes`` that it may have. ``dash``: - is the standard output."""
+    """An option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
     flags, check = [flag] if flag else [], file_to_write(*suffixes, dash=dash)
     made: OptionInfo = typer.Option(*flags, callback=check, help=help)
     return made
 
 
 def within(least: float, most: float = COUNT) -> dict[str, Any]:
-    """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper one of shares."""
+    """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper bound of shares."""
 
     def check(value: float | None) -> float | None:
         if value is not None and (wrong := outside(value, least, most)) is not None:
@@ -74,13 +74,13 @@ def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
 
 Json = Annotated[
     Path | None,
-    out_file("Also write the result to this file; - prints it in place of the table.", flag="--json", dash=True),
+    out_file("Also write the result to this file; - prints it instead of the table.", flag="--json", dash=True),
 ]
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a setting is typed: the type that typer parses, from it to the setting's value, and back for the default."""
+    """How a setting is typed: typer's type, the conversion to the setting's value, and back for the default."""
 
     kind: Any
     read: Callable[[Any], Any] = lambda value: value
@@ -112,7 +112,7 @@ def parameters(command: str, base: Record) -> list[inspect.Parameter]:
 
 
 def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
-    """The typer option of a setting. One that is off by default is a switch, without a negative form."""
+    """The typer option of a setting. If it is off by default, it is a switch without a negative form."""
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
     more = {} if bounds is None or form(each).kind != each.kind else within(*bounds)
@@ -122,13 +122,13 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
 
 
 def settings_from(command: str, base: R, options: Mapping[str, object]) -> R:
-    """The settings that the options of a command give."""
+    """The settings from the options of a command."""
     known = taken(type(base), command)
     return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})
 
 
 def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
-    """Arguments of ``typer.Option`` for one of some values, or for several with commas between them."""
+    """Arguments of ``typer.Option`` for one of some values, or for several separated by commas."""
 
     def parse(text: str) -> str:
         for value in names(text) if several else (text,):
@@ -150,16 +150,16 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
 
 
 def refuse(options: Sequence[str], why: str) -> None:
-    """Raise MptkError if one of some options was typed. ``why`` they would do nothing, with a remedy."""
+    """Raise MptkError if one of ``names`` was typed. ``why``: the reason why they would do nothing, with a remedy."""
     for name in options:
         if name in TYPED.get():
             raise MptkError(f"--{name.replace('_', '-')} would do nothing: {why}")
 
 
 def refuse_idle(command: str, asked: Asked) -> None:
-    """Raise MptkError if a setting was typed that would do nothing.
+    """Raise MptkError if the user typed an option that would do nothing.
 
-    Options from a recipe file are not looked at: a run writes all of its options into its own.
+    Options from a recipe are not checked: a run writes all of its options into its recipe.
     """
     for name, why in idle(command, asked).items():
         refuse((name,), why)
@@ -171,11 +171,11 @@ MaxMs = Annotated[float | None, option("", next(each for each in Settings.declar
 
 
 def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:
-    """``settings`` with the budget of the latency option that is given, in milliseconds; unchanged if none is."""
+    """``settings`` with the latency option as budget, in milliseconds; unchanged if no latency option is given."""
     if settings.plan is not None:
-        refuse(("max_decode_ms", "max_prefill_ms"), "--plan says which units stay; leave out one of both")
+        refuse(("max_decode_ms", "max_prefill_ms"), "--plan already says which units stay; leave out one of both")
     if decode_ms is not None and prefill_ms is not None:
-        raise MptkError("only one latency can be budgeted; give --max-decode-ms or --max-prefill-ms")
+        raise MptkError("only one latency can be the budget; give --max-decode-ms or --max-prefill-ms")
     for objective, ms in (("decode", decode_ms), ("prefill", prefill_ms)):
         if ms is not None:
             return replace(settings, budget="latency", objective=objective, max_ms=ms)

@@ -1,4 +1,4 @@
-"""parse: what is typed as one word and means several values: lists, widths and sizes."""
+"""parse: typed words that hold several values: lists, widths and sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parse_size(text: str | None) -> int | None:
     unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if not size:
-        raise MptkError(f"{shortened(text)!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
+        raise MptkError(f"{shortened(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
     return size
 
 
@@ -50,5 +50,5 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
         raise MptkError(f"{option} {shortened(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
     if len({*map(int, counts)}) < len(counts):
-        raise MptkError(f"{option} {shortened(text)}: a number stands there twice; leave out one")
+        raise MptkError(f"{option} {shortened(text)}: a number is repeated; give each once")
     return tuple(map(int, counts))

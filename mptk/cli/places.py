@@ -1,4 +1,4 @@
-"""places: options that name a file or a folder to write. What cannot be written is refused before any work."""
+"""places: options that name a file or a folder to write. They refuse a path that cannot be written, before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 
 def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
-    """The callback of an option for a file. ``suffixes``: those it may have. ``dash``: - is the standard output."""
+    """The callback of an option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
 
     def check(path: Path | None) -> Path | None:
         if path is None or (dash and path == Path("-")):
@@ -22,7 +22,7 @@ def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None],
         if mode is not None and stat.S_ISDIR(mode):
             raise typer.BadParameter(f"{path} is a folder. Give the name of a file.")
         if mode is not None and not stat.S_ISREG(mode):
-            raise typer.BadParameter(f"{path} is no ordinary file. Give the name of a file.")
+            raise typer.BadParameter(f"{path} is not an ordinary file. Give the name of a file.")
         _check_above(path)
         return path
 
@@ -38,7 +38,7 @@ def folder_to_write(path: Path | None) -> Path | None:
 
 
 def _mode(path: Path) -> int | None:
-    """The kind of what is at ``path``; None if nothing is."""
+    """The kind of file at ``path``; None if there is none."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -52,6 +52,6 @@ def _mode(path: Path) -> int | None:
 def _check_above(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise typer.BadParameter(f"{above} is not a folder, so that nothing can be below it. Give another name.")
+        raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{above} cannot be written to. Give a place where you may write.")
+        raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")

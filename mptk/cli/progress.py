@@ -15,9 +15,9 @@ from mptk.progress import Progress, silent
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Progress]:
-    """Show the stages of a run: a bar for each on a terminal; in a log, lines with the seconds since the start.
+    """Show the stages of a run: bars on a terminal; in a log, lines with the seconds since the start.
 
-    Each word looks for a signal whose exception somebody dropped.
+    Each update also checks for a signal whose exception was dropped.
     """
     if VOICE.quiet:
         yield _looking(silent)

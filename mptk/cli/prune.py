@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from mptk.cost.estimate import Estimate as Needs
     from mptk.ir.passes import Record
 
-Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
+]
 
 
 @command(
@@ -47,7 +49,7 @@ def prune(
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
 
-    maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
+    maskprune learns what to cut, then trains the small model. The other methods train only with --steps.
     """
     from mptk.api.pruned import prune
     from mptk.chain.estimate import estimated
@@ -78,14 +80,14 @@ def recover(
 
     settings = trained(settings)
     if not settings.steps:
-        raise MptkError("recover trains, and --steps 0 leaves nothing to do; give 1 or more")
+        raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
     refuse_idle("recover", Asked(settings, writes=destination is not None, estimate=estimate))
     needs = partial(needed, folder, settings, model) if estimate else None
     carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
 
 
 def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | None, place: Path | None) -> None:
-    """Run something into a folder, and show its report. If ``needs`` is given, only say what it will need."""
+    """Run ``start`` into a folder and show its report. If ``needs`` is given, only show what the run needs."""
     from mptk.chain.estimate import check_fits
     from mptk.report import sections as report
 
@@ -95,7 +97,7 @@ def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | No
         check_fits(found, place or Path.cwd())
         return
     if place is None:
-        raise MptkError("there is no place for the result; give --out FOLDER")
+        raise MptkError("the result needs a folder; give --out FOLDER")
     with resumable(place), stages(err) as progress:
         result = run(progress=progress, on_stage=printed())
     if result is not None:
@@ -104,7 +106,7 @@ def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | No
 
 
 def printed() -> Callable[[Record], None] | None:
-    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``-v`` is given."""
+    """With ``-v``, a function that prints the record of a stage, with the difference if it is a pass; else None."""
     return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None
 
 
@@ -136,7 +138,7 @@ def rerun(
     model: Dense = None,
     json_file: Json = None,
 ) -> None:
-    """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
+    """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
     from mptk.api.rerun import rerun, results_differing
     from mptk.report import sections as report
 
@@ -152,17 +154,19 @@ def rerun(
     if found is not None:
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
         if differ := results_differing(found):
-            raise MptkError(f"{folder} could not be repeated, and differs in {', '.join(differ)}; compare its versions")
+            raise MptkError(
+                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
+            )
 
 
 @command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
 def show_report(
     folders: Annotated[
-        list[Path], typer.Argument(help="The --out folder of `mptk prune`; further ones stand beside it.")
+        list[Path], typer.Argument(help="The --out folder of `mptk prune`; give several to compare them.")
     ],
     html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
 ) -> None:
-    """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
+    """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.protocols.report import Report
     from mptk.report import sections as report
     from mptk.report.runs import Run, read_bench, read_runs, short_names

@@ -16,7 +16,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """Make the options of a recipe file the defaults of this call.
 
     Raises:
-        MptkError: the file cannot be read, or names an option that the command does not have or no file may give.
+        MptkError: the file cannot be read, or names an option that the command lacks or that a recipe may not set.
     """
     if file is None:
         return None
@@ -32,9 +32,9 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     for name, value in read_recipe(file).items():
         if name not in known:
             hint = did_you_mean(name, known, f"there are {', '.join(known)}")
-            raise MptkError(f"{file} has {name!r}, which is no option of `mptk {context.command.name}`; {hint}")
+            raise MptkError(f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}")
         if name in never:
-            raise MptkError(f"{file} has {name!r}, which no file may decide; remove it, and type --{_flag(name)}")
+            raise MptkError(f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_flag(name)}")
         if value is not None:
             values[known[name].name] = _as_typed(value, known[name])
     context.default_map = values
@@ -46,7 +46,7 @@ def _flag(name: str) -> str:
 
 
 def _as_typed(value: object, parameter: Any) -> object:
-    """A value of a recipe file as it would be typed: lists with commas, pairs as A=B."""
+    """A value of a recipe as one would type it: lists with commas, pairs as A=B."""
     if isinstance(value, Mapping):
         value = [f"{name}={each}" for name, each in value.items()]
     many = getattr(parameter, "multiple", False)
@@ -59,5 +59,7 @@ def _as_typed(value: object, parameter: Any) -> object:
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", is_eager=True, callback=configured, help="Options from this YAML file; those given win."),
+    typer.Option(
+        "--config", is_eager=True, callback=configured, help="Options from this YAML file; typed options win."
+    ),
 ]

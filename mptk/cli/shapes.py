@@ -26,16 +26,16 @@ from mptk.files import write_text
 def shapes(
     model: Model,
     settings: Settings,
-    folder: Annotated[Path | None, out_folder("Folder for shapes.json; --resume needs it.")] = None,
+    folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
     json_file: Json = None,
-    html: Annotated[Path | None, out_file("Also write a page with the picture to this file.")] = None,
+    html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:
-    """Rank the legal ways to divide a budget among families, blocks included, by loss and by a short training.
+    """Rank the legal ways to divide a budget among families and blocks, by loss and by a short training.
 
-    Prints the command that prunes to the best one. `mptk prune --search` does both. With maskprune,
-    wanda scores the units.
+    Prints the command that prunes to the best shape; `mptk prune --search` does both. With maskprune, wanda scores the
+    units.
     """
     from mptk.api.shapes import shapes as find_shapes
     from mptk.chain.prepare import check_settings, settled

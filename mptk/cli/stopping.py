@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 AGAIN = 0.01
-"""Seconds after which an exception is raised again that was raised where Python drops all exceptions."""
+"""Seconds after which an exception that Python dropped is raised again."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """SIGTERM: it ends a command as Ctrl-C does."""
 
 
 class HungUp(Terminated):
@@ -28,22 +28,22 @@ KINDS: dict[int, type[KeyboardInterrupt]] = {
 
 
 class _Stopped:
-    """The signal that asked this process to stop. A library may drop its exception, or turn it into one of its own."""
+    """The signal that asked this process to stop. A library may drop its exception or replace it."""
 
     def __init__(self) -> None:
         self.by: KeyboardInterrupt | None = None
 
     def note(self, stop: KeyboardInterrupt) -> KeyboardInterrupt:
-        """Keep ``stop``, which is about to be raised, and return it."""
+        """Remember ``stop`` before it is raised, and return it."""
         self.by = stop
         return stop
 
     def behind(self, error: BaseException) -> KeyboardInterrupt | None:
-        """What stopped the command that ended with ``error``; None if nothing did."""
+        """The signal that stopped the command that ended with ``error``; None if there was none."""
         return error if isinstance(error, KeyboardInterrupt) else self.by
 
     def look(self, said: str = "") -> None:
-        """Raise the exception of a signal that came, whoever dropped it before, with these words."""
+        """If a signal came, raise its exception with these words, even if a library dropped it."""
         if self.by is not None:
             raise type(self.by)(said)
 
@@ -53,9 +53,9 @@ STOPPED = _Stopped()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it the signals of ``KINDS`` raise their exceptions. One that the process was started to ignore does not.
+    """Make the signals of ``KINDS`` raise their exceptions, except those that the process was started to ignore.
 
-    Python drops what is raised in a callback of a weak reference or in a destructor. Then it is raised again.
+    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -82,6 +82,6 @@ def stoppable() -> Iterator[None]:
 
 
 def deaf() -> None:
-    """The command is over: a signal while the interpreter ends would only stop other libraries' last acts."""
+    """Ignore further signals: the command is over, and a signal would only disturb other libraries' cleanup."""
     for number in KINDS:
         signal.signal(number, signal.SIG_IGN)

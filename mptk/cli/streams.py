@@ -1,4 +1,4 @@
-"""streams: standard output and error that may be closed or full. What cannot be shown ends no command."""
+"""streams: standard output and error that may be closed or full. A failed write does not end the command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Lasting(io.FileIO):
-    """A stream that takes everything. ``lost``: why it could not pass something on."""
+    """A stream that accepts all text. ``lost``: why it could not pass some of it on."""
 
     lost: OSError | None = None
 
@@ -24,10 +24,10 @@ class Lasting(io.FileIO):
 
 
 def lasting() -> Lasting | None:
-    """Let standard output and error take everything; return what takes the output, if it is this process's own.
+    """Make standard output and error accept all text; returns the new standard output, if this process owns it.
 
-    A descriptor that was closed leads nowhere from now on: else the next file that is opened would get its number, and
-    the words of libraries.
+    A closed descriptor is opened to the null device: else the next file would get its number, and libraries would print
+        into that file.
     """
     for descriptor in range(3):
         with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def _taken(stream: Any, first: Any, descriptor: int) -> tuple[Any, Lasting | Non
 
 
 def lost(own: Lasting | None) -> str:
-    """Why the output did not take everything; empty if it did, or if nobody reads on, as ``head``."""
+    """Why some output was lost; empty if none was, or if the reader stopped reading, as ``head`` does."""
     with contextlib.suppress(ValueError):  # somebody has closed it
         sys.stdout.flush()
     if own is None or own.lost is None or own.lost.errno == errno.EPIPE:

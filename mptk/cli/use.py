@@ -39,7 +39,7 @@ def export_onnx(
     from mptk.api import compiler as api
 
     if "int4" not in settings.quantize:
-        refuse(("data",), "only int4 needs a text; give --quantize int4, or leave it out")
+        refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
     notes: list[str] = []
     with stages(err) as progress:
         api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
@@ -52,7 +52,7 @@ def write_gguf(
     like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
     file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
 ) -> None:
-    """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
+    """Write a pruned LLaMA model as a GGUF file for llama.cpp. Layers may differ in width."""
     from mptk.api import compiler as api
 
     layers = api.gguf(folder, like, file)
@@ -76,20 +76,22 @@ def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
     settings: Settings,
-    max_new_tokens: Annotated[int, number("Most tokens to write after each prompt.", 1)] = 64,
+    max_new_tokens: Annotated[int, number("Most new tokens for each prompt.", 1)] = 64,
     temperature: Annotated[float, number("0: take the likeliest token; above 0: sample.", 0, 1e6)] = 0.0,
-    top_k: Annotated[int, number("Sample among this many likeliest tokens; 0: all.", 0)] = 50,
+    top_k: Annotated[int, number("Sample among this many of the likeliest tokens; 0: all.", 0)] = 50,
     top_p: Annotated[
-        float, number("Sample among the likeliest tokens that have this probability together.", 0, 1)
+        float, number("Sample among the likeliest tokens that together have this probability.", 0, 1)
     ] = 1.0,
     cut: Annotated[
         bool,
-        typer.Option("--cut", help="Cut what the model's positions do not hold: the prompt's start, the answer's end."),
+        typer.Option(
+            "--cut", help="If the text exceeds the model's positions, cut the prompt's start and the answer's end."
+        ),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
-    """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
+    """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
     from mptk.ort.generation import Sampling, TextGenerator, fitting
     from mptk.protocols.execution import session_device
 
@@ -117,7 +119,7 @@ def generate(
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:
-    """Print text as its tokens come."""
+    """Print text as its tokens arrive."""
     import numpy as np
     from transformers import TextStreamer
 
@@ -149,10 +151,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
     ] = None,
     limit: Annotated[int | None, number("Examples of each task.", 1)] = None,
-    runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **RUNTIMES)] = "torch",
+    runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX graph or an .onnx file.", **RUNTIMES)] = "torch",
     json_file: Json = None,
 ) -> None:
-    """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
+    """Measure a model's quality by its kind, as a decoder's perplexity in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.api import perplexity, use
 
     check_eval(data, tasks, runtime)
@@ -190,11 +192,11 @@ def evaluate(
 def check_eval(data: str | None, tasks: str, runtime: str) -> None:
     """Check the options of ``eval``."""
     if data is None:
-        refuse(("length", "windows"), "there is no text to measure on; give --data, or leave it out")
+        refuse(("length", "windows"), "it needs a text to measure on; give --data, or leave it out")
     if not tasks:
-        refuse(("limit", "include_path"), "no lm-eval task is run; give --tasks, or leave it out")
+        refuse(("limit", "include_path"), "it is for lm-eval tasks; give --tasks, or leave it out")
     if runtime == "onnx":
-        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, and no code of a model; leave it out")
+        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, not a model's code; leave it out")
     else:
         refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
     if data is None and not tasks:
@@ -204,7 +206,7 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
 
 
 def quality_view(found: Mapping[str, Any]) -> Text:
-    """How good models are, by their metric, with its protocol."""
+    """Print the quality of models, with metric and protocol."""
     values = [(name, value) for name, value in found.items() if isinstance(value, float)]
     said = ", ".join(f"{value:.4f} {name}" for name, value in values)
     return Text(f"{found['metric']} {said}  ({found['protocol']})")
@@ -217,12 +219,12 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, number("Alternating rounds of each case.", 2, 10_000)] = 7,
+    rounds: Annotated[int, number("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
     json_file: Json = None,
     markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
-    plot: Annotated[Path | None, out_file("Also plot the ratios to this file (.png, .svg, .pdf).", *PLOTS)] = None,
+    plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
-    """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
+    """Time prefill and decode in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak."""
     from mptk.api import compiler as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
@@ -236,7 +238,7 @@ def bench(
         for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
     }
     if twice := [model for model in models if models.count(model) > 1]:
-        raise MptkError(f"{twice[0]} is given twice, and would be compared with itself; name it once")
+        raise MptkError(f"{twice[0]} is given twice; name it once")
     if plot is not None:
         require_matplotlib()
     with stages(err) as progress:
@@ -259,12 +261,12 @@ def push(
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if missing.")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a new repository. Default: as your account makes them."),
+        typer.Option("--private/--public", help="Make a new repository private or public; default: your account's."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The branch; made if missing. Default: the main one.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
 ) -> None:
-    """Upload a folder, model card included, to the hub. It must be as mptk wrote it.
+    """Upload a folder that mptk wrote, with its model card, to the hub. Its files must be unchanged.
 
     report.json and run.yaml name the dense model and the data as you gave them, local paths included.
     """

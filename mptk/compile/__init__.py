@@ -1,1 +1,1 @@
-"""From a model to its program, from a plan to the cut program."""
+"""Trace a model to its program, and cut the program to a plan."""

@@ -1,4 +1,4 @@
-"""changes: the dense model's weights that a pruned folder, or training, replaced."""
+"""changes: the dense model's weights that training or a pruned folder replaces."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COMPENSATION = "compensation.safetensors"
 
 
 def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: bool) -> Mapping[str, Tensor]:
-    """Weights in which the folder differs from a cut of the dense model: trained ones, or FLAP's biases.
+    """The weights in which the folder differs from a cut of the dense model: trained weights, or FLAP's biases.
 
     Raises:
-        MptkError: the folder's file of biases holds something else; or its weights cannot be loaded, or are not those
-            that the cut leaves.
+        MptkError: the folder's file of biases holds other weights; or its weights cannot be loaded, or have other names
+            or shapes than the cut.
     """
     state = analysis.program.state
     if (folder / COMPENSATION).is_file():
@@ -53,7 +53,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
 
 
 def stored_weights(folder: Path, trust: bool) -> Weights:
-    """The weights in a pruned folder, by name: a checkpoint's or a graph's."""
+    """The weights in a pruned folder, by name, of a checkpoint or of a graph."""
     if GraphTarget().wrote(folder):
         return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
     small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights

@@ -28,7 +28,7 @@ def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
 
 
 def cut_to(prepared: Prepared, chosen: Chosen, context: Context) -> Compiled:
-    """The program cut to the plan. ``written`` is not yet known."""
+    """The program cut to the plan, still without ``written``."""
     analysis = stored_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     return Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
@@ -41,10 +41,10 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
 
 
 def small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
-    """The cut model, float32, to be trained: of the class that holds it, or of its graph if the target needs none.
+    """The cut model in float32 for training: of its class or, if the target needs none, its graph's module.
 
-    ``weights``: its state dict; those of a class may be empty and then were never written. ``shared``: whether a class
-    may use these tensors themselves.
+    ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may use these tensors
+    without a copy.
     """
     if compiled.written is not None:
         return compiled.written.stock.build(weights, shared=shared)

@@ -1,4 +1,4 @@
-"""dense_outputs: samples with the dense model's outputs as targets, for losses that compare outputs with these."""
+"""dense_outputs: samples with the dense model's outputs as targets, for losses that compare outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mptk.ir.samples import Samples, joined
 from mptk.protocols.chain import Prepared
 
 DENSE_POSITIONS = 2048
-"""Positions of a batch of which the dense model's outputs are kept."""
+"""Positions in a batch whose outputs of the dense model are kept."""
 
 
 def with_outputs(prepared: Prepared, samples: Samples) -> Samples:

@@ -1,4 +1,4 @@
-"""trace: the program of a loaded model, checked; of one length if its class can be traced for no other."""
+"""trace: trace a loaded model and check the trace; for one length if the class cannot be traced for all."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from passes.transforms.retype import Retype
 TRACE_SECONDS = 120.0
 """Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
 LONGEST_TRACE = 31
-"""Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
-likely to be a multiple of it."""
+"""Most tokens of a program that holds one length: its graph may unroll a loop over them. A prime, as a model's sizes
+are hardly multiples of it."""
 
 
 def traced(
@@ -41,14 +41,14 @@ def traced(
 ) -> Program:
     """The model's program with its weights.
 
-    If its trace holds only one length (``Program.length``), that is the lesser of ``length`` and ``LONGEST_TRACE``.
-    ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
-    size only: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
-    ``eager``: compare with the module itself, since the program's graph takes its place. A plain module always is.
+    If its trace holds only one length (``Program.length``), this is the lesser of ``length`` and ``LONGEST_TRACE``.
+    ``like``: samples that it will run on. If these are not token ids and have the size of the task's example, the trace
+    holds only that size: export of a tiny Swin takes 5 s with fixed height and width and over 90 s with symbolic ones.
+    ``eager``: compare with the module itself, since the program's graph replaces it. A plain module is always compared.
 
     Raises:
-        MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
-            are not finite, or are all zero.
+        MptkError: the program has several inputs and holds one length; its outputs are not what the task says, not
+            finite, or all zero.
     """
     example = task.example(loaded.model)
     if not isinstance(loaded.model, PreTrainedModel):
@@ -84,17 +84,17 @@ def traced(
 
 
 def _compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
-    """The program compared with its class, if all weights fit in memory at once; else with a note."""
+    """Compare the program with its class if all weights fit in memory; else add a note."""
     if 4 * sum(p.numel() for p in loaded.model.parameters()) > free_memory() / 2:
-        return replace(program, limits=replace(program.limits, note="the class itself was not run: it is too large"))
+        return replace(program, limits=replace(program.limits, note="the class itself was not run, as it is too large"))
     return compared(program, _all_weights(loaded), example.tensors)
 
 
 def _plain(loaded: Loaded, example: Samples) -> Program:
-    """The program of a plain module, equal to the module itself: with all sizes open that may be, else with fewer.
+    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible.
 
     Raises:
-        MptkError: no trace of it is the module.
+        MptkError: no trace equals the module.
     """
     causes: list[MptkError] = []
     name = type(loaded.model).__name__
@@ -131,18 +131,18 @@ def _all_weights(loaded: Loaded) -> Mapping[str, Tensor]:
 
 
 def fixed_sizes(prepared: Prepared) -> str:
-    """What a report says of the sizes that the trace fixed, if the traced graph is what runs; empty for others."""
+    """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty."""
     program = prepared.analysis.program
     if prepared.target.classed or not (said := [*filter(None, [program.limits.note]), *program.sizes.fixed]):
         return ""
-    return f"fixed: {'; '.join(said)}: other sizes are refused when the pruned model is called"
+    return f"fixed: {'; '.join(said)}: the pruned model refuses other sizes"
 
 
 def fitting(task: Task, program: Program, samples: Samples, what: str) -> Samples:
-    """Samples that a caller made, in batches that the program takes.
+    """Batch a caller's samples as the program takes them.
 
     Raises:
-        MptkError: they have sizes for which the program does not hold.
+        MptkError: the program does not hold for their sizes.
     """
     length = task.only_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
@@ -162,7 +162,7 @@ def fitting(task: Task, program: Program, samples: Samples, what: str) -> Sample
 
 
 def one_length(prepared: Prepared) -> str:
-    """What a report says of a program that holds one length; empty for others."""
+    """The report's note on a program that holds one length; else empty."""
     length = prepared.task.only_length(prepared.analysis.program)
     if length is None:
         return ""
@@ -173,14 +173,14 @@ def one_length(prepared: Prepared) -> str:
 
 
 def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> bool:
-    """Whether a trace of a transformers model may hold the sizes of its example: the samples have them, too."""
+    """Whether a trace of a transformers model may fix the sizes of its example, as the samples have the same."""
     if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
         return False
     return same_sizes(example, like)
 
 
 def same_sizes(samples: Samples, others: Samples) -> bool:
-    """Whether the inputs of two sets of samples have the same sizes, but for the number of samples."""
+    """Whether the inputs of two sets of samples have the same sizes, except the number of samples."""
     first, second = ({n: x.shape[1:] for n, x in each.inputs.items()} for each in (samples, others))
     return first == second
 
@@ -190,15 +190,15 @@ def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = T
 
 
 def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
-    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero.
+    """Raise MptkError if ``outputs`` are all zero or not finite, with the name of a weight that is not finite.
 
-    ``untrained``: they may be zero because some parameters are, as the head of a new vision transformer.
+    ``untrained``: outputs may be zero because some parameters are, as the head of a new vision transformer.
     """
     if not all(output.isfinite().all() for output in outputs):
         weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
         name = next((name for name in weights if not program.state[name].isfinite().all()), None)
         if name is not None:
-            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
+            raise MptkError(f"{name} of {source} has numbers that are not finite; give undamaged weights")
         raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
     if not any(output.any() for output in outputs) and not (untrained and _some_are_zero(program)):
         raise MptkError(

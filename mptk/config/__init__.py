@@ -1,1 +1,1 @@
-"""Settings: their fields, bounds and keywords, and the recipe that holds them."""
+"""Settings: their declarations, their checks, and the recipe that stores them."""

@@ -1,4 +1,4 @@
-"""cases: where settings are shown, which commands have them, and in which cases they do nothing."""
+"""cases: panels of the help, sets of commands, and the cases in which a setting does nothing."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ ON_DEVICE = (*RUNS, "verify", "export", "generate", "eval", "bench")
 
 # ---- cases in which a setting does nothing ----
 
-PLANNED = Idle(lambda a: a.settings.plan is not None, "--plan says which units stay", "leave out one of both")
+PLANNED = Idle(lambda a: a.settings.plan is not None, "--plan already says which units stay", "leave out one of both")
 ALL_STAY = Idle(
     lambda a: a.settings.plan is None and a.settings.fixed,
-    "with --sparsity 0 only tokens or KV heads go",
+    "--sparsity 0 removes only tokens or KV heads",
     "give a --sparsity, or leave it out",
 )
 CHOOSES = (PLANNED, ALL_STAY)
-"""Of what says how units are chosen."""
+"""Cases of the settings that say how units are chosen."""
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")
 UNTIMED = Idle(
-    lambda a: a.settings.budget != LATENCY, "it is for a predicted latency", "give --max-decode-ms, or leave it out"
+    lambda a: a.settings.budget != LATENCY, "it needs a latency to predict", "give --max-decode-ms, or leave it out"
 )
 PHASED = (
-    Idle(lambda a: a.settings.max_ms is not None, "the option of the latency names the phase"),
+    Idle(lambda a: a.settings.max_ms is not None, "--max-decode-ms and --max-prefill-ms name the phase"),
     Idle(
         lambda a: a.settings.budget != LATENCY and not a.settings.onnx,
-        "no latency is predicted and no graph is written",
+        "this run predicts no latency and writes no graph",
     ),
 )
 NO_MASKS = Idle(lambda a: not a.learns, "this method learns no masks", "give --method maskprune, or leave it out")
-NO_SEARCH = Idle(lambda a: not a.settings.search, "no shapes are searched", "give --search, or leave it out")
+NO_SEARCH = Idle(lambda a: not a.settings.search, "only --search ranks shapes", "give --search, or leave it out")
 QUICK = Idle(
     lambda a: a.settings.search and not a.settings.search_tokens,
     "the search trains nothing",
     "give {search_tokens}, or leave it out",
 )
 WHOLE_BLOCKS = Idle(
-    lambda a: not a.settings.distil_epochs, "no block is distilled", "give --distil-epochs, as 3, or leave it out"
+    lambda a: not a.settings.distil_epochs, "it needs --distil-epochs", "give --distil-epochs 3, or leave it out"
 )
 UNTRAINED = (
     Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
@@ -50,5 +50,5 @@ NO_CLASS = Idle(lambda a: a.settings.target != "stock", "only the target stock n
 UNKEPT = (
     Idle(lambda a: a.estimate, "--estimate runs nothing", "leave out one of both"),
     Idle(lambda a: a.settings.fixed and not a.settings.steps, "this run writes no checkpoints"),
-    Idle(lambda a: not a.writes, "without --out no results are kept", "give --out, or leave it out"),
+    Idle(lambda a: not a.writes, "without --out nothing is kept", "give --out, or leave it out"),
 )

@@ -10,42 +10,44 @@ from mptk.config.setting import COUNT, SEED, Choices, Record, T, record, setting
 from mptk.errors import MptkError
 
 DEFAULT_STEPS = 200
-"""Training steps of a method that learns, if no number is given."""
+"""Default training steps of a method that learns."""
 
 MASK_STEPS = 8
-"""Steps in which masks are learned, of as many as there may be (``docs/maskprune.md``)."""
+"""Default steps that learn masks, however many steps there are in all (``docs/maskprune.md``)."""
 LORA_RANK = 16
-"""Rank of LoRA, if none is given."""
+"""Default rank of LoRA."""
 MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
-"""Peak learning rates beside masks, and in recovery of adapters and of all weights (``docs/recovery.md``)."""
+"""Peak learning rates: while masks are learned; in recovery, of adapters and of all weights (``docs/recovery.md``)."""
 
 
 def of_training(default: T, help: str, on: tuple[str, ...] = RUNS, **more: Any) -> T:
-    """The field of a setting that does nothing if nothing is trained."""
+    """Declare a setting that needs training: without training it does nothing."""
     return setting(default, help, TRAIN, on, UNTRAINED, **more)
 
 
 @record
 @dataclass(frozen=True)
 class LossWeights(Record):
-    """Weights of the losses; 0 leaves one out."""
+    """Weights of the losses; 0 drops a loss."""
 
     lm: float = of_training(1.0, "Weight of the language-model loss.", within=(0.0, 1e6))
     kl: float = of_training(1.0, "Weight of the KL divergence from the dense model.", within=(0.0, 1e6))
-    hidden: float = of_training(0.0, "Weight of the hidden states' error, over their variance.", within=(0.0, 1e6))
+    hidden: float = of_training(
+        0.0, "Weight of the hidden states' squared error, relative to their variance.", within=(0.0, 1e6)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.lm or self.kl or self.hidden):
             raise MptkError(
-                "all three losses have weight 0, so that training has no aim; give one of --lm, --kl, --hidden"
+                "all three losses have weight 0, so training has no objective; give --lm, --kl or --hidden above 0"
             )
 
 
 @record
 @dataclass(frozen=True)
 class Training(Record):
-    """How long and how a student is trained."""
+    """Batch size, learning rate and checkpoints of training."""
 
     batch: int = of_training(8, "Windows in a step, over all processes.", within=(1, 1 << 20))
     micro: int = of_training(4, "Windows in one forward pass of one process.", within=(1, 1 << 20))
@@ -55,39 +57,41 @@ class Training(Record):
         within=(0.0, 100.0),
     )
     warmup: float = setting(
-        0.05, "Share of the steps in which the rate rises; then it falls to 0 along a cosine.", within=(0.0, 1.0)
+        0.05, "Share of steps for warm-up; then the rate falls to 0 along a cosine.", within=(0.0, 1.0)
     )
     clip: float = setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
     losses: LossWeights = field(default_factory=LossWeights)
     save_every: int = of_training(25, "Steps between checkpoints.", TRAINING, within=(1, COUNT))
-    seed: int = setting(0, "Seed of training; --seed sets it, too.", within=SEED)
+    seed: int = setting(0, "Seed of training; --seed sets it.", within=SEED)
 
 
 @record
 @dataclass(frozen=True)
 class Rates(Record):
-    """Step sizes. All are free of units, and totals over the steps that learn masks."""
+    """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
     mask: float = setting(8.0, "Newton steps of the masks.")
     prox: float = setting(8.0, "Strength of the proximal shrinkage.")
-    width: float = setting(6.0, "Largest change of a family's width, as a share of it.")
+    width: float = setting(6.0, "Largest change of a family's width, as a share of the width.")
     dual: float = setting(1.0, "Growth of y.")
     price: float = setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
-    urgency: float = setting(2.0, "The same at once, for as long as the budget is missed.")
-    fisher: float = setting(0.98, "What is left of a value of the moving average F after an eighth of the steps.")
-    drift: float = setting(0.9, "What is left of a value of the moving average d after an eighth of the steps.")
+    urgency: float = setting(2.0, "Extra change of ln z while the budget is missed.")
+    fisher: float = setting(
+        0.98, "Share of a value that the moving average F still holds after an eighth of the steps."
+    )
+    drift: float = setting(0.9, "Share of a value that the moving average d still holds after an eighth of the steps.")
 
     def over(self, steps: int) -> Rates:
-        """The same with the memories of one of so many steps."""
+        """The rates for one of ``steps`` steps: the memories of the moving averages are per step."""
         return replace(self, fisher=self.fisher ** (8 / steps), drift=self.drift ** (8 / steps))
 
 
 @record
 @dataclass(frozen=True)
 class Learning(Record):
-    """How a model is trained while it is pruned and after.
+    """How a model is trained during pruning and afterwards.
 
-    MaskPrune learns masks with ``LORA_RANK`` if the rank is 0 or None.
+    With rank 0 or None, MaskPrune learns masks with ``LORA_RANK``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
@@ -95,28 +99,33 @@ class Learning(Record):
 
     steps: int | None = setting(
         None,
-        f"Training steps, in total; by default {DEFAULT_STEPS} if the method learns, else none.",
+        f"Training steps in total; default: {DEFAULT_STEPS} if the method learns, else 0.",
         TRAIN,
         TRAINING,
         within=(0, COUNT),
     )
     mask_share: float | None = setting(
-        None, f"Share of steps that learn masks; else {MASK_STEPS} steps.", TRAIN, PRUNE, (NO_MASKS,), within=(0.0, 1.0)
+        None,
+        f"Share of steps that learn masks; default: {MASK_STEPS} steps.",
+        TRAIN,
+        PRUNE,
+        (NO_MASKS,),
+        within=(0.0, 1.0),
     )
     training: Training = field(default_factory=Training)
     rank: int | None = of_training(
-        None, "Rank of LoRA; without it, or if it is 0, all weights are trained after the cut.", within=(0, 1 << 16)
+        None, "Rank of LoRA; by default, or with 0, all weights are trained after the cut.", within=(0, 1 << 16)
     )
     teacher: str = of_training(
         "live", "cached: keep the dense model's top logits on disk.", choices=Choices(("live", "cached"))
     )
     teacher_cache: str | None = of_training(
-        None, "Folder of a cached teacher's outputs; runs may share it.", form="path", recipe="refused"
+        None, "Folder for a cached teacher's outputs; runs may share it.", form="path", recipe="refused"
     )
     precision: str = of_training("no", "no: float32; fp16: in recovery only.", choices=Choices(("no", "bf16", "fp16")))
-    gradient_checkpointing: bool = of_training(False, "Less memory for more time.")
+    gradient_checkpointing: bool = of_training(False, "Recompute activations: less memory, more time.")
     tracker: str = of_training(
-        "none", "Where training is logged.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
+        "none", "Where to log training.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
     )
     rates: Rates = setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
 
@@ -125,21 +134,21 @@ class Learning(Record):
         if self.teacher_cache is not None and self.teacher != "cached":
             raise MptkError("--teacher-cache is only for a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
-            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
+            raise MptkError("a cached teacher keeps only logits; use --teacher live for a hidden-state loss")
 
     @property
     def mask_steps(self) -> int:
-        """How many steps learn masks: ``mask_share`` of all. None: ``MASK_STEPS``, and at most 0.4 of all."""
+        """Steps that learn masks: ``mask_share`` of all; if it is None, ``MASK_STEPS``, at most 0.4 of all."""
         steps = self.steps or 0
         share = min(0.4 * steps, MASK_STEPS) if self.mask_share is None else self.mask_share * steps
         return max(2, round(share))
 
     def of_masks(self) -> Learning:
-        """The same with the rank and the rate with which masks are learned."""
+        """The settings for learning masks: their rank and learning rate."""
         return self._with(self.rank or LORA_RANK, MASK_RATE)
 
     def of_recovery(self, frozen: bool) -> Learning:
-        """The same with the rank and the rate of recovery. ``frozen``: the model's own weights must stay."""
+        """The settings for recovery: rank and learning rate. ``frozen``: the model's own weights must not change."""
         rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
         return self._with(rank, LORA_RATE if rank else FULL_RATE)
 

@@ -20,16 +20,16 @@ from mptk.reading import read_text
 FILE = "run.yaml"
 
 LARGEST = 1 << 20
-"""Bytes of the largest recipe."""
+"""Largest recipe that is read, in bytes."""
 
 
 def refused(kind: type[Record]) -> set[str]:
-    """Options that no file may give, as others write recipes: what is written where, and whose code runs."""
+    """Options that a recipe may not set, as others write recipes: where results are written, and whose code runs."""
     return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
 
 
 def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, Any]:
-    """Option → value of a run of a command, without what is at its default of None, and what no file may give."""
+    """Option → value of a command's run, without options that are None or that a recipe may not set."""
     found: dict[str, Any] = {"model": model, **recorded(settings, command)}
     if settings.max_ms is not None and command == "prune":
         found[f"max_{settings.objective}_ms"] = settings.max_ms
@@ -37,7 +37,7 @@ def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, 
 
 
 def recorded(record: Record, command: str) -> dict[str, Any]:
-    """Option → value of what a recipe of a command keeps of a record."""
+    """Option → value of a record's settings that a command's recipe keeps."""
     found = {}
     for name, each in taken(type(record), command).items():
         value = each.of(record)
@@ -48,7 +48,7 @@ def recorded(record: Record, command: str) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, source: str, settings: Settings, start: Path | None = None) -> None:
-    """Write ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``."""
+    """Write the ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``."""
     model = absolute(source)
     command = "prune" if start is None else "recover"
     values = recipe(model, settings, command)
@@ -61,7 +61,7 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
 def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
     """The command that prunes ``model`` to ``widths`` with the settings of a search.
 
-    What is at its default is left out, and what would do nothing.
+    Options at their default, and options that would do nothing, are left out.
     """
     own = replace(settings, widths=dict(widths), search=False, onnx=True)
     plain, skipped = recipe(model, Settings()), {"model", *idle("prune", Asked(own, learns=own.steps > 0))}
@@ -74,7 +74,7 @@ def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
 
 
 def _typed(flag: str, value: Any) -> list[str]:
-    """An option as it is typed."""
+    """An option as the user types it."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, Mapping):
@@ -83,27 +83,29 @@ def _typed(flag: str, value: Any) -> list[str]:
 
 
 class _Recipe(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads plain values. An alias (``*name``) could stand for more than memory holds, and no recipe needs one."""
+    """A YAML loader of plain values. It refuses aliases (``*name``), which could expand to more than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which recipes do not have")
+            raise yaml.YAMLError("it has a YAML alias, which a recipe may not have")
         return super().compose_node(parent, index)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Option → value of a recipe file; ``-`` and ``_`` in names are the same.
+    """Option → value of a recipe file; names may have ``-`` or ``_``.
 
     Raises:
-        MptkError: it cannot be read, or is no mapping.
+        MptkError: the file cannot be read, or is not a mapping.
     """
     text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST)
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        raise MptkError(f"{path} is no YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'") from error
+        raise MptkError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'"
+        ) from error
     except RecursionError as error:
         raise MptkError(f"{path} is nested too deep; write lines as 'sparsity: 0.3'") from error
     if not isinstance(content, dict):
-        raise MptkError(f"{path} is no list of options; write lines as 'sparsity: 0.3'")
+        raise MptkError(f"{path} does not list options; write lines as 'sparsity: 0.3'")
     return {str(name).replace("-", "_"): value for name, value in content.items()}

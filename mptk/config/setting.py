@@ -1,7 +1,7 @@
-"""setting: how a setting is declared, and what is read from declarations: its checks, keywords and saved values.
+"""setting: the declaration of a setting, and what follows from it: checks, keywords and saved values.
 
 A setting is a field of a dataclass that extends ``Record``, with the default ``setting(…)``. The command line, recipes,
-keywords in Python, checks and ``docs/settings.md`` are made of these declarations.
+Python keywords, checks and ``docs/settings.md`` are made from these declarations.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mptk.errors import MptkError, did_you_mean
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
 COUNT = 10**9
-"""More windows, tokens or steps than any run has."""
+"""Upper bound for windows, tokens and steps."""
 SEED = (0, 2**32 - 1)
 """Bounds of a seed."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a setting may have. ``plugins``: groups of entry points; their names are values, too.
+    """The values that a setting may have. ``plugins``: groups of entry points, whose names are values too.
 
-    ``numbered``: names that may have a number, as ``cuda:1``.
+    ``numbered``: names that may end with a number, as ``cuda:1``.
     """
 
     names: tuple[str, ...]
@@ -40,16 +40,16 @@ class Choices:
 
     @property
     def shown(self) -> list[str]:
-        """The values as help shows them."""
+        """The values as the help shows them."""
         return [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
 
     def known(self) -> list[str]:
-        """All values, those of installed plugins included."""
+        """All values, with those of installed plugins."""
         others = (entry.name for group in self.plugins for entry in entry_points(group=group))
         return list(dict.fromkeys([*self.names, *others]))
 
     def wrong(self, value: str) -> str | None:
-        """What is wrong with a value; None if it is one of these."""
+        """What is wrong with a value; None if it is allowed."""
         known = self.known()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
@@ -59,9 +59,9 @@ class Choices:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command is asked for. ``settings`` are settled. ``learns``: its method learns masks in steps.
+    """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
-    ``writes``: it has an output folder. ``estimate``: it only says what it will need.
+    ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs.
     """
 
     settings: Any
@@ -72,7 +72,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Idle:
-    """A case in which a setting does nothing, why, and what to do. ``{name}`` in ``remedy`` is an option's flag."""
+    """A case in which a setting does nothing, the reason, and the remedy, in which ``{name}`` is an option's flag."""
 
     when: Callable[[Asked], object]
     why: str
@@ -83,11 +83,12 @@ class Idle:
 class Setting:
     """The declaration of a setting.
 
-    ``panel``: where the help shows its option; without one it has no option. ``on``: the commands that have the option.
-    ``idle``: cases in which it does nothing; the first that holds is said. ``within``: bounds of a number. ``option``:
-    the option's name, if it is not the field's; ``renamed``: its name in some commands. ``form``: what is typed for a
-    number of bytes or for a name of a file. ``recipe``: whether a run writes it into its recipe, only reads it, or
-    refuses it, as others write recipes. ``resumable``: an unfinished run may go on with another value.
+    ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
+    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
+    of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
+    ``form``: how a number of bytes or a file name is typed. ``recipe``: a run writes the setting into its recipe, only
+    reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
+    another value.
     """
 
     help: str
@@ -104,7 +105,7 @@ class Setting:
 
 
 def setting(default: T, *declared: Any, **more: Any) -> T:
-    """The field of a ``Record`` that is a setting, with the fields of its ``Setting``."""
+    """Declare a field of a ``Record`` as a setting. Keywords are the fields of ``Setting``."""
     given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     made: T = field(**given, metadata={Setting: Setting(*declared, **more)})
     return made
@@ -112,7 +113,7 @@ def setting(default: T, *declared: Any, **more: Any) -> T:
 
 @dataclass(frozen=True)
 class Declared:
-    """A setting in its place: ``path`` to the field, with dots, the field's type and its default."""
+    """A setting and its field: the dotted ``path`` to it, its type and its default."""
 
     path: str
     kind: Any
@@ -121,19 +122,19 @@ class Declared:
 
     @property
     def name(self) -> str:
-        """The field's name, which is the keyword in Python."""
+        """The field's name, which is the Python keyword."""
         return self.path.rpartition(".")[2]
 
     def option(self, command: str = "") -> str:
-        """The name of the option, in a command."""
+        """The option's name in a command."""
         return self.setting.renamed.get(command) or self.setting.option or self.name
 
     def of(self, record: Record) -> Any:
-        """The value in a record."""
+        """The setting's value in a record."""
         return attrgetter(self.path)(record)
 
     def kept(self, value: object) -> object:
-        """A value as the field keeps it: one name of a list or several as a tuple, and a path as its name."""
+        """A value as the field stores it: a name or several names as a tuple, and a path as text."""
         if get_origin(self.kind) is tuple and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return str(value) if isinstance(value, Path) else value
@@ -150,9 +151,9 @@ class Declared:
 
 
 class Record:
-    """Settings, and records of settings. It refuses values that their declarations refuse.
+    """Settings and records of settings. Each value is checked against its declaration.
 
-    ``declared``: every setting of it and of the records in it, in order.
+    ``declared``: all settings of this record and of the records in it, in order.
     """
 
     declared: ClassVar[tuple[Declared, ...]] = ()
@@ -191,7 +192,7 @@ def values(record: Record, command: str) -> dict[str, Any]:
 
 
 def idle(command: str, asked: Asked) -> dict[str, str]:
-    """Option of a command that would do nothing → why, and what to do."""
+    """Option of a command that would do nothing → the reason and the remedy."""
     kind = type(asked.settings)
     flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
     return {
@@ -206,17 +207,17 @@ def idle(command: str, asked: Asked) -> dict[str, str]:
 
 
 def keywords(kind: type[Record]) -> list[str]:
-    """Every name that ``with_keywords`` knows: of settings, and of records of settings."""
+    """Every name that ``with_keywords`` takes: settings and records of settings."""
     return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
 
 
 def with_keywords(record: R, values: Mapping[str, Any]) -> R:
-    """The record with some values replaced, by the names of the fields: its own, or of a record in it.
+    """Copy the record with some values replaced. Keywords are names of its fields, or of fields of the records in it.
 
-    A name that several records have, as ``seed``, is set in all of them. A list may be given as one name.
+    A name that several records share, as ``seed``, is set in all of them. One name may stand for a list of one.
 
     Raises:
-        MptkError: there is no such field (with the nearest name), or its value is refused.
+        MptkError: there is no such field (the message has the nearest name), or its value is refused.
     """
     known = keywords(type(record))
     if unknown := sorted(values.keys() - set(known)):
@@ -237,13 +238,13 @@ def _replaced(record: R, values: Mapping[str, Any]) -> R:
 
 
 def from_json(kind: type[R], data: object, where: str) -> R:
-    """A record as ``dataclasses.asdict`` and JSON give it back; fields that this version lacks are left out.
+    """Read a record back from ``dataclasses.asdict`` and JSON. Fields that this version lacks are ignored.
 
     Raises:
-        ValueError: ``data`` does not hold such a record; with the place.
+        ValueError: ``data`` does not hold such a record; the message says where.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     known, hints = {each.path: each for each in kind.declared}, get_type_hints(kind)
     given: dict[str, Any] = {}
     for name in (each.name for each in fields(kind)):
@@ -261,16 +262,16 @@ def from_json(kind: type[R], data: object, where: str) -> R:
 
 
 def outside(value: float, least: float, most: float) -> str | None:
-    """What is wrong with a number that is not finite or not in these bounds; None if nothing is."""
+    """What is wrong with a number that is not finite or outside of its bounds; None if it is right."""
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{value} is no finite number"
+        return f"{value} is not a finite number"
     if value < least:
         return f"{shown(value)} is less than {shown(least)}"
     return f"{shown(value)} is more than {shown(most)}" if value > most else None
 
 
 def shown(value: float) -> str:
-    """A number; of a very long one only that it is one."""
+    """A number as messages show it; a very long one is only called long."""
     if isinstance(value, int) and abs(value) >= 10**24:
         return "a number of many digits"
     return str(value)

@@ -1,4 +1,4 @@
-"""settings: what ``prune`` is asked for, each setting declared once. A leaf: importing it imports no library."""
+"""settings: the settings of ``prune``, each declared once. Importing this module imports no library."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ __all__ = [
 ]
 
 IN_MEMORY = "samples given in Python"
-"""What settings and reports call ``data`` that was given in memory."""
+"""What settings and reports call samples that were given in memory."""
 INPUTS = ".safetensors"
-"""How the name of a file of inputs ends."""
+"""Suffix of a file of inputs."""
 UNIFORM, FREE = LAYERS = ("uniform", "free")
-"""Whether all layers get the same widths, or each its own."""
+"""Whether all layers share their widths, or each has its own."""
 METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
@@ -77,45 +77,51 @@ MOST = 0.99
 @record
 @dataclass(frozen=True)
 class Settings(Record):
-    """What ``prune`` is asked for. docs/settings.md has the bounds, and the names of the options.
+    """The settings of ``prune``. docs/settings.md has their bounds and options.
 
     Raises:
-        MptkError: a value outside its bounds or not among its choices; a family that is to be kept and cut; a search
-            beside a plan; quantised graphs beside one in float16; or milliseconds for another budget than latency.
+        MptkError: a value is outside its bounds or not among its choices; a family is to be both kept and cut; a search
+            is combined with a plan; quantised graphs are combined with a float16 graph; or milliseconds are given for a
+            budget that is not latency.
     """
 
     sparsity: float = setting(0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST))
     budget: str = setting(
         "params",
-        "What is budgeted; params: those of blocks.",
+        "What the budget counts; params: parameters of blocks.",
         CUT,
         SEARCH,
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
     )
-    max_ms: float | None = setting(
-        None, "Cut until the predicted latency is this low, in milliseconds.", within=(1e-6, 1e9)
-    )
+    max_ms: float | None = setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
     objective: str = setting(
-        "decode", "Phase whose latency counts.", CUT, (*SEARCH, "export"), PHASED, choices=Choices(tuple(OBJECTIVES))
+        "decode",
+        "Phase whose latency the budget counts.",
+        CUT,
+        (*SEARCH, "export"),
+        PHASED,
+        choices=Choices(tuple(OBJECTIVES)),
     )
     threads: int = setting(
-        1, "Threads of an operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
+        1, "Threads per operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
     )
     families: tuple[str, ...] = setting(
-        (), "Families to cut, comma-separated; by default those of single layers.", CUT, SEARCH, (PLANNED,)
+        (), "Families to cut, comma-separated; default: those inside layers.", CUT, SEARCH, (PLANNED,)
     )
-    keep: tuple[str, ...] = setting((), "Families that stay whole, comma-separated.", CUT, SEARCH, CHOOSES)
-    vocabulary: str | None = setting(None, "Remove the tokens that this text, named as --data, never uses.", CUT, PRUNE)
+    keep: tuple[str, ...] = setting((), "Families to leave uncut, comma-separated.", CUT, SEARCH, CHOOSES)
+    vocabulary: str | None = setting(
+        None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
+    )
     kv_heads: int | None = setting(
-        None, "KV heads of each layer afterwards; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
+        None, "Merge the KV heads of each layer to this number; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
     )
     widths: Mapping[str, int] = setting(
         {}, "Fix a family's width, as ffn=1024. May be repeated.", CUT, SEARCH, (PLANNED,), option="width"
     )
     layers: str = setting(
         UNIFORM,
-        "uniform: all layers get the same widths; free: each its own.",
+        "uniform: all layers get the same widths; free: each layer gets its own.",
         CUT,
         PRUNE,
         CHOOSES,
@@ -123,19 +129,24 @@ class Settings(Record):
     )
     plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
     portable: bool = setting(
-        False, "Cut only what every program reads rightly, not only transformers.", CUT, (*SEARCH, "analyze")
+        False, "Cut only what every program can load, not only transformers.", CUT, (*SEARCH, "analyze")
     )
     multiple: int = setting(
         32,
-        "Keep sizes that are multiples of this as multiples of this.",
+        "Keep multiples of this number as multiples of it.",
         CUT,
         (*SEARCH, "analyze"),
         within=(1, 1 << 20),
         option="multiple_of",
     )
-    tolerance: float = setting(0.01, "How far the sparsity may miss.", within=(0.0, 1.0))
+    tolerance: float = setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
     method: str = setting(
-        "maskprune", "maskprune learns what to cut; the others score once.", CHOICE, SEARCH, CHOOSES, choices=METHODS
+        "maskprune",
+        "maskprune learns what to cut; the others score each unit once.",
+        CHOICE,
+        SEARCH,
+        CHOOSES,
+        choices=METHODS,
     )
     reconstruct: bool | None = setting(
         None,
@@ -146,21 +157,21 @@ class Settings(Record):
     )
     distil_epochs: int = setting(
         0,
-        "After reconstruction, train block by block to the dense blocks' outputs, for this many epochs, as 3.",
+        "After reconstruction, train each block to the dense block's outputs for this many epochs, as 3.",
         CHOICE,
         PRUNE,
         CHOOSES,
         within=(0, COUNT),
     )
     distil_lr: float = setting(
-        1e-3, "Learning rate of --distil-epochs.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
+        1e-3, "Learning rate of this block-by-block training.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
     )
     search: bool = setting(
-        False, "First rank ways to divide the budget, as `mptk shapes`; cut to the best.", CHOICE, PRUNE
+        False, "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.", CHOICE, PRUNE
     )
     search_shapes: int = setting(
         64,
-        "Most shapes that are measured without training.",
+        "Most shapes to measure without training.",
         CHOICE,
         SEARCH,
         (NO_SEARCH,),
@@ -169,7 +180,7 @@ class Settings(Record):
     )
     search_finalists: int = setting(
         6,
-        "How many of them are trained.",
+        "Shapes of these to train.",
         CHOICE,
         SEARCH,
         (NO_SEARCH, QUICK),
@@ -178,7 +189,7 @@ class Settings(Record):
     )
     search_tokens: int = setting(
         131_072,
-        "Tokens of text that they are trained on in all; 0: none.",
+        "Tokens to train them on in all; 0: no training.",
         CHOICE,
         SEARCH,
         (NO_SEARCH,),
@@ -194,7 +205,7 @@ class Settings(Record):
     )
     inputs: str | None = setting(
         None,
-        f"Other inputs than text, images or sound: a {INPUTS} file of forward's tensors, samples first.",
+        f"Inputs that are not text, images or sound: a {INPUTS} file of forward's tensors, samples first.",
         DATA,
         (*SEARCH, "analyze"),
         form="path",
@@ -202,10 +213,10 @@ class Settings(Record):
     samples: int = setting(32, "Calibration windows.", DATA, SEARCH, within=(1, COUNT))
     length: int = setting(256, "Tokens in a window.", DATA, RUNS, within=(8, COUNT))
     eval_data: str | None = setting(
-        None, "Text for the perplexity in the report; by default that of --data.", DATA, TRAINING
+        None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
-    eval_windows: int = setting(16, "Windows for the perplexity in the report.", DATA, TRAINING, within=(1, COUNT))
-    eval_length: int = setting(512, "Tokens in such a window.", DATA, TRAINING, within=(2, COUNT))
+    eval_windows: int = setting(16, "Windows of that text.", DATA, TRAINING, within=(1, COUNT))
+    eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     learning: Learning = field(default_factory=Learning)
     target: str = setting(
         "stock",
@@ -214,10 +225,10 @@ class Settings(Record):
         (*SEARCH, "analyze"),
         choices=TARGETS,
     )
-    dtype: str = setting("auto", "Type of the stored weights; auto: as the model.", WRITE, PRUNE, choices=DTYPES)
+    dtype: str = setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
     max_shard_size: int | None = setting(
         None,
-        "Largest file of weights, as 5GB; then there are several.",
+        "Largest file of weights, as 5GB; more weights go into more files.",
         WRITE,
         TRAINING,
         within=(1, 2**60),
@@ -226,7 +237,7 @@ class Settings(Record):
     )
     rehome: bool = setting(
         False,
-        "If the model's own class refuses the cut, write another class that holds it.",
+        "If the model's own class cannot hold the cut, write another class that can.",
         WRITE,
         SEARCH,
         (PLANNED, ALL_STAY, NO_CLASS),
@@ -234,7 +245,7 @@ class Settings(Record):
     onnx: bool = setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
     logits: Literal["all", "last"] = setting(
         "all",
-        "Logits of the ONNX graph: all positions, or the last.",
+        "Positions for which the ONNX graph gives logits: all, or the last.",
         WRITE,
         (*TRAINING, "export"),
         (NO_GRAPH,),
@@ -245,7 +256,7 @@ class Settings(Record):
     )
     onnx_dtype: str = setting(
         "auto",
-        "Type of the ONNX graph; auto: as it computes.",
+        "Type of the ONNX graph; auto: the type it computes in.",
         WRITE,
         (*TRAINING, "export"),
         (NO_GRAPH,),
@@ -253,7 +264,7 @@ class Settings(Record):
     )
     overwrite: bool = setting(
         False,
-        "Replace an earlier result although files were added to it, which stay, or changed.",
+        "Replace an earlier result even if its files were changed; files that were added stay.",
         WRITE,
         (*RUNS, "export", "rerun"),
         recipe="refused",
@@ -261,7 +272,7 @@ class Settings(Record):
     )
     strict: bool = setting(
         False,
-        "Fail if an optional file, as a quantised graph, fails; else leave it out.",
+        "Fail if an optional file, as a quantised graph, fails; default: leave it out.",
         WRITE,
         (*TRAINING, "export"),
         resumable=True,
@@ -271,7 +282,7 @@ class Settings(Record):
     )
     proof_length: int = setting(
         1024,
-        "Most tokens of a sequence in the proof.",
+        "Longest sequence in the proof, in tokens.",
         WRITE,
         (*TRAINING, "verify"),
         within=(48, COUNT),
@@ -279,17 +290,17 @@ class Settings(Record):
     )
     memory: int | None = setting(
         None,
-        "Bound on weights in memory, as 8GB; by default half of what is free.",
+        "Most memory for weights, as 8GB; default: half of the free memory.",
         MACHINE,
         (*RUNS, "verify", "export"),
         within=(1, 2**60),
         form="size",
         resumable=True,
     )
-    device: str = setting("auto", "Where it runs.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
+    device: str = setting("auto", "Device to run on.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
     compute_dtype: str = setting(
         "float32",
-        "Type in which scores and training compute; sums, losses, solves and the proof are float32.",
+        "Type for scoring and training; sums, losses, solves and the proof are float32.",
         MACHINE,
         RUNS,
         choices=COMPUTE_DTYPES,
@@ -306,22 +317,22 @@ class Settings(Record):
         super().__post_init__()
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
-            raise MptkError(f"{graphs} is made of a float32 graph; leave out --onnx-dtype or --quantize")
+            raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
         if self.distil_epochs and self.reconstruct is False:
-            raise MptkError("blocks are distilled after reconstruction; leave out --no-reconstruct or --distil-epochs")
+            raise MptkError("--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs")
         if self.max_ms is not None and self.budget != LATENCY:
-            raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
+            raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
         if self.search and self.plan is not None:
             raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
         if self.search and self.layers == FREE:
-            raise MptkError("--search ranks shapes whose layers are alike, not --layers free; leave out one of both")
+            raise MptkError("--search only ranks shapes whose layers are alike; leave out --search or --layers free")
         self._check_inputs()
         if len(set(self.families)) < len(self.families):
             raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
-                raise MptkError(f"{name} is to stay whole by --keep and to be cut by --{other}; leave out one of both")
+                raise MptkError(f"{name} is in --keep and in --{other}; leave it out of one of them")
 
     def _check_inputs(self) -> None:
         if self.inputs is None:
@@ -330,25 +341,23 @@ class Settings(Record):
         for name, default in by_default.items():
             data = getattr(self, name)
             if data not in (default, self.inputs, IN_MEMORY) and not data.endswith(INPUTS):
-                raise MptkError(
-                    f"{name} {data} is no {INPUTS} file of inputs, as --inputs is; give one, or leave it out"
-                )
+                raise MptkError(f"{name} {data} is not a {INPUTS} file, as --inputs needs; give one, or leave it out")
         if self.vocabulary is not None:
             raise MptkError("vocabulary trimming needs a text model; leave out --inputs or --vocabulary")
 
     @property
     def fixed(self) -> bool:
-        """Whether it is settled which units stay: by a plan, or all of them, if only tokens or KV heads go."""
+        """Whether the units to keep are known: from a plan, or all of them if only tokens or KV heads are removed."""
         other = self.sparsity or self.families or self.widths or self.search or self.max_ms is not None
         smaller = self.vocabulary is not None or self.kv_heads is not None
         return self.plan is not None or (smaller and not other)
 
     @property
     def steps(self) -> int:
-        """Training steps; 0 if they were not settled yet."""
+        """Training steps; 0 if the number is not set yet."""
         return self.learning.steps or 0
 
     @property
     def trains(self) -> bool:
-        """Whether weights are trained, if only in a search."""
+        """Whether weights are trained, also if only in a search."""
         return bool(self.steps or (self.search and self.search_tokens))

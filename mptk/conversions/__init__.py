@@ -1,4 +1,5 @@
-"""What changes a dense model before it is cut: its vocabulary, its KV heads. A new kind is a file and a line here."""
+"""Conversions of a dense model before the cut: of its vocabulary, of its KV heads. A new kind is a file and a line
+here."""
 
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ from mptk.staged.staged import Executor
 from passes.analysis import group
 
 CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
-"""In the order in which a model goes through them; kinds that fit weights come last."""
+"""The order in which they change a model; kinds that fit weights come last."""
 
 Changes = Sequence[tuple[type[Conversion], Change]]
 
 
 def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
-    """The changes that the settings and the plan ask for. ``texts``: those that the caller gave in memory.
+    """The conversions that the settings and the plan ask for. ``texts``: the caller's texts in memory.
 
     Raises:
-        MptkError: the settings and the plan settle the same; or either asks for something that cannot be.
+        MptkError: the settings and the plan both decide the same; or one of them asks for something impossible.
     """
     changes = dict[type[Conversion], Change]() if plan is None else dict(planned(plan))
     for kind in CONVERSIONS:
@@ -46,17 +47,17 @@ def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = 
 
 
 def planned(plan: Plan) -> Changes:
-    """The changes that a plan asks for. Raises MptkError if it has an entry of no conversion, or a wrong one."""
+    """The conversions that a plan asks for. Raises MptkError for an unknown entry or a wrong one."""
     known = {kind.name: kind for kind in CONVERSIONS}
     if unknown := plan.conversions.keys() - known.keys():
-        raise MptkError(f'plan: "{min(unknown)}" is no entry of a plan; see docs/plan.md')
+        raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; see docs/plan.md')
     return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
 def converted(
     model: Analysed, changes: Changes, context: Context, executor: Executor, length: int, like: Samples | None = None
 ) -> tuple[Analysed, tuple[Conversion, ...]]:
-    """The model after all changes, and the conversions that were made. ``length``, ``like``: as in ``traced``."""
+    """The model after all conversions, and these conversions. ``length``, ``like``: as in ``traced``."""
     made = list[Conversion]()
     for kind, change in changes:
         with context.stage(kind.stage):
@@ -66,13 +67,13 @@ def converted(
 
 
 def analysed(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
-    """A model with its task and its analysis. ``task``: of a model that differs from it by a conversion."""
+    """Trace and analyse a model. ``task``: the task of the model before a conversion."""
     task = task.bind(loaded)
     return Analysed(loaded, task, group.analyze(traced(loaded, task, executor, length, like)))
 
 
 def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
-    """``prepared`` with the weights that its conversions fit to ``samples``."""
+    """``prepared`` after its conversions fitted their weights to ``samples``."""
     for each in prepared.conversions:
         if not each.fits:
             continue
@@ -91,7 +92,7 @@ def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
 
 
 def with_conversions(prepared: Prepared, chosen: Chosen) -> Chosen:
-    """The choice with the entries of the conversions in its plan, and their weights among those that were trained."""
+    """The choice with the conversions' entries in its plan and their weights among the trained ones."""
     for each in prepared.conversions:
         if each.weights:
             chosen = replace(chosen, changes=each.weights).with_weights(chosen.changes)

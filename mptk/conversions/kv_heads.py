@@ -1,8 +1,8 @@
-"""kv_heads: a dense model becomes one with fewer KV heads and all its query heads. A run then starts there.
+"""kv_heads: merge the KV heads of a dense model to fewer, with all query heads, before the run cuts the model.
 
-The class is built with fewer heads, each the first of those that it will be made of. When there are samples, its
-projections are merged in closed form (``projections``; ``passes/transforms/merge_heads.py``), and the choice has them
-as it has trained weights. The model before the merge stays the one that is imitated and compared with.
+The class is built with fewer heads; each starts as the first head of its run. When there are samples, the projections
+are merged in closed form (``projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
+trained weights. The model before the merge stays the reference for training and for quality.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from passes.transforms.merge_heads import How, first_heads, merged_heads, repeat
 from passes.verify import TOLERANCE, StageOutputs, prove
 
 Stream = tuple[fx.Node, int]
-"""A value in a graph, and its dimension that is summed over."""
+"""A value in a graph, and the dimension that is summed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedHeads(Conversion):
-    """Each run of KV heads of a layer became one. Until they are fitted, it is the first of its run.
+    """Each run of KV heads in a layer becomes one head. Before the fit it is the first head of its run.
 
-    ``layers``: the projections of ``before``. ``of``, ``count``: KV heads of a layer, before and after. ``keys``,
-    ``values``: how they were merged; ``keep`` if they were not yet.
+    ``layers``: the projections of ``before``. ``of``, ``count``: KV heads in a layer, before and after. ``keys``,
+    ``values``: how they were merged; ``keep`` if they are not merged yet.
     """
 
     name = "kv_heads"
@@ -70,7 +70,7 @@ class MergedHeads(Conversion):
         if settings.kv_heads is None:
             return None
         if settings.budget == LATENCY and settings.max_ms is None:
-            raise MptkError("--kv-heads: a share of the latency would be of the merged model's; give --max-decode-ms")
+            raise MptkError("--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms")
         return partial(cls.merge, settings.kv_heads, None)
 
     @classmethod
@@ -85,12 +85,14 @@ class MergedHeads(Conversion):
         """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has.
 
         Raises:
-            MptkError: its attention has another form; its class holds no such number of KV heads; or it has another
-                number than a plan says.
+            MptkError: the attention has another form; the class cannot hold this number of KV heads; or the model's
+                number of KV heads is not the plan's.
         """
         loaded = model.loaded
         if not isinstance(loaded.model, PreTrainedModel):
-            raise MptkError(f"{type(loaded.model).__name__} has no config to hold fewer KV heads; leave out kv_heads")
+            raise MptkError(
+                f"{type(loaded.model).__name__} has no config that could say the number of KV heads; leave out kv_heads"
+            )
         layers, stock = held(model.analysis, loaded.model, count)
         found = layers[0].groups.size
         if of not in (None, found):
@@ -115,7 +117,10 @@ class MergedHeads(Conversion):
     def note(self) -> str:
         if "keep" in (self.keys, self.values):  # not in this run
             return ""
-        ways = {"fit": "by principal components", "mean": "by their mean, since a norm or the like follows"}
+        ways = {
+            "fit": "by principal components",
+            "mean": "by their mean, since a norm or another nonlinear operator follows",
+        }
         return (
             f"{self.of} KV heads of a layer became {self.count}, all query heads stay: "
             f"keys merged {ways[self.keys]}; values {ways[self.values]}"
@@ -169,10 +174,10 @@ def _parts(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[tuple[P
 
 
 def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
-    """The attention layers with their projections told apart, and the config with ``count`` KV heads.
+    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads.
 
     Raises:
-        MptkError: no family is of KV heads, or the class of ``model`` holds no such config.
+        MptkError: the model has no family of KV heads, or its class does not accept the config.
     """
     found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()
     for family in analysis.families:
@@ -192,7 +197,7 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
             return layers, config
         refused = refused or config
     raise MptkError(
-        f"{type(model).__name__} holds no {count} KV heads beside its query heads: {refused}; leave out --kv-heads, "
+        f"{type(model).__name__} cannot have {count} KV heads with its query heads: {refused}; leave out --kv-heads, "
         "and cut heads as a family"
     )
 
@@ -222,7 +227,7 @@ def config_for(
 
 
 def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
-    """How keys and values are merged: ``fit`` if heads that are turned, and turned back, change nothing on ``few``."""
+    """How keys and values are merged: ``fit`` if rotating heads and rotating them back changes no output on ``few``."""
     program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
@@ -236,7 +241,7 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
 
 
 def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
-    """The merged projections of all layers, in their shapes afterwards; those of a layer are made at a time."""
+    """The merged projections of all layers in their new shapes, made layer by layer."""
     program, count, made = merged.before.analysis.program, merged.count, Made(executor)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
@@ -249,29 +254,29 @@ def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys:
 
 
 class Made:
-    """Projections of one layer after another; as many stay in memory as the executor's bound lets."""
+    """Collected projections; those that exceed the executor's memory go to files."""
 
     def __init__(self, executor: Executor) -> None:
         self._shelf, self._likes = Spool(executor.borders), dict[str, Tensor]()
 
     def add(self, projections: Mapping[str, Tensor]) -> None:
-        """Keep those of a further layer."""
+        """Add the projections of a layer."""
         for name, tensor in projections.items():
             self._likes[name] = tensor.to("meta")
             self._shelf.add(name, tensor)
 
     @property
     def weights(self) -> Weights:
-        """All of them, by name."""
+        """All projections, by name."""
         return self._shelf.weights(self._likes)
 
 
 def with_products(
     merged: MergedHeads, samples: Samples, executor: Executor, made: Callable[[SharedHeads, Mapping[str, Tensor]], None]
 ) -> None:
-    """Call ``made`` with each layer and the Σ x xᵀ of the inputs x of its projections, as soon as they are known.
+    """Call ``made`` for each layer with the Σ x xᵀ of its projections' inputs x, as soon as they are known.
 
-    They are by weight, float64 [in + 1, in + 1], with a 1 at the end of x.
+    The sums are float64 [in + 1, in + 1] by weight; x ends with a 1.
     """
     analysis = merged.before.analysis
     inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
+from mptk.publish.licence import copy_card
 
 # The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
 _PARTIAL_ROPE = {
@@ -74,6 +75,14 @@ def copy_processors(source: Path, folder: Path, *, same_features: bool) -> None:
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what a run reads of a checkpoint beside config, tokenizer and weights: processors, card, notices, code."""
+    copy_processors(source, folder, same_features=True)
+    copy_card(source, folder)
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def portable(config: Mapping[str, object]) -> dict[str, object]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 import weakref
 from pathlib import Path
 
@@ -22,11 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
-from mptk.io.checkpoint import copy_processors
+from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
 from mptk.ir.copies import copied
 from mptk.ir.weights import Lazy, Weights
-from mptk.publish.licence import copy_card
 
 
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:
@@ -169,7 +167,4 @@ def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: to
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(folder)
     if home is not None:
-        copy_processors(home, folder, same_features=True)
-        copy_card(home, folder)
-        for file in home.glob("*.py"):
-            shutil.copyfile(file, folder / file.name)
+        copy_beside(home, folder)

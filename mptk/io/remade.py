@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +14,9 @@ from transformers.initialization import no_init_weights
 
 from mptk.errors import MptkError
 from mptk.files import scratch
-from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
 from mptk.ir.weights import Weights
-from mptk.publish.licence import copy_card
 
 
 def remade(
@@ -47,10 +45,7 @@ def remade(
     place = scratch()
     weakref.finalize(model, place.close)
     stored.save_pretrained(place.folder)
-    copy_processors(loaded.path, place.folder, same_features=True)
-    copy_card(loaded.path, place.folder)
-    for file in loaded.path.glob("*.py"):
-        shutil.copyfile(file, place.folder / file.name)
+    copy_beside(loaded.path, place.folder)
     if generation is not None:
         model.generation_config = generation
         generation.save_pretrained(place.folder)

@@ -1,4 +1,4 @@
-"""methods: choose what is cut, and change the weights that stay. One file a method."""
+"""methods: choose the units to cut, and change the weights that stay. One file for each method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MASKPRUNE = MaskPrune()
 
 
 def methods() -> dict[str, Method]:
-    """MaskPrune, a one-shot method for each criterion, and those of plugins (group ``mptk.methods``), by name."""
+    """MaskPrune, a one-shot method for each criterion, and the methods of plugins (group ``mptk.methods``), by name."""
     one_shot = {name: OneShotMethod(criterion) for name, criterion in all_criteria().items()}
     return with_plugins({MASKPRUNE.name: MASKPRUNE, **one_shot}, "mptk.methods")
 

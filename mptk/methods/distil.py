@@ -1,9 +1,9 @@
-"""distil: train what is left of each block to give the dense block's outputs, block after block.
+"""distil: train each cut block to give the dense block's outputs, block by block.
 
-A block ends where its consumer (``reconstruct``) has been added to what goes on, so in a transformer it is an
-attention or a feed-forward layer. Its inputs are those that the blocks before it, cut and trained, really give. Its
-targets are the dense model's own values at its end. So it also learns to make up for what was lost before it, which a
-fit on the dense model's inputs cannot. BRECQ learns rounding in this way (Li et al. 2021, arXiv 2102.05426).
+A block ends after its consumer (``reconstruct``) is added to the residual stream, so in a transformer it is an
+attention or a feed-forward layer. Its inputs come from the cut and trained blocks before it. Its targets are the dense
+model's values at its end. So it also learns to make up for earlier losses, which a fit on the dense model's inputs
+cannot. BRECQ learns rounding in this way (Li et al. 2021, arXiv 2102.05426).
 
 One block of each program is in memory at a time, so a model that is too large to train can be distilled.
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass, Sizes
-from mptk.distributed.processes import leads
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
@@ -32,7 +32,7 @@ from mptk.methods.criteria.observe import batches, find_sites
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import stored
 from mptk.progress import Count
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.run_folder import RunFolder, kept
 from mptk.staged.partition import Flow, blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
@@ -40,19 +40,19 @@ from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 
 STEP = 512
-"""Tokens of a training step."""
+"""Tokens in a training step."""
 JUDGING = 8
-"""One step's samples of so many are not trained on: they say whether training made the block better."""
+"""One step in this many is held out, to see whether training made the block better."""
 WARMUP = 0.05
 FLOOR = 1e-3
-"""Positions of less than this share of the mean square count as if they had it."""
+"""Positions with a smaller share of the mean square than this count as this share."""
 ERRORS = "errors"
-NO_BLOCK = "no block that is cut has matrices of its own, which could be distilled; leave out --distil-epochs"
+NO_BLOCK = "no cut block has its own matrices to train; leave out --distil-epochs"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam for ``epochs`` over the samples, in an order by ``seed``, at a ``rate`` that falls to 0."""
+    """Train with Adam for ``epochs`` over the samples, in an order from ``seed``, with a ``rate`` that falls to 0."""
 
     epochs: int
     rate: float
@@ -61,14 +61,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Distilled:
-    """``weights``: those that were trained, in the cut model's shapes. ``errors``: of each block, before and after."""
+    """``weights``: the trained weights, in the cut model's shapes. ``errors``: of each block, before and after."""
 
     weights: Weights
     errors: Sequence[tuple[float, float]]
 
     @property
     def note(self) -> str:
-        """One line on how it went."""
+        """One line on the result."""
         before, after = (sum(each) / len(self.errors) for each in zip(*self.errors, strict=True))
         better = sum(after < before for before, after in self.errors)
         return (
@@ -78,7 +78,7 @@ class Distilled:
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
-    """What ``distil_blocks`` costs a run: the dense model once, the small one forward, and there and back an epoch."""
+    """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     passes = 1 + kept * (1 + 3 * s.distil_epochs)
     return {"distil": Pass(s.samples * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
@@ -94,7 +94,7 @@ def distil_blocks(
     how: Schedule,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
-    kept: RunFolder | None = None,
+    folder: RunFolder | None = None,
 ) -> Distilled:
     """Train the matrices of every block that has a consumer of a cut family. Processes share a step if it divides.
 
@@ -102,9 +102,9 @@ def distil_blocks(
         analysis: of the dense model.
         consumers: names of the weights that sum over cut units; each ends a block.
         changes: the weights in which the pruned model differs from the dense one, in dense shapes.
-        samples: what the model is given.
-        executor: runs both programs; what it has no memory for goes to files.
-        kept: where the blocks of an unfinished run are.
+        samples: the model's inputs.
+        executor: runs both programs; values that exceed its memory go to files.
+        folder: holds the blocks of an unfinished run.
 
     Raises:
         MptkError: no block has a matrix that no other block uses.
@@ -117,17 +117,13 @@ def distil_blocks(
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
-    runs = kept is None or not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
+    runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
     shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
             teacher.advance(k)
-        found = None if kept is None else kept.earlier(f"block-{k}")
-        if found is None:
-            found = block.trained(how)
-            if kept is not None and leads():
-                kept.save(f"block-{k}", found)
+        found = kept(folder, f"block-{k}", partial(block.trained, how))
         if runs:
             student.advance(k, weights=block.weights(found))
         before, after = found.pop(ERRORS).tolist()
@@ -141,7 +137,7 @@ def distil_blocks(
 
 
 def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
-    """The cut program with the dense one's calls. What a removed block adds is multiplied by 0."""
+    """The cut program with the dense program's calls; the outputs of removed blocks are multiplied by 0."""
     small = Rewrite(analysis, cut)(changed).program
     if removed := removed_blocks(analysis, cut):
         small = replace(small, graph=small.copy_graph())
@@ -151,13 +147,13 @@ def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
 
 
 def _staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
-    """The weights ``names`` without those of removed blocks."""
+    """The weights ``names`` except removed blocks' weights."""
     gone = tuple(f"{block.module}." for block in removed_blocks(analysis, cut))
     return {name for name in names if not name.startswith(gone)}
 
 
 def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
-    """The program's inputs in each step, those of this process, and how the processes share them."""
+    """The program's inputs in each step for this process, and how the processes share them."""
     steps = batches(program, samples, STEP)
     if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
         steps.pop()
@@ -182,7 +178,7 @@ def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]
 
 
 class _Block:
-    """Block ``k`` of both programs. ``owned``: the placeholders of the weights that are trained, with their names."""
+    """Block ``k`` of both programs. ``owned``: the placeholders of the trained weights, with their names."""
 
     def __init__(
         self,
@@ -212,7 +208,7 @@ class _Block:
         self.owned = owned if self.ends else {}
 
     def trained(self, how: Schedule) -> dict[str, Tensor]:
-        """The weights of the epoch with the least error, or the first ones if none had less, and ``ERRORS``."""
+        """The weights of the epoch with the least error, or the initial ones if no epoch had less, and ``ERRORS``."""
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
         learned = [values[node] for node in self.owned]

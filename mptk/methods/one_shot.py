@@ -1,7 +1,7 @@
 """one_shot: score every unit once by a criterion and keep the best.
 
-The budget is divided among families by the loss on calibration text, and over the layers if these are free. No weight
-is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
+The loss on calibration text decides how the budget is divided among families and, with free layers, over layers. No
+weight is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import describe
 
 TOKENS = 1024
-"""Calibration tokens on which the ways to divide the budget are compared."""
+"""Calibration tokens for comparing divisions of the budget."""
 SCORES = "scores"
 """Name of the scores in the folder of an unfinished run."""
 
@@ -87,9 +87,9 @@ class OneShotMethod(Method):
 def scored(
     prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
 ) -> tuple[Scores, Any]:
-    """The scores of the families that are cut, and the evidence that they were made of.
+    """The scores of the cut families, and the evidence behind them.
 
-    ``folder`` keeps the scores; if they were kept before, there is no evidence.
+    ``folder`` stores the scores; if they were stored before, there is no evidence.
     """
     before = None if folder is None else folder.earlier(SCORES)
     if before is not None:

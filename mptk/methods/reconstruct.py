@@ -40,7 +40,7 @@ RIDGE = 0.01
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
-    """What ``reconstruct_consumers`` costs a run."""
+    """The cost of ``reconstruct_consumers``."""
     s = settings
     return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
 
@@ -54,15 +54,14 @@ def reconstruct_consumers(
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Weights:
-    """``changes`` with every consumer of a cut family fitted to the dense layer's outputs.
+    """Fit every consumer of a cut family to the dense layer's outputs.
 
     Args:
         analysis: of the dense model.
         sites: where the families' masks go (``find_mask_sites``).
         kept: family → kept units (``kept_units``).
         changes: the weights in which the pruned model differs from the dense one.
-        samples: what the model is given.
-        executor: runs the dense program; what it has no memory for goes to files.
+        samples: the model's inputs. executor: runs the dense program; values that exceed its memory go to files.
 
     Returns:
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
@@ -85,7 +84,7 @@ def reconstruct_consumers(
 
 @dataclass(frozen=True)
 class Products:
-    """Σ x xᵀ of each consumer's inputs in the dense model, with which ``fitted`` solves for any choice of units.
+    """Σ x xᵀ of each consumer's inputs in the dense model; ``fitted`` solves with it for any choice of units.
 
     ``sums``: weight → float32 [in, in]. ``counts``: weight → rows of x.
     """
@@ -96,7 +95,7 @@ class Products:
     counts: Mapping[str, int]
 
     def fitted(self, kept: Mapping[str, Tensor]) -> Weights:
-        """The consumers of the families in ``kept`` as ``reconstruct_consumers`` fits them, each when it is asked for.
+        """The consumers of the families in ``kept``, fitted as in ``reconstruct_consumers``, each on demand.
 
         ``kept``: family → kept units (``kept_units``).
         """
@@ -122,7 +121,7 @@ def gather_products(
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Products:
-    """Run the dense model on ``samples`` once and keep what fits the consumers of ``sites`` to any cut of them."""
+    """Run the dense model once on ``samples`` and keep the sums that fit the consumers of ``sites`` to any cut."""
     state, shelf = analysis.program.state, Spool(executor.borders)
     fits, counts, likes = dict[str, _Fit](), dict[str, int](), dict[str, Tensor]()
     for name, dim in (site.weights[0] for site in sites if site.where == "input"):
@@ -146,7 +145,7 @@ def _observe(
     progress: Count | None,
     executor: Executor,
 ) -> None:
-    """Show each of ``fits`` its layer's inputs, and call ``done`` with it when it has seen all; then it is dropped."""
+    """Show each of ``fits`` its layer's inputs, then call ``done`` with it and drop it."""
     dense = analysis.program
     layers = [(site, name) for site in find_sites(analysis) if (name := stored(dense, site.weight)) in fits]
     given = batches(dense, samples, OBSERVED_TOKENS)
@@ -171,7 +170,7 @@ def consumers(sites: Sequence[MaskSite]) -> set[str]:
 
 
 def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[tuple[str, Tensor, int]]:
-    """Each consumer: weight name, which of its inputs stay (boolean [in]), and their dimension in the weight."""
+    """Each consumer: weight name, kept inputs (boolean [in]), and their dimension in the weight."""
     found: dict[str, tuple[Tensor, int]] = {}
     for site in sites:
         if site.where == "input":
@@ -184,7 +183,7 @@ def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[
 
 
 def stored(program: Program, node: fx.Node) -> str:
-    """The name of the weight that a contraction's operand is made of."""
+    """The name of the weight behind a contraction's operand."""
     while node.op != "placeholder":
         node = node.all_input_nodes[0]
     return program.weights[node.name]
@@ -192,9 +191,9 @@ def stored(program: Program, node: fx.Node) -> str:
 
 @dataclass
 class _Fit:
-    """The inputs of one layer: their rows, if these are fewer than its kept channels, or their products.
+    """The inputs of one layer: their rows, if there are fewer rows than kept channels, or their products.
 
-    ``keep``: which inputs stay, boolean [in]. ``transposed``: the weight is [in, out].
+    ``keep``: kept inputs, boolean [in]. ``transposed``: the weight is [in, out].
     """
 
     keep: Tensor
@@ -205,7 +204,7 @@ class _Fit:
     count: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in rows of the layer's inputs, [..., in]."""
+        """Add rows of the layer's inputs, [..., in]."""
         x = x.flatten(0, -2).float()
         self.count += len(x)
         if self.few:
@@ -215,13 +214,13 @@ class _Fit:
             self.products = found if self.products is None else self.products + found
 
     def combine(self, share: Sharing) -> None:
-        """Take in the rows of other processes."""
+        """Add the rows of other processes."""
         if share.count > 1:
             self.products = share.total(self._products)
             self.count = int(share.total(torch.tensor(float(self.count), device=self._products.device)))
 
     def solved(self, dense: Tensor, changed: Tensor) -> Tensor:
-        """The fitted weight, in the layout and type of ``dense``. ``changed``: the weight that it may stay near to."""
+        """The fitted weight, in ``dense``'s layout and type. ``changed``: the weight that the ridge pulls towards."""
         device = self.rows[0].device if self.few else self._products.device
         own, old = (w.to(device).T if self.transposed else w.to(device) for w in (dense, changed))
         keep = self.keep.to(device)
@@ -256,7 +255,7 @@ class _Fit:
 
 
 def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
-    """What a plan keeps: family → boolean [layers, scopes, size]."""
+    """The units that a plan keeps: family → boolean [layers, scopes, size]."""
     return {
         name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
         for name in families

@@ -148,14 +148,12 @@ def bench_decoders(
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
     times: Times = {case: [[] for _ in files] for case in cases}
-    peaks: dict[int, Peaks] = {}
-    ran: list[str] = []
-    done = itertools.count(1)
+    peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
     def finished() -> None:
         say("bench", next(done), len(cases) * len(shares))
 
-    say("bench", 0, len(cases) * len(shares))
+    finished()
     for count in threads:
         own = {case: sides for case, sides in times.items() if case.threads == count}
         peaks[count], ran = _time_cases(list(files.values()), own, shares, Roofline(count, device), device, finished)

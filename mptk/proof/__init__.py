@@ -1,1 +1,1 @@
-"""What must be equal, and what a folder claims of itself."""
+"""The proof of a pruned folder, and the check of what its report claims."""

@@ -1,4 +1,4 @@
-"""claims: what report.json says of a folder, against its plan, its weights and its files."""
+"""claims: check report.json against the folder's plan, weights and files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from passes.check_cut import table_size
 from passes.targets.onnx.names import quantized_files
 
 LATER = "bench.json"
-"""The one file that is written into a published folder."""
+"""The only file that is written into a published folder."""
 
 
 def check_files(report: Report, folder: Path) -> None:
-    """The report's words on files: which there are, which graphs, and whether it is a stock checkpoint.
+    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint.
 
     Raises:
-        MptkError: one is not true; or a file is named that is not there.
+        MptkError: a claim is wrong, or a named file is missing.
     """
     there = listed(folder)
     missing = sorted(set(report.files) - set(there))
@@ -61,7 +61,7 @@ def check_files(report: Report, folder: Path) -> None:
 
 
 def _target_of(folder: Path) -> str:
-    """The target that the folder was written for, by what is in it."""
+    """The target that the folder was written for, by its content."""
     return next((name for name, target in targets().items() if target.wrote(folder)), "none")
 
 
@@ -74,13 +74,13 @@ def check_numbers(
     stored: torch.dtype,
     conversions: Sequence[Conversion] = (),
 ) -> None:
-    """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
+    """Check the report's claims on what was cut and trained: families, sparsity, cost, plan, trained weights.
 
     ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``analysis``: of the
     model after its ``conversions``.
 
     Raises:
-        MptkError: one is not what the plan and the dense model give.
+        MptkError: a claim contradicts the plan or the dense model.
     """
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
@@ -112,7 +112,7 @@ def proof_samples(folder: Path, example: Samples) -> Samples:
     """The samples of the proof, unchecked. ``example``: samples of the same kind.
 
     Raises:
-        MptkError: they are missing or of another kind.
+        MptkError: they are missing, or not inputs of this kind.
     """
     try:
         tensors = load_file(folder / PROVEN_ON)
@@ -124,7 +124,7 @@ def proof_samples(folder: Path, example: Samples) -> Samples:
 
 
 def check_samples(samples: Samples, folder: Path, program: Program, example: Samples) -> None:
-    """Raise MptkError unless the proof has a sample, and each has 8 tokens or more that the model has.
+    """Raise MptkError unless the proof has samples, each with 8 tokens or more of the model's vocabulary.
 
     ``program``: the dense one.
     """
@@ -148,9 +148,9 @@ def costs(
     dense: torch.dtype,
     conversions: Sequence[Conversion] = (),
 ) -> dict[str, dict[str, float]]:
-    """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's.
+    """``dense`` and ``pruned`` → costs. ``cost`` counts bytes of the stored type, ``dense`` of the dense model's type.
 
-    ``conversions``: what made the model that ``cost`` is of, of the dense one.
+    ``conversions``: the conversions that made ``cost``'s model from the dense model.
     """
     analysis = conversions[0].before.analysis if conversions else cost.analysis
     whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
@@ -158,9 +158,9 @@ def costs(
 
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
-    """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut.
+    """Family → its dense width, its width after the cut, and its layers. A depth is included if it is cut.
 
-    Layers stand for themselves if the plan names some of their family.
+    If the plan names single layers of a family, its layers are separate entries.
     """
     analysis = analysis.divided(plan.divided)
     depths = [f for f in analysis.depths if f.name in plan.families]
@@ -173,15 +173,15 @@ def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def require_same(name: str, said: Any, true: Any) -> None:
-    """As the other checks: ``said`` of the report must be what is true, after both went through JSON."""
+    """Check one claim: the report's value ``said`` must equal ``true``, both as JSON."""
     _require(name, said, json.loads(json_text(true)))
 
 
 def _require(name: str, said: Any, true: Any) -> None:
     if not _same(said, true):
         raise MptkError(
-            f"{name} in report.json is not true: it says {_short(said)}, the folder and its plan give {_short(true)}; "
-            "do not use it, and prune the model again"
+            f"{name} in report.json is wrong: it says {_short(said)}, but the folder and its plan give "
+            f"{_short(true)}; do not use it, and prune the model again"
         )
 
 

@@ -1,7 +1,7 @@
-"""proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
+"""proof: prove a pruned folder, stage by stage, and make the samples on which outputs are compared.
 
-The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
-outputs of each conversion, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+The stages are in the order in which a user of the folder would notice a fault: config, weights, then the outputs of
+    each conversion, of the rewritten graph, of the reloaded checkpoint and of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from passes.verify import TOLERANCE, Difference, StageOutputs, prove
 
 
 def work(settings: Settings, long: bool) -> dict[str, Pass]:
-    """What a proof costs a run. ``long``: whether a border makes its one long sequence as long as it may be."""
+    """The cost of a proof. ``long``: whether a border makes its long sequence as long as allowed."""
     tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
     return {"prove": Pass(3 * tokens, settings.length, reads=2)}
 
@@ -40,14 +40,13 @@ def work(settings: Settings, long: bool) -> dict[str, Pass]:
 def prove_folder(
     compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples, *, whole: bool = True
 ) -> Proven:
-    """Every stage's difference, of the cut program and of what each target wrote into ``folder``.
+    """The difference at every stage: of the cut program, and of each target's files in ``folder``.
 
-    ``samples``: what the proof's batches are made of (``proof_batches``). ``whole``: whether optional files must be
-    right, too; if not, those that are not are removed.
+    ``samples``: the proof's batches are made from them (``proof_batches``). ``whole``: whether a wrong optional file is
+    an error; if not, it is removed.
 
     Raises:
-        MptkError: the config is not what it must be; the folder cannot be loaded; or an optional file must be right and
-            is not.
+        MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.
     """
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and _tokens(samples)
@@ -86,7 +85,7 @@ def prove_folder(
 
 
 def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
-    """The differences of optional files, and notes on those that failed and were removed."""
+    """The differences of optional files, and notes on files that failed and were removed."""
     found, notes = list[Difference](), list[str]()
     for extra in extras:
         try:
@@ -117,7 +116,7 @@ def _unseen(compiled: Compiled, batch: Samples) -> list[Difference]:
 
 
 def find_reach(compiled: Compiled) -> Reach:
-    """How far the proof must go: past the borders of the graph, of the dense config and of the one written."""
+    """The tokens that the proof needs to cross the borders of the graph, of the dense config and of the written one."""
     written = [] if compiled.written is None else [compiled.written.stock.config]
     prepared = compiled.prepared
     configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
@@ -125,9 +124,9 @@ def find_reach(compiled: Compiled) -> Reach:
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
-    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long.
+    """The short batch of ``samples``, and one sample; if ``length`` is not 0, the sample has that many tokens.
 
-    Samples that a program takes only together are one batch.
+    If a program takes samples only together, they are one batch.
     """
     first = short(samples, sequences)
     if samples.together is not None:
@@ -143,7 +142,7 @@ def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> 
 
 
 def _takes(program: Program, samples: Samples) -> bool:
-    """Whether a program holds for as many samples: some hold for more than one only."""
+    """Whether a program takes this number of samples; some take no single sample."""
     try:
         program.sizes.check([tensor.shape for tensor in samples.tensors])
     except MptkError:
@@ -156,17 +155,17 @@ def _tokens(samples: Samples) -> bool:
 
 
 def _length(samples: Samples) -> int:
-    """Tokens of the longest input; 0 if none holds token ids."""
+    """Tokens of the longest input; 0 if there are no token ids."""
     return max((tensor.shape[1] for tensor in samples.tensors if is_tokens(tensor)), default=0)
 
 
 def check_witness(analysis: Analysis, cut: Cut, witness: Witness, batch: Samples, executor: Executor) -> Difference:
-    """Compare adopted weights with the trained model they come from, by the outputs that it gave itself.
+    """Compare the adopted weights with the trained model, by the outputs that the trained model gave.
 
-    ``analysis``: of the dense model with the adopted weights. ``cut``: what the plan keeps of it.
+    ``analysis``: of the dense model with the adopted weights. ``cut``: the units that the plan keeps.
 
     Raises:
-        ProofError: they are further away than the witness allows.
+        ProofError: they differ by more than the witness allows.
     """
     stages = {witness.stage: (lambda _: witness.outputs, witness.tolerance)}
     (found,) = prove(mask(analysis, cut), stages, batch, executor=executor)
@@ -175,7 +174,7 @@ def check_witness(analysis: Analysis, cut: Cut, witness: Witness, batch: Samples
 
 
 def check_proof(proof: Sequence[Difference], remedy: str) -> None:
-    """Raise ProofError for the first stage above its tolerance, with what to do about it."""
+    """Raise ProofError for the first stage above its tolerance, with the remedy."""
     for d in proof:
         if d.failure:
             raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")

@@ -1,4 +1,4 @@
-"""verification: ``verify``, which proves a pruned folder again and believes nothing of what it says of itself."""
+"""verification: ``verify``, which proves a pruned folder again and trusts nothing that the folder claims."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, stored_type
-from mptk.protocols.conversion import Analysed
+from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.execution import execution
 from mptk.protocols.report import PROVEN_ON, Report, unreadable
 from mptk.protocols.values import Context
 from mptk.publish.manifest import check_manifest
+from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks.of_folder import task_of_folder
@@ -45,7 +47,7 @@ REMEDY = "do not use it, and prune the model again"
 
 
 class Proof(list[Difference]):
-    """Each stage's difference, and in ``notes`` what the proof does not reach."""
+    """Each stage's difference, and ``notes`` on what the proof does not cover."""
 
     def __init__(self, stages: Iterable[Difference], notes: list[str]) -> None:
         super().__init__(stages)
@@ -65,19 +67,19 @@ def verify(
 ) -> Proof:
     """Prove a pruned folder again, from the dense model and ``plan.json``.
 
-    First every file is compared with the folder's manifest. What the plan makes of the dense model (weights, config,
-    widths, costs) is found anew; what the folder's report says must agree.
+    First every file is compared with the folder's manifest. Then weights, config, widths and costs are computed again
+    from the dense model and the plan; the folder's report must agree.
 
     Args:
         folder: an ``--out`` folder of ``prune``.
-        model: the dense model, if it is no longer where the report says; or itself, if it was pruned in memory.
-        trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
-        proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
+        model: the dense model, if it has moved; or the module, if it was pruned in memory.
+        trust_remote_code: whether the model's own Python code may run; the folder's report does not decide this.
+        proof_length: tokens of the longest sequence in the proof, to go beyond the model's windows.
         memory, device: as in ``Settings``.
 
     Raises:
         MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
-            not there, or not the one that was pruned; or a stage is above its tolerance.
+            missing, or not the one that was pruned; or a stage exceeds its tolerance.
     """
     folder = Path(folder)
     plan, report = plan_of(folder), Report.read(folder)
@@ -88,19 +90,9 @@ def verify(
     dense = str(model) if isinstance(model, Path) else model
     loaded = open_dense(report.model, report.model_sha256, dense, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
-    task = task_of_folder(folder, report, loaded)
-    require_same("task", report.task, task.name)
-    example = task.example(loaded.model)
-    samples = proof_samples(folder, example)
-    like = samples if find_target(report.settings.target).classed else None
-    program = traced(loaded, task, executor, report.settings.length, like)
-    samples = fitting(task, program, samples, PROVEN_ON)
-    start, context = Analysed(loaded, task, group.analyze(program)), Context(Log(), silent)
-    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
+    context = Context(Log(), silent)
+    start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
     loaded, analysis = start.loaded, start.analysis
-    with _readable(folder):
-        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), conversions)
-        check_samples(samples, folder, analysis.program, example)
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
@@ -114,8 +106,28 @@ def verify(
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
 
 
+def _analysed(
+    folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
+) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
+    """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
+    task = task_of_folder(folder, report, loaded)
+    require_same("task", report.task, task.name)
+    example = task.example(loaded.model)
+    samples = proof_samples(folder, example)
+    like = samples if find_target(report.settings.target).classed else None
+    program = traced(loaded, task, executor, report.settings.length, like)
+    samples = fitting(task, program, samples, PROVEN_ON)
+    start = Analysed(loaded, task, group.analyze(program))
+    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
+    loaded, stored = start.loaded, stored_type(report.settings, start.loaded)
+    with _readable(folder):
+        check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
+        check_samples(samples, folder, start.analysis.program, example)
+    return start, conversions, samples
+
+
 def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
-    """The dense model as ``prune`` prepared it to cut it to this plan."""
+    """The dense model, prepared as in ``prune``."""
     target, method = find_target(settings.target), find_method(settings.method)
     loaded, analysis = model.loaded, model.analysis
     return Prepared(
@@ -134,7 +146,7 @@ def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -
 
 
 def _rehomed(folder: Path, loaded: Loaded) -> bool:
-    """Whether the folder holds another class than the dense model's; a folder without a config holds none."""
+    """Whether the folder's class differs from the dense model's; a folder without a config has no class."""
     file = folder / "config.json"
     if not file.is_file():
         return False
@@ -151,7 +163,7 @@ def plan_of(folder: str | Path) -> Plan:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """A report that holds something of another kind is a user's error, too."""
+    """Turn errors from wrong values in a report into a user's error."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,1 +1,1 @@
-"""The values that stages hand on, the protocols of what differs between runs, and the folder of a run."""
+"""The values that stages hand on, the protocols of methods, targets and tasks, the report, and the folder of a run."""

@@ -1,11 +1,11 @@
-"""chain: the values that the stages of a run hand on, and the protocols of what differs between runs.
+"""chain: the values that the stages of a run hand on, and the protocols of methods and targets.
 
-Prepared → Chosen → Compiled → Proven → Report (``report.py``). Each is made by one function of ``mptk.chain``.
+Prepared → Chosen → Compiled → Proven → Report (``report.py``). One function of ``mptk.chain`` makes each value.
 
-Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and what kind of
-model it is (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add
-theirs by entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its
-protocol and inherits the defaults.
+Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and the kind of model
+    (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add more by
+    entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its protocol
+    and inherits the defaults.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from passes.verify import Difference
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dense model, analysed, with the widths that the settings and the target allow.
+    """An analysed dense model with the widths that the settings and the target allow.
 
-    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
-    given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
-    ``executor`` runs its programs. ``conversions``: what made ``loaded`` of the model that was given. ``origin``:
-    digests of what was given.
+    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget; empty if a ``plan``
+    is given, and then ``cut`` is the resolved plan. ``shapes``: the ranking of a search, of which the only candidate is
+    the best. ``executor`` runs the programs. ``conversions``: the conversions that made ``loaded`` from the user's
+    model. ``origin``: digests of the inputs.
     """
 
     source: str
@@ -73,12 +73,12 @@ class Prepared:
 
     @property
     def given(self) -> Loaded:
-        """The dense model as the user gave it, before its conversions."""
+        """The user's dense model, before conversions."""
         return self.conversions[0].before.loaded if self.conversions else self.loaded
 
     @property
     def compared(self) -> Loaded:
-        """The dense model that is imitated, and compared with: before the conversions that change its outputs."""
+        """The reference for training and quality: the dense model before the conversions that change its outputs."""
         model = imitated(self.conversions)
         return self.loaded if model is None else model.loaded
 
@@ -95,7 +95,7 @@ class Prepared:
 
     @property
     def calibrator(self) -> Executor:
-        """Runs its programs to choose and to fit, in the type that the settings name; the proof never uses it."""
+        """The executor for choosing and fitting, in the type that the settings name; the proof never uses it."""
         return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
 
     @property
@@ -105,7 +105,7 @@ class Prepared:
 
     @property
     def across_layers(self) -> list[str]:
-        """The families that are cut and run through all layers. Norms follow them, and weights beside stay."""
+        """The cut families that run through all layers. Norms change with their width."""
         families = [self.analysis.family(name) for name in self.families]
         return [family.name for family in families if not is_layered(family) and family.kind == "channels"]
 
@@ -115,43 +115,43 @@ class Prepared:
         return self.settings.learning.of_recovery(frozen=bool(self.across_layers))
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
-        """The dense module, to adapt and to move: its parameters are its own, their memory is shared.
+        """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.
 
-        ``weights``: whether they need values; if not, they take no memory.
+        ``weights``: whether parameters need values; if not, they take no memory.
         """
         return replica(self.loaded.whole() if weights else self.loaded.model, weights)
 
     def teacher(self, weights: bool = True) -> PreTrainedModel:
-        """The module that is imitated, as ``dense`` gives the one that is cut."""
+        """The reference module, copied as in ``dense``."""
         return replica(self.compared.whole() if weights else self.compared.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:
-        """Where masks of these families go into the module, of those families that masks can hold."""
+        """The mask sites of these families in the module; families that masks cannot hold have none."""
         maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
 
 
 def reconstructs(settings: Settings, method: Method) -> bool:
-    """Whether the consumers of a run are fitted to the dense layers' outputs."""
+    """Whether consumers are fitted to the dense layers' outputs."""
     if settings.reconstruct is None:
         return bool(settings.distil_epochs) or (not settings.fixed and method.reconstructs)
     return settings.reconstruct
 
 
 def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
-    """The type in which the weights of the result are stored."""
+    """The type in which the result's weights are stored."""
     made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return made
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is cut: the plan, that plan resolved, and the dense model's weights that ``changes`` replaces.
+    """What is cut: the plan, the resolved plan, and ``changes``, which replace weights of the dense model.
 
-    ``trained``: the names of changed weights that are in the folder as trained. ``losses``: widths tried → loss on
-    calibration text. ``compensation``: whether the changes are biases that make up for what is removed.
-    ``steps``: training steps that choosing took.
+    ``trained``: names of the changed weights that were trained. ``losses``: widths tried → loss on calibration text.
+    ``compensation``: whether the changes are biases that compensate for removed units. ``steps``: training steps that
+    choosing took.
     """
 
     plan: Plan
@@ -164,7 +164,7 @@ class Chosen:
     steps: int = 0
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
-        """The same with these weights, too, as trained ones."""
+        """Add ``weights`` as trained weights."""
         changes = Weights(self.changes).updated(weights)
         return replace(self, changes=changes, trained=tuple(changes))
 
@@ -173,10 +173,10 @@ class Chosen:
 class Compiled:
     """The cut program and the form in which the target holds it.
 
-    ``analysis``: of the dense model with ``chosen.changes``, in the stored type. ``program``: the cut program, as the
-    stored type holds it; ``exact``: before folded norms were rounded to that type. ``epsilons``: the norms' epsilons
+    ``analysis``: of the dense model with ``chosen.changes``, in the stored type. ``program``: the cut program in the
+    stored type; ``exact``: the same before folded norms were rounded to that type. ``epsilons``: the norms' epsilons
     that the cut changed, old → new. ``written``: the class and config that hold it; None if the target needs none.
-    ``recovery``: how the loss on held-out samples went, for the report.
+    ``recovery``: the loss on held-out samples during recovery, for the report.
     """
 
     prepared: Prepared
@@ -196,10 +196,10 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Proven:
-    """Each stage's difference from the masked dense model. ``length``: tokens of the longest sequence that was run.
+    """Each stage's difference from the masked dense model. ``length``: tokens of the longest sequence in the proof.
 
-    ``note``: what the proof does not reach; empty if nothing. ``left_out``: a note on each optional file that failed,
-    which is no longer in the folder.
+    ``note``: what the proof does not cover; may be empty. ``left_out``: notes on optional files that failed and were
+    removed from the folder.
     """
 
     differences: tuple[Difference, ...]
@@ -209,12 +209,11 @@ class Proven:
 
 
 class Method(Protocol):
-    """How the units that stay are chosen.
+    """How to choose the units that stay.
 
-    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: consumers are fitted to the dense
-    layers' outputs unless the user says otherwise. ``divides``: it can give each layer a width of its own. ``splits``:
-    from how many ways of dividing the budget among families it chooses at most, spread over all that are legal; None:
-    from all.
+    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: by default consumers are fitted to
+    the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
+    budget among families to choose from, spread over all legal ones; None: all.
     """
 
     name: str
@@ -229,27 +228,27 @@ class Method(Protocol):
         return None
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
-        """Why the method cannot choose among this family's units, or None."""
+        """The reason why the method cannot choose among this family's units, or None."""
         return None
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
-        """What ``choose`` costs before any training: stage → work; by default a pass over the calibration text."""
+        """The cost of ``choose`` before any training: stage → work; by default a pass over the calibration text."""
         return {f"score ({self.name})": Pass(settings.samples * settings.length, settings.length)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         """The plan, for one of ``prepared.candidates``, and the weights that change.
 
         Raises:
-            MptkError: a family cannot be judged.
+            MptkError: the method cannot score a family.
         """
         ...
 
 
 class Target(Protocol):
-    """What is written: which widths it can hold, how it is written, and what it must be equal to.
+    """A form of the result: its legal widths, how to write it, and what it must equal.
 
-    ``classed``: ``fit`` gives a class, which takes adapters, gradient checkpointing and shards. ``ragged``: layers may
-    have different widths.
+    ``classed``: ``fit`` returns a class, which supports adapters, gradient checkpointing and shards. ``ragged``: layers
+    may have different widths.
     """
 
     name: str
@@ -258,13 +257,13 @@ class Target(Protocol):
     ragged: bool = False
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
-        """Each family's legal widths; by default all that the graph's ops accept."""
+        """Each family's legal widths; by default all widths that the graph's ops accept."""
         return graph_widths(analysis, multiple)
 
     def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
-        """More widths, which only another class than the model's own can hold; None if there are none.
+        """Additional widths that the model's own class cannot hold but another class can; None if there are none.
 
-        ``legal``: what ``legal`` gave.
+        ``legal``: the result of ``legal``.
         """
         return None
 
@@ -273,10 +272,10 @@ class Target(Protocol):
         return None
 
     def fit(self, compiled: Compiled, sample: Samples) -> Written | None:
-        """The class and config that hold the cut program, or None if it needs none. ``sample``: one, to run it on.
+        """The class and config that hold the cut program; None if it needs none. ``sample``: one sample to run it on.
 
         Raises:
-            MptkError: there is none.
+            MptkError: no class can hold it.
         """
         return None
 
@@ -285,21 +284,21 @@ class Target(Protocol):
         ...
 
     def wrote(self, folder: Path) -> bool:
-        """Whether what is in ``folder`` was written for this target."""
+        """Whether ``folder`` was written for this target."""
         ...
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        """What of ``folder`` must equal the cut program. ``crossed``: positions that decoding must cross.
+        """The parts of ``folder`` that must equal the cut program. ``crossed``: positions that decoding must cross.
 
         Raises:
-            MptkError: something is missing, or is not what was written.
+            MptkError: a file is missing or was changed.
         """
         return Checks()
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
-        """What may differ by rounding, as a graph in float16. Asked for if all else is equal."""
+        """Parts that may differ by rounding, as a graph in float16. They are checked last."""
         return []
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
-        """What is left out of the folder if its check fails, as a quantised graph. Asked for if all else is equal."""
+        """Parts that are left out of the folder if their check fails, as a quantised graph. They are checked last."""
         return []

@@ -1,4 +1,4 @@
-"""conversion: what changes a dense model before it is cut. ``mptk.conversions`` lists mptk's own."""
+"""conversion: the protocol of a change of the dense model before it is cut. ``mptk.conversions`` lists mptk's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Analysed:
 
 
 Analyse = Callable[[Loaded], Analysed]
-"""Traces and analyses a model, of which the conversion started from another with the same task."""
+"""Traces and analyses a converted model; the task is the original model's."""
 Change = Callable[[Analysed, Analyse], "Conversion"]
 """Converts a model."""
 
@@ -39,12 +39,13 @@ Change = Callable[[Analysed, Analyse], "Conversion"]
 class Conversion(ABC):
     """A conversion that was made: the model ``before`` and ``after`` it.
 
-    ``config_changes``: field → [old, new]. ``weights``: those of ``after`` that were fitted, in their shapes there.
+    ``config_changes``: field → [old, new]. ``weights``: the fitted weights of ``after``, in its shapes.
 
-    Of each kind: ``name``: its key in a plan, in a report and, but for underscores, of its option. ``stage``: its stage
-    in a run and in the proof. ``settles``: what its entry in a plan says. ``does``: what it does to a model. ``fits``:
-    the stage that fits weights to samples, so that the model before stays the one that is compared with; empty if both
-    models compute the same, and the one after is compared with. ``told``: keys of its row that a plan does not give.
+    Each kind declares: ``name``: its key in a plan and in a report and, with hyphens, its option. ``stage``: its stage
+        in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
+        ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
+        both models compute the same; then quality is compared with the model after. ``told``: keys of its report row
+        that the plan lacks.
     """
 
     name: ClassVar[str]
@@ -62,7 +63,7 @@ class Conversion(ABC):
     @classmethod
     @abstractmethod
     def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
-        """The change that the settings ask for, with ``texts`` that the caller gave; None if they ask for none.
+        """The conversion that the settings ask for, with the caller's ``texts``; None if they ask for none.
 
         Raises:
             MptkError: it cannot be done with these settings.
@@ -71,7 +72,7 @@ class Conversion(ABC):
     @classmethod
     @abstractmethod
     def planned(cls, entry: Entry) -> Change:
-        """The change that an entry of a plan says. Raises MptkError if it is no such entry."""
+        """The conversion that a plan's entry asks for. Raises MptkError if the entry is wrong."""
 
     @property
     @abstractmethod
@@ -81,31 +82,31 @@ class Conversion(ABC):
     @property
     @abstractmethod
     def note(self) -> str:
-        """What a reader of the report must know; empty if nothing."""
+        """A note for the report; may be empty."""
 
     @abstractmethod
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
-        """Two that give the same outputs if it was made right."""
+        """Two programs that must give the same outputs."""
 
     def row(self) -> dict[str, Any]:
-        """What a report says of it under its name; empty if it has no field for it."""
+        """Its row in a report, under its name; empty if the report has no field for it."""
         return {}
 
     @property
     def config_row(self) -> dict[str, Any]:
-        """The changes of the config, as a row of a report has them."""
+        """The changes of the config, as in a report's row."""
         return {"config_changes": {name: list(values) for name, values in self.config_changes.items()}}
 
     def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
-        """The same with weights fitted to ``samples``. ``few``: a short batch of these."""
+        """Fit its weights to ``samples``. ``few``: a short batch of these."""
         return self
 
     @property
     def tokens(self) -> Sequence[int] | None:
-        """The ids that the tokens of ``after`` have in ``before``; None if they are the same."""
+        """The ids in ``before`` of the tokens of ``after``; None if they are the same."""
         return None
 
 
 def imitated(conversions: Sequence[Conversion]) -> Analysed | None:
-    """The model that the converted one is compared with; None if it is the converted one itself."""
+    """The reference for quality if it is not the converted model itself; else None."""
     return next((each.before for each in conversions if each.fits), None)

@@ -1,4 +1,4 @@
-"""execution: in how much memory, and on which device, a run computes."""
+"""execution: the memory and the device that a run uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mptk.ort.sessions import CPU, HOST, providers
 from mptk.staged.staged import Executor
 
 KEPT, STAGE, BORDERS = 0.5, 0.25, 0.125
-"""Shares of the bound: weights that stay after their stage, the weights of a stage, and values between stages. The rest
-is for what a stage computes."""
+"""Shares of the memory bound: weights that stay after their stage, the weights of a stage, and values between stages.
+The rest is for computing a stage."""
 
 
 def execution(settings: Settings) -> tuple[Resident, Executor]:
-    """What keeps the weights that were read, and what runs programs with them, within the settings' memory.
+    """The store of weights and the executor of programs, within the settings' memory.
 
     Raises:
         MptkError: there is no such device.
@@ -29,7 +29,7 @@ def execution(settings: Settings) -> tuple[Resident, Executor]:
 
 
 def device_memory(device: torch.device) -> float | None:
-    """Free bytes of the device's own memory; None if it has none, or does not say."""
+    """Free bytes of the device's own memory; None if it has none or the number is unknown."""
     if device.type == "cpu":
         return None
     asked = getattr(torch.get_device_module(device), "mem_get_info", None)
@@ -37,7 +37,7 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the accelerator, if there is one, else the CPU.
+    """The device of that name; ``auto`` is the accelerator or, if there is none, the CPU.
 
     Raises:
         MptkError: this machine has no such device.
@@ -51,14 +51,17 @@ def find_device(name: str) -> torch.device:
         raise MptkError(f"no device {name!r}; choose auto, cpu, cuda, cuda:N, mps or xpu") from error
     if device.type != "cpu" and (there is None or device.type != there.type):
         has = "only a CPU" if there is None else f"a CPU and {there.type}"
-        raise MptkError(f"there is no device {name} here, {has}; choose another --device")
+        raise MptkError(f"this machine has no device {name}, {has}; choose another --device")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise MptkError(f"there is no device {name} here, only {torch.accelerator.device_count()} of them")
+        raise MptkError(
+            f"this machine has no device {name}, only {torch.accelerator.device_count()} of that kind; choose another "
+            "--device"
+        )
     return device
 
 
 def session_device(name: str) -> torch.device:
-    """The device of that name, for a command that runs in ONNX Runtime alone; ``auto`` without a provider is the CPU.
+    """The device of that name for ONNX Runtime; ``auto`` is the CPU if there is no provider for the accelerator.
 
     Raises:
         MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
@@ -68,7 +71,7 @@ def session_device(name: str) -> torch.device:
         return device
     if name != "auto":
         raise MptkError(
-            f"this ONNX Runtime has no execution provider for {name}; install the onnxruntime that has, as "
-            "onnxruntime-gpu for cuda, or choose --device cpu"
+            f"this ONNX Runtime has no execution provider for {name}; install one that has it, as onnxruntime-gpu for "
+            "cuda, or choose --device cpu"
         )
     return CPU

@@ -1,4 +1,4 @@
-"""onnx_form: the protocol of how a kind of model is written as ONNX, and the dense model that it is given."""
+"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from passes.verify import Difference
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model that is to be written as ONNX, in the type and the form that the settings name.
+    """A dense model to write as ONNX, in the type and the form that the settings name.
 
-    ``program``: as its task traces it, with its weights; with those that a method changed. None for a decoder whose
-    model has its weights, and runs itself. ``about``: what the graphs' metadata say beside the source, the plan and
-    versions.
+    ``program``: as its task traces it, with the weights that a method changed. None for a decoder whose model holds its
+    weights and runs itself. ``about``: entries for the graphs' metadata, beside source, plan and versions.
     """
 
     loaded: Loaded
@@ -45,28 +44,28 @@ class Dense:
         return self.loaded.with_weights(program).with_state(own)
 
     def run(self, samples: Samples) -> Tensor:
-        """What the program computes."""
+        """Outputs of the program."""
         assert self.program is not None
         output: Tensor = next(self.executor.outputs([self.program], [samples.tensors]))
         return output
 
 
 class OnnxForm(Protocol):
-    """How a kind of model is written as ONNX, and how the graphs are run.
+    """How to write a kind of model as ONNX, and how to run the graphs.
 
-    ``described``: the files that ``describe`` may write; a folder is whole without them.
+    ``described``: the files that ``describe`` may write; they are optional.
     """
 
     described: tuple[str, ...] = ()
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        """Raise MptkError if a model like this is not written as the settings ask."""
+        """Raise MptkError if a model like this cannot be written as the settings ask."""
         return None
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         """Write the model, cut to ``plan`` if there is one, as ONNX into ``folder``. Returns notes for the report.
 
-        ``samples``: of the task, to calibrate on; None: there are none. ``log`` is given a record of each pass.
+        ``samples``: to calibrate on, if there are any. ``log`` gets a record of each pass.
 
         Raises:
             MptkError: this model cannot be exported.
@@ -74,17 +73,17 @@ class OnnxForm(Protocol):
         ...
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        """Stages of the proof: what runs the graphs of ``folder`` on ``device``, its tolerance, and what ran them.
+        """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
 
-        ``crossed``: positions that decoding must cross. ``settings``: what the graphs must be.
+        ``crossed``: positions that decoding must cross. ``settings``: the form that the graphs must have.
 
         Raises:
-            ProofError: a graph is not as the settings ask.
+            ProofError: a graph differs from what the settings ask for.
         """
         ...
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        """What runs one graph, as the program runs."""
+        """A function that runs one graph as the program runs."""
         ...
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
@@ -94,7 +93,7 @@ class OnnxForm(Protocol):
     def describe(
         self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
     ) -> None:
-        """Write into ``folder`` what programs need that look for the graphs in its subfolder ``graphs``."""
+        """Write the files that programs need to find the graphs in the subfolder ``graphs`` of ``folder``."""
         return None
 
     def half(self, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""origin: what a run was given: digests of model, tokenizer, data and plan, taken before it begins to work."""
+"""origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins."""
 
 from __future__ import annotations
 
@@ -27,28 +27,26 @@ from mptk.publish.manifest import MARKER, file_digests, file_sha256
 WEIGHTS, TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
 ADDED = '"added_tokens"'
-"""Where the text of a fast tokenizer begins to say what the ids are."""
+"""Where a fast tokenizer's JSON begins to define the ids."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """``model``: the dense model's fingerprint, as a report has it. ``parts``: what was given → its SHA-256."""
+    """``model``: the dense model's fingerprint, as in a report. ``parts``: input → its SHA-256."""
 
     model: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def require(self, now: Origin) -> None:
-        """Raise MptkError if what is there ``now`` is another: the result would be of neither."""
+        """Raise MptkError if the inputs ``now`` differ: the result would mix old and new."""
         if changed := differing(self.parts, now.parts):
-            raise MptkError(
-                f"{changed} changed while the run worked with it, so that nothing was published; start again"
-            )
+            raise MptkError(f"{changed} changed during the run, so nothing was published; start again")
 
 
 def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
-    """What a run on the model ``source`` was given. ``start``: the folder whose weights it trains. ``plan``: as read.
+    """Digests of the inputs of a run on ``source``. ``start``: the folder whose weights it trains. ``plan``: as read.
 
-    Files that were not touched since are not read again.
+    Unchanged files are not read again.
     """
     parts: dict[str, str] = {}
     if loaded.live:
@@ -69,7 +67,7 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
 
 
 def states_of(source: str) -> list[tuple[int, ...]]:
-    """What the system says of a model's files, to see whether they change; nothing if they are not on this machine."""
+    """The file system's data on a model's files, to notice changes; empty if they are not on this machine."""
     try:
         files = files_of(source, local=True).values()
     except MptkError:
@@ -79,24 +77,26 @@ def states_of(source: str) -> list[tuple[int, ...]]:
 
 
 def check_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: Path) -> None:
-    """Raise MptkError if a caller gives other samples than those that the unfinished run ``where`` keeps."""
+    """Raise MptkError if the caller's samples differ from the ones of the unfinished run ``where``."""
     if not all(name in kept and torch.equal(kept[name], tensor) for name, tensor in now.items()):
-        raise MptkError(f"data in memory is not what {where} was started with; give the same, or remove it")
+        raise MptkError(
+            f"data in memory differs from the data that {where} was started with; give the same, or remove that folder"
+        )
 
 
 def named(settings: Settings) -> Sequence[str]:
-    """The sources of samples and of a vocabulary that have names."""
+    """The named sources of samples and of a vocabulary."""
     sources = settings.data, settings.eval_data, settings.vocabulary
     return [source for source in sources if source not in (None, IN_MEMORY)]
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The names whose values differ, as words of a sentence; empty if none does."""
+    """The names whose values differ, as words for a sentence; empty if all are equal."""
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
 def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what makes a tokenizer's ids, whatever it was last asked to pad or to cut."""
+    """SHA-256 of the parts of a tokenizer that make the ids, without its padding and truncation."""
     known = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
     digest = hashlib.sha256(json_text(known, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)

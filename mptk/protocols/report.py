@@ -1,6 +1,6 @@
-"""report: ``report.json``, what a folder says of itself: how it was made, what it costs, how good it is, its proof.
+"""report: ``report.json``: how a folder was made, its costs, its quality, its proof.
 
-docs/report.md describes every field. ``verify`` believes none of them.
+docs/report.md describes every field. ``verify`` trusts none of them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from mptk.reading import read_json
 FILE = "report.json"
 FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
-"""The samples of the proof, the model's inputs by name. It lies apart: programs take any *.safetensors for weights."""
+"""The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
-"""What is not finite is null."""
+"""Null if it is not finite."""
 Changes = Mapping[str, Sequence[Any]]
 """Field of a config → [old, new]."""
 
 
 class _Open(TypedDict):
-    """A row may say more than is read."""
+    """A row may have fields that are not read."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)  # type: ignore[misc]
 
 
 class FamilyRow(_Open):
-    """A family: units of the dense and of the pruned model in each of its layers."""
+    """A family: units in each layer of the dense and of the pruned model."""
 
     of: Annotated[int, Field(gt=0)]
     width: Annotated[int, Field(gt=0)]
@@ -54,7 +54,7 @@ def _narrower(row: FamilyRow) -> FamilyRow:
 
 
 class CostRow(_Open):
-    """Figures of ``cost.model.Cost``. The dense model's are divisors."""
+    """Figures of ``cost.model.Cost``. The dense model's must not be 0, as they are divisors."""
 
     block: Annotated[float, Field(gt=0)]
     parameters: Annotated[float, Field(gt=0)]
@@ -71,7 +71,7 @@ class CostRows(_Open):
 
 
 class QualityRow(_Open):
-    """How good both models are."""
+    """The quality of both models."""
 
     metric: str
     protocol: str
@@ -108,16 +108,16 @@ class StageRow(_Open):
 
 
 class LegalRow(_Open):
-    """``widths`` that the target can hold, the dense one last; ``refused``: why it can hold no other, or None."""
+    """``widths``: legal ones, the dense one last; ``refused``: the reason why no other width is legal, or None."""
 
     widths: Sequence[int]
     refused: str | None
 
 
 class RecoveryRow(_Open):
-    """How training after the cut went. ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak rate.
+    """Training after the cut. ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak rate.
 
-    If samples were held out: ``losses`` on them by step, and ``kept``, the step whose weights were kept.
+    Only if samples were held out: ``losses`` on them by step, and ``kept``, the step whose weights were kept.
     """
 
     rank: NotRequired[int]
@@ -129,7 +129,7 @@ class RecoveryRow(_Open):
 
 
 class VocabularyRow(_Open):
-    """Tokens of the dense and of the pruned model, the text that decided, and the token ids that changed."""
+    """Tokens of the dense and of the pruned model, the text that decided, and token ids that changed."""
 
     of: int
     kept: int
@@ -170,12 +170,12 @@ UsedRows = TypedDict(
     },
     total=False,
 )
-"""What was trained, calibrated and measured on; ``files``: path → sha256."""
+"""The data of training, calibration and measurement; ``files``: path → sha256."""
 with_config(ConfigDict(extra="forbid"))(UsedRows)
 
 
 def _of(kind: Any) -> GetPydanticSchema:
-    """What a file must hold in a field whose value is used as plain JSON."""
+    """The type that a file must have in a field whose value is used as plain JSON."""
     return GetPydanticSchema(lambda _, schema: schema(kind))
 
 
@@ -194,10 +194,10 @@ class Report:
     """The fields of ``report.json``, in its order.
 
     ``splits``: widths tried → loss. ``quality``: empty if the run was stopped after publishing. ``quantized``: scheme →
-    its graph. ``proof``: a row a stage. ``live``: the dense model was given in memory, and ``model_sha256`` is of its
-    weights only. ``versions``: of Python and of the packages that compute. ``recovery``, ``vocabulary``, ``kv_heads``:
-    empty if nothing was trained, if all tokens or all heads stay. ``search``: the ranking of ``mptk shapes --json``, of
-    which the first is what was cut; empty if none was asked for.
+    its graph. ``proof``: one row for each stage. ``live``: the dense model was given in memory, and ``model_sha256``
+    covers only its weights. ``versions``: of Python and of the packages that compute. ``recovery``, ``vocabulary``,
+    ``kv_heads``: empty if nothing was trained, or all tokens or all heads stay. ``search``: the ranking of ``mptk
+    shapes --json``, whose first shape was cut; empty without a search.
     """
 
     mptk: str
@@ -239,14 +239,14 @@ class Report:
 
     @staticmethod
     def read(folder: str | Path) -> Report:
-        """``report.json`` of a pruned folder. Raises MptkError if there is none, or it is no report."""
+        """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
         path = Path(folder) / FILE
         tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
         data = read_json(path, lambda why: MptkError(f"{path} is damaged: {why}; prune the model again"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
+            raise MptkError(f"{path} is not a {FORMAT}; read it with the version of mptk that wrote it")
         try:
             settings = from_json(Settings, data.get("settings"), "settings")
             return made(Report, {**data, "settings": settings})
@@ -255,8 +255,6 @@ class Report:
 
 
 def unreadable(folder: str | Path, error: Exception) -> MptkError:
-    """The error of a report that lacks a word, or has one of another kind."""
+    """The error for a report with a missing or wrong field."""
     said = brief(str(error) if isinstance(error, ValueError) else repr(error), 300)
-    return MptkError(
-        f"{FILE} in {folder} is not as `mptk prune` writes it ({said}); do not use it, and prune the model again"
-    )
+    return MptkError(f"{FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again")

@@ -1,6 +1,6 @@
 """folder: the folder of an unfinished run. Files are written whole or not at all.
 
-Of the checkpoints of a phase the last two are kept, and the best.
+Each phase keeps its last two checkpoints and the best one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk.distributed.processes import processes
+from mptk.distributed.processes import leads, processes
 from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
@@ -26,7 +26,7 @@ from mptk.reading import Damaged, read_json
 KEPT = 2
 SETTINGS = "settings.json"
 GIVEN = "given"
-"""What the run was given, in its settings (``mptk/protocols/origin.py``)."""
+"""The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
 _OURS = (SETTINGS, METRICS)
 TRACKER = "tracker"
@@ -34,13 +34,13 @@ TRACKER = "tracker"
 
 
 class RunFolder:
-    """``NAME.run`` beside the output folder ``NAME``: settings, text, what stages gave, checkpoints, metrics.
+    """``NAME.run`` beside the output folder ``NAME``: settings, text, results of stages, checkpoints, metrics.
 
-    Removed when all is done. A run is unfinished from when its text is there. Without ``resume`` one that trains
-    nothing is replaced.
+    It is removed at the end of the run. A run counts as unfinished once its text is stored. Without ``resume``, an
+    unfinished run that trains nothing is replaced.
 
     Raises:
-        MptkError: an unfinished run that trains is there and ``resume`` is False; or it was started with other
+        MptkError: there is an unfinished run that trains, and ``resume`` is False; or it was started with other
             settings.
     """
 
@@ -50,7 +50,7 @@ class RunFolder:
         file, state = self.path / SETTINGS, processes()
         if state.is_main_process:
             if self.path.is_symlink():
-                raise MptkError(f"{self.path} is a symbolic link; remove it, the run keeps its stages there")
+                raise MptkError(f"{self.path} is a symbolic link, and the run keeps its stages there; remove the link")
             tidy(self.path)
             unfinished = check_unfinished(out, settings, resume)
             if unfinished and not resume:
@@ -61,11 +61,11 @@ class RunFolder:
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
     def holds(self, file: str) -> bool:
-        """Whether a file was there when the run went on. All processes find the same."""
+        """Whether a file existed when the run was resumed; the same in all processes."""
         return file in self._found
 
     def earlier(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name before the run went on, or None."""
+        """What ``save`` wrote under that name before the run was resumed, or None."""
         return self.tensors(name) if self.holds(f"{name}.safetensors") else None
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -83,18 +83,18 @@ class RunFolder:
         return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
-        """Keep the state after ``step`` steps of a phase. Older ones but one, and that of the ``best`` step, go."""
+        """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
         for old in self._checkpoints(phase)[:-KEPT]:
             if best is None or old.stem != _name(phase, best):
                 old.unlink()
 
     def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
-        """The state after ``step`` steps of a phase, which was kept. Raises MptkError if the file is damaged."""
+        """The stored state after ``step`` steps of a phase. Raises MptkError if the file is damaged."""
         return _state(self.path / f"{_name(phase, step)}.safetensors")
 
     def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
-        """Steps done and state of the newest checkpoint of a phase, or None."""
+        """The number of steps and the state of a phase's newest checkpoint, or None."""
         found = self._checkpoints(phase)
         if not found:
             return None
@@ -109,7 +109,7 @@ class RunFolder:
             )
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
+        """Drop the metrics that a resumed run will write again: the metrics of ``phase`` after ``step``."""
         path = self.path / METRICS
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
@@ -122,12 +122,12 @@ class RunFolder:
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
     def remove(self) -> None:
-        """Remove the folder, if there is one. Half of it would be no run that can be resumed."""
+        """Remove the folder, if there is one: as a whole, since half of it could not be resumed."""
         if self.path.is_dir():
             discard(self.path)
 
     def remove_unless(self, name: str) -> None:
-        """Remove the folder if it keeps no stage but what ``save`` wrote under that name."""
+        """Remove the folder if it stores nothing except what ``save`` wrote under that name."""
         kept = {path.name for pattern in ("*.safetensors", "*.json") for path in self.path.glob(pattern)}
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
@@ -137,7 +137,7 @@ class RunFolder:
 
 
 def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: Sequence[str] = ()) -> bool:
-    """Whether an unfinished run is beside ``out``. ``but``: settings that need not be the same to go on with it.
+    """Whether an unfinished run is beside ``out``. ``but``: settings that may differ when it is resumed.
 
     Raises:
         MptkError: as ``RunFolder``; or its settings are damaged.
@@ -148,19 +148,19 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
         tidy(path)
         if any(path.iterdir()):
             raise MptkError(
-                f"{path} holds no unfinished run, and the run would keep its stages there; give another --out, or "
+                f"{path} is not an unfinished run, and this run would keep its stages there; give another --out, or "
                 "rename that folder"
             )
     if not any(path.glob("*.safetensors")):
         return False
     before = _object(file) if os.path.lexists(file) else None
     if not resume and (before is None or _trains(before)):
-        raise MptkError(f"{path} holds an unfinished run; add --resume to go on, or remove it")
+        raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
         before, given = before or {}, json.loads(json_text(settings))
         if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
             raise MptkError(
-                f"{others} changed since {path} was started, and the result would be a mixture; give what it was "
+                f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
                 "started with, or remove it"
             )
         names = sorted({*before, *given}.difference(but))
@@ -169,6 +169,16 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
                 f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
             )
     return True
+
+
+def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
+    found = None if folder is None else folder.earlier(name)
+    if found is None:
+        found = make()
+        if folder is not None and leads():
+            folder.save(name, found)
+    return found
 
 
 def _name(phase: str, step: int) -> str:
@@ -182,12 +192,12 @@ def _beside(out: Path) -> Path:
 def _object(file: Path) -> dict[str, Any]:
     content = read_json(file, _damaged(file))
     if not isinstance(content, dict):
-        raise _damaged(file)("it is no object")
+        raise _damaged(file)("it is not an object")
     return content
 
 
 def _damaged(file: Path) -> Damaged:
-    """The error of a file that cannot be gone on from. An older checkpoint may stand beside a damaged one."""
+    """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
     return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
 
@@ -201,7 +211,7 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _trains(settings: Mapping[str, Any]) -> bool:
-    """Whether settings, as an unfinished run keeps them, ask for training or a search, which take long."""
+    """Whether the settings of an unfinished run ask for training or a search, which take long."""
     learning = settings.get("learning")
     return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
 

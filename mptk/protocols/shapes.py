@@ -1,4 +1,4 @@
-"""shapes: what a search knows of each way to divide the budget: a ``Shape``, and the ``Shapes`` it ranks."""
+"""shapes: the result of a search: a ``Shape`` for each way to divide the budget, and the ranked ``Shapes``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import Field
 
 FORMAT = "mptk-shapes/1"
 WORST = 1e9
-"""What stands for a loss that is not finite."""
+"""The value for a loss that is not finite."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """The loss after a shape was trained on ``tokens`` tokens of text in all."""
+    """The loss after a shape was trained on ``tokens`` tokens in all."""
 
     tokens: int
     loss: float
@@ -24,11 +24,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Shape:
-    """A legal division of the budget. All losses are on the same samples, which nothing is trained or fitted on.
+    """A legal division of the budget. All losses are on the same samples, which are not used for training or fitting.
 
-    ``widths``: family → units kept in each layer, whole families too. ``sparsity``: share of the budget removed.
-    ``latency_ms``: predicted, if a latency is budgeted. ``masked``: the loss when all other units are gone.
-    ``reconstructed``: the loss when the consumers are then fitted; None if they are not. ``rungs``: after training.
+    ``widths``: family → units kept in each layer, uncut families too. ``sparsity``: share of the budget removed.
+    ``latency_ms``: predicted, if a latency is the budget. ``masked``: the loss without the other units.
+    ``reconstructed``: the loss after consumers were fitted; None if they are not. ``rungs``: losses after training.
     """
 
     widths: Mapping[str, int]
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def stages(self) -> tuple[float, ...]:
-        """The loss before any training, then that of each rung."""
+        """The loss before any training, then the loss of each rung."""
         first = self.masked if self.reconstructed is None else self.reconstructed
         return (first, *(rung.loss for rung in self.rungs))
 
@@ -52,11 +52,11 @@ class Shape:
 
     @property
     def cost(self) -> float:
-        """The predicted milliseconds, or the parameters if none are predicted."""
+        """The predicted milliseconds or, without a prediction, the parameters."""
         return self.parameters if self.latency_ms is None else self.latency_ms
 
     def beats(self, other: Shape) -> bool:
-        """Whether it went as far, costs no more, was no worse at the other's last stage, and is better in one."""
+        """Whether it reached the other's last stage, is neither dearer nor worse there, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
             return False
@@ -68,8 +68,8 @@ class Shape:
 class Shapes:
     """The shapes of a search, the best first.
 
-    ``dense``: the dense model as a shape. ``protocol``: how losses were measured. ``metric``: a perplexity is e to the
-    loss. ``command``: the command that prunes to the best shape; empty in a report.
+    ``dense``: the dense model as a shape. ``protocol``: how losses were measured. ``metric``: a perplexity is e^loss.
+    ``command``: the command that prunes to the best shape; empty in a report.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Shapes:
 
     @property
     def best(self) -> Shape:
-        """The shape that went furthest with the least loss."""
+        """Among the shapes that reached the last stage, the one with the lowest loss."""
         return self.shapes[0]
 
     def figure(self, loss: float) -> float | None:
@@ -96,21 +96,21 @@ class Shapes:
 
     @property
     def front(self) -> tuple[Shape, ...]:
-        """The shapes that no other beats."""
+        """The Pareto front."""
         return tuple(s for s in self.shapes if not any(other.beats(s) for other in self.shapes))
 
     def to_json(self) -> dict[str, Any]:
-        """What ``mptk shapes --json`` writes."""
+        """The JSON of ``mptk shapes --json``."""
         front = self.front
         shapes = [{**asdict(shape), "pareto": shape in front} for shape in self.shapes]
         return {"format": FORMAT, **asdict(self), "shapes": shapes}
 
 
 def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Those that went furthest first, and of these the ones with the least loss."""
+    """Sort by the stage reached, the last stage first, then by loss."""
     return tuple(sorted(shapes, key=lambda shape: (-len(shape.rungs), shape.loss)))
 
 
 def bounded(loss: float) -> float:
-    """A loss that can be compared and kept: what is not finite is the worst."""
+    """A loss that can be compared and stored: one that is not finite counts as the worst."""
     return loss if math.isfinite(loss) else WORST

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config.settings import IN_MEMORY, Settings
 from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
@@ -21,11 +21,11 @@ from passes.frontend.trace import uncached
 
 
 class Task(Protocol):
-    """What kind of model it is: its samples, its loss, how good it is, its ONNX form.
+    """A kind of model: its samples, its loss, its metric, its ONNX form.
 
-    ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
-    ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
-    ``sequences``: inputs of token ids may be cut to any length. ``onnx``: how it is written as ONNX; None if it is not.
+    ``compares``: the loss compares outputs with the dense model's, which are then the samples' targets. ``classes``:
+    outputs are logits, [..., classes], so a teacher's distribution can be distilled. ``sequences``: inputs of token ids
+    may be cut to any length. ``onnx``: how to write it as ONNX; None if that is impossible.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     def bind(self, loaded: Loaded) -> Task:
-        """The task for this model. Raises MptkError if the model lacks something."""
+        """The task for this model. Raises MptkError if the model lacks something that the task needs."""
         return self
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
@@ -48,18 +48,18 @@ class Task(Protocol):
         return None
 
     def example(self, model: nn.Module) -> Samples:
-        """A few small samples to trace the model with. It may have no weights."""
+        """A few small samples to trace the model with. The model may have no weights."""
         ...
 
     def only_length(self, program: Program) -> int | None:
-        """The tokens that each sample must have; None if there may be any number of them, or there are none."""
+        """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""
         return program.length if self.sequences else None
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         """``count`` samples to calibrate or train on.
 
         Raises:
-            MptkError: no data is given and the model cannot make any.
+            MptkError: no data is given, and the model cannot generate any.
         """
         ...
 
@@ -67,32 +67,32 @@ class Task(Protocol):
         """Samples to measure quality on."""
         ...
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
-        """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """Samples of inputs, with the targets that the loss needs. ``data``: where the inputs come from."""
         return Samples(dict(inputs))
 
     def named(self, model: nn.Module, data: str) -> str:
-        """``data`` of the settings, by default text, as the protocol of a measurement names it."""
+        """The name of ``data`` in the protocol of a measurement; ``data`` comes from the settings."""
         return protocol_name(data)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""
+        """The loss of the model's ``output``, summed over all predictions of ``samples``."""
         ...
 
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """What gradients are taken of at the dense model; another function if ``loss`` is at its minimum there."""
+        """The function for gradients at the dense model; it differs from ``loss`` if the dense model minimises that."""
         return self.loss(output, samples)
 
     def predicted(self, samples: Samples) -> int:
-        """How many terms ``loss`` sums over."""
+        """The number of terms in ``loss``."""
         ...
 
     def output(self, module: nn.Module, samples: Samples) -> Tensor:
-        """What the program computes, by the module itself."""
+        """The program's outputs, computed by the module itself."""
         found = module(**samples.inputs, **uncached(module))
         output: Tensor = found if isinstance(found, Tensor) else found[0]
         return output
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        """Name → how good each run is, and ``protocol``: how it was measured."""
+        """Name → quality of each run, and ``protocol``: how it was measured."""
         ...

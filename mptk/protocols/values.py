@@ -1,4 +1,4 @@
-"""values: what the stages of a run use beside the chain itself (``chain.py``): context, samples, witness, checks."""
+"""values: values of a run's stages beside the chain (``chain.py``): context, samples, witness, checks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
 PROOF_SHAPE = (3, 48)
-"""Samples of the proof's short batch, and the tokens of each."""
+"""Number of samples in the proof's short batch, and the tokens of each."""
 LONG = 192
-"""Tokens of the proof's one long sequence, unless the model has fewer positions or changes what it does further on."""
+"""Tokens of the proof's long sequence; fewer if the model has fewer positions, more to cross its windows."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage may use: where it says how far it is and, if something is chosen or trained, the run's folder.
+    """What every stage may use: progress and, if the run chooses or trains something, the run's folder.
 
     ``accelerator``: the processes of a run that trains.
     """
@@ -50,10 +50,10 @@ class Context:
 
 @dataclass(frozen=True)
 class SampleSets:
-    """Samples to train on, to calibrate on (the first of these), and to measure on.
+    """Samples for training, for calibration (the first of these), and for measurement.
 
-    ``source``: where those for measuring come from. ``sequences``: as of their task. ``held_out``: samples of the same
-    data that are never trained on; None if nothing is trained.
+    ``source``: where the samples for measurement come from. ``sequences``: as in their task. ``held_out``: samples of
+    the same data that are never trained on; None if nothing is trained.
     """
 
     training: Samples
@@ -70,7 +70,7 @@ class SampleSets:
 
 
 def short(samples: Samples, sequences: bool) -> Samples:
-    """The proof's short batch of ``samples``, again and again if they are few. ``sequences``: as of their task."""
+    """The proof's short batch of ``samples``, repeated if they are few. ``sequences``: as in their task."""
     count, length = PROOF_SHAPE
     found = samples.shortened(count, length if sequences else sys.maxsize)
     if len(found) == count or samples.together is not None:
@@ -82,7 +82,7 @@ def short(samples: Samples, sequences: bool) -> Samples:
 class Witness:
     """A trained model's own ``outputs`` on the proof's short batch, before its weights are adopted.
 
-    ``tolerance``: how near the adopted weights must come, relative to the largest output.
+    ``tolerance``: largest allowed difference of the adopted weights' outputs, relative to the largest output.
     """
 
     stage: str
@@ -92,11 +92,11 @@ class Witness:
 
 @dataclass(frozen=True)
 class Written:
-    """What is written as a checkpoint: ``stock`` is its class and config, ``loaded`` the dense model.
+    """A checkpoint to write: ``stock`` is its class and config, ``loaded`` the dense model.
 
-    ``cut``: the dense model's own config after the cut; that of ``stock`` unless another class holds the weights.
+    ``cut``: the dense model's own config after the cut; it equals ``stock``'s unless another class holds the weights.
     ``dtype``: the type of the stored weights.
-    ``note``: why it is another class; empty if it is not.
+    ``note``: the reason for another class; empty if it is the model's own.
     """
 
     stock: StockConfig
@@ -108,11 +108,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a target puts up for proof.
+    """The parts of a target that are proven.
 
-    ``exact``: differences of what is compared without being run: configs, stored weights. ``stages``: stage of the
-    proof → its logits, and the largest difference relative to the largest logit. ``ran``: stage → the execution
-    provider that runs it, if it is of ONNX Runtime.
+    ``exact``: differences of parts that are compared without a run: configs, stored weights. ``stages``: stage of the
+    proof → a function for its logits, and the largest allowed difference relative to the largest logit. ``ran``: stage
+    → its execution provider, if ONNX Runtime runs it.
     """
 
     exact: tuple[Difference, ...] = ()
@@ -122,7 +122,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Extra:
-    """A part of a folder without which the rest is whole, such as a quantised graph.
+    """An optional part of a folder, as a quantised graph.
 
     ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
     """

@@ -1,1 +1,1 @@
-"""What a report says: on the terminal, in the model card, as a page."""
+"""A report on the terminal, in the model card, and as a page."""

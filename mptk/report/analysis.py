@@ -1,4 +1,4 @@
-"""analysis: what can be cut and what cannot, as JSON data and as a view."""
+"""analysis: the families that can be cut and the axes that cannot, as JSON data and as a view."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[str, Any]:
-    """What ``mptk analyze --json`` writes (``docs/analysis.md``): the families, and the axes that cannot be cut."""
+    """The JSON of ``mptk analyze --json`` (``docs/analysis.md``): the families, and the axes that cannot be cut."""
     cost = CostModel(analysis)
     blocked = [asdict(axis) for axis in analysis.blocked]
     for f in analysis.depths:
@@ -96,16 +96,16 @@ def _legal(family: Row) -> str:
 
 
 def breaking(families: Sequence[Row]) -> list[str]:
-    """For each kind of programs that a cut breaks: the families whose cut does."""
+    """Programs that a cut breaks, each kind with the families whose cut breaks it."""
     found: dict[str, list[str]] = {}
     for f in families:
         if f["breaks"]:
             found.setdefault(f["breaks"], []).append(f["name"])
-    return [f"a cut of {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
+    return [f"cutting {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
 
 
 def grouped(blocked: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Rows of blocked axes; axes with the same reason in several layers share a row."""
+    """Rows of axes that cannot be cut; axes with the same reason in several layers share a row."""
     rows: Counter[tuple[str, str, str, str]] = Counter()
     for b in blocked:
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))

@@ -1,66 +1,87 @@
-"""card: ``README.md`` of a pruned folder: what it is, what was cut, how good it is, its proof, how to load it.
+"""card: ``README.md`` of a pruned folder: the model, the cut, its quality, its proof, how to load it.
 
-Its first lines are the metadata of a model hub. Names and words that come from models or files stand in code spans, so
-that they cannot become markup.
+``templates/card.md`` has the words. Its first lines are the metadata of a model hub. Names and words that come from
+models or files stand in code spans, so that they cannot become markup.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.files import write_text
+from mptk.io.auto_classes import loader
 from mptk.io.packaged import ALIASES
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
-from mptk.report.card_usage import auto_of, flattened, onnx_graphs, usage
-from mptk.report.markdown import code, rendered
+from mptk.report.markdown import body, code, rendered
 from mptk.report.runs import model_name
 from mptk.report.sections import CUT, PROOF, QUALITY, prune_view
-from mptk.report.view import View
+from mptk.report.view import Name, Table, View, megabytes
+from mptk.tasks.genai import GENAI_FILE
+from passes.targets.stock.config import StockConfig
 
 FEATURES = {"pixel_values": "image-feature-extraction"}
-"""Main input of a bare encoder → the hub's name of its task; that of others is feature-extraction."""
+"""Main input of a bare encoder → the hub's name of its task; by default feature-extraction."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
 
 def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
     """Write ``README.md``. ``folder``: with all other files. ``report``: its quality may still be unknown."""
-    data = metadata(report, compiled, folder)
-    body = "\n\n".join([title(report), told(report), *usage(report, compiled, folder), notes(report)])
-    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    graphs = sorted((folder / "onnx").glob("*.onnx"))
+    environment = Environment(  # of Markdown: names go through ``code``
+        loader=PackageLoader("mptk.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    said = environment.get_template("card.md").render(
+        data=metadata(report, compiled, folder).to_yaml(),
+        report=report,
+        settings=report.settings,
+        base=code(model_name(report.model)),
+        told=told(report),
+        graphs=[file.relative_to(folder).as_posix() for file in graphs],
+        sizes=body([sizes(report, folder, graphs)]),
+        genai=(folder / GENAI_FILE).is_file(),
+        **loading(compiled, folder),
+    )
+    write_text(folder / CARD, said)
 
 
 def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
-    """The fields that a model hub reads. The licence is the dense model's, if its own card says one."""
+    """The fields that a model hub reads. The licence is the dense model's, if its card names one."""
     said = licence.stated(compiled.prepared.loaded.path)
     if "license" not in said and report.model in ALIASES:
         said |= licence.as_fields(ALIASES[report.model].licence)
     tags = ["pruned", "structured-pruning", "mptk"]
-    if onnx_graphs(folder):
+    if any((folder / "onnx").glob("*.onnx")):
         tags.append("onnx")
     sentences = (folder / "modules.json").is_file()
     known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else "transformers"}
     if compiled.written is None:
         known = {}
-    elif tag := "sentence-similarity" if sentences else pipeline_tag(compiled):
+    elif tag := "sentence-similarity" if sentences else pipeline_tag(compiled.written.stock):
         known["pipeline_tag"] = tag
     if is_hub_id(report.model):
         known |= {"base_model": report.model, "base_model_relation": "finetune"}
     return ModelCardData(**known, **said, tags=tags)  # type: ignore[arg-type]
 
 
-def pipeline_tag(compiled: Compiled) -> str | None:
+def pipeline_tag(stock: StockConfig) -> str | None:
     """The hub's name for what the written class does; None if transformers knows none."""
-    assert compiled.written is not None
-    stock = compiled.written.stock
     known: Mapping[str, Any] = TASK_MAPPING
     for tag, names in known.items():
         if stock.model_class.__name__ in flattened(names):
@@ -71,23 +92,8 @@ def pipeline_tag(compiled: Compiled) -> str | None:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether ``model``, the name in a report, is one of the hub: OWNER/NAME, and no path."""
+    """Whether ``model``, the name in a report, is a hub id (OWNER/NAME), not a path."""
     return _HUB_ID.fullmatch(model) is not None
-
-
-def title(report: Report) -> str:
-    """What it is, in a few sentences."""
-    base = code(model_name(report.model))
-    s = report.settings
-    chosen = "by a plan that was given" if s.plan else f"by the method {code(s.method)}"
-    chosen = "" if s.fixed and not s.plan else f"; the units were chosen {chosen}"
-    trained = f"; {s.steps} training steps" if s.steps else ""
-    return (
-        f"# {base}, pruned by {report.sparsity:.0%}\n\n"
-        f"This is {base} with {report.sparsity:.1%} of the parameters of its blocks removed by structured pruning: "
-        "whole units are gone, so what is left is a smaller model of an ordinary class without masks. "
-        f"mptk {report.mptk} made it{chosen}{trained}."
-    )
 
 
 def told(report: Report) -> str:
@@ -96,12 +102,45 @@ def told(report: Report) -> str:
     return rendered(View(list(shown)))
 
 
-def notes(report: Report) -> str:
-    """What else a reader must know."""
-    lines = [
-        *map(code, report.notes),
-        "Pruning changes what a model says; test it on your own task before you rely on it.",
-        "`report.json` has all figures, `plan.json` the units that stayed, `run.yaml` the run as a recipe, and "
-        "`mptk.json` the SHA-256 of every file.",
-    ]
-    return "\n".join(["## Notes\n", *(f"- {line}" for line in lines)])
+def sizes(report: Report, folder: Path, graphs: Sequence[Path]) -> Table:
+    """The ONNX graphs with their sizes."""
+    schemes = {row["file"]: scheme for scheme, row in report.quantized.items()}
+    rows = []
+    for file in graphs:
+        name = file.relative_to(folder).as_posix()
+        size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+        rows.append([Name(name), schemes.get(name, "float"), megabytes(size)])
+    return Table("llr", ["graph", "weights", "size"], rows)
+
+
+# ---- how a folder is loaded ----
+
+
+def loading(compiled: Compiled, folder: Path) -> dict[str, Any]:
+    """What of transformers loads a folder: the class of the model (``auto``), and of what makes its inputs."""
+    other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    text = (folder / "tokenizer_config.json").is_file()
+    trusts = compiled.prepared.loaded.trusted and any(folder.glob("*.py"))
+    stock = None if compiled.written is None else compiled.written.stock
+    return {
+        "auto": None if stock is None else auto_of(stock),
+        "generates": stock is not None and stock.model_class.can_generate(),
+        "reader": "AutoProcessor" if other else "AutoTokenizer" if text else None,
+        "sentences": (folder / "modules.json").is_file(),
+        "trust": ", trust_remote_code=True" if trusts else "",
+    }
+
+
+def auto_of(stock: StockConfig) -> str:
+    """Name of the auto class that loads a written checkpoint, or of its class if no auto class knows it."""
+    name = stock.model_class.__name__
+    if name in flattened(MODEL_MAPPING_NAMES):
+        return "AutoModel"
+    config = copy.copy(stock.config)
+    config.architectures = [name]
+    return loader(config)
+
+
+def flattened(names: Mapping[str, Any]) -> set[str]:
+    """The names of classes in one of transformers' mappings, which has one or several for each model type."""
+    return {name for known in names.values() for name in ([known] if isinstance(known, str) else known)}

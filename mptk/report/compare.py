@@ -1,4 +1,4 @@
-"""compare: several pruned folders: which of them may be compared, and what is best among those."""
+"""compare: find which of several pruned folders may be compared, and the best among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mptk.report.view import plural
 
 @dataclass(frozen=True)
 class Comparable:
-    """Runs of one dense model whose quality was measured in one way. ``apart``: what sets them apart from the first."""
+    """Runs of one dense model, with quality measured in one way. ``apart``: how they differ from the first group."""
 
     runs: tuple[Run, ...]
     apart: str = ""
@@ -24,12 +24,12 @@ class Comparable:
 
     @property
     def rises(self) -> bool:
-        """Whether more is better. A perplexity is at least 1; of a share, the dense model has 1."""
+        """Whether more is better: a perplexity is at least 1, a share at most 1."""
         return bool(self.first.report.quality["dense"] <= 1)
 
 
 def heading(number: int, group: Comparable) -> str:
-    """The title of a group. ``number``: from 0, the group that others are compared with."""
+    """The title of a group. ``number``: counts from 0, the group that the others are compared with."""
     return f"{number + 1}. {group.first.report.quality['metric']} of {plural(len(group.runs), 'run')}"
 
 
@@ -45,7 +45,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
 
 
 def terms(run: Run) -> list[tuple[str, Any]]:
-    """All that must be the same in two runs whose quality is compared, each with its name."""
+    """All values that must be equal in two runs to compare their quality, each with a description."""
     report = run.report
     windows = report.data.get("evaluation", {}).get("inputs")
     return [
@@ -59,14 +59,14 @@ def terms(run: Run) -> list[tuple[str, Any]]:
 
 
 def difference(one: Run, other: Run) -> str:
-    """What of ``terms`` differs, in words; the last only if nothing else does."""
+    """The differences in ``terms``, in words; the last one only if nothing else differs."""
     pairs = zip(terms(one), terms(other), strict=True)
     found = [name for (name, here), (_, there) in pairs if here != there]
     return ", ".join(found[:-1] if len(found) > 1 and found[-1] == terms(one)[-1][0] else found)
 
 
 def front(group: Comparable) -> list[Run]:
-    """The runs that no other of the group beats: none removes as much and is as good, and better in one of both."""
+    """The runs on the Pareto front of removed share and quality."""
     sign = -1 if group.rises else 1
     points = [(run.report.sparsity, sign * run.report.quality["pruned"]) for run in group.runs]
 

@@ -1,4 +1,4 @@
-"""markdown: a view as Markdown, in which no text of it becomes markup."""
+"""markdown: write a view as Markdown; text of the view cannot become markup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ACTS = re.compile(r"([\\`*_{}\[\]<>#|~&!@]|(?<=www)\.|:(?=//))")
 
 
 def code(said: object) -> str:
-    """``said`` as a code span on one line: neither markup nor a link comes of it."""
+    """``said`` as a code span on one line, which cannot become markup or a link."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
     runs = [len(run) for run in re.findall(r"`+", line)]
     fence = "`" * next(n for n in range(1, len(runs) + 2) if n not in runs)
@@ -20,7 +20,7 @@ def code(said: object) -> str:
 
 
 def rendered(view: View) -> str:
-    """The sections one below the other, each with a heading if it has a title."""
+    """The sections in order, each with a heading if it has a title."""
     return "\n\n".join(f"## {text(s.title)}\n\n{body(s.parts)}" if s.title else body(s.parts) for s in view.sections)
 
 
@@ -30,7 +30,7 @@ def body(parts: Sequence[Table | str]) -> str:
 
 
 def text(said: str) -> str:
-    """``said`` on one line: a name as code, else with what Markdown would obey written out."""
+    """``said`` on one line: a name as code, other text with escaped markup."""
     return code(said) if isinstance(said, Name) else _ACTS.sub(r"\\\1", " ".join(said.split()))
 
 

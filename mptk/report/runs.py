@@ -1,4 +1,4 @@
-"""runs: what is shown of a pruned folder, read from its files."""
+"""runs: read the data of a pruned folder that reports show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mptk.report.view import ranges
 
 @dataclass(frozen=True)
 class Run:
-    """A pruned folder. ``metrics``: phase of training → its steps, none if nothing was trained."""
+    """A pruned folder. ``metrics``: phase of training → its steps; empty if nothing was trained."""
 
     name: str
     report: Report
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def kept(self) -> dict[str, FamilyPlan]:
-        """What families that were cut keep. Layers with widths of their own are one family again."""
+        """The kept units of cut families. Layers with different widths are joined to one family."""
         found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
         for whole in sorted(self.plan.divided):
             rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
@@ -50,10 +50,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, each with a name of its own: as short a path as tells them apart.
+    """The runs of these folders, each with a unique name: the shortest path that distinguishes them.
 
     Raises:
-        MptkError: one is no pruned folder, or a file of it is damaged.
+        MptkError: a folder is not a pruned folder, or one of its files is damaged.
     """
     return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
@@ -82,7 +82,7 @@ def _metrics(file: Path) -> dict[str, list[Row]]:
                 row = json_of(line, damaged)
                 phases.setdefault(made(Metrics, row)["phase"], []).append(row)
         except ValueError as error:
-            raise damaged(f"line {number} is no step of training ({error})") from error
+            raise damaged(f"line {number} is not a step of training ({error})") from error
     return phases
 
 
@@ -91,14 +91,14 @@ def _damaged(file: Path) -> Damaged:
 
 
 class Metrics(TypedDict):
-    """What each line of ``metrics.jsonl`` has, beside numbers."""
+    """The fields of each line of ``metrics.jsonl``, beside metrics."""
 
     phase: str
     step: int
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell them apart. A folder that is given twice has one name."""
+    """The last parts of each path, as few as distinguish them. A folder that is given twice has one name."""
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     for count in range(1, max((len(path.parts) for path in paths), default=1)):
         names = ["/".join(path.parts[-count:]) for path in paths]
@@ -108,7 +108,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def model_name(model: str) -> str:
-    """A hub id as it is; of an absolute path its last part, or the two that a cached snapshot is known by."""
+    """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
     cached = re.search(r"/models--([^/]+)/snapshots/", model)
@@ -124,7 +124,7 @@ def legal_widths(report: Report, family: str) -> str:
 
 
 def whole(report: Report, family: str) -> str:
-    """Why a family was not cut, or not further."""
+    """The reason why a family was not cut, or not further."""
     settings, here = report.settings, report.families[family]
     legal = report.legal.get(family)
     narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]

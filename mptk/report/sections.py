@@ -1,4 +1,4 @@
-"""sections: what is shown of a report, of timings, of a search, of a proof and of an estimate, as views."""
+"""sections: make views of a report, of timings, of a search, of a proof and of an estimate."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ COSTS = {
     "bytes": "bytes of the weights",
     "latency_ms": "predicted {objective} (ms)",
 }
-"""Costs in a report → what they are called."""
+"""Costs in a report → their names."""
 CUT, SEARCH, PROOF = "What was cut, and why not more", "The search of the shape", "The proof, stage by stage"
 QUALITY, TIMES, RUN = "Quality", "Latency in ONNX Runtime", "The run"
-FRONT = "★ no other shape that went as far costs as little and was as good at that stage"
+FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
 def prune_view(report: Report, bench: Bench | None = None) -> View:
-    """What a run did: what was cut, how good the result is, how it was proven, how fast it is, how it was made."""
+    """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made."""
     found = [Section(CUT, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
     if report.search:
         found.append(Section(SEARCH, ranking(made(Shapes, report.search))))
@@ -62,7 +62,7 @@ def _by(settings: Settings) -> str:
 
 
 def widths(report: Report) -> Table:
-    """Each family, and what else was cut: its width, the legal ones, and why it was not cut further."""
+    """Each cut family, tokens and KV heads: width, legal widths, and why it was not cut further."""
     rows = [
         [
             Name(name),
@@ -99,10 +99,10 @@ def costs(report: Report) -> Table:
 
 
 def quality(report: Report) -> list[Table | str]:
-    """How good each model is, and how large."""
+    """Quality and size of each model."""
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
-        return ["Not measured, since the run was stopped before. mptk eval measures it."]
+        return ["Not measured, since the run was stopped earlier; run mptk eval."]
     rows = [[name, figure(found[name]), megabytes(sizes[name])] for name in ("dense", "pruned")]
     for scheme, row in report.quantized.items():
         measured = figure(row["quality"]) if "quality" in row else "not measured"
@@ -114,7 +114,7 @@ def quality(report: Report) -> list[Table | str]:
 
 
 def proof(rows: Sequence[Row]) -> Table:
-    """Each stage's difference from the masked dense model, its tolerance, and why that was widened."""
+    """Each stage's difference from the masked dense model, its tolerance, and why a tolerance was widened."""
     found = []
     for row in rows:
         said = ", ".join([row[key] for key in ("widened", "ran", "failure") if row.get(key)])
@@ -126,7 +126,7 @@ def proof(rows: Sequence[Row]) -> Table:
 
 
 def proof_note(report: Report) -> str:
-    """What the proof compared."""
+    """A sentence on what the proof compared."""
     return (
         "Each stage is compared with the dense model whose removed units are masked, on samples of up to "
         f"{report.proof_length:,} tokens or positions. A relative difference is relative to the largest output. "
@@ -140,7 +140,7 @@ def proof_view(rows: Sequence[Row]) -> View:
 
 
 def about(report: Report) -> list[Table | str]:
-    """How the folder was made, and what else a reader must know."""
+    """How the folder was made, and notes."""
     settings, versions = report.settings, [f"{name} {found}" for name, found in report.versions.items()]
     chosen = f"{settings.method}, {settings.steps} training steps, seed {settings.seed}"
     rows = [["dense model", report.model], ["method", chosen], ["target", settings.target]]
@@ -212,7 +212,7 @@ def compared(group: Comparable) -> list[Table | str]:
     rows.append(["dense", "", "", f"{0:.1%}", size, figure(first.quality["dense"]), ""])
     columns = ["run", "method", "steps", "removed", "size", Name(metric), "widths"]
     apart = [f"Not comparable with the first group: {group.apart}."] if group.apart else []
-    star = ["★ no other run of this table removes as much and is as good"] if several else []
+    star = ["★ Pareto-optimal: no other run of this table removes as much and is as good"] if several else []
     about = [Name(f"dense model: {first.model}"), Name(f"{metric}: {first.quality['protocol']}")]
     return [*apart, *about, Table("llrrrrl", columns, rows), *star]
 
@@ -254,7 +254,7 @@ def ranking(found: Shapes) -> list[Table | str]:
 
 
 def estimate_view(found: Estimate) -> View:
-    """Memory, disk and time that a run will need, part by part."""
+    """Memory, disk space and time that a run needs, part by part."""
     rows: list[list[str]] = []
     ends = []
     for what, parts, said in (
@@ -271,7 +271,7 @@ def estimate_view(found: Estimate) -> View:
 
 
 def rerun_view(rows: Sequence[Row]) -> View:
-    """``mptk rerun``: what was compared, before and now, and a sentence."""
+    """``mptk rerun``: the compared values, before and now, and a sentence."""
     cells = [
         [row["what"], str(row["before"]), str(row["now"]), Good("same") if row["same"] else Bad("DIFFERS")]
         for row in rows

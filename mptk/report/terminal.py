@@ -11,7 +11,7 @@ from mptk.report.view import Bad, Section, Table, View
 
 
 def rendered(view: View) -> Group:
-    """The sections one below the other."""
+    """The sections in order."""
     title = [_text(view.title, "bold")] if view.title else []
     return Group(*title, *(part for section in view.sections for part in _lines(section)))
 

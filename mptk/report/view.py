@@ -1,4 +1,4 @@
-"""view: what is shown of a result, as plain values: sections of tables and sentences. Renderers know nothing of it.
+"""view: a result as plain values for renderers: sections with tables and sentences.
 
 ``terminal``, ``markdown`` and ``page/`` render a view; ``sections`` and ``analysis`` make views.
 """
@@ -17,15 +17,15 @@ class Name(str):
 
 
 class Good(str):
-    """A result as it must be."""
+    """A good result."""
 
 
 class Bad(str):
-    """A result that must not be."""
+    """A bad result."""
 
 
 class Share(str):
-    """A figure that is a ``part`` of a whole. A page draws it as a bar, too."""
+    """A figure that is a ``part`` of a whole. A page also draws it as a bar."""
 
     part: float
 
@@ -70,7 +70,7 @@ class View:
 
 
 def figure(value: float | None) -> str:
-    """A perplexity or another metric: two decimals, four of what is at most 1. Infinity and NaN are null in JSON."""
+    """A perplexity or another metric: two decimals, or four if it is at most 1. Null in JSON means infinity or NaN."""
     if value is None:
         return "not finite"
     if abs(value) >= 1e5:

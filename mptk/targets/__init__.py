@@ -1,4 +1,4 @@
-"""targets: the forms in which a cut model is written. One file a target."""
+"""targets: the forms in which a cut model is written, one file for each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mptk.targets.stock import StockTarget
 
 ONNX = OnnxTarget()
 TARGETS: dict[str, Target] = {target.name: target for target in (StockTarget(), GraphTarget())}
-"""The values of ``--target``. ONNX can be written with each of them."""
+"""The values of ``--target``. Each can also write ONNX."""
 
 
 def targets() -> dict[str, Target]:
-    """mptk's and plugins' targets (group ``mptk.targets``), by name."""
+    """Targets of mptk and of plugins (group ``mptk.targets``), by name."""
     return with_plugins(TARGETS, "mptk.targets")
 
 

@@ -1,4 +1,4 @@
-"""beside: files beside weights and graphs that other programs read, against what dense model and plan give."""
+"""beside: write and check the files that other programs read beside weights and graphs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mptk.io.untrusted import read_object
 from mptk.publish.manifest import listed
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
-"""Files that a tokenizer or a processor reads if they are there."""
+"""Files that a tokenizer or a processor reads if they exist."""
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with what ``write`` puts into another folder, field by field if they are JSON.
+    """Compare files in ``folder`` with the files that ``write`` makes, JSON field by field.
 
-    ``all_known``: whether these are all that a tokenizer or a processor may read.
+    ``all_known``: whether a tokenizer or a processor may read no other files.
 
     Raises:
-        ProofError: one is missing, differs, or is one more for a tokenizer or a processor to read.
+        ProofError: a file is missing or differs, or there is a further one that a tokenizer or a processor reads.
     """
     with scratch() as place:
         write(place.folder)
@@ -60,17 +60,17 @@ def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
 STAGE = "config"
 MISSING = object()
 LISTED = 8
-"""A longer list is compared element by element, so that the first that differs is named."""
+"""A longer list is compared element by element, so that the message names the first difference."""
 CHARACTERS_SHOWN = 60
 """Characters of a value that an error shows."""
 JsonObject = Mapping[str, object]
 
 
 def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str] = frozenset()) -> None:
-    """All fields must be equal, except the ``listed`` ones and those nested in them.
+    """All fields must be equal, except the ``listed`` ones and the fields in them.
 
     Raises:
-        ProofError: one is not; it names the file and the field.
+        ProofError: a field differs; the message names file and field.
     """
     one, other = dict(leaves(found)), dict(leaves(expected))
     for path in sorted(one.keys() | other.keys()):
@@ -79,7 +79,7 @@ def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str]
 
 
 def require(file: str, field: str, found: object, expected: object) -> None:
-    """Raise ProofError unless a field has the value, and the type, that is expected."""
+    """Raise ProofError unless a field has the expected value and type."""
     if type(found) is not type(expected) or found != expected:
         fail(f"{field} of {file} is {_said(found)}, but {_said(expected)} in the dense model cut to the plan")
 

@@ -1,8 +1,8 @@
-"""gguf: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
+"""gguf: write the weights of a cut LLaMA model as a GGUF file, with the dense model's GGUF file as pattern.
 
-The vocabulary, the rotary settings and all else that a cut does not change are the pattern's. Widths are the
-weights'. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths
-are lists. So llama.cpp runs layers that no class of transformers holds.
+The vocabulary, the rotary settings and all else that a cut does not change come from the pattern, widths from the
+weights. If layers differ in width, the file's architecture is ``deci``, which has LLaMA's block and lists of widths. So
+llama.cpp runs models that no transformers class can hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mptk.ir.weights import Weights
 EQUAL, RAGGED = "llama", "deci"
 TENSOR_KINDS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.BF16: 32}
-"""``general.file_type`` of a file whose matrices are of a kind."""
+"""Type of the matrices → ``general.file_type``."""
 DROPPED = (
     "GGUF.",
     "general.architecture",
@@ -38,20 +38,20 @@ DROPPED = (
     "general.size_label",
     "quantize.",
 )
-"""What a field begins with that speaks of the pattern's own weights."""
+"""Prefixes of fields that describe the pattern's own weights."""
 WIDTHS = (
     *("block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
     *("attention.key_length", "attention.value_length", "rope.dimension_count"),
 )
-"""Fields of the architecture that are written anew."""
+"""Fields of the architecture that depend on the cut."""
 HELD = ("q_heads", "kv_groups", "heads", "ffn", "layers")
-"""The families of LLaMA of which a file may have fewer units."""
+"""The families of LLaMA that a GGUF file can hold cut."""
 TABLE, HEAD = "token_embd.weight", "output.weight"
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")
 BUFFER = "inv_freq"
-"""The end of the name of what a graph has among its weights, and llama.cpp computes."""
+"""Suffix of a tensor that a graph holds among its weights and that llama.cpp computes."""
 FREQUENCIES = "rope_freqs.weight"
-"""Rotary frequencies that the converter computed from the config: no weight of the model."""
+"""Rotary frequencies that the converter computed from the config; not a weight of the model."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LayerWidths:
 
 @dataclass(frozen=True)
 class GgufField:
-    """A value of a file, its type and, for a list, the type of its items."""
+    """A field of a file: value, type and, for a list, the type of its items."""
 
     value: Any
     type: GGUFValueType
@@ -81,7 +81,7 @@ class Pattern:
     """The dense model's GGUF file: its fields, its tensors' shapes.
 
     Raises:
-        MptkError: it cannot be read, or is of another architecture than LLaMA.
+        MptkError: it cannot be read, or its architecture is not LLaMA.
     """
 
     def __init__(self, file: Path) -> None:
@@ -92,7 +92,7 @@ class Pattern:
             self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
             architecture = self._value("general.architecture")
             if architecture != EQUAL:
-                raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF only of {EQUAL} models")
+                raise MptkError(f"{file} holds a {architecture} model; mptk writes GGUF only for {EQUAL} models")
             hidden, heads = (int(self._value(f"{EQUAL}.{n}")) for n in ("embedding_length", "attention.head_count"))
             length = self.fields.get(f"{EQUAL}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
@@ -104,11 +104,13 @@ class Pattern:
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:
-            raise MptkError(f"{self.file} has no {name}; it is not a file of a language model")
+            raise MptkError(
+                f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
+            )
         return self.fields[name].value
 
     def kept(self) -> Iterator[tuple[str, GgufField]]:
-        """The fields that hold for the cut model, too, by name."""
+        """The fields that also hold for the cut model, by name."""
         for name, field in self.fields.items():
             if not name.startswith(DROPPED) and name.removeprefix(f"{EQUAL}.") not in WIDTHS:
                 yield name, field
@@ -123,11 +125,11 @@ class Conversion:
     """A cut model's weights as a GGUF file. ``layers``: the widths of each layer.
 
     Args:
-        weights: what the folder of the cut model holds.
-        plan: what was cut.
+        weights: the weights in the cut model's folder.
+        plan: the plan of the cut.
 
     Raises:
-        MptkError: the pattern is not of the same model, or a file of its architecture cannot hold the cut.
+        MptkError: the pattern is of another model, or a file of its architecture cannot hold the cut.
     """
 
     def __init__(self, weights: Weights, plan: Plan, pattern: Pattern) -> None:
@@ -140,13 +142,13 @@ class Conversion:
         self.layers = self._layers()
 
     def write(self, out: Path) -> None:
-        """Write the file, and read it again.
+        """Write the file and read it back.
 
         Matrices keep their type, float32, float16 or bfloat16; vectors are float32. Rows of queries and keys are put in
         llama.cpp's order, in which the two numbers that are rotated together stand side by side.
 
         Raises:
-            ProofError: a tensor that was read is not the one that was to be written.
+            ProofError: a tensor that was read back differs.
         """
         writer = GGUFWriter(out, self.architecture)
         self._describe(writer)
@@ -181,7 +183,7 @@ class Conversion:
                 continue
             name = known.get_name(weight, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise MptkError(f"{weight} has no place in a GGUF file of a {EQUAL} model; use llama.cpp's converter")
+                raise MptkError(f"a GGUF file of a {EQUAL} model cannot hold {weight}; use llama.cpp's converter")
             names[name] = weight
         if TABLE not in names and HEAD in names:  # one weight for both is stored under the one name or the other
             names[TABLE] = names.pop(HEAD)
@@ -194,7 +196,10 @@ class Conversion:
         count = sum(name.endswith(".ffn_down.weight") for name in names)
         wanted = {name for name in there if not re.match(r"blk\.\d+\.", name) or int(name.split(".")[1]) < count}
         if apart := (wanted ^ names.keys()) - {FREQUENCIES, HEAD}:
-            raise MptkError(f"{min(apart)} is only in the folder or only in {file}; they are of different models")
+            raise MptkError(
+                f"{min(apart)} is only in one of the folder and {file}, so they belong to different models; give the "
+                "GGUF file of the folder's dense model"
+            )
         return names
 
     def _layers(self) -> list[LayerWidths]:
@@ -217,7 +222,7 @@ class Conversion:
         return TENSOR_KINDS[held.dtype] if held.ndim == 2 else Kind.F32
 
     def _describe(self, writer: GGUFWriter) -> None:
-        """Write the fields: the pattern's, under the name of the architecture, then the widths."""
+        """Write the pattern's fields under the name of the architecture, then the widths."""
         for name, field in self.pattern.kept():
             own = re.sub(f"^{EQUAL}\\.", f"{self.architecture}.", name)
             writer.add_key_value(own, field.value, field.type, sub_type=field.items)
@@ -249,6 +254,6 @@ class Conversion:
 
 
 def paired(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows [heads · head_dim, …] of halves that are rotated together → of pairs that are, in each head."""
+    """Reorder rows [heads · head_dim, …]: rotated pairs are i and i + head_dim/2 before, and neighbours after."""
     rest = weight.shape[1:]
     return weight.view(-1, 2, head_dim // 2, *rest).transpose(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""graph: the weights of the rewritten graph, for use from Python. Any width that the graph's ops accept is legal."""
+"""graph: the weights of the rewritten graph, for use from Python. Legal are all widths that the graph's ops accept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = 1e-6
 
 
 class GraphTarget(Target):
-    """Weights under the dense model's names, without a config: no stock class has to hold them."""
+    """Weights under the dense model's names, without a config: they need not fit a stock class."""
 
     name = "graph"
     summary = "any widths that the graph's ops accept"
@@ -45,7 +45,7 @@ class GraphTarget(Target):
 
 
 def held(compiled: Compiled) -> Weights:
-    """The cut weights in the types in which they are stored: the module's own, unless the settings name one."""
+    """The cut weights in their stored types: the module's own, unless the settings name one."""
     state, types = compiled.program.state, compiled.program.types
     if types is None or compiled.prepared.settings.dtype != "auto":
         return state.cast(compiled.prepared.dtype)
@@ -55,7 +55,7 @@ def held(compiled: Compiled) -> Weights:
 def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
     """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types.
 
-    If the settings name a type, a module of several types or of half precision computes in that one.
+    If the settings name a type, a module of half precision or of several types computes in that type.
     """
     program = compiled.program
     if program.types is not None:
@@ -69,7 +69,7 @@ def stored_weights(stored: Weights, expected: Weights) -> Difference:
     """The worst difference between stored weights and the rewritten graph's weights. One weight is in memory at a time.
 
     Raises:
-        ProofError: a weight exists on one side only, or has another shape.
+        ProofError: a weight exists only on one side, or has another shape.
     """
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):

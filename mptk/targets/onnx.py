@@ -67,12 +67,12 @@ class OnnxTarget(Target):
         return form.stages(folder / ONNX_FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
-        """Of a main graph in float16: the weights' error over the rounding limit, and the logits' in nats a token.
+        """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
 
         Its float32 graph is written to a temporary folder.
 
         Raises:
-            ProofError: it cannot be read or run, or a weight differs by more than rounding allows.
+            ProofError: the graph cannot be read or run, or a weight differs by more than rounding allows.
         """
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
         if form is None or not main.is_file() or not form.half(folder / ONNX_FOLDER):
@@ -85,7 +85,7 @@ class OnnxTarget(Target):
             )
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
-        """The quantised graphs, with differences as ``rounded`` gives them, and what describes the graphs."""
+        """The quantised graphs, with differences as in ``rounded``, and the files that describe the graphs."""
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
         if form is None:
             return []
@@ -107,22 +107,24 @@ class OnnxTarget(Target):
 
 
 def form_for(prepared: Prepared) -> OnnxForm:
-    """How the model is written as ONNX. Raises MptkError if it is not."""
+    """How to write the model as ONNX. Raises MptkError if that is impossible."""
     task = prepared.task
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
     if (length := task.only_length(prepared.analysis.program)) is not None:
-        raise MptkError(f"the trace holds only for {length} tokens, and a graph would, too; leave out ONNX")
+        raise MptkError(
+            f"the trace holds only for {length} tokens, so a graph would take no other length; leave out ONNX"
+        )
     return task.onnx
 
 
 def describe(
     form: OnnxForm, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, strict: bool = True
 ) -> list[str]:
-    """Write what programs need that load the graphs of a checkpoint ``folder``; returns notes on what is left out.
+    """Write the files that programs need to load the graphs of a checkpoint ``folder``; returns notes on missing ones.
 
     Raises:
-        MptkError: ``strict``, and something cannot be described.
+        MptkError: ``strict``, and a file cannot be written.
     """
     write_entry(folder, ONNX_FOLDER)
     try:
@@ -135,7 +137,7 @@ def describe(
 
 
 def remove_graph(file: Path) -> None:
-    """Take a graph out of the ``onnx`` folder of a checkpoint, and of what its config says of graphs."""
+    """Remove a graph from the ``onnx`` folder of a checkpoint and from its config's entries."""
     file.unlink()
     file.with_name(data_file(file.name)).unlink(missing_ok=True)
     if (file.parent.parent / "config.json").is_file():
@@ -143,31 +145,29 @@ def remove_graph(file: Path) -> None:
 
 
 def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
-    """Raise ProofError unless a file that describes the graphs says what the config, the plan and the graphs give."""
+    """Raise ProofError unless a file that describes the graphs agrees with config, plan and graphs."""
     written = compiled.written
     if written is None:
-        fail(f"{name} is not a file of a graph without a checkpoint")
+        fail(f"{name} is there, but graphs without a checkpoint have no such file")
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
     with scratch() as place:
         (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())
         form.describe(written.stock.config, generation, place.folder, ONNX_FOLDER)
         if not (place.folder / name).is_file():
-            fail(f"{name} is there, and these graphs have none")
+            fail(f"{name} is there, but these graphs have no such file")
         compare(name, read_object(folder / name), read_object(place.folder / name))
     return []
 
 
 def _alone(loaded: Loaded, folder: Path) -> str:
-    """Write beside graphs that no checkpoint surrounds what a reader of text needs; returns a note on it."""
+    """Write config and tokenizer beside graphs without a checkpoint; returns a note on them."""
     if loaded.tokenizer is None or not isinstance(loaded.model, PreTrainedModel):
         return ""
     save_tokenizer(loaded.tokenizer, folder)
     models.config_in(loaded).save_pretrained(folder)
     if loaded.model.can_generate() and loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
-    return (
-        f"{ONNX_FOLDER}/config.json is the dense model's: it says how text is read and ended, not how wide the graph is"
-    )
+    return f"{ONNX_FOLDER}/config.json is the dense model's: use it for text and its end, not for the graph's widths"
 
 
 def _export(
@@ -181,7 +181,7 @@ def _export(
 def _quantized(
     form: OnnxForm, device: torch.device, file: Path, whole: Path, scheme: str, batches: Sequence[Samples]
 ) -> list[Difference]:
-    """The differences of ``file`` from its float32 graph ``whole``."""
+    """Compare ``file`` with its float32 graph ``whole``."""
     try:
         share = check_quantized(whole, file, scheme)
         runs = [form.outputs(graph, device) for graph in (file, whole)]

@@ -1,4 +1,4 @@
-"""stock: a plain checkpoint folder that transformers loads, of the model's own class or another that holds the cut."""
+"""stock: a plain checkpoint folder for transformers, of the model's own class or of another that can hold the cut."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from passes.targets.stock.travel import broken
 from passes.verify import TOLERANCE, StageOutputs
 
 SHARD = 5 * 10**9
-"""Bytes of the largest file of weights, if the user names none."""
+"""Largest file of weights by default, in bytes."""
 
 
 class StockTarget(Target):
@@ -57,10 +57,10 @@ class StockTarget(Target):
         return find_home(analysis, legal.stock, model, widths)
 
     def fit(self, compiled: Compiled, sample: Samples) -> Written:
-        """The model's own class with a new config. If it refuses and ``rehome`` is set, another class.
+        """The model's own class with a new config or, if it refuses and ``rehome`` is set, another class.
 
         Raises:
-            MptkError: the class refuses these widths, and no other class may or can hold them.
+            MptkError: the class refuses these widths, and ``rehome`` is not set or no other class can hold them.
         """
         prepared, widths = compiled.prepared, compiled.chosen.plan.widths
         analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
@@ -125,12 +125,12 @@ class StockTarget(Target):
 
 
 def same_features(compiled: Compiled) -> bool:
-    """Whether the model's features have as many channels as before."""
+    """Whether the model's features have the same number of channels as before."""
     return "hidden" not in compiled.chosen.plan.families
 
 
 def check_reading(compiled: Compiled, folder: Path) -> None:
-    """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's; one in memory has none."""
+    """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's, if that has one."""
     prepared = compiled.prepared
     if (dense := prepared.given.tokenizer) is not None:
         written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)
@@ -139,18 +139,18 @@ def check_reading(compiled: Compiled, folder: Path) -> None:
 
 
 RARE = 64
-"""Tokens of the highest ids that are read: the lowest ids are letters, which every text has."""
+"""Number of tokens with the highest ids to compare; the lowest ids are letters, which occur in every text."""
 SPECIAL = 64
-"""Added and special tokens that are read."""
+"""Number of added and special tokens to compare."""
 
 
 def check_same_reading(
     dense: PreTrainedTokenizerBase, written: PreTrainedTokenizerBase, kept: Sequence[int] | None
 ) -> None:
-    """Raise ProofError unless both give the same tokens to texts, and the same texts to these tokens.
+    """Raise ProofError unless both encode texts to the same tokens and decode these to the same texts.
 
     Args:
-        kept: the ids of ``dense`` that stay, in the order of the written ones; None: all do.
+        kept: the ids of ``dense`` that stay, in the order of the written ids; None: all.
     """
     new = None if kept is None else {old: i for i, old in enumerate(kept)}
     for text in texts_of(dense, kept):

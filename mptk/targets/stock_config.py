@@ -1,4 +1,4 @@
-"""stock_config: check each field of a written config against the dense model's. Only the plan's changes may differ."""
+"""stock_config: compare each field of a written config with the dense model's. Only the plan's changes are allowed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
 
 
 def check_code(dense: Path, folder: Path) -> None:
-    """Raise MptkError if Python code in ``folder`` is not the dense model's. Call it before the code is run."""
+    """Raise MptkError if Python code in ``folder`` is not the dense model's. Call it before any code runs."""
     for file in sorted(folder.rglob("*.py")):
         own = dense / file.relative_to(folder)
         if not own.is_file() or file_sha256(own) != file_sha256(file):
@@ -81,7 +81,7 @@ def _repositories(file: Path) -> set[str]:
 
 
 def _check_cut(written: Written) -> None:
-    """The config to write must differ from the dense config in the listed fields only."""
+    """The config to write must differ from the dense config only in the listed fields."""
     dense, cut, new = _body(_dense(written)), _body(written.cut), _body(written.stock.config)
     listed = set(written.stock.changes)
     if written.cut is written.stock.config:
@@ -92,7 +92,7 @@ def _check_cut(written: Written) -> None:
 
 
 def _cut_changes(written: Written) -> dict[str, list[object]]:
-    """The plan's changes of the dense model's own config, if the config of another class is written."""
+    """The plan's changes of the dense model's own config, if another class's config is written."""
     if written.cut is written.stock.config:
         return {}
     dense, cut = dict(leaves(_body(_dense(written)))), dict(leaves(_body(written.cut)))
@@ -100,12 +100,12 @@ def _cut_changes(written: Written) -> dict[str, list[object]]:
 
 
 def _dense(written: Written) -> PreTrainedConfig:
-    """The dense model's config as in its checkpoint. The config of the loaded model has the dtype of loading."""
+    """The dense model's config as in its checkpoint; the loaded model's config has the dtype of loading."""
     return models.config_in(written.loaded)
 
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config`` as it is read from its file: older spellings of fields become fields."""
+    """``config`` as read from its file, with older spellings of fields replaced."""
     content = json.loads(config.to_json_string(), object_hook=_number)
     back: PreTrainedConfig = type(config).from_dict(portable(content))
     return back

@@ -19,28 +19,38 @@ from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.task import Task
-from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs import Inputs, inputs_of
 
 Figure = Callable[[Any, Any], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
 
 
-class ComparedTask(Task):
-    """A task of a transformers model, whose samples are of the kind that its class reads."""
+class ModelTask(Task):
+    """A task of a transformers model: ``made`` makes its samples of the inputs that its class reads."""
 
-    compares = True
+    def kind(self, model: nn.Module) -> Inputs:
+        """What the model reads."""
+        return inputs_of(model)
 
     def example(self, model: nn.Module) -> Samples:
-        return Samples(inputs_of(model).example(model))
+        return Samples(self.kind(model).example(model))
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return Samples(inputs_of(loaded.model).calibration(loaded, settings, count, progress))
+        found = self.kind(loaded.model).calibration(loaded, settings, count, progress)
+        return self.made(loaded, found, settings.data, settings.seed)
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return Samples(inputs_of(loaded.model).evaluation(loaded, settings))
+        found = self.kind(loaded.model).evaluation(loaded, settings)
+        return self.made(loaded, found, settings.eval_data or settings.data, settings.seed + 1)
 
     def named(self, model: nn.Module, data: str) -> str:
-        return inputs_of(model).named(data)
+        return self.kind(model).named(data)
+
+
+class ComparedTask(ModelTask):
+    """A task whose loss compares outputs with the dense model's, one comparison a sample."""
+
+    compares = True
 
     def predicted(self, samples: Samples) -> int:
         return len(samples)
@@ -84,7 +94,7 @@ def known_to(
     return f"{min(names, default=type(config).__name__)} does not {what}"
 
 
-class TokenTask(Task):
+class TokenTask(ModelTask):
     """A task whose samples' targets are token ids at the positions of the logits."""
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:

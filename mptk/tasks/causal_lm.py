@@ -13,15 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs, perplexities
 from mptk.io.models import Loaded
 from mptk.ir.samples import Samples, next_tokens
-from mptk.progress import Count, Progress
+from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
+from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import SEQUENCE, TextWindows, example_ids
 
 
@@ -54,16 +55,13 @@ class CausalLM(TokenTask):
         if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
+    def kind(self, model: nn.Module) -> Inputs:
+        return TextWindows()
+
     def example(self, model: nn.Module) -> Samples:
         return next_tokens(example_ids())
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return next_tokens(TextWindows().calibration(loaded, settings, count, progress)["input_ids"])
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return next_tokens(TextWindows().evaluation(loaded, settings)["input_ids"])
-
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
         return next_tokens(inputs["input_ids"])
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:

@@ -87,7 +87,7 @@ class DecoderForm(OnnxForm):
             model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
         )
         if wanted != "auto" and model.dtype is not torch.float32:
-            raise MptkError(f"a {wanted} graph is made of a float32 model, not {model.dtype}; call model.float()")
+            raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
         program = cut(program, dense, plan, log)
         step(0, 0, "translate the graph")
         said = {"objective": settings.objective, **about(dense, plan)}

@@ -27,10 +27,10 @@ from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import CHANGED, HALF, GraphRun, Traced, about, cut, equal, stages_of, traced_as
+from mptk.tasks.exporting import CHANGED, HALF, GraphRun, about, cut, stages_of, traced_as
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.text import example_ids
-from mptk.tasks.padding import IDS, MASK, about_padding, candidates, padded_as_said, with_mask
+from mptk.tasks.padding import IDS, MASK, with_mask
 from passes.frontend.trace import uncached
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
@@ -71,19 +71,22 @@ class EncoderDecoderForm(OnnxForm):
             )
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        traced, padding = named(dense, samples)
+        model = dense.loaded.model
+        example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
+        given = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
+        traced, padding = traced_as(dense, WithHidden, example, given, lambda output, _: output)
         logits, hidden = output_names(traced.program)
         program = cut(with_outputs(traced.program, [logits]), dense, plan, log)
         program = with_outputs(program, [*output_names(program), hidden])
         step(0, 0, "translate the graph")
-        given = [name for name in traced.names if name != DECODER_IDS]
+        read = [name for name in traced.names if name != DECODER_IDS]
         decoder = {name: new for name, new in DECODER_NAMES.items() if name in (*traced.names, HIDDEN)}
         emit_onnx(
             program,
             folder,
             Interface({name: DECODER_AXES.get(name, TEXT_AXES) for name in traced.names}, (LOGITS, HIDDEN)),
             parts={
-                ENCODER: GraphPart({name: name for name in given}, (HIDDEN,)),
+                ENCODER: GraphPart({name: name for name in read}, (HIDDEN,)),
                 DECODER: GraphPart(decoder, (LOGITS,)),
             },
             objective="prefill",
@@ -103,21 +106,6 @@ class EncoderDecoderForm(OnnxForm):
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         raise MptkError(f"an encoder-decoder has no {scheme} graph; remove it from the folder")
-
-
-def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-    """The model with the inputs of its graphs, and what their metadata says of padding."""
-    model, executor = dense.loaded.model, dense.executor
-    example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
-    samples = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
-    inputs, expected = samples.inputs, dense.run(samples)
-    wrapped = [(WithHidden(model, names), names) for names in candidates(dense.loaded, inputs)]
-    traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
-    if IDS not in inputs:
-        return traced, {}
-    said = about_padding(model)
-    given, rows = padded_as_said(inputs, said)
-    return traced, said if equal(traced.run(executor, given)[rows], expected) else {}
 
 
 def steps_of(run: GraphRun, samples: Samples) -> Placed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import Checks, left_out
 from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
-from mptk.tasks.padding import PADDING_KEY, padded_as_said, with_mask
+from mptk.tasks.padding import PADDING_KEY, about_padding, candidates, is_text, padded_as_said, with_mask
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
@@ -60,29 +60,48 @@ class Traced:
                 raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
 
 
-def traced_as(
-    dense: Dense, wrapped: Iterable[tuple[nn.Module, list[str]]], example: Named, inputs: Named, expected: Tensor
-) -> Traced:
-    """The first of the wrapped models whose trace computes what the dense model does.
+Unpadded = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""Outputs and the inputs without padding → the outputs without those at padding."""
 
-    ``wrapped``: modules that take positional tensors, with their names. ``example``: to trace them with. ``inputs``:
-    to run them on. ``expected``: what the dense model gives for these.
+
+def traced_as(
+    dense: Dense,
+    wrap: Callable[[nn.Module, list[str]], nn.Module],
+    example: Named,
+    samples: Samples,
+    unpadded: Unpadded,
+) -> tuple[Traced, dict[str, str]]:
+    """The model with named inputs, and what its graph's metadata says of padding: nothing if that changes outputs.
+
+    Args:
+        wrap: makes a module that takes positional tensors of the model and their names.
+        example: to trace it with.
+        samples: on which it must compute what the dense model does.
 
     Raises:
-        MptkError: none does.
+        MptkError: it does so with no choice of inputs.
     """
     step(0, 0, "trace with named inputs")
+    model, inputs, expected = dense.loaded.model, samples.inputs, dense.run(samples)
+    given = with_mask(example)
     reason = "with a mask of ones it computes other outputs than without a mask"
-    for module, names in wrapped:
+    for names in candidates(dense.loaded, inputs):
         try:
-            program = export_program(module, tuple(example[name] for name in names), dynamic=True)
+            program = export_program(wrap(model, names), tuple(given[name] for name in names), dynamic=True)
             traced = Traced(dense.weighted(program), names)
             traced.check_sizes()
-            if equal(traced.run(dense.executor, inputs), expected):
-                return traced
+            if equal(traced.run(dense.executor, with_mask(inputs)), expected):
+                break
         except (MptkError, RuntimeError) as error:
             reason = first_line(error)
-    raise MptkError(f"{type(dense.loaded.model).__name__} is not written with named inputs: {reason}")
+    else:
+        raise MptkError(f"{type(model).__name__} is not written with named inputs: {reason}")
+    if not is_text(inputs):
+        return traced, {}
+    said = about_padding(model)
+    longer, rows = padded_as_said(inputs, said)
+    same = equal(unpadded(traced.run(dense.executor, longer)[rows], inputs), expected)
+    return traced, said if same else {}
 
 
 def equal(found: Tensor, expected: Tensor) -> bool:
@@ -136,7 +155,7 @@ def is_half(graph: OrtGraph) -> bool:
 def stages_of(
     run: GraphRun,
     graph: OrtGraph,
-    unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    unpadded: Unpadded,
     more: Mapping[str, StageOutputs] | None = None,
 ) -> Checks:
     """What ``run`` gives for the proof's samples, and for the same with padding; ``more``: other stages.

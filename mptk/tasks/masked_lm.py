@@ -7,7 +7,6 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mptk.config.settings import Settings
+from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
-from mptk.progress import Count, Progress
+from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
-from mptk.tasks.inputs.text import TextWindows, example_ids
+from mptk.tasks.inputs import Inputs
+from mptk.tasks.inputs.text import TextWindows
 from mptk.tasks.model_form import LOGITS, ModelForm
 
 STRIDE = 7
@@ -32,11 +32,9 @@ STRIDE = 7
 FIRST = 3
 
 
-@dataclass(frozen=True)
 class MaskedLM(TokenTask):
-    """A masked language model: BERT, RoBERTa, ModernBERT. ``mask``: its mask token."""
+    """A masked language model: BERT, RoBERTa, ModernBERT."""
 
-    mask: int = 0
     name = "masked-lm"
     summary = "masked language model"
     onnx = ModelForm(LOGITS)
@@ -44,26 +42,15 @@ class MaskedLM(TokenTask):
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
-    def with_mask(self, loaded: Loaded, data: str) -> MaskedLM:
-        """The task with the model's mask token, which random inputs do without."""
+    def kind(self, model: nn.Module) -> Inputs:
+        return TextWindows()
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """Windows with some tokens masked. Random inputs and token ids in memory do without a mask token."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
-        if mask is None and data != RANDOM:
+        if mask is None and data not in (RANDOM, IN_MEMORY):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
-        return MaskedLM(mask or 0)
-
-    def example(self, model: nn.Module) -> Samples:
-        return Samples({"input_ids": example_ids()})
-
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        task = self.with_mask(loaded, settings.data)
-        return task.masked(TextWindows().calibration(loaded, settings, count, progress)["input_ids"])
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        task = self.with_mask(loaded, settings.eval_data or settings.data)
-        return task.masked(TextWindows().evaluation(loaded, settings)["input_ids"])
-
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
-        return self.masked(inputs["input_ids"])
+        return masked(inputs["input_ids"], mask or 0)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """As of other models of tokens. Perceiver gives logits of all its positions: those after the window go."""
@@ -71,11 +58,6 @@ class MaskedLM(TokenTask):
         if isinstance(output, Tensor):
             output = output[:, : samples.targets.shape[1]]
         return super().loss(output, samples)
-
-    def masked(self, ids: Tensor) -> Samples:
-        """Windows of token ids, int64 [n, length], with some masked; these are the targets."""
-        hidden = _masked(ids)
-        return Samples({"input_ids": ids.masked_fill(hidden, self.mask)}, ids.masked_fill(~hidden, IGNORED))
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
@@ -86,6 +68,7 @@ class MaskedLM(TokenTask):
         return self.perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 
 
-def _masked(ids: Tensor) -> Tensor:
-    """Which tokens are masked, boolean in the shape of ``ids`` [windows, length]."""
-    return (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)
+def masked(ids: Tensor, mask: int) -> Samples:
+    """Windows of token ids, int64 [n, length], with some replaced by ``mask``; these are the targets."""
+    hidden = (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)
+    return Samples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))

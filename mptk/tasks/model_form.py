@@ -28,7 +28,6 @@ from mptk.tasks.exporting import (
     Traced,
     about,
     cut,
-    equal,
     features_apart,
     is_half,
     logits_apart,
@@ -37,7 +36,7 @@ from mptk.tasks.exporting import (
     traced_as,
 )
 from mptk.tasks.inputs import inputs_of
-from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask
+from mptk.tasks.padding import IDS, is_text, with_mask
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
@@ -83,7 +82,14 @@ class ModelForm(OnnxForm):
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
-        return named(dense, samples)
+        example = inputs_of(dense.loaded.model).example(dense.loaded.model)
+        if not is_text(example):
+            assert dense.program is not None
+            traced = Traced(dense.program, list(example))
+            traced.check_sizes()
+            return traced, {}
+        samples = Samples(longer(example)) if samples is None else samples.shortened(*PROOF_SHAPE)
+        return traced_as(dense, Flat, example, samples, unpadded)
 
     def axes(self, name: str) -> Axes:
         """The names of an input's axes."""
@@ -102,25 +108,6 @@ class ModelForm(OnnxForm):
 
     def half(self, folder: Path) -> bool:
         return is_half(OrtGraph(folder / ONNX_FILE))
-
-
-def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-    """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
-    model, executor = dense.loaded.model, dense.executor
-    example = inputs_of(model).example(model)
-    if not is_text(example):
-        assert dense.program is not None
-        traced = Traced(dense.program, list(example))
-        traced.check_sizes()
-        return traced, {}
-    samples = Samples(longer(example)) if samples is None else samples.shortened(*PROOF_SHAPE)
-    inputs, expected = samples.inputs, dense.run(samples)
-    wrapped = [(Flat(model, names), names) for names in candidates(dense.loaded, inputs)]
-    traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
-    said = about_padding(model)
-    given, rows = padded_as_said(inputs, said)
-    found = traced.run(executor, given)[rows]
-    return traced, said if equal(unpadded(found, inputs), expected) else {}
 
 
 def longer(example: Mapping[str, Tensor]) -> dict[str, Tensor]:

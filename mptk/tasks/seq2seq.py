@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from mptk.config.settings import Settings
+from mptk.config.settings import IN_MEMORY
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
-from mptk.progress import Count, Progress
+from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
@@ -51,23 +51,10 @@ class Seq2Seq(TokenTask):
     def example(self, model: nn.Module) -> Samples:
         return Samples({**inputs_of(model).example(model), DECODER: example_ids(length=5)})
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        found = inputs_of(loaded.model).calibration(loaded, settings, count, progress)
-        return self.answered(loaded, found, settings.data == RANDOM, settings.seed)
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        found = inputs_of(loaded.model).evaluation(loaded, settings)
-        return self.answered(loaded, found, (settings.eval_data or settings.data) == RANDOM, settings.seed + 1)
-
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
-        return self.answered(loaded, {n: x for n, x in inputs.items() if n != DECODER}, False, 0)
-
-    def named(self, model: nn.Module, data: str) -> str:
-        return inputs_of(model).named(data)
-
-    def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
-        """The inputs with what the dense model writes for them; ``random``: with random tokens."""
-        if random:
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """The inputs with what the dense model writes for them; random ones with random tokens."""
+        inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER}
+        if data == RANDOM:
             generator = torch.Generator().manual_seed(seed)
             shape = (len(next(iter(inputs.values()))), 12)
             ids = torch.randint(vocabulary(loaded.model), shape, generator=generator)

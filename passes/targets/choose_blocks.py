@@ -1,4 +1,4 @@
-"""choose_blocks: the blocks that stay, by their scores, among the choices that a target can hold."""
+"""choose_blocks: choose the blocks that stay, by their scores, among the choices that a target can hold."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
 Selection = tuple[float, tuple[int, ...]]
-"""The sum of the scores of some blocks, and their numbers."""
+"""The sum of the blocks' scores, and their numbers."""
 
 
 def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stock | None) -> tuple[int, ...]:
-    """The ``width`` blocks with the largest scores, ascending, among them all that cannot be removed.
+    """The ``width`` blocks with the largest scores, ascending, including all that cannot be removed.
 
-    ``scores``: one for each block. ``stock``: the class that must hold the choice. If it derives what a block is from
-    its place and does not hold the best choice, the best one with its pattern is taken.
+    ``scores``: one for each block. ``stock``: the class that must hold the choice. If it derives a block's kind from
+    its position and cannot hold the best choice, the best choice that fits its pattern is taken.
 
     Raises:
-        MptkError: the class holds none of ``width`` blocks.
+        MptkError: the class cannot hold ``width`` of the blocks.
     """
     free = sorted((unit for unit in range(len(scores)) if unit not in stack.stay), key=lambda unit: -scores[unit])
     best = tuple(sorted([*stack.stay, *free[: width - len(stack.stay)]]))
@@ -42,10 +42,10 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
 def best_sequence(
     kinds: Sequence[object], wanted: Sequence[object], scores: Sequence[float], stay: Collection[int]
 ) -> tuple[int, ...] | None:
-    """The blocks of the wanted kinds, in this order, that have the largest sum of scores; None if no blocks fit.
+    """The blocks of the wanted kinds, in this order, with the largest sum of scores; None if no blocks fit.
 
-    ``stay``: numbers of blocks that must be among them. It is found place by place: the best choice for the first j
-    places among the first i blocks ends with block i or is one among the first i − 1.
+    ``stay``: numbers of blocks that must be included. Dynamic programming: the best choice for the first j places among
+    the first i blocks either ends with block i or uses only the first i − 1.
     """
     none: Selection = (float("-inf"), ())
     row: list[Selection] = [(0.0, ()), *[none] * len(wanted)]

@@ -1,4 +1,4 @@
-"""derived: families of whose width a stock class makes a number that no weight shows."""
+"""derived: families from whose width a stock class computes numbers that no weight shows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mptk.ir.source_location import SourceLocation
 from passes.transforms.fold_norms import unfoldable
 
 ALIKE = re.compile(r"(new_)?(zeros|ones|full)(_like)?|scalar_tensor")
-"""Calls that make tensors of one number."""
+"""Calls that make tensors with one value in all entries."""
 CARRYING = frozenset({"to", "_to_copy", "clone", "contiguous", "expand", "unsqueeze", "view", "reshape", "transpose"})
-"""Calls whose result holds only the numbers of their first argument."""
+"""Calls whose result has only values of their first argument."""
 SCALINGS = frozenset({"mul", "multiply", "div", "divide"})
 
 
 def derived_families(analysis: Analysis) -> dict[str, str]:
-    """Families whose width enters numbers that a stock class computes from its config, with the reason.
+    """Families whose width a stock class computes numbers from, with the reason.
 
     If they were cut, the shapes would fit but the logits would not:
     1. channels in a contraction of two activations: attention's scale depends on their number;
@@ -59,7 +59,7 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
 
 
 def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:
-    """Whether all entries of a constant are one number, as the zeros that a recurrence begins with.
+    """Whether all entries of a constant are equal, as the zeros at the start of a recurrence.
 
     ``written``: the values that a call changes in place.
     """
@@ -70,9 +70,9 @@ def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:
 
 
 def multiplied_by_their_number(analysis: Analysis) -> dict[Axis, SourceLocation]:
-    """Axes of n channels that a call multiplies by n^½, n^-½ or 1/n, with its place.
+    """Axes of n channels that a call multiplies by n^½, n^-½ or 1/n, with the place of the call.
 
-    A number that two axes explain (a scale of attention, if there are as many heads as channels in each) is left out.
+    A number that two axes explain (attention's scale, if heads and channels in a head are equally many) is left out.
     """
     found = {}
     for node in analysis.program.graph.graph.nodes:

@@ -1,4 +1,4 @@
-"""legalize: find the widths that a target accepts and that meet a budget, before anything is cut."""
+"""legalize: find the widths that a target accepts and that meet a budget, before the cut."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class LegalWidths:
         refused: family that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
-        left: family that ``portable`` left whole → the reason.
-        together: sets of families of which none can be cut without the others.
+        left: family that ``portable`` left uncut → the reason.
+        together: sets of families that can only be cut together.
     """
 
     ladders: Mapping[str, tuple[int, ...]]
@@ -55,18 +55,18 @@ class LegalWidths:
 
     @cached_property
     def breaks(self) -> Mapping[str, str]:
-        """Family → programs other than transformers that a cut of it breaks (``stock/travel.py``)."""
+        """Family → programs, other than transformers, that break if it is cut (``stock/travel.py``)."""
         return {} if self.stock is None else breaks(self.stock, self.ladders)
 
     def portable(self) -> LegalWidths:
-        """The same without the families whose cut breaks some program.
+        """Remove the families whose cut breaks a program.
 
         Raises:
             MptkError: the target writes no config that other programs read.
         """
         if self.stock is None:
             raise MptkError("this target writes no config.json for other programs to read; leave out --portable")
-        left = {name: f"a cut of it breaks {programs}" for name, programs in self.breaks.items()}
+        left = {name: f"cutting it breaks {programs}" for name, programs in self.breaks.items()}
         whole = {name: self.ladders[name][-1:] for name in left}
         return replace(self, ladders={**self.ladders, **whole}, refused={**self.refused, **left}, left=left)
 
@@ -81,7 +81,7 @@ class Candidate:
 
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """Legal widths for the rewritten graph itself: all that its ops accept, in multiples for quantisers."""
+    """Legal widths for the rewritten graph: all widths that its ops accept, as multiples if quantisers need them."""
     ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
@@ -89,18 +89,18 @@ def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -
 def stock_widths(
     analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
 ) -> LegalWidths:
-    """Legal widths for a stock transformers checkpoint: all that the model's own config class can express.
+    """Legal widths for a stock transformers checkpoint: all widths that the model's own config class can express.
 
     Args:
         analysis: of the model.
         stock: the result of ``discover``.
         multiple: see ``aligned``.
-        rehome: also allow widths that only the class's validators refuse. Another class may hold such a model
+        rehome: also allow widths that only the class's validators refuse; another class may hold such a model
             (``stock/rehome.py``).
     """
     together = tuple(stock.together)
-    alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
-    refused = {**alone, **stock.derived}
+    refused = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused |= stock.derived
 
     depths = {family.name: family for family in analysis.depths}
 
@@ -141,7 +141,7 @@ def stock_widths(
 def _joint(
     ladders: Mapping[str, tuple[int, ...]], together: Sequence[frozenset[str]], accepts: Accepts
 ) -> dict[str, tuple[int, ...]]:
-    """The widths of families that are only cut together, of those in ``ladders``: some cut of their group has them."""
+    """For families in ``ladders`` that are only cut together: the widths that occur in a cut of their group."""
     found: dict[str, set[int]] = {}
     for group in together:
         for widths in proportional(ladders, sorted(group)):
@@ -193,14 +193,14 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: of single layers, if the target can express them; all if none repeats."""
+    """The families that are cut by default: those inside layers, if the target can express them; else all."""
     cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)
 
 
 def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
-    """The target without widths of ``families`` that save nothing over a wider one, if all other families are whole."""
+    """Remove widths of ``families`` that save nothing over a wider one while all other families are uncut."""
     ladders = dict(target.ladders)
     joint: frozenset[str] = frozenset().union(*target.together)
     for name in families:
@@ -236,15 +236,15 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
 
 
 def finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
-    """What has the most legal widths, by which a combination of the others is brought to the budget.
+    """The families with the most legal widths; they bring a combination of the others to the budget.
 
-    One of ``families``, or several that are only cut together.
+    One of ``families``, or several that can only be cut together.
     """
     return [*_finest(target, families)[0][-1]]
 
 
 def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices, list[WidthChoices]]:
-    """What has the most choices, and the others."""
+    """The entry with the most choices, and the others."""
     found = width_choices(target.ladders, target.together, families)
     finest = max(range(len(found)), key=lambda i: len(found[i]))
     return found[finest], [ladder for i, ladder in enumerate(found) if i != finest]
@@ -260,9 +260,9 @@ def choose_candidates(
 ) -> list[Candidate]:
     """The candidates within ``tolerance`` of the budget, the most even first.
 
-    With a ``count`` each combination of the families other than ``finest`` stands once, with the width nearest to the
-    budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven.
-    ``others``: what an error names as a way out, beside the nearest widths.
+    With a ``count``, each combination of the families other than ``finest`` occurs once, with the width nearest to the
+    budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``: a further
+    remedy in the error, beside the nearest widths.
 
     Raises:
         MptkError: no candidate is within ``tolerance``. The message names the nearest ones.
@@ -287,10 +287,10 @@ def _once(candidates: Sequence[Candidate], finest: Collection[str]) -> list[Cand
 
 
 def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """At most ``count`` candidates, as far from each other as can be.
+    """At most ``count`` candidates, as different as possible.
 
     The most even one is taken first, then always the one whose widths, as shares of the widest, are farthest from all
-    that were taken (Gonzalez 1985). So the extremes are among the first.
+    that are taken (Gonzalez 1985). So the extremes come early.
     """
     if len(candidates) <= count:
         return list(candidates)

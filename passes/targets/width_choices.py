@@ -1,4 +1,4 @@
-"""width_choices: what can be chosen: a family's width, or the widths of families that a class only cuts together.
+"""width_choices: the widths to choose from, of one family or of families that can only be cut together.
 
 Families of one group are cut in proportion: the config holds one number for all of them, and the others are multiples
 of it.
@@ -22,7 +22,7 @@ def width_choices(
 
 
 def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
-    """The legal widths of ``families`` at one ratio to their dense widths, or at the one width that is left of some."""
+    """The legal widths of ``families`` in proportion to their dense widths, or with the only width left to some."""
     sizes = {name: ladders[name][-1] for name in families}
     leader = max(families, key=lambda name: (len(ladders[name]) > 1, -sizes[name]))
     choices = []
@@ -55,7 +55,7 @@ def _follow(ladder: Sequence[int], product: int, by: int) -> int | None:
 
 
 def _connected(families: Sequence[str], groups: Iterable[frozenset[str]]) -> list[list[str]]:
-    """The ``families`` in parts that share no group."""
+    """The ``families`` in sets that share no group."""
     parts = [[name] for name in families]
     for group in groups:
         joined = [part for part in parts if group & {*part}]

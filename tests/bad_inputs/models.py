@@ -174,7 +174,7 @@ FILES = [
         ("is of a lamas model",),
         (write("toy.gguf", lambda path: path.read_bytes().replace(b"llama", b"lamas")),),
     ),
-    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is no GGUF file",)),
+    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is not a GGUF file",)),
     Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
     Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),
     Row("output named otherwise", "gguf {pruned} --like {toy.gguf} --out {out.bin}", (".gguf",), code=2),
@@ -332,12 +332,12 @@ def index(names: object) -> tuple[Prepare, ...]:
 
 SHARDS = [
     Row(
-        "shards outside", PRUNE, ("../outside.safetensors", "leads out of its folder"), index("../outside.safetensors")
+        "shards outside", PRUNE, ("../outside.safetensors", "is outside of its folder"), index("../outside.safetensors")
     ),
-    Row("shards absolute", PRUNE, ("/etc/passwd", "leads out of its folder"), index("/etc/passwd")),
-    Row("shards in a folder below", PRUNE, ("leads out of its folder",), index("a/../../outside.safetensors")),
-    Row("shards that are not there", PRUNE, ("none.safetensors, which is not there",), index("none.safetensors")),
-    Row("shards of a name of 300 characters", PRUNE, ("which is not there",), index("n" * 300)),
+    Row("shards absolute", PRUNE, ("/etc/passwd", "is outside of its folder"), index("/etc/passwd")),
+    Row("shards in a folder below", PRUNE, ("is outside of its folder",), index("a/../../outside.safetensors")),
+    Row("shards that are not there", PRUNE, ("none.safetensors, which does not exist",), index("none.safetensors")),
+    Row("shards of a name of 300 characters", PRUNE, ("which does not exist",), index("n" * 300)),
     Row("shards of a number", PRUNE, ("weight_map",), index({"a": 7})),
     Row("shards of a list", PRUNE, ("weight_map",), index([1])),
     Row("shards index no JSON", PRUNE, ("index.json", "not JSON"), (write("model/model.safetensors.index.json", "{"),)),

@@ -64,18 +64,18 @@ TEXTS = [
     Row("width that is not legal", f"{ONCE} --width ffn=7", ("ffn cannot have width 7", "nearest legal")),
     Row("families unknown", f"{ONCE} --families wings", ("no family 'wings'",)),
     Row("keep unknown", f"{ONCE} --keep wings", ("no family 'wings'",)),
-    Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is to stay whole by --keep",)),
-    Row("keep and width", f"{ONCE} --width ffn=32 --keep ffn", ("ffn is to stay whole by --keep", "--width")),
+    Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is in --keep and in --",)),
+    Row("keep and width", f"{ONCE} --width ffn=32 --keep ffn", ("ffn is in --keep and in --", "--width")),
     *(
-        Row(f"memory {value[:12]}", f"{ONCE} --memory {value}", ("is no size", "as 8GB"))
+        Row(f"memory {value[:12]}", f"{ONCE} --memory {value}", ("is not a size", "as 8GB"))
         for value in ("nan", "infGB", "-1GB", "0GB", "1e999GB", "8", "8XB", "²GB", "9" * 400 + "TB")
     ),
-    Row("max shard size nan", f"{ONCE} --max-shard-size nanGB", ("is no size", "as 8GB")),
+    Row("max shard size nan", f"{ONCE} --max-shard-size nanGB", ("is not a size", "as 8GB")),
     Row("lengths superscript", "bench {gpt2} --lengths ²", ("--lengths ²", "as 128,512")),
     Row("lengths empty", "bench {gpt2} --lengths ,", ("--lengths ,", "as 128,512")),
     Row("lengths zero", "bench {gpt2} --lengths 0", ("--lengths 0", "as 128,512")),
     Row("lengths of 400 digits", f"bench {{gpt2}} --lengths {'9' * 400}", ("as 128,512",)),
-    Row("lengths twice", "bench {gpt2} --lengths 8,8", ("stands there twice",)),
+    Row("lengths twice", "bench {gpt2} --lengths 8,8", ("is repeated",)),
     Row("batches negative", "bench {gpt2} --batches -1", ("--batches -1", "as 128,512")),
     Row("threads of bench zero", "bench {gpt2} --threads 0", ("--threads 0", "as 128,512")),
     Row("plot of no known kind", "bench {gpt2} --plot {x.foo}", ("x.foo", ".png", ".svg"), code=2),
@@ -99,7 +99,7 @@ TEXTS = [
     Row("out that is no text", f"{ONCE}".replace("{out}", "{a}"), ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
     Row("model that is no text", "analyze {a}", ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
     Row("out below a file", f"{ONCE}".replace("{out}", "{text.raw}/deeper"), ("is not a folder",), code=2),
-    Row("no place for the result", "prune {model} --data {text.raw}", ("give --out",)),
+    Row("the result needs a folder", "prune {model} --data {text.raw}", ("give --out",)),
     Row("out is the model", "prune {model} --data {text.raw} --out {model}", ("not made by mptk", "another --out")),
     Row("no such device", f"{ONCE} --device xpu:7", ("no device xpu:7",)),
     Row("no such command", "prune-it {model}", ("prune-it",), code=2),
@@ -113,12 +113,12 @@ CONTRADICTIONS = [
     Row("onnx dtype without onnx", f"{PRUNE} --onnx-dtype float16 --no-onnx", ("--onnx-dtype would do nothing",)),
     Row("logits without onnx", f"{PRUNE} --logits last --no-onnx", ("--logits would do nothing",)),
     Row("objective without onnx", f"{PRUNE} --objective prefill --no-onnx", ("--objective would do nothing",)),
-    Row("quantize and float16", f"{PRUNE} --quantize int8 --onnx-dtype float16", ("is made of a float32 graph",)),
+    Row("quantize and float16", f"{PRUNE} --quantize int8 --onnx-dtype float16", ("needs a float32 graph",)),
     *(
         Row(
             f"plan with {option}",
             f"prune {{model}} --data {{text.raw}} --out {{out}} --plan {{pruned/plan.json}} {option} {value}".rstrip(),
-            (f"{option} would do nothing", "--plan says which units stay"),
+            (f"{option} would do nothing", "--plan already says which units stay"),
         )
         for option, value in (
             ("--width", "ffn=8"),
@@ -146,7 +146,7 @@ CONTRADICTIONS = [
     Row(
         "free layers with search",
         f"{PRUNE} --search --target graph --layers free",
-        ("--search ranks shapes whose layers are alike", "leave out one of both"),
+        ("--search only ranks shapes whose layers are alike", "leave out --search or --layers free"),
     ),
     Row("search-tokens without search", f"{PRUNE} --search-tokens 5", ("--search-tokens would do nothing", "--search")),
     Row(
@@ -159,8 +159,8 @@ CONTRADICTIONS = [
         "shapes {model} --data {text.raw} --tokens 0 --finalists 3",
         ("--finalists would do nothing", "--tokens"),
     ),
-    Row("few tokens for a search", f"{PRUNE} --search --search-tokens 9", ("9 tokens do not suffice", "--batch")),
-    Row("few tokens for shapes", "shapes {model} --data {text.raw} --tokens 9", ("9 tokens do not suffice", "--batch")),
+    Row("few tokens for a search", f"{PRUNE} --search --search-tokens 9", ("9 tokens are too few", "--batch")),
+    Row("few tokens for shapes", "shapes {model} --data {text.raw} --tokens 9", ("9 tokens are too few", "--batch")),
     Row(
         "shapes resumed from nowhere",
         "shapes {model} --data {text.raw} --resume",
@@ -171,12 +171,12 @@ CONTRADICTIONS = [
     Row(
         "distillation where blocks alone go",
         f"{PRUNE} --families layers --sparsity 0.5 --distil-epochs 1",
-        ("no block that is cut has", "leave out --distil-epochs"),
+        ("no cut block has", "leave out --distil-epochs"),
     ),
     Row(
         "distillation of no block",
         f"{PRUNE} --families hidden --sparsity 0.5 --distil-epochs 1",
-        ("no block that is cut has",),
+        ("no cut block has",),
     ),
     Row("two latencies", f"{ONCE} --max-decode-ms 5 --max-prefill-ms 9", ("only one latency",)),
     Row("latency and sparsity", f"{ONCE} --max-decode-ms 5 --sparsity 0.5", ("--sparsity would do nothing",)),
@@ -211,7 +211,7 @@ CONTRADICTIONS = [
     Row(
         "experts of a model without any",
         "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --multiple-of 8 --method reap --length 16",
-        ("none are among ffn", "--method wanda"),
+        ("none are in ffn", "--method wanda"),
     ),
     Row(
         "all weights beside cut norms",
@@ -253,11 +253,15 @@ CONTRADICTIONS = [
         "prune {gpt2-dense} --kv-heads 1 --sparsity 0 --data {text.raw} --length 8 --eval-length 8 --out {out}",
         ("no KV heads to merge", "leave out --kv-heads"),
     ),
-    Row("fewer KV heads than asked for", f"{ONCE} --kv-heads 1 --sparsity 0.01", ("KV heads alone", "--sparsity 0")),
+    Row(
+        "fewer KV heads than asked for",
+        f"{ONCE} --kv-heads 1 --sparsity 0.01",
+        ("merging KV heads already removes", "--sparsity 0"),
+    ),
     Row(
         "KV heads and a share of a latency",
         f"{ONCE} --kv-heads 1 --budget latency",
-        ("--kv-heads: a share of the latency", "--max-decode-ms"),
+        ("--kv-heads changes the latency", "--max-decode-ms"),
     ),
     Row("show a pass without a plan", "show {model} --after rewrite", ("give both --after and --plan",)),
 ]

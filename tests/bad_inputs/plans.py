@@ -94,7 +94,7 @@ RECIPES = [
             "empty": "",
             "a list": "- 1\n- 2\n",
             "a number": "7",
-            "no YAML": "{:",
+            "not YAML": "{:",
             "not UTF-8": b"model: \xff\n",
             "binary": bytes(range(256)),
             "of tabs": "\tmodel: x\n",

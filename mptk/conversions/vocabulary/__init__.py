@@ -1,1 +1,1 @@
-"""Which tokens a text uses; tokenizers, configs and models without the others."""
+"""Vocabulary trimming: find the tokens that a text uses; remove the others from tokenizer, config and model."""

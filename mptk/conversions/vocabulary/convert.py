@@ -1,7 +1,7 @@
-"""vocabulary: a dense model becomes one that has only the tokens of a corpus, or of a plan.
+"""vocabulary: reduce a dense model to the tokens of a corpus or of a plan.
 
-What is looked up and predicted by token loses rows; the config's and the tokenizer's ids are those of the rows that
-stay. The proof compares the logits of the two models.
+Embedding and output head lose rows; config and tokenizer get the ids of the rows that stay. The proof compares the
+logits of the two models.
 """
 
 from __future__ import annotations
@@ -39,30 +39,31 @@ from passes.verify import StageOutputs
 LEAST = 16
 """Tokens that always stay: a model is traced with the first dozen."""
 PLANNED = "the plan"
-"""What a report calls the corpus of a plan that was given."""
+"""What a report calls the corpus if a plan was given."""
 
 Corpus = Callable[[Loaded], Iterable[Document]]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that stay of a vocabulary of ``of``: ``keep``, ascending. Each gets its position there as its id."""
+    """The tokens that stay, ``keep``, ascending, of ``of``. A token's new id is its position in ``keep``."""
 
     of: int
     keep: tuple[int, ...]
 
     @staticmethod
     def read(entry: Entry) -> Tokens:
-        """The tokens of an entry of a plan. Raises MptkError with the place of the mistake."""
+        """Read the tokens of a plan's entry. Raises MptkError with the place of the mistake."""
         family = read_family({**entry, "keep": {"tokens": entry.get("keep")}}, "plan: vocabulary")
         return Tokens(family.of, family.keep["tokens"][0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrimmedVocabulary(Conversion):
-    """A model lost the rows of some tokens.
+    """A model without the rows of some tokens.
 
-    ``vocabulary``: where its tokens were counted. ``kept``: the tokens that stay. ``corpus``: what decided, by name.
+    ``vocabulary``: where the model has rows for tokens. ``kept``: the tokens that stay. ``corpus``: the name of the
+    text that decided.
     """
 
     name = "vocabulary"
@@ -90,11 +91,11 @@ class TrimmedVocabulary(Conversion):
         """The conversion of ``model``.
 
         Args:
-            wanted: the tokens that stay, or the corpus that decides; ``name``: what a report calls it.
-            multiple: if the number of tokens is a multiple of this, it stays one.
+            wanted: the tokens that stay, or the corpus that decides; ``name``: its name in a report.
+            multiple: if the number of tokens is a multiple of this, the new one is, too.
 
         Raises:
-            MptkError: the model has no vocabulary of its own, or one that cannot be trimmed exactly.
+            MptkError: the model has no vocabulary, or its vocabulary cannot be trimmed exactly.
         """
         loaded = model.loaded
         if isinstance(model.task, Module):
@@ -106,7 +107,9 @@ class TrimmedVocabulary(Conversion):
             small, changes = _narrowed(model, vocabulary, tokens)
         else:
             if loaded.tokenizer is None:
-                raise MptkError(f"{loaded.source} has no tokenizer to trim; add its files, or leave out --vocabulary")
+                raise MptkError(
+                    f"{loaded.source} has no tokenizer to trim; add the tokenizer's files, or leave out --vocabulary"
+                )
             tokens = _chosen(loaded, wanted, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
             small, changes = _narrowed(model, vocabulary, tokens)
             assert small.tokenizer is not None
@@ -124,8 +127,8 @@ class TrimmedVocabulary(Conversion):
     @property
     def note(self) -> str:
         return (
-            f"{len(self.kept.keep):,} of {self.kept.of:,} tokens stay, those of {self.corpus}; the quality of the "
-            "dense model is measured with these alone, and other text has more tokens than before"
+            f"{len(self.kept.keep):,} of {self.kept.of:,} tokens stay, of {self.corpus}; the quality of the dense "
+            "model is measured with only these, and other text needs more tokens than before"
         )
 
     def row(self) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class TrimmedVocabulary(Conversion):
         return self.after.analysis.program, partial(self._outputs, executor)
 
     def _outputs(self, executor: Executor, batch: Samples) -> Tensor:
-        """What the whole model gives for samples in the new ids: of logits, those of the kept tokens."""
+        """The whole model's outputs for samples in the new ids; of logits, only the kept tokens'."""
         kept = torch.tensor(self.kept.keep)
         pairs = zip(batch.tensors, self.vocabulary.inputs, strict=True)
         inputs = [kept[tensor] if is_ids else tensor for tensor, is_ids in pairs]
@@ -144,19 +147,22 @@ class TrimmedVocabulary(Conversion):
 
 
 def corpus_of(settings: Settings, texts: Sequence[str] | None) -> Corpus:
-    """The documents whose tokens stay. ``texts``: those that the caller gave in memory."""
+    """The documents whose tokens stay. ``texts``: the caller's texts in memory."""
     if settings.vocabulary == IN_MEMORY:
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise MptkError("vocabulary holds no texts; give a list of texts, or the name of a file")
+            raise MptkError("vocabulary is empty; give a list of texts, or the name of a file")
         return lambda loaded: ([text] for text in texts)
     return lambda loaded: data.documents(str(settings.vocabulary), loaded.tokenizer)
 
 
 def unread_tokenizer(loaded: Loaded, folder: Path) -> str:
-    """What a proof says if the tokenizer in ``folder`` cannot be compared; empty if it can, or there is none."""
+    """The proof's note if the tokenizer in ``folder`` cannot be compared; empty if it can, or if there is none."""
     if loaded.tokenizer is not None or not models.has_tokenizer(folder):
         return ""
-    return "the tokenizer was not compared, since the dense model has none; save it there, and give --model DIR"
+    return (
+        "the tokenizer was not compared, since the dense model has none; save it beside the dense model, and give "
+        "--model DIR"
+    )
 
 
 def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:
@@ -167,21 +173,21 @@ def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:
 
 
 def _chosen(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
-    """The tokens of the corpus, and what must stay beside them."""
+    """The tokens of the corpus, and the tokens that must stay with them."""
     assert loaded.tokenizer is not None
     choice = Choice(loaded.tokenizer, rows)
     used = used_ids(corpus(loaded), loaded.tokenizer)
     if not used:
-        raise MptkError("--vocabulary holds no text; give a file, folder or dataset with some")
+        raise MptkError("--vocabulary holds no text; give a file, folder or dataset with text")
     named = named_ids(loaded.model.config, rows) | named_ids(getattr(loaded.model, "generation_config", None), rows)
     return Tokens(rows, choice.kept(used | named, LEAST, multiple))
 
 
 def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[Loaded, Mapping[str, Sequence[Any]]]:
-    """The model with the rows of the tokens that stay, and its config's changes.
+    """The model with only the rows of the tokens that stay, and its config's changes.
 
     Raises:
-        MptkError: the class has other weights for so few tokens; or the tokenizer cannot be trimmed.
+        MptkError: the class has other weights with fewer tokens; or the tokenizer cannot be trimmed.
     """
     loaded, analysis = model.loaded, model.analysis
     table = np.zeros((1, tokens.of), dtype=bool)

@@ -1,4 +1,4 @@
-"""ids: token ids in the configs of a model, and the same configs with these renumbered."""
+"""ids: find the token ids in a model's configs, and renumber them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Config = TypeVar("Config", PreTrainedConfig, GenerationConfig)
 
 _NAMED = re.compile(r"(.*_)?(token_ids?|token_index)|forced_decoder_ids|force_words_ids|lang_to_id|task_to_id")
 _FORBIDDEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
-"""What is never written, or less often: of no meaning for a token that is gone."""
+"""Fields of tokens that generation forbids or discourages; a removed token is left out of them."""
 _PAIRS = "forced_decoder_ids"
-"""Pairs of a position and a token."""
+"""Fields with pairs of a position and a token."""
 
 
 def named_ids(config: Config | None, rows: int) -> set[int]:
-    """The token ids that a config names, but those that are only forbidden."""
+    """The token ids that a config names, except forbidden ones."""
     return {
         i
         for _, name, value in _fields(config)
@@ -34,7 +34,7 @@ def named_ids(config: Config | None, rows: int) -> set[int]:
 def renumbered(config: Config, new: Mapping[int, int], rows: int) -> tuple[Config, dict[str, list[Any]]]:
     """A copy of a config with ``len(new)`` tokens for ``rows``, and its changes: field → [old, new].
 
-    Ids that are no rows (−1 for none) stay.
+    Ids without a row (−1 for none) stay.
     """
     made, changes = copy.deepcopy(config), dict[str, list[Any]]()
     for owner, name, value in list(_fields(made)):
@@ -74,7 +74,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _renumbered(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool = False) -> Any:
-    """The value with new ids. Of a list the entries with a token that is gone are left out."""
+    """The value with new ids. A list loses the entries of removed tokens."""
     if pairs:
         return [[position, _renumbered(i, new, rows)] for position, i in value]
     if isinstance(value, Mapping):

@@ -1,14 +1,14 @@
-"""pieces: the four models of a ``tokenizer.json``: which tokens stay so that texts of these read as before.
+"""pieces: the four models of a ``tokenizer.json``, and the tokens that must stay to read texts as before.
 
-1. BPE builds a token by merges. On the way to it stand other tokens, always the same ones, since merges within a token
-   do not depend on what is around it. If these stay, with every merge whose parts and result stay, then in a text whose
-   tokens all stay the merge of the lowest rank is at each step the one that it was.
-2. WordPiece takes the longest token that fits. If that stays, it is still the longest.
-3. Unigram takes the likeliest sequence. If that stays, it is still the likeliest, and of equals the first one found. An
-   unknown character costs more than the unlikeliest token, so that one stays, too.
+1. BPE builds a token by merges. The merges within a token do not depend on its surroundings, so each token has fixed
+   intermediate tokens. If these stay, with every merge whose parts and result stay, the merge of the lowest rank is at
+   each step the same as before.
+2. WordPiece takes the longest token that fits. If it stays, it is still the longest.
+3. Unigram takes the likeliest sequence. If it stays, it is still the likeliest, and among equals still the first one
+   found. An unknown character costs more than the unlikeliest token, so this token stays, too.
 4. WordLevel looks a word up.
 
-So any text can be read afterwards, what spells it stays: all bytes, else all single characters.
+To read any text afterwards, all bytes stay or, without bytes, all single characters.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def token_ids(model: Json) -> dict[str, int]:
 
 
 def check_kind(tokenizer: Json) -> None:
-    """Raise MptkError unless the model of a ``tokenizer.json`` is one of the four, and gives a text the same tokens."""
+    """Raise MptkError unless the model of a ``tokenizer.json`` is one of the four and deterministic."""
     model = tokenizer["model"]
     if model.get("type") not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
-        raise MptkError(f"a vocabulary of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
+        raise MptkError(f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
     if model.get("dropout"):
         raise MptkError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
 
 
 def spelling(tokenizer: Json) -> set[str]:
-    """The tokens of the model that always stay: those that spell what nothing else fits, and the unknown token."""
+    """The tokens that always stay: bytes or single characters, which spell any text, and the unknown token."""
     model = tokenizer["model"]
     tokens = token_ids(model)
     if model["type"] == "WordLevel":
@@ -72,14 +72,14 @@ def _is_byte_level(tokenizer: Json) -> bool:
 
 
 def _has(value: Any, kind: str) -> bool:
-    """Whether a part of the file is of a kind, or one within it."""
+    """Whether a part of the file, or a part inside it, has this type."""
     if isinstance(value, Mapping):
         return value.get("type") == kind or any(_has(each, kind) for each in value.values())
     return isinstance(value, list) and any(_has(each, kind) for each in value)
 
 
 class Merges:
-    """How a BPE model builds its tokens; of the other models each token stands for itself."""
+    """How a BPE model builds its tokens; in the other models a token has no parts."""
 
     def __init__(self, model: Json) -> None:
         self.tokens = token_ids(model)
@@ -90,7 +90,7 @@ class Merges:
         self.ranks = {pair: rank for rank, pair in enumerate(_pairs(model))}
 
     def built_of(self, token: str) -> set[str]:
-        """The tokens on the way to ``token``, without it; none if merges do not lead there."""
+        """The intermediate tokens of ``token``; none if merges do not build it."""
         parts = self._letters(token)
         seen = set(parts)
         while len(parts) > 1:
@@ -104,11 +104,11 @@ class Merges:
         return seen - {token} if parts == [token] and seen <= self.tokens.keys() else set()
 
     def merged(self, first: str, second: str) -> str:
-        """The token that a merge makes."""
+        """The result of a merge."""
         return first + second.removeprefix(self.prefix)
 
     def _letters(self, token: str) -> list[str]:
-        """What a word that becomes ``token`` starts as: its characters, marked as inside a word and as its end."""
+        """The characters of ``token`` before any merge, with the marks for inside and end of a word."""
         inside, end = token.startswith(self.prefix) and self.prefix, token.endswith(self.suffix) and self.suffix
         letters = list(token.removeprefix(inside or "").removesuffix(end or ""))
         marked = [(self.prefix if inside or i else "") + letter for i, letter in enumerate(letters)]
@@ -130,7 +130,7 @@ def trimmed_model(model: Json, kept: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _pairs(model: Json) -> Iterator[tuple[str, str]]:
-    """The merges of a BPE model in their order; older files have each as one text."""
+    """The merges of a BPE model in order; older files hold each as one string."""
     for pair in model.get("merges", ()):
         first, second = pair.split(" ") if isinstance(pair, str) else pair
         yield first, second

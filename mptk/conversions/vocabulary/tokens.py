@@ -1,4 +1,4 @@
-"""tokens: which tokens of a tokenizer stay, and the tokenizer that has these alone."""
+"""tokens: decide which tokens of a tokenizer stay, and make the tokenizer with only these."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def used_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
 
 
 class Choice:
-    """The tokens of a tokenizer that stay. ``rows``: of the model's embedding.
+    """The tokens of a tokenizer that stay. ``rows``: the rows of the model's embedding.
 
     Raises:
-        MptkError: the tokenizer cannot be trimmed so that it reads texts as before, or has tokens without a row.
+        MptkError: the tokenizer cannot be trimmed without changing how it reads texts, or has tokens without a row.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -47,9 +47,9 @@ class Choice:
             )
 
     def kept(self, used: Iterable[int], least: int, multiple: int) -> tuple[int, ...]:
-        """The ids that stay, ascending: those used, those that they are built of, special ones, and what spells a text.
+        """The ids that stay, ascending: used tokens and their parts, special tokens, and bytes or characters.
 
-        Tokens of the lowest ids fill up to ``least`` and to a ``multiple``, each with those that it is built of.
+        Tokens of the lowest ids, with the tokens that they are built from, fill up to ``least`` and to a ``multiple``.
         """
         always = {self.ids[token] for token in spelling(self.content)}
         always |= {each["id"] for each in self.content["added_tokens"]}
@@ -71,12 +71,12 @@ class Choice:
 
 
 def content_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a tokenizer's ``tokenizer.json`` holds. Raises MptkError if it has none, or another kind than is known."""
+    """The content of a tokenizer's ``tokenizer.json``. Raises MptkError if there is none, or its kind is unknown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MptkError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, so its vocabulary cannot be trimmed; convert it to a "
-            "tokenizer.json, or leave out --vocabulary"
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so its vocabulary cannot be trimmed; convert it to "
+            "a tokenizer.json, or leave out --vocabulary"
         )
     content: dict[str, Any] = json.loads(backend.to_str())
     check_kind(content)
@@ -84,10 +84,10 @@ def content_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens ``kept`` alone; the id of each is its position there.
+    """The tokenizer with only the tokens ``kept``; a token's id is its position in ``kept``.
 
     Raises:
-        MptkError: transformers does not read it back with these tokens.
+        MptkError: transformers reads the written tokenizer back with other tokens.
     """
     new = {old: i for i, old in enumerate(kept)}
     content = content_of(tokenizer)
@@ -107,8 +107,7 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -
     expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
     if found is None or found.get_vocab() != expected:
         raise MptkError(
-            f"transformers does not read a trimmed {type(tokenizer).__name__} back as it was written; leave out "
-            "--vocabulary"
+            f"transformers reads a trimmed {type(tokenizer).__name__} back with other tokens; leave out --vocabulary"
         )
     return found
 
@@ -122,7 +121,7 @@ def _read_back(kind: type[PreTrainedTokenizerBase], folder: Path) -> PreTrainedT
 
 
 def trimmed_content(content: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """What a ``tokenizer.json`` holds, with the ids that ``new`` has alone, renumbered."""
+    """The content of a ``tokenizer.json`` with only the ids in ``new``, renumbered."""
     tokens = token_ids(content["model"])
     kept = {token: new[i] for token, i in sorted(tokens.items(), key=lambda entry: entry[1]) if i in new}
     return {
@@ -161,6 +160,6 @@ def check_reading(
         one, other = (each(piece, verbose=False).input_ids for each in (dense, small))
         if [new.get(i) for i in one] != other:
             raise MptkError(
-                f"the trimmed {type(dense).__name__} does not read the text as before ({piece[:40]!r}…); please report "
-                "this tokenizer, and leave out --vocabulary"
+                f"the trimmed {type(dense).__name__} reads the text differently ({piece[:40]!r}…); please report this "
+                "tokenizer, and leave out --vocabulary"
             )

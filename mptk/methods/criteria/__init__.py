@@ -1,7 +1,7 @@
 """criteria: one-shot scores of each unit of each family, from the weights and a little text.
 
-Each criterion is one file: what it measures on the text, and the score that it makes of that. ``CRITERIA`` lists them.
-``docs/criteria.md`` says how to add one.
+Each criterion is one file with its measurement on the text and its score. ``CRITERIA`` lists them. ``docs/criteria.md``
+says how to add one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CRITERIA: dict[str, AnyCriterion] = {
 
 
 def all_criteria() -> dict[str, AnyCriterion]:
-    """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
+    """Criteria of mptk and of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
@@ -66,7 +66,8 @@ def score(
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
             if the criterion's ``passes`` is 0.
-        families: names of the families to score; by default all of channels, or the depths if it judges blocks.
+        families: names of the families to score; by default all families of channels or, if it scores blocks, the
+            depths.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
         executor: runs the program.
@@ -89,14 +90,12 @@ def score(
 
 
 def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
-    """Scores, in the form of ``score``, of all families of ``given``; and the criterion's evidence, None if unused.
+    """Scores of all families of ``given``, as in ``score``; and the criterion's measurement, None if unused.
 
-    Blocks that the criterion does not judge are scored by their influence.
+    If the criterion does not score blocks, their influence does.
     """
     if not given.analysis.program.has_values:
-        raise MptkError(
-            "this program was traced without weights and cannot be scored; trace the model with its weights"
-        )
+        raise MptkError("a program without weights cannot be scored; trace the model with its weights")
     if why := next(filter(None, (refusal(criterion, family) for family in given.families)), None):
         raise MptkError(why)
     own = [family for family in given.families if family.kind in criterion.judges]
@@ -113,12 +112,12 @@ def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
 
 
 def refusal(criterion: AnyCriterion, family: Family) -> str | None:
-    """Why a family cannot be scored, or None."""
+    """The reason why a family cannot be scored, or None."""
     if family.kind in (*criterion.judges, *INFLUENCE.judges):
         return None
     return (
-        f"this method judges whole blocks, not the channels of {family.name}; name a depth, or use another --method, "
-        "which removes blocks by their influence, too"
+        f"this method scores whole blocks, not the channels of {family.name}; name a depth, or use another --method, "
+        "which also removes blocks, by their influence"
     )
 
 
@@ -133,7 +132,7 @@ def _samples(windows: Tensor | Samples | None) -> Samples | None:
 def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
-    On equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold what stays.
+    Of equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold the result.
 
     Raises:
         MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.

@@ -1,4 +1,4 @@
-"""base: what a criterion is, and sums over the weights of a unit."""
+"""base: the type of a criterion, and sums over the weights of a unit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Compensation:
-    """New values of biases by name, and a sentence for the report: which layers had a bias to correct."""
+    """New values of biases by name, and a sentence for the report on the layers that have a bias."""
 
     state: Mapping[str, Tensor]
     statement: str
@@ -33,13 +33,13 @@ class Compensation:
 
 @dataclass(frozen=True)
 class Criterion(Generic[E]):
-    """A one-shot criterion: what it measures on text, and the score that it makes of that.
+    """A one-shot criterion: its measurement on text, and its score.
 
-    ``measure`` gets the families that the criterion judges, and returns evidence of a type of its own. ``score`` gives
-    each family [layers, scopes, size], higher = keep. ``passes``: how many forward passes over the text the measurement
-    costs, of which going back costs two; 0: it needs no text. ``gradients``: whether it keeps those of all weights.
-    ``compensate`` makes consumers' biases absorb what a cut removes. ``judges``: the kinds of units that it scores.
-    Blocks that it does not judge are scored by influence.
+    ``measure`` gets the families that the criterion scores, and returns evidence of the criterion's own type. ``score``
+    returns for each family [layers, scopes, size], higher = keep. ``passes``: forward passes over the text that the
+    measurement costs; a backward pass counts as two; 0: it needs no text. ``gradients``: whether it keeps the gradients
+    of all weights. ``compensate`` changes consumers' biases to make up for removed units. ``judges``: the kinds of
+    units that it scores; other blocks are scored by influence.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Criterion(Generic[E]):
 
 
 AnyCriterion = Criterion[Any]
-"""One of which only the criterion itself knows the type of its evidence."""
+"""A criterion whose type of evidence only the criterion knows."""
 
 
 def sum_members(analysis: Analysis, families: Sequence[Family], importance: Callable[[str], Tensor]) -> Scores:
@@ -74,9 +74,9 @@ def sum_members(analysis: Analysis, families: Sequence[Family], importance: Call
 
 
 def sum_uses(evidence: Mapping[Site, T], families: Sequence[Family], importance: Callable[[T], Tensor]) -> Scores:
-    """Sum ``importance(evidence of a contraction)`` (the weight operand's shape) over those that score each unit.
+    """Sum ``importance(evidence of a contraction)`` (the weight operand's shape) over each unit's contractions.
 
-    These are its consumers or, if no weight sums over it, its producers (``observe.uses``).
+    A unit's contractions are its consumers or, if no weight sums over it, its producers (``observe.uses``).
 
     Raises:
         MptkError: a family has neither.
@@ -90,7 +90,7 @@ def _use(evidence: Mapping[Site, T], family: Family, group: Group, importance: C
     found = uses(evidence, group)
     if not found:
         raise MptkError(
-            f"no weight sums over the units of {family.name} or makes them in {group.layer or 'the model'}, so their "
+            f"no weight of {group.layer or 'the model'} sums over or makes the units of {family.name}, so their "
             "activations cannot be scored; use magnitude, taylor or random"
         )
     return _total(unit_sums(importance(evidence[site]), site.weight_dims, dim, group) for site, dim in found)

@@ -1,20 +1,21 @@
 """fisher: predicted rise of the loss if a unit is removed, to the second order, tempered by Wanda's score.
 
 Sources: Theis et al. 2018 (arXiv 1801.05787), Fisher information as the curvature of the loss; Kwon et al. 2022 (arXiv
-2204.09656), of masks of heads and channels. The geometric mean with Wanda's score is ours (``docs/maskprune.md``).
+    2204.09656), the same for masks of heads and channels. The geometric mean with Wanda's score is ours
+    (``docs/maskprune.md``).
 
-A mask m = 1 multiplies what a unit's consumers read. γ_t = Σ_{k in unit} x_tk · ∂ℓ/∂x_tk is what position t adds to the
-gradient of the loss in the mask.
+A mask m = 1 multiplies the inputs of a unit's consumers. Position t adds γ_t = Σ_{k in unit} x_tk · ∂ℓ/∂x_tk to the
+loss's gradient in the mask.
 
     g = mean γ,  F = mean γ² − g²,  F̂ = √(F · P² · mean F / mean P²),  s = ½ F̂ − g
 
-P is Wanda's score, and the means in F̂ run over the units of a row. g counts only beyond two standard errors. F knows
-the loss, but a few outlying positions distort it. P does not know the loss, but has hardly any noise. MaskPrune starts
-from the same scores.
+P is Wanda's score, and the means in F̂ run over the units of a row. g counts only beyond two standard errors. F depends
+on the loss, but outlying positions distort it. P does not depend on the loss, but has hardly any noise. MaskPrune
+starts from the same scores.
 
-What differs: a family over whose units no weight sums (query and key channels, whole experts) has Wanda's score.
-Positions are those of all calibration samples, thousands, where the sources take a gradient a sample. A
-unit that several streams of activations hold has the sum over these.
+What differs: if no weight sums over a family's units (query and key channels, whole experts), the family has Wanda's
+    score. The variance is over the positions of all calibration samples, thousands; the sources take one gradient per
+    sample. A unit that is in several streams of activations has their sum.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ EPSILON = 1e-30
 
 @dataclass(frozen=True)
 class Slopes:
-    """What positions add to the loss's gradient in the masks of a family, float64 [layers, scopes, size].
+    """Contributions of positions to the loss's gradient in a family's masks, float64 [layers, scopes, size].
 
     ``squares``: the sum of its squares over ``count`` positions. ``mean``: its mean.
     """
@@ -60,14 +61,14 @@ class Slopes:
 
 @dataclass(frozen=True)
 class Fisher:
-    """``seen``: what Wanda measures. ``slopes``: family → those of the loss in its masks."""
+    """``seen``: Wanda's measurement. ``slopes``: family → gradients of the loss in its masks."""
 
     seen: Mapping[Site, Observation]
     slopes: Mapping[str, Slopes]
 
 
 def score(evidence: Fisher, families: Sequence[Family]) -> Scores:
-    """s = ½ F̂ − g; of a family without slopes s = P."""
+    """s = ½ F̂ − g; for a family without slopes, s = P."""
     priors, slopes = wanda.score(evidence.seen, families), evidence.slopes
     return {name: _score(slopes[name], prior) if name in slopes else prior for name, prior in priors.items()}
 
@@ -91,7 +92,7 @@ def beyond_noise(value: Tensor, error: Tensor) -> Tensor:
 
 
 def measure(given: Calibration) -> Fisher:
-    """What Wanda measures, and the slopes in the masks of those families over whose units weights sum."""
+    """Wanda's measurement, and the slopes for families over whose units weights sum."""
     return Fisher(activations(given), _slopes(given))
 
 

@@ -5,8 +5,8 @@ the consumer's input over all calibration tokens, times the squared norm of its 
 is b ← b + Σ_{j removed} W_:j · mean(x_j).
 
 What differs:
-- A unit of several positions (a head) is the sum over them.
-- All layers keep one width, so layers are not standardised against each other and get no ratios of their own.
+- The score of a unit of several positions (a head) is their sum.
+- All layers keep one width, so scores are not standardised across layers, and layers have no ratios of their own.
 - Biases are corrected only if the architecture has them: a stock checkpoint has no place for new ones.
 - If no weight sums over a unit, the weights that make or hold it score it, as in ``wanda``: Σ Var(x_j) · W_ij² over
   the unit's rows.
@@ -33,7 +33,7 @@ def score(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Score
 
 
 def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:
-    """Add to the bias of each consumer of removed units the mean of what it no longer receives.
+    """Add the mean of the removed inputs' contribution to each consumer's bias.
 
     Put the new values into the dense program (``program.with_state``) before it is masked or rewritten. If several
     contractions use one bias (layers that share weights), it gets the mean of their corrections.

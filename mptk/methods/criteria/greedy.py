@@ -1,10 +1,10 @@
-"""greedy: remove one residual block after the other, each time the one without which the loss is lowest.
+"""greedy: remove residual blocks one by one, each time the block whose removal gives the lowest loss.
 
-    round r: b_r = argmin over the blocks b that are left of loss(model without b_1 … b_{r−1} and b)
+    round r: b_r = argmin over the remaining blocks b of loss(model without b_1 … b_{r−1} and b)
 
-The loss is that of the task on calibration samples, by the masked program. n blocks of N are found with about n · N
-runs of the model (SLEB, Song et al. 2024, arXiv 2402.09025). It sees what a removal does to later choices, which a
-score for each block by itself cannot say.
+The masked program gives the task's loss on calibration samples. Choosing n of N blocks takes about n · N runs of the
+model (SLEB, Song et al. 2024, arXiv 2402.09025). Unlike a score for each block, it accounts for the blocks already
+removed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, summed_l
 from passes.transforms.masked_reference import mask
 
 TOKENS = 1024
-"""Calibration tokens on which the loss is compared."""
+"""Calibration tokens for comparing losses."""
 
 
 def measure(given: Calibration) -> dict[str, Tensor]:
-    """Depth → a score for each of its blocks: the lower, the earlier it is removed.
+    """Depth → a score for each of its blocks; lower scores are removed first.
 
-    Of several depths each is searched with the others whole.
+    Each of several depths is searched with the others uncut.
     """
     batches = given.samples.batches(TOKENS)[0].batches(GRADIENT_TOKENS)
     return {depth.name: _rounds(given, depth, batches) for depth in given.families if isinstance(depth, Depth)}
 
 
 def _rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Tensor:
-    """The round in which each block is removed; for those that stay, more than all rounds, by the last losses."""
+    """The round in which each block is removed; blocks that stay get higher numbers, by the last losses."""
     size, stay = depth.size, depth.stack.stay
     most = size - max(1, len(stay))
     rounds = min(given.removals.get(depth.name, most), most)
@@ -58,7 +58,7 @@ def _rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Ten
 
 
 def _loss(given: Calibration, depth: Depth, batches: Sequence[Samples], units: Sequence[int]) -> float:
-    """The loss of the model with these blocks; infinite if it is no number."""
+    """The loss of the model with these blocks; infinite if it is NaN."""
     kept = FamilyPlan(len(units), depth.size, {depth.stack.module: (tuple(units),)})
     masked = mask(given.analysis, resolve_plan(given.analysis, Plan({depth.name: kept})))
     loss = float(summed_losses(given.objective, given.executor, [masked], batches))

@@ -1,4 +1,4 @@
-"""influence: how far a residual block turns its input (block influence of ShortGPT, arXiv 2403.03853).
+"""influence: how much a residual block turns its input (block influence of ShortGPT, arXiv 2403.03853).
 
     score(b) = 1 − mean over tokens of cos(x_b, y_b)
 

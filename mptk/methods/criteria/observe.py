@@ -1,4 +1,4 @@
-"""observe: what criteria are given, and measurements that they share: moments of activations, gradients of the loss.
+"""observe: the input of criteria, and shared measurements: moments of activations, gradients of the loss.
 
 Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
 transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
@@ -30,17 +30,17 @@ from mptk.staged.staged import EXECUTOR, Executor, Tap
 from mptk.tasks import CAUSAL_LM
 
 OBSERVED_TOKENS = 2048
-"""Tokens in a forward batch. It bounds memory and changes results by rounding only."""
+"""Tokens in a forward batch. It bounds memory; results change only by rounding."""
 GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a criterion is given to measure: an analysed model, the families that it scores, and text.
+    """The input of a criterion's measurement: an analysed model, the families to score, and text.
 
-    Losses and gradients are those of ``objective``. ``removals``: depth → how many of its blocks are to go; if it is
-    not named, all that can go. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
+    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; a depth that is not named loses all
+    removable blocks. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
     """
 
     analysis: Analysis
@@ -63,7 +63,7 @@ class Calibration:
 
     @property
     def groups(self) -> list[Group]:
-        """Those of all families."""
+        """The sites of all families."""
         return [group for family in self.families for group in family.groups]
 
     @property
@@ -79,7 +79,7 @@ Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A contraction of an activation ``x`` with a weight.
+    """A contraction of an activation ``x`` and a weight.
 
     ``x_dim`` and ``weight_dim`` are the summed dimensions. ``shared`` pairs dimensions (of x, of the weight) that are
     the same axis and are not summed: heads or experts of a batched product. If the rows of x are routed, ``ends`` is
@@ -101,7 +101,7 @@ class Site:
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
 
     def against_weight(self, values: Tensor) -> Tensor:
-        """[*shared, K] → the weight's dimensions in order, with size 1 for those that are not in ``values``."""
+        """[*shared, K] → the weight's dimensions in order, with size 1 for dimensions that are not in ``values``."""
         dims = [*(w for _, w in self.shared), self.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
         sizes = iter(values.shape)
@@ -127,7 +127,7 @@ class Moments:
 
 Key = TypeVar("Key", bound=Hashable)
 Watched = tuple[tuple[fx.Node, ...], Callable[..., Moments]]
-"""Values of a program, and what makes moments of them."""
+"""Values of a program to watch, and a function that makes moments of them."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Observation:
 
 
 def weight_value(program: Program, node: fx.Node) -> Tensor:
-    """The value of a node that is made of weights alone."""
+    """The value of a node that depends only on weights."""
     if node.op == "placeholder":
         return program.state[program.weights[node.name]]
     assert callable(node.target)
@@ -170,7 +170,7 @@ def weight_value(program: Program, node: fx.Node) -> Tensor:
 
 
 def find_sites(analysis: Analysis) -> list[Site]:
-    """Every contraction of an activation with a weight, in graph order; but none with one that inputs give its size."""
+    """Every contraction of an activation and a weight, in graph order, except weights whose size depends on inputs."""
     facts, found, sized = analysis.facts, [], _after_inputs(analysis.program)
     for product in facts.contractions:
         operands = [product.left, product.right]
@@ -187,7 +187,7 @@ def find_sites(analysis: Analysis) -> list[Site]:
 
 
 def _after_inputs(program: Program) -> set[fx.Node]:
-    """The inputs and all that is made with them, were it with their size alone: a weight repeated for each sample."""
+    """The inputs and all nodes that depend on them or on their sizes, as a weight repeated for each sample."""
     user, found = set(program.user_inputs), set[fx.Node]()
     for node in program.graph.graph.nodes:
         if node.name in user or not found.isdisjoint(node.all_input_nodes):
@@ -198,7 +198,7 @@ def _after_inputs(program: Program) -> set[fx.Node]:
 def _shared(
     analysis: Analysis, node: fx.Node, x: tuple[Dims, int], weight: tuple[Dims, int]
 ) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
-    """Pairs of dimensions that x and the weight share besides the summed one, and the ends of routed rows."""
+    """Pairs of dimensions that x and the weight share, except the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
     ends = named_argument(node, "offs")
@@ -212,8 +212,9 @@ def _shared(
 def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
     """The contractions that score a group's units, each with the dimension of its weight that holds them.
 
-    If weights sum over the units, these are the consumers. If none does (query and key channels are multiplied with
-    each other; whole experts are only selected), they are the contractions with weights that make or hold the units.
+    If weights sum over the units, these are the consumers. If no weight does (query and key channels are multiplied
+    with each other; whole experts are only selected), these are the contractions with weights that make or hold the
+    units.
     """
     holding = [
         (site, d) for site in sites for d, term in enumerate(site.weight_dims) if group.axis in set(leaves(term))
@@ -228,11 +229,11 @@ def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
 def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Callable[..., None]]]) -> Sharing:
     """Run the program on the text, and call each function with the values of its nodes in every batch.
 
-    The processes of a run share the batches; the result adds up, or lists, what each of them found. What follows the
-    last of the nodes is not computed.
+    The processes of a run share the batches; the result sums, or lists, the findings of all. Nothing after the last of
+    the nodes is computed.
 
     Raises:
-        MptkError: there is no text, or the program was traced for another size of input.
+        MptkError: there is no text, or the program was traced for other sizes of inputs.
     """
     found = batches(given.analysis.program, given.samples, OBSERVED_TOKENS)
     share = sharing(len(found))
@@ -263,7 +264,7 @@ def activations(given: Calibration) -> dict[Site, Observation]:
 
 
 def moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[Key, Moments]:
-    """The merged moments that are made of the watched values of each batch. Errors are those of ``watch``."""
+    """The merged moments of the watched values over all batches. Raises the errors of ``watch``."""
     found: dict[Key, Moments] = {}
 
     def see(key: Key, *values: Tensor) -> None:
@@ -284,7 +285,7 @@ def _merged(seen: Moments, share: Sharing) -> Moments:
 
 
 def batches(program: Program, samples: Samples, positions: int) -> list[Samples]:
-    """Samples in batches of about that many ``positions``, at least one sample each.
+    """Samples in batches of about ``positions`` positions, at least one sample each.
 
     Raises:
         MptkError: the program was traced for another size of input.
@@ -364,11 +365,11 @@ def gradients(
 ) -> tuple[Mapping[str, Tensor], Sharing]:
     """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
 
-    ``taps`` see gradients in activations. The processes of a run share the batches; the second result adds up what each
-    of them saw.
+    ``taps`` see gradients in activations. The processes of a run share the batches; the second result sums what their
+    taps saw.
 
     Raises:
-        MptkError: the program's outputs are none of which the objective has a loss; or as ``watch``.
+        MptkError: the objective has no loss for the program's outputs; or as ``watch``.
     """
     program, executor = given.analysis.program, given.executor
     found = batches(program, given.samples, GRADIENT_TOKENS)

@@ -1,4 +1,4 @@
-"""reap: whole experts by what they add to their tokens; everything else by Wanda.
+"""reap: score whole experts by their contribution to their tokens, other units by Wanda.
 
 Source: Lasby et al. 2025 (arXiv 2510.13999), router-weighted expert activation pruning. For expert j with router weight
 g_j and output f_j
@@ -6,9 +6,9 @@ g_j and output f_j
     S_j = mean over the tokens routed to j of g_j(x) · ‖f_j(x)‖₂
 
 What differs: router weights and outputs are found in the graph. f_j are the rows of the last grouped product of a
-mixture, g_j is the number for each row that they are multiplied with. The norm is that of their product, which is
-|g_j| · ‖f_j‖₂. An expert to which no token is routed has 0. If a unit is a group of experts, its score is their sum.
-Families without experts get Wanda's score.
+    mixture, and g_j the number that multiplies each row. The norm of their product is |g_j| · ‖f_j‖₂. An expert without
+    tokens scores 0. If a unit is a group of experts, its score is their sum. Families without experts get Wanda's
+    score.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mptk.methods.criteria.observe import (
 
 @dataclass(frozen=True)
 class Routed:
-    """``experts``: group of experts → what each unit adds to its tokens, [scopes, size]. ``seen``: of the others."""
+    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others."""
 
     experts: Mapping[Group, Tensor]
     seen: Mapping[Site, Observation]
@@ -55,16 +55,16 @@ def score(evidence: Routed, families: Sequence[Family]) -> Scores:
 
 
 def measure(given: Calibration) -> Routed:
-    """What experts add to their tokens, and what Wanda measures for the other families.
+    """The contributions of experts, and Wanda's measurement for the other families.
 
     Raises:
-        MptkError: no family has experts; or nothing multiplies the rows that a layer's experts give.
+        MptkError: no family has experts; or no router weight multiplies the outputs of a layer's experts.
     """
     sites = find_sites(given.analysis)
     experts = [f for f in given.families if all(_mixtures(sites, group) for group in f.groups)]
     if not experts:
         raise MptkError(
-            f"reap scores whole experts, and none are among {', '.join(f.name for f in given.families)}; name a family "
+            f"reap scores whole experts, and none are in {', '.join(f.name for f in given.families)}; name a family "
             "of experts in --families, or use --method wanda"
         )
     others = [family for family in given.families if family not in experts]
@@ -72,7 +72,7 @@ def measure(given: Calibration) -> Routed:
 
 
 def _added(given: Calibration, sites: Sequence[Site]) -> dict[Group, Tensor]:
-    """What each unit of the groups of experts adds to its tokens, float32 [scopes, size]."""
+    """The contribution of each unit in the groups of experts, float32 [scopes, size]."""
     facts = given.analysis.facts
     terms: dict[tuple[Group, fx.Node], Term] = {}
     watches: dict[tuple[Group, fx.Node], Watched] = {}
@@ -93,7 +93,7 @@ def _norms(rows: Tensor, ends: Tensor) -> Moments:
 
 
 def _mixtures(sites: Sequence[Site], group: Group) -> dict[fx.Node, tuple[fx.Node, Term]]:
-    """The ends of each mixture of the group's experts → its last grouped product, and the term of its experts."""
+    """The ends of routed rows of each mixture → its last grouped product, and the axis term of its experts."""
     found = {}
     for site in sites:
         if site.ends is not None:
@@ -104,7 +104,7 @@ def _mixtures(sites: Sequence[Site], group: Group) -> dict[fx.Node, tuple[fx.Nod
 
 
 def _gated(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
-    """The first multiplication of a product's rows with one number for each row that is not made of them."""
+    """The first multiplication of a product's rows by one number per row that does not depend on the rows."""
     rows, made, order = resolve(facts.dims(product)[0]), {product}, list(facts.graph.nodes)
     for node in order[order.index(product) + 1 :]:
         dims = facts.results.get(node)
@@ -116,7 +116,7 @@ def _gated(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
             return found
         made.add(node)
     raise MptkError(
-        f"no router weight multiplies what the experts of {group.layer} give, so reap cannot score them; use --method "
+        f"no router weight multiplies the outputs of {group.layer}'s experts, so reap cannot score them; use --method "
         "wanda"
     )
 

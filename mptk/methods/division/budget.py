@@ -1,4 +1,4 @@
-"""budget: what ``prune``'s budget counts, and the legal widths that meet it, before any work."""
+"""budget: the cost that a budget counts, and the legal widths that meet the budget, before any work."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ def budgeted(
 ) -> tuple[CostModel, Settings]:
     """The cost model of the settings' budget, and the settings with milliseconds turned into a sparsity.
 
-    A latency comes from operators that are timed now or were before (``cost/operator_times.py``).
+    A latency comes from operator timings, measured now or earlier (``cost/operator_times.py``).
 
-    ``itemsize``: bytes of a number as it is stored. ``before``: as in ``CostModel``. ``planned``: the families of
-    a plan that is given.
+    ``itemsize``: bytes of a stored number. ``before``: as in ``CostModel``. ``planned``: the families of a given plan.
 
     Raises:
-        MptkError: no such budget; no latency can be predicted; or the dense model takes no longer than ``max_ms``.
+        MptkError: no such budget; no latency can be predicted; or the dense model already takes at most ``max_ms``.
     """
     s = settings
     if s.budget != LATENCY:
@@ -72,23 +71,23 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
 
 
 def multiples(settings: Settings) -> tuple[int, ...]:
-    """What contractions stay multiples of, where they are: the settings' number, and the blocks of its quantisers."""
+    """Multiples of these sizes stay multiples: the settings' number, and block sizes of quantised graphs."""
     return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
 
 
 def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
-    """What ``portable`` left whole of the families that are cut by default, as a note; empty if nothing."""
+    """A note on families that ``portable`` left uncut and that would be cut by default; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in legal.left.items():
         if not settings.families and is_layered(analysis.family(name)):
             reasons.setdefault(why, []).append(name)
     said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-    return f"--portable left whole {said}" if said else ""
+    return f"--portable left uncut {said}" if said else ""
 
 
 @dataclass(frozen=True)
 class WidthSearch:
-    """Widths that meet the settings, most even first. ``legal``: what ``target`` can hold of the analysed ``model``."""
+    """Widths that meet the settings, most even first. ``legal``: the widths of ``model`` that ``target`` can hold."""
 
     analysis: Analysis
     legal: LegalWidths
@@ -99,7 +98,7 @@ class WidthSearch:
     settings: Settings
 
     def candidates(self) -> list[Candidate]:
-        """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class.
+        """Candidates of the model's own class or, if there are none and ``rehome`` is set, of another class.
 
         Raises:
             MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
@@ -115,7 +114,7 @@ class WidthSearch:
             return candidates
 
     def _elsewhere(self) -> tuple[list[Candidate], str | None]:
-        """Candidates that only another class than the model's own would hold, and that class's name."""
+        """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
         legal = self.target.elsewhere(self.analysis, self.legal, multiples(self.settings))
         if legal is None or self.settings.portable:
             return [], None
@@ -137,7 +136,7 @@ class WidthSearch:
         candidates = legalize.find_candidates(self.cost, legal, families, s.sparsity)
         if set(names) <= set(s.widths):
             if s.search:
-                raise MptkError("--width gives every family, and --search has nothing to choose; leave out one of both")
+                raise MptkError("--width fixes every family, so --search has nothing to choose; leave out one of both")
             if not candidates:
                 raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
             return candidates[:1]
@@ -154,7 +153,7 @@ class WidthSearch:
         s = self.settings
         if not names and not s.widths:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-            remedy = _unless_graph(legal, "try --target graph", "`mptk analyze` says more of each axis")
+            remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
             raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
         for name in [*names, *s.keep, *s.widths]:
             if name not in legal.ladders:
@@ -176,7 +175,7 @@ class WidthSearch:
                 )
 
     def _check_reached(self, legal: LegalWidths, candidates: Sequence[legalize.Candidate]) -> None:
-        """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""
+        """Raise MptkError unless a candidate takes ``max_ms`` or a little less; the message has the nearest ones."""
         s, dense = self.settings, self.cost.dense.latency_ms or 0.0
         if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
             return
@@ -187,9 +186,9 @@ class WidthSearch:
         )
 
     def _default_families(self, legal: LegalWidths) -> list[str]:
-        """What is cut if nothing else is said: what repeats over layers, and the method can choose among.
+        """The families that are cut by default: families that repeat over layers and that the method can score.
 
-        A method that judges no channels removes blocks. A search may remove both.
+        A method that scores no channels removes blocks. A search may remove both.
         """
         names = legalize.default_families(self.analysis, legal)
         depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
@@ -201,7 +200,7 @@ class WidthSearch:
 
 
 def check_any(analysis: Analysis, cost: CostModel) -> None:
-    """Raise MptkError, with the reasons, if no weight of the model can be cut, so that a budget has no meaning."""
+    """Raise MptkError, with reasons, if no weight of the model can be cut."""
     if not getattr(cost.dense, cost.budget):
         why = "; ".join(f"{b.weights[0]}: {b.reasons[0]}" for b in analysis.blocked[:3])
         raise MptkError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
@@ -217,7 +216,7 @@ def _others(legal: LegalWidths) -> str:
 
 
 def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
-    """Legal widths with some families' widths given. Raises MptkError for one that is not legal."""
+    """Legal widths with some families fixed. Raises MptkError for a width that is not legal."""
     for name, width in widths.items():
         if width not in legal.ladders[name]:
             near = sorted(legal.ladders[name], key=lambda w: abs(w - width))[:3]

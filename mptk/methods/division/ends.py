@@ -1,6 +1,6 @@
-"""ends: what equal layers cost beside whole first and last ones, told to users whose layers are alike.
+"""ends: compare equal layers with uncut first and last layers, and tell users what equal layers cost.
 
-The first and last layers bear a cut worst: LLM-Pruner (arXiv 2305.11627) spares them.
+A cut hurts most in the first and last layers; LLM-Pruner (arXiv 2305.11627) spares them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.values import SampleSets
 
 SHARE = 0.1
-"""Of a family's layers, how many stay whole at each end."""
+"""Share of a family's layers that stay uncut at each end."""
 TOKENS = 512
 """Calibration tokens on which both plans are compared."""
 
 
 def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets) -> str:
-    """By how much less a cut with whole ends at the same budget raises the loss; "" if it does not, or there is none.
+    """A note if a cut with uncut ends at the same budget has a lower loss; "" if not, or if there is no such cut.
 
     ``equal``: the plan whose layers are alike. ``scores``: of the families that it cuts.
     """
@@ -34,14 +34,14 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
         return ""
     return (
         f"equal layers cost {alike - whole:.2f} in loss: {alike:.2f} when cut, {whole:.2f} if a tenth of the layers at "
-        "each end stays whole, before any fit or training; --layers free --target graph divides the budget over layers"
+        "each end stays uncut, before any fit or training; --layers free --target graph divides the budget over layers"
     )
 
 
 def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
-    """A plan whose first and last layers are whole, for about what ``equal`` saves.
+    """A plan with uncut first and last layers that saves about as much as ``equal``.
 
-    None if there is none: too few layers, widths that the user gave, a budget in milliseconds.
+    None with too few layers, with widths from the user, or with a budget in milliseconds.
     """
     settings, families = prepared.settings, [prepared.analysis.family(name) for name in equal.widths]
     inner = {family.name: between_ends(family) for family in families}
@@ -66,6 +66,6 @@ def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
 
 
 def between_ends(family: Family) -> tuple[Family, ...]:
-    """The layers of ``family`` that are not at its ends; itself if it has one layer."""
+    """The layers of ``family`` that are not at its ends; the family itself if it has one layer."""
     spared = round(SHARE * len(family.parts))
     return family.parts[spared : len(family.parts) - spared] or (family,)

@@ -1,9 +1,9 @@
-"""division: divide a budget over the layers, too, by what a cut of each layer alone does to the loss.
+"""layers: divide a budget over layers, by how cutting each layer by itself changes the loss.
 
-Each layer's loss is measured at a few widths on calibration text, all other layers whole: a curve from 0. What several
-cuts do is taken as the sum of what each does alone. Under that the best division follows the lower convex hulls of the
-curves, from the least loss for what is saved to the most, until the budget is met (marginal analysis: Fox, "Discrete
-optimization via marginal analysis", Management Science 13, 1966).
+The loss is measured on calibration text with each layer at a few widths and all other layers uncut: a curve from 0. The
+    effect of several cuts is taken as the sum of their separate effects. Then the best division follows the lower
+    convex hulls of the curves, in the order of loss per saved cost, until the budget is met (marginal analysis: Fox,
+    "Discrete optimization via marginal analysis", Management Science 13, 1966).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
 
 TOKENS = 512
-"""Calibration tokens on which each layer's curve is measured."""
+"""Calibration tokens for each layer's curve."""
 COMPARED = 2048
-"""Calibration tokens on which the division is compared with equal layers."""
+"""Calibration tokens for comparing the division with equal layers."""
 LEVELS = (0.75, 0.5, 0.25)
-"""Shares of a layer's units at which its loss is measured. No layer is cut below the last."""
+"""Shares of a layer's units at which the loss is measured. No layer is cut below the last share."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What cuts of one layer do alone. ``widths`` fall from the whole; ``losses`` are more than the dense model's."""
+    """The effect of cutting one layer: descending ``widths``, and ``losses`` as increases over the dense model's."""
 
     widths: tuple[int, ...]
     losses: tuple[float, ...]
@@ -40,7 +40,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Edge:
-    """A piece of a hull: from ``start`` to ``end`` units at ``price``, the loss for a share of the budget saved."""
+    """An edge of a hull: from ``start`` to ``end`` units at ``price``, the loss per saved share of the budget."""
 
     name: str
     start: int
@@ -51,7 +51,7 @@ class Edge:
 def divided(
     prepared: Prepared, scores: Scores, uniform: Plan, sets: SampleSets, context: Context
 ) -> tuple[Plan, dict[str, float]]:
-    """The plan with a width for each layer, or ``uniform`` if its masked loss is less; and the loss of both.
+    """The plan with a width for each layer, or ``uniform`` if its masked loss is lower; and the losses of both.
 
     ``prepared``: each layer is a family of its own in its analysis. ``uniform``: the plan with equal layers.
 
@@ -69,8 +69,8 @@ def divided(
     if not plans:
         nearest = min(removed.values(), key=lambda share: abs(share - sparsity))
         raise MptkError(
-            f"no widths that were tried give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave "
-            "out --layers free"
+            f"no tried widths give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave out "
+            "--layers free"
         )
     return best(prepared, plans, sets.calibration.batches(COMPARED)[0])
 
@@ -78,7 +78,7 @@ def divided(
 def measured(
     prepared: Prepared, scores: Scores, ladders: Mapping[str, Sequence[int]], sets: SampleSets, progress: Count
 ) -> dict[str, Curve]:
-    """Each layer's curve. A layer whose width is given has none, and has that width in all that is measured."""
+    """Each layer's curve. A layer of fixed width has no curve and keeps this width in all measurements."""
     wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder)) > 1}
     given = {name: ladder[-1] for name, ladder in ladders.items()}
     tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
@@ -89,7 +89,7 @@ def measured(
 
 
 def levels(ladder: Sequence[int]) -> tuple[int, ...]:
-    """The widths of ``ladder``, which ascends to the whole, at which a layer is measured: falling, the whole first."""
+    """The widths of ``ladder`` (ascending) at which a layer is measured, descending from the dense width."""
     size = ladder[-1]
     near = [min(ladder, key=lambda width: abs(width - share * size)) for share in LEVELS]
     return (size, *dict.fromkeys(width for width in near if width < size))
@@ -98,13 +98,13 @@ def levels(ladder: Sequence[int]) -> tuple[int, ...]:
 def divide(
     curves: Mapping[str, Curve], ladders: Mapping[str, Sequence[int]], cost: CostModel, sparsity: float
 ) -> dict[str, int]:
-    """Widths of all layers whose sparsity is nearest to ``sparsity``, with the least loss that the curves foresee.
+    """Widths of all layers whose sparsity is nearest to ``sparsity``, with the lowest loss that the curves predict.
 
     Args:
         curves: layer's family → its curve.
-        ladders: layer's family → its legal widths, ascending, the whole last; or the one width that is given.
+        ladders: layer's family → its legal widths, ascending to the dense width; or its fixed width.
         cost: of the model in which each layer is a family.
-        sparsity: share of the budget to remove; if the curves do not reach it, their least widths are given.
+        sparsity: share of the budget to remove; if the curves do not reach it, the result has their smallest widths.
     """
     edges = [edge for name, curve in curves.items() for edge in hull(name, curve, cost)]
     widths = {name: ladder[-1] for name, ladder in ladders.items()}
@@ -121,7 +121,7 @@ def divide(
 
 
 def hull(name: str, curve: Curve, cost: CostModel) -> list[Edge]:
-    """The lower convex hull of a curve over what is saved: edges of rising price. A smaller width never loses less."""
+    """The lower convex hull of a curve over the saved cost: edges of rising price. Losses never fall with the width."""
     points = [(0.0, 0.0, curve.widths[0])]
     for width, loss in zip(curve.widths[1:], curve.losses[1:], strict=True):
         point = (cost.sparsity({name: width}), max(loss, points[-1][1]), width)

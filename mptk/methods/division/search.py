@@ -1,12 +1,12 @@
-"""search: rank the legal ways to divide the budget, by trials that cost more and more, before one of them is cut.
+"""search: rank the legal ways to divide the budget, by increasingly expensive trials, before the best is cut.
 
-1. Units are scored once, and the second moments of the consumers' inputs are gathered once. Each candidate is a choice
-   among the scores, a cut, and a closed-form fit; its losses are measured on samples that nothing was fitted on.
-2. The best of these, unlike each other, are trained for a while, the better half goes on for twice as long, and so on:
-   successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best
-   division (``docs/shapes.md``), so this decides. A shape goes on from its weights of the rung before, with text that
-   it has not seen and a learning rate that falls from its peak again. If a rung makes it worse on the held samples, the
-   weights and the loss from before it stay.
+1. Units are scored once, and the second moments of the consumers' inputs are gathered once. For each candidate the best
+   units are chosen, masked and fitted in closed form; losses are measured on samples that no fit used.
+2. Good and different candidates are trained for a while, the better half for twice as long, and so on: successive
+   halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best division
+   (``docs/shapes.md``), so this decides. A shape continues from its weights of the previous rung, with new text and a
+   learning rate that falls from its peak again. If a rung makes it worse on the held-out samples, the earlier weights
+   and loss stay.
 """
 
 from __future__ import annotations
@@ -50,18 +50,20 @@ from passes.pipelines import cut_program
 from passes.targets.legalize import Candidate, describe
 
 JUDGED = 8
-"""At most so many samples, or a quarter of as many as there are others, are what a search measures shapes on."""
+"""A search holds out at most this many samples, and at most a quarter of the number of the others."""
 
 
 def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Shapes:
-    """The candidates of ``prepared``, ranked. What is known of each is kept in ``context.folder``.
+    """Rank the candidates of ``prepared``. Their results are stored in ``context.folder``.
 
     Raises:
-        MptkError: no sample is held out to measure on; or what was kept is damaged.
+        MptkError: no sample is held out to measure on; or a stored result is damaged.
     """
     assert context.folder is not None
     if sets.held_out is None:
-        raise MptkError("a search measures shapes on samples of their own, and there is only one; give more --data")
+        raise MptkError(
+            "a search holds out samples to measure shapes on, and there is only one sample; give more --data"
+        )
     search = Search(prepared, sets, context, context.folder)
     found = search.climbed()
     task, s = prepared.task, prepared.settings
@@ -75,7 +77,7 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
 
 
 def winner(prepared: Prepared, found: Shapes) -> Prepared:
-    """``prepared`` with the widths of the best shape alone, as if each had been given with ``--width``."""
+    """``prepared`` with only the widths of the best shape, as if ``--width`` had fixed them."""
     p = prepared
     settings = replace(p.settings, widths=dict(found.best.widths), search=False)
     search = WidthSearch(p.analysis, p.legal, p.cost, p.loaded.model, p.method, p.target, settings)
@@ -86,7 +88,7 @@ def winner(prepared: Prepared, found: Shapes) -> Prepared:
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
-    """What a search costs."""
+    """The cost of a search."""
     s = settings
     if not s.search:
         return {}
@@ -100,15 +102,15 @@ def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
 
 
 def judged(samples: int) -> int:
-    """How many samples a search holds out beside so many others."""
+    """Number of samples that a search holds out, given the number of the others."""
     return min(JUDGED, max(1, samples // 4))
 
 
 def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
-    """How many shapes each rung trains, and for how many steps. ``shapes``: those that there are.
+    """Number of shapes and of steps in each rung. ``shapes``: the number of all shapes.
 
     Raises:
-        MptkError: the tokens do not suffice for a step of each.
+        MptkError: there are too few tokens for one step of each shape.
     """
     alive = [min(settings.search_finalists, shapes)]
     while alive[-1] > 2:
@@ -119,22 +121,22 @@ def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
     units = sum(count * 2**rung for rung, count in enumerate(alive))
     if settings.search_tokens < units * step:
         raise MptkError(
-            f"{settings.search_tokens} tokens do not suffice to train {alive[0]} shapes by halves: a step has {step}, "
-            f"so give {units * step} or more, fewer finalists, or a smaller --batch"
+            f"{settings.search_tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
+            f"has {step}, so give {units * step} or more, fewer finalists, or a smaller --batch"
         )
     return [(count, settings.search_tokens * 2**rung // (units * step)) for rung, count in enumerate(alive)]
 
 
 def searched(settings: Settings) -> int:
-    """How many samples the shape is trained on that is trained longest."""
+    """Number of training samples of the shape that is trained longest."""
     planned = rungs(settings, settings.search_finalists) if settings.search else []
     return sum(steps for _, steps in planned) * settings.learning.training.batch
 
 
 def finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> list[int]:
-    """The numbers of ``count`` shapes to train: good ones, unlike each other.
+    """The numbers of ``count`` shapes to train: good and different ones.
 
-    First the best of each set of families that is cut, then the best of the others.
+    First the best shape for each set of cut families, then the best of the others.
     """
     order = sorted(range(len(shapes)), key=lambda i: shapes[i].stages[0])
     best: dict[frozenset[str], int] = {}
@@ -149,9 +151,9 @@ def finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> 
 
 @dataclass(frozen=True)
 class Search:
-    """A search among ``prepared.candidates``. What is known of each shape is kept in ``folder``, a file a shape.
+    """A search among ``prepared.candidates``. ``folder`` has one file of results for each shape.
 
-    ``compiled``: the number of a shape that is trained → its cut model.
+    ``compiled``: number of a trained shape → its cut model.
     """
 
     prepared: Prepared
@@ -161,7 +163,7 @@ class Search:
     compiled: dict[int, Compiled] = field(default_factory=dict)
 
     def climbed(self) -> list[Shape]:
-        """Each candidate after the last trial that it came to."""
+        """Each candidate after its last trial."""
         candidates, context = self.prepared.candidates, self.context
         known = [self.kept(i) for i in range(len(candidates))]
         if None in known:
@@ -178,7 +180,7 @@ class Search:
         return shapes
 
     def _halve(self, shapes: list[Shape], planned: Sequence[tuple[int, int]]) -> None:
-        """Train the best of ``shapes``, in place, in rungs: how many, and for how many steps."""
+        """Train the best of ``shapes``, in place, in rungs of (number of shapes, steps)."""
         dense = {name: self.prepared.analysis.family(name).size for name in self.prepared.families}
         alive = finalists(shapes, dense, planned[0][0])
         done, total = 0, sum(count for count, _ in planned)
@@ -194,25 +196,25 @@ class Search:
 
     @cached_property
     def samples(self) -> Samples:
-        """What losses are measured on."""
+        """The samples for measuring losses."""
         held_out = self.sets.held_out
         assert held_out is not None
         return with_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
 
     @property
     def criterion(self) -> str:
-        """What units are chosen by."""
+        """The criterion that chooses units."""
         method = self.prepared.settings.method
         return method if method in all_criteria() else WANDA.name
 
     @cached_property
     def scores(self) -> Scores:
-        """Of all units."""
+        """Scores of all units."""
         return scored(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
 
     @cached_property
     def products(self) -> Products | None:
-        """What consumers are fitted with; None if they are not."""
+        """The sums that consumers are fitted with; None if they are not fitted."""
         p = self.prepared
         if not reconstructs(p.settings, p.method):
             return None
@@ -227,11 +229,11 @@ class Search:
 
     @property
     def learning(self) -> Learning:
-        """How shapes are trained."""
+        """The settings for training shapes."""
         return replace(self.prepared.recovery, tracker="none")
 
     def chosen(self, widths: Mapping[str, int]) -> Chosen:
-        """The best units for ``widths``, and the consumers fitted to them, each when it is asked for."""
+        """The best units for ``widths``, and the consumers fitted to them on demand."""
         plan = plan_of(self.prepared, self.scores, widths)
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
@@ -241,7 +243,7 @@ class Search:
         return Chosen(plan, cut, changes, tuple(changes))
 
     def measured(self, candidate: Candidate) -> Shape:
-        """A candidate's losses before training: masked and, if consumers are fitted, with these."""
+        """A candidate's losses before training: masked and, if consumers are fitted, with fitted consumers."""
         analysis, chosen = self.prepared.analysis, self.chosen(candidate.widths)
         dense = analysis.program.state
         now: Mapping[str, Tensor] = dense
@@ -260,7 +262,7 @@ class Search:
         return Shape(candidate.widths, candidate.sparsity, cost.parameters, cost.latency_ms, masked, fitted)
 
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
-        """The shape after a further rung of ``steps`` steps. The rung's weights are kept until the next one is done."""
+        """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""
         if number not in self.compiled:
             chosen, calibration = self.chosen(shape.widths), self.sets.calibration
             self.compiled[number] = compile_plan(self.prepared, chosen, calibration, Context(Log(), silent))
@@ -282,7 +284,7 @@ class Search:
         return replace(shape, rungs=(*shape.rungs, Rung(seen + steps * learning.training.batch * positions, loss)))
 
     def dense(self) -> Shape:
-        """The dense model, with which shapes are compared."""
+        """The dense model as a shape, for comparison."""
         cost = self.prepared.cost.dense
         widths = {family: self.prepared.analysis.family(family).size for family in self.prepared.families}
         return Shape(widths, 0.0, cost.parameters, cost.latency_ms, self._loss(self.prepared.reference))
@@ -293,7 +295,7 @@ class Search:
     # ---- what is kept ----
 
     def kept(self, number: int) -> Shape | None:
-        """The shape of that number, if it was measured before and is of the same widths."""
+        """The stored shape of that number, if there is one with the same widths."""
         path = self._file(number)
         if not path.is_file():
             return None
@@ -302,7 +304,7 @@ class Search:
         return shape if dict(shape.widths) == dict(self.prepared.candidates[number].widths) else None
 
     def keep(self, number: int, shape: Shape) -> Shape:
-        """Write what is known of the shape of that number; gives it back."""
+        """Store the results of the shape of that number; returns the shape."""
         write_json(self._file(number), asdict(shape))
         return shape
 
@@ -311,12 +313,12 @@ class Search:
 
 
 def _name(number: int, rung: int) -> str:
-    """What a shape's weights after a rung are kept under."""
+    """The name under which a shape's weights after a rung are stored."""
     return f"shape-{number:05d}-{rung}"
 
 
 def _say(
     progress: Progress, done: int, total: int, widths: str, phase: str, step: int, steps: int, figures: str = "", /
 ) -> None:
-    """A step of ``phase`` as a part of a stage whose units are the rungs of all shapes."""
+    """Report a step of ``phase`` as part of the stage that trains all shapes."""
     progress("train shapes", done, total, f"{widths}, step {step}/{steps}  {figures}")

@@ -1,4 +1,4 @@
-"""trial: what a division of the budget would do: its plan, the loss of the masked model, and which plan loses least."""
+"""trial: try a division of the budget: its plan, the loss of the masked model, and the plan with the lowest loss."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mptk.protocols.chain import Prepared
 from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256
-"""Tokens in a batch, of which there are logits."""
+"""Tokens in a batch, which all have logits."""
 
 
 def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Plan:
-    """The best units for ``widths``, of the families that become narrower."""
+    """The best units for ``widths``, for the families that become narrower."""
     narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
     return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
 
@@ -29,7 +29,7 @@ def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Pl
 def masked_losses(
     prepared: Prepared, plans: Sequence[Plan], samples: Samples, progress: Count = lambda done, total: None
 ) -> list[float]:
-    """The mean loss on ``samples`` of the dense model without what each plan removes. Layers may differ in a plan."""
+    """The mean loss on ``samples`` of the dense model, masked by each plan. Layers may differ in a plan."""
     analyses = [prepared.analysis.divided(plan.divided) for plan in plans]
     masked = [partial(mask, a, resolve_plan(a, plan)) for a, plan in zip(analyses, plans, strict=True)]
     return losses(prepared, masked, samples, progress)
@@ -38,7 +38,7 @@ def masked_losses(
 def best(
     prepared: Prepared, plans: Mapping[str, Plan], samples: Samples, progress: Count = lambda done, total: None
 ) -> tuple[Plan, dict[str, float]]:
-    """The plan with the least masked loss on ``samples``, the first of equal ones; and name → the loss of each."""
+    """The plan with the lowest masked loss on ``samples``, the first of equal ones; and name → loss of all."""
     found = dict(zip(plans, masked_losses(prepared, list(plans.values()), samples, progress), strict=True))
     return plans[min(found, key=lambda name: found[name])], {name: round(loss, 4) for name, loss in found.items()}
 
@@ -49,7 +49,7 @@ def losses(
     samples: Samples,
     progress: Count = lambda done, total: None,
 ) -> list[float]:
-    """The mean loss of each program on ``samples``. The processes of a run share them.
+    """The mean loss of each program on ``samples``, which the processes of a run share.
 
     Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
     """

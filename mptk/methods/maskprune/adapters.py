@@ -1,4 +1,4 @@
-"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers except the output head, by peft.
+"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers except the output head, with peft.
 
 Also gradient checkpointing of the adapted model's blocks.
 """
@@ -23,7 +23,7 @@ from mptk.distributed.processes import blocks, full
 def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
     """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place.
 
-    ``but``: modules that get none.
+    ``but``: modules without adapters.
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]

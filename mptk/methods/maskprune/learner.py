@@ -1,4 +1,4 @@
-"""learner: MaskPrune's phases on a loaded model: learn masks and widths, choose units, and recovery after the cut.
+"""learner: MaskPrune's phases on a loaded model: learn masks and widths, choose units, and recover after the cut.
 
 The phases use the solver, the training loop, the adapters and the teacher of this package.
 """
@@ -49,7 +49,7 @@ HALF_TOLERANCE = 5e-2
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
-    """What learning masks and recovery cost together."""
+    """The cost of learning masks and of recovery together."""
     s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
     return {"train": Pass(4 * tokens, s.length, reads=0, training=memory(s, sizes, kept))} if s.steps else {}
 
@@ -57,7 +57,7 @@ def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
 def memory(settings: Settings, sizes: Sizes, kept: float) -> float:
     """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
 
-    ``kept``: the share of the parameters that is left.
+    ``kept``: the share of the parameters that stay.
     """
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
     states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
@@ -88,7 +88,7 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
 
 @dataclass(frozen=True)
 class Recovered:
-    """``weights``: those that changed, in the cut model's shapes. ``watch``: the losses on held-out samples."""
+    """``weights``: the changed weights, in the cut model's shapes. ``watch``: the losses on held-out samples."""
 
     weights: dict[str, Tensor]
     witness: Witness
@@ -100,9 +100,9 @@ class Learner:
     """The phases of one run.
 
     Args:
-        prepared: gives a dense model, and one to imitate, of its own to each phase, on the host, to adapt and to move.
-            In other processes than the first their parameters need no values: that one sends them.
-        samples: what is trained on.
+        prepared: gives each phase its own dense model and teacher on the host, to adapt and to move. Their parameters
+            need values only in the first process, which sends them to the others.
+        samples: the training samples.
         settings: ``Learning.of_masks`` or ``of_recovery``.
         folder: keeps checkpoints.
     """
@@ -116,7 +116,7 @@ class Learner:
 
     @property
     def rank(self) -> int:
-        """That of the adapters; 0 if all weights are trained."""
+        """The rank of the adapters; 0 if all weights are trained."""
         return self.settings.rank or 0
 
     @property
@@ -126,18 +126,18 @@ class Learner:
 
     @property
     def fingerprint(self) -> str:
-        """That of the weights that are imitated, which the first process takes."""
+        """The fingerprint of the teacher's weights, computed in the first process."""
         found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
         return str(broadcast_object_list(found)[0])
 
     # ---- masks and widths ----
 
     def learn(self, sets: SampleSets) -> Chosen:
-        """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
+        """Learn masks and widths. The changed weights have dense shapes; removed units are 0.
 
-        The witness holds the student's outputs with hardened masks and adapters, which the changed weights must give.
-        Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
-        (``processes.holds``) get neither changes nor witness.
+        The witness holds the student's outputs with hardened masks and adapters; the changed weights must give the
+        same. Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
+        (``processes.holds``) get no changes and no witness.
         """
         chosen = self._learned(sets)
         self.accelerator.free_memory()
@@ -221,7 +221,7 @@ class Learner:
             self.progress("saliency", done, len(parts))
 
     def _sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """The mean of what saliency is a gradient of, on this process's part of a batch."""
+        """The mean of the function whose gradient is the saliency, on this process's part of a batch."""
         task = self.prepared.task
         if task.classes and samples.targets is not None and not task.compares:
             return cross_entropy(output, samples.targets)  # in chunks: logits are large
@@ -242,7 +242,7 @@ class Learner:
     def recover(
         self, small: nn.Module, steps: int, batch: Samples, used: int = 0, held_out: Samples | None = None
     ) -> Recovered | None:
-        """Train the cut model to imitate the dense one.
+        """Train the cut model to imitate the dense model.
 
         ``small``: the cut model, which is adapted. Only processes that hold weights need its values. ``used``: number
         of training samples that the run has used already. ``held_out``: samples that say which weights are kept. The
@@ -285,7 +285,7 @@ class Learner:
     # ---- shared ----
 
     def _another(self) -> Callable[[Samples, bool], Output]:
-        """What runs a module to imitate that is apart from the student."""
+        """A function that runs a teacher that is separate from the student."""
 
         @cache
         def dense() -> Any:  # with a cached teacher it may never run
@@ -344,7 +344,7 @@ def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor
 def nearest_candidate(
     candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, int]:
-    """The widths of the candidate that is nearest to the learned widths, as shares of the dense widths."""
+    """The widths of the candidate nearest to the learned widths, measured as shares of the dense widths."""
 
     def distance(candidate: Candidate) -> float:
         return sum(((width - learned[family]) / shapes[family][2]) ** 2 for family, width in candidate.widths.items())

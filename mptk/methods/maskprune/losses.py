@@ -1,4 +1,4 @@
-"""losses: the losses that a student is trained on.
+"""losses: the training losses of a student.
 
 Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
 
@@ -44,7 +44,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def class_losses(
     logits: Tensor, targets: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
-    """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two terms if its weight is not 0.
+    """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student); also each term if its weight is not 0.
 
     Only ``loss`` has a gradient. The cross entropy is a mean over positions with a target, the divergence a mean
     over all positions. With ``TopLogits`` the tokens outside the top k count as one event. By the log-sum inequality
@@ -172,7 +172,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 def shorten(logits: Tensor, k: int) -> TopLogits:
-    """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and that of all other tokens."""
+    """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and the other tokens' together."""
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)
     rest = torch.log1p(-top.values.exp().sum(-1).clamp(max=1 - 1e-6))

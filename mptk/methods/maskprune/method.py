@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mptk.config.settings import FREE, Settings
 from mptk.cost.estimate import Pass
-from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods.division.layers import divided
@@ -17,7 +17,7 @@ from mptk.methods.division.trial import plan_of
 from mptk.methods.maskprune.learner import Learner
 from mptk.methods.one_shot import scored
 from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.run_folder import RunFolder, kept
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import disturbed
@@ -40,7 +40,7 @@ class MaskPrune(Method):
         if not settings.steps:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
         if settings.learning.precision == "fp16":
-            raise MptkError("fp16 scales gradients, and masks are learned from these; use --precision bf16 or no")
+            raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return disturbed(analysis, family)
@@ -64,19 +64,19 @@ class MaskPrune(Method):
 def divided_over_layers(
     prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
 ) -> tuple[Prepared, dict[str, float]]:
-    """``prepared`` with a width for each layer, as a cut by Wanda has, and the losses with these and with equal layers.
+    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
 
     ``folder`` keeps both.
     """
-    kept = folder.earlier(DIVISION)
-    if kept is None:
+
+    def find() -> dict[str, Tensor]:
         scores, _ = scored(prepared, "wanda", sets, context, folder)
         equal = plan_of(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = divided(prepared, scores, equal, sets, context)
         sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
-        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
-        if leads():
-            folder.save(DIVISION, kept)
-    widths = {name: int(kept[name]) for name in prepared.families}
-    losses = {name: float(loss) for name, loss in kept.items() if name not in widths}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
+
+    found = kept(folder, DIVISION, find)
+    widths = {name: int(found[name]) for name in prepared.families}
+    losses = {name: float(loss) for name, loss in found.items() if name not in widths}
     return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses

@@ -47,14 +47,13 @@ class Solver:
         budget: B, the share of the dense cost to keep.
         steps: number of steps that learn masks.
         ramp: share of the steps after which the budget is reached.
-        given: widths that are not learned. They are approached at the pace of the target; the other families meet the
-            budget.
-        device: where the masks and everything of their shape are: where the activations are.
-        blocks: family whose units are whole blocks → those that cannot be removed. Their masks end at 0 or 1, since no
-            weight can take another.
+        given: fixed widths. They are approached at the pace of the target; the other families meet the budget.
+        device: of the masks and all tensors of their shape; the activations' device.
+        blocks: family whose units are whole blocks → the blocks that cannot be removed. Masks of blocks end at 0 or 1,
+            since no weight can absorb another value.
 
-    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty. Of
-    blocks it is the order in which they go.
+    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
+    For blocks it is the order of removal.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Solver:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
         F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
-        have different errors, so their mean ranks units better than either. Of a block F̂ is F.
+        have different errors, so their mean ranks units better than either. For a block F̂ is F.
         """
         fisher = self.curvature(family)
         if family in self.prior and family not in self.blocks:
@@ -106,11 +105,11 @@ class Solver:
         return 0.5 * fisher + self.beyond(family)
 
     def scores(self, family: str) -> Tensor:
-        """What units are chosen by, [layers, scopes, size]; the lowest go first: v, or the prior of blocks."""
+        """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior."""
         return self.prior[family] if family in self.blocks else self.saliency(family)
 
     def order(self, family: str) -> Tensor:
-        """The units of each layer and scope row in the order in which they go; blocks that stay come last."""
+        """The units of each layer and scope row in the order of removal; blocks that must stay come last."""
         scores = self.scores(family).clone()
         for unit in self.blocks.get(family, ()):
             scores[..., unit] = torch.inf
@@ -130,7 +129,7 @@ class Solver:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
     def tail(self, family: str) -> Tensor:
-        """The ⌈s⌉ units that go first in each layer and scope row: boolean [layers, scopes, size]."""
+        """The first ⌈s⌉ units to remove in each layer and scope row: boolean [layers, scopes, size]."""
         return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
     def target(self) -> float:
@@ -265,7 +264,7 @@ class Solver:
         return float((self.y[family] * values[..., k].sum(-1)).sum())
 
     def _most(self, family: str) -> float:
-        """The most units that can go."""
+        """The most units that can be removed."""
         return float(self.shapes[family][2] - max(1, len(self.blocks.get(family, ()))))
 
     def _slope(self, family: str) -> float:
@@ -288,7 +287,7 @@ class Solver:
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Set the masks of removed units to 0, those of kept blocks and of families that are not in ``kept`` to 1."""
+        """Set the masks of removed units to 0, and of kept blocks and of families that are not in ``kept`` to 1."""
         for family, m in self.masks.items():
             if family in self.blocks or family not in kept:
                 m.fill_(1)

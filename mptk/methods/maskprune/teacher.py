@@ -68,7 +68,7 @@ class CachedTeacher:
         return self.folder / f"{name}-{self.k}.safetensors"
 
     def _keep(self, samples: Samples, files: list[Path]) -> None:
-        """Run all samples together, even if some are cached: a resumed run must get the same bits."""
+        """Run all samples together, even if some are cached: a resumed run must get identical numbers."""
         logits, _ = self.live(samples)
         assert isinstance(logits, Tensor)
         for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
@@ -78,11 +78,11 @@ class CachedTeacher:
 
 
 def _damaged(file: Path, why: str) -> MptkError:
-    return MptkError(f"{file} is no output of a teacher ({why}); remove it, and it is computed again")
+    return MptkError(f"{file} is not a teacher's output ({why}); remove it, and it is computed again")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights. Equal weights give the same name; another weight gives another name."""
+    """A name for a model's weights: equal for equal weights, different for others."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         x = p.detach().double()

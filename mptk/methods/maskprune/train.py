@@ -40,12 +40,12 @@ class Loop:
     """The steps of one phase. ``run`` continues from the newest checkpoint of the phase, if there is one.
 
     With a ``watch`` the loss on its samples is measured before the first step and at each checkpoint. The student ends
-    with the weights that had the least.
+    with the weights of the lowest loss.
 
     Args:
         accelerator: made from the run's settings; it prepares ``student`` here.
         student: a module of ``task``. Parameters that require a gradient are trained.
-        samples: what it is trained on.
+        samples: the training samples.
         steps: number of steps. ``rows`` gives the samples of each.
         each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
             metrics.

@@ -1,4 +1,4 @@
-"""watch: the loss on samples that are held out of training, step by step, and which step's weights had the least."""
+"""watch: measure the loss on held-out samples during training, and find the step with the lowest loss."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ STATE = "watched"
 
 @dataclass
 class Watch:
-    """``losses``: steps done → the training loss on ``samples``, which are never trained on."""
+    """``losses``: number of steps → the training loss on ``samples``, which are never trained on."""
 
     samples: Samples
     losses: dict[int, float] = field(default_factory=dict)
 
     def add(self, step: int, loss: float) -> None:
-        """Note the loss after ``step`` steps. One that is not a number is the worst there is."""
+        """Record the loss after ``step`` steps. NaN counts as infinite."""
         self.losses[step] = math.inf if math.isnan(loss) else loss
 
     @property
     def best(self) -> int:
-        """The step with the least loss, the first of several."""
+        """The step with the lowest loss, the first of equal ones."""
         return min(self.losses, key=lambda step: (self.losses[step], step))
 
     def state(self) -> Tensor:
@@ -39,12 +39,12 @@ class Watch:
         return torch.tensor(list(self.losses.items()), dtype=torch.float64)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the losses of a checkpoint, if it has some."""
+        """Continue with the losses of a checkpoint, if it has some."""
         if STATE in state:
             self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
 
     def row(self, source: str, every: int) -> dict[str, Any]:
-        """What the report says. ``source``: of the samples. ``every``: steps between two measurements."""
+        """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
         when = f"before training, every {every} steps and at the end"
         return {
             "metric": "training loss",
@@ -54,7 +54,7 @@ class Watch:
         }
 
     def note(self) -> str:
-        """One line if training ended worse than it was before; empty if not."""
+        """One line if training ended worse than an earlier step; else empty."""
         first, last, best = 0, max(self.losses), self.best
         if best == last:
             return ""

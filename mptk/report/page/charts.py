@@ -1,4 +1,4 @@
-"""charts: one function draws one chart of a pruned folder, or of timings."""
+"""charts: the charts of a pruned folder and of timings, one function each."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CELLS = 192
-"""Columns of a map of units. More units than that share a cell."""
+"""Most columns in a map of units; more units share cells."""
 FAINT = 1e-10
-"""Where a difference of zero stands on a scale of powers of ten."""
+"""Position of a difference of zero on a scale of powers of ten."""
 TRACES = (
     ("loss", ("loss", "lm", "kl")),
     ("cost", ("cost", "target")),
     ("widths, as shares of the dense ones", ("width/",)),
-    ("dual z, and what is left of removed masks", ("z", "tail")),
+    ("dual z, and the removed masks' remaining size", ("z", "tail")),
 )
-"""Title → the metrics that it shows; one that ends in ``/`` stands for all that begin so."""
+"""Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 
 
 def kept_shares(family: FamilyPlan) -> tuple[np.ndarray, int]:
-    """What is kept, layers × cells, and the units that share a cell (fewer in a row's last)."""
+    """The kept share, layers × cells, and the number of units in a cell (a row's last cell may have fewer)."""
     rows = []
     for keep in family.keep.values():
         kept = np.zeros((len(keep), family.of))
@@ -53,7 +53,7 @@ def kept_shares(family: FamilyPlan) -> tuple[np.ndarray, int]:
 
 
 def kept_chart(run: Run, name: str) -> Svg:
-    """A map of a family's units: a row for each layer, darker where more is kept."""
+    """A map of a family's units: one row for each layer; darker cells keep more."""
     shares, each = kept_shares(run.kept[name])
     image = np.zeros((*shares.shape, 4))
     image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
@@ -75,7 +75,7 @@ def kept_chart(run: Run, name: str) -> Svg:
 
 
 def trace_charts(run: Run, phase: str) -> list[Svg]:
-    """The traces of a phase of training of which there is something to see."""
+    """The metrics of a training phase that change."""
     rows = run.metrics[phase]
     return [
         trace_chart(run, phase, title, lines) for title, keys in TRACES if rows and (lines := _lines(run, rows, keys))
@@ -83,11 +83,11 @@ def trace_charts(run: Run, phase: str) -> list[Svg]:
 
 
 Line = tuple[list[str], list[float]]
-"""Metrics that are the same in each step, and their values."""
+"""Metrics that are equal in all steps, and their values."""
 
 
 def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
-    """The metrics that the keys stand for, without those that are always zero."""
+    """The metrics that the keys name, except ones that are always zero."""
     found: list[Line] = []
     for name in (n for key in keys for n in rows[0] if n == key or (key.endswith("/") and n.startswith(key))):
         family = run.report.families.get(name.removeprefix("width/"))
@@ -102,7 +102,7 @@ def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) 
 
 
 def _number(value: object) -> float:
-    """A logged number. What is not finite is null in JSON."""
+    """A logged number; null in JSON means that it is not finite."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
@@ -127,7 +127,7 @@ def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
 
 
 def proof_chart(run: Run) -> Svg:
-    """A dot for each stage of the proof: its difference, on a scale of powers of ten, and its tolerance."""
+    """Each stage of the proof: a dot for its difference, on a scale of powers of ten, and a mark for its tolerance."""
     proof = run.report.proof
 
     def draw(axes: Axes) -> None:
@@ -161,7 +161,7 @@ def bench_chart(run: Run, bench: Bench) -> Svg:
 
 
 def plot_bench(bench: Bench, path: Path) -> None:
-    """The timings as a picture, of the format that the suffix of ``path`` names (png, svg, pdf)."""
+    """Draw the timings into ``path``; its suffix names the format (png, svg, pdf)."""
     write = partial(write_result, path)
     save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, lambda figure: write(figure.savefig))
 
@@ -173,7 +173,7 @@ def bench_height(bench: Bench) -> float:
 
 
 def bench_bars(axes: Axes, bench: Bench) -> None:
-    """Draw a bar for each graph in each case: its time over the first graph's. A mark is the ideal."""
+    """Draw a bar for each graph in each case: its time relative to the first graph's. A mark is the ideal."""
     cases = list(dict.fromkeys(row.case for row in bench.rows))
     graphs = [graph.name for graph in bench.graphs]
     tall = 0.8 / len(graphs)
@@ -218,5 +218,5 @@ def pareto_chart(group: Comparable) -> Svg:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name that fits a legend: its end, which tells paths apart."""
+    """A name that fits a legend: its end, which distinguishes paths."""
     return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -1,9 +1,9 @@
-"""coupling: the matrices of one layer that can only be cut together, drawn as a graph from top to bottom.
+"""coupling: draw which matrices of one layer must be cut together, as a graph from top to bottom.
 
 A node is a module with weights, or a family. An edge joins a module with a family whose units one of its weights holds.
 It leads from the module that makes the units to the family, and from there to the modules that sum over them or hold
-them otherwise (a norm's weight). The left side of a module has the colours of what its weights' first dimension holds,
-the top those of the second.
+them in another way (a norm's weight). A module's left side has the colours of the families in its weights' first
+dimension, its top the colours of the second.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from matplotlib.patches import Rectangle
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a module's name that counts modules."""
+"""The number in a module's name."""
 BEFORE, AFTER = "before", "after"
 MAKES, SUMS, HOLDS = "makes the units", "sums over them", "holds them"
 STYLES = {MAKES: "-", SUMS: "--", HOLDS: ":"}
 APART, BETWEEN = 0.74, 1.0
-"""Inches from a node to the next in its row, at least, and from row to row."""
+"""Least distance of nodes in a row, and the distance of rows, in inches."""
 BOX = (0.58, 0.44)
-"""Inches of a node."""
+"""Size of a node, in inches."""
 STRIP = 0.06
-"""Inches of a coloured side."""
+"""Width of a coloured side, in inches."""
 LETTERS = 10
-"""Letters in a line of a node."""
+"""Most letters in a line of a node."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A module's weight holds a family's units in one dimension. ``how``: a key of ``STYLES``."""
+    """A module's weight that holds a family's units in one dimension. ``how``: a key of ``STYLES``."""
 
     module: str
     family: str
@@ -54,8 +54,8 @@ class Edge:
 class Layer:
     """The part of a model that is drawn.
 
-    ``name``: the module that holds it. ``shapes``: each weight's. ``units``: family → its width. ``through``: families
-    that run through all layers; ``refused``: those that the target cannot cut.
+    ``name``: the module that holds it. ``shapes``: of each weight. ``units``: family → its width. ``through``: families
+    that run through all layers. ``refused``: families that the target cannot cut.
     """
 
     name: str
@@ -86,9 +86,9 @@ class Layer:
 
 
 def coupled(analysis: Analysis, legal: LegalWidths) -> Layer:
-    """The layer in which the most families meet, the first of several; the whole model if it has no layers.
+    """The layer with the most families, the first of equal ones; the whole model if it has no layers.
 
-    Modules that differ only in their number (experts) are one, as their weights are cut in the same way.
+    Modules that differ only in their number (experts) are one node, as their weights are cut in the same way.
     """
     layered = [family for family in analysis.families if len(family.groups) > 1]
     found = Counter(layer for family in layered for layer in dict.fromkeys(map(_layer, family.groups)) if layer)
@@ -113,20 +113,20 @@ def coupled(analysis: Analysis, legal: LegalWidths) -> Layer:
 
 
 def _layer(group: Group) -> str:
-    """The numbered module that holds a group: the outermost, as experts have numbers, too."""
+    """The numbered module that holds a group: the outermost, as experts are numbered, too."""
     parts = group.layer.split(".")
     numbered = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return "" if numbered is None else ".".join(parts[: numbered + 1])
 
 
 def _members(family: Family, layer: str) -> Iterable[Member]:
-    """A family's members in a layer. Without layers, those of its first group."""
+    """A family's members in a layer; without layers, the members of its first group."""
     groups = family.groups if layer else family.groups[:1]
     return [m for group in groups for m in group.members if not layer or m.weight.startswith(f"{layer}.")]
 
 
 def _through(family: Family, layer: str) -> bool:
-    """Whether weights outside the layer hold units of a family's group that has weights in it."""
+    """Whether a family's group has weights both in the layer and outside of it."""
     inside = [g for g in family.groups if any(m.weight.startswith(f"{layer}.") for m in g.members)]
     return bool(layer) and any(not m.weight.startswith(f"{layer}.") for g in inside for m in g.members)
 
@@ -137,7 +137,7 @@ def _starred(weight: str, layer: str) -> str:
 
 
 Node = tuple[str, str]
-"""``("module", name)``, or a family: ``("family", name)``, or where one that runs through comes in and goes out."""
+"""``("module", name)``, ``("family", name)``, or the start or end of a family that runs through all layers."""
 
 
 def flow(layer: Layer) -> nx.DiGraph[Node]:
@@ -158,7 +158,7 @@ def flow(layer: Layer) -> nx.DiGraph[Node]:
 
 
 def rows_of(graph: nx.DiGraph[Node]) -> list[list[Node]]:
-    """The nodes of each row: one below the last that leads to it. In a row, each stands near those that lead to it."""
+    """The nodes of each row. A node is below all nodes that lead to it and, within its row, near to them."""
     condensed = nx.condensation(graph)
     found = [
         [node for part in parts for node in sorted(condensed.nodes[part]["members"]) if node[0] != AFTER]
@@ -175,7 +175,7 @@ def rows_of(graph: nx.DiGraph[Node]) -> list[list[Node]]:
 
 
 def places(rows: Sequence[Sequence[Node]], wide: float) -> dict[Node, tuple[float, float]]:
-    """Where each node stands, in inches: rows from the top down, each over the whole width."""
+    """The position of each node, in inches: rows from top to bottom, each over the whole width."""
     return {
         node: ((number + 0.5) * wide / len(row), (len(rows) - at - 0.5) * BETWEEN)
         for at, row in enumerate(rows)
@@ -184,7 +184,7 @@ def places(rows: Sequence[Sequence[Node]], wide: float) -> dict[Node, tuple[floa
 
 
 def labels(modules: Sequence[str]) -> dict[str, str]:
-    """The last parts of each name, as few as tell them apart."""
+    """The last parts of each name, as few as distinguish them."""
     found = {}
     for name in modules:
         parts = name.split(".")
@@ -196,7 +196,7 @@ def labels(modules: Sequence[str]) -> dict[str, str]:
 
 
 def broken(name: str) -> str:
-    """A name in lines of at most ``LETTERS`` letters, if it has a place to break it."""
+    """A name in lines of at most ``LETTERS`` letters, broken at its separators."""
     lines = [""]
     for part in re.findall(r"[^._]+[._]?|[._]", name):
         if lines[-1] and len(lines[-1]) + len(part) > LETTERS:
@@ -206,7 +206,7 @@ def broken(name: str) -> str:
 
 
 def coupling_chart(layer: Layer) -> Svg:
-    """The layer from top to bottom: modules as white boxes, families as coloured ones, and what ties them."""
+    """Draw the layer from top to bottom: modules as white boxes, families as coloured ones, and the edges."""
     graph = flow(layer)
     rows = rows_of(graph)
     wide = max(WIDTH - 0.1, APART * max(map(len, rows)))
@@ -235,7 +235,7 @@ def coupling_chart(layer: Layer) -> Svg:
 
 
 def _port(node: Node, place: Mapping[Node, tuple[float, float]], side: int) -> tuple[float, float]:
-    """Where edges end: the middle of a family; the middle of a module's top (``side`` 1) or of its bottom (−1)."""
+    """The end of an edge: the middle of a family, or of a module's top (``side`` 1) or bottom (−1)."""
     x, y = place[node]
     return (x, y + side * BOX[1] / 2) if node[0] == "module" else (x, y)
 
@@ -245,7 +245,7 @@ def _sides(layer: Layer, module: str, dim: int, colours: Mapping[str, str]) -> l
 
 
 def _draw_module(axes: Axes, label: str, x: float, y: float, sides: Sequence[Sequence[str]]) -> None:
-    """A box. ``sides``: the colours of its left side, and of its top."""
+    """Draw a box. ``sides``: the colours of its left side and of its top."""
     wide, tall = BOX
     left, bottom = x - wide / 2, y - tall / 2
     axes.add_patch(_box(left, bottom, wide, tall, facecolor=PAPER, edgecolor=QUIET, linewidth=0.9, zorder=2))

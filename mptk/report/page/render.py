@@ -1,4 +1,4 @@
-"""render: views to pages, with charts. The template lays out, every text is escaped; only ``Svg`` goes in as it is."""
+"""render: turn views into pages with charts. The template escapes every text; only ``Svg`` is inserted unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRONT = "The dashed line is the Pareto front."
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what is said of it. The words of its section stand beside it, or below one that is ``wide``."""
+    """A chart with its caption. The text of its section is beside it, or below it if it is ``wide``."""
 
     title: str
     chart: Svg
@@ -38,7 +38,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A view on a page. ``figures``: title of a section → its charts. ``tiles``: what, how much, and from what."""
+    """A view on a page. ``figures``: title of a section → its charts. ``tiles``: label, value, and a note on it."""
 
     view: View
     figures: Mapping[str, Sequence[Figure]]
@@ -47,7 +47,7 @@ class Chapter:
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """One page about pruned folders; about several, first those side by side that may be compared.
+    """One page about pruned folders. Of several, comparable ones come first, side by side.
 
     Raises:
         MptkError: matplotlib is not installed; or a report is not as ``mptk prune`` writes it.
@@ -58,10 +58,10 @@ def report_page(runs: Sequence[Run]) -> str:
 
 
 def side_by_side(runs: Sequence[Run]) -> Chapter:
-    """The runs that may be compared, with their charts."""
+    """Comparable runs, with their charts."""
     groups, _ = grouped(runs)
     drawn = {
-        heading(number, group): [Figure("Quality over what was removed", charts.pareto_chart(group), FRONT)]
+        heading(number, group): [Figure("Quality over the share removed", charts.pareto_chart(group), FRONT)]
         for number, group in enumerate(groups)
     }
     about = "Runs are compared if the dense model, the metric, the protocol and the text are the same."
@@ -69,10 +69,10 @@ def side_by_side(runs: Sequence[Run]) -> Chapter:
 
 
 def chapter(run: Run, name: str = "") -> Chapter:
-    """The words and the charts of one run. ``name``: what its title begins with.
+    """The text and the charts of one run. ``name``: the beginning of its title.
 
     Raises:
-        MptkError: its report is not as ``mptk prune`` writes it.
+        MptkError: its report is damaged or was changed.
     """
     try:
         view, drawn = sections.prune_view(run.report, run.bench), figures(run)
@@ -85,12 +85,12 @@ def chapter(run: Run, name: str = "") -> Chapter:
 
 
 def figures(run: Run) -> dict[str, list[Figure]]:
-    """The charts of a run, by the section that they belong to."""
+    """The charts of a run, by section."""
     kept = "A row is a layer. The darker a cell, the more of its units stay; an empty cell was removed."
-    dots = "A dot is the difference, a hollow diamond is none at all. The upright mark is the tolerance."
+    dots = "A dot is the difference, a hollow diamond a difference of 0. The vertical mark is the tolerance."
     ideal = "The mark is the ideal: the ratio of operations in prefill, of bytes in decode."
     found = {
-        "What each layer keeps": [Figure(name, charts.kept_chart(run, name), kept) for name in run.kept],
+        "Kept units in each layer": [Figure(name, charts.kept_chart(run, name), kept) for name in run.kept],
         **{
             f"Training: {phase}": [Figure("", drawn) for drawn in charts.trace_charts(run, phase)]
             for phase in run.metrics
@@ -101,12 +101,12 @@ def figures(run: Run) -> dict[str, list[Figure]]:
     if run.report.proof:
         found[sections.PROOF] = [Figure("Difference from what each stage must equal", charts.proof_chart(run), dots)]
     if run.bench is not None:
-        found[sections.TIMES] = [Figure("Time, with the ideal beside it", charts.bench_chart(run, run.bench), ideal)]
+        found[sections.TIMES] = [Figure("Time and ideal time", charts.bench_chart(run, run.bench), ideal)]
     return {title: drawn for title, drawn in found.items() if drawn}
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The figures that a reader wants first: what, how much, and from what to what."""
+    """The main figures: label, value, and a note on it."""
     report = run.report
     dense, pruned = report.cost["dense"], report.cost["pruned"]
     held = sum(bool(stage["ok"]) for stage in report.proof)
@@ -123,9 +123,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> str:
-    """One page about a model: what can be cut, and the matrices of one layer that are cut together.
+    """One page about a model: the families, and the matrices of one layer that are cut together.
 
-    ``said``: of the analysis and the legal widths. Raises MptkError if matplotlib is not installed.
+    ``said``: the JSON of the analysis and the legal widths. Raises MptkError if matplotlib is not installed.
     """
     require_matplotlib()
     view, layer = analysis_view(said), coupled(analysis, legal)
@@ -133,8 +133,8 @@ def analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> str:
         return _filled([Chapter(view, {})])
     title = f"One layer: {layer.name or 'the whole model'}"
     caption = (
-        "A coloured box is a family, with its number of units in a layer. If a unit goes, it goes from every matrix "
-        "that has its colour: at the left from the first dimension, at the top from the second. The target refuses "
+        "A coloured box is a family, with its number of units in a layer. A cut removes a unit from every matrix "
+        "with its colour: at the left from the first dimension, at the top from the second. The target refuses "
         "the grey families."
     )
     drawn = Section(title, [Table("lll", ["weight", "shape", "families in each dimension"], layer.rows)])
@@ -153,11 +153,11 @@ def shapes_page(found: Shapes) -> str:
 
 def ranking_figures(found: Shapes) -> list[Figure]:
     """The charts of a search."""
-    caption = f"Rings: before training. Dots: after. Numbers are those of the table. {FRONT}"
+    caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT}"
     front, training = shapes.front_chart(found), shapes.training_chart(found)
-    more = "The better half of the shapes went on, and was trained twice as long."
+    more = "After each rung the better half of the shapes is trained for twice as long."
     trained = [] if training is None else [Figure("Training", training, more)]
-    return [Figure("What each shape costs and gives", front, caption), *trained]
+    return [Figure("Cost and quality of each shape", front, caption), *trained]
 
 
 def _filled(chapters: Sequence[Chapter]) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def front_chart(found: Shapes) -> Svg:
-    """The metric over the cost: rings before training, dots after; the line is the Pareto front."""
+    """The metric over the cost. Rings: before training. Dots: after. The line is the Pareto front."""
     best = sorted(found.front, key=lambda shape: shape.cost)
 
     def draw(axes: Axes) -> None:
@@ -40,7 +40,7 @@ def front_chart(found: Shapes) -> Svg:
 
 
 def training_chart(found: Shapes) -> Svg | None:
-    """The metric of each trained shape over the tokens that it was trained on; None if none was trained."""
+    """The metric of each trained shape over its training tokens; None if no shape was trained."""
     trained = [(number, shape) for number, shape in _drawn(found) if shape.rungs]
     if not trained:
         return None

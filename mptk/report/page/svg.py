@@ -1,7 +1,7 @@
-"""svg: charts as SVG that a page holds inline. Their colours are the style sheet's, so they follow light and dark.
+"""svg: charts as inline SVG. Their colours come from the style sheet, so they follow light and dark mode.
 
-matplotlib draws. What it writes is taken apart and put together again: colours become CSS variables, text stays text,
-and names of elements become the chart's own, since one page holds many charts.
+matplotlib draws. Its SVG is rewritten: colours become CSS variables, text stays text, and names of elements get a
+prefix for each chart, since one page holds many charts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-"""Inches: 360 units, so that a phone shows the text in its own size."""
+"""Width in inches: 360 units, so that a phone shows the text in full size."""
 
 INK, QUIET, LINE, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 SERIES = ("#2a78d6", "#d9601a", "#1f9254", "#8455d1", "#c23f83", "#1a8a94")
@@ -36,7 +36,7 @@ CSS = {
     BAD: "var(--bad)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
 }
-"""The colours of a light page → what its style sheet names, so that a dark one has its own."""
+"""Colours of a light page → variables of the style sheet, so that a dark page has its own."""
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
@@ -80,11 +80,11 @@ class Svg:
 def require_matplotlib() -> None:
     """Raise MptkError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MptkError("matplotlib is not installed, and it draws the charts; run: pip install 'mptk[plot]'")
+        raise MptkError("charts need matplotlib, which is not installed; run: pip install 'mptk[plot]'")
 
 
 def save(draw: Callable[[Axes], None], height: float, width: float, write: Callable[[Figure], None]) -> None:
-    """Give ``write`` a figure with what ``draw`` puts on axes of ``width`` × ``height`` inches."""
+    """Call ``write`` with a figure: ``draw`` fills its axes of ``width`` × ``height`` inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -97,14 +97,14 @@ def save(draw: Callable[[Axes], None], height: float, width: float, write: Calla
 
 
 def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
-    """An SVG element with what ``draw`` puts on its axes. ``label`` is read aloud."""
+    """An SVG element with a chart; ``draw`` fills its axes. Screen readers read ``label``."""
     file = io.StringIO()
     save(draw, height, width, lambda f: f.savefig(file, format="svg", transparent=True, metadata={"Date": None}))
     return inline(plain(file.getvalue()), label)  # XML has no place for control characters
 
 
 def inline(drawn: str, label: str) -> Svg:
-    """matplotlib's SVG as an element of a page. ``label`` becomes its name for those who cannot see it."""
+    """matplotlib's SVG as an element of a page. ``label`` is its name for screen readers."""
     root = ET.fromstring(drawn)
     for parent in root.iter():
         for child in list(parent):
@@ -128,7 +128,7 @@ def inline(drawn: str, label: str) -> Svg:
 
 
 def _adapted(name: str, value: str, own: str) -> str:
-    """An attribute's value with the page's colours, and with names that start with ``own``."""
+    """An attribute's value with the page's colours, and with the prefix ``own`` in names."""
     if name == "id":
         return f"{own}-{value}"
     if name == "href":

@@ -30,4 +30,4 @@ def inputs_of(model: nn.Module) -> Inputs:
     return INPUT_KINDS[main]
 
 
-__all__ = ["KINDS", "Inputs", "inputs_of"]
+__all__ = ["INPUT_KINDS", "Inputs", "inputs_of"]

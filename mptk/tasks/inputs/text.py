@@ -31,13 +31,17 @@ class TextWindows(Inputs):
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM:
             return random_ids(loaded, count, settings.length, settings.seed)
-        return {"input_ids": calibration_windows(loaded, settings, count, progress)}
+        s, model = settings, loaded.whole() if settings.data == data.SELF else loaded.model
+        found = data.calibration(model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
+        return {"input_ids": found}
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         length = fitting(loaded, settings.eval_length)
-        if (settings.eval_data or settings.data) == RANDOM:
+        if (source := settings.eval_data or settings.data) == RANDOM:
             return random_ids(loaded, settings.eval_windows, length, settings.seed + 1)
-        return {"input_ids": evaluation_windows(loaded, settings, length)}
+        windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
+        data.check_ids(loaded.model, windows)
+        return {"input_ids": windows}
 
     def named(self, data: str) -> str:
         return protocol_name(data)
@@ -59,24 +63,3 @@ def vocabulary(model: PreTrainedModel) -> int:
     """How many tokens a transformers model has."""
     size: int = model.config.get_text_config().vocab_size
     return size
-
-
-def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-    """Up to ``count`` windows of the calibration text, int64 [n, length]. Raises what ``data.calibration`` raises."""
-    return data.calibration(
-        loaded.whole() if settings.data == data.SELF else loaded.model,
-        loaded.tokenizer,
-        settings.data,
-        count,
-        settings.length,
-        seed=settings.seed,
-        progress=progress,
-    )
-
-
-def evaluation_windows(loaded: Loaded, settings: Settings, length: int) -> Tensor:
-    """Windows of the evaluation text, int64 [n, length]. Raises what ``data.evaluation_windows`` raises."""
-    source = settings.eval_data or settings.data
-    windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
-    data.check_ids(loaded.model, windows)
-    return windows

@@ -87,7 +87,7 @@ decode."""
 def set_blocks(
     graph: ir.Graph, product: ir.Node, bits: int, block: int, tensors: Mapping[str, ir.TensorProtocol]
 ) -> None:
-    """Give ``product`` its weight in blocks of ``block`` inputs.
+    """Replace the weight of ``product`` by blocks of ``block`` inputs.
 
     ``tensors``: an ending of the constant's name → the constant. In order: ``Q8`` or ``Q4`` uint8 [outputs, blocks,
     bytes], ``scales`` and, if the zero is not the middle code, ``zero_points``, both flat.

@@ -1,4 +1,4 @@
-"""quantize: write an ONNX decoder in float32 again with smaller numbers, beside it.
+"""quantize: write a quantised copy of a float32 ONNX decoder beside it.
 
 | scheme | weights of products | kernel |
 |---|---|---|
@@ -35,9 +35,9 @@ from passes.targets.onnx.smooth import SmoothPass
 from passes.targets.onnx.tensors import name_nodes, read_lazily, save_graph
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
-"""Scheme → the number that a product's inputs should be a multiple of. It is less than the block of ``int8``, whose
-last block is padded: 928 channels still take less time than 1024, and steps of 128 would leave most budgets without
-legal widths."""
+"""Scheme → the number whose multiples a product's inputs should be. For ``int8`` it is less than the block, whose last
+one is padded: 928 channels still take less time than 1024, and steps of 128 would leave most budgets without legal
+widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:

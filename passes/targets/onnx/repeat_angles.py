@@ -1,4 +1,4 @@
-"""repeat_angles: give each row its rotary angles, if all rows share them.
+"""repeat_angles: repeat rotary angles for each row, if all rows share them.
 
 The fusion of rotary embedding takes angles [1, sequence, dim / 2] as they are. ONNX Runtime's RotaryEmbedding wants as
 many rows as its input has: [batch, sequence, dim / 2].
@@ -50,7 +50,7 @@ def _rows(value: ir.Value | None) -> object:
 
 
 def _angles(cosines: ir.Value | None) -> ir.Value | None:
-    """What ``cosines``, or sines, are of; the fusion gives these themselves no shape."""
+    """The value whose cosines, or sines, ``cosines`` are; the fusion gives these no shape."""
     made_by = None if cosines is None else cosines.producer()
     return made_by.inputs[0] if made_by is not None and made_by.op_type in ("Cos", "Sin") else cosines
 

@@ -3,7 +3,7 @@
 A norm ends in a scale for each channel. If only products with weights read its result, channel i can be divided by s_i
 in the norm and row i of the weights multiplied by s_i. The logits do not change (SmoothQuant, Xiao et al. 2023).
 ``s = sqrt(a / w)``, divided by its geometric mean, with the root mean square a of the channel and w of its row in all
-those weights. A channel is then as large in the activations as in the weights, so it is no outlier in either.
+those weights. A channel is then as large in the activations as in the weights, so it is not an outlier in either.
 
 ``a`` is measured on prompts of random tokens in ONNX Runtime, since the large channels depend on the model and hardly
 on the text (``docs/onnx.md``). It is measured on the CPU, whatever the device of a run, so that the check of the

@@ -1,7 +1,7 @@
-"""tensors: constants of an ONNX graph that are read or computed when somebody asks, and that nothing keeps.
+"""tensors: constants of an ONNX graph that are read or computed on demand and not kept in memory.
 
-A graph may have more weights than memory holds. So a pass describes a new weight by what makes it of the old one. The
-numbers are made when the file is written, one tensor at a time. What takes long to compute is kept in a ``Spill``.
+A graph may have more weights than memory holds. So a pass describes a new weight by a function of the old one. The
+numbers are computed when the file is written, one tensor at a time. A ``Spill`` stores results of long computations.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
-"""Numbers that are worked on at once if a step does not need the whole weight."""
+"""Numbers processed at once if a step does not need the whole weight."""
 
 
 def lazy(like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None) -> ir.LazyTensor:
-    """A tensor that ``make`` computes at each request. It has the type of ``like``, and its shape or ``shape``."""
+    """A tensor that ``make`` computes at each request, of ``like``'s type and of its shape or ``shape``."""
     sizes = shape_of(like) if shape is None else shape
     return ir.LazyTensor(lambda: _tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
 

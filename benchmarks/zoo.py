@@ -175,7 +175,7 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
 
 
 class OutOfTime(BaseException):
-    """Not an Exception: probing takes any of those for a refusal."""
+    """Not an Exception: reading a class takes any of those for a refusal."""
 
 
 def ask_stock(
@@ -191,7 +191,7 @@ def ask_stock(
     try:
         return {key: ask(analysis, tiny)}
     except OutOfTime:
-        return {"stock_error": f"probing the config class ran past {STOCK_LIMIT_S} s"}
+        return {"stock_error": f"reading the class ran past {STOCK_LIMIT_S} s"}
     except Exception as error:
         return {"stock_error": describe(error)}
     finally:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import Logits, Tiny
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
@@ -24,6 +25,7 @@ from passes.targets.derived import derived_families
 from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.learn import Stock
+from passes.transforms.fold_norms import epsilons
 from passes.verify import TOLERANCE
 
 PREFIX = "model."
@@ -41,7 +43,7 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
         of all families at once (or of this one alone), else why not; None if no width is accepted.
     """
     stock = _discover(analysis, tiny)
-    derived = derived_families(analysis)
+    derived = stock.derived
     rows, typical = {}, {}
     for family in analysis.families:
         name = family.name
@@ -128,8 +130,13 @@ def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
     def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
 
+    def forward(model: PreTrainedModel) -> None:
+        Logits(model, tiny.wrapper.names)(*(tensor.to("meta") for tensor in tiny.inputs))  # type: ignore[arg-type]
+
     families = {f.name: f.size for f in analysis.families}
-    return Stock.discover(tiny.model, families, sorted(others), shapes)  # type: ignore[arg-type]
+    norms = {f.name: {n.removeprefix(PREFIX): e for n, e in epsilons(analysis, f).items()} for f in analysis.families}
+    derived = derived_families(analysis)
+    return Stock.discover(tiny.model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)  # type: ignore[arg-type]
 
 
 def _cuts(family: Family, partners: list[Family]) -> Iterator[dict[str, int]]:

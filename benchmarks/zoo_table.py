@@ -65,7 +65,7 @@ def page(
 STOCK_HEAD = """
 ## What the stock classes accept (causal-lm)
 
-Which widths can the model's own transformers class hold? mptk finds out by probing its config. A family counts as *accepted* at
+Which widths can the model's own transformers class hold? mptk reads it from the class. A family counts as *accepted* at
 every width, at *some* widths (a validator or constructor refuses the others), or only *together* with another family in
 proportion (one config field serves both). In these three cases the cut weights were loaded into the stock class, and its logits
 equal the cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does

@@ -35,6 +35,7 @@ from transformers import (
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
+from passes.targets.stock.equations import growing
 from passes.targets.stock.learn import Stock
 
 Keep = Mapping[str, Sequence[int]]
@@ -105,9 +106,9 @@ class Spec:
         others = [width for name, width in self.families.items() if name not in widths]
         pairs = {name: (self.families[name], width) for name, width in widths.items()}
         model_class = type(self.model)
-        return probe_config(
-            model_class, self.model.config, self.shapes(widths), pairs, [*self.fixed, *others], **options
-        )
+        grown = growing(self.old, {name: self.families[name] for name in widths}, self.shapes)
+        target, fixed = self.shapes(widths), [*self.fixed, *others]
+        return probe_config(model_class, self.model.config, target, grown, pairs, fixed, **options)
 
     def discover(self, **options: Any) -> Stock:
         return Stock.discover(self.model, self.families, self.fixed, self.shapes, **options)

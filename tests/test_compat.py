@@ -6,10 +6,12 @@ import ast
 import gc
 import linecache
 import logging
+import math
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import fx, nn
 from transformers import (
     AutoModelForCausalLM,
     FunnelConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -35,6 +38,7 @@ from transformers import (
     PreTrainedConfig,
     modeling_utils,
 )
+from transformers.models.llama import modeling_llama
 
 import mptk
 from mptk.api import compiler as api
@@ -42,7 +46,14 @@ from mptk.compat import torch as compat
 from mptk.compat.accelerate import own_state
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off, refuses_lora
-from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes
+from mptk.compat.symbols import Symbols, evaluated, exponents, expression, symbols_in, value_of
+from mptk.compat.transformers import (
+    dequantize_gguf,
+    forget_source,
+    missing_attributes,
+    model_classes,
+    without_generation,
+)
 from mptk.io.deferred import Deferred
 from mptk.io.opening import Files
 from mptk.io.resident import Resident
@@ -128,6 +139,35 @@ def test_a_symbolic_size_has_a_hint_and_an_expression() -> None:
     assert compat.size_hint(size) == 7, changed("torch", "SymInt.node.hint")
     assert compat.size_expression(size * 2) == compat.size_expression(size + size), changed("torch", "SymInt.node.expr")
     assert compat.size_expression(size) != compat.size_expression(size + 1)
+
+
+def two_fifths(value: int) -> int:
+    assert isinstance(value, int)
+    return int(value / 5 * 2)
+
+
+def test_sizes_of_modules_are_expressions_of_symbols() -> None:
+    symbols = Symbols()
+    (a, width), (b, heads) = symbols.integer("width", 12), symbols.integer("heads", 1)
+    with symbols.building(__name__):
+        layers = nn.Sequential(nn.Linear(width, heads * 3), nn.LayerNorm(width)).to(torch.float16)
+        part, known = two_fifths(width), {width, heads}
+        assert vars(modeling_llama)["int"](width) is width, "the code of parts of a model"
+        rate = torch.linspace(0, 1, width).tolist()[0]
+    sizes = [expression(size) for weight in layers.state_dict().values() for size in weight.shape]
+    assert [symbols_in(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")
+    assert evaluated([*sizes, expression(part), 7], {a: 20, b: 2}) == [6, 20, 6, 20, 20, 8, 7]
+    assert value_of(sizes[0], {b: 5}) == 15
+    assert evaluated([expression(7 // (width - 20))], {a: 20}) == [0], "no size"
+    assert exponents(expression(heads * width**2 // 5), {a: 12, b: 1}) == {a: 2, b: 1}
+    assert exponents(expression(width + 2 * heads), {a: 6, b: 1}) == {a: Fraction(3, 4), b: Fraction(1, 4)}
+    assert exponents(expression((width + 3) // 4 * 4), {a: 12}) == {a: 1}, "as if nothing were rounded"
+    assert math.isnan(rate)
+    assert len(known) == 2
+    assert "int" not in globals(), "a module keeps what was put into it"
+    assert nn.Linear(2, 3).to(torch.float16).weight.dtype is torch.float16
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(width)
 
 
 def test_nested_inputs_are_flattened_and_mapped() -> None:
@@ -261,6 +301,14 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     assert inner == ["first"]
     assert outer == ["first", "second", "third"]
     assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+def test_a_model_is_made_without_settings_of_generation_from_its_config() -> None:
+    config = architectures.model("llama", meta=True).config
+    config.max_length = 7
+    with without_generation(), torch.device("meta"):
+        assert LlamaForCausalLM(config).generation_config.max_length != 7
+    assert GenerationConfig.from_model_config(config).max_length == 7
 
 
 def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside: Inside) -> None:

@@ -193,6 +193,17 @@ def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(
     assert (family.name in derived_families(analysis)) == refused
 
 
+def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
+    """Zamba2 has a number for its recurrences' norms; Bamba takes it from its config."""
+    refused = {}
+    for name in ("zamba2", "bamba"):
+        model = tiny_model("causal-lm", name).model
+        legal = find_target("stock").legal(analyze(trace(model)), model, 1)
+        refused[name] = [why for why in legal.refused.values() if "fixes its norm's epsilon" in why]
+    assert refused["zamba2"]
+    assert not refused["bamba"]
+
+
 def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():
     model = tiny_model("causal-lm", "mamba").model
     analysis = analyze(trace(model, dynamic=True))

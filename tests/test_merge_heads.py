@@ -238,7 +238,7 @@ def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) 
     [
         ("llama", 3, "2 KV heads, which cannot become 3; give one of 1"),
         ("gpt2", 2, "not one weight each"),
-        ("opt", 2, "holds no 2 KV heads"),
+        ("opt", 2, "cannot have 2 KV heads"),
     ],
 )
 def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -17,7 +16,6 @@ import mptk
 from mptk.ir.text import program_text
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
-from passes.targets.stock.probe import Prober
 
 
 @pytest.fixture
@@ -67,19 +65,6 @@ def test_a_model_of_another_folder_is_the_same_model(exports: list[nn.Module], t
             tiny().save_pretrained(tmp_path / name)
             mptk.trace(type(tiny()).from_pretrained(tmp_path / name), (architectures.tokens(),))
     assert len(exports) == 1
-
-
-def test_a_class_is_tried_once_with_one_config(inside: Inside) -> None:
-    tried = inside.calls("traces.INSTANTIATE")
-    config = tiny().config
-    with traces.remembered():
-        first = Prober(type(tiny()), config)
-        count = len(tried)
-        second = Prober(type(tiny()), config)
-    assert len(tried) - count < count / 5  # the whole model, which asks the config for what is not there
-    assert (second.pins, second.fields, second.builds) == (first.pins, first.fields, first.builds)
-    assert second.base.config is not first.base.config
-    assert replace(second.base, config=config) == replace(first.base, config=config)
 
 
 def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:

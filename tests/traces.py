@@ -1,10 +1,9 @@
-"""Traces, ONNX translations and trial models that tests ask for again: each is made once in a process.
+"""Traces and ONNX translations that tests ask for again: each is made once in a process.
 
 Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
 class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
 graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
-of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone. The trial
-models of ``passes/targets/stock/probe.py`` depend on class and config alone.
+of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from mptk.compat.torch import FakeTensor
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.targets.onnx import emit
-from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.probe import Build, Prober
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, type)
@@ -42,7 +39,6 @@ LEFT_OUT = (
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
-INSTANTIATE = Prober._instantiate
 
 
 class Unknown(Exception):
@@ -51,10 +47,9 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it ``export_program``, the translation to ONNX and trials of a class work once for the same."""
+    """Within it ``export_program`` and the translation to ONNX work once for the same."""
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
-    builds: dict[Hashable, Build | Refusal] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -73,23 +68,10 @@ def remembered() -> Iterator[None]:
             translations[key] = TRANSLATE(program)
         return translations[key].clone()
 
-    def instantiate(prober: Prober, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
-        if not hasattr(prober, "full"):
-            return INSTANTIATE(prober, config, refused)  # what the class asks the config for is recorded
-        try:
-            key = prober.model_class, prober.model_class.__init__, _value(config)
-        except Unknown:
-            return INSTANTIATE(prober, config, refused)
-        if key not in builds:
-            builds[key] = INSTANTIATE(prober, config, refused)
-        built = builds[key]
-        return built if isinstance(built, Refusal) else replace(built, config=config, refused=refused)
-
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._exported", translate)
-        inside.bound("passes.targets.stock.probe.Prober._instantiate", instantiate)
         yield
 
 

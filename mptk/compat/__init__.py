@@ -1,4 +1,4 @@
-"""compat: all private names of other libraries that mptk uses. One module a library; each name has a test.
+"""compat: all private names of other libraries that mptk uses. One module a library (torch has two); each has a test.
 
 If an upgrade changes one of them, ``tests/test_compat.py`` fails first.
 """

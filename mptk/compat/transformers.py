@@ -63,6 +63,16 @@ def missing_attributes(found: Callable[[PreTrainedConfig, str], None]) -> Iterat
 
 
 @contextlib.contextmanager
+def without_generation() -> Iterator[None]:
+    """Within it a model is made with the default settings of generation, which are else read from its config as JSON.
+
+    An argument would replace this.
+    """
+    with _replaced(transformers.GenerationConfig, "from_model_config", lambda *_: transformers.GenerationConfig()):
+        yield
+
+
+@contextlib.contextmanager
 def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
     """Within it ``from_pretrained`` opens safetensors files with ``opened``, in place of ``safe_open``.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ from mptk.staged.staged import Executor
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
+from passes.targets.stock.equations import Row
 from passes.transforms.merge_heads import How, first_heads, merged_heads, repeated_first
 from passes.verify import TOLERANCE, StageOutputs, prove
 
@@ -205,17 +207,20 @@ def config_for(
 ) -> StockConfig | Refusal:
     """The config of the merged model. Raises MptkError if ``count`` does not divide the number of KV heads."""
     shapes = {name: tuple(like.shape) for name, like in model.state_dict().items()}
-    widths = dict[str, tuple[int, int]]()
+    widths, grown = dict[str, tuple[int, int]](), dict[tuple[str, int], Row]()
     for layer in layers:
         size, each = layer.groups.size, 1 if layer.heads is None else layer.heads.size
+        family = f"KV heads of {size}"
         for name, (dim, positions) in first_heads(layer, count).items():
             for alias in (name, *(a for a, owner in analysis.program.aliases.items() if owner == name)):
-                if alias in shapes:
+                if alias in shapes and count < size:
+                    old = shapes[alias][dim]
+                    grown[alias, dim] = {family: Fraction(old - len(positions), old) * Fraction(size, size - count)}
                     shapes[alias] = (*shapes[alias][:dim], len(positions), *shapes[alias][dim + 1 :])
-        widths |= {f"KV heads of {size}": (size, count), f"queries of {size}": (each, each * size // count)}
+        widths |= {family: (size, count), f"queries of {size}": (each, each * size // count)}
     own = {axis for layer in layers for axis in layer.scope}
     rest = axes_in(term for dims in analysis.weights.values() for term in dims) - own
-    return probe_config(type(model), model.config, shapes, widths, [axis.size for axis in rest])
+    return probe_config(type(model), model.config, shapes, grown, widths, [axis.size for axis in rest])
 
 
 # ---- their weights ----

@@ -16,11 +16,13 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
+from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
 from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
+from passes.transforms.fold_norms import epsilons
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
@@ -96,9 +98,9 @@ def stock_widths(
         rehome: also allow widths that only the class's validators refuse; another class may hold such a model
             (``stock/rehome.py``).
     """
-    derived = derived_families(analysis)
-    together = tuple(group for group in stock.together if not group & derived.keys())
-    refused = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)} | derived
+    together = tuple(stock.together)
+    refused = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused |= stock.derived
 
     depths = {family.name: family for family in analysis.depths}
 
@@ -154,8 +156,16 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
     families = {f.name: f.size for f in analysis.families}
     own = {g.axis for f in analysis.families for g in f.groups}
     others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in leaves(d) if leaf not in own}
+    norms = {family.name: epsilons(analysis, family) for family in analysis.families}
     derived = derived_families(analysis)
-    return Stock.discover(model, families, sorted(others), lambda widths: cut_shapes(analysis, widths), derived=derived)
+
+    shapes = functools.partial(cut_shapes, analysis)
+
+    def forward(built: PreTrainedModel) -> None:
+        given, _ = analysis.program.exported.example_inputs or ((), {})
+        Flat(built, analysis.program.inputs)(*(tensor.to("meta") for tensor in given))
+
+    return Stock.discover(model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)
 
 
 def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

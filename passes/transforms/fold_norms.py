@@ -97,11 +97,28 @@ def _scaled(weight: Tensor, factor: float, offset: float) -> Tensor:
 
 def unfoldable(analysis: Analysis, family: Family) -> str | None:
     """The place (op, module, line) at which a cut of ``family`` leaves a scale that no weight can take; or None."""
-    axes = {g.axis for g in family.groups}
-    means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
-    found = _foldable(analysis.program, iter(means))
+    means, found = _over(analysis, family)
     folded = {norm.root for norms in found.values() for norm in norms}
     return next((str(SourceLocation(node)) for node in means if node not in folded), None)
+
+
+def epsilons(analysis: Analysis, family: Family) -> dict[str, float]:
+    """Weight → the epsilon of its norm, which a cut of ``family`` changes."""
+    _, found = _over(analysis, family)
+    return {analysis.program.weights[weight.name]: _epsilon(norms[0]) for weight, norms in found.items()}
+
+
+def _over(analysis: Analysis, family: Family) -> tuple[dict[fx.Node, None], dict[fx.Node, list[Norm]]]:
+    """The means over a family's channels, and those that a weight can make up for, as ``_foldable`` gives them."""
+    axes = {g.axis for g in family.groups}
+    means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
+    return means, _foldable(analysis.program, iter(means))
+
+
+def _epsilon(norm: Norm) -> float:
+    value = named_argument(norm.root, "eps") if norm.add is None else norm.add.args[1]
+    assert isinstance(value, float)
+    return value
 
 
 def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:

@@ -17,6 +17,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.compat.torch import FakeTensorMode
+
+Forward = Callable[[PreTrainedModel], object]
+"""Runs a model once on inputs without numbers."""
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -25,10 +29,10 @@ class Refusal:
     """Why the stock class cannot hold the model. A value, not an exception: the caller prints it or tries another way.
 
     Attributes:
-        kind: the step that refused. "validator": the config's own check. "constructor": the model's. "names": the set
-            of parameters differs. "shape": no config field gives a parameter its shape. "shared": one field serves
-            several families, which must be cut together. "numeric": the shapes fit, but the class computes another
-            function.
+        kind: the step that refused. "validator": the config's own check. "constructor": the model's, or its forward
+            pass. "names": the set of parameters differs. "shape": no config field gives a parameter its shape.
+            "shared": one field serves several families, which must be cut together. "numeric": the shapes fit, but the
+            class computes another function.
         where: the validator, the line of the constructor, or the parameter.
         config: for "validator", the complete config that was refused (``rehome`` starts from it).
     """
@@ -48,7 +52,17 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         try:
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
-            return _refusal(error, model_class)
+            return refusal(error, model_class)
+
+
+def failure(forward: Forward, model: PreTrainedModel) -> Refusal | None:
+    """Why a forward pass of a model on the meta device raises, or None."""
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
+        try:
+            forward(model.eval())
+        except Exception as error:  # noqa: BLE001 (as above)
+            return refusal(error, type(model))
+    return None
 
 
 def configured(
@@ -62,32 +76,42 @@ def configured(
         try:
             return _construct(template, body)
         except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
-            return _refusal(error, type(template))
+            return refusal(error, type(template))
 
 
-def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
+def unchecked(template: PreTrainedConfig, body: dict[str, object]) -> PreTrainedConfig:
+    """The config of ``template``'s class with the fields of ``body``, whatever they are."""
+    return _construct(template, body, checked=False)[0]
+
+
+def _construct(
+    template: PreTrainedConfig, body: dict[str, object], *, checked: bool = True
+) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators run when the object is complete, so a model can be built from an object that they refuse.
+    Validators of the class run when the object is complete, so a model can be built from an object that they refuse.
+    Those of a field run when it is set, if ``checked``.
     """
     refused = None
     for key, inner in vars(template).items():
         own = body.get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
-            body[key], inner_refused = _construct(inner, own)
+            body[key], inner_refused = _construct(inner, own, checked=checked)
             refused = refused or inner_refused
     config = type(template).__new__(type(template))
+    if not checked:
+        vars(config)["__validators__"] = {}
     construct: Callable[..., None] = type(template).__init__
     try:
         construct(config, **body)
     except StrictDataclassClassValidationError as error:
-        refused = refused or _refusal(error, type(template))
+        refused = refused or refusal(error, type(template))
     if refused is not None:
         refused = Refusal(refused.kind, refused.where, refused.reason, config)
     return config, refused
 
 
-def _refusal(error: Exception, cls: type) -> Refusal:
+def refusal(error: Exception, cls: type) -> Refusal:
     """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
@@ -101,13 +125,12 @@ def _refusal(error: Exception, cls: type) -> Refusal:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings while unusual configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
-    logger = logging.getLogger("transformers")
-    saved = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    """No warnings while unusual configs are tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.handlers, logger.propagate = saved
+        logging.disable(before)

@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.ir.blocks import Renumbering, numbered, prefix
 from passes.targets.stock.attempt import Refusal, configured, on_meta
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.probe import Shapes
+from passes.targets.stock.symbolic import Shapes
 
 Path = tuple[str | int, ...]
 Edits = Mapping[Path, object]

@@ -1,48 +1,52 @@
-"""learn: learn from a few trial cuts which families of a model a stock transformers class can express.
+"""learn: which families of a model a stock transformers class can express.
 
-After that, ``Stock`` answers in about two milliseconds whether the class accepts given widths.
+The class is read once as expressions of its config's fields (``symbolic.py``). What these have in common with the cut
+model's sizes says how the fields follow the families' widths (``equations.py``). One build of a trial cut of all
+families together confirms it: a forward pass must run, and norms must take their epsilon from the config. After that,
+``Stock`` answers in a few milliseconds whether the class accepts given widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
+from passes.targets.stock.attempt import Forward, Refusal, failure
+from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit, with_scalars
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.partners import Owners, groups, moves
-from passes.targets.stock.probe import Field, Prober, Shapes
-from passes.targets.stock.search import Expression, Expressions, SizeSlot, differences, evaluate
-from passes.targets.stock.stages import Touched, apart
+from passes.targets.stock.equations import CutShapes, Law, Products, growing, is_width
+from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
 
-MAX_BUILDS = 400
-"""Models that are built to find families which the class can only cut together."""
-CutShapes = Callable[[Mapping[str, int]], Shapes]
-"""Widths (missing families keep theirs) → shapes of the cut model's state dict."""
-Check = Callable[[StockConfig, Mapping[str, int]], float]
-"""Largest absolute logit difference between the stock class with this config and the cut model of these widths."""
+Widths = dict[str, int]
+NEGLIGIBLE = 5e-6
+"""An epsilon that moves a norm of usual activations by less than a tenth of what the proof allows."""
+OTHER_EPSILON = 1.37
+"""By what norms' epsilons are multiplied in a trial, to see whether they come from the config."""
 
 
 class Stock:
-    """What a stock class can express of a model's families, learned by trial cuts.
+    """What a stock class can express of a model's families.
 
     Attributes:
+        dense: the config before the cut.
         refusals: family → why it cannot be cut alone in the stock class.
         together: sets of families that the class can only cut together because they share a field, e.g. the heads of
             an encoder and of its decoder.
+        derived: as given to ``discover``.
     """
 
-    def __init__(self, prober: Prober, expressions: Expressions, shapes: CutShapes, touched: Touched) -> None:
-        self._prober, self._space, self._shapes, self._touched = prober, expressions, shapes, touched
+    def __init__(self, model: PreTrainedModel, families: Mapping[str, int], shapes: CutShapes) -> None:
+        self._class, self.dense = type(model), model.config
+        self._families, self._shapes = families, shapes
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
-        self._failed: dict[str, Unsolved] = {}
-        self._tried: dict[frozenset[str], Refusal | None] = {}
+        self._law: Law | None = None
+        self.derived: Mapping[str, str] = {}
+        self._norms: Mapping[str, Mapping[str, float]] = {}
+        self._forward: Forward | None = None
 
     @staticmethod
     def discover(
@@ -51,47 +55,30 @@ class Stock:
         fixed: Sequence[int],
         shapes: CutShapes,
         *,
-        check: Check | None = None,
-        tolerance: float = 1e-4,
         derived: Mapping[str, str] = MappingProxyType({}),
+        norms: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+        forward: Forward | None = None,
     ) -> Stock:
-        """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
-
-        Families that it cannot express alone are tried together with others, until ``MAX_BUILDS`` more models are
-        built.
+        """Learn which of ``families`` the class of ``model`` can express, alone or together with others.
 
         Args:
             model: a transformers model on any device. Only its class and config are used.
             families: name → width before the cut.
             fixed: sizes of the leaf axes that belong to no family.
             shapes: the shapes of a cut.
-            check: optional proof for one legal cut of each family. A family above ``tolerance`` is refused.
             derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
+            norms: family → weight → the epsilon of its norm, which a cut changes.
+            forward: what must run with the class after a cut, if it runs before: a number that no weight shows (the
+                size of a recurrence's heads) may be wrong though all shapes fit.
+
+        Raises:
+            MptkError: the class cannot be built from the model's config.
         """
-        prober = Prober(type(model), model.config)
-        touched = {name: _touched(prober, shapes, name, width) for name, width in families.items()}
-        prober.fields = apart(prober, touched)
-        stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes, touched)
-        for name in families:
-            stock._learn(frozenset((name,)))
-        stock._learn_groups(derived)
-        limit = prober.builds + MAX_BUILDS
-        for name in list(stock.refusals):
-            if prober.builds < limit and name not in derived:
-                stock._learn_together(name)
-        if check is not None:
-            stock._prove(check, tolerance)
+        stock = Stock(model, dict(families), shapes)
+        stock.derived, stock._norms, stock._forward = derived, norms, forward
+        if families:
+            stock._learn(fixed, derived)
         return stock
-
-    @property
-    def dense(self) -> PreTrainedConfig:
-        """The config before the cut."""
-        return self._prober.template
-
-    @property
-    def expressions(self) -> dict[str, tuple[Expression, ...]]:
-        """Field → its possible products, for fields that depend on a family. Several products must be equal."""
-        return {field.name: tuple(alive) for field, alive in self._fields().items()}
 
     def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
@@ -99,17 +86,11 @@ class Stock:
         ``widths``: family → new width; missing families keep theirs.
         """
         assignment = self._assign(widths)
-        if isinstance(assignment, Refusal):
-            return assignment
-        config = self._prober.configure(assignment)
-        return config if isinstance(config, Refusal) else config[1]
-
-    def ladder(
-        self, family: str, widths: Iterable[int] | None = None, others: Mapping[str, int] | None = None
-    ) -> list[int]:
-        """The accepted widths of ``family`` among ``widths`` (None: all), with other families at ``others``."""
-        choices = range(1, self._space.families[family] + 1) if widths is None else widths
-        return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
+        config = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
+        if isinstance(config, Refusal):
+            return config
+        rounds = self._law is not None and self._law.reading.rounds
+        return config[1] or (self._fits(self._cut(widths)) if rounds else None)
 
     def config(
         self,
@@ -118,21 +99,17 @@ class Stock:
         scalars: Mapping[float, float] | None = None,
         kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> StockConfig | Refusal:
-        """The config for ``widths``. Checked: the class is built (all layers, on meta) and every shape compared.
+        """The config for ``widths``. Checked: the class is built (on meta) and every shape compared.
 
         ``kept``: path of a list of blocks → the numbers of those that stay; lists without an entry stay whole.
         """
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
-        built = self._prober.build(assignment)
-        if isinstance(built, Refusal):
-            return built
-        needed = minimise(self._prober, built.shapes, assignment)
-        result = finish(self._prober, needed, self._shapes(widths), scalars or {})
-        if isinstance(result, Refusal):
-            return result
-        return shorten(replace(result, expressions=shortest(self._space, needed)), kept)
+        if self._law is not None:
+            assignment = self._law.reading.needed(assignment)
+        result = finished(self._class, self.dense, assignment, self._shapes(widths), scalars or {})
+        return result if isinstance(result, Refusal) else shorten(result, kept)
 
     def shorter(self, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
         """The config for all widths and the ``kept`` blocks, as in ``config``."""
@@ -144,138 +121,150 @@ class Stock:
 
     @property
     def _whole(self) -> StockConfig:
-        return StockConfig(self._prober.model_class, self._prober.template, {})
+        return StockConfig(self._class, self.dense, {})
 
     @cached_property
     def _built(self) -> Built | None:
-        built = build(self._prober.model_class, self._prober.template)
+        built = build(self._class, self.dense)
         return built if isinstance(built, Built) else None
 
-    def _fields(self) -> dict[Field, list[Expression]]:
-        return {
-            field: alive
-            for field, alive in self._space.alive.items()
-            if alive and any(isinstance(leaf, str) for leaf in alive[0])
-        }
-
     def _assign(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
-        """Every field's value at ``widths``, pins included."""
-        families = self._space.families
-        cut = {name for name, width in widths.items() if name in families and width != families[name]}
-        for name in sorted(cut):
+        """The fields that ``widths`` change, and all implicit ones."""
+        cut = self._cut(widths)
+        for name in sorted(cut.keys() & self.refusals.keys()):
             groups = [group for group in self.together if name in group]
-            if name not in self.refusals or any(group <= cut for group in groups):
-                continue
             if not groups:
                 return self.refusals[name]
-            others = " and ".join(sorted(groups[0] - cut))
-            return Refusal("shared", name, f"the config can only express it cut together with {others}")
-        assignment: dict[Field, int] = dict(self._prober.pins)
-        for field, alive in self._fields().items():
-            values = {evaluate(e, widths, families) for e in alive}
-            if len(values) > 1:
-                products = " and ".join("*".join(map(str, e)) for e in alive)
-                return Refusal("shared", field.name, f"{products} are one number in the config and must be equal")
-            assignment[field] = values.pop()
-        return {field: v for field, v in assignment.items() if v != field.value or field.implicit}
+            if not any(group <= cut.keys() for group in groups):
+                others = " and ".join(sorted(groups[0] - cut.keys()))
+                return Refusal("shared", name, f"the config can only express it cut together with {others}")
+        return {} if self._law is None else self._law.at(cut)
 
-    def _learn(self, group: frozenset[str]) -> Refusal | None:
-        """Cut the families of ``group`` in proportion, to two trial widths. Returns why the class can express neither.
+    def _cut(self, widths: Mapping[str, int]) -> Widths:
+        """The widths that change."""
+        return {name: width for name, width in widths.items() if width != self._families.get(name, width)}
 
-        If it can express one, its fields' expressions are narrowed. If not, and the group is one family, the refusal is
-        kept.
-        """
-        trials = _trial_widths({name: self._space.families[name] for name in sorted(group)})
-        found = [self._try(widths) for widths in trials]
-        failed = [result for result in found if result is not None]
-        if not found:
-            return Refusal("shape", min(group), "no common ratio gives whole numbers")
-        if len(failed) < len(found):
+    def _learn(self, fixed: Sequence[int], derived: Mapping[str, str]) -> None:
+        """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
+        try:
+            reading = Reading(self._class, self.dense)
+        except Unread as error:
+            self.refusals = dict.fromkeys(self._families, error.refusal)
+            return
+        if (wrong := misfit(reading.dense.shapes, self._shapes({}))) is not None:
+            self.refusals = dict.fromkeys(self._families, wrong)
+            return
+        grown = growing(reading.dense.shapes, self._families, self._shapes)
+        self._law = Law(reading, Products(self._families, fixed), grown, derived)
+        trials = dict[frozenset[str], list[Widths]]()
+        for name in self._families:
+            self._try(frozenset((name,)), trials)
+        for name in [name for name in self.refusals if name not in derived]:
+            if not any(name in group for group in self.together):
+                self._join(name, derived, trials)
+        self._confirm(trials)
+
+    def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
+        """Cut the families of ``group`` in proportion. Returns why the class can express none of the ``trials``."""
+        cuts = {widths: self._fits(dict(widths)) for widths in trial_widths(self._families, sorted(group))}
+        fitting = [dict(widths) for widths, why in cuts.items() if why is None]
+        if fitting:
+            trials[group] = fitting
             return None
+        refused = next(reversed(cuts.values()), None)
+        refused = refused or Refusal("shape", min(group), "no common ratio gives whole numbers")
         if len(group) == 1:
-            self._failed[min(group)] = failed[0]
-            self.refusals[min(group)] = failed[0].refusal
-        return failed[0].refusal
+            self.refusals[min(group)] = refused
+        return refused
 
-    def _try(self, widths: Mapping[str, int]) -> Unsolved | None:
-        """Search a config for a trial cut and learn from it. Returns None, or the failed search."""
-        result = solve(self._prober, self._space, self._shapes(widths), widths, shapes_only=True)
-        if isinstance(result, Unsolved):
-            return result
-        self._space.observe(widths, result.assignment)
-        return None
+    def _fits(self, widths: Widths) -> Refusal | None:
+        """Why the class has no config for a cut."""
+        assert self._law is not None
+        assignment = self._law.at(widths)
+        if isinstance(assignment, Refusal):
+            other = self._law.free.at(widths)  # does the class compute another function?
+            why = None if isinstance(other, Refusal) else self._differs(self._law.reading.at(other), widths)
+            return why or assignment
+        return self._differs(self._law.reading.at(assignment), widths)
 
-    def _learn_groups(self, derived: Mapping[str, str]) -> None:
-        """Try the families that a field moves together (``partners.py``), or say which of them must stay."""
-        refused = [name for name in self.refusals if name not in derived]
-        if not refused:
-            return
-        owners = Owners({n: self._touched[n] for n in refused}, {n: self._touched[n] for n in derived}, derived)
-        moved = moves(self._prober)
-        limit = self._prober.builds + MAX_BUILDS
-        for name in refused:
-            for group in groups(name, owners, moved):
-                known = any(name in other for other in self.together)
-                if known or group == frozenset((name,)) or self._prober.builds > limit:
-                    break
-                why = group if isinstance(group, Refusal) else self._join(group)
-                if why is not None and why.kind == "numeric":
-                    self.refusals[name] = why
+    def _differs(self, sizes: Sizes, widths: Widths) -> Refusal | None:
+        assert self._law is not None
+        wrong = misfit(sizes.shapes, self._shapes(widths))
+        return wrong or self._law.products.strange(self._law.reading.dense, sizes, widths)
 
-    def _join(self, group: frozenset[str]) -> Refusal | None:
-        """``_learn`` a group, once, and keep it in ``together`` if the class can express it."""
-        if group not in self._tried:
-            self._tried[group] = self._learn(group)
-            if self._tried[group] is None:
+    def _join(self, name: str, derived: Mapping[str, str], trials: dict[frozenset[str], list[Widths]]) -> None:
+        """Find the families with which a refused one can be cut in proportion."""
+        assert self._law is not None
+        group = self._law.group(name)
+        if group is None:
+            group = self._law.free.group(name, [*derived]) or frozenset()
+        if fixed := sorted(group & derived.keys()):
+            what = f"it can only be cut together with {fixed[0]}, which must stay: {derived[fixed[0]]}"
+            self.refusals[name] = Refusal("numeric", name, what)
+        elif len(group) > 1:
+            why = self._try(group, trials)
+            if why is None:
                 self.together.append(group)
-        return self._tried[group]
+            elif why.kind == "numeric":
+                self.refusals[name] = why
 
-    def _learn_together(self, name: str) -> None:
-        """Try to cut a refused family together with others, unless it already is in such a group."""
-        if any(name in group for group in self.together):
-            return
-        for group in self._partners(name):
-            if self._join(group) is None:
-                return
+    def _confirm(self, trials: Mapping[frozenset[str], list[Widths]]) -> None:
+        """Build the class with all trial cuts in as few builds as hold them; if one is not as expected, with each."""
+        left = dict(trials)
+        while left:
+            packed: dict[frozenset[str], Widths] = {}
+            for group, cuts in left.items():
+                if not group & frozenset().union(*packed):
+                    packed[group] = cuts[0]
+            if self._contradicted({n: w for cut in packed.values() for n, w in cut.items()}) is not None:
+                for group in packed:
+                    wrong = [why for cut in trials[group] if (why := self._contradicted(cut)) is not None]
+                    if wrong and (len(wrong) == len(trials[group]) or self._unfollowed(trials[group][0])):
+                        self.together = [other for other in self.together if other != group]
+                        self.refusals |= dict.fromkeys(group, wrong[0])
+            left = {group: cuts for group, cuts in left.items() if group not in packed}
 
-    def _partners(self, name: str) -> list[frozenset[str]]:
-        """Groups in which the class may be able to express a refused family.
+    def _unfollowed(self, widths: Widths) -> bool:
+        """Whether the class has a number equal to the width of a family that is cut, and it stays."""
+        if self._law is None or isinstance(assignment := self._law.at(widths), Refusal):
+            return False
+        dense, now = self._law.reading.dense.numbers, self._law.reading.at(assignment).numbers
+        old = {self._families[name] for name in widths}
+        return any(is_width(name, number) and number in old and now[name] == number for name, number in dense.items())
 
-        1. The family with one other refused family that shares a weight with it, or whose sizes its fields move.
-        2. The family with all refused families whose sizes its fields move.
-        """
-        search = self._failed[name].search
-        moved = search.moved_by_dead_ends() if search is not None else frozenset()
-        own = {weight for weight, _ in self._touched[name]}
-        touched = {other: self._touched[other] for other in self.refusals if other != name}
-        shaped = {other for other, places in touched.items() if places & moved}
-        sharing = {other for other, places in touched.items() if own & {weight for weight, _ in places}}
-        pairs = [frozenset((name, other)) for other in sorted(shaped | sharing)]
-        return [*pairs, frozenset((name, *shaped))] if shaped else pairs
+    def _contradicted(self, widths: Widths) -> Refusal | None:
+        """What is wrong with the class built for ``widths``. Validators do not count."""
+        assignment = self._assign(widths)
+        made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
+        every = {weight: old for name in widths for weight, old in self._norms.get(name, {}).items()}
+        norms = {weight: old for weight, old in every.items() if old > NEGLIGIBLE}
+        other = {old: OTHER_EPSILON * old for old in norms.values()}
+        model = made if isinstance(made, Refusal) else built(self._class, with_scalars(made[0], other))
+        if isinstance(model, Refusal):
+            return model
+        sizes, before = sizes_of(model), {new: old for old, new in other.items()}
+        kept = {(name.rpartition(".")[0], number) for name, number in sizes.numbers.items()}
+        for weight, old in norms.items():
+            if (weight.rpartition(".")[0], old) in kept:
+                where = starred(weight)
+                return Refusal("numeric", where, f"the class fixes its norm's epsilon at {old:g}, which a cut changes")
+        numbers = {name: before.get(number, number) for name, number in sizes.numbers.items()}
+        return self._differs(Sizes(sizes.shapes, numbers), widths) or self._fails(model)
 
-    def _prove(self, check: Check, tolerance: float) -> None:
-        for name, old in self._space.families.items():
-            if name in self.refusals:
-                continue
-            legal = next((w for w in range(old - 1, 0, -1) if self.accepts({name: w}) is None), None)
-            result = self.config({name: legal}) if legal else None
-            if legal is not None and isinstance(result, StockConfig):
-                difference = check(result, {name: legal})
-                if not difference <= tolerance:
-                    self.refusals[name] = Refusal(
-                        "numeric", name, f"logits differ by {difference:.2g} at width {legal}"
-                    )
-
-
-def _touched(prober: Prober, shapes: CutShapes, name: str, width: int) -> frozenset[SizeSlot]:
-    """The dimensions of weights that a cut of the family changes."""
-    trials = _trial_widths({name: width})
-    return frozenset(differences(prober.full.shapes, shapes(trials[0]))) if trials else frozenset()
+    def _fails(self, model: PreTrainedModel) -> Refusal | None:
+        """Why a forward pass of the cut class fails, if one of the dense class does not."""
+        found = None if self._forward is None else failure(self._forward, model)
+        if found is not None and self._forward is not None:
+            dense = built(self._class, self.dense)
+            if isinstance(dense, Refusal) or failure(self._forward, dense) is not None:
+                self._forward = found = None
+        return found
 
 
-def _trial_widths(old: Mapping[str, int]) -> list[dict[str, int]]:
-    """Up to two cuts of all families by one ratio, near two thirds and near one half, with integer widths."""
-    width = next(iter(old.values()))
+def trial_widths(families: Mapping[str, int], group: Sequence[str]) -> list[tuple[tuple[str, int], ...]]:
+    """Up to two cuts of a group by one ratio, near two thirds and near one half, with integer widths."""
+    old = {name: families[name] for name in group}
+    width = old[group[0]]
     possible = [w for w in range(1, width) if all(other * w % width == 0 for other in old.values())]
     nearest = [min(possible, key=lambda w: abs(w / width - ratio)) for ratio in (2 / 3, 1 / 2) if possible]
-    return [{name: other * w // width for name, other in old.items()} for w in dict.fromkeys(nearest)]
+    return [tuple((name, other * w // width) for name, other in old.items()) for w in dict.fromkeys(nearest)]

@@ -26,7 +26,7 @@ from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal, quiet
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
-from passes.targets.stock.probe import Shapes
+from passes.targets.stock.symbolic import Shapes
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite
 from passes.verify import TOLERANCE

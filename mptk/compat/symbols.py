@@ -1,0 +1,175 @@
+"""torch: a model's integers as symbols, and what becomes of them as expressions.
+
+There is no public way to build modules from symbolic sizes: torch makes such sizes only while it traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.nn.modules import normalization
+from torch.overrides import TorchFunctionMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from mptk.compat.torch import uncached_operators
+
+Symbol: TypeAlias = sympy.Symbol
+Number: TypeAlias = Any
+"""A sympy expression, an int or a float."""
+CODE = re.compile(r"\.(modeling|configuration)_")
+"""In the names of modules with the code of models."""
+MOST = 10**6
+"""The largest denominator of an exponent, which floats tell apart."""
+
+
+class _Whole(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, (int, torch.SymInt))
+
+
+class _Integer(metaclass=_Whole):
+    """``int`` that keeps a symbolic number symbolic."""
+
+    def __new__(cls, value: Any = 0, *base: int) -> Any:
+        if isinstance(value, torch.SymFloat):
+            return value.__trunc__()
+        return value if isinstance(value, torch.SymInt) else int(value, *base)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Within it a number read from a tensor without numbers is NaN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
+            return _unknown(() if func is Tensor.item else args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def _unknown(shape: Sequence[int]) -> Any:
+    return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
+
+
+class Symbols:
+    """Integers that torch computes with as symbols: the sizes of what is built from them are expressions of them."""
+
+    def __init__(self) -> None:
+        self._env = ShapeEnv(specialize_zero_one=False)
+
+    def integer(self, name: str, value: int) -> tuple[Symbol, int | torch.SymInt]:
+        """The sympy symbol of a new integer, and the integer itself. Where Python needs a number it is ``value``."""
+        from torch._dynamo.source import ConstantSource  # takes time, so not before a trace
+
+        symbol = self._env.create_symbol(
+            value,
+            ConstantSource(name),
+            dynamic_dim=DimDynamic.DYNAMIC,
+            constraint_dim=None,
+            do_not_specialize_zero_one=True,
+        )
+        return symbol, self._env.create_symintnode(symbol, hint=value, source=None)
+
+    @contextlib.contextmanager
+    def building(self, own: str) -> Iterator[None]:
+        """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
+
+        What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(uncached_operators())
+            mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+            for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
+                stack.enter_context(_named(module, "int", _Integer))
+            stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
+            stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))
+            stack.enter_context(_named(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
+            for context in (self._env.suppress_guards(), mode, torch.device("cpu"), _NoNumbers()):
+                stack.enter_context(context)
+            yield
+
+
+@contextlib.contextmanager
+def _named(module: Any, name: str, value: object) -> Iterator[None]:
+    absent = object()
+    before = vars(module).get(name, absent)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def expression(number: object) -> Number:
+    """A number as a sympy expression if it is symbolic, or itself."""
+    return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
+
+
+def evaluated(numbers: Sequence[Number], values: dict[Symbol, int]) -> list[Any]:
+    """The numbers at the values of all their symbols. A quotient by 0 is 0, which is no size of a weight."""
+    found = dict[Number, Any]()
+    for number in dict.fromkeys(number for number in numbers if symbols_in(number)):
+        try:
+            value = sympy_interp(PythonReferenceAnalysis, values, number)
+            found[number] = int(value) if number.is_integer else value
+        except ZeroDivisionError:
+            found[number] = 0
+    return [found.get(number, number) for number in numbers]
+
+
+def symbols_in(number: Number) -> frozenset[Symbol]:
+    """The symbols that a number depends on."""
+    return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
+
+
+def value_of(number: Number, values: Mapping[Symbol, int]) -> Any:
+    """A number at some values of its symbols."""
+    found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
+    return int(found) if isinstance(found, sympy.Integer) else found
+
+
+def exponents(number: Number, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
+    """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
+
+    A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.
+    """
+    smooth = _smooth(number, values) if symbols_in(number) else sympy.Integer(1)
+    found = {symbol: float(value_of(symbol * smooth.diff(symbol) / smooth, values)) for symbol in symbols_in(smooth)}
+    return {s: Fraction(e).limit_denominator(MOST) for s, e in found.items() if math.isfinite(e) and e}
+
+
+def _smooth(number: sympy.Basic, values: Mapping[Symbol, int]) -> sympy.Basic:
+    """An expression near ``values`` with quotients in place of rounded ones."""
+    kind, args = type(number).__name__, [_smooth(part, values) for part in number.args]
+    if kind in ("Max", "Min"):
+        return (max if kind == "Max" else min)(args, key=lambda part: value_of(part, values))
+    if kind == "Where":
+        return args[1] if value_of(args[0], values) else args[2]
+    if kind in ("Mod", "PythonMod"):
+        return sympy.Integer(value_of(number, values))
+    if kind.endswith("Div"):
+        if len(parts := sympy.Add.make_args(args[0])) > 1:  # n + b - 1 and n + b / 2 only round n / b
+            least = value_of(args[1], values)
+            args[0] = sympy.Add(*(p for p in parts if p != args[1] and value_of(p, values) >= least)) or args[1]
+        return args[0] / args[1]
+    if "Pow" in kind:
+        return sympy.Pow(*args)
+    if kind == "OpaqueUnaryFn_sqrt":
+        return sympy.sqrt(args[0])
+    if kind.startswith(("To", "Trunc", "Ceil", "Floor", "Round")):
+        return args[0]
+    return number.func(*args) if args else number

@@ -1,0 +1,270 @@
+"""equations: what the sizes of a stock class say of its config's fields, as linear equations between logarithms.
+
+A size of the class grows with the fields that it is made of (``Reading.exponents``), and the same size of the cut
+model grows with the widths of its families. Both must be equal: one equation a dimension. Numbers that modules keep
+give more: the cut model keeps an attention's scale and its rotary tables, so what they are made of must stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.symbolic import Field, Reading, Shapes, Sizes, SizeSlot, starred
+
+CutShapes = Callable[[Mapping[str, int]], Shapes]
+"""Widths (missing families keep theirs) → shapes of the cut model's state dict."""
+Row = dict[Hashable, Fraction]
+"""A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's."""
+Grown = Mapping[SizeSlot, Row]
+"""Dimension of a weight → the families that it grows with, with exponents."""
+FACTORS = 3
+
+
+class Echelon:
+    """Equations, each solved for its first unknown in ``order`` that no other is solved for."""
+
+    def __init__(self, order: Sequence[Hashable]) -> None:
+        self._rank = {unknown: rank for rank, unknown in enumerate(order)}
+        self.solved: dict[Hashable, Row] = {}
+
+    def left(self, row: Mapping[Hashable, Fraction]) -> Row:
+        """What the equations leave of a row."""
+        found = dict(row)
+        for unknown in row.keys() & self.solved.keys():
+            _subtract(found, self.solved[unknown], found[unknown])
+        return found
+
+    def add(self, row: Mapping[Hashable, Fraction]) -> None:
+        """Add an equation."""
+        left = self.left(row)
+        if left:
+            first = min(left, key=lambda unknown: self._rank.get(unknown, len(self._rank)))
+            own = {unknown: factor / left[first] for unknown, factor in left.items()}
+            for other in self.solved.values():
+                _subtract(other, own, other.get(first, Fraction(0)))
+            self.solved[first] = own
+
+    def of(self, unknown: Hashable) -> Row:
+        """A solved unknown as a sum of those that are not."""
+        return {other: -factor for other, factor in self.solved[unknown].items() if other != unknown}
+
+
+def _subtract(row: Row, other: Row, times: Fraction) -> None:
+    for unknown, factor in other.items() if times else ():
+        row[unknown] = row.get(unknown, Fraction(0)) - times * factor
+        if not row[unknown]:
+            del row[unknown]
+
+
+class Products:
+    """The products of axis sizes that a number of a module may be, and so may follow.
+
+    ``grows``: families that become wider; only these count if they have one unit.
+    """
+
+    def __init__(self, families: Mapping[str, int], fixed: Sequence[int], grows: Collection[str] = ()) -> None:
+        self.families = families
+        leaves: list[tuple[str | None, int]] = [(n, width) for n, width in families.items() if width > 1 or n in grows]
+        leaves += [(None, size) for size in sorted(set(fixed)) if size > 1]
+        self._of: dict[int, list[Row]] = {}
+        for count in range(1, FACTORS + 1):
+            for chosen in itertools.combinations_with_replacement(leaves, count):
+                names = Counter(name for name, _ in chosen if name is not None)
+                if names:
+                    row: Row = {name: Fraction(times) for name, times in names.items()}
+                    self._of.setdefault(math.prod(size for _, size in chosen), []).append(row)
+
+    def of(self, value: float) -> list[Row]:
+        """The families, with exponents, that are factors of ``value``."""
+        return self._of.get(int(value), [])
+
+    def strange(self, dense: Sizes, cut: Sizes, widths: Mapping[str, int]) -> Refusal | None:
+        """A number of a module that the cut does not explain.
+
+        An integer may change if it is a product of widths, or a size that the cut changes. Floats (an attention scale
+        made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their
+        values, but the stock class would compute others.
+        """
+        ratios: Row = {name: Fraction(width, self.families[name]) for name, width in widths.items()}
+        sizes = {pair for name, old in dense.shapes.items() for pair in zip(old, cut.shapes[name], strict=True)}
+        for name, new in cut.numbers.items():
+            old = dense.numbers.get(name, math.nan)
+            if math.isnan(old) or math.isclose(old, new, rel_tol=1e-9):
+                continue
+            may = is_width(name, old) and (
+                (old, new) in sizes or any(scaled(old, r, ratios) == new for r in self.of(old))
+            )
+            if not may:
+                where = starred(name)
+                return Refusal("numeric", where, f"not the same function: {where} changes from {old} to {new}")
+        return None
+
+
+def is_width(name: str, value: float) -> bool:
+    """Whether a number of a module may follow a width: an integer that is no size of a table."""
+    return isinstance(value, int) and not name.endswith("]")
+
+
+def scaled(value: float, exponents: Row, ratios: Row) -> Fraction | None:
+    """``value`` times the product of powers of the ratios; None if that is no fraction."""
+    powers = Counter[Fraction]()
+    for unknown, exponent in exponents.items():
+        powers[ratios.get(unknown, Fraction(1))] += exponent  # type: ignore[assignment]
+    if any(ratio != 1 and Fraction(power).denominator != 1 for ratio, power in powers.items()):
+        return None
+    return Fraction(value) * math.prod(ratio ** int(power) for ratio, power in powers.items())
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A place whose number grows with ``fields`` in the class, and as ``wanted`` in the cut model.
+
+    ``integer``: the number, if it is an integer that a module keeps; it may follow a width.
+    """
+
+    place: SizeSlot | str
+    fields: Row
+    wanted: Row
+    integer: int | None
+
+    @property
+    def row(self) -> Row:
+        return self.fields | {unknown: -factor for unknown, factor in self.wanted.items()}
+
+
+def equations(reading: Reading, grown: Grown) -> list[Equation]:
+    """All different equations of a class. A size of 1 that stays is left out: what it is made of may be rounded."""
+    found = dict[Hashable, Equation]()
+    for place, own in reading.exponents():
+        fields, grows, integer = dict[Hashable, Fraction](own.items()), Row(), None
+        if isinstance(place, tuple):
+            grows = grown.get(place, {})
+            if not grows and reading.dense.shapes[place[0]][place[1]] == 1:
+                continue
+        elif is_width(place, value := reading.dense.numbers[place]):
+            integer = int(value)
+        if fields or grows:
+            key = frozenset(fields.items()), frozenset(grows.items()), integer
+            found.setdefault(key, Equation(place, fields, grows, integer))
+    return [*found.values()]
+
+
+class Law:
+    """How the fields of a class follow the widths of a model's families, and which of these it ties together.
+
+    ``products``: what the numbers of modules may be. ``fixed``: families that must stay; None: neither these nor the
+    numbers of modules count.
+
+    Attributes:
+        reading, products, grown: as given.
+        fields: field → families whose width it grows with, with exponents.
+        ties: sums of families that are zero.
+    """
+
+    def __init__(self, reading: Reading, products: Products, grown: Grown, fixed: Collection[str] | None) -> None:
+        self.reading, self.products, self.grown, families = reading, products, grown, products.families
+        every = equations(reading, grown)
+        every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
+        others = [each for each in every if each.integer is None]
+        count = Counter(field for each in others for field in each.fields)
+        fields = {field: count[field] for each in every for field in each.fields}
+        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in reading.pins, fields[f])), *families])
+        stay: list[Row] = [{name: Fraction(1)} for name in fixed or ()]
+        for row in (*stay, *(equation.row for equation in others)):
+            self._echelon.add(row)
+        for field in [field for field in self._echelon.solved if isinstance(field, Field)]:
+            self._explain({field: Fraction(1)}, field.value, products.of(field.value))
+        sizes = dict[int, list[Row]]()
+        for (name, dimension), row in grown.items():
+            sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
+        for each in every:
+            if each.integer is not None and _free(self._echelon.left(each.fields)):
+                like = [*products.of(each.integer), *sizes.get(each.integer, [])]
+                self._explain(each.fields, each.integer, like)
+        solved = self._echelon.solved
+        self.fields = {field: self._echelon.of(field) for field in solved if isinstance(field, Field)}
+        self.ties = [row for unknown, row in solved.items() if isinstance(unknown, str)]
+
+    def _explain(self, number: Row, value: int, products: Sequence[Row]) -> None:
+        """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``."""
+        now: Row = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
+        least = math.prod(self.products.families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
+        if value % least == 0 and all(factor > 0 for factor in now.values()):
+            return
+        best, most = dict[Hashable, Fraction](), len(now)
+        for row in products:
+            rest = {**now}
+            _subtract(rest, self._echelon.left(row), Fraction(1))
+            if len(rest) < most:
+                best, most = row, len(rest)
+        if most:
+            self._echelon.add(number | {name: -factor for name, factor in best.items()})
+
+    def at(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
+        """The fields that ``widths`` change, and all implicit ones."""
+        ratios: Row = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
+        for tie in self.ties:
+            if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
+                names = " and ".join(sorted(map(str, tie)))
+                if len(tie) == 1:
+                    config = type(self.reading.template).__name__
+                    return Refusal("shape", config, f"no field sets the sizes of {names} and no others")
+                where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), names)
+                return Refusal("shared", where, f"{names} are one number in the config and must be cut in proportion")
+        found = {pin: pin.value for pin in self.reading.pins}
+        for field, row in self.fields.items():
+            value = scaled(field.value, row, ratios)
+            if value is None or value.denominator != 1 or value < 1:
+                cut = ", ".join(f"{name}={width}" for name, width in widths.items())
+                return Refusal("shape", field.name, f"no whole number of it gives the widths {cut}")
+            if value != field.value:
+                found[field] = int(value)
+        return found
+
+    @cached_property
+    def free(self) -> Law:
+        """The law without fixed families and numbers of modules."""
+        return Law(self.reading, self.products, self.grown, None)
+
+    def group(self, name: str, last: Sequence[str] = ()) -> frozenset[str] | None:
+        """A family and the fewest that must be cut with it, in proportion; None if there are none such.
+
+        Those in ``last`` are taken only if it needs them, and so are those that would have to grow if it shrinks.
+        """
+        last, odd = [*last], [name]
+        while odd:
+            last += odd
+            echelon = Echelon([*(other for other in self.products.families if other not in last), *last[::-1], name])
+            for tie in self.ties:
+                echelon.add(tie)
+            found = {str(other): -row[name] for other, row in echelon.solved.items() if name in row and other != name}
+            odd = [other for other, exponent in found.items() if exponent != 1 and other not in last]
+        group = {name, *found}
+        while unequal := [tie for tie in self.ties if sum(tie.get(other, 0) for other in group)]:
+            if all(tie.keys() <= group for tie in unequal):
+                return None
+            group |= {str(other) for tie in unequal for other in tie}
+        return frozenset(group)
+
+
+def _free(row: Row) -> bool:
+    return any(isinstance(unknown, Field) for unknown in row)
+
+
+def growing(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
+    """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
+    found: dict[SizeSlot, Row] = {}
+    for family, width in families.items():
+        twice, thrice = shapes({family: 2 * width}), shapes({family: 3 * width})
+        for name, shape in dense.items():
+            for d, (one, two, three) in enumerate(zip(shape, twice[name], thrice[name], strict=True)):
+                if two != one:
+                    found.setdefault((name, d), {})[family] = Fraction(4 * two - three - 3 * one, 2 * one)
+    return found

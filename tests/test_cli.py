@@ -25,6 +25,7 @@ from transformers.utils import logging
 from mptk import MptkError
 from mptk.files import write_json
 from mptk.publish.manifest import check_manifest
+from mptk.report.view import figure
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
 from tests.bad_inputs import table
@@ -166,7 +167,7 @@ def test_prune_reports_what_it_printed(pruned):
         assert f"{stage['stage']} " in result.stdout
     assert "5 windows of 24 tokens" in report["quality"]["protocol"]
     for model in ("dense", "pruned"):
-        assert f"{report['quality'][model]:.2f}" in result.stdout
+        assert figure(report["quality"][model]) in result.stdout
     assert result.stdout.splitlines()[-1] == f"written to {out}"
 
 

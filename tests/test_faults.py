@@ -275,7 +275,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "weights and digest changed": (weights(nudged), "the proof fails at 'stored weights'"),
     "weights zeroed, called a graph": (
         all_of(weights(zero), fields("report.json", settings__target="graph")),
-        f'settings.target {UNTRUE}: it says "graph", the folder and its plan give "stock"',
+        f'settings.target {UNTRUE}: it says "graph", but the folder and its plan give "stock"',
     ),
     "weights zeroed, made a graph": (
         all_of(

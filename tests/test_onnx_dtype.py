@@ -69,7 +69,7 @@ def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path)
 
 
 def test_weights_that_are_a_thousandth_off_are_found(checkpoint: str, tmp_path: Path, inside: Inside) -> None:
-    target = "onnxruntime.transformers.float16.convert_np_to_float16"
+    target = "passes.targets.onnx.float16.convert_np_to_float16"
     inside.around(target, lambda convert, array: convert(array * np.float32(1.001)))
     with pytest.raises(ProofError, match=r"the proof fails at 'fp16 weights'"):
         mptk.prune(checkpoint, tmp_path / "out", SETTINGS)

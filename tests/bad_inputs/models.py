@@ -171,7 +171,7 @@ FILES = [
     Row(
         "dense file of another architecture",
         AS_GGUF,
-        ("is of a lamas model",),
+        ("holds a lamas model",),
         (write("toy.gguf", lambda path: path.read_bytes().replace(b"llama", b"lamas")),),
     ),
     Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is not a GGUF file",)),

@@ -68,13 +68,13 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
         )
 
 
-def awake(analysis: Analysis) -> Analysis:
-    """The analysis with random numbers in the place of parameters that are zero or faint, so that a mask shows."""
+def awake(analysis: Analysis) -> Analysis | None:
+    """The analysis with random numbers instead of zero or faint parameters, which hide a mask; None if it has none."""
     state, generator = analysis.program.state, torch.Generator().manual_seed(0)
     floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
     faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
     woken = {n: _random(state[n], generator) for n in faint}
-    return analysis.with_weights(woken)
+    return analysis.with_weights(woken) if woken else None
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

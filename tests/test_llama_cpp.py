@@ -155,7 +155,7 @@ def test_what_a_file_cannot_hold(
     weights = Weights(load_file(ragged.place / "model.safetensors") | change)
     pattern = llama_cpp.Pattern(dense / "dense.gguf")
     with pytest.raises(MptkError, match=said):
-        llama_cpp.Conversion(weights, Plan(families), pattern)
+        llama_cpp.GgufWeights(weights, Plan(families), pattern)
 
 
 def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:

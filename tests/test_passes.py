@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, PassResult, Record, run
+from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from passes.pipelines import cutting
@@ -44,7 +44,7 @@ def normed() -> tuple[Analysis, Cut]:
 
 
 def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
-    seen: list[Record] = []
+    seen: list[PassRecord] = []
     log = Log(on_record=seen.append)
     results = run(normed[0].program, cutting(*normed, torch.bfloat16), log)
     rewrite, blocks, fold, store = seen

@@ -33,7 +33,7 @@ from mptk import MptkError, Plan, Report
 from mptk.config.settings import Learning, Training
 from mptk.files import write_json
 from mptk.io.dense import fingerprint
-from mptk.ir.passes import Record
+from mptk.ir.passes import PassRecord
 from mptk.protocols.run_folder import RunFolder
 
 SETTINGS = mptk.Settings(
@@ -305,7 +305,7 @@ def test_a_plan_that_is_edited_meanwhile_changes_nothing(place: Path) -> None:
 
 @pytest.mark.parametrize("what", ["the model's model.safetensors", "the model's tokenizer.json", "text.txt"])
 def test_nothing_is_published_after_what_a_run_was_given_changed(what: str, place: Path) -> None:
-    def change(record: Record) -> None:
+    def change(record: PassRecord) -> None:
         if record.name == "write stock":  # all numbers were read
             CHANGES[what](place / "model")
 
@@ -328,7 +328,7 @@ def test_the_report_has_the_fingerprint_of_the_start(place: Path) -> None:
 def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
     model = toys.llama()
 
-    def train(record: Record) -> None:
+    def train(record: PassRecord) -> None:
         if record.name == "write stock":
             with torch.no_grad():
                 model.model.norm.weight[0] += 1

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
 from mptk.config.settings import Settings
 from mptk.conversions import planned
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
 from mptk.io.cache import build_private, private_place
@@ -40,12 +41,13 @@ from mptk.ir.text import program_text
 from mptk.ort.bench import LENGTHS, Bench, bench_decoders
 from mptk.ort.decoder import model_folder
 from mptk.progress import Progress, silent, within
+from mptk.proof.proof import proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
-from mptk.protocols.values import left_out
+from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
-from mptk.targets.gguf import Conversion, LayerWidths, Pattern
+from mptk.targets.gguf import GgufWeights, LayerWidths, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
 from mptk.version import __version__
@@ -59,6 +61,7 @@ from passes.pipelines import cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
+from passes.verify import Difference
 
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
 
@@ -123,7 +126,8 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         try:
             _prove(fine, cut, steps, results if fine is analysis else run(fine.program, steps, Log()))
         except Unmoved:
-            woken = awake(fine)
+            if (woken := awake(fine)) is None:
+                raise
             _prove(woken, cut, steps, run(woken.program, steps, Log()))
     return replace(results[-1].program, source=None)
 
@@ -248,7 +252,7 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWid
     check_apart(Path(out), place, pattern)
     check_manifest(place)
     plan = Plan.load(place / "plan.json")
-    made = Conversion(stored_weights(place, trust=False), plan, Pattern(pattern))
+    made = GgufWeights(stored_weights(place, trust=False), plan, Pattern(pattern))
     write_result(path_of(out), made.write)
     return made.layers
 
@@ -327,17 +331,17 @@ def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
     Raises:
         ProofError: ``strict``, and a graph differs by more than rounding allows.
     """
-    notes = []
-    for file in quantized_files(folder):
-        try:
-            with within(say, f"check {scheme_of(file)}"):
-                check_quantized(folder / ONNX_FILE, file, scheme_of(file))
-        except ProofError as error:
-            if strict:
-                raise
-            remove_graph(file)
-            notes.append(left_out(f"{folder.name}/{file.name}", error))
-    return notes
+
+    def check(file: Path) -> list[Difference]:
+        with within(say, f"check {scheme_of(file)}"):
+            check_quantized(folder / ONNX_FILE, file, scheme_of(file))
+        return []
+
+    extras = [
+        Extra(f"{folder.name}/{file.name}", partial(check, file), partial(remove_graph, file))
+        for file in quantized_files(folder)
+    ]
+    return proven_extras(extras, strict)[1]
 
 
 @checked

@@ -28,7 +28,7 @@ from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.live import unwrapped
-from mptk.ir.passes import Log, Record
+from mptk.ir.passes import Log, PassRecord
 from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
@@ -130,7 +130,7 @@ def prune(
     settings: Settings | None = None,
     *,
     progress: Shown = "auto",
-    on_stage: Callable[[Record], None] | None = None,
+    on_stage: Callable[[PassRecord], None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: Inputs | None = None,
     data: Data | None = None,
@@ -185,7 +185,7 @@ def recover(
     *,
     model: Model | None = None,
     progress: Shown = "auto",
-    on_stage: Callable[[Record], None] | None = None,
+    on_stage: Callable[[PassRecord], None] | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
     **keywords: Any,
@@ -224,7 +224,7 @@ def _finished(
     job: Callable[[Path], tuple[Job, Settings]],
     out: str | Path | None,
     progress: Shown,
-    on_stage: Callable[[Record], None] | None,
+    on_stage: Callable[[PassRecord], None] | None,
 ) -> Pruned | None:
     """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
     kept = scratch() if out is None else None

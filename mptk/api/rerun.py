@@ -13,7 +13,7 @@ from mptk.config.recipe import FILE as RECIPE
 from mptk.config.recipe import read_recipe
 from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.ir.passes import Record
+from mptk.ir.passes import PassRecord
 from mptk.progress import Progress
 from mptk.protocols.report import FILE as REPORT
 from mptk.protocols.report import Report
@@ -31,7 +31,7 @@ def rerun(
     progress: Progress | None = None,
     *,
     model: str | None = None,
-    on_stage: Callable[[Record], None] | None = None,
+    on_stage: Callable[[PassRecord], None] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> list[dict[str, Any]] | None:

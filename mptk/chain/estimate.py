@@ -37,7 +37,7 @@ ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 
 
 def estimated(model: str, settings: Settings) -> Estimate:
-    """What ``prune(model, …, settings)`` needs. Reads only the config; a hub model need not be downloaded.
+    """Estimate what ``prune(model, …, settings)`` needs. This reads only the config and downloads no weights.
 
     Raises:
         MptkError: there is no such model.

@@ -23,7 +23,7 @@ from mptk.progress import within
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
     from mptk.cost.estimate import Estimate as Needs
-    from mptk.ir.passes import Record
+    from mptk.ir.passes import PassRecord
 
 Estimate = Annotated[
     bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
@@ -105,7 +105,7 @@ def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | No
         out.print(f"written to {place}", soft_wrap=True)
 
 
-def printed() -> Callable[[Record], None] | None:
+def printed() -> Callable[[PassRecord], None] | None:
     """With ``-v``, a function that prints the record of a stage, with the difference if it is a pass; else None."""
     return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None
 

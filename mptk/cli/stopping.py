@@ -53,7 +53,7 @@ STOPPED = _Stopped()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Make the signals of ``KINDS`` raise their exceptions, except those that the process was started to ignore.
+    """Raise an exception for each signal of ``KINDS``, unless the process was started with that signal ignored.
 
     Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again.
     """

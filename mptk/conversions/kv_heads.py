@@ -254,7 +254,7 @@ def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys:
 
 
 class Made:
-    """Collected projections; those that exceed the executor's memory go to files."""
+    """Collected projections. If they exceed the executor's memory, they are stored in files."""
 
     def __init__(self, executor: Executor) -> None:
         self._shelf, self._likes = Spool(executor.borders), dict[str, Tensor]()

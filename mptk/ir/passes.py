@@ -53,7 +53,7 @@ class Pass(ABC):
 
 
 @dataclass
-class Record:
+class PassRecord:
     """The record of one stage: its seconds, and for a pass the ops and parameters before and after.
 
     Prints as ``rewrite: 1,204 → 1,188 ops, 134,515,008 → 98,211,456 parameters``.
@@ -76,17 +76,17 @@ class Record:
 class Log:
     """The stages of a run in order, for the report. ``on_record`` is called with each finished stage."""
 
-    records: list[Record] = field(default_factory=list)
-    on_record: Callable[[Record], None] | None = None
+    records: list[PassRecord] = field(default_factory=list)
+    on_record: Callable[[PassRecord], None] | None = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Record]:
-        record, start = Record(name), time.perf_counter()
+    def stage(self, name: str) -> Iterator[PassRecord]:
+        record, start = PassRecord(name), time.perf_counter()
         yield record
         record.seconds = round(time.perf_counter() - start, 2)
         self.add(record)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: PassRecord) -> None:
         """Keep the record of a finished stage."""
         self.records.append(record)
         if self.on_record is not None:

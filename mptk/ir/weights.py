@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mptk.compat.torch import FakeTensor
 
-Change = Callable[[Tensor], Tensor]
+Edit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Weights(Mapping[str, Tensor]):
         """A selection under other names: new name → name."""
         return Weights({new: self._entries[name] for new, name in names.items()})
 
-    def changed(self, changes: Mapping[str, Change], *, moves: bool = False) -> Weights:
+    def changed(self, changes: Mapping[str, Edit], *, moves: bool = False) -> Weights:
         """These weights, each passed through its change when it is asked for.
 
         A change must also take a tensor on the meta device, for its shape and type. ``moves``: it makes no new numbers.
@@ -100,7 +100,7 @@ def _entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
     return entries.entry(name) if isinstance(entries, Weights) else entries[name]
 
 
-def _changed(entry: Tensor | Lazy, change: Change, moves: bool) -> Tensor | Lazy:
+def _changed(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
         like, narrow = change(entry.like), entry.narrow
         if not moves:

@@ -34,7 +34,7 @@ from passes.verify import TOLERANCE, Difference, StageOutputs, prove
 def work(settings: Settings, long: bool) -> dict[str, Pass]:
     """The cost of a proof. ``long``: whether a border makes its long sequence as long as allowed."""
     tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
-    return {"prove": Pass(3 * tokens, settings.length, reads=2)}
+    return {"prove": Pass(3 * tokens, settings.length, reads=3)}
 
 
 def prove_folder(
@@ -68,7 +68,7 @@ def prove_folder(
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
         found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
     if all(d.ok for d in found):
-        found += _unseen(compiled, batches[0])
+        found += _behind_zeros(compiled, batches[0])
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
@@ -76,7 +76,7 @@ def prove_folder(
     notes: list[str] = []
     if all(d.ok for d in found):
         extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
-        more, notes = _proven_extras(extras, whole)
+        more, notes = proven_extras(extras, whole)
         found += more
     if notes:  # the config says which files there are
         for target in targets:
@@ -84,8 +84,12 @@ def prove_folder(
     return Proven(tuple(found), max(map(_length, batches)), reached.note, tuple(notes))
 
 
-def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
-    """The differences of optional files, and notes on files that failed and were removed."""
+def proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
+    """The differences of optional files, and notes on files that failed and were removed.
+
+    Raises:
+        ProofError: ``whole``, and a file failed.
+    """
     found, notes = list[Difference](), list[str]()
     for extra in extras:
         try:
@@ -101,16 +105,18 @@ def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Differenc
     return found, notes
 
 
-def _unseen(compiled: Compiled, batch: Samples) -> list[Difference]:
+def _behind_zeros(compiled: Compiled, batch: Samples) -> list[Difference]:
     """If the cut moves no output of the dense model, the difference with random numbers in place of the zeros in it.
 
     A head of zeros, as of an untrained vision transformer, hides everything before it.
     """
-    analysis, dense, executor = compiled.analysis, compiled.prepared.analysis, compiled.prepared.executor
-    (moved,) = prove(dense.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
-    if moved.relative > TOLERANCE or not compiled.chosen.cut.removes:
+    cut, dense, executor = compiled.chosen.cut, compiled.prepared.analysis, compiled.prepared.executor
+    woken = awake(compiled.analysis) if cut.removes else None
+    if woken is None:
         return []
-    woken, cut = awake(analysis), compiled.chosen.cut
+    (moved,) = prove(dense.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
+    if moved.relative > TOLERANCE:
+        return []
     stage = {"random in place of zeros": (cut_program(woken, cut, Log()).exact, TOLERANCE)}
     return prove(mask(woken, cut), stage, batch, executor=executor)
 

@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
 """Null if it is not finite."""
-Changes = Mapping[str, Sequence[Any]]
+ConfigChanges = Mapping[str, Sequence[Any]]
 """Field of a config → [old, new]."""
 
 
@@ -134,7 +134,7 @@ class VocabularyRow(_Open):
     of: int
     kept: int
     corpus: str
-    config_changes: Changes
+    config_changes: ConfigChanges
 
 
 class HeadsRow(_Open):
@@ -142,7 +142,7 @@ class HeadsRow(_Open):
 
     of: int
     kept: int
-    config_changes: Changes
+    config_changes: ConfigChanges
 
 
 class InputRow(_Open):
@@ -214,7 +214,7 @@ class Report:
     quantized: Annotated[Rows, _of(Mapping[str, QuantizedRow])]
     proof: Annotated[Sequence[Row], _of(Sequence[ProofRow])]
     proof_length: int
-    config_changes: Changes
+    config_changes: ConfigChanges
     plan_sha256: str
     notes: Sequence[str]
     stages: Annotated[Sequence[Row], _of(Sequence[StageRow])]

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis, Family, Member
+from mptk.protocols.report import Row
 from mptk.report.runs import model_name
 from mptk.report.view import Name, Section, Table, View, ranges
 from passes.targets.legalize import LegalWidths
 from passes.targets.width_choices import partners
 
 ANALYSIS = "mptk-analysis/1"
-
-
-Row = Mapping[str, Any]
 
 
 def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[str, Any]:

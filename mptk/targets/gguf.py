@@ -121,7 +121,7 @@ class Pattern:
         return np.asarray(found[0]) if found else None
 
 
-class Conversion:
+class GgufWeights:
     """A cut model's weights as a GGUF file. ``layers``: the widths of each layer.
 
     Args:

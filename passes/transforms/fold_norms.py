@@ -28,7 +28,7 @@ from mptk.ir.ops import base_name, named_argument, target_name
 from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from mptk.ir.weights import Change
+from mptk.ir.weights import Edit
 from passes.analysis.rules.resizer import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
@@ -69,7 +69,7 @@ class FoldNorms(Pass):
     def run(self, program: Program) -> Folded:
         graph = program.copy_graph()
         copied = replace(program, graph=graph)
-        folded: dict[str, Change] = {}
+        folded: dict[str, Edit] = {}
         epsilons: dict[float, float] = {}
         found = _foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():

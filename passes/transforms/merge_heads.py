@@ -25,7 +25,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, leaves
 from mptk.ir.families import Member, unit_positions
-from mptk.ir.weights import Change
+from mptk.ir.weights import Edit
 from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]
@@ -73,10 +73,10 @@ def first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]
     }
 
 
-def repeated_first(layer: SharedHeads, count: int) -> dict[str, Change]:
+def repeated_first(layer: SharedHeads, count: int) -> dict[str, Edit]:
     """Weight of keys or values → what gives each of its heads the numbers of the first head of its run."""
     step = layer.groups.size // count
-    found = dict[str, Change]()
+    found = dict[str, Edit]()
     for m in (*layer.keys, *layer.values):
         heads = torch.from_numpy(unit_positions(m.term, layer.groups)[0])  # [heads, channels of each]
         source = heads[::step].repeat_interleave(step, 0)

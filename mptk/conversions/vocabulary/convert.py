@@ -38,7 +38,7 @@ from passes.verify import StageOutputs
 
 LEAST = 16
 """Tokens that always stay: a model is traced with the first dozen."""
-PLANNED = "the plan"
+FROM_PLAN = "the plan"
 """What a report calls the corpus if a plan was given."""
 
 Corpus = Callable[[Loaded], Iterable[Document]]
@@ -84,7 +84,7 @@ class TrimmedVocabulary(Conversion):
 
     @classmethod
     def planned(cls, entry: Entry) -> Change:
-        return partial(cls.trim, Tokens.read(entry), PLANNED, 1)
+        return partial(cls.trim, Tokens.read(entry), FROM_PLAN, 1)
 
     @classmethod
     def trim(cls, wanted: Tokens | Corpus, name: str, multiple: int, model: Analysed, analyse: Analyse) -> Conversion:

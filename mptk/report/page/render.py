@@ -23,7 +23,7 @@ from mptk.report.view import Bad, Good, Section, Table, View, figure, large, meg
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
 
-FRONT = "The dashed line is the Pareto front."
+FRONT_LINE = "The dashed line is the Pareto front."
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def side_by_side(runs: Sequence[Run]) -> Chapter:
     """Comparable runs, with their charts."""
     groups, _ = grouped(runs)
     drawn = {
-        heading(number, group): [Figure("Quality over the share removed", charts.pareto_chart(group), FRONT)]
+        heading(number, group): [Figure("Quality over the share removed", charts.pareto_chart(group), FRONT_LINE)]
         for number, group in enumerate(groups)
     }
     about = "Runs are compared if the dense model, the metric, the protocol and the text are the same."
@@ -153,7 +153,7 @@ def shapes_page(found: Shapes) -> str:
 
 def ranking_figures(found: Shapes) -> list[Figure]:
     """The charts of a search."""
-    caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT}"
+    caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT_LINE}"
     front, training = shapes.front_chart(found), shapes.training_chart(found)
     more = "After each rung the better half of the shapes is trained for twice as long."
     trained = [] if training is None else [Figure("Training", training, more)]

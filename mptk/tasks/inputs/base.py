@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -64,14 +65,14 @@ def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str
 
 
 class FileInputs(Inputs):
-    """Inputs that are made of the files of a folder. ``what``: what these are, for errors; ``suffixes``: their ends."""
+    """Inputs made from the files of a folder. ``what``: the kind of file, for errors; ``suffixes``: of their names."""
 
     what: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        """The files as the model's own preprocessor makes them."""
-        raise NotImplementedError
+        """The inputs that the model's own preprocessor makes of the files."""
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from mptk.ir.passes import Log, Record
+from mptk.ir.passes import Log, PassRecord
 from mptk.progress import steps
 
 
@@ -24,7 +24,7 @@ def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) ->
         if result.modified:
             seconds = round(time.perf_counter() - start, 2)
             ops, parameters = zip(before, (len(model.graph), _weights(model)), strict=True)
-            log.add(Record(f"onnx: {_name(step)}", seconds, ops, parameters, changed=True))
+            log.add(PassRecord(f"onnx: {_name(step)}", seconds, ops, parameters, changed=True))
     return model
 
 

@@ -54,7 +54,7 @@ def main() -> None:
 def write_tiny(folder: Path) -> None:
     """A Llama of two layers whose sizes all differ, with a tokenizer."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import toy_checkpoints
+    from tests import toy_checkpoints
 
     toy_checkpoints.llama().save_pretrained(folder)
     toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mptk.api.compiler import analyze, bench, export, rewrite, rule, show, trace
+    from mptk.api.compiler import analyze, rewrite, rule, show, trace
+    from mptk.api.graphs import bench, export
     from mptk.api.pruned import Pruned, prune, recover
     from mptk.api.shapes import shapes
     from mptk.api.use import evaluate, generate
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "mptk.api.graphs": ("bench", "export"),
     "mptk.api.pruned": ("Pruned", "prune", "recover"),
     "mptk.api.shapes": ("shapes",),
     "mptk.api.use": ("evaluate", "generate"),

@@ -13,7 +13,7 @@ import toy_checkpoints as toys
 from rich.console import Console
 
 from mptk.api import display
-from mptk.api.compiler import export
+from mptk.api.graphs import export
 from mptk.cli import progress
 from mptk.progress import silent, step, steps, within
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from mptk import MptkError, Settings
-from mptk.api.compiler import export_folder, onnx_folder
+from mptk.api.graphs import export_folder, onnx_folder
 from mptk.cli.main import app
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, generate

@@ -24,7 +24,7 @@ import mptk
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Samples
-from mptk.api import compiler as api
+from mptk.api import graphs as api
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import Learning, Training
 from mptk.io.models import Loaded, load

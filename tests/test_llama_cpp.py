@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
-from mptk.api import compiler as api
+from mptk.api import graphs as api
 from mptk.ir.weights import Weights
 from mptk.targets import gguf as llama_cpp
 

@@ -16,7 +16,7 @@ from tiny_decoders import BIASED, FUSED, GROUPED, SLIDING, tiny_decoder
 
 import mptk
 from mptk import MptkError, ProofError, Settings
-from mptk.api.compiler import export_folder
+from mptk.api.graphs import export_folder
 from mptk.ort.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
 from tests import toy_checkpoints

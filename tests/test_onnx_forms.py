@@ -21,7 +21,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import mptk
 from mptk import MptkError, ProofError, Settings
-from mptk.api.compiler import export_folder
+from mptk.api.graphs import export_folder
 from mptk.publish.manifest import write_manifest
 
 SETTINGS = {"data": "random", "multiple": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}

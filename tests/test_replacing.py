@@ -18,7 +18,7 @@ from inside import Inside, changed
 from safetensors.torch import save_file
 
 from mptk import MptkError
-from mptk.api import compiler as api
+from mptk.api import graphs as api
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared

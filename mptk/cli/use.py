@@ -36,7 +36,7 @@ def export_onnx(
     data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
-    from mptk.api import compiler as api
+    from mptk.api import graphs as api
 
     if "int4" not in settings.quantize:
         refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
@@ -53,7 +53,7 @@ def write_gguf(
     file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
 ) -> None:
     """Write a pruned LLaMA model as a GGUF file for llama.cpp. Layers may differ in width."""
-    from mptk.api import compiler as api
+    from mptk.api import graphs as api
 
     layers = api.gguf(folder, like, file)
     each = {
@@ -225,7 +225,7 @@ def bench(
     plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak."""
-    from mptk.api import compiler as api
+    from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
     from mptk.report.markdown import rendered

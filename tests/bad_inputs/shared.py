@@ -8,7 +8,7 @@ import torch
 from toy_checkpoints import llama, tokenizer, write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mptk.api import compiler as api
+from mptk.api import graphs as api
 from tests.bad_inputs.table import run
 
 SHORT = "--method magnitude --multiple-of 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"

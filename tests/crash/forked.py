@@ -24,6 +24,7 @@ import peft  # noqa: F401
 import torch.onnx  # noqa: F401
 
 import mptk.api.compiler
+import mptk.api.graphs
 import mptk.api.pruned
 import mptk.cli.progress
 import mptk.proof.verification

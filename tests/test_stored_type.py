@@ -132,15 +132,13 @@ def test_what_no_checkpoint_holds_is_not_rounded() -> None:
     assert not torch.equal(rounded, before)
 
 
-def test_quantised_checkpoints_are_refused_by_name(half: str, tmp_path: Path) -> None:
-    dense = Path(checkpoint(tmp_path / "dense", torch.float32))
-    state = load_file(dense / "model.safetensors")
-    save_file({n: t.to(torch.float8_e4m3fn) for n, t in state.items()}, dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MptkError, match="is quantised \\(F8_E4M3\\), and mptk prunes float weights"):
-        models.load(str(dense))
-    config = json.loads((Path(half) / "config.json").read_text())
-    other = Path(checkpoint(tmp_path / "other", torch.bfloat16))
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MptkError, match=r"is quantised \(fp8\)"):
-        models.load(str(other))
+def test_quantised_weights_without_a_scale_are_refused(tmp_path: Path) -> None:
+    folder = Path(checkpoint(tmp_path / "dense", torch.float32))
+    state = load_file(folder / "model.safetensors")
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MptkError, match=r"has weights of type F8_E4M3, and its config.json has no quantization_config"):
+        models.load(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(MptkError, match=r"is torch.float8_e4m3fn without a scale"):
+        models.load(str(folder))

@@ -336,7 +336,11 @@ def written_folder(
         chosen.plan.save(folder / "plan.json")
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
-        notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes = [
+            prepared.loaded.note,
+            *chosen.notes,
+            describe_processes(context.accelerator) if context.accelerator else "",
+        ]
         notes += [one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
-from mptk.publish.licence import copy_card
+from mptk.publish.licence import CARD, NOTICES, copy_card
 
 # The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
 _PARTIAL_ROPE = {
@@ -32,6 +32,9 @@ _OLD_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """The rotary types of transformers 4. It has no spelling for others, and classes that use them misread one."""
 # How the tokenizer was loaded concerns this machine only.
 _LOADING_STATE = ("is_local", "local_files_only")
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CARD, *NOTICES)
+"""What is read of a checkpoint folder beside weights. It has no pickles."""
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json")

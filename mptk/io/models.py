@@ -1,8 +1,8 @@
 """models: load a transformers model from a hub id, a local folder, a GGUF file or a packaged alias.
 
-All of these first become a plain checkpoint folder. A GGUF file is dequantised once to a float32 safetensors checkpoint
-in the cache folder (``MPTK_CACHE``, else the platform's user cache). Only safetensors are read, since a pickle can run
-code. A model's own Python code runs only if the caller trusts it.
+All of these first become a plain checkpoint folder. A GGUF file or a quantised checkpoint is dequantised once, to a
+safetensors checkpoint in the cache folder (``MPTK_CACHE``, else the platform's user cache). Only safetensors are read,
+since a pickle can run code. A model's own Python code runs only if the caller trusts it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,20 @@ from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
 from mptk.io.auto_classes import loader
 from mptk.io.cache import build_private, private_place
-from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.checkpoint import SMALL_FILES, dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, cached, fetch
+from mptk.io.quantized import quantization, write_float
 from mptk.io.resident import Resident
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
-from mptk.publish.licence import CARD, NOTICES, write_stub
+from mptk.publish.licence import write_stub
 
 _CONVERSION = 2  # Raise it if the same GGUF file is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
-# Files to download from a hub: no pickles, no subfolders, no second copy in another format.
-_HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CARD, *NOTICES)
+# Files to download from a hub: no subfolders, no second copy in another format.
 _HUB_IGNORED = ("*/*", "consolidated*")
 
 
@@ -51,7 +52,7 @@ class Loaded:
     ``trusted``: whether the caller let its own Python code run. ``dtype``: the type of the stored weights; the model
     itself has the type that it was loaded in. ``weights``: its parameters and saved buffers, read when asked for, if it
     was only opened; the parameters of ``model`` are then on the meta device until ``whole`` is called. ``live``: the
-    caller holds the model in memory (``io/live.py``).
+    caller holds the model in memory (``io/live.py``). ``note``: for the report; may be empty.
     """
 
     model: PreTrainedModel
@@ -62,6 +63,7 @@ class Loaded:
     dtype: torch.dtype = torch.float32
     weights: Weights | None = None
     live: bool = False
+    note: str = ""
 
     def whole(self) -> PreTrainedModel:
         """``model`` with all its weights in memory."""
@@ -118,10 +120,21 @@ def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     check_sizes(model, config)
     _refuse_pickles(folder, config)
-    _refuse_quantized(model, folder, config)
+    settings, note = quantization(folder), ""
+    if settings is not None:
+        method = settings["quant_method"]
+        note = f"{model} is quantised ({method}): its weights were read as floats, and the result has float weights"
+        folder = build_private(_dequantised(folder), partial(write_float, folder, settings))
+        with _explained(model):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    elif (found := quantized_dtype(folder)) is not None:
+        raise MptkError(
+            f"{model} has weights of type {found}, and its config.json has no quantization_config; give the float "
+            "checkpoint"
+        )
     module = _from_pretrained(folder, model, config=config, trust_remote_code=trust, **options)
     tokenizer = _tokenizer(folder, model, trust) if has_tokenizer(folder) else None
-    return Loaded(module, tokenizer, model, folder, trust, stored_dtype(folder))
+    return Loaded(module, tokenizer, model, folder, trust, stored_dtype(folder), note=note)
 
 
 def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -199,7 +212,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
         found = Path(
             snapshot_download(
                 model,
-                allow_patterns=[*_HUB_SMALL, "*.safetensors"] if weights else [*_HUB_SMALL],
+                allow_patterns=[*SMALL_FILES, "*.safetensors"] if weights else [*SMALL_FILES],
                 ignore_patterns=[*_HUB_IGNORED],
                 local_files_only=local,
             )
@@ -258,6 +271,13 @@ def _conversion(gguf: Path) -> Path:
     path, state = gguf.resolve(), gguf.stat()
     key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{_CONVERSION}"
     return private_place("checkpoints", f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+
+
+def _dequantised(folder: Path) -> Path:
+    """The folder of a quantised checkpoint's floats. If one of its files changes in size or time, it is made again."""
+    states = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    key = "|".join([str(folder.resolve()), *(f"{name}|{s.st_size}|{s.st_mtime_ns}" for name, s in states)])
+    return private_place("checkpoints", f"{folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -335,18 +355,6 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
         f"{folder} has no safetensors weights ({found}); if you trust it, convert it with transformers: "
         "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)"
     )
-
-
-def _refuse_quantized(model: str, folder: Path, config: PreTrainedConfig) -> None:
-    """Quantised weights cannot be cut and trained as they are."""
-    settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    found = quantized_dtype(folder) if method is None else getattr(method, "value", method)
-    if found is not None:
-        raise MptkError(
-            f"{model} is quantised ({found}), and mptk prunes float weights; give the float checkpoint that it was "
-            "made of, or dequantise it with transformers (model.dequantize()) and save that"
-        )
 
 
 def has_tokenizer(folder: Path) -> bool:

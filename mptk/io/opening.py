@@ -18,6 +18,7 @@ from mptk.errors import MptkError
 from mptk.io.checkpoint import dtypes_in
 from mptk.io.deferred import Deferred, deferred, itself, made, sources
 from mptk.io.resident import Resident, stored_weight
+from mptk.io.tensors import likes_in
 from mptk.ir.weights import Lazy, Weights
 
 
@@ -83,7 +84,7 @@ class _Opened:
     def __init__(self, file: Path, files: Files) -> None:
         with safe_open(file, "pt") as opened:
             self._metadata = opened.metadata()
-            self._likes = {key: _like(opened, key) for key in opened.keys()}  # noqa: SIM118
+        self._likes = likes_in(file)
         files.update({key: (file, like) for key, like in self._likes.items()})
 
     def keys(self) -> list[str]:
@@ -103,10 +104,3 @@ class _Opened:
 
     def __exit__(self, *error: object) -> None:
         """It is closed already."""
-
-
-def _like(opened: Any, key: str) -> Tensor:
-    """The shape and the type of a tensor in a file."""
-    part = opened.get_slice(key)
-    shape = part.get_shape()
-    return torch.empty(shape, dtype=(part[:0] if shape else opened.get_tensor(key)).dtype, device="meta")

@@ -1,4 +1,7 @@
-"""tensors: write safetensors files tensor by tensor. The file is the same as if safetensors wrote all at once."""
+"""tensors: read the shapes in safetensors files, and write such files tensor by tensor.
+
+A file is the same as if safetensors wrote all its tensors at once.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +24,18 @@ from mptk.ir.weights import Weights
 
 ALIGNED = 8
 """The header is filled up with spaces to a multiple of this."""
+
+
+def likes_in(file: Path) -> dict[str, Tensor]:
+    """Name → shape and type of each tensor in a safetensors file, on the meta device. None of them is read."""
+    with safe_open(file, "pt") as opened:
+        return {name: _like(opened, name) for name in opened.keys()}  # noqa: SIM118
+
+
+def _like(opened: Any, name: str) -> Tensor:
+    part = opened.get_slice(name)
+    shape = part.get_shape()
+    return torch.empty(shape, dtype=(part[:0] if shape else opened.get_tensor(name)).dtype, device="meta")
 
 
 def write_weights(file: Path, weights: Weights) -> None:

@@ -1,0 +1,363 @@
+"""quantized: a quantised transformers checkpoint, written as a float one, matrix by matrix.
+
+``FORMATS`` lists the formats, by ``quant_method`` of config.json's ``quantization_config``. Only one matrix is in
+memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.io.checkpoint import SMALL_FILES
+from mptk.io.deferred import deferred
+from mptk.io.resident import Resident, stored_weight
+from mptk.io.tensors import likes_in, split, write_weights
+from mptk.io.untrusted import CONFIG, read_object
+from mptk.ir.weights import Lazy, Weights
+
+SHARD = "5GB"
+"""Largest file of weights."""
+WORD = 32
+"""Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Column k of eight is the ``AWQ_ORDER[k]``-th number of its word (AutoAWQ, version "gemm")."""
+GPTQ_BITS = (2, 3, 4, 8)
+QUANTIZED_ONLY = (CONFIG, "quantize_config.json", "quant_config.json")
+"""Files of a quantised checkpoint that its floats do not have as they are."""
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+"""Types that no float checkpoint has."""
+INT8_LARGEST = 127
+FP8_BLOCK = (128, 128)
+
+Settings = Mapping[str, Any]
+"""``quantization_config``."""
+
+
+@dataclass(frozen=True)
+class Parts(Mapping[str, Tensor]):
+    """The tensors that hold one matrix: ending of the name → tensor, read when it is asked for.
+
+    ``name``: the beginning of all their names. ``folder``: their checkpoint.
+    """
+
+    name: str
+    entries: Mapping[str, Lazy]
+    folder: Path
+
+    def __getitem__(self, ending: str) -> Tensor:
+        return self.entries[ending].make()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def shape(self, ending: str) -> torch.Size:
+        """The shape of a tensor that need not be read."""
+        return self.entries[ending].like.shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of quantised matrix is stored.
+
+    ``marker``: the ending of a tensor's name that only such a matrix has. ``others``: endings of its other tensors, if
+    it has them. ``shape``: of the matrix. ``make``: the matrix, in float32 or the type of its scales. ``result``: the
+    ending of its name.
+    """
+
+    marker: str
+    others: tuple[str, ...]
+    shape: Callable[[Parts, Settings], Sequence[int]]
+    make: Callable[[Parts, Settings], Tensor]
+    result: str = ".weight"
+
+
+def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
+    """The whole numbers of ``bits`` bits in int32 ``words``, packed along ``dim`` from each word's lowest bit on."""
+    row = words.movedim(dim, -1).long() & (2**WORD - 1)
+    first = torch.arange(row.shape[-1] * WORD // bits) * bits
+    word, shift = first // WORD, first % WORD
+    low, high = row[..., word] >> shift, row[..., (word + 1).clamp_max(row.shape[-1] - 1)] << (WORD - shift)
+    numbers: Tensor = ((low | high) & (2**bits - 1)).movedim(-1, dim)
+    return numbers
+
+
+def _groups(inputs: int, settings: Settings) -> Tensor:
+    """The group of each input: int64 [inputs]."""
+    size = settings.get("group_size", settings.get("q_group_size", -1))
+    return torch.arange(inputs) // (inputs if size in (None, -1) else size)
+
+
+# ---- GPTQ ----
+
+
+def _gptq_shape(parts: Parts, settings: Settings) -> tuple[int, int]:
+    rows, outputs = parts.shape(".qweight")
+    return outputs, rows * WORD // _gptq_bits(settings)
+
+
+def _gptq(parts: Parts, settings: Settings) -> Tensor:
+    """scale · (q − zero), of [inputs, outputs]; zeros are stored less 1, but for version 2 of the format."""
+    bits = _gptq_bits(settings)
+    q, zeros, scales = unpacked(parts[".qweight"], bits, 0), unpacked(parts[".qzeros"], bits, 1), parts[".scales"]
+    if settings.get("checkpoint_format") != "gptq_v2":
+        zeros = (zeros + 1) & (2**bits - 1)
+    group = parts[".g_idx"].long() if ".g_idx" in parts else _groups(len(q), settings)
+    matrix: Tensor = ((q - zeros[group, : q.shape[1]]) * scales.float()[group]).T
+    return matrix
+
+
+def _gptq_bits(settings: Settings) -> int:
+    bits = settings.get("bits")
+    if bits not in GPTQ_BITS:
+        raise MptkError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
+    return int(bits)
+
+
+# ---- AWQ ----
+
+
+def _awq_shape(parts: Parts, settings: Settings) -> tuple[int, int]:
+    version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
+    if (version, bits) != ("gemm", 4):
+        raise MptkError(
+            f"AWQ of version {version!r} with {bits} bits is not read, only 'gemm' with 4; give the float checkpoint"
+        )
+    inputs, words = parts.shape(".qweight")
+    return words * len(AWQ_ORDER), inputs
+
+
+def _awq(parts: Parts, settings: Settings) -> Tensor:
+    """scale · (q − zero), of [inputs, outputs]."""
+
+    def codes(words: Tensor) -> Tensor:
+        eights: Tensor = unpacked(words, 4, 1).unflatten(1, (-1, len(AWQ_ORDER)))
+        return eights[..., AWQ_ORDER].flatten(1)
+
+    q, scales = codes(parts[".qweight"]), parts[".scales"].float()
+    group = _groups(len(q), settings)
+    zeros = codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
+    matrix: Tensor = ((q - zeros[group]) * scales[group]).T
+    return matrix
+
+
+# ---- fp8, bitsandbytes, mxfp4, compressed-tensors ----
+
+
+def _same_shape(parts: Parts, settings: Settings) -> torch.Size:
+    return parts.shape(".weight")
+
+
+def _fp8(parts: Parts, settings: Settings) -> Tensor:
+    """weight · scale; a scale for the matrix, for each row, or for each block of ``weight_block_size``."""
+    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()
+    if scale.ndim == weight.ndim:
+        for dim, block in enumerate(settings.get("weight_block_size") or FP8_BLOCK):
+            if 1 < scale.shape[dim] < weight.shape[dim]:
+                scale = scale.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
+    return weight * scale
+
+
+def _fbgemm(parts: Parts, settings: Settings) -> Tensor:
+    """weight · scale, a scale for each row."""
+    return parts[".weight"].float() * parts[".weight_scale"].float()
+
+
+def _int8(parts: Parts, settings: Settings) -> Tensor:
+    """weight · SCB / 127: LLM.int8, a scale for each row."""
+    return parts[".weight"].float() * (parts[".SCB"].float() / INT8_LARGEST)[:, None]
+
+
+_STATES = tuple(f".weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
+
+
+def _bits4_state(parts: Parts) -> dict[str, Any]:
+    found = next((parts[name] for name in _STATES if name in parts), None)
+    if found is None:
+        raise MptkError(f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again")
+    state: dict[str, Any] = json.loads(bytes(found.tolist()))
+    return state
+
+
+def _bits4_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+    return tuple(_bits4_state(parts)["shape"])
+
+
+def _bits4(parts: Parts, settings: Settings) -> Tensor:
+    """code[q] · absmax, one absmax a block; absmax may itself be stored in 8 bits, as code[q] · absmax + offset."""
+    state = _bits4_state(parts)
+    absmax = parts[".weight.absmax"]
+    if ".weight.nested_absmax" in parts:
+        codes = parts[".weight.nested_quant_map"].float()[absmax.long()]
+        nested = parts[".weight.nested_absmax"].float().repeat_interleave(state["nested_blocksize"])
+        absmax = codes * nested[: len(codes)] + state["nested_offset"]
+    packed = parts[".weight"].flatten().long()
+    numbers = torch.stack([packed >> 4, packed & 15], -1).flatten()[: math.prod(state["shape"])]
+    values = parts[".weight.quant_map"].float()[numbers]
+    return (values * absmax.float().repeat_interleave(state["blocksize"])[: len(values)]).reshape(state["shape"])
+
+
+def _mxfp4_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+    experts, rows, groups, packed = parts.shape("_blocks")
+    return experts, groups * packed * 2, rows
+
+
+def _mxfp4(parts: Parts, settings: Settings) -> Tensor:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    made: Tensor = convert_moe_packed_tensors(parts["_blocks"], parts["_scales"], dtype=torch.float32)
+    return made
+
+
+_COMPRESSED = tuple(
+    f".{name}"
+    for name in (
+        *("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+        *("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"),
+    )
+)
+
+
+def _compressed_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+    if ".weight_shape" in parts:
+        return tuple(parts[".weight_shape"].tolist())
+    if ".weight" in parts:
+        return tuple(parts.shape(".weight"))
+    rows, packed = parts.shape(".weight_packed")  # two numbers of 4 bits in a byte
+    return rows, 2 * packed
+
+
+def _compressed(parts: Parts, settings: Settings) -> Tensor:
+    """The matrix by the library that wrote it."""
+    try:
+        from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+    except ImportError as error:
+        raise MptkError(
+            "the checkpoint is in the compressed-tensors format; pip install 'compressed-tensors>=0.20'"
+        ) from error
+    tensors = {f"{parts.name}{ending}": parts[ending] for ending in parts}
+    found: Mapping[str, Tensor] = CompressedTensorsDequantizer(parts.folder, dtype=torch.float32).process(tensors)
+    return found[f"{parts.name}.weight"]
+
+
+_INPUT_SCALES = (".input_scale", ".activation_scale")
+
+FORMATS: Mapping[str, tuple[Format, ...]] = {
+    "gptq": (Format(".qweight", (".qzeros", ".scales", ".g_idx"), _gptq_shape, _gptq),),
+    "awq": (Format(".qweight", (".qzeros", ".scales"), _awq_shape, _awq),),
+    "fp8": (Format(".weight_scale_inv", (".weight", *_INPUT_SCALES), _same_shape, _fp8),),
+    "fbgemm_fp8": (Format(".weight_scale", (".weight", ".input_scale_ub"), _same_shape, _fbgemm),),
+    "bitsandbytes": (
+        Format(".SCB", (".weight", ".weight_format"), _same_shape, _int8),
+        Format(
+            ".weight.absmax",
+            (".weight", *(f".weight.{n}" for n in ("quant_map", "nested_absmax", "nested_quant_map")), *_STATES),
+            _bits4_shape,
+            _bits4,
+        ),
+    ),
+    "mxfp4": (Format("_blocks", ("_scales",), _mxfp4_shape, _mxfp4, result=""),),
+    "compressed-tensors": (Format(".weight_scale", _COMPRESSED, _compressed_shape, _compressed),),
+}
+"""``quant_method`` → how its matrices are stored."""
+
+
+def quantization(folder: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint; None if it has none."""
+    found = read_object(folder / CONFIG).get("quantization_config")
+    return found if isinstance(found, dict) else None
+
+
+def write_float(folder: Path, settings: Settings, target: Path) -> None:
+    """Write the checkpoint in ``folder`` to ``target`` in its config's float type, without its quantisation.
+
+    Raises:
+        MptkError: its format is not one of ``FORMATS``, or a matrix is not as its format says, or has no scale.
+    """
+    config = read_object(folder / CONFIG)
+    dtype = _float_type(config)
+    weights = _float_weights(folder, settings, dtype)
+    target.mkdir(parents=True)
+    plan = split(
+        {name: deferred(name, like) for name, like in weights.likes.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        write_weights(target / file, Weights({name: weights.entry(name) for name in names}))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (target / "model.safetensors.index.json").write_text(json_text(index, indent=2), encoding="utf-8")
+    del config["quantization_config"]
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / CONFIG).write_text(json_text(config, indent=2), encoding="utf-8")
+    for small in {each for pattern in SMALL_FILES for each in folder.glob(pattern)}:
+        if small.name not in QUANTIZED_ONLY and not small.name.endswith(".index.json"):
+            shutil.copyfile(small, target / small.name)
+
+
+def _float_type(config: Mapping[str, Any]) -> torch.dtype:
+    """The type of the numbers that were quantised; float16 if the config does not say."""
+    text = config.get("text_config")
+    said = [each.get(name) for each in (config, text or {}) for name in ("dtype", "torch_dtype")]
+    known = [getattr(torch, str(name).removeprefix("torch.")) for name in said if name not in (None, "auto")]
+    return next((dtype for dtype in known if dtype.is_floating_point and dtype.itemsize > 1), torch.float16)
+
+
+def _float_weights(folder: Path, settings: Settings, dtype: torch.dtype) -> Weights:
+    """All tensors of a checkpoint, its quantised matrices as floats of ``dtype``, each made when it is asked for."""
+    stored = {
+        name: stored_weight(file, name, like, Resident(0))
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, like in likes_in(file).items()
+    }
+    made, used = dict[str, Lazy](), set[str]()
+    for each in _formats(settings):
+        for name in [name.removesuffix(each.marker) for name in stored if name.endswith(each.marker)]:
+            endings = [ending for ending in (each.marker, *each.others) if name + ending in stored]
+            parts = Parts(name, {ending: stored[name + ending] for ending in endings}, folder)
+            like = torch.empty(tuple(each.shape(parts, settings)), dtype=dtype, device="meta")
+            made[name + each.result] = Lazy(like, partial(_made, each, parts, settings, like))
+            used |= {name + ending for ending in endings}
+    others = {name: entry for name, entry in stored.items() if name not in used}
+    if wrong := next((name for name, entry in others.items() if entry.like.dtype in NARROW), None):
+        raise MptkError(f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint")
+    return Weights(others | made)
+
+
+def _formats(settings: Settings) -> tuple[Format, ...]:
+    method = settings.get("quant_method")
+    if method not in FORMATS:
+        raise MptkError(
+            f"the checkpoint is quantised by {method!r}, and these can be read: {', '.join(FORMATS)}; give the float "
+            "checkpoint that it was made of"
+        )
+    return FORMATS[str(method)]
+
+
+def _made(each: Format, parts: Parts, settings: Settings, like: Tensor) -> Tensor:
+    try:
+        matrix = each.make(parts, settings).to(like.dtype)
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise MptkError(
+            f"{parts.name} in {parts.folder} is not as {settings['quant_method']} stores a matrix ({error}); download "
+            "the model again"
+        ) from error
+    if matrix.shape != like.shape:
+        raise MptkError(f"{parts.name} in {parts.folder} gives {list(matrix.shape)}, not {list(like.shape)}")
+    return matrix.contiguous()

@@ -1,0 +1,209 @@
+"""Quantised checkpoints are read as floats, whatever format they are in, and pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mptk
+from mptk.errors import MptkError
+from mptk.io import models
+
+GROUP = 16
+Quantised = tuple[dict[str, Tensor], Tensor]
+"""The tensors that hold a matrix, by the ending of the name, and the matrix that they stand for."""
+
+
+def packed(numbers: Tensor, bits: int) -> Tensor:
+    """Rows of whole numbers as rows of int32 words, the first in the lowest bits: written out, number by number."""
+    rows = []
+    for row in numbers.tolist():
+        whole = sum(number << (bits * i) for i, number in enumerate(row))
+        words = [(whole >> (32 * i)) & 0xFFFFFFFF for i in range(len(row) * bits // 32)]
+        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def in_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers [out, in], scales and zeros [out, groups] of an asymmetric quantisation."""
+    parts = weight.unflatten(1, (-1, GROUP))
+    low, high = parts.amin(-1), parts.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    zero = (-low / scale).round().clamp(1, 2**bits - 1)
+    q = (parts / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return q.flatten(1).long(), scale, zero.long()
+
+
+def back(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((q.unflatten(1, (-1, GROUP)) - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def gptq(bits: int, less: int, order: Tensor | None = None) -> Callable[[Tensor], Quantised]:
+    """``less``: what is taken from the zeros. ``order``: the inputs in the order in which they were quantised."""
+
+    def store(weight: Tensor) -> Quantised:
+        at = torch.arange(weight.shape[1]) if order is None else order[: weight.shape[1]].argsort().argsort()
+        q, scale, zero = in_groups(weight[:, at.argsort()], bits)
+        tensors = {
+            "qweight": packed(q[:, at], bits).T.contiguous(),
+            "qzeros": packed((zero.T - less), bits),
+            "scales": scale.T.half().contiguous(),
+            "g_idx": (at // GROUP).int(),
+        }
+        return tensors, back(q, scale, zero)[:, at]
+
+    return store
+
+
+def awq(weight: Tensor) -> Quantised:
+    q, scale, zero = in_groups(weight, 4)
+
+    def shuffled(numbers: Tensor) -> Tensor:  # as AutoAWQ packs them
+        return packed(numbers.T.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
+
+    return {"qweight": shuffled(q), "qzeros": shuffled(zero), "scales": scale.T.half().contiguous()}, back(
+        q, scale, zero
+    )
+
+
+def fp8(weight: Tensor) -> Quantised:
+    """Blocks of 32 · 16, the last ones smaller."""
+    rows, columns = weight.shape
+    blocks = torch.nn.functional.pad(weight, (0, -columns % 16, 0, -rows % 32))
+    blocks = blocks.unflatten(1, (-1, 16)).unflatten(0, (-1, 32))
+    scale = blocks.abs().amax((1, 3)) / 448
+    stored = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn)
+    whole = torch.nn.functional.pad(stored.float(), (0, -columns % 16, 0, -rows % 32))
+    whole = whole.unflatten(1, (-1, 16)).unflatten(0, (-1, 32)) * scale[:, None, :, None]
+    return {"weight": stored, "weight_scale_inv": scale}, whole.flatten(2).flatten(0, 1)[:rows, :columns]
+
+
+def by_row(weight: Tensor) -> Quantised:
+    scale = weight.abs().amax(1) / 127
+    stored = (weight / scale[:, None]).round()
+    return {"weight": stored.to(torch.int8), "SCB": scale * 127}, stored * scale[:, None]
+
+
+def bits4(nested: bool) -> Callable[[Tensor], Quantised]:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def store(weight: Tensor) -> Quantised:
+        functional = bitsandbytes.functional
+        stored, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+        tensors = {"weight": stored, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
+        return tensors, functional.dequantize_4bit(stored, state)
+
+    return store
+
+
+def compressed(scheme: Mapping[str, Any], form: str) -> Callable[[Tensor], Quantised]:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    made, compressor = QuantizationScheme(**scheme), BaseCompressor.get_value_from_registry(form)
+
+    def store(weight: Tensor) -> Quantised:
+        q, scale, zero = in_groups(weight, 4)
+        given = {"weight": back(q, scale, zero), "weight_scale": scale, "weight_zero_point": (zero - 8).to(torch.int8)}
+        tensors = compressor.compress(given, made)
+        return dict(tensors), given["weight"]
+
+    return store
+
+
+PACKED = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP},
+}
+ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
+CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised]]]] = {
+    "gptq, 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP}, lambda: gptq(4, 1)),
+    "gptq, 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": GROUP}, lambda: gptq(3, 1)),
+    "gptq, 8 bits, act order": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP}, lambda: gptq(8, 1, ORDER)),
+    "gptq, version 2": (
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+        lambda: gptq(4, 0),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, lambda: awq),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 16]}, lambda: fp8),
+    "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, lambda: by_row),
+    "bitsandbytes, 4 bits": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=False)),
+    "bitsandbytes, nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=True)),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": PACKED}},
+        lambda: compressed(PACKED, "pack-quantized"),
+    ),
+}
+
+
+def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Quantised]) -> dict[str, Tensor]:
+    """Write a quantised checkpoint of a tiny model. Returns the weights that it stands for."""
+    toys.saved(toys.llama(tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder)
+    state, tensors, meant = load_file(folder / "model.safetensors"), dict[str, Tensor](), dict[str, Tensor]()
+    for name, weight in state.items():
+        if "_proj.weight" not in name:
+            tensors[name] = meant[name] = weight
+            continue
+        parts, meant[name] = store(weight)
+        tensors |= {f"{name.removesuffix('weight')}{ending}": part.contiguous() for ending, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(settings)}))
+    return meant
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: Path) -> None:
+    settings, store = CASES[case]
+    meant = write(tmp_path / "q", settings, store())
+    loaded = models.load(str(tmp_path / "q"))
+    assert settings["quant_method"] in loaded.note
+    for name, weight in loaded.model.state_dict().items():
+        torch.testing.assert_close(weight, meant[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    assert not hasattr(loaded.model.config, "quantization_config")
+
+
+def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
+    settings, store = CASES["gptq, 4 bits"]
+    write(tmp_path / "q", settings, store())
+    text = tmp_path / "text.txt"
+    text.write_text(toys.TEXT * 8)
+    chosen = mptk.Settings(method="wanda", sparsity=0.3, data=str(text), samples=4, length=16, eval_windows=1)
+    pruned = mptk.prune(tmp_path / "q", tmp_path / "out", chosen, multiple=8, onnx=False, eval_length=16)
+    assert any("is quantised (gptq)" in note for note in pruned.report.notes)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert mptk.verify(tmp_path / "out")
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "q", {"quant_method": "hqq"}, by_row)
+    with pytest.raises(MptkError, match=r"quantised by 'hqq', and these can be read: gptq, awq"):
+        models.load(str(tmp_path / "q"))
+
+
+def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
+    def short(weight: Tensor) -> Quantised:
+        tensors, meant = gptq(4, 1)(weight)
+        return {**tensors, "scales": tensors["scales"][:, :-8]}, meant
+
+    write(tmp_path / "q", CASES["gptq, 4 bits"][0], short)
+    with pytest.raises(MptkError, match=r"model\.layers\.0\.\S+ in \S+ is not as gptq stores a matrix"):
+        models.load(str(tmp_path / "q"))
+
+
+def test_the_floats_are_made_once_and_again_if_a_file_changes(tmp_path: Path) -> None:
+    settings, store = CASES["bitsandbytes, 8 bits"]
+    write(tmp_path / "q", settings, store())
+    first = models.load(str(tmp_path / "q")).path
+    assert models.load(str(tmp_path / "q")).path == first
+    write(tmp_path / "q", CASES["awq"][0], awq)
+    assert models.load(str(tmp_path / "q")).path != first

@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 EXACT = 1e-6
 """Largest difference of a stored weight, relative to the largest element of its tensor."""
 OWN_ROUNDINGS, OWN_WIDEST = 2, 0.5
-"""If the masked dense module's own types move its outputs far, allow the cut module OWN_ROUNDINGS × as much, and at most
+"""If the masked dense module's own types move its outputs far, allow the cut module OWN_ROUNDINGS × as much, at most
 OWN_WIDEST of the largest output."""
 
 

@@ -128,9 +128,9 @@ def _compared(
     return list(worst.values())
 
 
-def widen(found: Difference, own: float) -> Difference:
-    """``found`` with a wider tolerance, if rounding the weights moves the logits by ``own`` of the largest."""
-    tolerance = min(ROUNDINGS * own, WIDEST)
+def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float = WIDEST) -> Difference:
+    """``found`` with a wider tolerance, at most ``widest``, if rounding moves the logits by ``own`` of the largest."""
+    tolerance = min(times * own, widest)
     if found.ok or not tolerance > found.tolerance:
         return found
     said = f"widened from {found.tolerance:.0e}: rounding alone moves the logits by {own:.1e} of the largest"

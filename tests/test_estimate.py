@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import architectures
 import pytest
@@ -152,6 +152,9 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     adapted = ask(method="maskprune", learning=Learning(steps=10, rank=16))
     assert learned.needed["training"] - adapted.needed["training"] > 5 * 8e9  # gradients and moments of what is left
     assert learned.needed["weights"] == 2 * 16_060_522_496
+    masks: dict[str, Any] = {"method": "maskprune", "learning": Learning(steps=10)}
+    assert ask(**masks, vocabulary="text").needed["weights"] == learned.needed["weights"]
+    assert ask(**masks, kv_heads=4).needed["weights"] == 2 * learned.needed["weights"]  # the model before teaches
     assert set(learned.seconds) >= {"train", "reconstruct"}
 
 

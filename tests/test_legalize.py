@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Settings, analyze, trace
+from mptk.chain.prepare import legalise
 from mptk.cost.model import CostModel
-from mptk.methods import find_method
-from mptk.methods.division.budget import WidthSearch, multiples
+from mptk.io.models import Loaded
+from mptk.progress import silent
+from mptk.protocols.conversion import Analysed
 from mptk.targets import find_target
+from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
 from passes.targets.derived import derived_families
 
@@ -151,12 +156,10 @@ def test_an_impossible_budget_names_the_nearest(small):
 )
 def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, quantize, step):
     """Whatever is asked for: of the ffn, whose 160 channels are five blocks of 32."""
-    analysis, cost, _ = small
-    settings = Settings(multiple=asked, quantize=quantize, method="random", families=("ffn",), tolerance=0.2)
-    method, target, model = find_method("maskprune"), find_target("stock"), llama()  # it gets all that are near
-    legal = target.legal(analysis, model, multiples(settings))
-    search = WidthSearch(analysis, legal, cost, model, method, target, settings)
-    widths = [c.widths["ffn"] for c in search.candidates()]
+    analysis, _, _ = small
+    settings = Settings(multiple=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
+    model = Analysed(Loaded(llama(), None, "model", Path()), CAUSAL_LM, analysis)
+    widths = [c.widths["ffn"] for c in legalise("model", settings, model, silent).candidates]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
 

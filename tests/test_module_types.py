@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mptk
+from passes.verify import HALF_TOLERANCE
 from tests.cutting import random_plan
+from tests.inside import Inside
 from tests.test_eager import INNER, WIDTH, made, near, oracle, pruned_of
 
 
@@ -60,6 +63,50 @@ def test_a_type_that_is_asked_for_is_that_of_the_pruned_module() -> None:
     small = pruned_of(Types(F32, BF16), made(2, 6), dtype="float32").model
     assert {p.dtype for p in small.parameters()} == {F32}
     assert small(made(2, 6)).dtype == F32
+
+
+class Shifted(Types):
+    """Its outputs are small differences of large numbers, which rounding to a half type moves far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) + 16.0) - 16.0
+
+
+def own_types(net: nn.Module) -> dict[str, Any]:
+    (row,) = (row for row in pruned_of(net, made(2, 6, dtype=BF16)).report.proof if row["stage"] == "own types")
+    return row
+
+
+def test_the_proof_in_own_types_allows_what_these_types_do_to_the_dense_module() -> None:
+    assert own_types(Types(BF16, BF16))["tolerance"] == HALF_TOLERANCE
+    found = own_types(Shifted(BF16, BF16))
+    assert HALF_TOLERANCE < found["relative"] <= found["tolerance"] < 0.5
+    assert "rounding alone moves the logits" in found["widened"]
+
+
+@pytest.mark.parametrize("kind", [Types, Shifted])
+def test_a_module_that_is_wrong_only_in_its_own_types_is_refused(kind: type[Types], inside: Inside) -> None:
+    def negated(module: nn.Module) -> nn.Module:
+        module.down.weight.data.neg_()
+        return module
+
+    inside.spoil("mptk.targets.graph.module_of", negated)
+    with pytest.raises(mptk.ProofError, match="own types"):
+        own_types(kind(BF16, BF16))
+
+
+def test_the_proof_in_own_types_starts_each_batch_with_the_modules_own_state() -> None:
+    class Running(Types):
+        def __init__(self) -> None:
+            super().__init__(BF16, BF16)
+            self.register_buffer("seen", torch.zeros(WIDTH, dtype=BF16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.seen.add_(y.amax((0, 1)))
+            return y + self.seen
+
+    assert own_types(Running())["relative"] < HALF_TOLERANCE
 
 
 def test_complex_parameters_are_masked_and_cut() -> None:

@@ -118,13 +118,17 @@ def digests(folder: Path, *, plan: bool = True) -> dict[str, str]:
 def require_resumed(model: str, settings: mptk.Settings, tmp_path: Path, stops: list[tuple[str, int]]) -> Counter[str]:
     """A run stopped at each of ``stops`` gives what an unbroken one gives; returns how often each stage ended."""
     unbroken, out, counts = tmp_path / "unbroken", tmp_path / "out", Counter[str]()
-    mptk.prune(model, unbroken, settings)
+    whole = mptk.prune(model, unbroken, settings)
     for stop, call in stops:
         stopped(model, out, replace(settings, resume=True), counts, stop, call)
         assert not out.exists()
     with counted(counts, None):
-        mptk.prune(model, out, replace(settings, resume=True))
+        resumed = mptk.prune(model, out, replace(settings, resume=True))
     assert digests(out) == digests(unbroken)
+    ids = torch.randint(3, 97, (2, 32))  # measured with the weights in memory, which outlive the run's folder
+    assert whole is not None
+    assert resumed is not None
+    assert mptk.evaluate(resumed, ids, progress=None) == mptk.evaluate(whole, ids, progress=None)
     expected, report = Report.read(unbroken), Report.read(out)
     assert (report.notes, report.splits, report.quality) == (expected.notes, expected.splits, expected.quality)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unbroken"]

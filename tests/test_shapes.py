@@ -102,6 +102,21 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
     assert found.dense.parameters == sum(p.numel() for p in LlamaForCausalLM(llama_config()).parameters())
 
 
+@pytest.mark.parametrize(
+    ("searching", "training"),
+    [(TRAINED, {}), ({"samples": 72, "batch": 9, "micro": 9, "length": 8}, {"steps": 1, "rank": 2})],
+    ids=["more text than for calibration", "training holds out more"],
+)
+def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
+    llama: str, searching: dict[str, int], training: dict[str, int]
+) -> None:
+    given = {"data": "self", "search": True, "search_shapes": 3, "eval_windows": 1, "progress": None, **searching}
+    found = mptk.prune(llama, settings=SETTINGS, **given, **training)
+    assert found is not None
+    ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
+    assert found.report.search["shapes"] == ranked.to_json()["shapes"]
+
+
 def test_a_latency_is_a_budget_too(
     llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:

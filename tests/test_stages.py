@@ -121,10 +121,10 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
 def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
     refused = found(cvt()).legal.refused
     assert refused["channels.1"] == (
-        "channels.1: it can only be cut together with channels.2, which must stay: "
+        "it can only be cut together with channels.2, which must stay: "
         "the stock class would derive another attention scale"
     )
-    assert "scale changes from" in refused["heads"]
+    assert "scale: it changes from" in refused["heads"]
 
 
 def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:

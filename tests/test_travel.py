@@ -13,12 +13,9 @@ import toy_checkpoints as toys
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import mptk
-from mptk import MptkError, Settings
+from mptk import MptkError
 from mptk.api import compiler as api
-from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
-from mptk.methods import find_method
-from mptk.methods.division.budget import WidthSearch
 from mptk.report.analysis import analysis_json, breaking
 from mptk.targets import find_target
 from passes.targets.legalize import LegalWidths
@@ -80,15 +77,11 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     assert portable.refused["q_heads"] == f"cutting it breaks {HEADS}"
 
 
-def test_portable_refuses_what_breaks(found: tuple[Analysis, LegalWidths]) -> None:
-    analysis, legal = found
-    settings = Settings(portable=True, families=("q_heads",), method="magnitude")
-    target, method, cost = find_target("stock"), find_method("magnitude"), CostModel(analysis)
-    search = WidthSearch(analysis, legal.portable(), cost, derivable(), method, target, settings)
+def test_portable_refuses_what_breaks() -> None:
     with pytest.raises(MptkError, match=rf"q_heads cannot be cut .*{HEADS}; leave out --portable"):
-        search.candidates()
+        mptk.prune(derivable(), portable=True, families="q_heads", **HOW)
     with pytest.raises(MptkError, match=r"writes no config\.json .* leave out --portable"):
-        find_target("graph").legal(analysis, derivable(), 2).portable()
+        find_target("graph").legal(api.analyze(derivable()), derivable(), 2).portable()
 
 
 def test_portable_keeps_to_what_travels() -> None:

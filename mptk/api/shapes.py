@@ -14,7 +14,8 @@ from mptk.api.pruned import Shown, reporting
 from mptk.api.sources import Data, Inputs, Model, given, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Job
-from mptk.chain.prune import compared, read_samples, started
+from mptk.chain.prune import started
+from mptk.chain.samples import compared, read_samples
 from mptk.config.recipe import command
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings

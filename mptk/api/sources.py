@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.chain.estimate import estimated, estimated_for
 from mptk.chain.job import Given, Job
-from mptk.chain.prune import wanted
+from mptk.chain.samples import wanted
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError

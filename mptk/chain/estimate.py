@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mptk.chain import describe
+from mptk.chain.samples import wanted
 from mptk.config.settings import Settings
+from mptk.conversions import dense_models
 from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
 from mptk.distributed.processes import blocks
 from mptk.errors import MptkError
@@ -98,7 +100,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         evaluated=max(TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        models=1 + (s.kv_heads is not None and not s.fixed and method.learns),
+        models=dense_models(s) if method.learns and not s.fixed else 1,
     )
 
 
@@ -107,7 +109,7 @@ def _data(settings: Settings) -> dict[str, Pass]:
     s = settings
     if s.data != SELF:
         return {}
-    count = max(s.samples, s.steps * s.learning.training.batch, search.searched(s)) * (1 + (s.eval_data is None))
+    count = wanted(s, own=True) * (1 + (s.eval_data is None))
     reads = s.length * -(-count // rows_at_once(s.length))
     return {"calibration data": Pass(2 * count * s.length, s.length, reads)}
 

@@ -13,13 +13,13 @@ from mptk.conform import Made
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.io.resident import Resident, stored_weight
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.reading import read_as
+from mptk.staged.spool import Spool
 
 CHOICE, FITTED = "choice", "fitted"
 
@@ -46,19 +46,16 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
 def kept_fit(
     prepared: Prepared, folder: RunFolder | None, make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
-    """The stored fitted weights of the unfinished run, read on demand; if there are none, ``make``'s are stored.
+    """The stored fitted weights of the unfinished run; if there are none, ``make``'s, which the main process stores.
 
-    Only the main process stores them; the others compute their own.
+    The other processes compute their own.
     """
-    if folder is None:
-        return make()
-    if not folder.holds(f"{FITTED}.json"):
-        fitted = make()
-        if not leads():
-            return fitted
-        _save(folder, FITTED, fitted, {"changes": list(fitted)})
-    names = _known(folder, FITTED, Fitted)["changes"]
-    return _stored(folder, FITTED, names, prepared)
+    if folder is not None and folder.holds(f"{FITTED}.json"):
+        return _stored(folder, FITTED, _known(folder, FITTED, Fitted)["changes"], prepared)
+    weights = make()
+    if folder is not None and leads():
+        _save(folder, FITTED, weights, {"changes": list(weights)})
+    return weights
 
 
 class Fitted(TypedDict):
@@ -90,6 +87,8 @@ def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Ma
 
 
 def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prepared) -> Weights:
-    state, unkept = prepared.analysis.program.state, Resident(0)
-    files = {weight: folder.path / f"{name}-{i}.safetensors" for i, weight in enumerate(weights)}
-    return Weights({n: stored_weight(file, n, state.like(n).to("meta"), unkept) for n, file in files.items()})
+    """The stored weights, in a spool: the result of a run outlives the run's folder."""
+    likes, spool = prepared.analysis.program.state.likes, Spool(prepared.executor.borders)
+    for i, weight in enumerate(weights):
+        spool.add(weight, folder.tensor(f"{name}-{i}", weight).to(likes[weight].dtype))
+    return spool.weights({weight: likes[weight] for weight in weights})

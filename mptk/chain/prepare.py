@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from mptk.chain.estimate import check_fits, estimated_for
 from mptk.chain.job import Job
@@ -25,7 +26,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
-from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multiples
+from mptk.methods.division.budget import budgeted, check_any, find_widths, multiples
 from mptk.methods.division.search import rungs
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
@@ -225,8 +226,7 @@ def legalise(
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     check_any(analysis, cost)
     check_left(cost, settings)
-    search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    prepared = replace(prepared, candidates=tuple(once(search.candidates)))
+    prepared = replace(prepared, candidates=tuple(once(partial(find_widths, prepared))))
     return by_layer(prepared, before) if settings.layers == FREE else prepared
 
 

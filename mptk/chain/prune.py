@@ -7,43 +7,40 @@ Report. A folder is published only if every stage of the proof is within its tol
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from mptk.chain.describe import describe, measured
-from mptk.chain.job import Finished, Given, Job, held
+from mptk.chain.job import Finished, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
 from mptk.chain.prepare import announce, check_settings, given_plan, prepare, settled
+from mptk.chain.samples import SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION, widened
 from mptk.compile.cut import changed, compile_plan, cut_to, small_model
-from mptk.compile.dense_outputs import with_outputs
-from mptk.compile.trace import fitting, fixed_sizes, one_length
+from mptk.compile.trace import fixed_sizes, one_length
 from mptk.config.recipe import write_recipe
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
 from mptk.distributed.processes import holds, leads, processes
 from mptk.errors import ProofError, explained
-from mptk.io import data
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import removed_blocks, renumbering
-from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
-from mptk.methods.division.search import judged, search_shapes, searched, winner
+from mptk.methods.division.search import search_shapes, winner
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.execution import find_device
-from mptk.protocols.origin import check_samples, origin_of
+from mptk.protocols.origin import origin_of
 from mptk.protocols.report import Report, Row
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
 from mptk.protocols.values import Context, SampleSets
@@ -58,11 +55,6 @@ T = TypeVar("T")
 
 FOUND = ("sparsity", "length", "eval_length")
 """Settings that the run itself fills in: from a latency, or from a trace of one length."""
-
-SAMPLES = "samples"
-"""Name of the samples in the folder of an unfinished run."""
-SHARE = 8
-"""Hold out at most one sample per this number of training samples."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -165,74 +157,6 @@ def described(job: Job, settings: Settings) -> dict[str, Any]:
     """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
     return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
-
-
-def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
-    """Samples to train, calibrate and measure on. The first of several processes makes them; the others read them.
-
-    ``measures``: whether there are samples to measure on. If not, the model generates all training text itself.
-    """
-    s, task, folder = prepared.settings, prepared.task, context.folder
-    given = Given() if job.samples is None else job.samples(prepared)
-    own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
-    count = wanted(s, s.samples) if own and measures else wanted(s)
-    with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
-        kept = None if folder is None else folder.tensors(SAMPLES)
-        if kept is None:
-            both = own and measures and s.eval_data is None and given.evaluation is None
-            say = partial(context.progress, "calibration data")
-            made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
-            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
-            if folder is not None:
-                folder.save(SAMPLES, kept)
-        elif given.training is not None and folder is not None:
-            check_samples(kept, given.training[:count].saved("training"), folder.path)
-        names = list(task.example(prepared.loaded.model).inputs)
-        training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
-        assert training is not None
-        if not measures:
-            evaluation = training
-        elif given.evaluation is not None:
-            evaluation = given.evaluation
-        elif evaluation is not None:
-            evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
-            source = data.SELF
-        else:
-            evaluation = task.evaluation(prepared.loaded, s)
-    program = prepared.analysis.program
-    training = fitting(task, program, training, "data")
-    evaluation = fitting(task, program, evaluation, "eval_data")
-    said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
-    training, held_out = apart(training, s)
-    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
-
-
-def wanted(settings: Settings, used: int | None = None) -> int:
-    """Most samples that a run takes. ``used``: for calibration and training; None: all of them."""
-    if used is None:
-        used = max(settings.samples, settings.steps * settings.learning.training.batch, searched(settings))
-    return used + watched(settings, used)
-
-
-def watched(settings: Settings, samples: int) -> int:
-    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
-    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
-    return max(count, judged(samples)) if settings.search else count
-
-
-def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
-    """Split samples into training samples and held-out ones, which are the last; a single sample is not held out."""
-    used = len(samples) * SHARE // (SHARE + 1)
-    count = min(watched(settings, used), len(samples) - 1)
-    return (samples[:-count], samples[-count:]) if count else (samples, None)
-
-
-def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
-    """The sets with the dense model's outputs as targets, if the task's loss compares outputs."""
-    if not prepared.task.compares or prepared.plan is not None:
-        return sets
-    with context.stage("dense outputs"):
-        return replace(sets, calibration=with_outputs(prepared, sets.calibration))
 
 
 def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:

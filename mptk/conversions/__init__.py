@@ -54,6 +54,11 @@ def planned(plan: Plan) -> Changes:
     return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
+def dense_models(settings: Settings) -> int:
+    """Number of dense models that training masks holds: a conversion that fits weights has the model before, too."""
+    return 1 + any(kind.fits and kind.asked(settings, None) is not None for kind in CONVERSIONS)
+
+
 def converted(
     model: Analysed, changes: Changes, context: Context, executor: Executor, length: int, like: Samples | None = None
 ) -> tuple[Analysed, tuple[Conversion, ...]]:

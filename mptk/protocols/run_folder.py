@@ -82,6 +82,14 @@ class RunFolder:
         path = self.path / f"{name}.safetensors"
         return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
+    def tensor(self, name: str, key: str) -> Tensor:
+        """One tensor that ``save`` wrote under that name. Raises MptkError if the file is missing or damaged."""
+        path = self.path / f"{name}.safetensors"
+        found = load_tensors(path, _damaged(path))
+        if key not in found:
+            raise _damaged(path)(f"{key} is missing")
+        return found[key]
+
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import damaged, load_tensors
 from mptk.ir.passes import Log
-from mptk.ir.program import ProgramModule
+from mptk.ir.program import Program, ProgramModule
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
 from passes.transforms.retype import Retype, restored
-from passes.verify import HALF_TOLERANCE, Difference, difference
+from passes.verify import HALF_TOLERANCE, Difference, difference, prove, widen
 
 WEIGHTS = "model.safetensors"
 EXACT = 1e-6
 """Largest difference of a stored weight, relative to the largest element of its tensor."""
+OWN_ROUNDINGS, OWN_WIDEST = 2, 0.5
+"""If the masked dense module's own types move its outputs far, allow the cut module OWN_ROUNDINGS × as much, at most
+OWN_WIDEST of the largest output."""
 
 
 class GraphTarget(Target):
@@ -36,12 +42,36 @@ class GraphTarget(Target):
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        stored = Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
-        exact = (stored_weights(stored, held(compiled)),)
+        return Checks((stored_weights(read_weights(folder), held(compiled)),))
+
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
+        """The module in its own types. Its tolerance follows what these types do to the masked dense module."""
         if compiled.program.types is None:
-            return Checks(exact)
-        module = module_of(compiled, stored)
-        return Checks(exact, {"own types": (lambda samples: module(*samples.tensors), HALF_TOLERANCE)})
+            return []
+        found = own_difference(compiled, compiled.program, lambda: module_of(compiled, read_weights(folder)), batches)
+        if found.ok:
+            return [found]
+        dense = own_difference(compiled, compiled.masked, own_types(compiled, compiled.masked).module, batches)
+        return [widen(found, dense.relative, times=OWN_ROUNDINGS, widest=OWN_WIDEST)]
+
+
+def own_difference(
+    compiled: Compiled, reference: Program, make: Callable[[], nn.Module], batches: Sequence[Samples]
+) -> Difference:
+    """The difference of a module in its own types from ``reference``. ``make``: makes the module."""
+
+    def outputs(samples: Samples) -> Tensor:
+        found: Tensor = make()(*samples.tensors)  # a call may change the module's buffers
+        return found
+
+    executor = compiled.prepared.executor
+    (found,) = prove(reference, {"own types": (outputs, HALF_TOLERANCE)}, *batches, executor=executor)
+    return found
+
+
+def read_weights(folder: Path) -> Weights:
+    """The stored weights. Raises MptkError if the file is damaged."""
+    return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
 
 
 def held(compiled: Compiled) -> Weights:
@@ -53,16 +83,21 @@ def held(compiled: Compiled) -> Weights:
 
 
 def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
-    """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types.
+    """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types."""
+    program = own_types(compiled, compiled.program)
+    state = {name: stored[name].to(like.dtype) for name, like in program.state.likes.items()}
+    return program.with_state(state).module().eval()
+
+
+def own_types(compiled: Compiled, program: Program) -> Program:
+    """A program in the dense module's own types.
 
     If the settings name a type, a module of half precision or of several types computes in that type.
     """
-    program = compiled.program
-    if program.types is not None:
-        auto = compiled.prepared.settings.dtype == "auto"
-        program = restored(program) if auto else Retype(compiled.prepared.dtype)(program).program
-    state = {name: stored[name].to(like.dtype) for name, like in program.state.likes.items()}
-    return program.with_state(state).module().eval()
+    if program.types is None:
+        return program
+    auto = compiled.prepared.settings.dtype == "auto"
+    return restored(program) if auto else Retype(compiled.prepared.dtype)(program).program
 
 
 def stored_weights(stored: Weights, expected: Weights) -> Difference:

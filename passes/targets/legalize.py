@@ -99,7 +99,7 @@ def stock_widths(
             (``stock/rehome.py``).
     """
     together = tuple(stock.together)
-    refused = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused = {n: r.about(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused |= stock.derived
 
     depths = {family.name: family for family in analysis.depths}

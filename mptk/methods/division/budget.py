@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
-from torch import nn
+from dataclasses import replace
 
 from mptk.config.settings import FREE, MOST, Settings
 from mptk.cost.budgets import LATENCY
@@ -16,7 +14,7 @@ from mptk.distributed.processes import processes
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.progress import Progress
-from mptk.protocols.chain import Method, Target
+from mptk.protocols.chain import Prepared
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
@@ -85,118 +83,111 @@ def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> st
     return f"--portable left uncut {said}" if said else ""
 
 
-@dataclass(frozen=True)
-class WidthSearch:
-    """Widths that meet the settings, most even first. ``legal``: the widths of ``model`` that ``target`` can hold."""
+def find_widths(prepared: Prepared) -> list[Candidate]:
+    """Widths that meet the settings, most even first: for the model's own class or, with ``rehome``, another class.
 
-    analysis: Analysis
-    legal: LegalWidths
-    cost: CostModel
-    model: nn.Module
-    method: Method
-    target: Target
-    settings: Settings
+    Raises:
+        MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
+    """
+    try:
+        return _within(prepared, prepared.legal)
+    except MptkError as error:
+        candidates, home = _elsewhere(prepared)
+        if home is None:
+            raise
+        if not prepared.settings.rehome:
+            raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
+        return candidates
 
-    def candidates(self) -> list[Candidate]:
-        """Candidates of the model's own class or, if there are none and ``rehome`` is set, of another class.
 
-        Raises:
-            MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
-        """
-        try:
-            return self._within(self.legal)
-        except MptkError as error:
-            candidates, home = self._elsewhere()
-            if home is None:
-                raise
-            if not self.settings.rehome:
-                raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
-            return candidates
+def _elsewhere(prepared: Prepared) -> tuple[list[Candidate], str | None]:
+    """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
+    p = prepared
+    legal = p.target.elsewhere(p.analysis, p.legal, multiples(p.settings))
+    if legal is None or p.settings.portable:
+        return [], None
+    try:
+        candidates = _within(p, legal)
+    except MptkError:
+        return [], None
+    return candidates, p.target.home(p.analysis, p.loaded.model, p.legal, candidates[0].widths)
 
-    def _elsewhere(self) -> tuple[list[Candidate], str | None]:
-        """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
-        legal = self.target.elsewhere(self.analysis, self.legal, multiples(self.settings))
-        if legal is None or self.settings.portable:
-            return [], None
-        try:
-            candidates = self._within(legal)
-        except MptkError:
-            return [], None
-        return candidates, self.target.home(self.analysis, self.model, self.legal, candidates[0].widths)
 
-    def _within(self, legal: LegalWidths) -> list[Candidate]:
-        s = self.settings
-        names = [name for name in s.families or self._default_families(legal) if name not in s.keep]
-        names = names if s.families else closed(names, legal.together)
-        self._check(legal, names)
-        legal = fixed(legal, s.widths)
-        if s.budget == LATENCY:
-            legal = legalize.unbeaten(self.cost, legal, names)
-        families = list(dict.fromkeys([*names, *s.widths]))
-        candidates = legalize.find_candidates(self.cost, legal, families, s.sparsity)
-        if set(names) <= set(s.widths):
-            if s.search:
-                raise MptkError("--width fixes every family, so --search has nothing to choose; leave out one of both")
-            if not candidates:
-                raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
-            return candidates[:1]
-        if s.max_ms is not None:
-            self._check_reached(legal, candidates)
-        if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
-            return candidates[:1]  # equal layers are where the division starts
-        splits = s.search_shapes if s.search else self.method.splits
-        finest = legalize.finest_families(legal, families)
-        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, _others(legal))
+def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
+    """Candidates among ``legal`` widths."""
+    s, cost = prepared.settings, prepared.cost
+    names = [name for name in s.families or _default_families(prepared, legal) if name not in s.keep]
+    names = names if s.families else closed(names, legal.together)
+    _check(prepared, legal, names)
+    legal = fixed(legal, s.widths)
+    if s.budget == LATENCY:
+        legal = legalize.unbeaten(cost, legal, names)
+    families = list(dict.fromkeys([*names, *s.widths]))
+    candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
+    if set(names) <= set(s.widths):
+        if s.search:
+            raise MptkError("--width fixes every family, so --search has nothing to choose; leave out one of both")
+        if not candidates:
+            raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
+        return candidates[:1]
+    if s.max_ms is not None:
+        _check_reached(prepared, legal, candidates)
+    if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+        return candidates[:1]  # equal layers are where the division starts
+    splits = s.search_shapes if s.search else prepared.method.splits
+    finest = legalize.finest_families(legal, families)
+    return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, _others(legal))
 
-    def _check(self, legal: LegalWidths, names: Sequence[str]) -> None:
-        """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
-        s = self.settings
-        if not names and not s.widths:
-            why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-            remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
-            raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
-        for name in [*names, *s.keep, *s.widths]:
-            if name not in legal.ladders:
-                raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
-            if name in s.keep:
-                continue
-            if (refusal := self.method.refusal(self.analysis, name)) is not None:
-                raise MptkError(refusal)
-            if len(legal.ladders[name]) == 1:
-                why = legal.refused.get(name, "no narrower width is legal")
-                remedy = _unless_graph(legal, "try --target graph", "name other --families")
-                remedy = "leave out --portable" if name in legal.left else remedy
-                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
-            if missing := partners(name, {*names, *s.widths}, legal.together):
-                others = ", ".join(sorted(missing))
-                raise MptkError(
-                    f"{name} can only be cut together with {others} for target {s.target}; "
-                    f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
-                )
 
-    def _check_reached(self, legal: LegalWidths, candidates: Sequence[legalize.Candidate]) -> None:
-        """Raise MptkError unless a candidate takes ``max_ms`` or a little less; the message has the nearest ones."""
-        s, dense = self.settings, self.cost.dense.latency_ms or 0.0
-        if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
-            return
-        nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
-        raise MptkError(
-            f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
-            f"Ask for one of these, {_others(legal)}"
-        )
+def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None:
+    """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
+    s = prepared.settings
+    if not names and not s.widths:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
+        remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
+        raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
+    for name in [*names, *s.keep, *s.widths]:
+        if name not in legal.ladders:
+            raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
+        if name in s.keep:
+            continue
+        if (refusal := prepared.method.refusal(prepared.analysis, name)) is not None:
+            raise MptkError(refusal)
+        if len(legal.ladders[name]) == 1:
+            why = legal.refused.get(name, "no narrower width is legal")
+            remedy = _unless_graph(legal, "try --target graph", "name other --families")
+            remedy = "leave out --portable" if name in legal.left else remedy
+            raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
+        if missing := partners(name, {*names, *s.widths}, legal.together):
+            others = ", ".join(sorted(missing))
+            raise MptkError(
+                f"{name} can only be cut together with {others} for target {s.target}; "
+                f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
+            )
 
-    def _default_families(self, legal: LegalWidths) -> list[str]:
-        """The families that are cut by default: families that repeat over layers and that the method can score.
 
-        A method that scores no channels removes blocks. A search may remove both.
-        """
-        names = legalize.default_families(self.analysis, legal)
-        depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
-        channels, blocks = self._judged(names), self._judged(depths)
-        return [*channels, *blocks] if self.settings.search else channels or blocks
+def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[Candidate]) -> None:
+    """Raise MptkError unless a candidate takes ``max_ms`` or a little less; the message has the nearest ones."""
+    s, dense = prepared.settings, prepared.cost.dense.latency_ms or 0.0
+    if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+        return
+    nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
+    raise MptkError(
+        f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
+        f"Ask for one of these, {_others(legal)}"
+    )
 
-    def _judged(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self.method.refusal(self.analysis, name) is None]
+
+def _default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
+    """The families that are cut by default: families that repeat over layers and that the method can score.
+
+    A method that scores no channels removes blocks. A search may remove both.
+    """
+    analysis, method = prepared.analysis, prepared.method
+    names = legalize.default_families(analysis, legal)
+    depths = [f.name for f in analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
+    channels, blocks = ([n for n in each if method.refusal(analysis, n) is None] for each in (names, depths))
+    return [*channels, *blocks] if prepared.settings.search else channels or blocks
 
 
 def check_any(analysis: Analysis, cost: CostModel) -> None:

@@ -35,7 +35,7 @@ from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.budget import WidthSearch
+from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import losses, plan_of
 from mptk.methods.maskprune.learner import Learner, memory, start_training
 from mptk.methods.one_shot import scored
@@ -78,10 +78,9 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
 
 def winner(prepared: Prepared, found: Shapes) -> Prepared:
     """``prepared`` with only the widths of the best shape, as if ``--width`` had fixed them."""
-    p = prepared
-    settings = replace(p.settings, widths=dict(found.best.widths), search=False)
-    search = WidthSearch(p.analysis, p.legal, p.cost, p.loaded.model, p.method, p.target, settings)
-    return replace(p, candidates=tuple(search.candidates()), shapes=found)
+    settings = replace(prepared.settings, widths=dict(found.best.widths), search=False)
+    candidates = find_widths(replace(prepared, settings=settings))
+    return replace(prepared, candidates=tuple(candidates), shapes=found)
 
 
 # ---- how tokens are spent ----
@@ -197,8 +196,8 @@ class Search:
     @cached_property
     def samples(self) -> Samples:
         """The samples for measuring losses."""
-        held_out = self.sets.held_out
-        assert held_out is not None
+        assert self.sets.held_out is not None
+        held_out = self.sets.held_out[:JUDGED]  # training may hold out more
         return with_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
 
     @property

@@ -45,6 +45,10 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
 
+    def about(self, name: str) -> str:
+        """The refusal for a sentence that already says ``name``."""
+        return self.reason if self.where == name else str(self)
+
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
     """The model of a config, without memory for its weights."""

@@ -102,8 +102,8 @@ class Products:
                 (old, new) in sizes or any(scaled(old, r, ratios) == new for r in self.of(old))
             )
             if not may:
-                where = starred(name)
-                return Refusal("numeric", where, f"not the same function: {where} changes from {old} to {new}")
+                what = f"it changes from {old} to {new}, so the class computes another function"
+                return Refusal("numeric", starred(name), what)
         return None
 
 
@@ -212,11 +212,10 @@ class Law:
         ratios: Row = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
         for tie in self.ties:
             if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
-                names = " and ".join(sorted(map(str, tie)))
+                names, config = " and ".join(sorted(map(str, tie))), type(self.reading.template).__name__
                 if len(tie) == 1:
-                    config = type(self.reading.template).__name__
                     return Refusal("shape", config, f"no field sets the sizes of {names} and no others")
-                where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), names)
+                where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), config)
                 return Refusal("shared", where, f"{names} are one number in the config and must be cut in proportion")
         found = {pin: pin.value for pin in self.reading.pins}
         for field, row in self.fields.items():

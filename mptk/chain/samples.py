@@ -1,0 +1,96 @@
+"""samples: the samples that a run calibrates, trains and measures on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+from mptk.chain.job import Given, Job
+from mptk.compile.dense_outputs import with_outputs
+from mptk.compile.trace import fitting
+from mptk.config.settings import IN_MEMORY, Settings
+from mptk.distributed.processes import processes
+from mptk.io import data
+from mptk.ir.samples import Samples
+from mptk.methods.division.search import judged, searched
+from mptk.protocols.chain import Prepared
+from mptk.protocols.origin import check_samples
+from mptk.protocols.values import Context, SampleSets
+
+SAMPLES = "samples"
+"""Name of the samples in the folder of an unfinished run."""
+SHARE = 8
+"""Hold out at most one sample per this number of training samples."""
+
+
+def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
+    """Samples to train, calibrate and measure on. The first of several processes makes them; the others read them.
+
+    ``measures``: whether there are samples to measure on.
+    """
+    s, task, folder = prepared.settings, prepared.task, context.folder
+    given = Given() if job.samples is None else job.samples(prepared)
+    own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
+    count = wanted(s, own=own)
+    with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
+        kept = None if folder is None else folder.tensors(SAMPLES)
+        if kept is None:
+            both = own and measures and s.eval_data is None and given.evaluation is None
+            say = partial(context.progress, "calibration data")
+            made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
+            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
+            if folder is not None:
+                folder.save(SAMPLES, kept)
+        elif given.training is not None and folder is not None:
+            check_samples(kept, given.training[:count].saved("training"), folder.path)
+        names = list(task.example(prepared.loaded.model).inputs)
+        training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
+        assert training is not None
+        if not measures:
+            evaluation = training
+        elif given.evaluation is not None:
+            evaluation = given.evaluation
+        elif evaluation is not None:
+            evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
+            source = data.SELF
+        else:
+            evaluation = task.evaluation(prepared.loaded, s)
+    program = prepared.analysis.program
+    training = fitting(task, program, training, "data")
+    evaluation = fitting(task, program, evaluation, "eval_data")
+    said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
+    training, held_out = apart(training, s)
+    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
+
+
+def wanted(settings: Settings, *, own: bool = False) -> int:
+    """Most samples that a run takes to calibrate and train on, with the held-out ones.
+
+    ``own``: whether the model writes them. As that takes long, it writes none for the training steps, which repeat the
+    others. So `mptk shapes` and a run that searches and then trains have the same text.
+    """
+    s = settings
+    used = max(s.samples, searched(s), 0 if own else s.steps * s.learning.training.batch)
+    return used + watched(s, used)
+
+
+def watched(settings: Settings, samples: int) -> int:
+    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
+    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+    return max(count, judged(samples)) if settings.search else count
+
+
+def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
+    """Split samples into training samples and held-out ones, which are the last; a single sample is not held out."""
+    used = len(samples) * SHARE // (SHARE + 1)
+    count = min(watched(settings, used), len(samples) - 1)
+    return (samples[:-count], samples[-count:]) if count else (samples, None)
+
+
+def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
+    """The sets with the dense model's outputs as targets, if the task's loss compares outputs."""
+    if not prepared.task.compares or prepared.plan is not None:
+        return sets
+    with context.stage("dense outputs"):
+        return replace(sets, calibration=with_outputs(prepared, sets.calibration))

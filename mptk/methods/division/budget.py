@@ -154,10 +154,9 @@ class WidthSearch:
         if not names and not s.widths:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
             remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
-            raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
+            why = why or ("none was found" if s.only_layers is None else f"--layers {s.layers} removes no blocks")
+            raise MptkError(f"no family can be cut for target {s.target} ({why}); {remedy}")
         for name in [*names, *s.keep, *s.widths]:
-            if name not in legal.ladders:
-                raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
             if name in s.keep:
                 continue
             if (refusal := self.method.refusal(self.analysis, name)) is not None:

@@ -17,7 +17,7 @@ from mptk import Plan
 from mptk.cost.model import CostModel
 
 LAYERS = 10
-SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)
+SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, align=1, samples=8, onnx=False)
 
 
 def note(strong: set[int], **settings: object) -> str:

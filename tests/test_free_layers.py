@@ -31,7 +31,7 @@ SETTINGS = mptk.Settings(
     target="graph",
     layers="free",
     sparsity=0.214,
-    multiple=4,
+    align=4,
     samples=4,
     length=24,
     eval_windows=2,
@@ -81,7 +81,7 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
 
 
 def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, tmp_path: Path) -> None:
-    more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "multiple": 2, "widths": {"ffn": 64}}
+    more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "align": 2, "widths": {"ffn": 64}}
     found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT] * 8, onnx=False, **more)
     assert found is not None
     assert found.report.families["ffn"] == {"of": 64, "width": 64, "layers": 3}
@@ -188,6 +188,8 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"layers": "0-1", "families": ("hidden",)}, "hidden is outside of --layers 0-1; leave out one of both"),
         ({"layers": "0-1", "widths": {"ffn.2": 32}}, r"ffn\.2 is outside of --layers 0-1"),
         ({"families": ("ffn.3",)}, r"no layer 'ffn\.3'; there are ffn\.0 to ffn\.2"),
+        ({"align": "fnn=32"}, "no family 'fnn'; there are "),
+        ({"align": "ffn.1=32"}, r"--align ffn\.1: layers share the divisor of their family"),
         ({"keep": ("fnn.1",)}, r"no family 'fnn\.1'; there are .*ffn, layers \(and layers of them, as "),
         ({"families": ("ffn.1",), "keep": ("ffn",)}, r"ffn\.1 is to be cut, and ffn is in --keep"),
         ({"families": ("ffn.1",), "layers": "1", "keep": ("ffn.1",)}, r"ffn\.1 is in --keep and in --families"),

@@ -16,6 +16,7 @@ import mptk
 from mptk import MptkError, Settings
 from mptk.api import compiler as api
 from mptk.cost.model import CostModel
+from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.methods import find_method
 from mptk.methods.division.budget import WidthSearch
@@ -26,7 +27,7 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.travel import broken
 
 SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
-HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "multiple": 2, **SMALL}
+HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "align": 2, **SMALL}
 HEADS = "programs that derive head_dim from hidden_size and num_attention_heads"
 
 
@@ -41,7 +42,7 @@ def derivable() -> LlamaForCausalLM:
 def found() -> tuple[Analysis, LegalWidths]:
     model = derivable()
     analysis = api.analyze(model)
-    return analysis, find_target("stock").legal(analysis, model, 2)
+    return analysis, find_target("stock").legal(analysis, model, Alignment(2))
 
 
 def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
@@ -88,7 +89,7 @@ def test_portable_refuses_what_breaks(found: tuple[Analysis, LegalWidths]) -> No
     with pytest.raises(MptkError, match=rf"q_heads cannot be cut .*{HEADS}; leave out --portable"):
         search.candidates()
     with pytest.raises(MptkError, match=r"writes no config\.json .* leave out --portable"):
-        find_target("graph").legal(analysis, derivable(), 2).portable()
+        find_target("graph").legal(analysis, derivable(), Alignment(2)).portable()
 
 
 def test_portable_keeps_to_what_travels() -> None:

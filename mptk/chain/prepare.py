@@ -25,7 +25,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
-from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multiples
+from mptk.methods.division.budget import WidthSearch, alignment, budgeted, check_any
 from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import Selection, selected
 from mptk.methods.reconstruct import consumers
@@ -225,7 +225,7 @@ def legalise(
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
-    legal = target.legal(analysis, loaded.model, multiples(settings))
+    legal = target.legal(analysis, loaded.model, alignment(settings))
     if settings.portable:
         legal = legal.portable()
     stored = stored_type(settings, loaded)
@@ -261,7 +261,7 @@ def with_candidates(prepared: Prepared, selection: Selection, before: Analysis |
     p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
     if selection.alike:
         analysis = analysis.apart(selection.alike)
-        legal = p.target.legal(analysis, p.loaded.model, multiples(p.settings))
+        legal = p.target.legal(analysis, p.loaded.model, alignment(p.settings))
         cost = CostModel(analysis, p.settings.budget, itemsize=p.dtype.itemsize, before=before)
     legal = selection.allowed(legal)
     renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
@@ -277,7 +277,7 @@ def by_layer(prepared: Prepared, selection: Selection, before: Analysis | None) 
     if not divided:
         return prepared
     analysis = whole.divided(divided)
-    legal = prepared.target.legal(analysis, prepared.loaded.model, multiples(s))
+    legal = prepared.target.legal(analysis, prepared.loaded.model, alignment(s))
     ladders = {**legal.ladders, **{part: (given[name],) for name in given for part in parts[name]}}
     candidates = [
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})

@@ -104,6 +104,7 @@ def analyze(
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
+    from mptk.methods.division.budget import alignment
     from mptk.report.analysis import analysis_json, analysis_view
     from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
@@ -117,7 +118,7 @@ def analyze(
         example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
         analysis = api.analyze(skeleton, example)
         progress("legal widths", 0, 0)
-        found = find_target(settings.target).legal(analysis, skeleton, settings.multiple)
+        found = find_target(settings.target).legal(analysis, skeleton, alignment(settings))
         found = found.portable() if settings.portable else found
     result = analysis_json(analysis, found, model)
     if html is not None:

@@ -92,7 +92,7 @@ class Setting:
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
     that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
     of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
-    ``form``: how a number of bytes or a file name is typed. ``recipe``: a run writes the setting into its recipe, only
+    ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
     reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
     another value.
     """
@@ -105,7 +105,7 @@ class Setting:
     choices: Choices | None = None
     option: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    form: Literal["plain", "size", "path"] = "plain"
+    form: Literal["plain", "size", "path", "number or text"] = "plain"
     recipe: Literal["written", "read", "refused"] = "written"
     resumable: bool = False
 

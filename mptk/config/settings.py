@@ -40,6 +40,7 @@ from mptk.config.learning import (
 from mptk.config.setting import COUNT, SEED, Choices, Record, numbers_in, record, setting
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
+from mptk.ir.alignment import BLOCK, HARDWARE, read_alignment
 
 __all__ = [
     "DEFAULT_STEPS",
@@ -143,13 +144,19 @@ class Settings(Record):
     portable: bool = setting(
         False, "Cut only what every program can load, not only transformers.", CUT, (*SEARCH, "analyze")
     )
-    multiple: int = setting(
-        32,
-        "Keep multiples of this number as multiples of it.",
+    align: int | str = setting(
+        BLOCK,
+        f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
         CUT,
         (*SEARCH, "analyze"),
-        within=(1, 1 << 20),
-        option="multiple_of",
+        form="number or text",
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Devices that will share each layer: keep heads, KV heads and channels divisible by their number.",
+        CUT,
+        (*SEARCH, "analyze"),
+        within=(1, 1 << 12),
     )
     tolerance: float = setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
     method: str = setting(
@@ -327,6 +334,7 @@ class Settings(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        read_alignment(self.align)
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")

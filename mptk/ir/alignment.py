@@ -10,9 +10,8 @@ from mptk.errors import MptkError, did_you_mean
 
 BLOCK = 32
 """Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
-DEVICES: Mapping[str, int] = {"cpu": BLOCK, "a100": 64, "h100": 128, "mps": 64}
-"""Device → divisor of the lengths of sums. a100: 128 bytes of float16 (NVIDIA, "Matrix Multiplication Background User's
-Guide"); h100: 128 bytes of its 8-bit floats; mps: the group of MLX's quantiser."""
+HARDWARE: Mapping[str, int] = {"cpu": BLOCK, "a100": 64, "h100": 128, "mps": 64}
+"""Hardware → divisor of the lengths of sums (``docs/shapes.md`` has the sources)."""
 _PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASCII)
 
 
@@ -47,10 +46,10 @@ def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int =
         found = _PART.fullmatch(part.strip())
         divisor = 0 if found is None else _divisor(found["divisor"])
         if found is None or not divisor:
-            hint = did_you_mean(part, DEVICES, "")
+            hint = did_you_mean(part, HARDWARE, "")
             raise MptkError(
                 f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
-                f"one of {', '.join(DEVICES)}, or families with theirs, as ffn=512,hidden=256"
+                f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256"
             )
         if found["name"]:
             own[found["name"]] = divisor
@@ -61,5 +60,5 @@ def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int =
 
 def _divisor(text: str) -> int:
     """The divisor that a number or a device stands for; 0 if neither."""
-    number = int(text) if text.isdecimal() else DEVICES.get(text, 0)
+    number = int(text) if text.isdecimal() else HARDWARE.get(text, 0)
     return number if 1 <= number <= 1 << 20 else 0

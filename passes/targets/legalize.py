@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
+from mptk.ir.alignment import Alignment
 from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.frontend.trace import Flat
@@ -24,8 +25,7 @@ from passes.targets.stock.travel import breaks
 from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
 from passes.transforms.fold_norms import epsilons
 
-MULTIPLE = 32
-"""Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
+ALIGNED = Alignment()
 NO_RATIO = "it and its partners have no common legal width"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
@@ -80,21 +80,21 @@ class Candidate:
     unevenness: float
 
 
-def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """Legal widths for the rewritten graph: all widths that its ops accept, as multiples if quantisers need them."""
-    ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
+def graph_widths(analysis: Analysis, alignment: Alignment = ALIGNED) -> LegalWidths:
+    """Legal widths for the rewritten graph: all widths that its ops accept and that are aligned."""
+    ladders = {f.name: aligned(f, alignment) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
 
 def stock_widths(
-    analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
+    analysis: Analysis, stock: Stock, alignment: Alignment = ALIGNED, *, rehome: bool = False
 ) -> LegalWidths:
     """Legal widths for a stock transformers checkpoint: all widths that the model's own config class can express.
 
     Args:
         analysis: of the model.
         stock: the result of ``discover``.
-        multiple: see ``aligned``.
+        alignment: see ``aligned``.
         rehome: also allow widths that only the class's validators refuse; another class may hold such a model
             (``stock/rehome.py``).
     """
@@ -123,7 +123,7 @@ def stock_widths(
 
     ladders = {}
     for family in analysis.families:
-        widths = [] if family.name in refused else [w for w in aligned(family, multiple) if w < family.size]
+        widths = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
@@ -133,7 +133,7 @@ def stock_widths(
     for family in analysis.depths:
         why = accepts({family.name: family.size - 1})
         counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
-        ladders[family.name] = aligned(family, multiple) if counted else (family.size,)
+        ladders[family.name] = aligned(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
     return LegalWidths(ladders, refused, accepts, stock, together=together)
 
@@ -178,11 +178,20 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     return shapes
 
 
-def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
-    """Widths that the graph accepts. A contraction that is a multiple of one of ``multiples`` stays one."""
-    steps = [multiples] if isinstance(multiples, int) else multiples
-    terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
-    kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
+def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
+    """Widths that the graph accepts and that keep the dense sums' alignment. Whole units stay on each device.
+
+    Units that several devices hold at once, as KV heads fewer than devices, are not cut.
+    """
+    members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
+    steps = alignment.divisors(family.part_of or family.name)
+    kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
+    if alignment.devices > 1 and is_layered(family):
+        lengths = {m: family.groups[0].positions(m).shape[-1] for m in members}  # of a unit in the sum
+        if any(alignment.devices % (m.term.size // length) == 0 for m, length in lengths.items()):
+            return (family.size,)
+        shared = ((m.term, length * alignment.devices) for m, length in lengths.items())
+        kept += [(term, step) for term, step in shared if term.size % step == 0]
     axis = family.groups[0].axis
     first = -(-family.minimum // family.multiple) * family.multiple
     return tuple(

@@ -11,7 +11,7 @@ ONCE = "prune {model} --data {text.raw} --out {out} --method magnitude --length 
 
 COMMANDS = {
     PRUNE: (
-        *("--sparsity", "--multiple-of 0", "--seed", "--steps", "--batch 0", "--micro 0", "--lr", "--rank", "--lm"),
+        *("--sparsity", "--align 0", "--seed", "--steps", "--batch 0", "--micro 0", "--lr", "--rank", "--lm"),
         *("--kl", "--hidden", "--mask-share", "--save-every 0", "--threads", "--max-decode-ms 0", "--max-prefill-ms 0"),
         *("--proof-length 0", "--search-shapes 0", "--search-finalists 0", "--search-tokens"),
     ),
@@ -22,7 +22,7 @@ COMMANDS = {
     "eval {model} --tasks arc_easy": ("--limit 0",),
     "bench {gpt2}": ("--rounds 0",),
     "verify {pruned}": ("--proof-length 0",),
-    "analyze {model}": ("--multiple-of 0",),
+    "analyze {model}": ("--align 0",),
 }
 """Command → its numbers, and the largest value that is too small if that is not -1."""
 NUMBERS = [
@@ -210,7 +210,7 @@ CONTRADICTIONS = [
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
         "experts of a model without any",
-        "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --multiple-of 8 --method reap --length 16",
+        "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --align 8 --method reap --length 16",
         ("none are in ffn", "--method wanda"),
     ),
     Row(

@@ -14,6 +14,7 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import cached_times
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
+from mptk.ir.alignment import Alignment, read_alignment
 from mptk.ir.families import Analysis
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Target
@@ -46,7 +47,7 @@ def budgeted(
         return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
     names = _variable(analysis, legal, s, planned)
     channels = [name for name in names if analysis.family(name).kind == "channels"]
-    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
+    ladders = {name: legalize.aligned(analysis.family(name), alignment(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: cached_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
@@ -70,9 +71,10 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
-def multiples(settings: Settings) -> tuple[int, ...]:
-    """Multiples of these sizes stay multiples: the settings' number, and block sizes of quantised graphs."""
-    return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
+def alignment(settings: Settings) -> Alignment:
+    """The settings' alignment, with the block sizes of quantised graphs."""
+    blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
+    return read_alignment(settings.align, blocks, settings.tensor_parallel)
 
 
 def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
@@ -115,7 +117,7 @@ class WidthSearch:
 
     def _elsewhere(self) -> tuple[list[Candidate], str | None]:
         """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
-        legal = self.target.elsewhere(self.analysis, self.legal, multiples(self.settings))
+        legal = self.target.elsewhere(self.analysis, self.legal, alignment(self.settings))
         if legal is None or self.settings.portable:
             return [], None
         try:

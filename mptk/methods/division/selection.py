@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
+from mptk.ir.alignment import read_alignment
 from mptk.ir.blocks import numbered
 from mptk.ir.families import Analysis, Family
 from passes.targets.legalize import LegalWidths
@@ -117,6 +118,9 @@ def block_of(analysis: Analysis, family: Family, layer: int) -> int:
 
 def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Settings) -> None:
     s = settings
+    for name in read_alignment(s.align).own:
+        if located(analysis, name)[1] is not None:
+            raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
     there = {block_of(analysis, f, i) for f in analysis.families for i in range(len(f.parts))}
     if missing := (s.only_layers or frozenset()) - there:
         known = f"0 to {max(there)}" if there else "none"

@@ -112,8 +112,8 @@ class Draw:
             "--seed 3",
             "--memory 2GB",
             "--compute-dtype bfloat16",
-            "--portable",
         )
+        words += self.some("--no-portable") if target == "stock" else []
         words += self.random.choice(("--no-onnx", "--no-onnx --dtype bfloat16", "")).split()
         if model == "llama":
             words += self.of_decoders(target)
@@ -146,7 +146,9 @@ class Draw:
         return self.known[model, target]
 
     def analyze(self) -> list[str]:
-        options = self.some("--target graph", "--align 4", "--portable", "--json found.json", "--html found.html")
+        options = self.some(
+            "--target graph", "--align 4", "--tensor-parallel 2", "--json found.json", "--html found.html"
+        )
         return ["analyze", self.model(), *options]
 
     def read(self) -> list[str]:

@@ -39,6 +39,7 @@ from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
 from mptk.targets import find_target, targets
 from passes.analysis import group
+from passes.targets.legalize import portable
 
 
 def announce(needs: Estimate, job: Job, context: Context) -> None:
@@ -226,8 +227,8 @@ def legalise(
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, alignment(settings))
-    if settings.portable:
-        legal = legal.portable()
+    if settings.portable and not (settings.families or settings.fixed):
+        legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
     plan = plan or Plan({})
     selection = Selection() if settings.fixed else selected(analysis, settings)

@@ -339,7 +339,7 @@ def written_folder(
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         notes += [one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
-        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
+        notes.append(left_whole(prepared.legal))
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

@@ -119,7 +119,6 @@ def analyze(
         analysis = api.analyze(skeleton, example)
         progress("legal widths", 0, 0)
         found = find_target(settings.target).legal(analysis, skeleton, alignment(settings))
-        found = found.portable() if settings.portable else found
     result = analysis_json(analysis, found, model)
     if html is not None:
         from mptk.report.page.render import analysis_page

@@ -142,7 +142,11 @@ class Settings(Record):
     )
     plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
     portable: bool = setting(
-        False, "Cut only what every program can load, not only transformers.", CUT, (*SEARCH, "analyze")
+        True,
+        "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
+        CUT,
+        SEARCH,
+        (*CHOOSES, NO_CLASS),
     )
     align: int | str = setting(
         BLOCK,

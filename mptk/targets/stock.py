@@ -70,8 +70,6 @@ class StockTarget(Target):
         found = stock.config(widths, scalars=compiled.epsilons, kept=kept)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
-            if prepared.settings.portable and (reasons := broken(found, stock.dense)):
-                raise MptkError(f"these widths break {'; '.join(reasons)}; cut other families or leave out --portable")
             return Written(found, loaded, found.config, dtype)
         if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")

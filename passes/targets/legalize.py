@@ -42,7 +42,7 @@ class LegalWidths:
         refused: family that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
-        left: family that ``portable`` left uncut → the reason.
+        left: family that ``portable`` leaves out of the default cut → the reason.
         together: sets of families that can only be cut together.
     """
 
@@ -57,18 +57,6 @@ class LegalWidths:
     def breaks(self) -> Mapping[str, str]:
         """Family → programs, other than transformers, that break if it is cut (``stock/travel.py``)."""
         return {} if self.stock is None else breaks(self.stock, self.ladders)
-
-    def portable(self) -> LegalWidths:
-        """Remove the families whose cut breaks a program.
-
-        Raises:
-            MptkError: the target writes no config that other programs read.
-        """
-        if self.stock is None:
-            raise MptkError("this target writes no config.json for other programs to read; leave out --portable")
-        left = {name: f"cutting it breaks {programs}" for name, programs in self.breaks.items()}
-        whole = {name: self.ladders[name][-1:] for name in left}
-        return replace(self, ladders={**self.ladders, **whole}, refused={**self.refused, **left}, left=left)
 
 
 @dataclass(frozen=True)
@@ -201,9 +189,19 @@ def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
     )
 
 
+def portable(analysis: Analysis, target: LegalWidths, named: Collection[str] = ()) -> LegalWidths:
+    """Leave out of the default cut the families whose cut breaks a program, if that leaves any family.
+
+    ``named``: families that the settings name, which are not left out.
+    """
+    cut = [name for name in default_families(analysis, target) if name not in named]
+    left = {name: f"cutting it breaks {target.breaks[name]}" for name in cut if name in target.breaks}
+    return replace(target, left=left) if closed([n for n in cut if n not in left], target.together) else target
+
+
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
     """The families that are cut by default: those inside layers, if the target can express them; else all."""
-    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
+    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1 and f.name not in target.left]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)
 

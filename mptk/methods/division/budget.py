@@ -66,7 +66,7 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
     if s.fixed:
         names = list(planned)
     else:
-        layered = [n for n, f in there.items() if is_layered(f) and n not in legal.refused]
+        layered = [n for n, f in there.items() if is_layered(f) and n not in {*legal.refused, *legal.left}]
         names = [*(s.families or layered), *s.widths]
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
@@ -77,14 +77,13 @@ def alignment(settings: Settings) -> Alignment:
     return read_alignment(settings.align, blocks, settings.tensor_parallel)
 
 
-def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
-    """A note on families that ``portable`` left uncut and that would be cut by default; may be empty."""
+def left_whole(legal: LegalWidths) -> str:
+    """A note on families that ``portable`` left out of the default cut; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in legal.left.items():
-        if not settings.families and is_layered(analysis.family(name)):
-            reasons.setdefault(why, []).append(name)
-    said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-    return f"--portable left uncut {said}" if said else ""
+        reasons.setdefault(why, []).append(name)
+    said = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return f"left whole for other programs: {said}; --no-portable cuts all" if said else ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ class WidthSearch:
     def _elsewhere(self) -> tuple[list[Candidate], str | None]:
         """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
         legal = self.target.elsewhere(self.analysis, self.legal, alignment(self.settings))
-        if legal is None or self.settings.portable:
+        legal = None if legal is None else replace(legal, left=self.legal.left)
+        if legal is None:
             return [], None
         try:
             candidates = self._within(legal)
@@ -166,7 +166,6 @@ class WidthSearch:
             if len(legal.ladders[name]) == 1:
                 why = legal.refused.get(name, "no narrower width is legal")
                 remedy = _unless_graph(legal, "try --target graph", "name other --families")
-                remedy = "leave out --portable" if name in legal.left else remedy
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
             if missing := partners(name, {*names, *s.widths}, legal.together):
                 others = ", ".join(sorted(missing))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.alignment import read_alignment
-from mptk.ir.blocks import numbered
 from mptk.ir.families import Analysis, Family
 from passes.targets.legalize import LegalWidths
 
@@ -57,7 +56,7 @@ def selected(analysis: Analysis, settings: Settings) -> Selection:
     """
     s = settings
     cut, own, kept = (named_layers(analysis, names) for names in (s.families, s.widths, s.keep))
-    inside = {f.name: layers_inside(analysis, f, s) for f in analysis.all_families}
+    inside = {f.name: layers_inside(f, s) for f in analysis.all_families}
     _check(analysis, inside, s)
     alike = dict[str, list[int]]()
     for name, layers in inside.items():
@@ -98,22 +97,24 @@ def named_layers(analysis: Analysis, names: Iterable[str]) -> Mapping[str, set[i
     return found
 
 
-def layers_inside(analysis: Analysis, family: Family, settings: Settings) -> list[int]:
-    """The layers of ``family`` that ``--layers`` lets be cut. A layer's number is its block's, if it is in a block.
+def layers_inside(family: Family, settings: Settings) -> list[int]:
+    """The layers of ``family`` that ``--layers`` lets be cut.
 
     A family without layers, as the residual width, is inside only if all layers are.
     """
     only = settings.only_layers
     if only is None:
         return list(range(len(family.groups)))
-    return [i for i in range(len(family.parts)) if block_of(analysis, family, i) in only]
+    return [i for i, block in enumerate(blocks(family)) if family.parts and block in only]
 
 
-def block_of(analysis: Analysis, family: Family, layer: int) -> int:
-    """The number of the block that holds a layer of ``family``; the layer's own number if no block does."""
-    label = f"{family.groups[layer].layer}.weight"
-    found = (numbered(stack.module, label) for stack in analysis.stacks)
-    return next((at[0] for at in found if at is not None), layer)
+def blocks(family: Family) -> list[int]:
+    """The number of each layer's block: the first that tells their modules apart, as 7 of ``layers.7.mlp``; else 0, 1, …"""
+    columns = zip(*(group.layer.split(".") for group in family.groups), strict=False)
+    apart = next((words for words in columns if len(set(words)) > 1), ())
+    if len(set(apart)) == len(family.groups) and all(word.isdecimal() for word in apart):
+        return [int(word) for word in apart]
+    return list(range(len(family.groups)))
 
 
 def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Settings) -> None:
@@ -121,7 +122,7 @@ def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Se
     for name in read_alignment(s.align).own:
         if located(analysis, name)[1] is not None:
             raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
-    there = {block_of(analysis, f, i) for f in analysis.families for i in range(len(f.parts))}
+    there = {block for f in analysis.families if f.parts for block in blocks(f)}
     if missing := (s.only_layers or frozenset()) - there:
         known = f"0 to {max(there)}" if there else "none"
         raise MptkError(f"--layers {s.layers}: there is no layer {min(missing)}; the model has {known}")

@@ -109,7 +109,7 @@ def layers_inside(family: Family, settings: Settings) -> list[int]:
 
 
 def blocks(family: Family) -> list[int]:
-    """The number of each layer's block: the first that tells their modules apart, as 7 of ``layers.7.mlp``; else 0, 1, …"""
+    """Each layer's block: the first number that tells their modules apart, as 7 of ``layers.7.mlp``; else 0, 1, …"""
     columns = zip(*(group.layer.split(".") for group in family.groups), strict=False)
     apart = next((words for words in columns if len(set(words)) > 1), ())
     if len(set(apart)) == len(family.groups) and all(word.isdecimal() for word in apart):

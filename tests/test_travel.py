@@ -13,6 +13,7 @@ import toy_checkpoints as toys
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import mptk
+from mptk import MptkError
 from mptk.api import compiler as api
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
@@ -86,6 +87,11 @@ def test_by_default_only_what_travels_is_cut() -> None:
     assert any(note.startswith("left whole for other programs: kv_groups, q_heads (cutting") for note in report.notes)
     assert not any("this cut breaks" in note for note in report.notes)
     assert whole(report, "kv_groups") == f"cutting it breaks {HEADS}"
+
+
+def test_a_budget_that_only_heads_could_meet_names_the_option() -> None:
+    with pytest.raises(MptkError, match="nearest: .* give --no-portable to cut kv_groups, q_heads, too, or name other"):
+        mptk.prune(derivable(), sparsity=0.75, **HOW)
 
 
 def test_no_portable_cuts_heads_by_default_too() -> None:

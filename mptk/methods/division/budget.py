@@ -212,6 +212,8 @@ def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
 
 
 def _others(legal: LegalWidths) -> str:
+    if legal.left:
+        return f"give --no-portable to cut {', '.join(legal.left)}, too, or name other --families"
     return _unless_graph(legal, "name other --families, or use --target graph", "or name other --families")
 
 

@@ -62,6 +62,7 @@ TEXTS = [
     Row("width of 5000 digits", f"{ONCE} --width ffn={'9' * 5000}", ("as ffn=1024",)),
     Row("width of another family", f"{ONCE} --width wings=8", ("no family 'wings'", "there are")),
     Row("width that is not legal", f"{ONCE} --width ffn=7", ("ffn cannot have width 7", "nearest legal")),
+    Row("align of no family", "analyze {model} --align wings=8", ("no family 'wings'", "there are")),
     Row("hardware unknown", f"{ONCE} --align h10", ("align: 'h10' is not known", "a100, h100")),
     Row("families unknown", f"{ONCE} --families wings", ("no family 'wings'",)),
     Row("keep unknown", f"{ONCE} --keep wings", ("no family 'wings'",)),

@@ -88,6 +88,13 @@ def located(analysis: Analysis, name: str) -> tuple[str, int | None]:
     raise MptkError(f"no family {name!r}; there are {', '.join(known)}{example}")
 
 
+def check_aligned(analysis: Analysis, settings: Settings) -> None:
+    """Raise MptkError unless each name in ``--align`` is a family's."""
+    for name in read_alignment(settings.align).own:
+        if located(analysis, name)[1] is not None:
+            raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
+
+
 def named_layers(analysis: Analysis, names: Iterable[str]) -> Mapping[str, set[int | None]]:
     """Family → its layers that are named; None stands for the family as a whole. Raises MptkError as ``located``."""
     found = defaultdict[str, set[int | None]](set)
@@ -119,9 +126,7 @@ def blocks(family: Family) -> list[int]:
 
 def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Settings) -> None:
     s = settings
-    for name in read_alignment(s.align).own:
-        if located(analysis, name)[1] is not None:
-            raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
+    check_aligned(analysis, s)
     there = {block for f in analysis.families if f.parts for block in blocks(f)}
     if missing := (s.only_layers or frozenset()) - there:
         known = f"0 to {max(there)}" if there else "none"

@@ -211,6 +211,11 @@ def test_heads_stay_divisible_by_the_devices_that_share_them():
     assert widths(5, 16)["ffn"] == (80, 160)  # 16 on each of five
 
 
+def test_layers_of_one_width_are_named_together():
+    widths = {"q_heads": 2, "ffn.0": 64, "ffn.1": 32, "ffn.2": 32, "ffn.4": 32, "ffn.3": 16}
+    assert legalize.describe(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
+
+
 def written() -> torch.Tensor:
     made = torch.zeros(12)
     made[3:].copy_(torch.arange(9.0))

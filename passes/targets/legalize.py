@@ -17,6 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.alignment import Alignment
 from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import ranges
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
@@ -312,8 +313,15 @@ def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def describe(widths: Mapping[str, int]) -> str:
-    """``heads=6, ffn=1024``."""
-    return ", ".join(f"{name}={width}" for name, width in widths.items())
+    """``heads=6, ffn.3-26=1024``: layers of one width together."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for name, width in widths.items():
+        whole, _, layer = name.rpartition(".")
+        single = bool(whole) and layer.isdecimal()
+        found.setdefault((whole if single else name, width), []).extend([int(layer)] * single)
+    return ", ".join(
+        f"{name}{'.' if layers else ''}{ranges(tuple(layers))}={width}" for (name, width), layers in found.items()
+    )
 
 
 def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:

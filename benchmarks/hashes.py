@@ -19,7 +19,7 @@ from pathlib import Path
 
 COMMON = ["--sparsity", "0.3", "--samples", "8", "--no-onnx"]
 LEARNING = ["--steps", "6", "--batch", "2", "--micro", "2"]
-TINY = ["--length", "32", "--multiple-of", "4"]
+TINY = ["--length", "32", "--align", "4"]
 ROWS = {
     "tiny wanda": ["tiny", "--method", "wanda", *TINY],
     "tiny flap": ["tiny", "--method", "flap", *TINY],

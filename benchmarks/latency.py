@@ -56,7 +56,7 @@ def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedMode
 def predictors(model: PreTrainedModel, measure: Measure) -> dict[str, Latency]:
     """Each phase's prediction."""
     analysis = api.analyze(model)
-    ladders = {name: legalize.aligned(analysis.family(name), legalize.MULTIPLE) for name in FAMILIES}
+    ladders = {name: legalize.aligned(analysis.family(name)) for name in FAMILIES}
     return {phase: Latency(analysis, ladders, phase, measure) for phase in OBJECTIVES}
 
 

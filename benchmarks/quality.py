@@ -68,6 +68,7 @@ def settings(
         samples=96,
         eval_windows=1,
         widths=widths,
+        portable=False,
         onnx=False,
         seed=seed,
         distil_epochs=3 if "distil" in additions else 0,

@@ -50,14 +50,14 @@ COMMANDS = {
     "analyze": "-m mptk analyze {model}",
     "plan": f"-m mptk prune {{model}} --plan {{model}}/plan.json {FILES}",
     "verify": "-m mptk verify {out} {memory}",
-    "magnitude": f"-m mptk prune {{model}} --method magnitude {FILES}",
-    "wanda": f"-m mptk prune {{model}} --method wanda --reconstruct --samples 4 --length 64 {FILES}",
+    "magnitude": f"-m mptk prune {{model}} --method magnitude --no-portable {FILES}",
+    "wanda": f"-m mptk prune {{model}} --method wanda --reconstruct --samples 4 --length 64 --no-portable {FILES}",
 }
 """Command → what Python gets. `verify` reads what `plan` wrote."""
 OLD_AND_NEW = "-m mptk prune smollm2-135m --method wanda --no-onnx --data {text} --samples 8 --out {out}"
 EXPORT = "-m mptk export {model} --quantize int8 --out {out} {memory}"
 SESSION = "import sys; from mptk.ort.decoder import OrtDecoder; OrtDecoder(sys.argv[1])"
-SCORING = f"-m mptk prune {{model}} --method wanda --samples 16 --length 256 {FILES}"
+SCORING = f"-m mptk prune {{model}} --method wanda --samples 16 --length 256 --no-portable {FILES}"
 LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node {processes}"
 ESTIMATE = "-m mptk prune {model} --estimate --out {out} {memory} {more}"
 

@@ -60,7 +60,7 @@ def _pruned(folder: Path, target: str, given: str) -> str:
     ``given``: "--inputs" if the inputs are given as a file.
     """
     inputs = (given, folder / "inputs.safetensors") if given else ()
-    to = ("--target", target, "--multiple-of", 1)
+    to = ("--target", target, "--align", 1)
     if failure := _said("analyze", folder / "dense", *inputs, *to, "--json", folder / "all"):
         return failure
     found = json.loads((folder / "all").read_text())["families"]

@@ -1,8 +1,9 @@
-"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options.
+"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and those of
+docs/deploy.md from ``passes/targets/stock/consumers.py``.
 
     python docs/tables.py
 
-The same file each time. `tests/test_docs_settings.py` compares.
+The same files each time. `tests/test_docs_settings.py` compares.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from mptk.cli.main import app
 from mptk.config.cases import RUNS
 from mptk.config.setting import Declared, taken
 from mptk.config.settings import Settings
+from passes.targets.stock.consumers import CONSUMERS, Derived, deriving
 
-PAGE = Path(__file__).with_name("settings.md")
+PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 EVERYWHERE = {"--help", "--quiet", "--verbose"}
 
@@ -63,7 +65,27 @@ def commands() -> Iterator[str]:
                 yield _row(f"`{name}`", f"`{flag}`", _default(option.default), str(option.help))
 
 
-TABLES = {"runs": runs, "python": python, "commands": commands}
+def consumers() -> Iterator[str]:
+    """The programs that read a pruned folder."""
+    yield from _head("program", "tried with version", "result")
+    for each in CONSUMERS:
+        name = f"[{each.name}](#{each.section})" if each.section else each.name
+        yield _row(name, each.version or "not tried", each.result)
+
+
+def breaks() -> Iterator[str]:
+    """The cuts that break programs, and which."""
+    yield from _head("a cut", "breaks programs that", "as")
+    said: dict[Derived, tuple[str, str]] = {
+        "head_dim": ("after which `head_dim` is not `hidden_size / num_attention_heads`, if it was", "derive it"),
+        "open": ("that needs a field which the dense config leaves open", "derive the field as the class does"),
+    }
+    for derived, (cut, what) in said.items():
+        yield _row(cut, what, deriving(derived))
+    yield _row("of other fields, as `intermediate_size` or the number of experts", "", "")
+
+
+TABLES = {"runs": runs, "python": python, "commands": commands, "consumers": consumers, "breaks": breaks}
 
 
 def _leaves(declared: Iterable[Declared]) -> Iterator[Declared]:
@@ -91,4 +113,5 @@ def _row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(written(page.read_text()))

@@ -78,7 +78,7 @@ def transformers_model() -> None:
         model,
         sparsity=0.3,
         tolerance=0.05,  # a tiny model has few widths
-        multiple=8,
+        align=8,
         method="wanda",
         data=TEXTS,
         length=16,
@@ -99,7 +99,7 @@ def any_module() -> None:
     """Prune a plain module. A DataLoader gives its calibration data."""
     net = Net().eval()
     batches = [torch.randn(8, 16) for _ in range(4)]
-    pruned = mptk.prune(net, sparsity=0.4, tolerance=0.05, multiple=8, example_inputs=batches[0], data=batches)
+    pruned = mptk.prune(net, sparsity=0.4, tolerance=0.05, align=8, example_inputs=batches[0], data=batches)
     small = pruned.model  # the same names, fewer channels
     print(f"{net.blocks[0].up.weight.shape[0]} -> {small.blocks[0].up.weight.shape[0]} channels")
     print("distance of the outputs", pruned.report.quality["pruned"])

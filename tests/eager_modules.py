@@ -317,7 +317,7 @@ def check(d: Description) -> Outcome:
     """Prune a module and call it beside the eager one with zeroed weights."""
     module = Module(d)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    options = {"sparsity": 0.3, "tolerance": 0.3, "multiple": 2, "method": "magnitude", "progress": None}
+    options = {"sparsity": 0.3, "tolerance": 0.3, "align": 2, "method": "magnitude", "progress": None}
     try:
         pruned = mptk.prune(module, example_inputs=tuple(d.inputs(0, d.batch, d.length)), seed=d.seed, **options)
     except ProofError as error:

@@ -121,7 +121,7 @@ def settings(folders: Path, name: str, **more: Any) -> mptk.Settings:
             "length": 12,
             "eval_windows": 3,
             "eval_length": 12,
-            "multiple": 2,
+            "align": 2,
             "sparsity": 0.3,
             "tolerance": 0.3,
             "onnx": False,

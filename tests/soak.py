@@ -105,15 +105,15 @@ class Draw:
         method = self.random.choice(("magnitude", "wanda", "flap", "taylor", "fisher", "random"))
         words = ["prune", model, "--method", method, *self.measured(MODELS[model]), "--samples", "4"]
         target = self.random.choice(("stock", "stock", "graph"))
-        words += ["--target", target, "--multiple-of", "1", *self.shape(model, target)]
+        words += ["--target", target, "--align", "1", *self.shape(model, target)]
         words += self.some(
             "--reconstruct",
             "--reconstruct --distil-epochs 1",
             "--seed 3",
             "--memory 2GB",
             "--compute-dtype bfloat16",
-            "--portable",
         )
+        words += self.some("--no-portable") if target == "stock" else []
         words += self.random.choice(("--no-onnx", "--no-onnx --dtype bfloat16", "")).split()
         if model == "llama":
             words += self.of_decoders(target)
@@ -139,14 +139,16 @@ class Draw:
     def legal(self, model: str, target: str) -> dict[str, list[int]]:
         """Family → the widths below the dense one that the target holds."""
         if (model, target) not in self.known:
-            code, said = here(["analyze", model, "--target", target, "--multiple-of", "1", "--json", "-"])
+            code, said = here(["analyze", model, "--target", target, "--align", "1", "--json", "-"])
             assert code == 0, said
             found = json.loads(said[said.index("{") :])["families"]
             self.known[model, target] = {f["name"]: w for f in found if (w := f["legal_widths"][:-1])}
         return self.known[model, target]
 
     def analyze(self) -> list[str]:
-        options = self.some("--target graph", "--multiple-of 4", "--portable", "--json found.json", "--html found.html")
+        options = self.some(
+            "--target graph", "--align 4", "--tensor-parallel 2", "--json found.json", "--html found.html"
+        )
         return ["analyze", self.model(), *options]
 
     def read(self) -> list[str]:

@@ -137,7 +137,7 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, ins
     """Gemma 3 with a window of 96 instead of 64: the config's check sees it, and so do the logits beyond it."""
     dense = save(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
     settings = mptk.Settings(
-        method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, multiple=8
+        method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, align=8
     )
     out = tmp_path / "out"
     report = mptk.prune(dense, out, settings).report

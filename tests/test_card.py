@@ -36,7 +36,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "README.md").write_text(LICENCE)
     (source / "LICENSE").write_text("be kind")
     out = tmp_path_factory.mktemp("pruned") / "out"
-    mptk.prune(str(source), out, replace(SETTINGS, multiple=8, quantize=("int8",)))
+    mptk.prune(str(source), out, replace(SETTINGS, align=8, quantize=("int8",)))
     return out
 
 

@@ -31,7 +31,7 @@ from passes.pipelines import LISTS
 from tests.bad_inputs import table
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
+SHORT = ["--method", "wanda", "--align", "8", "--samples", "4", "--length", "32"]
 
 
 class Result(NamedTuple):
@@ -103,7 +103,7 @@ def mptk(inside: Inside, typed: Callable[..., int], capsys: pytest.CaptureFixtur
 
 
 def test_analyze_names_every_family_and_why_other_axes_stay(files, tmp_path, mptk):
-    result = mptk("analyze", files.model, "--multiple-of", "8", "--json", tmp_path / "new" / "analysis.json")
+    result = mptk("analyze", files.model, "--align", "8", "--json", tmp_path / "new" / "analysis.json")
     assert result.code == 0
     analysis = json.loads((tmp_path / "new" / "analysis.json").read_text())
     families = {f["name"]: f for f in analysis["families"]}

@@ -30,7 +30,7 @@ NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
 QUANTIZED_DTYPES = {"q8": "model_quantized.onnx", "q4": "model_q4.onnx", "fp16": "model_fp16.onnx"}
 SETTINGS = mptk.Settings(
-    method="magnitude", sparsity=0.5, data="random", samples=1, length=24, multiple=2, tolerance=0.1, eval_windows=1
+    method="magnitude", sparsity=0.5, data="random", samples=1, length=24, align=2, tolerance=0.1, eval_windows=1
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
+from mptk.ir.alignment import Alignment
 from mptk.report.analysis import analysis_json
 from mptk.report.page.coupling import (
     AFTER,
@@ -35,7 +36,7 @@ EXPERTS = MixtralConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, n
 def layer_of(kind: str | PreTrainedConfig) -> Layer:
     model = tiny_decoder(kind)
     analysis = mptk.analyze(model)
-    return coupled(analysis, find_target("graph").legal(analysis, model, 1))
+    return coupled(analysis, find_target("graph").legal(analysis, model, Alignment(1)))
 
 
 def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
@@ -85,7 +86,7 @@ def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
 def test_no_name_becomes_markup() -> None:
     model = tiny_decoder(ROTARY)
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, 1)
+    legal = find_target("stock").legal(analysis, model, Alignment(1))
     said = analysis_json(analysis, legal, HOSTILE)
     said["blocked"].append({"name": HOSTILE, "size": 3, "weights": [HOSTILE], "reasons": [HOSTILE]})
     page = analysis_page(said, analysis, legal)

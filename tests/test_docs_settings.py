@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "settings.md").read_text()
+PAGES = [PAGE, (ROOT / "docs" / "deploy.md").read_text()]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,11 @@ def tables() -> ModuleType:
 
 
 def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
-    assert tables.written(PAGE) == PAGE, f"run {sys.executable} docs/tables.py"
-    assert set(re.findall(r"^<!-- (\w+) -->$", PAGE, re.MULTILINE)) == {*tables.TABLES, "end"}
+    assert [tables.written(page) for page in PAGES] == PAGES, f"run {sys.executable} docs/tables.py"
+    assert {name for page in PAGES for name in re.findall(r"^<!-- (\w+) -->$", page, re.MULTILINE)} == {
+        *tables.TABLES,
+        "end",
+    }
 
 
 def test_environment_variables_that_the_code_names_are_there() -> None:

@@ -19,7 +19,7 @@ from tests.cutting import random_plan
 from tests.programs.oracles import zeroed
 
 WIDTH, INNER = 8, 24
-QUICK: dict[str, Any] = {"sparsity": 0.3, "tolerance": 0.1, "method": "magnitude", "multiple": 2, "progress": None}
+QUICK: dict[str, Any] = {"sparsity": 0.3, "tolerance": 0.1, "method": "magnitude", "align": 2, "progress": None}
 
 
 class Net(nn.Module):

@@ -135,7 +135,7 @@ def test_the_command_line_prints_one_line(
 def test_a_run_that_fills_the_disk_ends_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     saved(llama(), tmp_path / "model")
     (tmp_path / "text").write_text(TEXT)
-    short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --multiple-of 8 --data text --no-onnx"
+    short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --align 8 --data text --no-onnx"
     command = [sys.executable, "-m", "mptk", "prune", "model", "--method", "magnitude", "--out", "out", *short.split()]
     ended = subprocess.run(
         command,

@@ -53,7 +53,7 @@ def planted(model: torch.nn.Module) -> torch.nn.Module:
 def prune(model: torch.nn.Module, folder: Path, *options: str) -> set[tuple[int, ...]]:
     """Prune by the command line, verify, and return the choices of experts that the layers keep."""
     model.save_pretrained(folder / "dense")
-    words = "--data random --samples 8 --length 24 --eval-windows 2 --eval-length 12 --multiple-of 1 --no-onnx --out"
+    words = "--data random --samples 8 --length 24 --eval-windows 2 --eval-length 12 --align 1 --no-onnx --out"
     for line in (["prune", folder / "dense", *options, *words.split(), folder / "out"], ["verify", folder / "out"]):
         said = CliRunner().invoke(app, [str(word) for word in line])
         assert said.exit_code == 0, said.output

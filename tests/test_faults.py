@@ -173,7 +173,7 @@ def test_weights_that_are_not_the_trained_ones(lab: Lab, inside: Inside, name: s
     inject(inside)
     out = lab.root / f"out{lab.count + 1}"
     with pytest.raises(MptkError, match=f"the proof fails at '{stage}'"):
-        lab.prune(learning=LEARNING, multiple=8, **LEARNED)
+        lab.prune(learning=LEARNING, align=8, **LEARNED)
     assert not out.exists()
 
 

@@ -31,7 +31,7 @@ SETTINGS = mptk.Settings(
     target="graph",
     layers="free",
     sparsity=0.214,
-    multiple=4,
+    align=4,
     samples=4,
     length=24,
     eval_windows=2,
@@ -81,7 +81,7 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
 
 
 def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, tmp_path: Path) -> None:
-    more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "multiple": 2, "widths": {"ffn": 64}}
+    more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "align": 2, "widths": {"ffn": 64}}
     found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT] * 8, onnx=False, **more)
     assert found is not None
     assert found.report.families["ffn"] == {"of": 64, "width": 64, "layers": 3}
@@ -173,15 +173,95 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
+        (
+            {"target": "stock"},
+            "free: a stock checkpoint has one width for all layers; use --target graph, from which `mpt",
+        ),
+        ({"target": "stock", "layers": "0-1"}, "--layers 0-1: a stock checkpoint has one width for all layers"),
+        ({"target": "stock", "layers": "uniform", "keep": ("ffn.0",)}, r"ffn\.0: a stock checkpoint has one width"),
         ({"budget": "latency"}, "use another --budget"),
+        ({"budget": "latency", "layers": "uniform", "keep": ("ffn.0",)}, r"ffn\.0 can divide only parameters"),
         ({"search": True}, "leave out --search or --layers free"),
-        ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free"),
+        ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free, or give numbers as 5-20,28"),
+        ({"layers": "2-0"}, "'2-0' is not known"),
+        ({"layers": "1,7"}, "there is no layer 7; the model has 0 to 2"),
+        ({"layers": "0-1", "families": ("hidden",)}, "hidden is outside of --layers 0-1; leave out one of both"),
+        ({"layers": "0-1", "widths": {"ffn.2": 32}}, r"ffn\.2 is outside of --layers 0-1"),
+        ({"families": ("ffn.3",)}, r"no layer 'ffn\.3'; there are ffn\.0 to ffn\.2"),
+        ({"align": "fnn=32"}, "no family 'fnn'; there are "),
+        ({"align": "ffn.1=32"}, r"--align ffn\.1: layers share the divisor of their family"),
+        ({"keep": ("fnn.1",)}, r"no family 'fnn\.1'; there are .*ffn, layers \(and layers of them, as "),
+        ({"families": ("ffn.1",), "keep": ("ffn",)}, r"ffn\.1 is to be cut, and ffn is in --keep"),
+        ({"families": ("ffn.1",), "layers": "1", "keep": ("ffn.1",)}, r"ffn\.1 is in --keep and in --families"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(MptkError, match=message):
         mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT], **change)
+
+
+def widths_of(checkpoint: str, **asked: object) -> dict[str, int]:
+    """Family or layer → units that stay, of those that were cut to a tenth less."""
+    how = {"layers": "uniform", "sparsity": 0.1, "tolerance": 0.05, "onnx": False, "progress": None}
+    found = mptk.prune(checkpoint, settings=SETTINGS, data=[toys.TEXT] * 8, **{**how, **asked})
+    assert found.report.sparsity == pytest.approx(0.1, abs=0.05)
+    return {name: family["width"] for name, family in found.report.families.items() if family["width"] < family["of"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [
+        ({"layers": "1-2", "families": ("ffn",)}, {"ffn.1", "ffn.2"}),
+        ({"keep": ("ffn.0",), "families": ("ffn",)}, {"ffn.1", "ffn.2"}),
+        ({"families": ("ffn.0", "ffn.2")}, {"ffn.0", "ffn.2"}),
+        ({"layers": "1", "families": ("ffn.1", "q_heads")}, {"ffn.1", "q_heads.1"}),
+    ],
+    ids=["a range", "all but one", "two by name", "both"],
+)
+def test_only_the_named_layers_are_cut_and_to_one_width(checkpoint: str, asked: dict, layers: set[str]) -> None:
+    found = widths_of(checkpoint, **asked)
+    assert found.keys() <= layers
+    ffn = {width for name, width in found.items() if name.startswith("ffn.")}
+    assert len(ffn) == 1
+    assert len([name for name in found if name.startswith("ffn.")]) == len([n for n in layers if n.startswith("ffn.")])
+
+
+def test_a_layer_with_a_width_of_its_own(checkpoint: str) -> None:
+    found = widths_of(checkpoint, families=("ffn",), widths={"ffn.1": 60})
+    assert found.pop("ffn.1") == 60
+    assert len({found["ffn.0"], found["ffn.2"]}) == 1
+    assert found["ffn.0"] < 60
+
+
+def test_free_layers_leave_out_those_that_are_kept(checkpoint: str) -> None:
+    found = widths_of(checkpoint, families=("ffn",), keep=("ffn.2",), layers="free")
+    assert found.keys() <= {"ffn.0", "ffn.1"}
+
+
+class Blocks(torch.nn.Module):
+    """Residual blocks of two inner widths by turns, which make two families of two layers each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Residual(set(), 1, 64 if i % 2 else 40) for i in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_range_of_layers_counts_the_models_blocks() -> None:
+    how = {"layers": "3", "sparsity": 0.1, "tolerance": 0.1, "onnx": False, "progress": None}
+    found = mptk.prune(Blocks(), settings=SETTINGS, example_inputs=(torch.randn(16, 24),), **how)
+    cut = {layer for family in found.plan.families.values() if family.width < family.of for layer in family.keep}
+    assert {layer.split(".")[1] for layer in cut} == {"3"}
+
+
+def test_a_plan_with_single_layers_says_which_targets_hold_it(checkpoint: str, pruned: mptk.Pruned) -> None:
+    plan = str(pruned.folder / "plan.json")
+    with pytest.raises(MptkError, match=r"ffn\.\d of the plan: a stock checkpoint .* use --target graph"):
+        mptk.prune(checkpoint, plan=plan, data=[toys.TEXT] * 8, onnx=False, progress=None)
 
 
 def test_a_plan_names_no_unit_twice() -> None:

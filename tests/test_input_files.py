@@ -47,7 +47,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
         "ffn.3",
         "--width",
         "ffn.3=28",
-        "--multiple-of",
+        "--align",
         4,
         "--samples",
         16,
@@ -69,7 +69,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
 
 
 def test_masks_are_learned_on_it(folder: Path) -> None:
-    learned = {"steps": 4, "batch": 4, "samples": 8, "multiple": 4, "families": ("ffn.3",), "mask_share": 0.5}
+    learned = {"steps": 4, "batch": 4, "samples": 8, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
     given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
     found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
     assert found is not None
@@ -109,7 +109,7 @@ class Gated(nn.Module):
 def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, inputs = Gated().eval(), {"x": torch.randn(4, 8), "a": torch.randn(4, 6)}
-    how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "multiple": 4, "progress": None}
+    how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None}
     mptk.prune(net, tmp_path / "small", example_inputs=inputs, **how)
     assert mptk.verify(tmp_path / "small", model=net)
 
@@ -118,7 +118,7 @@ def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = {"vocab_size": 41, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
     model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "multiple": 4, "progress": None, "onnx": True}
+    how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None, "onnx": True}
     found = mptk.prune(model.eval(), tmp_path / "small", example_inputs=IDS[:2], data=IDS, **how)
     assert found is not None
     assert "ONNX Runtime" in {row["stage"] for row in found.report.proof}

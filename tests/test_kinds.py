@@ -191,7 +191,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     )
     dense, out = str(tmp_path / "dense"), tmp_path / "out"
     model.save_pretrained(dense)
-    run = mptk.Settings(data="random", samples=4, length=8, eval_windows=2, sparsity=0.2, multiple=1, seed=3)
+    run = mptk.Settings(data="random", samples=4, length=8, eval_windows=2, sparsity=0.2, align=1, seed=3)
     learning = Learning(steps=4, training=Training(batch=2))
     found = mptk.prune(dense, out, replace(run, method="maskprune", learning=learning))
     assert all(stage["ok"] for stage in found.report.proof)
@@ -204,7 +204,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     assert all("1 windows of 20 tokens" in each["protocol"] for each in measured)
     assert measured[0]["model"] == pytest.approx(measured[1]["pruned"], rel=1e-4)
     with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
-        mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", multiple=1)
+        mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", align=1)
     with pytest.raises(
         MptkError, match=r"can be traced only for 8 tokens, so a graph would take no other length; use --target st"
     ):

@@ -37,7 +37,7 @@ from passes.targets import legalize
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
 SETTINGS = mptk.Settings(
-    method="random", sparsity=0.25, budget="latency", samples=2, length=32, multiple=8, tolerance=0.02, onnx=False
+    method="random", sparsity=0.25, budget="latency", samples=2, length=32, align=8, tolerance=0.02, onnx=False
 )
 
 

@@ -33,7 +33,7 @@ from mptk.config.settings import Learning, LossWeights, Training
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
 SETTINGS = mptk.Settings(
-    method="maskprune", sparsity=0.35, samples=8, length=32, multiple=8, onnx=False, learning=LEARNING
+    method="maskprune", sparsity=0.35, samples=8, length=32, align=8, onnx=False, learning=LEARNING
 )
 
 
@@ -76,7 +76,7 @@ def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) ->
 
 
 COMMAND = [
-    *("prune", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--multiple-of", "8", "--no-onnx"),
+    *("prune", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--align", "8", "--no-onnx"),
     *("--steps", "12", "--mask-share", "0.5", "--rank", "4", "--batch", "4", "--micro", "2", "--lr", "3e-3"),
     *("--save-every", "2"),
 ]

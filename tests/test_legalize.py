@@ -13,6 +13,7 @@ from mptk import MptkError, Settings, analyze, trace
 from mptk.chain.prepare import legalise
 from mptk.cost.model import CostModel
 from mptk.io.models import Loaded
+from mptk.ir.alignment import Alignment, read_alignment
 from mptk.progress import silent
 from mptk.protocols.conversion import Analysed
 from mptk.targets import find_target
@@ -42,7 +43,7 @@ def small():
     return (
         analysis,
         CostModel(analysis),
-        legalize.stock_widths(analysis, legalize.discover(analysis, model), multiple=32),
+        legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
     )
 
 
@@ -87,7 +88,7 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
-    target = legalize.stock_widths(analysis, legalize.discover(analysis, model), multiple=8)
+    target = legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
     assert target.together == (frozenset({"heads", "hidden"}),)
     assert target.ladders["hidden"] == (8, 16, 24, 32, 40, 48)
     assert legalize.default_families(analysis, target) == ["ffn"]
@@ -95,7 +96,7 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
     assert both
     assert all(c.widths["hidden"] == 8 * c.widths["heads"] for c in both)
     assert legalize.find_candidates(CostModel(analysis), target, ["heads"], 0.3) == []
-    assert legalize.graph_widths(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
+    assert legalize.graph_widths(analysis, Alignment(8)).ladders["heads"] == (1, 2, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])
@@ -157,11 +158,65 @@ def test_an_impossible_budget_names_the_nearest(small):
 def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, quantize, step):
     """Whatever is asked for: of the ffn, whose 160 channels are five blocks of 32."""
     analysis, _, _ = small
-    settings = Settings(multiple=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
+    settings = Settings(align=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
     model = Analysed(Loaded(llama(), None, "model", Path()), CAUSAL_LM, analysis)
     widths = [c.widths["ffn"] for c in legalise("model", settings, model, silent).candidates]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "ffn", "hidden"),
+    [(32, 32, 32), ("h100", 128, 128), ("ffn=80", 80, 32), ("a100,hidden=16,ffn=mps", 64, 16), ("8, ffn=2", 2, 8)],
+)
+def test_a_divisor_is_a_number_a_device_or_one_for_each_family(text, ffn, hidden):
+    found = read_alignment(text)
+    assert (found.divisors("ffn"), found.divisors("hidden")) == ((ffn,), (hidden,))
+
+
+@pytest.mark.parametrize("text", ["h10", "0", "ffn=", "ffn=0", "=32", "32;64", "", -8, 1 << 21])
+def test_another_divisor_is_refused(text):
+    with pytest.raises(MptkError, match=r"align: .* is not known; .*one of cpu, a100, h100, mps, or families with"):
+        Settings(align=text)
+
+
+def test_a_family_has_a_divisor_of_its_own(small):
+    analysis, _, _ = small
+    ladders = legalize.graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
+    assert ladders["ffn"] == (80, 160)
+    assert ladders["hidden"] == (16, 32, 48)
+    assert legalize.graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"] == tuple(
+        range(1, 161)
+    )  # nor is 160
+
+
+def test_heads_stay_divisible_by_the_devices_that_share_them():
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=10,
+        vocab_size=97,
+    )
+    with torch.device("meta"):
+        analysis = analyze(trace(LlamaForCausalLM(config)))
+
+    def widths(devices: int, every: int = 1) -> dict[str, tuple[int, ...]]:
+        return dict(legalize.graph_widths(analysis, Alignment(every, devices=devices)).ladders)
+
+    assert widths(4)["kv_groups"] == (4, 8)
+    assert widths(4)["q_heads"] == (1, 2, 3)  # of each of 8 groups
+    assert widths(4)["ffn"] == tuple(range(4, 161, 4))
+    assert widths(4)["hidden"] == widths(1)["hidden"]  # every device has it whole
+    assert widths(8)["kv_groups"] == widths(16)["kv_groups"] == (8,)
+    assert widths(5, 16)["ffn"] == (80, 160)  # 16 on each of five
+
+
+def test_layers_of_one_width_are_named_together():
+    widths = {"q_heads": 2, "ffn.0": 64, "ffn.1": 32, "ffn.2": 32, "ffn.4": 32, "ffn.3": 16}
+    assert legalize.describe(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
 
 
 def written() -> torch.Tensor:
@@ -201,7 +256,7 @@ def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
     refused = {}
     for name in ("zamba2", "bamba"):
         model = tiny_model("causal-lm", name).model
-        legal = find_target("stock").legal(analyze(trace(model)), model, 1)
+        legal = find_target("stock").legal(analyze(trace(model)), model, Alignment(1))
         refused[name] = [why for why in legal.refused.values() if "fixes its norm's epsilon" in why]
     assert refused["zamba2"]
     assert not refused["bamba"]
@@ -211,6 +266,6 @@ def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():
     model = tiny_model("causal-lm", "mamba").model
     analysis = analyze(trace(model, dynamic=True))
     inner = next(f for f in analysis.families if f.size == model.config.intermediate_size)
-    legal = find_target("stock").legal(analysis, model, 1)
+    legal = find_target("stock").legal(analysis, model, Alignment(1))
     config = legal.stock.config({inner.name: 100}).config
     assert config.intermediate_size == 100

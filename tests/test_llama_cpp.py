@@ -41,7 +41,7 @@ def logits(model: str | Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("widths", [{"q_heads": 2, "ffn": 40}, {"layers": 2, "ffn": 32}])
 def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: dict[str, int], tmp_path: Path) -> None:
-    mptk.prune(str(dense), tmp_path / "out", widths=widths, multiple=8, tolerance=1.0, onnx=False, **HOW)
+    mptk.prune(str(dense), tmp_path / "out", widths=widths, align=8, tolerance=1.0, onnx=False, **HOW)
     layers = api.gguf(tmp_path / "out", dense / "dense.gguf", tmp_path / "out.gguf")
     config = mptk.load(str(tmp_path / "out")).model.config
     assert (

@@ -32,7 +32,7 @@ ONE = {"width": 1, "of": 2}
 TEXTS = [toys.TEXT] * 8
 MEASURED = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "onnx": False, "progress": None}
 ALONE: dict[str, Any] = {"kv_heads": 1, "sparsity": 0.0, "method": "wanda", "data": TEXTS, **MEASURED}
-CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "multiple": 4}
+CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "align": 4}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One KV head of two, and a fifth of the dense model's blocks removed in all, with ONNX, by the command line."""
     out = tmp_path_factory.mktemp("cut") / "out"
     (out.parent / "text.txt").write_text(toys.TEXT * 20)
-    typed = f"prune {dense} --kv-heads 1 --families ffn --sparsity 0.2 --multiple-of 4 --method wanda --samples 4 "
+    typed = f"prune {dense} --kv-heads 1 --families ffn --sparsity 0.2 --align 4 --method wanda --samples 4 "
     typed += f"--length 24 --eval-windows 2 --eval-length 24 --data {out.parent / 'text.txt'} --out {out}"
     result = CliRunner().invoke(app, typed.split())
     assert result.exit_code == 0, result.output
@@ -218,9 +218,7 @@ def test_other_choices_start_from_the_merged_model(more: Mapping[str, Any], dens
 
 
 def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) -> None:
-    line = (
-        f"shapes {dense} --families ffn --sparsity 0.2 --multiple-of 2 --samples 4 --length 24 --tokens 0 --data random"
-    )
+    line = f"shapes {dense} --families ffn --sparsity 0.2 --align 2 --samples 4 --length 24 --tokens 0 --data random"
     found = {}
     for more in ("", "--kv-heads 1"):
         result = CliRunner().invoke(app, [*line.split(), *more.split(), "--json", "-"])

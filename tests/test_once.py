@@ -24,7 +24,7 @@ from passes.transforms.insert_masks import find_mask_sites
 from tests import toy_checkpoints
 
 LEARNING = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2))
-SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, multiple=4, learning=LEARNING)
+SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, align=4, learning=LEARNING)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from mptk import MptkError, ProofError, Settings
 from mptk.api.graphs import export_folder
 from mptk.publish.manifest import write_manifest
 
-SETTINGS = {"data": "random", "multiple": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
+SETTINGS = {"data": "random", "align": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
 ROWS = ["batch_size", "sequence_length"]
 READ = ["batch_size", "encoder_sequence_length"]
 WROTE = ["batch_size", "decoder_sequence_length"]

@@ -265,7 +265,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
     sizes = {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
     dense = save(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), root / "dense")
-    common = {"sparsity": 0.3, "samples": 4, "length": 32, "multiple": 4, "onnx": False, "families": ("ffn",)}
+    common = {"sparsity": 0.3, "samples": 4, "length": 32, "align": 4, "onnx": False, "families": ("ffn",)}
     learning = Learning(steps=4)
     mptk.prune(dense, root / "wanda", mptk.Settings(method="wanda", **common))
     mptk.prune(dense, root / "learned", mptk.Settings(method="maskprune", learning=learning, **common))

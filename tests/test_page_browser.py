@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import mptk
+from mptk.ir.alignment import Alignment
 from mptk.report.analysis import analysis_json
 from mptk.report.page.render import analysis_page, report_page
 from mptk.targets import find_target
@@ -59,7 +60,7 @@ def page(request: pytest.FixtureRequest) -> tuple[str, int]:
         return report_page([made(run="a" * 70), made(run="b")]), 17
     model = tiny_decoder("grouped heads, rotary")
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, 1)
+    legal = find_target("stock").legal(analysis, model, Alignment(1))
     return analysis_page(analysis_json(analysis, legal, "small"), analysis, legal), 1
 
 

@@ -21,7 +21,7 @@ from mptk.cli.main import app
 from tests import toy_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = ["--samples", "4", "--length", "32", "--multiple-of", "4", "--no-onnx", "--sparsity", "0.25"]
+COMMON = ["--samples", "4", "--length", "32", "--align", "4", "--no-onnx", "--sparsity", "0.25"]
 
 
 @pytest.fixture(scope="module")

@@ -137,16 +137,14 @@ def test_a_dense_model_in_half_precision_is_written_in_float32_if_that_is_asked_
 
 
 def test_same_seed_same_result(llama, tmp_path):
-    settings = mptk.Settings(sparsity=0.5, method="random", samples=4, length=48, multiple=8, onnx=False, seed=3)
+    settings = mptk.Settings(sparsity=0.5, method="random", samples=4, length=48, align=8, onnx=False, seed=3)
     for name in ("a", "b"):
         mptk.prune(llama, tmp_path / name, settings)
     assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
 
 
 def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_text(llama, tmp_path):
-    settings = mptk.Settings(
-        method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21
-    )
+    settings = mptk.Settings(method="random", samples=4, length=48, align=8, onnx=False, eval_windows=3, eval_length=21)
     report = mptk.prune(llama, tmp_path / "out", settings).report
     said = "text sampled from the dense model (compares runs of this model only): 3 windows of 21 tokens"
     assert report.quality["protocol"].startswith(said)
@@ -156,7 +154,7 @@ def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(random.Random(0).choices(WORDS, k=900)))
     settings = mptk.Settings(
-        method="random", data=str(text), samples=4, length=32, eval_length=24, eval_windows=2, multiple=8, onnx=False
+        method="random", data=str(text), samples=4, length=32, eval_length=24, eval_windows=2, align=8, onnx=False
     )
     first, second = (mptk.prune(llama, tmp_path / name, settings).report.data for name in ("a", "b"))
     assert first == second
@@ -182,7 +180,7 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
         samples=6,
         length=32,
         eval_length=32,
-        multiple=8,
+        align=8,
         dtype="bfloat16",
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings).report
@@ -222,7 +220,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, cha
         mptk.prune(
             llama,
             tmp_path / "out",
-            mptk.Settings(**{"method": "wanda", "samples": 4, "length": 48, "multiple": 8, **change}),
+            mptk.Settings(**{"method": "wanda", "samples": 4, "length": 48, "align": 8, **change}),
         )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -240,7 +238,7 @@ def test_example_script_does_the_main_job(llama, tmp_path, inside, capsys):
 
 
 def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
-    options = ["--method", "magnitude", "--sparsity", "0.314", "--samples", "2", "--length", "32", "--multiple-of", "4"]
+    options = ["--method", "magnitude", "--sparsity", "0.314", "--samples", "2", "--length", "32", "--align", "4"]
     run = CliRunner().invoke(app, ["prune", llama, "--out", str(tmp_path / "out"), "--no-onnx", "-v", *options])
     assert run.exit_code == 0, run.output
     assert re.search(r"rewrite: \d+ → \d+ ops, [\d,]+ → [\d,]+ parameters, \d+ weights sliced", run.stderr)

@@ -22,7 +22,7 @@ from mptk.ir.samples import next_tokens
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import task_of
 
-SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "multiple": 2, "samples": 4}
+SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "align": 2, "samples": 4}
 SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
 
 

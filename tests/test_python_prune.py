@@ -30,7 +30,7 @@ from mptk.ir.passes import PassResult
 from mptk.ir.program import ProgramModule
 from mptk.tasks import task_of
 
-SMALL = {"sparsity": 0.3, "multiple": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
+SMALL = {"sparsity": 0.3, "align": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None}
 TEXTS = [toys.TEXT, "seven wizards mix blue jars of honey while the fox jumps over the lazy dog\n" * 8]
 
@@ -245,7 +245,7 @@ EXAMPLE = (torch.randn(3, 7, 12), torch.rand(3, 1, 1))
 def test_any_module_is_pruned(method: str) -> None:
     net = Net()
     loader = DataLoader(TensorDataset(torch.randn(10, 7, 12), torch.rand(10, 1, 1), torch.arange(10)), batch_size=4)
-    found = mptk.prune(net, example_inputs=EXAMPLE, data=loader, method=method, sparsity=0.3, multiple=4, progress=None)
+    found = mptk.prune(net, example_inputs=EXAMPLE, data=loader, method=method, sparsity=0.3, align=4, progress=None)
     assert found is not None
     assert (found.report.task, found.report.quality["metric"]) == ("module", "distance")
     assert found.report.quality["dense"] == 0 < found.report.quality["pruned"]
@@ -315,9 +315,9 @@ def test_one_sample_is_enough_and_sizes_stay_free() -> None:
 
 def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
     net = Net()
-    first = mptk.prune(net, example_inputs=EXAMPLE, sparsity=0.2, multiple=4, tolerance=0.05, progress=None)
+    first = mptk.prune(net, example_inputs=EXAMPLE, sparsity=0.2, align=4, tolerance=0.05, progress=None)
     assert first is not None
-    second = mptk.prune(first.model, example_inputs=EXAMPLE, sparsity=0.4, multiple=4, tolerance=0.05, progress=None)
+    second = mptk.prune(first.model, example_inputs=EXAMPLE, sparsity=0.4, align=4, tolerance=0.05, progress=None)
     assert second is not None
     assert set(second.model.state_dict()) == set(net.state_dict())
     assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
@@ -355,7 +355,7 @@ class Names(nn.Module):
         (lambda: samples(torch.arange(9)), r"input_ids in data is \[9\]"),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),
         (
-            lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", multiple=4),
+            lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", align=4),
             "no tokenizer to read texts with",
         ),
         (lambda: mptk.prune(toys.llama().to("meta")), "not in memory"),

@@ -17,9 +17,7 @@ from mptk import MptkError, Report
 from mptk.cli.main import app
 from mptk.publish.manifest import write_manifest
 
-REFUSED = mptk.Settings(
-    method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8
-)
+REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, align=8)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
 
 
@@ -48,7 +46,7 @@ def rehomed(llama, tmp_path_factory) -> Path:
     ]
     run = CliRunner().invoke(
         app,
-        ["prune", llama, "--out", str(out), *words, "--multiple-of", "8", "--no-onnx", "--rehome"],
+        ["prune", llama, "--out", str(out), *words, "--align", "8", "--no-onnx", "--rehome"],
         catch_exceptions=False,
     )
     assert run.exit_code == 0, run.output
@@ -95,9 +93,7 @@ def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_pa
         mptk.prune(llama, tmp_path / "out", REFUSED)
     for change in ({"sparsity": 0.97}, {"families": ("rotary_pairs",)}):
         with pytest.raises(MptkError) as error:
-            mptk.prune(
-                llama, tmp_path / "out", mptk.Settings(method="wanda", samples=4, length=48, multiple=8, **change)
-            )
+            mptk.prune(llama, tmp_path / "out", mptk.Settings(method="wanda", samples=4, length=48, align=8, **change))
         assert "rehome" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -37,7 +37,7 @@ from mptk.ir.passes import PassRecord
 from mptk.protocols.run_folder import RunFolder
 
 SETTINGS = mptk.Settings(
-    method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
+    method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
     "mptk.tasks.inputs.text.TextWindows.calibration",

@@ -37,7 +37,7 @@ SETTINGS = mptk.Settings(
     tolerance=0.03,
     samples=8,
     length=32,
-    multiple=8,
+    align=8,
     search_tokens=0,
     search_finalists=3,
     onnx=False,
@@ -231,7 +231,7 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     inside.bound("mptk.cli.console.out.width", 2000)
-    typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --multiple-of 8 --keep q_heads"
+    typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
     run = CliRunner().invoke(app, ["shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q"])
     assert run.exit_code == 0, run.output
     *table, command = run.stdout.strip().splitlines()

@@ -30,12 +30,13 @@ from transformers import (
 import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.api import compiler as api
+from mptk.ir.alignment import Alignment
 from mptk.report.analysis import analysis_json
 from mptk.targets import find_target
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite
 
-SMALL = {"method": "magnitude", "data": "random", "samples": 1, "eval_windows": 1, "multiple": 1, "onnx": False}
+SMALL = {"method": "magnitude", "data": "random", "samples": 1, "eval_windows": 1, "align": 1, "onnx": False}
 
 
 def convnext(*hidden: int) -> ConvNextForImageClassification:
@@ -65,7 +66,7 @@ def cvt() -> CvtForImageClassification:
 
 def found(model: PreTrainedModel) -> Any:
     analysis = api.analyze(model)
-    legal = find_target("stock").legal(analysis, model, 1)
+    legal = find_target("stock").legal(analysis, model, Alignment(1))
     widths = {f["name"]: f for f in analysis_json(analysis, legal, "it")["families"]}
     families = {f.name: f for f in analysis.families}
 

@@ -22,7 +22,7 @@ from passes.transforms.store import Store, stored
 from tests import toy_checkpoints
 
 SETTINGS = mptk.Settings(
-    sparsity=0.314, method="wanda", samples=4, length=32, multiple=4, eval_windows=4, eval_length=32, onnx=False
+    sparsity=0.314, method="wanda", samples=4, length=32, align=4, eval_windows=4, eval_length=32, onnx=False
 )
 
 

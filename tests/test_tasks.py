@@ -40,7 +40,7 @@ WORDS = [
     "honey",
 ]
 SPECIAL = ["[PAD]", "[UNK]", "[MASK]"]
-SETTINGS = {"sparsity": 0.316, "multiple": 4, "samples": 4, "length": 21, "eval_windows": 3, "eval_length": 24}
+SETTINGS = {"sparsity": 0.316, "align": 4, "samples": 4, "length": 21, "eval_windows": 3, "eval_length": 24}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which cuts break programs other than transformers, and ``--portable``, which leaves them out.
+"""Which cuts break programs other than transformers. By default they are left out.
 
 It reaches for passes.targets.stock: what other programs derive, without a run.
 """
@@ -10,21 +10,25 @@ from typing import Any
 
 import pytest
 import toy_checkpoints as toys
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import mptk
 from mptk import MptkError
 from mptk.api import compiler as api
+from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.report.analysis import analysis_json, breaking
+from mptk.report.runs import whole
 from mptk.targets import find_target
+from passes.targets import legalize
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
+from passes.targets.stock.consumers import deriving
 from passes.targets.stock.travel import broken
 
 SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
-HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "multiple": 2, **SMALL}
-HEADS = "programs that derive head_dim from hidden_size and num_attention_heads"
+HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "align": 2, **SMALL}
+HEADS = f"programs that derive head_dim from hidden_size and num_attention_heads, as {deriving('head_dim')}"
 
 
 def derivable() -> LlamaForCausalLM:
@@ -38,7 +42,7 @@ def derivable() -> LlamaForCausalLM:
 def found() -> tuple[Analysis, LegalWidths]:
     model = derivable()
     analysis = api.analyze(model)
-    return analysis, find_target("stock").legal(analysis, model, 2)
+    return analysis, find_target("stock").legal(analysis, model, Alignment(2))
 
 
 def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
@@ -63,7 +67,7 @@ def test_a_size_that_programs_derive() -> None:
 def test_a_number_that_the_dense_config_leaves_open() -> None:
     config = GPT2Config(n_embd=48, n_head=4)
     assert broken(cut(config, n_inner=100), config) == [
-        "programs that derive n_inner, which the dense model's config leaves open"
+        f"programs that derive n_inner, which the dense config leaves open, as {deriving('open')}"
     ]
 
 
@@ -72,27 +76,45 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     assert legal.breaks == dict.fromkeys(("hidden", "kv_groups", "q_heads"), HEADS)
     (line,) = breaking(analysis_json(analysis, legal, "m")["families"])
     assert line.startswith(f"cutting hidden, kv_groups, q_heads breaks {HEADS}")
-    portable = legal.portable()
-    assert {name for name, widths in portable.ladders.items() if len(widths) > 1} == {"ffn", "layers"}
-    assert portable.refused["q_heads"] == f"cutting it breaks {HEADS}"
+    found = legalize.portable(analysis, legal)
+    assert legalize.default_families(analysis, found) == ["ffn"]
+    assert found.left == dict.fromkeys(("kv_groups", "q_heads"), f"cutting it breaks {HEADS}")
 
 
-def test_portable_refuses_what_breaks() -> None:
-    with pytest.raises(MptkError, match=rf"q_heads cannot be cut .*{HEADS}; leave out --portable"):
-        mptk.prune(derivable(), portable=True, families="q_heads", **HOW)
-    with pytest.raises(MptkError, match=r"writes no config\.json .* leave out --portable"):
-        find_target("graph").legal(api.analyze(derivable()), derivable(), 2).portable()
-
-
-def test_portable_keeps_to_what_travels() -> None:
-    report = mptk.prune(derivable(), portable=True, sparsity=0.2, tolerance=0.05, **HOW).report
+def test_by_default_only_what_travels_is_cut() -> None:
+    report = mptk.prune(derivable(), sparsity=0.2, tolerance=0.05, **HOW).report
     assert [n for n, f in report.families.items() if f["width"] < f["of"]] == ["ffn"]
-    assert any(note.startswith("--portable left uncut kv_groups, q_heads: cutting it breaks") for note in report.notes)
+    assert any(note.startswith("left whole for other programs: kv_groups, q_heads (cutting") for note in report.notes)
+    assert not any("this cut breaks" in note for note in report.notes)
+    assert whole(report, "kv_groups") == f"cutting it breaks {HEADS}"
 
 
-def test_a_cut_that_breaks_is_told(tmp_path: Path) -> None:
-    pruned = mptk.prune(derivable(), widths={"q_heads": 2}, families="q_heads", **HOW)
+def test_a_budget_that_only_heads_could_meet_names_the_option() -> None:
+    with pytest.raises(
+        MptkError, match=r"nearest: .* give --no-portable to cut kv_groups, q_heads, too, or name other"
+    ):
+        mptk.prune(derivable(), sparsity=0.75, **HOW)
+
+
+def test_no_portable_cuts_heads_by_default_too() -> None:
+    report = mptk.prune(derivable(), portable=False, sparsity=0.75, tolerance=0.1, **HOW).report
+    assert any(report.families[name]["width"] < report.families[name]["of"] for name in ("kv_groups", "q_heads"))
+    assert f"this cut breaks {HEADS}; see docs/deploy.md" in report.notes
+
+
+def test_what_is_named_is_cut_and_told(tmp_path: Path) -> None:
+    pruned = mptk.prune(derivable(), widths={"q_heads": 2}, sparsity=0.3, tolerance=0.1, **HOW)
+    assert pruned.report.families["q_heads"]["width"] == 2
     assert f"this cut breaks {HEADS}; see docs/deploy.md" in pruned.report.notes
+    assert any(note.startswith("left whole for other programs: kv_groups (") for note in pruned.report.notes)
     pruned.plan.save(tmp_path / "plan.json")
-    with pytest.raises(MptkError, match=f"these widths break {HEADS}"):
-        mptk.prune(derivable(), plan=str(tmp_path / "plan.json"), portable=True, **HOW)
+    again = mptk.prune(derivable(), plan=str(tmp_path / "plan.json"), **HOW).report
+    assert again.families == pruned.report.families
+
+
+def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=97, n_positions=64)).eval()
+    analysis = api.analyze(model)
+    legal = find_target("stock").legal(analysis, model, Alignment(2))
+    assert "ffn" in legal.breaks
+    assert legalize.default_families(analysis, legalize.portable(analysis, legal)) == ["ffn"]

@@ -33,7 +33,7 @@ SETTINGS = mptk.Settings(
     length=16,
     onnx=False,
     eval_length=16,
-    multiple=8,
+    align=8,
 )
 CONFIG = """
 from transformers import LlamaConfig

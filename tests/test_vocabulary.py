@@ -36,7 +36,7 @@ from mptk.targets.stock import check_same_reading
 WORDS = "the quick brown fox jumps "
 TEXT = WORDS * 90
 OTHER = toys.TEXT * 20
-FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "multiple": 2, "method": "wanda"}
+FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "align": 2, "method": "wanda"}
 ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT], "vocabulary": [TEXT]}
 
 
@@ -61,7 +61,7 @@ def pruned(dense, tmp_path_factory) -> Path:
     """The decoder with the tokens of a text, and 30 % of its blocks removed, by the command line, with ONNX."""
     out = tmp_path_factory.mktemp("out") / "pruned"
     typed = f"prune {dense} --vocabulary {dense.parent / 'few.txt'} --data {dense.parent / 'many.txt'} --out {out} "
-    typed += "--sparsity 0.3 --method wanda --samples 4 --length 24 --eval-windows 2 --eval-length 24 --multiple-of 2"
+    typed += "--sparsity 0.3 --method wanda --samples 4 --length 24 --eval-windows 2 --eval-length 24 --align 2"
     result = CliRunner().invoke(app, typed.split())
     assert result.exit_code == 0, result.output
     assert "vocabulary" in result.output
@@ -117,7 +117,7 @@ def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
 
 @pytest.mark.long
 def test_a_model_that_keeps_all_tokens_writes_the_same_text(dense):
-    result = mptk.prune(str(dense), **{**ALONE, "multiple": 300})
+    result = mptk.prune(str(dense), **{**ALONE, "align": 300})
     assert tokens_of(result.plan) == tuple(range(300))
     whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     ids = words(WORDS, return_tensors="pt").input_ids

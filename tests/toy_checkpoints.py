@@ -78,7 +78,7 @@ def saved(model: PreTrainedModel, folder: Path, text: PreTrainedTokenizerBase | 
 # ---- models of few words ----
 
 WORDS = [f"w{i}" for i in range(95)]
-SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
+SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, align=8)
 
 
 def save(model: PreTrainedModel, folder: Path) -> str:

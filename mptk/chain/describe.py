@@ -66,7 +66,7 @@ def describe(
         files=sorted([*listed(folder), FILE, CARD]),
         task=prepared.task.name,
         legal={
-            name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name)}
+            name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name) or prepared.legal.left.get(name)}
             for name, ladder in prepared.legal.ladders.items()
         },
         data=used_data(sets, prepared.settings),

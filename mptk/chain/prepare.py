@@ -9,7 +9,7 @@ from functools import partial
 from mptk.chain.estimate import check_fits, estimated_for
 from mptk.chain.job import Job
 from mptk.compile.trace import same_sizes, traced
-from mptk.config.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
+from mptk.config.settings import DEFAULT_STEPS, FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
 from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
@@ -26,19 +26,21 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
-from mptk.methods.division.budget import budgeted, check_any, find_widths, multiples
+from mptk.methods.division.budget import alignment, budgeted, check_any, find_widths
 from mptk.methods.division.search import rungs
+from mptk.methods.division.selection import Selection, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Method, Prepared, Target, stored_type
+from mptk.protocols.chain import Prepared, Target, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
-from mptk.targets import find_target
+from mptk.targets import find_target, targets
 from passes.analysis import group
+from passes.targets.legalize import portable
 
 
 def announce(needs: Estimate, job: Job, context: Context) -> None:
@@ -70,8 +72,8 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     target = find_target(settings.target)
     if not settings.fixed:
         method.check(settings)
-        if settings.layers == FREE:
-            check_divides(settings, method, target)
+        if settings.layers != UNIFORM:
+            check_divides(settings, f"--layers {settings.layers}")
     wanted(settings, plan, texts)
     if settings.trains and not target.classed:
         check_graph_training(settings)
@@ -94,14 +96,26 @@ def check_graph_training(settings: Settings) -> None:
         raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
 
 
-def check_divides(settings: Settings, method: Method, target: Target) -> None:
-    """Raise MptkError if layers cannot have different widths."""
-    if not target.ragged:
-        raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
-    if not method.divides:
-        raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
+def check_divides(settings: Settings, asked: str) -> None:
+    """Raise MptkError if layers cannot have different widths. ``asked``: what asks for them."""
+    check_ragged(find_target(settings.target), asked)
+    method = find_method(settings.method)
+    if settings.layers == FREE and not method.divides:
+        raise MptkError(f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda")
     if settings.budget == LATENCY:
-        raise MptkError("--layers free can divide only parameters, FLOPs or bytes; use another --budget")
+        raise MptkError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget")
+    if settings.search:
+        raise MptkError(f"--search only ranks shapes whose layers are alike; leave out --search or {asked}")
+
+
+def check_ragged(target: Target, asked: str) -> None:
+    """Raise MptkError, which names the targets that can, unless layers may have different widths in ``target``."""
+    if not target.ragged:
+        able = " or ".join(f"--target {each.name}" for each in targets().values() if each.ragged)
+        raise MptkError(
+            f"{asked}: a {target.name} checkpoint has one width for all layers; use {able}, from which `mptk gguf` "
+            "makes a file for llama.cpp if the model is a LLaMA"
+        )
 
 
 def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
@@ -213,11 +227,17 @@ def legalise(
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
-    legal = target.legal(analysis, loaded.model, multiples(settings))
-    if settings.portable:
-        legal = legal.portable()
+    legal = target.legal(analysis, loaded.model, alignment(settings))
+    if settings.portable and not (settings.families or settings.fixed):
+        legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
     plan = plan or Plan({})
+    selection = Selection() if settings.fixed else selected(analysis, settings)
+    if selection.alike:
+        check_divides(settings, selection.named or f"--layers {settings.layers}")
+    known = {family.name for family in analysis.all_families}
+    if layer := next((n for n in plan.families if n not in known and n.rpartition(".")[0] in known), None):
+        check_ragged(target, f"{layer} of the plan")
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
     prepared = replace(prepared, conversions=conversions)
@@ -226,8 +246,7 @@ def legalise(
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     check_any(analysis, cost)
     check_left(cost, settings)
-    prepared = replace(prepared, candidates=tuple(once(partial(find_widths, prepared))))
-    return by_layer(prepared, before) if settings.layers == FREE else prepared
+    return by_layer(with_candidates(prepared, selection, before), selection, before)
 
 
 def check_left(cost: CostModel, settings: Settings) -> None:
@@ -239,13 +258,29 @@ def check_left(cost: CostModel, settings: Settings) -> None:
         )
 
 
-def by_layer(prepared: Prepared, before: Analysis | None) -> Prepared:
-    """Make each layer of the cut families a family of its own; candidates keep equal widths."""
-    s, whole = prepared.settings, prepared.analysis
-    analysis = whole.divided(prepared.families)
-    parts = {name: [part.name for part in whole.family(name).parts] or [name] for name in prepared.families}
-    legal = prepared.target.legal(analysis, prepared.loaded.model, multiples(s))
-    ladders = {**legal.ladders, **{part: (s.widths[name],) for name in s.widths for part in parts[name]}}
+def with_candidates(prepared: Prepared, selection: Selection, before: Analysis | None) -> Prepared:
+    """``prepared`` with the candidates of ``selection``, whose families are taken apart as it says."""
+    p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
+    if selection.alike:
+        analysis = analysis.apart(selection.alike)
+        legal = p.target.legal(analysis, p.loaded.model, alignment(p.settings))
+        cost = CostModel(analysis, p.settings.budget, itemsize=p.dtype.itemsize, before=before)
+    legal = selection.allowed(legal)
+    renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
+    apart = replace(p, analysis=analysis, legal=legal, cost=cost, settings=renamed)
+    return replace(p, candidates=tuple(once(partial(find_widths, apart))))
+
+
+def by_layer(prepared: Prepared, selection: Selection, before: Analysis | None) -> Prepared:
+    """Make each layer of the divided families a family of its own; candidates keep equal widths."""
+    s, whole, given = prepared.settings, prepared.analysis, selection.widths
+    parts = {name: selection.layers(whole.family(name), s.layers == FREE) for name in prepared.families}
+    divided = {*selection.alike, *(name for name, layers in parts.items() if layers != [name])}
+    if not divided:
+        return prepared
+    analysis = whole.divided(divided)
+    legal = prepared.target.legal(analysis, prepared.loaded.model, alignment(s))
+    ladders = {**legal.ladders, **{part: (given[name],) for name in given for part in parts[name]}}
     candidates = [
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
         for c in prepared.candidates

@@ -267,7 +267,7 @@ def written_folder(
         ]
         notes += [one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
-        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
+        notes.append(left_whole(prepared.legal))
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

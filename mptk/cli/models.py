@@ -104,6 +104,8 @@ def analyze(
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
+    from mptk.methods.division.budget import alignment
+    from mptk.methods.division.selection import check_aligned
     from mptk.report.analysis import analysis_json, analysis_view
     from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
@@ -116,9 +118,9 @@ def analyze(
         skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
         example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
         analysis = api.analyze(skeleton, example)
+        check_aligned(analysis, settings)
         progress("legal widths", 0, 0)
-        found = find_target(settings.target).legal(analysis, skeleton, settings.multiple)
-        found = found.portable() if settings.portable else found
+        found = find_target(settings.target).legal(analysis, skeleton, alignment(settings))
     result = analysis_json(analysis, found, model)
     if html is not None:
         from mptk.report.page.render import analysis_page

@@ -95,7 +95,12 @@ def form(each: Declared) -> Form:
         return Form(list[str] | None, lambda texts: dict(map(parse_width, texts or [])), lambda widths: None)
     if get_origin(each.kind) is Literal:  # whose values are the choices
         return Form(str)
-    return {"size": Form(str | None, parse_size), "path": Form(Path | None)}.get(each.setting.form, Form(each.kind))
+    forms = {
+        "size": Form(str | None, parse_size),
+        "path": Form(Path | None),
+        "number or text": Form(str, lambda text: int(text) if text.isdecimal() else text, str),
+    }
+    return forms.get(each.setting.form, Form(each.kind))
 
 
 def parameters(command: str, base: Record) -> list[inspect.Parameter]:

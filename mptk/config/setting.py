@@ -7,6 +7,7 @@ Python keywords, checks and ``docs/settings.md`` are made from these declaration
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -31,17 +32,19 @@ SEED = (0, 2**32 - 1)
 class Choices:
     """The values that a setting may have. ``plugins``: groups of entry points, whose names are values too.
 
-    ``numbered``: names that may end with a number, as ``cuda:1``.
+    ``numbered``: names that may end with a number, as ``cuda:1``. ``or_ranges``: or numbers, as ``5-20,28``.
     """
 
     names: tuple[str, ...]
     plugins: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ()
+    or_ranges: bool = False
 
     @property
     def shown(self) -> list[str]:
         """The values as the help shows them."""
-        return [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
+        named = [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
+        return [*named, "5-20,28"] if self.or_ranges else named
 
     def known(self) -> list[str]:
         """All values, with those of installed plugins."""
@@ -53,8 +56,11 @@ class Choices:
         known = self.known()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
+        if self.or_ranges and numbers_in(value):
+            return None
         hint = did_you_mean(value, known, "")
-        return f"{value!r} is not known; {f'{hint} ' if hint else ''}choose one of {', '.join(known)}"
+        numbers = ", or give numbers as 5-20,28" if self.or_ranges else ""
+        return f"{value!r} is not known; {f'{hint} ' if hint else ''}choose one of {', '.join(known)}{numbers}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Setting:
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
     that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
     of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
-    ``form``: how a number of bytes or a file name is typed. ``recipe``: a run writes the setting into its recipe, only
+    ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
     reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
     another value.
     """
@@ -99,7 +105,7 @@ class Setting:
     choices: Choices | None = None
     option: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    form: Literal["plain", "size", "path"] = "plain"
+    form: Literal["plain", "size", "path", "number or text"] = "plain"
     recipe: Literal["written", "read", "refused"] = "written"
     resumable: bool = False
 
@@ -259,6 +265,15 @@ def from_json(kind: type[R], data: object, where: str) -> R:
 
 
 # ---- numbers ----
+
+
+def numbers_in(text: str) -> frozenset[int]:
+    """``5-7,28`` → {5, 6, 7, 28}; empty if ``text`` is something else."""
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
+        return frozenset()
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    ranges = [range(each[0], each[-1] + 1) for each in ends]
+    return frozenset(itertools.chain(*ranges)) if all(ranges) else frozenset()
 
 
 def outside(value: float, least: float, most: float) -> str | None:

@@ -37,9 +37,10 @@ from mptk.config.learning import (
     Rates,
     Training,
 )
-from mptk.config.setting import COUNT, SEED, Choices, Record, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, Record, numbers_in, record, setting
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
+from mptk.ir.alignment import BLOCK, HARDWARE, read_alignment
 
 __all__ = [
     "DEFAULT_STEPS",
@@ -47,6 +48,7 @@ __all__ = [
     "INPUTS",
     "IN_MEMORY",
     "MOST",
+    "UNIFORM",
     "Learning",
     "LossWeights",
     "Rates",
@@ -59,7 +61,7 @@ IN_MEMORY = "samples given in Python"
 INPUTS = ".safetensors"
 """Suffix of a file of inputs."""
 UNIFORM, FREE = LAYERS = ("uniform", "free")
-"""Whether all layers share their widths, or each has its own."""
+"""Whether all cut layers share their widths, or each has its own."""
 METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
@@ -107,9 +109,15 @@ class Settings(Record):
         1, "Threads per operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
     )
     families: tuple[str, ...] = setting(
-        (), "Families to cut, comma-separated; default: those inside layers.", CUT, SEARCH, (PLANNED,)
+        (),
+        "Families to cut, or layers of them, as ffn,q_heads.7; default: those inside layers.",
+        CUT,
+        SEARCH,
+        (PLANNED,),
     )
-    keep: tuple[str, ...] = setting((), "Families to leave uncut, comma-separated.", CUT, SEARCH, CHOOSES)
+    keep: tuple[str, ...] = setting(
+        (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, SEARCH, CHOOSES
+    )
     vocabulary: str | None = setting(
         None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
     )
@@ -117,27 +125,42 @@ class Settings(Record):
         None, "Merge the KV heads of each layer to this number; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
     )
     widths: Mapping[str, int] = setting(
-        {}, "Fix a family's width, as ffn=1024. May be repeated.", CUT, SEARCH, (PLANNED,), option="width"
+        {},
+        "Fix the width of a family or of one layer, as ffn=1024 or ffn.7=1280. May be repeated.",
+        CUT,
+        SEARCH,
+        (PLANNED,),
+        option="width",
     )
     layers: str = setting(
         UNIFORM,
-        "uniform: all layers get the same widths; free: each layer gets its own.",
+        "uniform: all layers get the same widths; free: each gets its own; numbers: only these layers are cut.",
         CUT,
         PRUNE,
         CHOOSES,
-        choices=Choices(LAYERS),
+        choices=Choices(LAYERS, or_ranges=True),
     )
     plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
     portable: bool = setting(
-        False, "Cut only what every program can load, not only transformers.", CUT, (*SEARCH, "analyze")
+        True,
+        "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
+        CUT,
+        SEARCH,
+        (*CHOOSES, NO_CLASS),
     )
-    multiple: int = setting(
-        32,
-        "Keep multiples of this number as multiples of it.",
+    align: int | str = setting(
+        BLOCK,
+        f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
         CUT,
         (*SEARCH, "analyze"),
-        within=(1, 1 << 20),
-        option="multiple_of",
+        form="number or text",
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Devices that will share each layer: keep heads, KV heads and channels divisible by their number.",
+        CUT,
+        (*SEARCH, "analyze"),
+        within=(1, 1 << 12),
     )
     tolerance: float = setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
     method: str = setting(
@@ -315,6 +338,7 @@ class Settings(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        read_alignment(self.align)
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
@@ -324,8 +348,6 @@ class Settings(Record):
             raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
         if self.search and self.plan is not None:
             raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
-        if self.search and self.layers == FREE:
-            raise MptkError("--search only ranks shapes whose layers are alike; leave out --search or --layers free")
         self._check_inputs()
         if len(set(self.families)) < len(self.families):
             raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")
@@ -351,6 +373,11 @@ class Settings(Record):
         other = self.sparsity or self.families or self.widths or self.search or self.max_ms is not None
         smaller = self.vocabulary is not None or self.kv_heads is not None
         return self.plan is not None or (smaller and not other)
+
+    @property
+    def only_layers(self) -> frozenset[int] | None:
+        """The numbers of the layers that may be cut; None: all."""
+        return None if self.layers in LAYERS else numbers_in(self.layers)
 
     @property
     def steps(self) -> int:

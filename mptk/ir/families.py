@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -190,13 +190,13 @@ class Analysis:
 
     def family(self, name: str) -> Family:
         """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
-        whole, _, layer = name.rpartition(".")
-        for family in self.all_families:
+        for family in (*self.all_families, *self._parts_of(name.rpartition(".")[0])):
             if family.name == name:
                 return family
-            if family.name == whole and layer.isdecimal() and int(layer) < len(family.parts):
-                return family.parts[int(layer)]
         raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
+
+    def _parts_of(self, name: str) -> Iterator[Family]:
+        return (part for family in self.families if family.name == name for part in family.parts)
 
     @property
     def all_families(self) -> tuple[Family, ...]:
@@ -214,7 +214,19 @@ class Analysis:
 
     def divided(self, names: Collection[str]) -> Analysis:
         """The same with the families ``names`` divided into their layers, as far as they have several."""
-        found = [part for f in self.families for part in (f.name in names and f.parts) or (f,)]
+        return self.apart(dict.fromkeys(names, ()))
+
+    def apart(self, alike: Mapping[str, Collection[int]]) -> Analysis:
+        """The same with each layer of the families ``alike`` as a family, but for the layers named, which stay one."""
+        found: list[Family] = []
+        for f in self.families:
+            layers = alike.get(f.name)
+            if layers is None or not f.parts:
+                found.append(f)
+                continue
+            if layers:
+                found.append(replace(f, groups=tuple(f.groups[i] for i in sorted(layers)), part_of=f.name))
+            found += [part for i, part in enumerate(f.parts) if i not in layers]
         return replace(self, families=tuple(found))
 
     def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:

@@ -27,6 +27,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
+from mptk.methods.division.budget import alignment
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
@@ -138,7 +139,7 @@ def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -
         method=method,
         target=target,
         analysis=analysis,
-        legal=target.legal(analysis, loaded.model, settings.multiple),
+        legal=target.legal(analysis, loaded.model, alignment(settings)),
         cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
         plan=plan,
         cut=resolve_plan(analysis, plan),

@@ -25,6 +25,7 @@ from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import replica
 from mptk.io.models import Loaded
+from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -256,11 +257,11 @@ class Target(Protocol):
     classed: bool = False
     ragged: bool = False
 
-    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Each family's legal widths; by default all widths that the graph's ops accept."""
-        return graph_widths(analysis, multiple)
+        return graph_widths(analysis, alignment)
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         """Additional widths that the model's own class cannot hold but another class can; None if there are none.
 
         ``legal``: the result of ``legal``.

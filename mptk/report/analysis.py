@@ -99,7 +99,7 @@ def breaking(families: Sequence[Row]) -> list[str]:
     for f in families:
         if f["breaks"]:
             found.setdefault(f["breaks"], []).append(f["name"])
-    return [f"cutting {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
+    return [f"cutting {', '.join(names)} breaks {why}; see docs/deploy.md" for why, names in found.items()]
 
 
 def grouped(blocked: Sequence[Row]) -> list[tuple[str, ...]]:

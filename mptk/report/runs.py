@@ -138,12 +138,15 @@ def whole(report: Report, family: str) -> str:
         return str(legal["refused"])
     if narrower == []:
         return "no narrower width is legal"
-    if family in settings.keep:
+    names = {family, family.rpartition(".")[0]}  # of a layer also its family's
+    if names & {*settings.keep}:
         return "kept whole on request (--keep)"
     if settings.plan is not None:
         return "the given plan keeps it whole"
-    if settings.families and family not in settings.families:
+    if settings.families and not names & {*settings.families}:
         return "not among the requested --families"
+    if settings.only_layers is not None and here["layers"] == 1 and "." in family:
+        return f"outside of the requested --layers {settings.layers}"
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"

@@ -13,6 +13,7 @@ from mptk.errors import MptkError, ProofError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
 from mptk.io.resident import Resident
+from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -43,13 +44,13 @@ class StockTarget(Target):
     summary = "the model's own transformers class"
     classed = True
 
-    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):
-            return graph_widths(analysis, multiple)
-        return stock_widths(analysis, legalize.discover(analysis, model), multiple)
+            return graph_widths(analysis, alignment)
+        return stock_widths(analysis, legalize.discover(analysis, model), alignment)
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
-        return None if legal.stock is None else stock_widths(analysis, legal.stock, multiple, rehome=True)
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+        return None if legal.stock is None else stock_widths(analysis, legal.stock, alignment, rehome=True)
 
     def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
         if legal.stock is None or not isinstance(model, PreTrainedModel):
@@ -69,8 +70,6 @@ class StockTarget(Target):
         found = stock.config(widths, scalars=compiled.epsilons, kept=kept)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
-            if prepared.settings.portable and (reasons := broken(found, stock.dense)):
-                raise MptkError(f"these widths break {'; '.join(reasons)}; cut other families or leave out --portable")
             return Written(found, loaded, found.config, dtype)
         if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
+from mptk.ir.alignment import Alignment
 from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import ranges
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
@@ -24,8 +26,7 @@ from passes.targets.stock.travel import breaks
 from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
 from passes.transforms.fold_norms import epsilons
 
-MULTIPLE = 32
-"""Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
+ALIGNED = Alignment()
 NO_RATIO = "it and its partners have no common legal width"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
@@ -42,7 +43,7 @@ class LegalWidths:
         refused: family that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
-        left: family that ``portable`` left uncut → the reason.
+        left: family that ``portable`` leaves out of the default cut → the reason.
         together: sets of families that can only be cut together.
     """
 
@@ -58,18 +59,6 @@ class LegalWidths:
         """Family → programs, other than transformers, that break if it is cut (``stock/travel.py``)."""
         return {} if self.stock is None else breaks(self.stock, self.ladders)
 
-    def portable(self) -> LegalWidths:
-        """Remove the families whose cut breaks a program.
-
-        Raises:
-            MptkError: the target writes no config that other programs read.
-        """
-        if self.stock is None:
-            raise MptkError("this target writes no config.json for other programs to read; leave out --portable")
-        left = {name: f"cutting it breaks {programs}" for name, programs in self.breaks.items()}
-        whole = {name: self.ladders[name][-1:] for name in left}
-        return replace(self, ladders={**self.ladders, **whole}, refused={**self.refused, **left}, left=left)
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -80,21 +69,21 @@ class Candidate:
     unevenness: float
 
 
-def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """Legal widths for the rewritten graph: all widths that its ops accept, as multiples if quantisers need them."""
-    ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
+def graph_widths(analysis: Analysis, alignment: Alignment = ALIGNED) -> LegalWidths:
+    """Legal widths for the rewritten graph: all widths that its ops accept and that are aligned."""
+    ladders = {f.name: aligned(f, alignment) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
 
 def stock_widths(
-    analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
+    analysis: Analysis, stock: Stock, alignment: Alignment = ALIGNED, *, rehome: bool = False
 ) -> LegalWidths:
     """Legal widths for a stock transformers checkpoint: all widths that the model's own config class can express.
 
     Args:
         analysis: of the model.
         stock: the result of ``discover``.
-        multiple: see ``aligned``.
+        alignment: see ``aligned``.
         rehome: also allow widths that only the class's validators refuse; another class may hold such a model
             (``stock/rehome.py``).
     """
@@ -123,7 +112,7 @@ def stock_widths(
 
     ladders = {}
     for family in analysis.families:
-        widths = [] if family.name in refused else [w for w in aligned(family, multiple) if w < family.size]
+        widths = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
@@ -133,7 +122,7 @@ def stock_widths(
     for family in analysis.depths:
         why = accepts({family.name: family.size - 1})
         counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
-        ladders[family.name] = aligned(family, multiple) if counted else (family.size,)
+        ladders[family.name] = aligned(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
     return LegalWidths(ladders, refused, accepts, stock, together=together)
 
@@ -178,11 +167,20 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     return shapes
 
 
-def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
-    """Widths that the graph accepts. A contraction that is a multiple of one of ``multiples`` stays one."""
-    steps = [multiples] if isinstance(multiples, int) else multiples
-    terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
-    kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
+def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
+    """Widths that the graph accepts and that keep the dense sums' alignment. Whole units stay on each device.
+
+    Units that several devices hold at once, as KV heads fewer than devices, are not cut.
+    """
+    members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
+    steps = alignment.divisors(family.part_of or family.name)
+    kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
+    if alignment.devices > 1 and is_layered(family):
+        lengths = {m: family.groups[0].positions(m).shape[-1] for m in members}  # of a unit in the sum
+        if any(alignment.devices % (m.term.size // length) == 0 for m, length in lengths.items()):
+            return (family.size,)
+        shared = ((m.term, length * alignment.devices) for m, length in lengths.items())
+        kept += [(term, step) for term, step in shared if term.size % step == 0]
     axis = family.groups[0].axis
     first = -(-family.minimum // family.multiple) * family.multiple
     return tuple(
@@ -192,9 +190,19 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
     )
 
 
+def portable(analysis: Analysis, target: LegalWidths, named: Collection[str] = ()) -> LegalWidths:
+    """Leave out of the default cut the families whose cut breaks a program, if that leaves any family.
+
+    ``named``: families that the settings name, which are not left out.
+    """
+    cut = [name for name in default_families(analysis, target) if name not in named]
+    left = {name: f"cutting it breaks {target.breaks[name]}" for name in cut if name in target.breaks}
+    return replace(target, left=left) if closed([n for n in cut if n not in left], target.together) else target
+
+
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
     """The families that are cut by default: those inside layers, if the target can express them; else all."""
-    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
+    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1 and f.name not in target.left]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)
 
@@ -305,8 +313,15 @@ def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def describe(widths: Mapping[str, int]) -> str:
-    """``heads=6, ffn=1024``."""
-    return ", ".join(f"{name}={width}" for name, width in widths.items())
+    """``heads=6, ffn.3-26=1024``: layers of one width together."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for name, width in widths.items():
+        whole, _, layer = name.rpartition(".")
+        single = bool(whole) and layer.isdecimal()
+        found.setdefault((whole if single else name, width), []).extend([int(layer)] * single)
+    return ", ".join(
+        f"{name}{'.' if layers else ''}{ranges(tuple(layers))}={width}" for (name, width), layers in found.items()
+    )
 
 
 def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:

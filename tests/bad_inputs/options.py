@@ -11,7 +11,7 @@ ONCE = "prune {model} --data {text.raw} --out {out} --method magnitude --length 
 
 COMMANDS = {
     PRUNE: (
-        *("--sparsity", "--multiple-of 0", "--seed", "--steps", "--batch 0", "--micro 0", "--lr", "--rank", "--lm"),
+        *("--sparsity", "--tensor-parallel 0", "--seed", "--steps", "--batch 0", "--micro 0", "--lr", "--rank", "--lm"),
         *("--kl", "--hidden", "--mask-share", "--save-every 0", "--threads", "--max-decode-ms 0", "--max-prefill-ms 0"),
         *("--proof-length 0", "--search-shapes 0", "--search-finalists 0", "--search-tokens"),
     ),
@@ -22,7 +22,7 @@ COMMANDS = {
     "eval {model} --tasks arc_easy": ("--limit 0",),
     "bench {gpt2}": ("--rounds 0",),
     "verify {pruned}": ("--proof-length 0",),
-    "analyze {model}": ("--multiple-of 0",),
+    "analyze {model}": ("--tensor-parallel 0",),
 }
 """Command → its numbers, and the largest value that is too small if that is not -1."""
 NUMBERS = [
@@ -62,6 +62,8 @@ TEXTS = [
     Row("width of 5000 digits", f"{ONCE} --width ffn={'9' * 5000}", ("as ffn=1024",)),
     Row("width of another family", f"{ONCE} --width wings=8", ("no family 'wings'", "there are")),
     Row("width that is not legal", f"{ONCE} --width ffn=7", ("ffn cannot have width 7", "nearest legal")),
+    Row("align of no family", "analyze {model} --align wings=8", ("no family 'wings'", "there are")),
+    Row("hardware unknown", f"{ONCE} --align h10", ("align: 'h10' is not known", "a100, h100")),
     Row("families unknown", f"{ONCE} --families wings", ("no family 'wings'",)),
     Row("keep unknown", f"{ONCE} --keep wings", ("no family 'wings'",)),
     Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is in --keep and in --",)),
@@ -210,7 +212,7 @@ CONTRADICTIONS = [
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
         "experts of a model without any",
-        "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --multiple-of 8 --method reap --length 16",
+        "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --align 8 --method reap --length 16",
         ("none are in ffn", "--method wanda"),
     ),
     Row(

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mptk.api import graphs as api
 from tests.bad_inputs.table import run
 
-SHORT = "--method magnitude --multiple-of 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"
+SHORT = "--method magnitude --align 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"
 
 
 def write_folders(root: Path) -> None:

@@ -16,7 +16,7 @@ from mptk.io import packaged
 from tests.crash.forked import Trap, run
 
 MEASURED = shlex.split("--data text.txt --length 16 --eval-windows 2 --eval-length 16")
-SHORT = [*MEASURED, *shlex.split("--samples 4 --multiple-of 4 --seed 3")]
+SHORT = [*MEASURED, *shlex.split("--samples 4 --align 4 --seed 3")]
 TRAIN = shlex.split("--batch 2 --micro 2 --rank 2 --save-every 2")
 WANDA = ["prune", "model", "--method", "wanda", "--reconstruct", *SHORT, "--no-onnx"]
 OWN = (".ses", "mptk.json", "report.json", "README.md", "bench.json", "metrics.jsonl", "run.yaml")

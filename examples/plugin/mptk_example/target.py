@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
@@ -27,8 +28,8 @@ class NpzTarget(Target):
     name = "npz"
     summary = "a NumPy archive, widths in multiples of 8"
 
-    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
-        whole = graph_widths(analysis, multiple)
+    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+        whole = graph_widths(analysis, alignment)
         ladders = {
             family.name: tuple(w for w in whole.ladders[family.name] if w % STEP == 0 or w == family.size)
             for family in analysis.families

@@ -24,6 +24,7 @@ from mptk.io import data, models
 from mptk.io.models import Loaded
 from mptk.io.remade import remade
 from mptk.io.text.files import Document
+from mptk.ir.alignment import read_alignment
 from mptk.ir.plan import Entry, ranges, read_family
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, KeptUnits
@@ -80,7 +81,9 @@ class TrimmedVocabulary(Conversion):
     def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         if settings.vocabulary is None:
             return None
-        return partial(cls.trim, corpus_of(settings, texts), str(settings.vocabulary), settings.multiple)
+        return partial(
+            cls.trim, corpus_of(settings, texts), str(settings.vocabulary), read_alignment(settings.align).every
+        )
 
     @classmethod
     def planned(cls, entry: Entry) -> Change:

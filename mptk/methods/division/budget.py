@@ -12,6 +12,7 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import cached_times
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
+from mptk.ir.alignment import Alignment, read_alignment
 from mptk.ir.families import Analysis
 from mptk.progress import Progress
 from mptk.protocols.chain import Prepared
@@ -44,7 +45,7 @@ def budgeted(
         return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
     names = _variable(analysis, legal, s, planned)
     channels = [name for name in names if analysis.family(name).kind == "channels"]
-    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
+    ladders = {name: legalize.aligned(analysis.family(name), alignment(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: cached_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
@@ -63,24 +64,24 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
     if s.fixed:
         names = list(planned)
     else:
-        layered = [n for n, f in there.items() if is_layered(f) and n not in legal.refused]
+        layered = [n for n, f in there.items() if is_layered(f) and n not in {*legal.refused, *legal.left}]
         names = [*(s.families or layered), *s.widths]
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
-def multiples(settings: Settings) -> tuple[int, ...]:
-    """Multiples of these sizes stay multiples: the settings' number, and block sizes of quantised graphs."""
-    return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
+def alignment(settings: Settings) -> Alignment:
+    """The settings' alignment, with the block sizes of quantised graphs."""
+    blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
+    return read_alignment(settings.align, blocks, settings.tensor_parallel)
 
 
-def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
-    """A note on families that ``portable`` left uncut and that would be cut by default; may be empty."""
+def left_whole(legal: LegalWidths) -> str:
+    """A note on families that ``portable`` left out of the default cut; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in legal.left.items():
-        if not settings.families and is_layered(analysis.family(name)):
-            reasons.setdefault(why, []).append(name)
-    said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-    return f"--portable left uncut {said}" if said else ""
+        reasons.setdefault(why, []).append(name)
+    said = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return f"left whole for other programs: {said}; --no-portable cuts all" if said else ""
 
 
 def find_widths(prepared: Prepared) -> list[Candidate]:
@@ -103,9 +104,10 @@ def find_widths(prepared: Prepared) -> list[Candidate]:
 def _elsewhere(prepared: Prepared) -> tuple[list[Candidate], str | None]:
     """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
     p = prepared
-    legal = p.target.elsewhere(p.analysis, p.legal, multiples(p.settings))
-    if legal is None or p.settings.portable:
+    legal = p.target.elsewhere(p.analysis, p.legal, alignment(p.settings))
+    if legal is None:
         return [], None
+    legal = replace(legal, left=p.legal.left)
     try:
         candidates = _within(p, legal)
     except MptkError:
@@ -145,10 +147,9 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
     if not names and not s.widths:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
         remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
-        raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
+        why = why or ("none was found" if s.only_layers is None else f"--layers {s.layers} removes no blocks")
+        raise MptkError(f"no family can be cut for target {s.target} ({why}); {remedy}")
     for name in [*names, *s.keep, *s.widths]:
-        if name not in legal.ladders:
-            raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
         if name in s.keep:
             continue
         if (refusal := prepared.method.refusal(prepared.analysis, name)) is not None:
@@ -156,7 +157,6 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
         if len(legal.ladders[name]) == 1:
             why = legal.refused.get(name, "no narrower width is legal")
             remedy = _unless_graph(legal, "try --target graph", "name other --families")
-            remedy = "leave out --portable" if name in legal.left else remedy
             raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
         if missing := partners(name, {*names, *s.widths}, legal.together):
             others = ", ".join(sorted(missing))
@@ -203,6 +203,8 @@ def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
 
 
 def _others(legal: LegalWidths) -> str:
+    if legal.left:
+        return f"give --no-portable to cut {', '.join(legal.left)}, too, or name other --families"
     return _unless_graph(legal, "name other --families, or use --target graph", "or name other --families")
 
 

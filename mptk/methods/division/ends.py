@@ -32,9 +32,12 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(TOKENS)[0])
     if whole >= alike:
         return ""
+    layers = max(len(prepared.analysis.family(name).parts) for name in equal.widths)
+    inner = f"{round(SHARE * layers)}-{layers - 1 - round(SHARE * layers)}"
     return (
         f"equal layers cost {alike - whole:.2f} in loss: {alike:.2f} when cut, {whole:.2f} if a tenth of the layers at "
-        "each end stays uncut, before any fit or training; --layers free --target graph divides the budget over layers"
+        f"each end stays uncut, before any fit or training; with --target graph, --layers {inner} cuts so, and "
+        "--layers free divides the budget"
     )
 
 

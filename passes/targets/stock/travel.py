@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from mptk.io.fields import field
 from passes.targets.stock.config import StockConfig
+from passes.targets.stock.consumers import deriving
 from passes.targets.stock.learn import Stock
 
 SIZE, HIDDEN, HEADS = "head_dim", "hidden_size", "num_attention_heads"
@@ -38,13 +39,14 @@ def breaks(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> dict[str, str]
 def broken(cut: StockConfig, dense: PreTrainedConfig) -> list[str]:
     """The programs that do not read the config of a cut rightly, each named by what it derives."""
     reasons = [
-        f"programs that derive {SIZE} from {HIDDEN} and {HEADS}"
+        f"programs that derive {SIZE} from {HIDDEN} and {HEADS}, as {deriving('head_dim')}"
         for before, after in _inner(dense, cut.config)
         if _derivable(before) and not _derivable(after)
     ]
     implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != SIZE]
     if implied:
-        reasons.append(f"programs that derive {', '.join(implied)}, which the dense model's config leaves open")
+        fields = ", ".join(implied)
+        reasons.append(f"programs that derive {fields}, which the dense config leaves open, as {deriving('open')}")
     return reasons
 
 

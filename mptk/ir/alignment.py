@@ -1,0 +1,64 @@
+"""alignment: the divisors that narrower widths keep, for the kernels that multiply them. Imports no library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mptk.errors import MptkError, did_you_mean
+
+BLOCK = 32
+"""Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
+HARDWARE: Mapping[str, int] = {"cpu": BLOCK, "a100": 64, "h100": 128, "mps": 64}
+"""Hardware → divisor of the lengths of sums (``docs/shapes.md`` has the sources)."""
+_PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What narrower widths keep of the dense ones.
+
+    If the sum over a family's units is a multiple of a divisor, it stays one. ``every``: the divisor for all families
+    but ``own``, which have their own. ``blocks``: further divisors, of quantisers. ``devices``: how many devices share
+    each layer; each gets the same number of whole units, and its part of a sum is a multiple, too.
+    """
+
+    every: int = BLOCK
+    own: Mapping[str, int] = field(default_factory=dict)
+    blocks: tuple[int, ...] = ()
+    devices: int = 1
+
+    def divisors(self, family: str) -> tuple[int, ...]:
+        """The divisors for the sums over a family's units."""
+        own = (self.own.get(family, self.every), *self.blocks)
+        return (*own, *(each * self.devices for each in own if self.devices > 1))
+
+
+def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int = 1) -> Alignment:
+    """``32``, ``h100``, ``ffn=512,hidden=256`` or ``h100,ffn=512``.
+
+    Raises:
+        MptkError: it is none of these.
+    """
+    every, own = BLOCK, dict[str, int]()
+    for part in str(text).split(","):
+        found = _PART.fullmatch(part.strip())
+        divisor = 0 if found is None else _divisor(found["divisor"])
+        if found is None or not divisor:
+            hint = did_you_mean(part, HARDWARE, "")
+            raise MptkError(
+                f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
+                f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256"
+            )
+        if found["name"]:
+            own[found["name"]] = divisor
+        else:
+            every = divisor
+    return Alignment(every, own, blocks, devices)
+
+
+def _divisor(text: str) -> int:
+    """The divisor that a number or a device stands for; 0 if neither."""
+    number = int(text) if text.isdecimal() else HARDWARE.get(text, 0)
+    return number if 1 <= number <= 1 << 20 else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -120,6 +122,26 @@ def test_a_signal_that_was_dropped_until_the_end_is_no_success(
     assert ended(lambda: in_a_library(signal.SIGINT)) == 130
     assert capfd.readouterr().err == "interrupted; the command had already finished\n"
     assert ended(lambda: None) == 0  # the next command knows of no signal
+
+
+def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
+    ended: Callable[[Callable[[], None]], int],
+) -> None:
+    logged = io.StringIO()
+    log = logging.getLogger("library")
+    log.addHandler(logging.StreamHandler(logged))
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            log.exception("failed")
+            raise TypeError("it was interrupted") from error
+
+    assert ended(work) == 143
+    assert logged.getvalue() == ""
+    log.error("later")
+    assert logged.getvalue() == "later\n"
 
 
 def test_another_error_that_python_drops_is_shown_as_ever(

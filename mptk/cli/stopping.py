@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -55,10 +56,12 @@ STOPPED = _Stopped()
 def stoppable() -> Iterator[None]:
     """Raise an exception for each signal of ``KINDS``, unless the process was started with that signal ignored.
 
-    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again.
+    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again. A
+    library may take it for an error of its own, so nothing is logged after a signal.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        logging.disable()
         raise STOPPED.note(KINDS[number]())
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
@@ -75,6 +78,7 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         STOPPED.by = None
+        logging.disable(logging.NOTSET)
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for number, handler in before.items():

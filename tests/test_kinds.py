@@ -35,7 +35,7 @@ from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.images import open_image
-from mptk.tasks.inputs.text import SEQUENCE
+from mptk.tasks.inputs.text import TEXT_LENGTH
 from mptk.tasks.masked_lm import MaskedLM, masked
 from mptk.tasks.seq2seq import until_end
 
@@ -248,7 +248,7 @@ def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(insid
 def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:
     """Doge takes the best of its keys if there are more than it keeps."""
     model: Any = tiny_model("causal-lm", "doge").model
-    assert 2 < model.config.keep_window_size < SEQUENCE
+    assert 2 < model.config.keep_window_size < TEXT_LENGTH
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     assert traced(loaded, task_of(loaded), EXECUTOR).user_inputs

@@ -52,11 +52,8 @@ def _said(error: Mapping[str, Any], where: str) -> str:
         return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
     if kind == "value_error":
         return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
-    shown = (
-        json.dumps(value, ensure_ascii=False)
-        if isinstance(value, int | float | str | None)
-        else KINDS_IN_WORDS[type(value)]
-    )
+    plain = isinstance(value, int | float | str | None)
+    shown = json.dumps(value, ensure_ascii=False) if plain else KINDS_IN_WORDS[type(value)]
     return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
 
 

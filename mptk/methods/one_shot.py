@@ -70,10 +70,8 @@ class OneShotMethod(Method):
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
             if len(every) > 1:
-                plans, samples = (
-                    {describe(each.widths): each for each in every},
-                    sets.calibration.batches(COMPARED_TOKENS)[0],
-                )
+                plans = {describe(each.widths): each for each in every}
+                samples = sets.calibration.batches(COMPARED_TOKENS)[0]
                 plan, found = best(prepared, plans, samples, partial(context.progress, stage))
         if prepared.settings.layers == FREE:
             plan, found = divided(prepared, scores, plan, sets, context)

@@ -44,9 +44,8 @@ class CausalLM(TokenTask):
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        ids = example_ids(1, TEXT_LENGTH + 1).repeat(
-            2, 1
-        )  # a trace may not hold for fewer tokens than it was made with
+        # a trace may not hold for fewer tokens than it was made with
+        ids = example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
         ids[1, 1:] += 1
         found = run(next_tokens(ids))
         name = type(loaded.model).__name__

@@ -27,10 +27,8 @@ class Images(FileInputs):
 
     def example(self, model: nn.Module) -> Named:
         vision = getattr(model.config, "vision_config", model.config)
-        size, channels = (
-            getattr(vision, "image_size", None) or IMAGE_SIZE,
-            getattr(vision, "num_channels", None) or IMAGE_CHANNELS,
-        )
+        size = getattr(vision, "image_size", None) or IMAGE_SIZE
+        channels = getattr(vision, "num_channels", None) or IMAGE_CHANNELS
         height, width = size if isinstance(size, Sequence) else (size, size)
         generator = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(EXAMPLES, channels, height, width, generator=generator)}

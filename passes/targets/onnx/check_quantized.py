@@ -4,7 +4,7 @@ Channels are evened out before rounding (``smooth.py``, ``balance.py``), so the 
 Then each output of a product and each block of its inputs must satisfy:
 
 1. 8 bits: every weight is within half a step of the float one, or within one step if its code is the last of the range;
-2. 4 bits: the root mean square of errors is at most ``MEAN_STEPS`` steps in a weight and ``PART_STEPS`` in a block.
+2. 4 bits: the root mean square of errors is at most ``WEIGHT_STEPS`` steps in a weight and ``BLOCK_STEPS`` in a block.
    Calibration moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
 3. float16: every number is the nearest one.
 
@@ -32,7 +32,7 @@ from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily,
 
 HALF_STEP = 0.505
 """Half a step, plus float32's own rounding."""
-MEAN_STEPS, PART_STEPS = 0.75, 3.5
+WEIGHT_STEPS, BLOCK_STEPS = 0.75, 3.5
 """For comparison: random codes are 5 to 6 steps away; a scale twice too large gives 1.8 in a weight."""
 FLOAT16_ROUNDING, FLOAT16_LEAST, FLOAT16_LARGEST = 2.0**-11, 2.0**-23, 65504.0
 """float16: the relative rounding error, the absolute one near 0 (numbers start at 1e-7), the largest number."""
@@ -72,7 +72,7 @@ class Rounded:
         """The deviation of each output from ``weight`` [inputs, outputs], as a share of the allowed one, [outputs]."""
         found = [self._deviations(weight[:, outputs], outputs) for outputs in parts(weight.shape, 1)]
         each, squares = zip(*found, strict=True)
-        whole = np.sqrt(sum(squares) / weight.size) / MEAN_STEPS if self.bits == 4 else 0
+        whole = np.sqrt(sum(squares) / weight.size) / WEIGHT_STEPS if self.bits == 4 else 0
         deviations: Floats = np.maximum(np.concatenate(each), whole)
         return deviations
 
@@ -85,7 +85,7 @@ class Rounded:
             return np.asarray((apart / allowed).max(axis=0)), 0.0
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
-        worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / PART_STEPS
+        worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / BLOCK_STEPS
         return np.asarray(worst, np.float32), float(squares.sum(dtype=np.float64))
 
 

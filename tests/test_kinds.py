@@ -130,12 +130,13 @@ def test_targets_end_with_the_text() -> None:
     ],
 )
 def test_data_of_another_kind_is_said_before_any_work(
-    folders: Path, tmp_path: Path, inside: Inside, name: str, data: str, line: str
+    folders: Path, tmp_path: Path, name: str, data: str, line: str
 ) -> None:
-    inside.forbid("passes.frontend.trace.trace")
-    given = data if data == "self" else str(folders / data)
+    stages: list[str] = []
+    asked = settings(folders, name, data=data if data == "self" else str(folders / data))
     with pytest.raises(MptkError, match=line):
-        mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=given))
+        mptk.prune(str(folders / name), tmp_path / "out", asked, progress=lambda stage, *_: stages.append(stage))
+    assert stages[-1] == "load"
 
 
 def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:

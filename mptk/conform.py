@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Made = TypeVar("Made")
-KINDS: Mapping[type, str] = {list: "a list", dict: "an object"}
+KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
 LONGEST = 80
 """Letters of a value or of a name in a message."""
 
@@ -52,7 +52,8 @@ def _said(error: Mapping[str, Any], where: str) -> str:
         return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
     if kind == "value_error":
         return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
-    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, int | float | str | None) else KINDS[type(value)]
+    plain = isinstance(value, int | float | str | None)
+    shown = json.dumps(value, ensure_ascii=False) if plain else KINDS_IN_WORDS[type(value)]
     return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mptk.errors import MptkError
 
-Entry = TypeVar("Entry")
+Plugin = TypeVar("Plugin")
 
 
 @functools.cache
@@ -31,12 +31,12 @@ def load_plugins(group: str) -> Mapping[str, Any]:
     return found
 
 
-def with_plugins(own: Mapping[str, Entry], group: str) -> dict[str, Entry]:
+def with_plugins(own: Mapping[str, Plugin], group: str) -> dict[str, Plugin]:
     """Add plugins to mptk's own objects, by name. A plugin cannot replace one of mptk's own."""
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
-def find(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
+def find(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")

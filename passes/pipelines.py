@@ -130,7 +130,7 @@ LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
 )
 """Every list."""
 
-SCHEMES = ("int8", "int4", "fp16")
+ONNX_SCHEMES = ("int8", "int4", "fp16")
 """The schemes of ``quantize_onnx``."""
 
 # ---- runs ----
@@ -206,7 +206,7 @@ def quantize_onnx(
 
     Args:
         source: the float graph, a ``model.onnx`` of ``emit_onnx``.
-        scheme: one of ``SCHEMES``.
+        scheme: one of ``ONNX_SCHEMES``.
         text: calibration token ids [windows, length] for ``int4``; None: each weight is rounded by itself.
         log: is given a record of each pass.
         device: where the graph runs on ``text``.
@@ -225,7 +225,7 @@ def quantize_onnx(
 
 
 def check_schemes(names: Iterable[str]) -> None:
-    """Raise MptkError if a name is not in ``SCHEMES``."""
+    """Raise MptkError if a name is not in ``ONNX_SCHEMES``."""
     for name in names:
-        if name not in SCHEMES:
-            raise MptkError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")
+        if name not in ONNX_SCHEMES:
+            raise MptkError(f"unknown scheme {name!r}; choose one of {', '.join(ONNX_SCHEMES)}")

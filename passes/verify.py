@@ -24,8 +24,8 @@ TOLERANCE = 5e-5
 RUNTIME_TOLERANCE = 1e-4
 """The same for another runtime: its kernels sum in another order."""
 HALF_TOLERANCE = 0.05
-"""As ``RUNTIME_TOLERANCE``, for a float16 graph: rounded activations move SmolLM2-135M's logits by 0.009 of the
-largest. The weights and the divergence of the logits are checked, too."""
+"""The same if half precision computes. In a float16 graph, rounded activations move SmolLM2-135M's logits by 0.009 of
+the largest. The weights and the divergence of the logits are checked, too."""
 ROUNDINGS = 10
 """If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
 drift is how far its logits move if each weight gets a rounding error."""

@@ -36,7 +36,7 @@ from rich.console import Console
 from safetensors.torch import save
 
 from mptk import MptkError, Plan, Report
-from mptk.chain.kept import CHOICE, Choice
+from mptk.chain.kept import KEPT_CHOICE, KeptChoice
 from mptk.config.recipe import read_recipe
 from mptk.errors import exhausted
 from mptk.io import models
@@ -83,7 +83,7 @@ def kept(path: Path) -> None:
     from mptk.chain import kept as module
 
     folder = type("Folder", (), {"path": path.parent})()
-    Plan.from_json(module._known(folder, CHOICE, Choice)["plan"])
+    Plan.from_json(module._known(folder, KEPT_CHOICE, KeptChoice)["plan"])
 
 
 READERS: Mapping[str, tuple[str, Read]] = {

@@ -16,7 +16,7 @@ from tiny_decoders import CONFIGS, GROUPED, graphs_of, tiny_decoder
 
 from mptk import ProofError
 from passes.frontend.trace_decoder import trace_decoder
-from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
@@ -26,7 +26,7 @@ TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ONNX_SCHEMES)
 def test_what_was_quantised_is_near_the_float_weights(
     decoder_graphs: Callable[[str], Path], kind: str, scheme: str
 ) -> None:
@@ -121,4 +121,4 @@ def test_divergence_is_in_nats_and_infinite_with_nan() -> None:
     assert divergence(logits, reference) == pytest.approx(0.8 * np.log(9) / 2)
     assert divergence(reference, reference) == 0
     assert divergence(reference * float("nan"), reference) == float("inf")
-    assert DIVERGENCES.keys() == set(SCHEMES)
+    assert DIVERGENCES.keys() == set(ONNX_SCHEMES)

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 from mptk import MptkError, Settings
 from mptk.cli.main import app as commands
 from mptk.cli.options import chosen
-from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGETS
+from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
 from mptk.methods import methods
-from mptk.targets import TARGETS as WRITTEN
+from mptk.targets import TARGETS
 from passes import pipelines
 
 NAMES = sorted(typer.main.get_command(commands).commands)
@@ -36,8 +36,8 @@ NAMES = sorted(typer.main.get_command(commands).commands)
 
 def test_the_names_of_choices_are_those_that_are_there() -> None:
     assert tuple(methods()) == METHODS.names
-    assert tuple(WRITTEN) == TARGETS.names
-    assert set(SCHEMES.names) == set(pipelines.SCHEMES)
+    assert tuple(TARGETS) == TARGET_CHOICES.names
+    assert set(SCHEMES.names) == set(pipelines.ONNX_SCHEMES)
 
 
 @pytest.mark.parametrize(

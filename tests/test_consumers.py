@@ -21,8 +21,8 @@ import mptk
 from mptk import Report
 from mptk.ort.generation import TextGenerator
 from mptk.tasks.genai import write_genai_config
-from mptk.tasks.transformers_js import KEY, entry
-from passes.pipelines import SCHEMES
+from mptk.tasks.transformers_js import CONFIG_KEY, entry
+from passes.pipelines import ONNX_SCHEMES
 
 PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")
 NEW = 64
@@ -51,7 +51,7 @@ def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mptk.prune(
         str(source),
         out,
-        replace(SETTINGS, widths={"kv_groups": 1}, families=("kv_groups", "ffn"), quantize=tuple(SCHEMES)),
+        replace(SETTINGS, widths={"kv_groups": 1}, families=("kv_groups", "ffn"), quantize=tuple(ONNX_SCHEMES)),
     )
     return out
 
@@ -67,8 +67,8 @@ def test_the_config_says_what_the_graph_is(pruned: Path) -> None:
     assert (said["model"]["vocab_size"], said["model"]["context_length"]) == (300, 96)
     assert (said["model"]["eos_token_id"], said["model"]["pad_token_id"]) == (1, 2)
     assert said["search"]["past_present_share_buffer"] is False
-    assert config[KEY] == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
-    assert Report.read(pruned).config_changes[KEY] == [None, config[KEY]]
+    assert config[CONFIG_KEY] == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
+    assert Report.read(pruned).config_changes[CONFIG_KEY] == [None, config[CONFIG_KEY]]
 
 
 def test_files_have_ordinary_modes(pruned: Path) -> None:

@@ -6,6 +6,8 @@ It reaches for mptk.cost.model: a plan's budget is counted again.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from small_modules import Residual
 import mptk
 from mptk import Plan
 from mptk.cost.model import CostModel
+from mptk.protocols.chain import Prepared
 
 LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, align=1, samples=8, onnx=False)
@@ -46,12 +49,16 @@ def test_nothing_is_said_else(strong: set[int], settings: dict[str, object]) -> 
 
 
 def test_whole_ends_save_as_much(inside: Inside) -> None:
-    plans: list[Plan] = []
+    found: list[tuple[Prepared, Plan]] = []
+
+    def planned(whole_ends: Callable[..., Plan], prepared: Prepared, *given: Any) -> Plan:
+        found.append((prepared, whole_ends(prepared, *given)))
+        return found[-1][1]
+
+    inside.around("mptk.methods.division.ends.whole_ends", planned)
     inside.gives("mptk.methods.division.ends.masked_losses", (2.0, 1.0))
-    asked = inside.calls("mptk.methods.division.ends.whole_ends")
-    inside.spoil("mptk.methods.division.ends.whole_ends", lambda plan: plans.append(plan) or plan)
     assert note(set())
-    ((prepared, *_),), (plan,) = asked, plans
+    ((prepared, plan),) = found
     analysis = prepared.analysis
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
     assert CostModel(analysis.divided(plan.divided)).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

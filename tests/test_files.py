@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import time
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_file(path, lambda file: file.write_text("whole"))
         assert path.read_text() == "whole"
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path) -> None:
+    """No further file can be opened, so its lock cannot."""
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            write_file(tmp_path / "weights", Path.touch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_is_utf8_in_a_folder_that_is_made_and_a_refusal_is_one_line(tmp_path: Path) -> None:

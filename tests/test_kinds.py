@@ -35,7 +35,7 @@ from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.images import open_image
-from mptk.tasks.inputs.text import SEQUENCE
+from mptk.tasks.inputs.text import TEXT_LENGTH
 from mptk.tasks.masked_lm import MaskedLM, masked
 from mptk.tasks.seq2seq import until_end
 
@@ -130,12 +130,13 @@ def test_targets_end_with_the_text() -> None:
     ],
 )
 def test_data_of_another_kind_is_said_before_any_work(
-    folders: Path, tmp_path: Path, inside: Inside, name: str, data: str, line: str
+    folders: Path, tmp_path: Path, name: str, data: str, line: str
 ) -> None:
-    inside.forbid("passes.frontend.trace.trace")
-    given = data if data == "self" else str(folders / data)
+    stages: list[str] = []
+    asked = settings(folders, name, data=data if data == "self" else str(folders / data))
     with pytest.raises(MptkError, match=line):
-        mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=given))
+        mptk.prune(str(folders / name), tmp_path / "out", asked, progress=lambda stage, *_: stages.append(stage))
+    assert stages[-1] == "load"
 
 
 def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(insid
 def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:
     """Doge takes the best of its keys if there are more than it keeps."""
     model: Any = tiny_model("causal-lm", "doge").model
-    assert 2 < model.config.keep_window_size < SEQUENCE
+    assert 2 < model.config.keep_window_size < TEXT_LENGTH
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     assert traced(loaded, task_of(loaded), EXECUTOR).user_inputs

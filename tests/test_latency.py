@@ -168,8 +168,7 @@ def test_every_kind_of_operator_runs(inside):
 @pytest.mark.parametrize(("tokens", "past", "heads"), [(1, 9, 2), (5, 0, 6)])
 def test_attention_is_timed_as_the_graph_for_its_phase_has_it(inside, tokens, past, heads):
     inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
-    inside.gives("mptk.cost.operator_times._ms", 1.0)
-    seen = inside.calls("mptk.cost.operator_times._ms")
+    seen = inside.asked("mptk.cost.operator_times._ms", lambda *_: 1.0)
     operator_times.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
     ((_, nodes, inputs, _),) = seen
     assert {a.name: a.i for a in nodes[0].attribute} == {"q_num_heads": heads, "kv_num_heads": 2}
@@ -267,8 +266,7 @@ def test_settings_that_contradict_each_other_are_refused():
     ],
 )
 def test_command_line_says_what_is_budgeted(inside, options, wanted):
-    inside.gives("mptk.api.pruned.prune", None)
-    asked = inside.calls("mptk.api.pruned.prune")
+    asked = inside.asked("mptk.api.pruned.prune")
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
     ((*_, s),) = asked
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,8 +122,13 @@ def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_again(dense: Path, ragged: mptk.Pruned, tmp_path: Path, inside: Inside) -> None:
-    asked = inside.calls("mptk.targets.gguf.paired")
-    inside.spoil("mptk.targets.gguf.paired", lambda weight: asked[0][0] if len(asked) == 1 else weight)
+    first: list[Any] = []
+
+    def unpaired(paired: Any, weight: Any, *given: Any) -> Any:
+        first.append(weight)
+        return weight if len(first) == 1 else paired(weight, *given)
+
+    inside.around("mptk.targets.gguf.paired", unpaired)
     with pytest.raises(ProofError, match=r"blk\.0\.attn_[qk]\.weight in .* is not the folder's"):
         api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

@@ -24,7 +24,7 @@ from mptk.compat.onnxruntime import matmul_quantizer
 from mptk.ir.program import Program
 from mptk.ir.weights import Lazy, Weights
 from passes.frontend.trace_decoder import trace_decoder
-from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import tensors
 from passes.targets.onnx.block_weights import rounded
 from passes.targets.onnx.check_quantized import check_quantized
@@ -105,7 +105,7 @@ def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, inside: In
     assert state.alive.most == 1
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ONNX_SCHEMES)
 def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
     scheme: str, tmp_path: Path, inside: Inside
 ) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,28 @@ def undeclared(folder: str, declared: set[str]) -> set[str]:
     names = {n for p in (ROOT / folder).rglob("*.py") for n in imported(ast.parse(p.read_text()))}
     third_party = names - own - sys.stdlib_module_names
     return {n for n in third_party if not {normal(d) for d in providers.get(n, [n])} & declared}
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Classes and constants of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
+def test_one_name_is_one_thing() -> None:
+    """A search for a class or a constant finds one definition. A few short names may have two."""
+    places = Counter(
+        name
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        for name in set(defined(ast.parse(file.read_text())))
+    )
+    twice = [name for name, count in places.items() if count > 1]
+    assert len(twice) < 10, twice
 
 
 def test_wheel_holds_every_file_of_both_packages(installed: Path) -> None:

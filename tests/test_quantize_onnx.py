@@ -16,9 +16,9 @@ from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, graphs_of, tiny_decod
 from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
-from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx.balance import BalancePass, balancing
-from passes.targets.onnx.block_weights import BLOCK, LEAST, BlockWeightsPass
+from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass
 from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
 from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
 from passes.targets.onnx.measure import measure_onnx
@@ -47,7 +47,7 @@ def plain(source):
     return OrtDecoder(source, threads=1)
 
 
-@pytest.fixture(scope="module", params=list(SCHEMES))
+@pytest.fixture(scope="module", params=list(ONNX_SCHEMES))
 def quantized(request, graphs):
     return request.param, OrtDecoder(graphs[request.param], threads=1)
 
@@ -122,7 +122,7 @@ def test_a_product_with_few_inputs_has_one_block_that_holds_them(source):
         if node.op_type == "MatMulNBits"
     }
     assert sizes
-    assert all(max(LEAST, inputs) <= block <= max(LEAST, 2 * inputs - 1) for inputs, block in sizes)
+    assert all(max(LEAST_BLOCK, inputs) <= block <= max(LEAST_BLOCK, 2 * inputs - 1) for inputs, block in sizes)
 
 
 def weights(model) -> dict[int, np.ndarray]:

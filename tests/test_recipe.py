@@ -52,8 +52,7 @@ OTHER = api.Settings(
 @pytest.fixture
 def asked(inside: Inside) -> list[Any]:
     """Collects what `prune` is asked for, in place of a run."""
-    inside.gives("mptk.api.pruned.prune", None)
-    return inside.calls("mptk.api.pruned.prune")
+    return inside.asked("mptk.api.pruned.prune")
 
 
 def write(path: Path, **values: object) -> str:

@@ -18,6 +18,7 @@ from toy_checkpoints import texts
 from mptk import MptkError
 from mptk.io import data
 from mptk.io.text import files, tokens
+from mptk.io.text.files import PIECE
 from mptk.io.text.sources import PRESETS, parse, shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,19 +178,19 @@ class TestPresets:
 
 
 class TestLongTexts:
-    def test_pieces_have_the_tokens_of_the_whole(self, inside: Inside) -> None:
-        whole = toys.tokenizer()(toys.TEXT).input_ids
-        for size in (40, 64, 100):
-            inside.bound("mptk.io.text.tokens.PIECE", size)
-            assert len(list(tokens.chunks([toys.TEXT[:50], toys.TEXT[50:]]))) > 3
-            assert tokens.token_stream([[toys.TEXT]], toys.tokenizer()).tolist() == whole
+    def test_pieces_have_the_tokens_of_the_whole(self) -> None:
+        long = toys.TEXT * (3 * PIECE // len(toys.TEXT) + 1)
+        for start in (0, 7, 20):  # the pieces end in other words
+            text = long[start:]
+            assert len(list(tokens.chunks([text[:50], text[50:]]))) > 3
+            assert tokens.token_stream([[text]], toys.tokenizer()).tolist() == toys.tokenizer()(text).input_ids
 
-    def test_a_text_without_spaces_loses_nothing(self, inside: Inside) -> None:
-        inside.bound("mptk.io.text.tokens.PIECE", 16)
+    def test_a_text_without_spaces_loses_nothing(self) -> None:
+        words = "one two three four five six seven" * (PIECE // 10)
         for spaced in (True, False):
-            assert "".join(tokens.chunks(["x" * 100], spaced)) == "x" * 100
-        assert "".join(tokens.chunks(["one two three four five six"], True)) == "one two three four five six"
-        assert " ".join(tokens.chunks(["one two three four five six"], False)) == "one two three four five six"
+            assert "".join(tokens.chunks(["x" * 3 * PIECE], spaced)) == "x" * 3 * PIECE
+        assert "".join(tokens.chunks([words], True)) == words
+        assert " ".join(tokens.chunks([words], False)) == words
 
     def test_no_more_is_read_than_is_wanted(self) -> None:
         read = 0
@@ -222,21 +223,20 @@ class TestLongTexts:
 
 
 class TestSelfSampledIsKept:
-    def test_the_same_text_is_sampled_once(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-    ) -> None:
+    def test_the_same_text_is_sampled_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-        calls = inside.calls("mptk.io.text.sampled.sampled")
+        written = []
 
         def text(model=None, **options):
-            return data.calibration(model or toys.llama(), toys.tokenizer(), count=3, length=9, **options)
+            say = lambda done, total: written.append(total) if done == total else None  # noqa: E731
+            return data.calibration(model or toys.llama(), toys.tokenizer(), count=3, length=9, progress=say, **options)
 
         first = text(seed=4)
         assert torch.equal(first, text(seed=4))
-        assert len(calls) == 1
+        assert len(written) == 1
         assert not torch.equal(first, text(seed=5))
         text(toys.llama(seed=1), seed=4)
-        assert len(calls) == 3, "another seed and other weights are sampled anew"
+        assert len(written) == 3, "another seed and other weights are sampled anew"
         for path in (tmp_path / "self").iterdir():
             path.write_bytes(b"damaged")
         assert torch.equal(first, text(seed=4))

@@ -190,8 +190,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
 
 
 def test_a_report_does_not_choose_where_a_rerun_writes(pruned: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.gives("mptk.api.rerun.prune", None)
-    asked = inside.calls("mptk.api.rerun.prune")
+    asked = inside.asked("mptk.api.rerun.prune")
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     settings = raw_report(copy)["settings"]

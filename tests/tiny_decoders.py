@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from passes.frontend.trace_decoder import trace_decoder
-from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "grouped heads, rotary": architectures.config("llama"),
@@ -34,7 +34,7 @@ def write_graphs(kind: str, folder: Path) -> None:
     """The ONNX graph of a tiny decoder, and one quantised by each scheme."""
     folder.mkdir()
     source = emit_onnx(trace_decoder(tiny_decoder(kind)), folder, metadata={"plan_sha256": "0a1b"})
-    files = {"float": source.name} | {scheme: quantize_onnx(source, scheme).name for scheme in SCHEMES}
+    files = {"float": source.name} | {scheme: quantize_onnx(source, scheme).name for scheme in ONNX_SCHEMES}
     (folder / "files.json").write_text(json.dumps(files))
 
 

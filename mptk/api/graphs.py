@@ -75,7 +75,7 @@ def export(
         model: with real weights; of any float type.
         folder: made if missing.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
-        quantize: schemes of ``passes.pipelines.SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
+        quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
         text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it each weight is rounded by
             itself.
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16

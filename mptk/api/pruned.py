@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from mptk.api import recovery
 from mptk.api.display import shown
-from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_for
+from mptk.api.sources import Data, GivenInputs, Model, check_texts, given, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
@@ -132,7 +132,7 @@ def prune(
     progress: Shown = "auto",
     on_stage: Callable[[PassRecord], None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    example_inputs: Inputs | None = None,
+    example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
     vocabulary: str | Path | Sequence[str] | None = None,
@@ -248,7 +248,7 @@ def reporting(progress: Shown) -> Iterator[Progress]:
 
 
 def _defaults(
-    settings: Settings | None, out: str | Path | None, model: Model, example_inputs: Inputs | None
+    settings: Settings | None, out: str | Path | None, model: Model, example_inputs: GivenInputs | None
 ) -> Settings:
     """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.
 

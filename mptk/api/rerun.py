@@ -9,19 +9,17 @@ from typing import Any
 
 from mptk.api.pruned import prune, recover
 from mptk.chain.describe import PACKAGES
-from mptk.config.recipe import FILE as RECIPE
-from mptk.config.recipe import read_recipe
+from mptk.config.recipe import RECIPE_FILE, read_recipe
 from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.ir.passes import PassRecord
 from mptk.progress import Progress
-from mptk.protocols.report import FILE as REPORT
-from mptk.protocols.report import Report
+from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
 
-OWN = (REPORT, RECIPE, CARD, METRICS, "bench.json")
+OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
 
 
@@ -50,13 +48,13 @@ def rerun(
     folder = Path(folder)
     before = Report.read(folder)
     check_manifest(folder)
-    if not (folder / RECIPE).is_file():
+    if not (folder / RECIPE_FILE).is_file():
         raise MptkError(
-            f"{folder} has no {RECIPE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
+            f"{folder} has no {RECIPE_FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
         )
     if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
-    start = read_recipe(folder / RECIPE).get("folder")
+    start = read_recipe(folder / RECIPE_FILE).get("folder")
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
     # A report does not choose where this machine writes: neither a folder nor the user's account.
     settings = replace(settings, learning=replace(settings.learning, teacher_cache=None, tracker="none"))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, reporting
-from mptk.api.sources import Data, Inputs, Model, given, names_of, source_for
+from mptk.api.sources import Data, GivenInputs, Model, given, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Job
 from mptk.chain.prune import started
@@ -28,7 +28,7 @@ from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
 from mptk.publish.folder import publish
 
-FILE = "shapes.json"
+SHAPES_FILE = "shapes.json"
 
 
 @checked
@@ -39,7 +39,7 @@ def shapes(
     *,
     progress: Shown = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    example_inputs: Inputs | None = None,
+    example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     **keywords: Any,
 ) -> Shapes:
@@ -86,7 +86,7 @@ def _ranked(
         found = replace(found, command=said(found.best.widths))
     if written:
         with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
-            write_json(folder / FILE, found.to_json())
+            write_json(folder / SHAPES_FILE, found.to_json())
     assert context.folder is not None
     context.folder.remove()
     return found

@@ -37,7 +37,7 @@ from passes.check_cut import table_size
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+GivenInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""
 Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[Any]
 """A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
@@ -60,7 +60,7 @@ class Source:
 
 
 def source_of(
-    model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+    model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: GivenInputs | None
 ) -> Source:
     """Open the model that a run starts from.
 
@@ -93,7 +93,7 @@ def source_of(
 
 
 def source_for(
-    model: Model, settings: Settings, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+    model: Model, settings: Settings, tokenizer: PreTrainedTokenizerBase | None, example_inputs: GivenInputs | None
 ) -> tuple[Source, Settings]:
     """What a run starts from, and its settings. By default a file of example inputs is also the data.
 
@@ -111,7 +111,7 @@ def source_for(
     return source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs), settings
 
 
-def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
+def _task(loaded: Loaded, example_inputs: GivenInputs | None) -> Task:
     return task_of(loaded) if example_inputs is None else Module(example_samples(loaded.model, example_inputs))
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.api.pruned import Pruned, Shown, reporting
 from mptk.api.sources import (
     Data,
-    Inputs,
+    GivenInputs,
     Model,
     check_fits,
     collected,
@@ -42,7 +42,7 @@ from mptk.progress import Count, silent
 from mptk.proof.verification import plan_of
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.execution import execution, session_device
-from mptk.protocols.report import FILE, Report
+from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.staged.staged import Executor
@@ -62,7 +62,7 @@ def evaluate(
     windows: int = Settings.eval_windows,
     length: int = Settings.eval_length,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    example_inputs: Inputs | None = None,
+    example_inputs: GivenInputs | None = None,
     memory: int | None = None,
     device: str = Settings.device,
     trust_remote_code: bool = False,
@@ -108,7 +108,7 @@ def evaluate(
 def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
     """Whether the model is measured as a text decoder. Raises MptkError if no task takes it."""
     folder = Path(model)
-    if (folder / FILE).is_file() and Report.read(folder).task == Module.name:
+    if (folder / REPORT_FILE).is_file() and Report.read(folder).task == Module.name:
         return False
     return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
 
@@ -124,7 +124,7 @@ class _Programs:
     executor: Executor
     trust: bool
     tokenizer: PreTrainedTokenizerBase | None
-    example_inputs: Inputs | None
+    example_inputs: GivenInputs | None
     names: list[str] = field(default_factory=list)
     programs: dict[str, Program] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class _Programs:
         place = model.place if isinstance(model, Pruned) else model
         small = self._open(place)
         report = None
-        if isinstance(place, str | Path) and (Path(place) / FILE).is_file():
+        if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
         if dense is not None:
             self._take("dense", self._alike(self._open(dense), place))
@@ -158,7 +158,7 @@ class _Programs:
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
         inputs = self.example_inputs
-        if inputs is None and isinstance(model, str | Path) and (Path(model) / FILE).is_file():
+        if inputs is None and isinstance(model, str | Path) and (Path(model) / REPORT_FILE).is_file():
             inputs = inputs_of_folder(Path(model), Report.read(model))
         source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
         return source.load(self.resident)

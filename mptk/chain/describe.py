@@ -22,7 +22,7 @@ from mptk.progress import Count
 from mptk.proof.claims import costs, widths
 from mptk.protocols.chain import Compiled, Proven
 from mptk.protocols.origin import named
-from mptk.protocols.report import FILE, PROVEN_ON, Report
+from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
@@ -63,7 +63,7 @@ def describe(
         plan_sha256=chosen.plan.digest,
         notes=[note for note in notes if note],
         stages=context.log.as_list(),
-        files=sorted([*listed(folder), FILE, CARD]),
+        files=sorted([*listed(folder), REPORT_FILE, CARD]),
         task=prepared.task.name,
         legal={
             name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name) or prepared.legal.left.get(name)}
@@ -128,7 +128,7 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
     with amend(folder) as new:
         report.write(new)
         write_card(report, compiled, new)
-        update_manifest(new, FILE, CARD)
+        update_manifest(new, REPORT_FILE, CARD)
     return report
 
 

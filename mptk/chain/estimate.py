@@ -15,7 +15,7 @@ from mptk.chain import describe
 from mptk.chain.samples import wanted
 from mptk.config.settings import Settings
 from mptk.conversions import dense_models
-from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
+from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine
 from mptk.distributed.processes import blocks
 from mptk.errors import MptkError
 from mptk.files import path_of
@@ -28,7 +28,7 @@ from mptk.io.text.sampled import rows_at_once
 from mptk.methods import distil, find_method, reconstruct
 from mptk.methods.division import search
 from mptk.methods.maskprune import learner
-from mptk.methods.one_shot import TOKENS
+from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
 from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import device_memory, find_device
@@ -57,7 +57,7 @@ def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Set
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
     names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
     heads, vocab, experts = (_number(field(config, name)) for name in names)
-    sizes = Sizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
+    sizes = ModelSizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
     device = find_device(settings.device)
     rates = this_machine(device, getattr(torch, settings.compute_dtype))
@@ -79,7 +79,7 @@ def _stored(model: str, settings: Settings) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.0) -> Work:
+def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float = 1.0) -> Work:
     """The work of a run, as its stages declare it.
 
     ``long_proof``: whether the config has borders, as a window, that the proof must cross. ``kept``: the share that a
@@ -97,7 +97,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         kept=kept,
         passes=passes,
         calibration=s.samples * s.length,
-        evaluated=max(TOKENS, s.eval_length),
+        evaluated=max(COMPARED_TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         models=dense_models(s) if method.learns and not s.fixed else 1,

@@ -21,7 +21,7 @@ from mptk.protocols.run_folder import RunFolder
 from mptk.reading import read_as
 from mptk.staged.spool import Spool
 
-CHOICE, FITTED = "choice", "fitted"
+KEPT_CHOICE, KEPT_FIT = "choice", "fitted"
 
 
 def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[], Chosen]) -> Chosen:
@@ -29,17 +29,17 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
 
     A choice that was trained is not stored: training writes its own checkpoints.
     """
-    if folder is not None and folder.holds(f"{CHOICE}.json"):
-        known = _known(folder, CHOICE, Choice)
+    if folder is not None and folder.holds(f"{KEPT_CHOICE}.json"):
+        known = _known(folder, KEPT_CHOICE, KeptChoice)
         plan = Plan.from_json(known["plan"])
-        changes = _stored(folder, CHOICE, known["changes"], prepared)
+        changes = _stored(folder, KEPT_CHOICE, known["changes"], prepared)
         cut, trained, notes = resolve_plan(prepared.analysis, plan), tuple(known["trained"]), tuple(known["notes"])
         losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
         return Chosen(plan, cut, changes, trained, losses, notes)
     chosen = make()
     if folder is not None and leads() and chosen.witness is None and not chosen.steps:
         said = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
-        _save(folder, CHOICE, chosen.changes, {**said, "losses": chosen.losses, "notes": chosen.notes})
+        _save(folder, KEPT_CHOICE, chosen.changes, {**said, "losses": chosen.losses, "notes": chosen.notes})
     return chosen
 
 
@@ -50,21 +50,21 @@ def kept_fit(
 
     The other processes compute their own.
     """
-    if folder is not None and folder.holds(f"{FITTED}.json"):
-        return _stored(folder, FITTED, _known(folder, FITTED, Fitted)["changes"], prepared)
+    if folder is not None and folder.holds(f"{KEPT_FIT}.json"):
+        return _stored(folder, KEPT_FIT, _known(folder, KEPT_FIT, KeptFit)["changes"], prepared)
     weights = make()
     if folder is not None and leads():
-        _save(folder, FITTED, weights, {"changes": list(weights)})
+        _save(folder, KEPT_FIT, weights, {"changes": list(weights)})
     return weights
 
 
-class Fitted(TypedDict):
+class KeptFit(TypedDict):
     """The content of ``fitted.json``."""
 
     changes: Sequence[str]
 
 
-class Choice(Fitted):
+class KeptChoice(KeptFit):
     """The content of ``choice.json``."""
 
     plan: Mapping[str, Any]

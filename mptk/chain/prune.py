@@ -51,7 +51,7 @@ from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
-T = TypeVar("T")
+WorkResult = TypeVar("WorkResult")
 
 FOUND = ("sparsity", "length", "eval_length")
 """Settings that the run itself fills in: from a latency, or from a trace of one length."""
@@ -71,8 +71,13 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
 
 @sources_forgotten()
 def started(
-    work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context, *, trains: bool = True
-) -> T:
+    work: Callable[[Job, Prepared, Context], WorkResult],
+    job: Job,
+    settings: Settings,
+    context: Context,
+    *,
+    trains: bool = True,
+) -> WorkResult:
     """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
@@ -84,7 +89,9 @@ def started(
         return prepared_for(work, job, settings, context if leads() else replace(context, progress=silent))
 
 
-def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context) -> T:
+def prepared_for(
+    work: Callable[[Job, Prepared, Context], WorkResult], job: Job, settings: Settings, context: Context
+) -> WorkResult:
     """Prepare the job and call ``work``. If it fails, the folder of the unfinished run stays if it saves time later."""
     if keeps_stages(settings):
         check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))

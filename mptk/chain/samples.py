@@ -20,7 +20,7 @@ from mptk.protocols.values import Context, SampleSets
 
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
-SHARE = 8
+TRAINED_PER_HELD_OUT = 8
 """Hold out at most one sample per this number of training samples."""
 
 
@@ -77,13 +77,13 @@ def wanted(settings: Settings, *, own: bool = False) -> int:
 
 def watched(settings: Settings, samples: int) -> int:
     """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
-    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+    count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
     return max(count, judged(samples)) if settings.search else count
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
     """Split samples into training samples and held-out ones, which are the last; a single sample is not held out."""
-    used = len(samples) * SHARE // (SHARE + 1)
+    used = len(samples) * TRAINED_PER_HELD_OUT // (TRAINED_PER_HELD_OUT + 1)
     count = min(watched(settings, used), len(samples) - 1)
     return (samples[:-count], samples[-count:]) if count else (samples, None)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mptk.plain import plain
 
-WIDE = 1000
+WIDE_COLUMNS = 1000
 """Columns if the output is not a terminal: wide enough that no table is cut."""
 
 
@@ -35,7 +35,7 @@ class PlainConsole(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         stream = sys.stderr if stderr else sys.stdout
         terminal = stream is not None and stream.isatty()  # None: it was closed when the process began
-        width = None if terminal or "COLUMNS" in os.environ else WIDE
+        width = None if terminal or "COLUMNS" in os.environ else WIDE_COLUMNS
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -19,7 +19,7 @@ from mptk.version import __version__
 
 FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
 """Exit codes: an error that the user can fix, a wrong option, a bug in mptk, Ctrl-C, SIGTERM, SIGHUP."""
-KEPT = 20
+LOGS_KEPT = 20
 """Number of logs of mptk's own bugs to keep."""
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
@@ -88,7 +88,7 @@ def _log(error: BaseException) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8", errors="backslashreplace") as opened:
                 opened.write(text)
-            for old in sorted(folder.glob("mptk-error-*.log"))[:-KEPT]:
+            for old in sorted(folder.glob("mptk-error-*.log"))[:-LOGS_KEPT]:
                 old.unlink(missing_ok=True)
             return str(file)
         except OSError:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import echo, err, out
-from mptk.cli.options import Json, Model, out_file
+from mptk.cli.options import JsonOption, ModelArgument, out_file
 from mptk.cli.progress import stages
 from mptk.config.settings import Settings
 from mptk.files import write_text
@@ -36,7 +36,7 @@ def list_models() -> None:
 
 
 @command("ops", examples=("ops --json -",))
-def list_ops(json_file: Json = None) -> None:
+def list_ops(json_file: JsonOption = None) -> None:
     """List the ops that have an axis rule, each with the rule's file and axis equation."""
     from passes.analysis.rules import list_rules
 
@@ -94,9 +94,9 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
 
 @command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
 def analyze(
-    model: Model,
+    model: ModelArgument,
     settings: Settings,
-    json_file: Json = None,
+    json_file: JsonOption = None,
     html: Annotated[
         Path | None, out_file("Also write a page to this file that draws which matrices of a layer are cut together.")
     ] = None,
@@ -131,7 +131,7 @@ def analyze(
 
 @command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
 def show_program(
-    model: Model,
+    model: ModelArgument,
     settings: Settings,
     after: Annotated[
         str | None,

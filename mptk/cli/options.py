@@ -20,10 +20,10 @@ from mptk.cli.places import file_to_write, folder_to_write
 from mptk.config.cases import CUT, RUNS
 from mptk.config.setting import (
     COUNT,
+    AnyRecord,
     Asked,
     Choices,
     Declared,
-    R,
     Record,
     idle,
     outside,
@@ -37,9 +37,9 @@ from mptk.errors import MptkError
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the running command's options that the user typed, without the recipe's."""
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
+ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
-Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
+DenseOption = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
 
 
 def out_folder(help: str) -> OptionInfo:
@@ -72,7 +72,7 @@ def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
     return made
 
 
-Json = Annotated[
+JsonOption = Annotated[
     Path | None,
     out_file("Also write the result to this file; - prints it instead of the table.", flag="--json", dash=True),
 ]
@@ -126,7 +126,7 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     return made
 
 
-def settings_from(command: str, base: R, options: Mapping[str, object]) -> R:
+def settings_from(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:
     """The settings from the options of a command."""
     known = taken(type(base), command)
     return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})

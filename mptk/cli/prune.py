@@ -11,7 +11,17 @@ import typer
 
 from mptk.cli.app import command, resumable, show
 from mptk.cli.console import VOICE, err, out
-from mptk.cli.options import Dense, Folder, Json, MaxMs, Model, out_file, out_folder, refuse_idle, with_latency
+from mptk.cli.options import (
+    DenseOption,
+    Folder,
+    JsonOption,
+    MaxMs,
+    ModelArgument,
+    out_file,
+    out_folder,
+    refuse_idle,
+    with_latency,
+)
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
 from mptk.config.setting import Asked, values
@@ -22,10 +32,10 @@ from mptk.progress import within
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
-    from mptk.cost.estimate import Estimate as Needs
+    from mptk.cost.estimate import EstimateOption as Needs
     from mptk.ir.passes import PassRecord
 
-Estimate = Annotated[
+EstimateOption = Annotated[
     bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
 ]
 
@@ -39,12 +49,12 @@ Estimate = Annotated[
     )
 )
 def prune(
-    model: Model,
+    model: ModelArgument,
     settings: Settings,
     folder: Annotated[Path | None, out_folder("Folder for the result; an earlier result is replaced.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
-    estimate: Estimate = False,
+    estimate: EstimateOption = False,
     config: Config = None,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
@@ -70,8 +80,8 @@ def recover(
     folder: Folder,
     settings: Settings,
     destination: Annotated[Path | None, out_folder("Folder for the trained model.")] = None,
-    model: Dense = None,
-    estimate: Estimate = False,
+    model: DenseOption = None,
+    estimate: EstimateOption = False,
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
@@ -114,7 +124,7 @@ def printed() -> Callable[[PassRecord], None] | None:
 def verify(
     folder: Folder,
     settings: Settings,
-    model: Dense = None,
+    model: DenseOption = None,
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.proof import verification
@@ -135,8 +145,8 @@ def rerun(
     folder: Folder,
     destination: Annotated[Path, out_folder("Folder for the new result.")],
     settings: Settings,
-    model: Dense = None,
-    json_file: Json = None,
+    model: DenseOption = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
     from mptk.api.rerun import rerun, results_differing

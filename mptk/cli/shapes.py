@@ -8,7 +8,7 @@ from typing import Annotated
 
 from mptk.cli.app import command, resumable, show
 from mptk.cli.console import err, out
-from mptk.cli.options import Json, MaxMs, Model, out_file, out_folder, refuse_idle, with_latency
+from mptk.cli.options import JsonOption, MaxMs, ModelArgument, out_file, out_folder, refuse_idle, with_latency
 from mptk.cli.progress import stages
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
@@ -24,10 +24,10 @@ from mptk.files import write_text
     base=Settings(method="wanda", reconstruct=True, search=True, onnx=False),
 )
 def shapes(
-    model: Model,
+    model: ModelArgument,
     settings: Settings,
     folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
-    json_file: Json = None,
+    json_file: JsonOption = None,
     html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import echo, err, out
-from mptk.cli.options import Json, Model, chosen, number, out_file, out_folder, refuse
+from mptk.cli.options import JsonOption, ModelArgument, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
 from mptk.config.setting import SEED, Choices
@@ -30,7 +30,7 @@ RUNTIMES = chosen(Choices(("torch", "onnx")))
 
 @command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
 def export_onnx(
-    model: Model,
+    model: ModelArgument,
     folder: Annotated[Path, out_folder("Folder for the result; an earlier result is replaced.")],
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
@@ -141,7 +141,7 @@ def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> 
     base=Settings(threads=0),
 )
 def evaluate(
-    model: Model,
+    model: ModelArgument,
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
     length: Annotated[int, number("Tokens in a window.", 8)] = 512,
@@ -152,7 +152,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, number("Examples of each task.", 1)] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX graph or an .onnx file.", **RUNTIMES)] = "torch",
-    json_file: Json = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure a model's quality by its kind, as a decoder's perplexity in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.api import perplexity, use
@@ -220,7 +220,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
     rounds: Annotated[int, number("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
-    json_file: Json = None,
+    json_file: JsonOption = None,
     markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
     plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:

@@ -27,7 +27,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from mptk.compat.torch import uncached_operators
 
 Symbol: TypeAlias = sympy.Symbol
-Number: TypeAlias = Any
+SymbolicNumber: TypeAlias = Any
 """A sympy expression, an int or a float."""
 CODE = re.compile(r"\.(modeling|configuration)_")
 """In the names of modules with the code of models."""
@@ -114,14 +114,14 @@ def _named(module: Any, name: str, value: object) -> Iterator[None]:
             setattr(module, name, before)
 
 
-def expression(number: object) -> Number:
+def expression(number: object) -> SymbolicNumber:
     """A number as a sympy expression if it is symbolic, or itself."""
     return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
-def evaluated(numbers: Sequence[Number], values: dict[Symbol, int]) -> list[Any]:
+def evaluated(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> list[Any]:
     """The numbers at the values of all their symbols. A quotient by 0 is 0, which is no size of a weight."""
-    found = dict[Number, Any]()
+    found = dict[SymbolicNumber, Any]()
     for number in dict.fromkeys(number for number in numbers if symbols_in(number)):
         try:
             value = sympy_interp(PythonReferenceAnalysis, values, number)
@@ -131,18 +131,18 @@ def evaluated(numbers: Sequence[Number], values: dict[Symbol, int]) -> list[Any]
     return [found.get(number, number) for number in numbers]
 
 
-def symbols_in(number: Number) -> frozenset[Symbol]:
+def symbols_in(number: SymbolicNumber) -> frozenset[Symbol]:
     """The symbols that a number depends on."""
     return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
 
 
-def value_of(number: Number, values: Mapping[Symbol, int]) -> Any:
+def value_of(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
     """A number at some values of its symbols."""
     found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
     return int(found) if isinstance(found, sympy.Integer) else found
 
 
-def exponents(number: Number, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
+def exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
     """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
 
     A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mptk.config.cases import NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
-from mptk.config.setting import COUNT, SEED, Choices, Record, T, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
 from mptk.errors import MptkError
 
 DEFAULT_STEPS = 200
@@ -20,7 +20,7 @@ MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
 """Peak learning rates: while masks are learned; in recovery, of adapters and of all weights (``docs/recovery.md``)."""
 
 
-def of_training(default: T, help: str, on: tuple[str, ...] = RUNS, **more: Any) -> T:
+def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: Any) -> Default:
     """Declare a setting that needs training: without training it does nothing."""
     return setting(default, help, TRAIN, on, UNTRAINED, **more)
 

@@ -17,9 +17,9 @@ from mptk.files import write_text
 from mptk.io.dense import absolute
 from mptk.reading import read_text
 
-FILE = "run.yaml"
+RECIPE_FILE = "run.yaml"
 
-LARGEST = 1 << 20
+LARGEST_RECIPE = 1 << 20
 """Largest recipe that is read, in bytes."""
 
 
@@ -55,7 +55,7 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
     if start is not None:
         values = {"folder": str(start.resolve()), **values}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
+    write_text(folder / RECIPE_FILE, f"# mptk {command} --config {RECIPE_FILE} --out FOLDER\n{text}")
 
 
 def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
@@ -97,7 +97,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         MptkError: the file cannot be read, or is not a mapping.
     """
-    text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST)
+    text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST_RECIPE)
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 from mptk.arguments import check_arguments
 from mptk.errors import MptkError, did_you_mean
 
-T = TypeVar("T")
-R = TypeVar("R", bound="Record")
+Default = TypeVar("Default")
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 COUNT = 10**9
 """Upper bound for windows, tokens and steps."""
 SEED = (0, 2**32 - 1)
@@ -110,10 +110,10 @@ class Setting:
     resumable: bool = False
 
 
-def setting(default: T, *declared: Any, **more: Any) -> T:
+def setting(default: Default, *declared: Any, **more: Any) -> Default:
     """Declare a field of a ``Record`` as a setting. Keywords are the fields of ``Setting``."""
     given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
-    made: T = field(**given, metadata={Setting: Setting(*declared, **more)})
+    made: Default = field(**given, metadata={Setting: Setting(*declared, **more)})
     return made
 
 
@@ -172,7 +172,7 @@ class Record:
                 each.check(getattr(self, each.path))
 
 
-def record(kind: type[R]) -> type[R]:
+def record(kind: type[AnyRecord]) -> type[AnyRecord]:
     """Collect the declarations of a dataclass. Its docstring gets a line for each."""
     hints, found = get_type_hints(kind), list[Declared]()
     for each in fields(kind):
@@ -217,7 +217,7 @@ def keywords(kind: type[Record]) -> list[str]:
     return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
 
 
-def with_keywords(record: R, values: Mapping[str, Any]) -> R:
+def with_keywords(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
     """Copy the record with some values replaced. Keywords are names of its fields, or of fields of the records in it.
 
     A name that several records share, as ``seed``, is set in all of them. One name may stand for a list of one.
@@ -232,7 +232,7 @@ def with_keywords(record: R, values: Mapping[str, Any]) -> R:
     return _replaced(record, values)
 
 
-def _replaced(record: R, values: Mapping[str, Any]) -> R:
+def _replaced(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
     kept = {each.path: each.kept for each in record.declared}
     changes = {}
     for name, inner in vars(record).items():
@@ -243,7 +243,7 @@ def _replaced(record: R, values: Mapping[str, Any]) -> R:
     return replace(record, **changes)
 
 
-def from_json(kind: type[R], data: object, where: str) -> R:
+def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
     """Read a record back from ``dataclasses.asdict`` and JSON. Fields that this version lacks are ignored.
 
     Raises:

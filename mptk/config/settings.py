@@ -47,7 +47,7 @@ __all__ = [
     "FREE",
     "INPUTS",
     "IN_MEMORY",
-    "MOST",
+    "MOST_SPARSITY",
     "UNIFORM",
     "Learning",
     "LossWeights",
@@ -66,13 +66,13 @@ METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
 )
-TARGETS = Choices(("stock", "graph"), plugins=("mptk.targets",))
+TARGET_CHOICES = Choices(("stock", "graph"), plugins=("mptk.targets",))
 SCHEMES = Choices(("int8", "int4", "fp16"))
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
 COMPUTE_DTYPES = Choices(("float32", "bfloat16"))
 ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfloat16 kernels for the CPU
 DEVICES = Choices(("auto", "cpu", "cuda", "mps", "xpu"), numbered=("cuda", "xpu"))
-MOST = 0.99
+MOST_SPARSITY = 0.99
 """The largest sparsity."""
 
 
@@ -87,7 +87,9 @@ class Settings(Record):
             budget that is not latency.
     """
 
-    sparsity: float = setting(0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST))
+    sparsity: float = setting(
+        0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST_SPARSITY)
+    )
     budget: str = setting(
         "params",
         "What the budget counts; params: parameters of blocks.",
@@ -246,7 +248,7 @@ class Settings(Record):
         "stock: the model's own transformers class; graph: any widths.",
         WRITE,
         (*SEARCH, "analyze"),
-        choices=TARGETS,
+        choices=TARGET_CHOICES,
     )
     dtype: str = setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
     max_shard_size: int | None = setting(

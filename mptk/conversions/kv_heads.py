@@ -37,11 +37,11 @@ from mptk.staged.staged import Executor
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.targets.stock.equations import Row
+from passes.targets.stock.equations import Exponents
 from passes.transforms.merge_heads import How, first_heads, merged_heads, repeated_first
 from passes.verify import TOLERANCE, StageOutputs, prove
 
-Stream = tuple[fx.Node, int]
+KeyStream = tuple[fx.Node, int]
 """A value in a graph, and the dimension that is summed over."""
 
 
@@ -207,7 +207,7 @@ def config_for(
 ) -> StockConfig | Refusal:
     """The config of the merged model. Raises MptkError if ``count`` does not divide the number of KV heads."""
     shapes = {name: tuple(like.shape) for name, like in model.state_dict().items()}
-    widths, grown = dict[str, tuple[int, int]](), dict[tuple[str, int], Row]()
+    widths, grown = dict[str, tuple[int, int]](), dict[tuple[str, int], Exponents]()
     for layer in layers:
         size, each = layer.groups.size, 1 if layer.heads is None else layer.heads.size
         family = f"KV heads of {size}"
@@ -231,7 +231,7 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
     program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
-        made = Made(executor)
+        made = Projections(executor)
         for layer in merged.layers:
             made.add(merged_heads(layer, program.state, count, None, keys, values))
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
@@ -242,7 +242,7 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
 
 def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers in their new shapes, made layer by layer."""
-    program, count, made = merged.before.analysis.program, merged.count, Made(executor)
+    program, count, made = merged.before.analysis.program, merged.count, Projections(executor)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
         places = first_heads(layer, count)
@@ -253,7 +253,7 @@ def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys:
     return made.weights
 
 
-class Made:
+class Projections:
     """Collected projections. If they exceed the executor's memory, they are stored in files."""
 
     def __init__(self, executor: Executor) -> None:
@@ -285,9 +285,9 @@ def with_products(
         i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
         for i, layer in enumerate(merged.layers)
     }  # queries, keys and values mostly share one input
-    sums = dict[tuple[int, Stream], Tensor]()
+    sums = dict[tuple[int, KeyStream], Tensor]()
 
-    def see(i: int, stream: Stream, x: Tensor) -> None:
+    def see(i: int, stream: KeyStream, x: Tensor) -> None:
         rows = x.movedim(stream[1], -1).flatten(0, -2).float()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         found = (rows.T @ rows).double().cpu()

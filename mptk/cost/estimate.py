@@ -28,10 +28,10 @@ CPU = torch.device("cpu")
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
 
-BATCH = 2048
+STAGE_TOKENS = 2048
 """Most tokens that go through a stage at once."""
 
-LOGITS = 3
+LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
 
 EFFICIENCY = 0.7
@@ -59,7 +59,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
 
     ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
@@ -84,7 +84,7 @@ class Sizes:
     @staticmethod
     def of(
         model: nn.Module, blocks: Sequence[nn.Module], *, stored: int, heads: int, vocab: int, experts: int = 0
-    ) -> Sizes:
+    ) -> ModelSizes:
         """The sizes of a module, which may be on the meta device.
 
         ``blocks``: its layers. ``experts``: to how many experts of a mixture a token is routed; 0 if not known.
@@ -101,7 +101,7 @@ class Sizes:
         )
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
         fitted = [(n, k) for n, k in matrices if k >= n == embedding]
-        return Sizes(
+        return ModelSizes(
             parameters=sum(count.values()),
             blocks=sum(inner),
             stage=max([*inner, *count.values()]),
@@ -194,7 +194,7 @@ class Estimate:
         return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}"
 
 
-def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
+def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
     """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes.
 
     ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
@@ -213,8 +213,8 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
     }
     computed = {
         "training": training,
-        "activations": 4 * BATCH * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
-        "logits": 4 * LOGITS * work.evaluated * sizes.vocab,
+        "activations": 4 * STAGE_TOKENS * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
+        "logits": 4 * LOGITS_COPIES * work.evaluated * sizes.vocab,
     }
     between = {"values between stages": kept_borders}
     needed = {"libraries": BASE, **loaded, **({} if device else computed)}

@@ -98,7 +98,12 @@ def take(path: Path) -> Staging | None:
             return None
         if not mine:
             raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it") from None
-    descriptor = _locked(path, create=True)
+    try:
+        descriptor = _locked(path, create=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # it has no lock yet, so nobody would know whose it is
+        raise
     return None if descriptor is None else Staging(path, descriptor)
 
 

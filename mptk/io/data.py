@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mptk.errors import MptkError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
-from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, TextSource, parse, shared
+from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME, SELF, TextSource, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
 
@@ -46,7 +46,7 @@ def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
     Raises:
         MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
     """
-    if data in (SELF, RANDOM):
+    if data in (SELF, RANDOM_DATA):
         raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
     for source in parse(data):
         yield from source.documents(tokenizer)
@@ -151,7 +151,7 @@ def protocol_name(data: str) -> str:
     """``data`` as the protocol of a measurement names it."""
     if data == SELF:
         return sampled.SAMPLED_NAME
-    if data == RANDOM:
+    if data == RANDOM_DATA:
         return RANDOM_NAME
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
@@ -168,7 +168,7 @@ def read_places(*data: str | None) -> list[Path]:
 
 
 def _named(*data: str | None) -> list[TextSource]:
-    return [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
+    return [source for each in data if each not in (None, SELF, RANDOM_DATA) for source in parse(str(each))]
 
 
 def _shared_out(

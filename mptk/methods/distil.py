@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.config.settings import Settings
-from mptk.cost.estimate import Pass, Sizes
+from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
@@ -77,7 +77,7 @@ class Distilled:
         )
 
 
-def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     passes = 1 + kept * (1 + 3 * s.distil_epochs)

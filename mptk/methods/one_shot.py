@@ -26,7 +26,7 @@ from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import describe
 
-TOKENS = 1024
+COMPARED_TOKENS = 1024
 """Calibration tokens for comparing divisions of the budget."""
 SCORES = "scores"
 """Name of the scores in the folder of an unfinished run."""
@@ -59,7 +59,7 @@ class OneShotMethod(Method):
                 reads=2 if made.passes > 1 else 1,
                 gradients=made.gradients,
             ),
-            "choose widths": Pass(tried * TOKENS, s.length),
+            "choose widths": Pass(tried * COMPARED_TOKENS, s.length),
         }
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
@@ -70,7 +70,8 @@ class OneShotMethod(Method):
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
             if len(every) > 1:
-                plans, samples = {describe(each.widths): each for each in every}, sets.calibration.batches(TOKENS)[0]
+                plans = {describe(each.widths): each for each in every}
+                samples = sets.calibration.batches(COMPARED_TOKENS)[0]
                 plan, found = best(prepared, plans, samples, partial(context.progress, stage))
         if prepared.settings.layers == FREE:
             plan, found = divided(prepared, scores, plan, sets, context)

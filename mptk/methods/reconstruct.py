@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.config.settings import Settings
-from mptk.cost.estimate import Pass, Sizes
+from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
@@ -39,7 +39,7 @@ from passes.transforms.insert_masks import MaskSite
 RIDGE = 0.01
 
 
-def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``reconstruct_consumers``."""
     s = settings
     return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}

@@ -44,7 +44,7 @@ from mptk.tasks.of_folder import task_of_folder
 from passes.analysis import group
 from passes.verify import Difference
 
-REMEDY = "do not use it, and prune the model again"
+PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
 class Proof(list[Difference]):
@@ -103,7 +103,7 @@ def verify(
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
-    check_proof(proven.differences, REMEDY)
+    check_proof(proven.differences, PRUNE_AGAIN)
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
 
 

@@ -10,7 +10,7 @@ from mptk.io.resident import Resident, memory_bound
 from mptk.ort.sessions import CPU, HOST, providers
 from mptk.staged.staged import Executor
 
-KEPT, STAGE, BORDERS = 0.5, 0.25, 0.125
+RESIDENT_SHARE, STAGE_SHARE, BORDERS_SHARE = 0.5, 0.25, 0.125
 """Shares of the memory bound: weights that stay after their stage, the weights of a stage, and values between stages.
 The rest is for computing a stage."""
 
@@ -22,10 +22,10 @@ def execution(settings: Settings) -> tuple[Resident, Executor]:
         MptkError: there is no such device.
     """
     bound, device = memory_bound(settings.memory), find_device(settings.device)
-    stage = STAGE * bound
+    stage = STAGE_SHARE * bound
     if (room := device_memory(device)) is not None:
-        stage = min(stage, STAGE * room)
-    return Resident(int(KEPT * bound)), Executor(stage=stage, borders=BORDERS * bound, device=device)
+        stage = min(stage, STAGE_SHARE * room)
+    return Resident(int(RESIDENT_SHARE * bound)), Executor(stage=stage, borders=BORDERS_SHARE * bound, device=device)
 
 
 def device_memory(device: torch.device) -> float | None:

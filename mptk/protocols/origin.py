@@ -24,7 +24,7 @@ from mptk.io.models import Loaded
 from mptk.ir.plan import Plan
 from mptk.publish.manifest import MARKER, file_digests, file_sha256
 
-WEIGHTS, TOKENIZER = "the model's weights", "the tokenizer"
+GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
 ADDED = '"added_tokens"'
 """Where a fast tokenizer's JSON begins to define the ids."""
@@ -50,13 +50,13 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
     """
     parts: dict[str, str] = {}
     if loaded.live:
-        model = parts[WEIGHTS] = weights_fingerprint(loaded)
+        model = parts[GIVEN_WEIGHTS] = weights_fingerprint(loaded)
     else:
         files = files_of(source, local=True)
         model, digests = fingerprint(source, local=True), file_digests(files.values())
         parts |= {MODEL_FILE + name: digest for name, digest in zip(files, digests, strict=True)}
     if loaded.tokenizer is not None:  # a caller may give one of his own
-        parts[TOKENIZER] = _digest_of(loaded.tokenizer)
+        parts[GIVEN_TOKENIZER] = _digest_of(loaded.tokenizer)
     if settings.plan is not None and plan is not None:
         parts[settings.plan] = plan.digest
     others = [settings.inputs, None if start is None else str(start / MARKER)]

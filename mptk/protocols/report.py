@@ -21,8 +21,8 @@ from mptk.files import tidy, write_json
 from mptk.protocols.shapes import Shapes
 from mptk.reading import read_json
 
-FILE = "report.json"
-FORMAT = "mptk-report/1"
+REPORT_FILE = "report.json"
+REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
 Row = Mapping[str, Any]
@@ -231,22 +231,22 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": REPORT_FORMAT, **asdict(self)}
 
     def write(self, folder: Path) -> None:
         """Write ``folder/report.json``."""
-        write_json(folder / FILE, self.to_json())
+        write_json(folder / REPORT_FILE, self.to_json())
 
     @staticmethod
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
-        path = Path(folder) / FILE
+        path = Path(folder) / REPORT_FILE
         tidy(path.parent.parent)
         if not path.is_file():
-            raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
+            raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")
         data = read_json(path, lambda why: MptkError(f"{path} is damaged: {why}; prune the model again"))
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise MptkError(f"{path} is not a {FORMAT}; read it with the version of mptk that wrote it")
+        if not isinstance(data, dict) or data.get("format") != REPORT_FORMAT:
+            raise MptkError(f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it")
         try:
             settings = from_json(Settings, data.get("settings"), "settings")
             return made(Report, {**data, "settings": settings})
@@ -257,4 +257,6 @@ class Report:
 def unreadable(folder: str | Path, error: Exception) -> MptkError:
     """The error for a report with a missing or wrong field."""
     said = brief(str(error) if isinstance(error, ValueError) else repr(error), 300)
-    return MptkError(f"{FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again")
+    return MptkError(
+        f"{REPORT_FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again"
+    )

@@ -23,7 +23,7 @@ from mptk.io.untrusted import load_tensors
 from mptk.protocols.origin import differing
 from mptk.reading import Damaged, read_json
 
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
 GIVEN = "given"
 """The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
@@ -93,7 +93,7 @@ class RunFolder:
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
-        for old in self._checkpoints(phase)[:-KEPT]:
+        for old in self._checkpoints(phase)[:-CHECKPOINTS_KEPT]:
             if best is None or old.stem != _name(phase, best):
                 old.unlink()
 

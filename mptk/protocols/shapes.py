@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-FORMAT = "mptk-shapes/1"
+SHAPES_FORMAT = "mptk-shapes/1"
 WORST = 1e9
 """The value for a loss that is not finite."""
 
@@ -103,7 +103,7 @@ class Shapes:
         """The JSON of ``mptk shapes --json``."""
         front = self.front
         shapes = [{**asdict(shape), "pareto": shape in front} for shape in self.shapes]
-        return {"format": FORMAT, **asdict(self), "shapes": shapes}
+        return {"format": SHAPES_FORMAT, **asdict(self), "shapes": shapes}
 
 
 def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:

@@ -26,12 +26,12 @@ from mptk.publish import licence
 from mptk.publish.licence import CARD
 from mptk.report.markdown import body, code, rendered
 from mptk.report.runs import model_name
-from mptk.report.sections import CUT, PROOF, QUALITY, prune_view
+from mptk.report.sections import CUT_TITLE, PROOF_TITLE, QUALITY, prune_view
 from mptk.report.view import Name, Table, View, megabytes
 from mptk.tasks.genai import GENAI_FILE
 from passes.targets.stock.config import StockConfig
 
-FEATURES = {"pixel_values": "image-feature-extraction"}
+FEATURE_TASKS = {"pixel_values": "image-feature-extraction"}
 """Main input of a bare encoder → the hub's name of its task; by default feature-extraction."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
@@ -87,7 +87,7 @@ def pipeline_tag(stock: StockConfig) -> str | None:
         if stock.model_class.__name__ in flattened(names):
             return tag
     if auto_of(stock) == "AutoModel":
-        return FEATURES.get(stock.model_class.main_input_name, "feature-extraction")
+        return FEATURE_TASKS.get(stock.model_class.main_input_name, "feature-extraction")
     return None
 
 
@@ -98,7 +98,7 @@ def is_hub_id(model: str) -> bool:
 
 def told(report: Report) -> str:
     """What was cut, how good it is, and how it was proven."""
-    shown = (section for section in prune_view(report).sections if section.title in (CUT, QUALITY, PROOF))
+    shown = (section for section in prune_view(report).sections if section.title in (CUT_TITLE, QUALITY, PROOF_TITLE))
     return rendered(View(list(shown)))
 
 

@@ -80,7 +80,7 @@ def _metrics(file: Path) -> dict[str, list[Row]]:
         try:
             if line:
                 row = json_of(line, damaged)
-                phases.setdefault(made(Metrics, row)["phase"], []).append(row)
+                phases.setdefault(made(MetricsLine, row)["phase"], []).append(row)
         except ValueError as error:
             raise damaged(f"line {number} is not a step of training ({error})") from error
     return phases
@@ -90,7 +90,7 @@ def _damaged(file: Path) -> Damaged:
     return lambda why: MptkError(f"{file} is damaged: {why}; remove that file, or prune again")
 
 
-class Metrics(TypedDict):
+class MetricsLine(TypedDict):
     """The fields of each line of ``metrics.jsonl``, beside metrics."""
 
     phase: str

@@ -35,21 +35,25 @@ COSTS = {
     "latency_ms": "predicted {objective} (ms)",
 }
 """Costs in a report → their names."""
-CUT, SEARCH, PROOF = "What was cut, and why not more", "The search of the shape", "The proof, stage by stage"
+CUT_TITLE, SEARCH_TITLE, PROOF_TITLE = (
+    "What was cut, and why not more",
+    "The search of the shape",
+    "The proof, stage by stage",
+)
 QUALITY, TIMES, RUN = "Quality", "Latency in ONNX Runtime", "The run"
 FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
 def prune_view(report: Report, bench: Bench | None = None) -> View:
     """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made."""
-    found = [Section(CUT, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
+    found = [Section(CUT_TITLE, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
     if report.search:
-        found.append(Section(SEARCH, ranking(made(Shapes, report.search))))
+        found.append(Section(SEARCH_TITLE, ranking(made(Shapes, report.search))))
     if report.splits:
         rows = [[Name(tried), figure(loss)] for tried, loss in report.splits.items()]
         table = Table("lr", ["widths", "loss on calibration text"], rows)
         found.append(Section("Divisions of the budget that were tried", [table]))
-    found.append(Section(PROOF, [proof(report.proof), proof_note(report)]))
+    found.append(Section(PROOF_TITLE, [proof(report.proof), proof_note(report)]))
     if bench is not None:
         found.append(Section(TIMES, timings(bench)))
     return View([*found, Section(RUN, about(report))], f"{model_name(report.model)} pruned{_by(report.settings)}")
@@ -226,7 +230,7 @@ def _compared(report: Report) -> list[str]:
 def shapes_view(found: Shapes) -> View:
     """``mptk shapes``: a search."""
     title = f"{plural(len(found.shapes), 'shape')} of {model_name(found.model)}, by {found.metric}"
-    return View([Section(SEARCH, ranking(found))], title)
+    return View([Section(SEARCH_TITLE, ranking(found))], title)
 
 
 def ranking(found: Shapes) -> list[Table | str]:

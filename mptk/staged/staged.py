@@ -26,7 +26,7 @@ from mptk.staged.spool import Spool, Values
 ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
 
-Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
+ValueWatch = tuple[tuple[fx.Node, ...], Callable[..., None]]
 """Values of a program, and what is called with them once for each inputs, as soon as they are there."""
 
 Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
@@ -73,7 +73,11 @@ class Executor:
 
     @torch.no_grad()
     def watch(
-        self, program: Program, inputs: Sequence[ProgramInputs], watches: Sequence[Watch], progress: Count | None = None
+        self,
+        program: Program,
+        inputs: Sequence[ProgramInputs],
+        watches: Sequence[ValueWatch],
+        progress: Count | None = None,
     ) -> None:
         """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
         flow = Flow(program, [nodes for nodes, _ in watches])
@@ -147,7 +151,7 @@ class StagedRun(DeviceInterpreter):
         flow: Flow,
         shared: Partition,
         inputs: Sequence[ProgramInputs],
-        watches: Sequence[Watch] = (),
+        watches: Sequence[ValueWatch] = (),
         keep: bool = False,
         taps: Sequence[Tap] = (),
     ) -> None:
@@ -156,7 +160,7 @@ class StagedRun(DeviceInterpreter):
         self.stages = shared.stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
         self.borders = Spool(executor.borders)
-        self.watches: dict[fx.Node, list[Watch]] = {}
+        self.watches: dict[fx.Node, list[ValueWatch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
         self.taps: dict[fx.Node, list[Tap]] = {}

@@ -57,7 +57,7 @@ def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
     copy_processors(loaded.path, folder, same_features=same_features)
 
 
-STAGE = "config"
+CONFIG_STAGE = "config"
 MISSING = object()
 LISTED = 8
 """A longer list is compared element by element, so that the message names the first difference."""
@@ -86,7 +86,7 @@ def require(file: str, field: str, found: object, expected: object) -> None:
 
 def fail(what: str) -> NoReturn:
     """Raise the ProofError of this stage."""
-    raise ProofError(f"the proof fails at '{STAGE}': {what}; do not use it, and prune the model again")
+    raise ProofError(f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again")
 
 
 def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:

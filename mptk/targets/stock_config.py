@@ -14,8 +14,8 @@ from mptk.io.checkpoint import portable
 from mptk.io.untrusted import read_object
 from mptk.protocols.values import Written
 from mptk.publish.manifest import file_sha256
-from mptk.targets.beside import STAGE, JsonObject, compare, fail, leaves, require
-from mptk.tasks.transformers_js import KEY, entry
+from mptk.targets.beside import CONFIG_STAGE, JsonObject, compare, fail, leaves, require
+from mptk.tasks.transformers_js import CONFIG_KEY, entry
 from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import Difference
 
@@ -31,8 +31,8 @@ def config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
     dense, graphs = _dense(written), entry(folder / ONNX_FOLDER)
     if dense.dtype is not None and _plain(dense.dtype) != _plain(written.dtype):
         changes["dtype"] = [_plain(dense.dtype), _plain(written.dtype)]
-    if graphs and graphs != (known := getattr(dense, KEY, None)):
-        changes[KEY] = [known, graphs]
+    if graphs and graphs != (known := getattr(dense, CONFIG_KEY, None)):
+        changes[CONFIG_KEY] = [known, graphs]
     return changes
 
 
@@ -48,8 +48,8 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     _check_cut(written)
     graphs = entry(folder / ONNX_FOLDER)
     if graphs:
-        compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
-    compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
+        compare("config.json", {CONFIG_KEY: raw.get(CONFIG_KEY)}, {CONFIG_KEY: graphs})
+    compare("config.json", _body(found), _body(_read_back(written.stock.config)), {CONFIG_KEY} if graphs else set())
     require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
     for file in sorted(folder.glob("model*.safetensors")):  # not a compensation's weights, which keep float32
         for kind in _kinds(file):
@@ -59,7 +59,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
             fail("generation_config.json is missing")
         own = GenerationConfig.from_pretrained(folder).to_dict()
         compare("generation_config.json", _without(own, _GENERATION), _without(dense.to_dict(), _GENERATION))
-    return Difference(STAGE, 0.0, 0.0, 0.0)
+    return Difference(CONFIG_STAGE, 0.0, 0.0, 0.0)
 
 
 def check_code(dense: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from mptk.progress import Count, Progress
 from mptk.protocols.task import Task
 from mptk.tasks.inputs import Inputs, inputs_of
 
-Figure = Callable[[Any, Any], Tensor]
+SummedFigure = Callable[[Any, Any], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
 
 
@@ -58,7 +58,7 @@ class ComparedTask(ModelTask):
 
 @torch.no_grad()
 def compared(
-    runs: Runs, batches: Sequence[Samples], figures: Mapping[str, Figure], progress: Progress, protocol: str
+    runs: Runs, batches: Sequence[Samples], figures: Mapping[str, SummedFigure], progress: Progress, protocol: str
 ) -> dict[str, Any]:
     """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
 

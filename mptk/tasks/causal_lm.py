@@ -23,7 +23,7 @@ from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.text import SEQUENCE, TextWindows, example_ids
+from mptk.tasks.inputs.text import TEXT_LENGTH, TextWindows, example_ids
 
 
 class CausalLM(TokenTask):
@@ -44,7 +44,8 @@ class CausalLM(TokenTask):
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        ids = example_ids(1, SEQUENCE + 1).repeat(2, 1)  # a trace may not hold for fewer tokens than it was made with
+        # a trace may not hold for fewer tokens than it was made with
+        ids = example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
         ids[1, 1:] += 1
         found = run(next_tokens(ids))
         name = type(loaded.model).__name__

@@ -30,6 +30,7 @@ from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import CHANGED, HALF, GraphRun, about, cut, stages_of, traced_as
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.text import example_ids
+from mptk.tasks.model_form import LOGITS
 from mptk.tasks.padding import IDS, MASK, with_mask
 from passes.frontend.trace import uncached
 from passes.pipelines import emit_onnx
@@ -39,7 +40,7 @@ from passes.verify import Difference, Placed
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DECODER_IDS = "decoder_input_ids"
-LOGITS, HIDDEN = "logits", "last_hidden_state"
+HIDDEN = "last_hidden_state"
 DECODER_NAMES = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
 """Name in the whole → optimum's name of the decoder's input, in the order of these inputs."""
 TEXT_AXES = ("batch_size", "encoder_sequence_length")

@@ -18,7 +18,7 @@ from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM
+from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
@@ -48,7 +48,7 @@ class MaskedLM(TokenTask):
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
         """Windows with some tokens masked. Random inputs and token ids in memory do without a mask token."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
-        if mask is None and data not in (RANDOM, IN_MEMORY):
+        if mask is None and data not in (RANDOM_DATA, IN_MEMORY):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
         return masked(inputs["input_ids"], mask or 0)
 

@@ -17,12 +17,12 @@ from transformers.models.auto import modeling_auto
 from mptk.config.settings import IN_MEMORY
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM
+from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
-from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
+from mptk.tasks.encoder_decoder_form import DECODER_IDS, EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
@@ -35,7 +35,6 @@ WRITTEN = 48
 """Tokens that the dense model writes for a sample, at most."""
 BATCH_SAMPLES = 8
 """Samples for which it writes at once."""
-DECODER = "decoder_input_ids"
 
 
 class Seq2Seq(TokenTask):
@@ -49,19 +48,19 @@ class Seq2Seq(TokenTask):
         return known_to(ENCODER_DECODERS, config, classes, "predict a text from another input")
 
     def example(self, model: nn.Module) -> Samples:
-        return Samples({**inputs_of(model).example(model), DECODER: example_ids(length=5)})
+        return Samples({**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)})
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
         """The inputs with what the dense model writes for them; random ones with random tokens."""
-        inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER}
-        if data == RANDOM:
+        inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER_IDS}
+        if data == RANDOM_DATA:
             generator = torch.Generator().manual_seed(seed)
             shape = (len(next(iter(inputs.values()))), 12)
             ids = torch.randint(vocabulary(loaded.model), shape, generator=generator)
         else:
             ids = written(loaded.whole(), inputs)
         end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
-        return Samples({**inputs, DECODER: ids[:, :-1]}, until_end(ids, end))
+        return Samples({**inputs, DECODER_IDS: ids[:, :-1]}, until_end(ids, end))
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation

@@ -13,7 +13,7 @@ from mptk.errors import ProofError
 from mptk.files import json_text, write_text
 from passes.targets.onnx.names import CACHE, ONNX_FILE, QUANTIZED, data_file
 
-KEY = "transformers.js_config"
+CONFIG_KEY = "transformers.js_config"
 HALVES = {ONNX_FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
 """File whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
@@ -49,5 +49,5 @@ def has_half_cache(file: Path) -> bool:
 def write_entry(folder: Path, graphs: str) -> None:
     """Put the entry into ``config.json`` of ``folder``, for the graphs in its subfolder ``graphs``."""
     file = folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) | {KEY: entry(folder / graphs)}
+    content = json.loads(file.read_text(encoding="utf-8")) | {CONFIG_KEY: entry(folder / graphs)}
     write_text(file, json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -35,7 +35,7 @@ from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights
 from passes.frontend.inline import inline
 
-BATCH, SEQUENCE = 2, 7
+TRACED_BATCH, TRACED_LENGTH = 2, 7
 
 
 class Flat(nn.Module):
@@ -123,7 +123,7 @@ def trace(
     if example_inputs is None:
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
-        example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
+        example_inputs = (torch.arange(TRACED_BATCH * TRACED_LENGTH).reshape(TRACED_BATCH, TRACED_LENGTH) % 11 + 1,)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()

@@ -101,7 +101,7 @@ class Outcome:
         return [line for line in self.stderr.splitlines() if not PROGRESS.match(line)]
 
 
-def run(arguments: list[str], width: int = console.WIDE) -> Outcome:
+def run(arguments: list[str], width: int = console.WIDE_COLUMNS) -> Outcome:
     """A command line in this process, as the console script runs it. ``width``: columns of what it prints."""
     out, err = io.StringIO(), io.StringIO()
     console.out.width = console.err.width = width

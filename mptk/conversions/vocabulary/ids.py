@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.io.fields import field
 
-Config = TypeVar("Config", PreTrainedConfig, GenerationConfig)
+AnyConfig = TypeVar("AnyConfig", PreTrainedConfig, GenerationConfig)
 
 _NAMED = re.compile(r"(.*_)?(token_ids?|token_index)|forced_decoder_ids|force_words_ids|lang_to_id|task_to_id")
 _FORBIDDEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
@@ -20,7 +20,7 @@ _PAIRS = "forced_decoder_ids"
 """Fields with pairs of a position and a token."""
 
 
-def named_ids(config: Config | None, rows: int) -> set[int]:
+def named_ids(config: AnyConfig | None, rows: int) -> set[int]:
     """The token ids that a config names, except forbidden ones."""
     return {
         i
@@ -31,7 +31,7 @@ def named_ids(config: Config | None, rows: int) -> set[int]:
     }
 
 
-def renumbered(config: Config, new: Mapping[int, int], rows: int) -> tuple[Config, dict[str, list[Any]]]:
+def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[AnyConfig, dict[str, list[Any]]]:
     """A copy of a config with ``len(new)`` tokens for ``rows``, and its changes: field → [old, new].
 
     Ids without a row (−1 for none) stay.
@@ -50,7 +50,7 @@ def renumbered(config: Config, new: Mapping[int, int], rows: int) -> tuple[Confi
     return made, changes
 
 
-def _fields(config: Config | None) -> Iterator[tuple[Any, str, Any]]:
+def _fields(config: AnyConfig | None) -> Iterator[tuple[Any, str, Any]]:
     """The fields of a config and of the configs in it: owner, name, value."""
     if config is None:
         return

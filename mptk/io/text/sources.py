@@ -97,7 +97,7 @@ def hub_text(name: str, *, held_out: bool) -> HubText:
 
 SELF = "self"
 """The value of ``data`` for text that the model writes."""
-RANDOM = "random"
+RANDOM_DATA = "random"
 """The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
 RANDOM_NAME = "random inputs, which say nothing of real data"
 

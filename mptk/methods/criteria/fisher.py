@@ -44,7 +44,7 @@ from mptk.methods.criteria.observe import (
 )
 from mptk.staged.staged import Tap
 
-EPSILON = 1e-30
+SMALLEST_FISHER = 1e-30
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _score(seen: Slopes, prior: Tensor) -> Tensor:
 def tempered(curvature: Tensor, prior: Tensor) -> Tensor:
     """F̂: the geometric mean of F and P², scaled to the mean of F over the units of a row, [..., size]."""
     squares = prior.to(curvature).square()
-    scale = squares.mean(-1, keepdim=True).clamp_min(EPSILON)
+    scale = squares.mean(-1, keepdim=True).clamp_min(SMALLEST_FISHER)
     return (curvature * squares * curvature.mean(-1, keepdim=True) / scale).sqrt()
 
 

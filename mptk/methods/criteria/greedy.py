@@ -24,7 +24,7 @@ from mptk.methods.criteria.base import Criterion
 from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, summed_losses
 from passes.transforms.masked_reference import mask
 
-TOKENS = 1024
+GREEDY_TOKENS = 1024
 """Calibration tokens for comparing losses."""
 
 
@@ -33,7 +33,7 @@ def measure(given: Calibration) -> dict[str, Tensor]:
 
     Each of several depths is searched with the others uncut.
     """
-    batches = given.samples.batches(TOKENS)[0].batches(GRADIENT_TOKENS)
+    batches = given.samples.batches(GREEDY_TOKENS)[0].batches(GRADIENT_TOKENS)
     return {depth.name: _rounds(given, depth, batches) for depth in given.families if isinstance(depth, Depth)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mptk.config.settings import FREE, MOST, Settings
+from mptk.config.settings import FREE, MOST_SPARSITY, Settings
 from mptk.cost.budgets import LATENCY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
@@ -55,7 +55,7 @@ def budgeted(
     if dense <= s.max_ms:
         raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
     wanted = 1 - s.max_ms / dense + s.tolerance
-    return cost, replace(s, sparsity=min(wanted, MOST))
+    return cost, replace(s, sparsity=min(wanted, MOST_SPARSITY))
 
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:

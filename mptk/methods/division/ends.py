@@ -15,9 +15,9 @@ from mptk.methods.division.trial import masked_losses
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import SampleSets
 
-SHARE = 0.1
+ENDS_SHARE = 0.1
 """Share of a family's layers that stay uncut at each end."""
-TOKENS = 512
+ENDS_TOKENS = 512
 """Calibration tokens on which both plans are compared."""
 
 
@@ -29,7 +29,7 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     spared = whole_ends(prepared, scores, equal)
     if spared is None:
         return ""
-    alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(TOKENS)[0])
+    alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(ENDS_TOKENS)[0])
     if whole >= alike:
         return ""
     layers = max(len(prepared.analysis.family(name).parts) for name in equal.widths)
@@ -70,5 +70,5 @@ def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
 
 def between_ends(family: Family) -> tuple[Family, ...]:
     """The layers of ``family`` that are not at its ends; the family itself if it has one layer."""
-    spared = round(SHARE * len(family.parts))
+    spared = round(ENDS_SHARE * len(family.parts))
     return family.parts[spared : len(family.parts) - spared] or (family,)

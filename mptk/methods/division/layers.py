@@ -22,7 +22,7 @@ from mptk.progress import Count
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
 
-TOKENS = 512
+CURVE_TOKENS = 512
 """Calibration tokens for each layer's curve."""
 COMPARED = 2048
 """Calibration tokens for comparing the division with equal layers."""
@@ -39,7 +39,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Edge:
+class HullEdge:
     """An edge of a hull: from ``start`` to ``end`` units at ``price``, the loss per saved share of the budget."""
 
     name: str
@@ -83,7 +83,7 @@ def measured(
     given = {name: ladder[-1] for name, ladder in ladders.items()}
     tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
     plans = [plan_of(prepared, scores, widths) for widths in tried]
-    least, *found = masked_losses(prepared, plans, sets.calibration.batches(TOKENS)[0], progress)
+    least, *found = masked_losses(prepared, plans, sets.calibration.batches(CURVE_TOKENS)[0], progress)
     each = iter(found)
     return {name: Curve(widths, (0.0, *(next(each) - least for _ in widths[1:]))) for name, widths in wanted.items()}
 
@@ -120,7 +120,7 @@ def divide(
     return widths
 
 
-def hull(name: str, curve: Curve, cost: CostModel) -> list[Edge]:
+def hull(name: str, curve: Curve, cost: CostModel) -> list[HullEdge]:
     """The lower convex hull of a curve over the saved cost: edges of rising price. Losses never fall with the width."""
     points = [(0.0, 0.0, curve.widths[0])]
     for width, loss in zip(curve.widths[1:], curve.losses[1:], strict=True):
@@ -128,7 +128,7 @@ def hull(name: str, curve: Curve, cost: CostModel) -> list[Edge]:
         while len(points) > 1 and _price(points[-2], points[-1]) >= _price(points[-1], point):
             points.pop()
         points.append(point)
-    return [Edge(name, a[2], b[2], _price(a, b)) for a, b in itertools.pairwise(points)]
+    return [HullEdge(name, a[2], b[2], _price(a, b)) for a, b in itertools.pairwise(points)]
 
 
 def _price(start: tuple[float, float, int], end: tuple[float, float, int]) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mptk.compile.cut import compile_plan, small_model
 from mptk.compile.dense_outputs import with_outputs
 from mptk.config.settings import Learning, Settings
-from mptk.cost.estimate import Pass, Sizes
+from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.ir.passes import Log
@@ -86,7 +86,7 @@ def winner(prepared: Prepared, found: Shapes) -> Prepared:
 # ---- how tokens are spent ----
 
 
-def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of a search."""
     s = settings
     if not s.search:

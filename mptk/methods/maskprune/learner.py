@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
 from mptk.config.settings import FREE, Learning, Settings
-from mptk.cost.estimate import Pass, Sizes
+from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
@@ -42,19 +42,16 @@ from mptk.protocols.run_folder import TRACKER, RunFolder
 from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
-from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
-
-HALF_TOLERANCE = 5e-2
-"""Largest output difference, relative to the largest output, if the model computes in half precision."""
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 
-def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of learning masks and of recovery together."""
     s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
     return {"train": Pass(4 * tokens, s.length, reads=0, training=memory(s, sizes, kept))} if s.steps else {}
 
 
-def memory(settings: Settings, sizes: Sizes, kept: float) -> float:
+def memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
     """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
 
     ``kept``: the share of the parameters that stay.

@@ -17,7 +17,7 @@ from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
-Target = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
+TeacherOutputs = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
 """Logits or their shortened form, and each layer's hidden states [batch, length, hidden] or None."""
 
 
@@ -51,7 +51,7 @@ class CachedTeacher:
         folder.mkdir(parents=True, exist_ok=True)
         tidy(folder)
 
-    def __call__(self, samples: Samples) -> Target:
+    def __call__(self, samples: Samples) -> TeacherOutputs:
         files = [self._file(sample) for sample in samples.split(1)]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)

@@ -22,16 +22,16 @@ from mptk.distributed.processes import full, gathered, prepare, shard_like, wide
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import distilled, hidden_error
-from mptk.methods.maskprune.teacher import Output, Target
+from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.methods.maskprune.watch import NAME, STATE, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
 from passes.frontend.trace import uncached
 
-Teacher = Callable[[Samples], Target]
+Teacher = Callable[[Samples], TeacherOutputs]
 """Samples on the host → the dense model's outputs, on the device."""
 Metrics = dict[str, float]
-Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]
+ExtraState = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]
 """State that checkpoints hold besides the student's: a call that returns it, and one that restores it."""
 
 
@@ -63,7 +63,7 @@ class Loop:
     folder: RunFolder
     first_row: int = 0
     each_step: Callable[[int], Metrics] = lambda tokens: {}
-    extra: Extra | None = None
+    extra: ExtraState | None = None
     watch: Watch | None = None
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
 

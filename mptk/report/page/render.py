@@ -97,9 +97,11 @@ def figures(run: Run) -> dict[str, list[Figure]]:
         },
     }
     if run.report.search:
-        found[sections.SEARCH] = ranking_figures(made(Shapes, run.report.search))
+        found[sections.SEARCH_TITLE] = ranking_figures(made(Shapes, run.report.search))
     if run.report.proof:
-        found[sections.PROOF] = [Figure("Difference from what each stage must equal", charts.proof_chart(run), dots)]
+        found[sections.PROOF_TITLE] = [
+            Figure("Difference from what each stage must equal", charts.proof_chart(run), dots)
+        ]
     if run.bench is not None:
         found[sections.TIMES] = [Figure("Time and ideal time", charts.bench_chart(run, run.bench), ideal)]
     return {title: drawn for title, drawn in found.items() if drawn}
@@ -147,7 +149,7 @@ def shapes_page(found: Shapes) -> str:
     require_matplotlib()
     view = sections.shapes_view(found)
     best = [Section("The best one", [found.command])] if found.command else []
-    drawn = {sections.SEARCH: ranking_figures(found)}
+    drawn = {sections.SEARCH_TITLE: ranking_figures(found)}
     return _filled([Chapter(View([*view.sections, *best], view.title), drawn)])
 
 

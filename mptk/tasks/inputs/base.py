@@ -15,7 +15,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
 from mptk.files import path_of
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM, RANDOM_NAME
+from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 
@@ -46,7 +46,7 @@ class Inputs(Protocol):
 
     def named(self, data: str) -> str:
         """``data`` as the protocol of a measurement names it."""
-        return RANDOM_NAME if data == RANDOM else data
+        return RANDOM_NAME if data == RANDOM_DATA else data
 
 
 def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, int], seed: int) -> Named:
@@ -75,7 +75,7 @@ class FileInputs(Inputs):
         """The inputs that the model's own preprocessor makes of the files."""
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
-        if settings.data == RANDOM:
+        if settings.data == RANDOM_DATA:
             return random_inputs(self.example(loaded.model), count, {}, settings.seed)
         files = self.find(settings.data)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
@@ -83,7 +83,7 @@ class FileInputs(Inputs):
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data = settings.eval_data or settings.data
-        if data == RANDOM:
+        if data == RANDOM_DATA:
             return random_inputs(self.example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
         return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
 

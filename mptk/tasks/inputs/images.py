@@ -16,7 +16,7 @@ from mptk.io.models import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, accepted, preprocessor
 
-SIZE, CHANNELS = 224, 3
+IMAGE_SIZE, IMAGE_CHANNELS = 224, 3
 """Size of an image if neither processor nor config says one."""
 
 
@@ -27,7 +27,8 @@ class Images(FileInputs):
 
     def example(self, model: nn.Module) -> Named:
         vision = getattr(model.config, "vision_config", model.config)
-        size, channels = getattr(vision, "image_size", None) or SIZE, getattr(vision, "num_channels", None) or CHANNELS
+        size = getattr(vision, "image_size", None) or IMAGE_SIZE
+        channels = getattr(vision, "num_channels", None) or IMAGE_CHANNELS
         height, width = size if isinstance(size, Sequence) else (size, size)
         generator = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(EXAMPLES, channels, height, width, generator=generator)}

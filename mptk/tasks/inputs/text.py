@@ -10,14 +10,14 @@ from mptk.config.settings import Settings
 from mptk.io import data
 from mptk.io.data import positions_of, protocol_name
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM
+from mptk.io.text.sources import RANDOM_DATA
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 
-SEQUENCE = 7
+TEXT_LENGTH = 7
 
 
-def example_ids(batch: int = EXAMPLES, length: int = SEQUENCE) -> Tensor:
+def example_ids(batch: int = EXAMPLES, length: int = TEXT_LENGTH) -> Tensor:
     """Small token ids, int64 [batch, length]."""
     return torch.arange(batch * length).reshape(batch, length) % 11 + 1
 
@@ -29,7 +29,7 @@ class TextWindows(Inputs):
         return {"input_ids": example_ids()}
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
-        if settings.data == RANDOM:
+        if settings.data == RANDOM_DATA:
             return random_ids(loaded, count, settings.length, settings.seed)
         s, model = settings, loaded.whole() if settings.data == data.SELF else loaded.model
         found = data.calibration(model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
@@ -37,7 +37,7 @@ class TextWindows(Inputs):
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         length = fitting(loaded, settings.eval_length)
-        if (source := settings.eval_data or settings.data) == RANDOM:
+        if (source := settings.eval_data or settings.data) == RANDOM_DATA:
             return random_ids(loaded, settings.eval_windows, length, settings.seed + 1)
         windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
         data.check_ids(loaded.model, windows)

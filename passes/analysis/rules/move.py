@@ -140,14 +140,14 @@ def complex_(ctx: RuleContext, node: fx.Node, *args: object, **_: object) -> Dim
     return broadcast(ctx, node, *args)
 
 
-HIDDEN = "its positions are the samples of torch.vmap"
+VMAPPED = "its positions are the samples of torch.vmap"
 
 
 @rule(target_name(vmap_opens), zero="keep", positions="carry")
 def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> Dims:
     """y = x without d, which is hidden and cannot be cut. No choice of other units varies along it."""
     d = normalize(dim, x.ndim)
-    ctx.freeze(x.dims[d], HIDDEN, node)
+    ctx.freeze(x.dims[d], VMAPPED, node)
     meet(ctx, x.dims, [d])
     return (*x.dims[:d], *x.dims[d + 1 :])
 
@@ -156,4 +156,4 @@ def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> D
 def closed(ctx: RuleContext, node: fx.Node, x: Value, level: int, size: int, dim: int) -> Dims:
     """y = x with the hidden dimension at d."""
     d = normalize(dim, x.ndim + 1)
-    return (*x.dims[:d], ctx.frozen(result_shape(node)[d], HIDDEN, node), *x.dims[d:])
+    return (*x.dims[:d], ctx.frozen(result_shape(node)[d], VMAPPED, node), *x.dims[d:])

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from passes.targets.onnx.tensors import Floats, change_tensor, tensor_of
 
-ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
+ELEMENTWISE_OPS = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
 
 
 class BalancePass(ir.passes.InPlacePass):
@@ -107,7 +107,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
                 return None
         elif is_product(node):
             products.add(node)
-        elif node.op_type in ELEMENTWISE and node not in inside:
+        elif node.op_type in ELEMENTWISE_OPS and node not in inside:
             inside.add(node)
             waiting += node.inputs
         elif node not in inside:

@@ -19,9 +19,9 @@ from passes.targets.onnx.tensors import Array, Spill, parts, shape_of, tensor_of
 BLOCK = 32
 """Inputs that share a scale in 4 bits. More of them would be too coarse."""
 
-WIDE, LEAST = 128, 16
-"""Inputs that share a scale in 8 bits: ``WIDE``, the fastest block even if the last one is padded. Fewer inputs get the
-least power of two that holds them, but at least ``LEAST``, the kernel's minimum."""
+WIDE_BLOCK, LEAST_BLOCK = 128, 16
+"""Inputs that share a scale in 8 bits: ``WIDE_BLOCK``, the fastest block even if the last one is padded. Fewer inputs
+get the least power of two that holds them, but at least ``LEAST_BLOCK``, the kernel's minimum."""
 
 ZERO_POINT = 128
 """The zero point of 8-bit symmetric weights."""
@@ -61,7 +61,10 @@ class BlockWeightsPass(ir.passes.InPlacePass):
             head = logit_products(model)
             return {name: (8 if name in head else 4, BLOCK) for name in products(model)}
         inputs = {name: shape_of(weight)[0] for name, weight in products(model).items()}
-        return {name: (8, max(LEAST, min(WIDE, 1 << (count - 1).bit_length()))) for name, count in inputs.items()}
+        return {
+            name: (8, max(LEAST_BLOCK, min(WIDE_BLOCK, 1 << (count - 1).bit_length())))
+            for name, count in inputs.items()
+        }
 
 
 def rounded(weight: Array, bits: int, block: int) -> list[Array]:

@@ -4,8 +4,8 @@ Channels are evened out before rounding (``smooth.py``, ``balance.py``), so the 
 Then each output of a product and each block of its inputs must satisfy:
 
 1. 8 bits: every weight is within half a step of the float one, or within one step if its code is the last of the range;
-2. 4 bits: the root mean square of errors is at most ``WHOLE`` steps in a weight and ``PART`` in a block. Calibration
-   moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
+2. 4 bits: the root mean square of errors is at most ``WEIGHT_STEPS`` steps in a weight and ``BLOCK_STEPS`` in a block.
+   Calibration moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
 3. float16: every number is the nearest one.
 
 Channels of equal size may be sorted in another order on another processor, so columns that do not match are tried in
@@ -30,11 +30,11 @@ from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
 from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily, shape_of, tensor_of
 
-HALF = 0.505
+HALF_STEP = 0.505
 """Half a step, plus float32's own rounding."""
-WHOLE, PART = 0.75, 3.5
+WEIGHT_STEPS, BLOCK_STEPS = 0.75, 3.5
 """For comparison: random codes are 5 to 6 steps away; a scale twice too large gives 1.8 in a weight."""
-HALVES, LEAST, LARGEST = 2.0**-11, 2.0**-23, 65504.0
+FLOAT16_ROUNDING, FLOAT16_LEAST, FLOAT16_LARGEST = 2.0**-11, 2.0**-23, 65504.0
 """float16: the relative rounding error, the absolute one near 0 (numbers start at 1e-7), the largest number."""
 
 SHIFT = 1e-4
@@ -72,7 +72,7 @@ class Rounded:
         """The deviation of each output from ``weight`` [inputs, outputs], as a share of the allowed one, [outputs]."""
         found = [self._deviations(weight[:, outputs], outputs) for outputs in parts(weight.shape, 1)]
         each, squares = zip(*found, strict=True)
-        whole = np.sqrt(sum(squares) / weight.size) / WHOLE if self.bits == 4 else 0
+        whole = np.sqrt(sum(squares) / weight.size) / WEIGHT_STEPS if self.bits == 4 else 0
         deviations: Floats = np.maximum(np.concatenate(each), whole)
         return deviations
 
@@ -81,11 +81,11 @@ class Rounded:
         codes, values, steps = self.part(outputs)
         apart = _in_steps(values - weight, steps)
         if self.bits == 8:
-            allowed = np.where((codes == 0) | (codes == 255), 2 * HALF, HALF)
+            allowed = np.where((codes == 0) | (codes == 255), 2 * HALF_STEP, HALF_STEP)
             return np.asarray((apart / allowed).max(axis=0)), 0.0
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
-        worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / PART
+        worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / BLOCK_STEPS
         return np.asarray(worst, np.float32), float(squares.sum(dtype=np.float64))
 
 
@@ -222,7 +222,7 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
         if value.const_value.dtype is ir.DataType.FLOAT and value.const_value.size:
             pairs = list(_pairs(value.const_value, other.const_value))
             apart = max(np.nan_to_num(np.abs(found - exact), nan=np.inf).max() for exact, found in pairs)
-            worst[name] = float(apart / max(LEAST, *(np.abs(exact).max() for exact, _ in pairs)) / SHIFT)
+            worst[name] = float(apart / max(FLOAT16_LEAST, *(np.abs(exact).max() for exact, _ in pairs)) / SHIFT)
     return worst
 
 
@@ -242,9 +242,9 @@ def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
 
 def _halved(exact: Floats, found: npt.NDArray[np.floating[npt.NBitBase]]) -> float:
     """The largest difference, as a share of the rounding error of float16."""
-    exact = exact.clip(-LARGEST, LARGEST)
+    exact = exact.clip(-FLOAT16_LARGEST, FLOAT16_LARGEST)
     apart = np.abs(found.astype(np.float32) - exact)
-    return float(np.nan_to_num(apart / np.maximum(np.abs(exact) * HALVES, LEAST), nan=np.inf).max())
+    return float(np.nan_to_num(apart / np.maximum(np.abs(exact) * FLOAT16_ROUNDING, FLOAT16_LEAST), nan=np.inf).max())
 
 
 def _pairs(exact: ir.TensorProtocol, found: ir.TensorProtocol) -> Iterator[tuple[Array, Array]]:

@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from passes.targets.stock.attempt import Refusal, configured, on_meta
-from passes.targets.stock.equations import Grown, Law, Products
-from passes.targets.stock.symbolic import Assignment, Field, Reading, Shapes, Unread
+from passes.targets.stock.equations import Grown, Law, WidthProducts
+from passes.targets.stock.symbolic import Assignment, Field, Reading, Unread, WeightShapes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StockConfig:
 def probe_config(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
-    target_shapes: Shapes,
+    target_shapes: WeightShapes,
     grown: Grown,
     widths: Mapping[str, tuple[int, int]],
     fixed: Sequence[int],
@@ -76,7 +76,7 @@ def probe_config(
     if (wrong := misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
         return wrong
     grows = [name for name, (before, after) in widths.items() if after > before]
-    products = Products({name: before for name, (before, _) in widths.items()}, fixed, grows)
+    products = WidthProducts({name: before for name, (before, _) in widths.items()}, fixed, grows)
     new = {name: after for name, (_, after) in widths.items()}
     assignment = Law(reading, products, grown, ()).at(new)
     if isinstance(assignment, Refusal):
@@ -92,7 +92,7 @@ def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
         return on_meta(model_class, config)
 
 
-def misfit(shapes: Shapes, target: Shapes, *, sizes: bool = True) -> Refusal | None:
+def misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) -> Refusal | None:
     """The first weight of the class that has another shape than ``target``, or that only one of them has.
 
     ``sizes``: whether to compare these, too, or only names and numbers of dimensions.
@@ -110,7 +110,7 @@ def finished(
     model_class: type[PreTrainedModel],
     template: PreTrainedConfig,
     assignment: Assignment,
-    target: Shapes,
+    target: WeightShapes,
     scalars: Mapping[float, float] = MappingProxyType({}),
 ) -> StockConfig | Refusal:
     """Build the class with validation. Refuse a config that is not accepted or has another shape than the target.

@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.ir.blocks import Renumbering, numbered, prefix
 from passes.targets.stock.attempt import Refusal, configured, on_meta
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.symbolic import Shapes
+from passes.targets.stock.symbolic import WeightShapes
 
 Path = tuple[str | int, ...]
 Edits = Mapping[Path, object]
@@ -44,7 +44,7 @@ class Built:
     """A class built from a config: the shapes of its weights; path of a module → the plain values that it keeps."""
 
     config: PreTrainedConfig
-    shapes: Shapes
+    shapes: WeightShapes
     traits: Mapping[str, Mapping[str, object]]
 
     def blocks(self, module: str) -> set[int]:

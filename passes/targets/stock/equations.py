@@ -16,13 +16,13 @@ from fractions import Fraction
 from functools import cached_property
 
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.symbolic import Field, Reading, Shapes, Sizes, SizeSlot, starred
+from passes.targets.stock.symbolic import Field, Reading, Sizes, SizeSlot, WeightShapes, starred
 
-CutShapes = Callable[[Mapping[str, int]], Shapes]
+CutShapes = Callable[[Mapping[str, int]], WeightShapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
-Row = dict[Hashable, Fraction]
+Exponents = dict[Hashable, Fraction]
 """A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's."""
-Grown = Mapping[SizeSlot, Row]
+Grown = Mapping[SizeSlot, Exponents]
 """Dimension of a weight → the families that it grows with, with exponents."""
 FACTORS = 3
 
@@ -32,9 +32,9 @@ class Echelon:
 
     def __init__(self, order: Sequence[Hashable]) -> None:
         self._rank = {unknown: rank for rank, unknown in enumerate(order)}
-        self.solved: dict[Hashable, Row] = {}
+        self.solved: dict[Hashable, Exponents] = {}
 
-    def left(self, row: Mapping[Hashable, Fraction]) -> Row:
+    def left(self, row: Mapping[Hashable, Fraction]) -> Exponents:
         """What the equations leave of a row."""
         found = dict(row)
         for unknown in row.keys() & self.solved.keys():
@@ -51,19 +51,19 @@ class Echelon:
                 _subtract(other, own, other.get(first, Fraction(0)))
             self.solved[first] = own
 
-    def of(self, unknown: Hashable) -> Row:
+    def of(self, unknown: Hashable) -> Exponents:
         """A solved unknown as a sum of those that are not."""
         return {other: -factor for other, factor in self.solved[unknown].items() if other != unknown}
 
 
-def _subtract(row: Row, other: Row, times: Fraction) -> None:
+def _subtract(row: Exponents, other: Exponents, times: Fraction) -> None:
     for unknown, factor in other.items() if times else ():
         row[unknown] = row.get(unknown, Fraction(0)) - times * factor
         if not row[unknown]:
             del row[unknown]
 
 
-class Products:
+class WidthProducts:
     """The products of axis sizes that a number of a module may be, and so may follow.
 
     ``grows``: families that become wider; only these count if they have one unit.
@@ -73,15 +73,15 @@ class Products:
         self.families = families
         leaves: list[tuple[str | None, int]] = [(n, width) for n, width in families.items() if width > 1 or n in grows]
         leaves += [(None, size) for size in sorted(set(fixed)) if size > 1]
-        self._of: dict[int, list[Row]] = {}
+        self._of: dict[int, list[Exponents]] = {}
         for count in range(1, FACTORS + 1):
             for chosen in itertools.combinations_with_replacement(leaves, count):
                 names = Counter(name for name, _ in chosen if name is not None)
                 if names:
-                    row: Row = {name: Fraction(times) for name, times in names.items()}
+                    row: Exponents = {name: Fraction(times) for name, times in names.items()}
                     self._of.setdefault(math.prod(size for _, size in chosen), []).append(row)
 
-    def of(self, value: float) -> list[Row]:
+    def of(self, value: float) -> list[Exponents]:
         """The families, with exponents, that are factors of ``value``."""
         return self._of.get(int(value), [])
 
@@ -92,7 +92,7 @@ class Products:
         made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their
         values, but the stock class would compute others.
         """
-        ratios: Row = {name: Fraction(width, self.families[name]) for name, width in widths.items()}
+        ratios: Exponents = {name: Fraction(width, self.families[name]) for name, width in widths.items()}
         sizes = {pair for name, old in dense.shapes.items() for pair in zip(old, cut.shapes[name], strict=True)}
         for name, new in cut.numbers.items():
             old = dense.numbers.get(name, math.nan)
@@ -112,7 +112,7 @@ def is_width(name: str, value: float) -> bool:
     return isinstance(value, int) and not name.endswith("]")
 
 
-def scaled(value: float, exponents: Row, ratios: Row) -> Fraction | None:
+def scaled(value: float, exponents: Exponents, ratios: Exponents) -> Fraction | None:
     """``value`` times the product of powers of the ratios; None if that is no fraction."""
     powers = Counter[Fraction]()
     for unknown, exponent in exponents.items():
@@ -130,12 +130,12 @@ class Equation:
     """
 
     place: SizeSlot | str
-    fields: Row
-    wanted: Row
+    fields: Exponents
+    wanted: Exponents
     integer: int | None
 
     @property
-    def row(self) -> Row:
+    def row(self) -> Exponents:
         return self.fields | {unknown: -factor for unknown, factor in self.wanted.items()}
 
 
@@ -143,7 +143,7 @@ def equations(reading: Reading, grown: Grown) -> list[Equation]:
     """All different equations of a class. A size of 1 that stays is left out: what it is made of may be rounded."""
     found = dict[Hashable, Equation]()
     for place, own in reading.exponents():
-        fields, grows, integer = dict[Hashable, Fraction](own.items()), Row(), None
+        fields, grows, integer = dict[Hashable, Fraction](own.items()), Exponents(), None
         if isinstance(place, tuple):
             grows = grown.get(place, {})
             if not grows and reading.dense.shapes[place[0]][place[1]] == 1:
@@ -168,7 +168,7 @@ class Law:
         ties: sums of families that are zero.
     """
 
-    def __init__(self, reading: Reading, products: Products, grown: Grown, fixed: Collection[str] | None) -> None:
+    def __init__(self, reading: Reading, products: WidthProducts, grown: Grown, fixed: Collection[str] | None) -> None:
         self.reading, self.products, self.grown, families = reading, products, grown, products.families
         every = equations(reading, grown)
         every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
@@ -176,12 +176,12 @@ class Law:
         count = Counter(field for each in others for field in each.fields)
         fields = {field: count[field] for each in every for field in each.fields}
         self._echelon = Echelon([*sorted(fields, key=lambda f: (f in reading.pins, fields[f])), *families])
-        stay: list[Row] = [{name: Fraction(1)} for name in fixed or ()]
+        stay: list[Exponents] = [{name: Fraction(1)} for name in fixed or ()]
         for row in (*stay, *(equation.row for equation in others)):
             self._echelon.add(row)
         for field in [field for field in self._echelon.solved if isinstance(field, Field)]:
             self._explain({field: Fraction(1)}, field.value, products.of(field.value))
-        sizes = dict[int, list[Row]]()
+        sizes = dict[int, list[Exponents]]()
         for (name, dimension), row in grown.items():
             sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
         for each in every:
@@ -192,9 +192,9 @@ class Law:
         self.fields = {field: self._echelon.of(field) for field in solved if isinstance(field, Field)}
         self.ties = [row for unknown, row in solved.items() if isinstance(unknown, str)]
 
-    def _explain(self, number: Row, value: int, products: Sequence[Row]) -> None:
+    def _explain(self, number: Exponents, value: int, products: Sequence[Exponents]) -> None:
         """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``."""
-        now: Row = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
+        now: Exponents = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
         least = math.prod(self.products.families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
         if value % least == 0 and all(factor > 0 for factor in now.values()):
             return
@@ -209,7 +209,7 @@ class Law:
 
     def at(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
         """The fields that ``widths`` change, and all implicit ones."""
-        ratios: Row = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
+        ratios: Exponents = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
         for tie in self.ties:
             if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
                 names, config = " and ".join(sorted(map(str, tie))), type(self.reading.template).__name__
@@ -253,13 +253,13 @@ class Law:
         return frozenset(group)
 
 
-def _free(row: Row) -> bool:
+def _free(row: Exponents) -> bool:
     return any(isinstance(unknown, Field) for unknown in row)
 
 
-def growing(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
+def growing(dense: WeightShapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Exponents]:
     """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
-    found: dict[SizeSlot, Row] = {}
+    found: dict[SizeSlot, Exponents] = {}
     for family, width in families.items():
         twice, thrice = shapes({family: 2 * width}), shapes({family: 3 * width})
         for name, shape in dense.items():

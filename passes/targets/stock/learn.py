@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from passes.targets.stock.attempt import Forward, Refusal, failure
 from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit, with_scalars
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.equations import CutShapes, Law, Products, growing, is_width
+from passes.targets.stock.equations import CutShapes, Law, WidthProducts, growing, is_width
 from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of, starred
+from passes.targets.width_choices import Widths
 
-Widths = dict[str, int]
 NEGLIGIBLE = 5e-6
 """An epsilon that moves a norm of usual activations by less than a tenth of what the proof allows."""
 OTHER_EPSILON = 1.37
@@ -155,7 +155,7 @@ class Stock:
             self.refusals = dict.fromkeys(self._families, wrong)
             return
         grown = growing(reading.dense.shapes, self._families, self._shapes)
-        self._law = Law(reading, Products(self._families, fixed), grown, derived)
+        self._law = Law(reading, WidthProducts(self._families, fixed), grown, derived)
         trials = dict[frozenset[str], list[Widths]]()
         for name in self._families:
             self._try(frozenset((name,)), trials)

@@ -26,7 +26,7 @@ from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal, quiet
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
-from passes.targets.stock.symbolic import Shapes
+from passes.targets.stock.symbolic import WeightShapes
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite
 from passes.verify import TOLERANCE
@@ -37,7 +37,7 @@ TRIAL_LENGTH = 64
 
 def rehome(
     config: PreTrainedConfig,
-    target_shapes: Shapes,
+    target_shapes: WeightShapes,
     check: Callable[[StockConfig], float],
     *,
     tolerance: float = 1e-6,
@@ -173,7 +173,7 @@ def _construct(cls: Callable[..., PreTrainedConfig], body: Mapping[str, object])
             return None
 
 
-def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: Shapes) -> StockConfig | None:
+def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: WeightShapes) -> StockConfig | None:
     """``candidate`` with the fields of ``config`` copied by name, if its model has the target's names and shapes.
 
     First only fields that the class declares are copied, then all, since a constructor may ask for others.
@@ -194,7 +194,7 @@ def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: S
     return None
 
 
-def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes | None:
+def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> WeightShapes | None:
     with quiet(), torch.device("meta"):
         try:
             model = model_class(copy.deepcopy(config))

@@ -23,12 +23,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mptk.compat.symbols import Number, Symbol, Symbols, evaluated, exponents, expression, symbols_in, value_of
+from mptk.compat.symbols import Symbol, SymbolicNumber, Symbols, evaluated, exponents, expression, symbols_in, value_of
 from mptk.compat.transformers import missing_attributes, without_generation
 from mptk.errors import MptkError
 from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
 
-Shapes = Mapping[str, tuple[int, ...]]
+WeightShapes = Mapping[str, tuple[int, ...]]
 SizeSlot = tuple[str, int]
 """One dimension of one parameter."""
 TRIAL_VALUE = 8
@@ -82,8 +82,8 @@ class Unread(Exception):
 class Sizes:
     """The shapes of the weights, and the numbers of modules and sizes of unsaved buffers. All may be expressions."""
 
-    shapes: Shapes
-    numbers: Mapping[str, Number]
+    shapes: WeightShapes
+    numbers: Mapping[str, SymbolicNumber]
 
 
 class Reading:
@@ -113,12 +113,14 @@ class Reading:
         implicit = [Field(path, TRIAL_VALUE, implicit=True) for path in places]
         admitted, second = self._admitted(self.fields, implicit, first)
         self._of = {field: self._integers[field][0] for field in self.fields}
-        self._sizes, self._defaults = first, dict[Field, tuple[Number, Number]]()
+        self._sizes, self._defaults = first, dict[Field, tuple[SymbolicNumber, SymbolicNumber]]()
         if second is not None:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
         self.dense = self.at({})
-        sizes: set[Number] = {size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)}
+        sizes: set[SymbolicNumber] = {
+            size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)
+        }
         self.rounds = not all(size.is_polynomial() for size in sizes)
         del self._symbols, self._integers  # torch's record of all sizes
 
@@ -141,7 +143,7 @@ class Reading:
         for place, number in self._numbered():
             yield place, {owners[symbol]: power for symbol, power in known(number).items()}
 
-    def _numbered(self) -> Iterator[tuple[SizeSlot | str, Number]]:
+    def _numbered(self) -> Iterator[tuple[SizeSlot | str, SymbolicNumber]]:
         for name, shape in self._sizes.shapes.items():
             yield from (((name, dimension), size) for dimension, size in enumerate(shape))
         yield from self._sizes.numbers.items()
@@ -218,7 +220,7 @@ class Reading:
         known = {symbol: field.value for field, symbol in self._of.items()}
         both = (pair for n, shape in first.shapes.items() for pair in zip(shape, second.shapes[n], strict=False))
         pairs = dict.fromkeys(pair for pair in both if symbols_in(pair[1]) & new.keys())
-        found, wrong = dict[Symbol, tuple[Number, Number]](), set[Symbol]()
+        found, wrong = dict[Symbol, tuple[SymbolicNumber, SymbolicNumber]](), set[Symbol]()
         for _ in new:
             for before, after in pairs:
                 left = (symbols_in(after) & new.keys()) - known.keys()
@@ -237,7 +239,7 @@ class Reading:
             pin = replace(new[symbol], value=known[symbol])
             self._of[pin], self._defaults[pin] = symbol, found[symbol]
 
-        def taken(mine: Number, theirs: Number) -> Number:
+        def taken(mine: SymbolicNumber, theirs: SymbolicNumber) -> SymbolicNumber:
             own = symbols_in(theirs) & new.keys()
             same = own and own <= right and math.isclose(value_of(theirs, known), value_of(mine, known))
             return theirs if same else mine

@@ -19,7 +19,7 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.consumers import deriving
 from passes.targets.stock.learn import Stock
 
-SIZE, HIDDEN, HEADS = "head_dim", "hidden_size", "num_attention_heads"
+HEAD_DIM, HIDDEN_SIZE, HEADS = "head_dim", "hidden_size", "num_attention_heads"
 """Names that every config class with such a field has, by itself or through its ``attribute_map``."""
 
 
@@ -39,11 +39,11 @@ def breaks(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> dict[str, str]
 def broken(cut: StockConfig, dense: PreTrainedConfig) -> list[str]:
     """The programs that do not read the config of a cut rightly, each named by what it derives."""
     reasons = [
-        f"programs that derive {SIZE} from {HIDDEN} and {HEADS}, as {deriving('head_dim')}"
+        f"programs that derive {HEAD_DIM} from {HIDDEN_SIZE} and {HEADS}, as {deriving('head_dim')}"
         for before, after in _inner(dense, cut.config)
         if _derivable(before) and not _derivable(after)
     ]
-    implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != SIZE]
+    implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != HEAD_DIM]
     if implied:
         fields = ", ".join(implied)
         reasons.append(f"programs that derive {fields}, which the dense config leaves open, as {deriving('open')}")
@@ -71,7 +71,7 @@ def _inner(dense: PreTrainedConfig, cut: PreTrainedConfig) -> Iterator[tuple[Pre
 
 def _derivable(config: PreTrainedConfig) -> bool:
     """Whether the size of a head is what programs derive, or the config has no such field."""
-    hidden, heads, size = (field(config, name) for name in (HIDDEN, HEADS, SIZE))
+    hidden, heads, size = (field(config, name) for name in (HIDDEN_SIZE, HEADS, HEAD_DIM))
     if not (isinstance(hidden, int) and isinstance(heads, int) and isinstance(size, int)):
         return True
     return hidden // heads == size

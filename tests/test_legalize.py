@@ -168,7 +168,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
 )
 def test_a_divisor_is_a_number_a_device_or_one_for_each_family(text, ffn, hidden):
     found = read_alignment(text)
-    assert (found.divisors("ffn"), found.divisors("hidden")) == ((ffn,), (hidden,))
+    assert (found.divisors("ffn")[0], found.divisors("hidden")[0]) == (ffn, hidden)
 
 
 @pytest.mark.parametrize("text", ["h10", "0", "ffn=", "ffn=0", "=32", "32;64", "", -8, 1 << 21])

@@ -20,9 +20,9 @@ class Alignment:
     """What narrower widths keep of the dense ones.
 
     If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
-    ``BLOCK``. ``every``: the divisor for all families
-    but ``own``, which have their own. ``blocks``: further divisors, of quantisers. ``devices``: how many devices share
-    each layer; each gets the same number of whole units, and its part of a sum is a multiple, too.
+    ``BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further divisors,
+    of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units, and its
+    part of a sum is a multiple, too.
     """
 
     every: int = BLOCK

@@ -19,9 +19,10 @@ _PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASC
 class Alignment:
     """What narrower widths keep of the dense ones.
 
-    If the sum over a family's units is a multiple of a divisor, it stays one. ``every``: the divisor for all families
-    but ``own``, which have their own. ``blocks``: further divisors, of quantisers. ``devices``: how many devices share
-    each layer; each gets the same number of whole units, and its part of a sum is a multiple, too.
+    If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
+    ``BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further divisors,
+    of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units, and its
+    part of a sum is a multiple, too.
     """
 
     every: int = BLOCK
@@ -31,8 +32,13 @@ class Alignment:
 
     def divisors(self, family: str) -> tuple[int, ...]:
         """The divisors for the sums over a family's units."""
-        own = (self.own.get(family, self.every), *self.blocks)
+        own = (*halves(self.own.get(family, self.every)), *self.blocks)
         return (*own, *(each * self.devices for each in own if self.devices > 1))
+
+
+def halves(divisor: int) -> list[int]:
+    """512 → 512, 256, 128, 64, 32."""
+    return [divisor, *(halves(divisor // 2) if divisor % (2 * BLOCK) == 0 else [])]
 
 
 def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int = 1) -> Alignment:

@@ -176,10 +176,10 @@ def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
     steps = alignment.divisors(family.part_of or family.name)
     kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
     if alignment.devices > 1 and is_layered(family):
-        lengths = {m: family.groups[0].positions(m).shape[-1] for m in members}  # of a unit in the sum
-        if any(alignment.devices % (m.term.size // length) == 0 for m, length in lengths.items()):
+        units = [(m.term, family.groups[0].positions(m).shape[-1]) for m in members]  # and a unit's length in the sum
+        if any(alignment.devices % (term.size // length) == 0 for term, length in units):
             return (family.size,)
-        shared = ((m.term, length * alignment.devices) for m, length in lengths.items())
+        shared = ((term, length * alignment.devices) for term, length in units)
         kept += [(term, step) for term, step in shared if term.size % step == 0]
     axis = family.groups[0].axis
     first = -(-family.minimum // family.multiple) * family.multiple

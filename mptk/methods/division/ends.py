@@ -33,7 +33,7 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     if whole >= alike:
         return ""
     layers = max(len(prepared.analysis.family(name).parts) for name in equal.widths)
-    inner = f"{round(SHARE * layers)}-{layers - 1 - round(SHARE * layers)}"
+    inner = f"{round(ENDS_SHARE * layers)}-{layers - 1 - round(ENDS_SHARE * layers)}"
     return (
         f"equal layers cost {alike - whole:.2f} in loss: {alike:.2f} when cut, {whole:.2f} if a tenth of the layers at "
         f"each end stays uncut, before any fit or training; with --target graph, --layers {inner} cuts so, and "

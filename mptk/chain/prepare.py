@@ -96,7 +96,8 @@ def check_graph_training(settings: Settings) -> None:
 def check_divides(settings: Settings, method: Method, target: Target) -> None:
     """Raise MptkError if layers cannot have different widths."""
     if not target.ragged:
-        raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
+        others = "use --target graph or nemotron-nas"
+        raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; {others}")
     if not method.divides:
         raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
     if settings.budget == LATENCY:

@@ -53,6 +53,13 @@ FFN = re.compile(r"model\.layers\.\d+\.mlp\.")
 WHOLE = "a --plan may cut whole heads, if all layers keep equally many query heads; other cuts have no field"
 
 
+class ReadByAll(LegalWidths):
+    """Legal widths that every program which knows the target reads."""
+
+    def portable(self) -> LegalWidths:
+        return self
+
+
 class NemotronNasTarget(StockTarget):
     """A DeciLM checkpoint: config with ``block_configs``, its code, safetensors, tokenizer."""
 
@@ -77,7 +84,7 @@ class NemotronNasTarget(StockTarget):
             for family in analysis.all_families
         }
         refused = {family.name: WHOLE for family in analysis.all_families if family.name not in cut}
-        return LegalWidths(ladders, refused, lambda widths: None)
+        return ReadByAll(ladders, refused, lambda widths: None)
 
     def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
         return None

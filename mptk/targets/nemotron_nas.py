@@ -130,9 +130,7 @@ def check_held(analysis: Analysis, model: nn.Module) -> None:
         return  # the proof compares them, stage by stage
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     if (difference := logits_check(analysis.program, tokens)(found)) > TOLERANCE:
-        raise MptkError(
-            f"{type(model).__name__} has other logits in {NAME}, by {difference:.2g} of the largest; {remedy}"
-        )
+        raise MptkError(f"{NAME} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
 
 
 def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
@@ -163,8 +161,12 @@ def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
         return str(made if isinstance(made, Refusal) else made[1])
     config = made[0]
     model = on_meta(DeciLMForCausalLM, config)
-    wrong = model if isinstance(model, Refusal) else misfit(_shapes(model), shapes)
-    if wrong is not None:
+    if isinstance(model, Refusal):
+        return str(model)
+    there = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if more := sorted(shapes.keys() - there.keys()):
+        return f"it has no {more[0]}"
+    if (wrong := misfit(there, shapes)) is not None:
         return str(wrong)
     after = config.to_dict()
     return StockConfig(
@@ -172,10 +174,6 @@ def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
         config,
         {name: (before.get(name), after[name]) for name in CHANGED if before.get(name) != after[name]},
     )
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @dataclass(frozen=True)

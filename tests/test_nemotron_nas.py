@@ -19,6 +19,8 @@ import torch
 import toy_checkpoints as toys
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -287,6 +289,8 @@ def small(kind: type[PreTrainedModel], config: Any, **more: Any) -> PreTrainedMo
             r"does not hold Qwen2ForCausalLM: it has no model.layers.0.self_attn.k_proj.bias",
         ),
         (small(MistralForCausalLM, MistralConfig, sliding_window=32), "its attention sees 32 positions"),
+        (small(LlamaForCausalLM, LlamaConfig, hidden_act="gelu"), "its activation is gelu"),
+        (small(GPT2LMHeadModel, GPT2Config, n_inner=256), "does not hold GPT2LMHeadModel: it has no model.layers.0"),
         (small(GraniteForCausalLM, GraniteConfig, logits_scaling=4.0), "nemotron-nas has other logits than Granite"),
     ],
 )

@@ -49,7 +49,7 @@ CHANGED = (
 APART = ("architectures", "model_type", "transformers_version")
 DIGITS = 6
 """Decimals of ``ffn_mult``: mlx-lm rounds to them."""
-FFN = re.compile(r"model\.layers\.\d+\.mlp\.")
+LAYERS, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
 WHOLE = "a --plan may cut whole heads, if all layers keep equally many query heads; other cuts have no field"
 
 
@@ -140,40 +140,51 @@ def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
         dense: the config before the cut.
         shapes: state-dict name → shape after the cut, tied names included.
     """
-    if getattr(dense, "sliding_window", None) is not None:
-        return f"its attention sees {dense.sliding_window} positions, and {NAME} has no such window"
-    size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
-    count = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
-    blocks = [_widths(shapes, f"model.layers.{i}") for i in range(count)]
-    own = {
-        "auto_map": AUTO_MAP,
-        "block_configs": [block.fields(dense.hidden_size) for block in blocks],
-        "head_dim": size,
-        "intermediate_size": max((block.channels for block in blocks), default=0),
-        "num_attention_heads": max((block.queries for block in blocks), default=0) // size,
-        "num_hidden_layers": count,
-        "num_key_value_heads": max((block.keys for block in blocks), default=0) // size,
-    }
-    before = dense.to_dict()
-    known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in APART}
-    made = configured(DeciLMConfig(), {**known, **own})
-    if isinstance(made, Refusal) or made[1] is not None:
-        return str(made if isinstance(made, Refusal) else made[1])
-    config = made[0]
-    model = on_meta(DeciLMForCausalLM, config)
-    if isinstance(model, Refusal):
+    if (why := _other(dense, shapes)) is not None:
+        return why
+    config = _config(dense, shapes)
+    model = config if isinstance(config, Refusal) else on_meta(DeciLMForCausalLM, config)
+    if isinstance(config, Refusal) or isinstance(model, Refusal):
         return str(model)
     there = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if more := sorted(shapes.keys() - there.keys()):
         return f"it has no {more[0]}"
     if (wrong := misfit(there, shapes)) is not None:
         return str(wrong)
-    after = config.to_dict()
-    return StockConfig(
-        DeciLMForCausalLM,
-        config,
-        {name: (before.get(name), after[name]) for name in CHANGED if before.get(name) != after[name]},
-    )
+    before, after = dense.to_dict(), config.to_dict()
+    changes = {name: (before.get(name), after[name]) for name in CHANGED if before.get(name) != after[name]}
+    return StockConfig(DeciLMForCausalLM, config, changes)
+
+
+def _other(dense: PreTrainedConfig, shapes: Shapes) -> str | None:
+    """What of the dense model no engine's class computes, or None."""
+    if not any(name.startswith(LAYERS) for name in shapes):
+        return f"it has no {LAYERS}0"
+    if (act := getattr(dense, "hidden_act", None)) != "silu":
+        return f"its activation is {act}, and vLLM and SGLang compute only silu"
+    if (window := getattr(dense, "sliding_window", None)) is not None:
+        return f"its attention sees {window} positions, and {NAME} has no such window"
+    return None
+
+
+def _config(dense: PreTrainedConfig, shapes: Shapes) -> PreTrainedConfig | Refusal:
+    """The config whose blocks have the widths of ``shapes``; all else is as in ``dense``."""
+    size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    count = len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)})
+    blocks = [_widths(shapes, f"{LAYERS}{i}") for i in range(count)]
+    before = dense.to_dict()
+    known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in APART}
+    own = {
+        "auto_map": AUTO_MAP,
+        "block_configs": [block.fields(dense.hidden_size) for block in blocks],
+        "head_dim": size,
+        "intermediate_size": max(block.channels for block in blocks),
+        "num_attention_heads": max(block.queries for block in blocks) // size,
+        "num_hidden_layers": count,
+        "num_key_value_heads": max(block.keys for block in blocks) // size,
+    }
+    made = configured(DeciLMConfig(), {**known, **own})
+    return made if isinstance(made, Refusal) else made[1] or made[0]
 
 
 @dataclass(frozen=True)

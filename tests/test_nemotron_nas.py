@@ -73,7 +73,8 @@ BLOCKS = {
 
 def model_of(blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
     torch.manual_seed(0)
-    return DeciLMForCausalLM(DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": len(blocks)})).eval()
+    config = DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": len(blocks)})
+    return architectures.spread(DeciLMForCausalLM(config), 0.3).eval()
 
 
 @pytest.mark.parametrize("name", BLOCKS)

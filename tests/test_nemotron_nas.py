@@ -254,7 +254,10 @@ def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path
     widths = {name: row["width"] for name, row in found.report.families.items() if row["width"] < row["of"]}
     assert {name.partition(".")[0] for name in widths} == {"ffn"}
     assert not any(width % 256 for width in widths.values())
-    with pytest.raises(MptkError, match="q_heads cannot be cut for target nemotron-nas: a --plan may cut whole heads"):
+    with pytest.raises(
+        MptkError,
+        match="q_heads cannot be cut for target nemotron-nas: all engines read only cuts of feed-forward channels",
+    ):
         mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **how, **HOW)
 
 

@@ -50,7 +50,7 @@ APART = ("architectures", "model_type", "transformers_version")
 DIGITS = 6
 """Decimals of ``ffn_mult``: mlx-lm rounds to them."""
 LAYERS, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
-WHOLE = "a --plan may cut whole heads, if all layers keep equally many query heads; other cuts have no field"
+WHOLE = "all engines read only cuts of feed-forward channels and blocks; a --plan may also cut whole heads"
 
 
 class ReadByAll(LegalWidths):

@@ -66,7 +66,7 @@ METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
 )
-TARGET_CHOICES = Choices(("stock", "graph"), plugins=("mptk.targets",))
+TARGET_CHOICES = Choices(("stock", "nemotron-nas", "graph"), plugins=("mptk.targets",))
 SCHEMES = Choices(("int8", "int4", "fp16"))
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
 COMPUTE_DTYPES = Choices(("float32", "bfloat16"))
@@ -245,7 +245,7 @@ class Settings(Record):
     learning: Learning = field(default_factory=Learning)
     target: str = setting(
         "stock",
-        "stock: the model's own transformers class; graph: any widths.",
+        "stock: the model's own transformers class; nemotron-nas: DeciLM, a width for each layer; graph: any widths.",
         WRITE,
         (*SEARCH, "analyze"),
         choices=TARGET_CHOICES,

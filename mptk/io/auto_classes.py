@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import model_classes
 from mptk.errors import MptkError
+from mptk.io import modeling_nemotron_nas as nas
+
+OWN_CODE = Path(nas.__file__)
+"""The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
+AutoConfig.register(nas.DeciLMConfig.model_type, nas.DeciLMConfig)
+AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
 
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")

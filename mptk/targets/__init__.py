@@ -6,11 +6,12 @@ from mptk.config.settings import Settings
 from mptk.plugins import find, with_plugins
 from mptk.protocols.chain import Target
 from mptk.targets.graph import GraphTarget
+from mptk.targets.nemotron_nas import NemotronNasTarget
 from mptk.targets.onnx import OnnxTarget
 from mptk.targets.stock import StockTarget
 
 ONNX = OnnxTarget()
-TARGETS: dict[str, Target] = {target.name: target for target in (StockTarget(), GraphTarget())}
+TARGETS: dict[str, Target] = {t.name: t for t in (StockTarget(), NemotronNasTarget(), GraphTarget())}
 """The values of ``--target``. Each can also write ONNX."""
 
 

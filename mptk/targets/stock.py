@@ -93,8 +93,13 @@ class StockTarget(Target):
             state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
         )
         copy_processors(loaded.path, folder, same_features=same_features(compiled))
-        reasons = broken(written.stock, models.config_in(loaded))
-        return [written.note, *(f"this cut breaks {reason}; see docs/deploy.md" for reason in reasons)]
+        return [written.note, *self.limits(compiled)]
+
+    def limits(self, compiled: Compiled) -> list[str]:
+        """Notes on programs that do not read the folder."""
+        assert compiled.written is not None
+        reasons = broken(compiled.written.stock, models.config_in(compiled.prepared.loaded))
+        return [f"this cut breaks {reason}; see docs/deploy.md" for reason in reasons]
 
     def wrote(self, folder: Path) -> bool:
         return (folder / "config.json").is_file()

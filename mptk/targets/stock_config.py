@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.io import models
+from mptk.io.auto_classes import OWN_CODE
 from mptk.io.checkpoint import portable
 from mptk.io.untrusted import read_object
 from mptk.protocols.values import Written
@@ -63,10 +64,10 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
 
 
 def check_code(dense: Path, folder: Path) -> None:
-    """Raise MptkError if Python code in ``folder`` is not the dense model's. Call it before any code runs."""
+    """Raise MptkError if Python code in ``folder`` is neither the dense model's nor mptk's. Call it before any runs."""
     for file in sorted(folder.rglob("*.py")):
-        own = dense / file.relative_to(folder)
-        if not own.is_file() or file_sha256(own) != file_sha256(file):
+        known = [own for own in (dense / file.relative_to(folder), OWN_CODE) if own.name == file.name and own.is_file()]
+        if file_sha256(file) not in map(file_sha256, known):
             fail(f"{file.relative_to(folder)} is not the dense model's code")
     for name in ("config.json", "tokenizer_config.json"):
         if foreign := sorted(_repositories(folder / name) - _repositories(dense / name)):

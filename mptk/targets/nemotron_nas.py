@@ -1,0 +1,224 @@
+"""nemotron-nas: a checkpoint folder of DeciLM, LLaMA's block with widths of its own in each layer.
+
+vLLM, SGLang, TensorRT-LLM and mlx-lm have code for it; stock transformers runs the file ``OWN_CODE`` that the folder
+brings (``trust_remote_code``). Cut by default is what all of them read: feed-forward channels, to multiples of 256, and
+whole blocks. A plan may say more: other widths, and heads, if all layers keep equally many query heads. A note then
+names the engines that do not read it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.auto_classes import OWN_CODE
+from mptk.io.modeling_nemotron_nas import STEP, DeciLMConfig, DeciLMForCausalLM
+from mptk.io.resident import free_memory
+from mptk.ir.alignment import Alignment
+from mptk.ir.families import Analysis, Family
+from mptk.ir.passes import Log
+from mptk.ir.samples import Samples
+from mptk.protocols.chain import Compiled
+from mptk.protocols.values import SampleSets, Written
+from mptk.targets.stock import StockTarget
+from passes.targets.legalize import LegalWidths, aligned, cut_shapes
+from passes.targets.stock.attempt import Refusal, configured, on_meta
+from passes.targets.stock.config import StockConfig, misfit
+from passes.targets.stock.rehome import TRIAL_LENGTH, logits_check
+from passes.targets.stock.symbolic import Shapes
+from passes.verify import TOLERANCE
+
+NAME = DeciLMConfig.model_type
+AUTO_MAP = {
+    auto: f"{OWN_CODE.stem}.{kind.__name__}"
+    for auto, kind in (("AutoConfig", DeciLMConfig), ("AutoModelForCausalLM", DeciLMForCausalLM))
+}
+CHANGED = (
+    *("auto_map", "block_configs", "head_dim", "intermediate_size", "model_type", "num_attention_heads"),
+    *("num_hidden_layers", "num_key_value_heads"),
+)
+"""Fields of the config that may differ from the dense model's."""
+APART = ("architectures", "model_type", "transformers_version")
+DIGITS = 6
+"""Decimals of ``ffn_mult``: mlx-lm rounds to them."""
+LAYERS, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
+WHOLE = "all engines read only cuts of feed-forward channels and blocks; a --plan may also cut whole heads"
+
+
+class NemotronNasTarget(StockTarget):
+    """A DeciLM checkpoint: config with ``block_configs``, its code, safetensors, tokenizer."""
+
+    name = NAME
+    summary = "DeciLM: LLaMA with a width for each layer, as vLLM, SGLang, TensorRT-LLM and mlx-lm read it"
+    ragged = True
+
+    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+        """Widths that all engines read.
+
+        Raises:
+            MptkError: the class does not hold the dense model, or computes something else.
+        """
+        check_held(analysis, model)
+        cut = {family.name for family in analysis.families if _is_ffn(family)} | {f.name for f in analysis.depths}
+        ladders = {
+            family.name: tuple(
+                w
+                for w in aligned(family, alignment)
+                if w == family.size or (family.name in cut and (w % STEP == 0 or family.kind == "blocks"))
+            )
+            for family in analysis.all_families
+        }
+        refused = {family.name: WHOLE for family in analysis.all_families if family.name not in cut}
+        return LegalWidths(ladders, refused, lambda widths: None)
+
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+        return None
+
+    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+        return None
+
+    def fit(self, compiled: Compiled, sample: Samples) -> Written:
+        loaded = compiled.prepared.loaded
+        shapes = {name: tuple(like.shape) for name, like in compiled.program.state_dict().likes.items()}
+        dense = models.config_in(loaded)
+        found = held(dense, shapes)
+        if isinstance(found, str):
+            raise MptkError(f"{NAME} does not hold this cut: {found}; cut other units, or use --target graph")
+        return Written(found, loaded, dense, compiled.prepared.dtype)
+
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
+        shutil.copyfile(OWN_CODE, folder / OWN_CODE.name)
+        return super().emit(compiled, sets, folder, log)
+
+    def limits(self, compiled: Compiled) -> list[str]:
+        assert compiled.written is not None
+        return unread(compiled.written.stock.config)
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / "config.json").is_file() and (folder / OWN_CODE.name).is_file()
+
+
+def _is_ffn(family: Family) -> bool:
+    return all(FFN.match(member.weight) for group in family.groups for member in group.members)
+
+
+def check_held(analysis: Analysis, model: nn.Module) -> None:
+    """Raise MptkError unless ``DeciLMForCausalLM`` holds the dense model, with equal logits if it fits in memory."""
+    remedy = f"use --target stock or graph, since {NAME} has LLaMA's block"
+    if not isinstance(model, PreTrainedModel):
+        raise MptkError(f"{type(model).__name__} is not a language model of transformers; {remedy}")
+    found = held(model.config, cut_shapes(analysis, {}))
+    if isinstance(found, str):
+        raise MptkError(f"{NAME} does not hold {type(model).__name__}: {found}; {remedy}")
+    state = analysis.program.state_dict()
+    if 2 * sum(like.numel() * 4 for like in state.likes.values()) > free_memory():
+        return  # the proof compares them, stage by stage
+    tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
+    if (difference := logits_check(analysis.program, tokens)(found)) > TOLERANCE:
+        raise MptkError(f"{NAME} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
+
+
+def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
+    """The class and the config that have exactly ``shapes``, or the reason why there are none.
+
+    Args:
+        dense: the config before the cut.
+        shapes: state-dict name → shape after the cut, tied names included.
+    """
+    if (why := _other(dense, shapes)) is not None:
+        return why
+    config = _config(dense, shapes)
+    model = config if isinstance(config, Refusal) else on_meta(DeciLMForCausalLM, config)
+    if isinstance(config, Refusal) or isinstance(model, Refusal):
+        return str(model)
+    there = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if more := sorted(shapes.keys() - there.keys()):
+        return f"it has no {more[0]}"
+    if (wrong := misfit(there, shapes)) is not None:
+        return str(wrong)
+    before, after = dense.to_dict(), config.to_dict()
+    changes = {name: (before.get(name), after[name]) for name in CHANGED if before.get(name) != after[name]}
+    return StockConfig(DeciLMForCausalLM, config, changes)
+
+
+def _other(dense: PreTrainedConfig, shapes: Shapes) -> str | None:
+    """What of the dense model no engine's class computes, or None."""
+    if not any(name.startswith(LAYERS) for name in shapes):
+        return f"it has no {LAYERS}0"
+    if (act := getattr(dense, "hidden_act", None)) != "silu":
+        return f"its activation is {act}, and vLLM and SGLang compute only silu"
+    if (window := getattr(dense, "sliding_window", None)) is not None:
+        return f"its attention sees {window} positions, and {NAME} has no such window"
+    return None
+
+
+def _config(dense: PreTrainedConfig, shapes: Shapes) -> PreTrainedConfig | Refusal:
+    """The config whose blocks have the widths of ``shapes``; all else is as in ``dense``."""
+    size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    count = len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)})
+    blocks = [_widths(shapes, f"{LAYERS}{i}") for i in range(count)]
+    before = dense.to_dict()
+    known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in APART}
+    own = {
+        "auto_map": AUTO_MAP,
+        "block_configs": [block.fields(dense.hidden_size) for block in blocks],
+        "head_dim": size,
+        "intermediate_size": max(block.channels for block in blocks),
+        "num_attention_heads": max(block.queries for block in blocks) // size,
+        "num_hidden_layers": count,
+        "num_key_value_heads": max(block.keys for block in blocks) // size,
+    }
+    made = configured(DeciLMConfig(), {**known, **own})
+    return made if isinstance(made, Refusal) else made[1] or made[0]
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """Rows of a block's query, key and gate projections; 0: it has none."""
+
+    queries: int
+    keys: int
+    channels: int
+
+    def fields(self, hidden: int) -> dict[str, dict[str, object]]:
+        """The block's entry in ``block_configs``."""
+        attention = {"n_heads_in_group": self.queries // self.keys} if self.queries and self.keys else {}
+        ffn = ffn_said(self.channels, hidden) if self.channels else {}
+        return {
+            "attention": {"no_op": not self.queries, "replace_with_linear": False, **attention},
+            "ffn": {"no_op": not self.channels, "replace_with_linear": False, **ffn},
+        }
+
+
+def _widths(shapes: Shapes, block: str) -> BlockWidths:
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    return BlockWidths(*(shapes.get(f"{block}.{part}.weight", (0,))[0] for part in parts))
+
+
+def ffn_said(width: int, hidden: int) -> dict[str, object]:
+    """A width as ``ffn_mult``, which all engines read, if that can say it; else as ``intermediate_size``."""
+    return {"intermediate_size": width} if width % STEP else {"ffn_mult": round(1.5 * width / hidden, DIGITS)}
+
+
+def unread(config: PreTrainedConfig) -> list[str]:
+    """Which engines do not read ``config``, and why. docs/deploy.md says where each of them reads it."""
+    odd = any("intermediate_size" in block["ffn"] for block in config.block_configs)
+    derived = config.head_dim * config.num_attention_heads == config.hidden_size
+    idle = config.block_configs[0]["attention"]["no_op"]
+    reasons = {
+        f"SGLang, TensorRT-LLM and mlx-lm, which read feed-forward widths in multiples of {STEP}": odd,
+        "mlx-lm, which derives the size of a head from hidden_size and num_attention_heads": not derived,
+        "TensorRT-LLM, which has no biases in attention": config.attention_bias,
+        "SGLang and TensorRT-LLM, which have no biases in feed-forward layers": config.mlp_bias,
+        "vLLM and SGLang, whose first block has attention": idle,
+    }
+    return [f"this folder is not read by {reason}" for reason, holds in reasons.items() if holds]

@@ -32,7 +32,7 @@ from mptk.progress import within
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
-    from mptk.cost.estimate import EstimateOption as Needs
+    from mptk.cost.estimate import Estimate
     from mptk.ir.passes import PassRecord
 
 EstimateOption = Annotated[
@@ -96,7 +96,7 @@ def recover(
     carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
 
 
-def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | None, place: Path | None) -> None:
+def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
     """Run ``start`` into a folder and show its report. If ``needs`` is given, only show what the run needs."""
     from mptk.chain.estimate import check_fits
     from mptk.report import sections as report

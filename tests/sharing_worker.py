@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk import MptkError, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.distributed.processes import once
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
@@ -36,7 +36,14 @@ def found() -> dict[str, Tensor]:
     fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
     how = distil.Schedule(epochs=1, rate=1e-3)
     trained = distil.distil_blocks(analysis, cut, consumers(sites), fitted, next_tokens(windows), how).weights
-    return result | fitted | {f"distilled.{name}": trained[name] for name in trained}
+    return result | fitted | made_up_for() | {f"distilled.{name}": trained[name] for name in trained}
+
+
+def made_up_for() -> dict[str, Tensor]:
+    """The layer before a removed block, fitted to the residual stream after it."""
+    analysis = analyze(trace(architectures.model("llama"), dynamic=True))
+    cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
+    return dict(reconstruct_consumers(analysis, [], cut, {}, next_tokens(architectures.tokens(10, 9))))
 
 
 def refused() -> str:

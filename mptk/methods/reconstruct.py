@@ -5,8 +5,8 @@ t = W x in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same W'
-comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
+λ is a share (``RIDGE``, ``GAP_RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same
+W' comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
 
 If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual
 stream, y − x: t = W h + y − x. Its rows are divided by the root mean square of y, as the norms that read y do, since
@@ -41,7 +41,8 @@ from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
-RIDGE = 0.01
+RIDGE, GAP_RIDGE = 0.01, 0.1
+"""λ of a consumer of cut units, and of a layer before a gap, whose inputs say less of what is to be fitted."""
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
@@ -79,7 +80,7 @@ def reconstruct_consumers(
         found[name] = dense.state.like(name)
         shelf.add(name, fit.solved(dense.state[name], changed.state[name]))
 
-    fits = {name: _Fit(layer.keep, layer.dim == 0, few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
+    fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
     _observe(analysis, layers, fits, samples, solve, progress, executor)
     return Weights(changes).updated(shelf.weights(found))
 
@@ -103,13 +104,9 @@ class Products:
         return Weights({a.weight: Lazy(state.like(a.weight).to("meta"), partial(self._solved, a)) for a in layers})
 
     def _solved(self, layer: _Layer) -> Tensor:
-        dense, products, keep = self.analysis.program.state[layer.weight], self.sums[layer.key], layer.keep
-        kept = products[:, keep.to(products.device)]
-        return (
-            _Fit(keep, layer.dim == 0, few=False, products=kept, count=self.counts[layer.key])
-            .solved(dense, dense)
-            .cpu()
-        )
+        dense, products, fit = self.analysis.program.state[layer.weight], self.sums[layer.key], layer.fit()
+        fit.products, fit.count = products[:, layer.keep.to(products.device)], self.counts[layer.key]
+        return fit.solved(dense, dense).cpu()
 
 
 def gather_products(
@@ -123,7 +120,7 @@ def gather_products(
     """Run the dense model once on ``samples`` and keep the sums that fit the layers of each of ``cuts``."""
     shelf, counts, likes = Spool(executor.borders), dict[str, int](), dict[str, Tensor]()
     layers = {layer.key: layer for cut in cuts for layer in _layers(analysis, sites, cut)}
-    fits = {key: _Fit(torch.ones_like(layer.keep), transposed=False, few=False) for key, layer in layers.items()}
+    fits = {key: replace(layer, keep=torch.ones_like(layer.keep)).fit() for key, layer in layers.items()}
 
     def keep(key: str, fit: _Fit) -> None:
         assert fit.products is not None
@@ -188,6 +185,10 @@ class _Layer:
         """The values that are observed beside its inputs."""
         return () if self.gap is None else (self.gap.x, self.gap.y)
 
+    def fit(self, few: bool = False) -> _Fit:
+        """A fit that has seen nothing yet. ``few``: whether there are fewer rows than kept inputs."""
+        return _Fit(self.keep, self.dim == 0, few, RIDGE if self.gap is None else GAP_RIDGE)
+
 
 def _layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
     """The consumers of the units that a cut removes, and the layers before its gaps."""
@@ -225,6 +226,7 @@ class _Fit:
     keep: Tensor
     transposed: bool
     few: bool
+    ridge: float = RIDGE
     rows: list[Tensor] = field(default_factory=list)
     products: Tensor | None = None
     count: int = 0
@@ -271,7 +273,7 @@ class _Fit:
         if len(added):
             cross += added.double() / self.count
         gram = products[keep].double() / self.count
-        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        ridge = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
         gram.diagonal().add_(ridge)
         solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
         return solved
@@ -283,7 +285,7 @@ class _Fit:
         missed = (x @ own.float().T).double() - small @ near.T
         if added.shape[1]:
             missed += added
-        ridge = RIDGE * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
+        ridge = self.ridge * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
         outer = small @ small.T
         outer.diagonal().add_(ridge)
         correction: Tensor = torch.linalg.solve(outer, missed)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk import MptkError, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.distributed.processes import once
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods import criteria, distil
 from mptk.methods.criteria import observe
-from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from passes.transforms.insert_masks import find_mask_sites
 
 
@@ -32,11 +32,18 @@ def found() -> dict[str, Tensor]:
     }
     scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
     cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
-    sites, kept = find_mask_sites(analysis, model, ["q_heads"]), kept_units(analysis, cut, ["q_heads"])
-    fitted = dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
+    sites = find_mask_sites(analysis, model, ["q_heads"])
+    fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
     how = distil.Schedule(epochs=1, rate=1e-3)
     trained = distil.distil_blocks(analysis, cut, consumers(sites), fitted, next_tokens(windows), how).weights
-    return result | fitted | {f"distilled.{name}": trained[name] for name in trained}
+    return result | fitted | made_up_for() | {f"distilled.{name}": trained[name] for name in trained}
+
+
+def made_up_for() -> dict[str, Tensor]:
+    """The layer before a removed block, fitted to the residual stream after it."""
+    analysis = analyze(trace(architectures.model("llama"), dynamic=True))
+    cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
+    return dict(reconstruct_consumers(analysis, [], cut, {}, next_tokens(architectures.tokens(10, 9))))
 
 
 def refused() -> str:

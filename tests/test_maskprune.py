@@ -18,7 +18,7 @@ from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import schedule
-from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import _Fit, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
@@ -155,11 +155,10 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, exe
             rows[at[removed].flatten()] = rows[at[kept][: len(removed)].flatten()]
     with torch.no_grad():
         dense = model(ids, use_cache=False).logits
-        kept = kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
         sites = find_mask_sites(analysis, model, ["ffn"])
         cut = resolve_plan(analysis, plan)
         masked = mask(analysis, cut)(ids)
-        fitted = reconstruct_consumers(analysis, sites, kept, {}, next_tokens(ids), executor=executor)
+        fitted = reconstruct_consumers(analysis, sites, cut, {}, next_tokens(ids), executor=executor)
         found = mask(replace(analysis, program=analysis.program.with_state(fitted)), cut)(ids)
     assert (found - dense).norm() < 0.1 * (masked - dense).norm()
     consumers = {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}

@@ -19,7 +19,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.distil import Schedule, distil_blocks
-from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from mptk.staged.staged import Executor
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
@@ -64,14 +64,13 @@ def test_scores_are_made_there(name: str, model: str) -> None:
 def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
     model, windows = architectures.model("llama"), architectures.tokens(20, 9)
     analysis = analyze(trace(model, dynamic=True))
-    plan = random_plan(analysis, ["ffn"])
-    sites, kept = find_mask_sites(analysis, model, ["ffn"]), kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
-    expected = dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
+    cut, sites = resolve_plan(analysis, random_plan(analysis, ["ffn"])), find_mask_sites(analysis, model, ["ffn"])
+    expected = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
     with SecondDevice():
-        fitted = reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows), executor=THERE)
+        fitted = reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows), executor=THERE)
         found = {name: fitted[name].to("cpu") for name in fitted}
     close(found, expected)
-    arguments = (analysis, resolve_plan(analysis, plan), consumers(sites), expected, next_tokens(windows))
+    arguments = (analysis, cut, consumers(sites), expected, next_tokens(windows))
     here = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3))
     with SecondDevice():
         there = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3), executor=THERE)

@@ -35,7 +35,7 @@ from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
 from mptk.methods.division.search import search_shapes, winner
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from mptk.progress import silent
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
@@ -185,10 +185,9 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
         return chosen
 
     def fit() -> Weights:
-        analysis, sites = prepared.analysis, sites_of(prepared, chosen)
-        kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
-        say = partial(context.progress, "reconstruct")
-        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
+        analysis, sites, say = prepared.analysis, sites_of(prepared, chosen), partial(context.progress, "reconstruct")
+        cut, samples = chosen.cut, sets.calibration
+        return reconstruct_consumers(analysis, sites, cut, chosen.changes, samples, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
         found = kept_fit(prepared, context.folder, fit)

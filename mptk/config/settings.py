@@ -175,7 +175,7 @@ class Settings(Record):
     )
     reconstruct: bool | None = setting(
         None,
-        "Fit the kept weights to the dense layers' outputs; default of maskprune and of --distil-epochs.",
+        "Fit the kept weights to the dense model's values; default of maskprune, influence, greedy, --distil-epochs.",
         CHOICE,
         SEARCH,
         CHOOSES,

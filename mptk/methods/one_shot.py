@@ -47,6 +47,10 @@ class OneShotMethod(Method):
     def summary(self) -> str:  # type: ignore[override]
         return self.criterion.summary
 
+    @property
+    def reconstructs(self) -> bool:  # type: ignore[override]
+        return "blocks" in self.criterion.judges  # gaps are made up for; docs/analysis.md has what it brings
+
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return criteria.refusal(self.criterion, analysis.family(family))
 

@@ -5,8 +5,12 @@ t = W x in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same W'
-comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
+λ is a share (``RIDGE``, ``GAP_RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same
+W' comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
+
+If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual
+stream, y − x: t = W h + y − x. Its rows are divided by the root mean square of y, as the norms that read y do, since
+a few tokens have activations a hundred times as large as the others'.
 
 This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all removed units at once, as in ZipLM (arXiv
 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x comes from the dense model and not from the
@@ -16,7 +20,7 @@ pruned one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -27,16 +31,18 @@ from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, renumbering
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
+from mptk.methods.gaps import Gap, find_gaps
 from mptk.progress import Count
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
-RIDGE = 0.01
+RIDGE, GAP_RIDGE = 0.01, 0.1
+"""λ of a consumer of cut units, and of a layer before a gap, whose inputs say less of what is to be fitted."""
 
 
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
@@ -48,18 +54,18 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
 def reconstruct_consumers(
     analysis: Analysis,
     sites: Sequence[MaskSite],
-    kept: Mapping[str, Tensor],
+    cut: Cut,
     changes: Mapping[str, Tensor],
     samples: Samples,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Weights:
-    """Fit every consumer of a cut family to the dense layer's outputs.
+    """Fit every consumer of a cut family to the dense layer's outputs, and the layer before each gap to its end.
 
     Args:
         analysis: of the dense model.
         sites: where the families' masks go (``find_mask_sites``).
-        kept: family → kept units (``kept_units``).
+        cut: what is removed.
         changes: the weights in which the pruned model differs from the dense one.
         samples: the model's inputs. executor: runs the dense program; values that exceed its memory go to files.
 
@@ -67,78 +73,67 @@ def reconstruct_consumers(
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
-    shelf = Spool(executor.borders)
-    fits = {
-        name: _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
-        for name, keep, dim in _kept_inputs(sites, kept)
-    }
-    found: dict[str, Tensor] = {}
+    shelf, rows, found = Spool(executor.borders), len(samples) * samples.positions, dict[str, Tensor]()
+    layers = {layer.weight: layer for layer in _layers(analysis, sites, cut)}
 
     def solve(name: str, fit: _Fit) -> None:
         found[name] = dense.state.like(name)
         shelf.add(name, fit.solved(dense.state[name], changed.state[name]))
 
-    _observe(analysis, fits, samples, solve, progress, executor)
+    fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
+    _observe(analysis, layers, fits, samples, solve, progress, executor)
     return Weights(changes).updated(shelf.weights(found))
 
 
 @dataclass(frozen=True)
 class Products:
-    """Σ x xᵀ of each consumer's inputs in the dense model; ``fitted`` solves with it for any choice of units.
+    """The sums that fit layers to any of some cuts: ``fitted`` solves with them.
 
-    ``sums``: weight → float32 [in, in]. ``counts``: weight → rows of x.
+    ``sums``: layer (``_Layer.key``) → Σ x xᵀ of its inputs in the dense model, and below it Σ (y − x) xᵀ of its gap,
+    float32 [in (+ out), in]. ``counts``: layer → rows of x.
     """
 
-    program: Program
+    analysis: Analysis
     sites: Sequence[MaskSite]
     sums: Weights
     counts: Mapping[str, int]
 
-    def fitted(self, kept: Mapping[str, Tensor]) -> Weights:
-        """The consumers of the families in ``kept``, fitted as in ``reconstruct_consumers``, each on demand.
+    def fitted(self, cut: Cut) -> Weights:
+        """The layers of a cut, fitted as in ``reconstruct_consumers``, each on demand."""
+        state, layers = self.analysis.program.state, _layers(self.analysis, self.sites, cut)
+        return Weights({a.weight: Lazy(state.like(a.weight).to("meta"), partial(self._solved, a)) for a in layers})
 
-        ``kept``: family → kept units (``kept_units``).
-        """
-        sites, state = [site for site in self.sites if site.family in kept], self.program.state
-        return Weights(
-            {
-                name: Lazy(state.like(name).to("meta"), partial(self._solved, name, keep, dim))
-                for name, keep, dim in _kept_inputs(sites, kept)
-                if name in self.sums
-            }
-        )
-
-    def _solved(self, name: str, keep: Tensor, dim: int) -> Tensor:
-        dense, products = self.program.state[name], self.sums[name]
-        fit = _Fit(keep, dim == 0, few=False, products=products[:, keep.to(products.device)], count=self.counts[name])
+    def _solved(self, layer: _Layer) -> Tensor:
+        dense, products, fit = self.analysis.program.state[layer.weight], self.sums[layer.key], layer.fit()
+        fit.products, fit.count = products[:, layer.keep.to(products.device)], self.counts[layer.key]
         return fit.solved(dense, dense).cpu()
 
 
 def gather_products(
     analysis: Analysis,
     sites: Sequence[MaskSite],
+    cuts: Sequence[Cut],
     samples: Samples,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Products:
-    """Run the dense model once on ``samples`` and keep the sums that fit the consumers of ``sites`` to any cut."""
-    state, shelf = analysis.program.state, Spool(executor.borders)
-    fits, counts, likes = dict[str, _Fit](), dict[str, int](), dict[str, Tensor]()
-    for name, dim in (site.weights[0] for site in sites if site.where == "input"):
-        assert dim is not None
-        fits[name] = _Fit(torch.ones(state.like(name).shape[dim], dtype=torch.bool), transposed=False, few=False)
+    """Run the dense model once on ``samples`` and keep the sums that fit the layers of each of ``cuts``."""
+    shelf, counts, likes = Spool(executor.borders), dict[str, int](), dict[str, Tensor]()
+    layers = {layer.key: layer for cut in cuts for layer in _layers(analysis, sites, cut)}
+    fits = {key: replace(layer, keep=torch.ones_like(layer.keep)).fit() for key, layer in layers.items()}
 
-    def keep(name: str, fit: _Fit) -> None:
+    def keep(key: str, fit: _Fit) -> None:
         assert fit.products is not None
-        counts[name], likes[name] = fit.count, fit.products.to("meta")
-        shelf.add(name, fit.products)
+        counts[key], likes[key] = fit.count, fit.products.to("meta")
+        shelf.add(key, fit.products)
 
-    _observe(analysis, fits, samples, keep, progress, executor)
-    return Products(analysis.program, sites, shelf.weights(likes), counts)
+    _observe(analysis, layers, fits, samples, keep, progress, executor)
+    return Products(analysis, sites, shelf.weights(likes), counts)
 
 
 def _observe(
     analysis: Analysis,
+    layers: Mapping[str, _Layer],
     fits: dict[str, _Fit],
     samples: Samples,
     done: Callable[[str, _Fit], None],
@@ -146,21 +141,23 @@ def _observe(
     executor: Executor,
 ) -> None:
     """Show each of ``fits`` its layer's inputs, then call ``done`` with it and drop it."""
-    dense = analysis.program
-    layers = [(site, name) for site in find_sites(analysis) if (name := stored(dense, site.weight)) in fits]
+    if not fits:
+        return
+    dense, sites = analysis.program, find_sites(analysis)
+    uses = {key: [s for s in sites if stored(dense, s.weight) == layer.weight] for key, layer in layers.items()}
     given = batches(dense, samples, OBSERVED_TOKENS)
     share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
     own = share.own(given)
-    left = {name: len(own) * sum(other == name for _, other in layers) for name in fits}
+    left = {key: len(own) * len(found) for key, found in uses.items()}
 
-    def see(name: str, x_dim: int, x: Tensor) -> None:
-        fits[name].add(x.movedim(x_dim, -1))
-        left[name] -= 1
-        if not left[name]:  # the layer has seen all inputs, and its stage is about to end
-            fits[name].combine(share)
-            done(name, fits.pop(name))
+    def see(key: str, x_dim: int, x: Tensor, *ends: Tensor) -> None:
+        fits[key].add(x.movedim(x_dim, -1), *ends)
+        left[key] -= 1
+        if not left[key]:  # the layer has seen all inputs, and its stage is about to end
+            fits[key].combine(share)
+            done(key, fits.pop(key))
 
-    watches = [((site.x,), partial(see, name, site.x_dim)) for site, name in layers]
+    watches = [((s.x, *layers[key].ends), partial(see, key, s.x_dim)) for key, found in uses.items() for s in found]
     executor.watch(dense, [batch.tensors for batch in own], watches, progress)
 
 
@@ -169,17 +166,46 @@ def consumers(sites: Sequence[MaskSite]) -> set[str]:
     return {site.weights[0][0] for site in sites if site.where == "input"}
 
 
-def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[tuple[str, Tensor, int]]:
-    """Each consumer: weight name, kept inputs (boolean [in]), and their dimension in the weight."""
-    found: dict[str, tuple[Tensor, int]] = {}
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to fit: its weight, its kept inputs (boolean [in]), their dimension in the weight, the gap behind it."""
+
+    weight: str
+    keep: Tensor
+    dim: int
+    gap: Gap | None = None
+
+    @property
+    def key(self) -> str:
+        """A name for what is observed to fit it."""
+        return self.weight if self.gap is None else f"{self.weight} {self.gap.y.name}"
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """The values that are observed beside its inputs."""
+        return () if self.gap is None else (self.gap.x, self.gap.y)
+
+    def fit(self, few: bool = False) -> _Fit:
+        """A fit that has seen nothing yet. ``few``: whether there are fewer rows than kept inputs."""
+        return _Fit(self.keep, self.dim == 0, few, RIDGE if self.gap is None else GAP_RIDGE)
+
+
+def _layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
+    """The consumers of the units that a cut removes, and the layers before its gaps."""
+    found, stays = dict[str, _Layer](), renumbering(analysis, cut).new
     for site in sites:
-        if site.where == "input":
-            flat = torch.cat([kept[site.family][site.layer].flatten(), torch.ones(1, dtype=torch.bool)])
-            (name, dim), *_ = site.weights
+        name, dim = site.weights[0] if site.weights else ("", None)
+        group = analysis.family(site.family).groups[site.layer]
+        if site.where == "input" and group.axis in cut.choices and stays(name) is not None:
             assert dim is not None
-            before, _ = found.get(name, (torch.tensor(True), dim))
-            found[name] = (before & flat[site.index], dim)
-    return [(name, keep, dim) for name, (keep, dim) in found.items()]
+            units = torch.from_numpy(cut.choices[group.axis].table).flatten()
+            keep = torch.cat([units, torch.ones(1, dtype=torch.bool)])[site.index]
+            found[name] = _Layer(name, found[name].keep & keep if name in found else keep, dim)
+    for gap in find_gaps(analysis, cut):
+        size = analysis.program.state.like(gap.weight).shape[gap.dim]
+        layer = found.get(gap.weight, _Layer(gap.weight, torch.ones(size, dtype=torch.bool), gap.dim))
+        found[gap.weight] = replace(layer, gap=gap)
+    return list(found.values())
 
 
 def stored(program: Program, node: fx.Node) -> str:
@@ -191,26 +217,32 @@ def stored(program: Program, node: fx.Node) -> str:
 
 @dataclass
 class _Fit:
-    """The inputs of one layer: their rows, if there are fewer rows than kept channels, or their products.
+    """The inputs x of one layer: their rows, if there are fewer rows than kept channels, or their products with x_k.
 
+    If the layer is before a gap, what the gap adds stands behind x in rows, and below it in products.
     ``keep``: kept inputs, boolean [in]. ``transposed``: the weight is [in, out].
     """
 
     keep: Tensor
     transposed: bool
     few: bool
+    ridge: float = RIDGE
     rows: list[Tensor] = field(default_factory=list)
     products: Tensor | None = None
     count: int = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add rows of the layer's inputs, [..., in]."""
+    def add(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> None:
+        """Add rows of the layer's inputs, [..., in], and of what enters and leaves its gap."""
         x = x.flatten(0, -2).float()
+        if before is not None and after is not None:
+            before, after = before.flatten(0, -2).float(), after.flatten(0, -2).float()
+            scale = after.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+            x = torch.cat([x, after - before], 1) / scale
         self.count += len(x)
         if self.few:
             self.rows.append(x)
         else:
-            found = x.T @ x[:, self.keep.to(x.device)]
+            found = x.T @ x[:, : len(self.keep)][:, self.keep.to(x.device)]
             self.products = found if self.products is None else self.products + found
 
     def combine(self, share: Sharing) -> None:
@@ -236,18 +268,24 @@ class _Fit:
         return self.products
 
     def _by_channels(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
-        cross = (own.float() @ self._products).double() / self.count
-        gram = self._products[keep].double() / self.count
-        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        products, added = self._products[: len(keep)], self._products[len(keep) :]
+        cross = (own.float() @ products).double() / self.count
+        if len(added):
+            cross += added.double() / self.count
+        gram = products[keep].double() / self.count
+        ridge = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
         gram.diagonal().add_(ridge)
         solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
         return solved
 
     def _by_rows(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
-        x = torch.cat(self.rows)
+        rows = torch.cat(self.rows)
+        x, added = rows[:, : len(keep)], rows[:, len(keep) :]
         small = x[:, keep].double()
         missed = (x @ own.float().T).double() - small @ near.T
-        ridge = RIDGE * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
+        if added.shape[1]:
+            missed += added
+        ridge = self.ridge * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
         outer = small @ small.T
         outer.diagonal().add_(ridge)
         correction: Tensor = torch.linalg.solve(outer, missed)

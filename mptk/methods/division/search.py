@@ -39,7 +39,7 @@ from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import losses, plan_of
 from mptk.methods.maskprune.learner import Learner, memory, start_training
 from mptk.methods.one_shot import scored
-from mptk.methods.reconstruct import Products, gather_products, kept_units
+from mptk.methods.reconstruct import Products, gather_products
 from mptk.progress import Progress, silent
 from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.run_folder import RunFolder
@@ -219,7 +219,8 @@ class Search:
             return None
         with self.context.stage(stage := "moments"):
             say = partial(self.context.progress, stage)
-            return gather_products(p.analysis, p.mask_sites, self.sets.calibration, say, p.calibrator)
+            cuts = [resolve_plan(p.analysis, plan_of(p, self.scores, each.widths)) for each in p.candidates]
+            return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -237,8 +238,7 @@ class Search:
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
-        fitted = {site.family for site in self.products.sites} & plan.families.keys()
-        changes = self.products.fitted(kept_units(self.prepared.analysis, cut, sorted(fitted)))
+        changes = self.products.fitted(cut)
         return Chosen(plan, cut, changes, tuple(changes))
 
     def measured(self, candidate: Candidate) -> Shape:

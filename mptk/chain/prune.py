@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from mptk.chain.amounts import SHARE, in_time, resumed, settled, timed, wanted, watched
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Given, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
-from mptk.chain.prepare import announce, check_settings, given_plan, prepare, settled
+from mptk.chain.prepare import announce, check_settings, given_plan, prepare
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION, widened
@@ -26,7 +27,7 @@ from mptk.config.recipe import write_recipe
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
-from mptk.distributed.processes import holds, leads, processes
+from mptk.distributed.processes import holds, leads, once, processes
 from mptk.errors import ProofError, explained
 from mptk.io import data
 from mptk.io.tensors import write_weights
@@ -36,7 +37,7 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
-from mptk.methods.division.search import judged, search_shapes, searched, winner
+from mptk.methods.division.search import search_shapes, winner
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
@@ -45,7 +46,7 @@ from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.execution import find_device
 from mptk.protocols.origin import check_samples, origin_of
 from mptk.protocols.report import Report, Row
-from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
+from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
@@ -61,8 +62,6 @@ FOUND = ("sparsity", "length", "eval_length")
 
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
-SHARE = 8
-"""Hold out at most one sample per this number of training samples."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -84,12 +83,22 @@ def started(
     """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
-        settings = settled(settings)
+        complete = settled(settings, job.start is not None)
         job = replace(job, plan=given_plan(settings))
-        check_settings(settings, job.plan, job.vocabulary)
-        if not trains:
-            settings = replace(settings, learning=replace(settings.learning, steps=0))
-        return prepared_for(work, job, settings, context if leads() else replace(context, progress=silent))
+        check_settings(complete, job.plan, job.vocabulary)
+        if trains:
+            complete = once(lambda: decided(job, settings))
+        else:
+            complete = replace(complete, minutes=None, learning=replace(complete.learning, steps=0))
+        return prepared_for(work, job, complete, context if leads() else replace(context, progress=silent))
+
+
+def decided(job: Job, settings: Settings) -> Settings:
+    """Complete settings: with the numbers of the unfinished run that is resumed, else with what minutes allow."""
+    if settings.resume:
+        settings = resumed(settings, kept_settings(job.out))
+    recovers = job.start is not None
+    return settled(settings, recovers) if job.needs is None else in_time(settings, job.needs, recovers)
 
 
 def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context) -> T:
@@ -175,7 +184,7 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
     s, task, folder = prepared.settings, prepared.task, context.folder
     given = Given() if job.samples is None else job.samples(prepared)
     own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
-    count = wanted(s, s.samples) if own and measures else wanted(s)
+    count = wanted(s, s.windows) if own and measures else wanted(s)
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
@@ -204,20 +213,7 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
     evaluation = fitting(task, program, evaluation, "eval_data")
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     training, held_out = apart(training, s)
-    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
-
-
-def wanted(settings: Settings, used: int | None = None) -> int:
-    """Most samples that a run takes. ``used``: for calibration and training; None: all of them."""
-    if used is None:
-        used = max(settings.samples, settings.steps * settings.learning.training.batch, searched(settings))
-    return used + watched(settings, used)
-
-
-def watched(settings: Settings, samples: int) -> int:
-    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
-    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
-    return max(count, judged(samples)) if settings.search else count
+    return SampleSets(training, training[: s.windows], evaluation, said, task.sequences, held_out)
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
@@ -337,7 +333,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
-        notes += [one_length(prepared), fixed_sizes(prepared)]
+        notes += [timed(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:

@@ -44,6 +44,8 @@ SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
 SLOW = 1.0
 """Seconds that one run of the timed product takes at most."""
+RATES_VERSION = 2
+"""Raise it if rates are measured in another way. Stored rates are then measured again."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Estimate:
 
     ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
     ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
-    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time.
+    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
     """
 
     needed: Mapping[str, float]
@@ -184,6 +186,7 @@ class Estimate:
     seconds: Mapping[str, float]
     there: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
+    does: str = ""
 
     def __str__(self) -> str:
         memory, disk = (
@@ -191,7 +194,8 @@ class Estimate:
         )
         time = duration(sum(self.seconds.values()))
         there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
-        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}"
+        does = f" for {self.does}" if self.does else ""
+        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}"
 
 
 def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
@@ -249,7 +253,7 @@ def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32)
 
     ``device``, ``dtype``: of the matrix product.
     """
-    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rates": RATES_VERSION}
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", str)
         about["device"] = f"{device.type} {name(device)}"
@@ -282,22 +286,32 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product.
 
-    A small one is timed first. If a large one would take long (bfloat16 on a CPU without instructions for it), the
-    small one's rate is taken.
+    On a CPU a small product is timed first. If a large one would take long (bfloat16 on a CPU without instructions for
+    it), the small one's rate is taken. One thread is timed, too, by its processor time: on a busy machine, all threads
+    together can be a hundred times slower than one.
     """
     if device.type != "cpu":
-        return _rate(device, dtype, (4096, 4096, 4096))
+        return _rate(device, dtype, (4096, 4096, 4096), 0)
     small, large = (64, 1024, 256), (1024, 1024, 4096)
-    rate = _rate(device, dtype, small)
-    return rate if 2 * math.prod(large) / rate > SLOW else _rate(device, dtype, large)
+    rate = _rate(device, dtype, small, 1)
+    if 2 * math.prod(large) / rate > SLOW:
+        return rate
+    return max(_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
 
 
-def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> float:
-    """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished."""
+def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
+    """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished.
+
+    ``threads``: of the CPU; 0 for a device, whose time is not a thread's.
+    """
     rows, inner, columns = size
     x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
-    threads = torch.get_num_threads() if device.type == "cpu" else 0  # a device's time is not this thread's
-    ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+    finally:
+        torch.set_num_threads(before)
     return 2 * rows * inner * columns / ms * 1e3
 
 

@@ -42,7 +42,7 @@ RIDGE = 0.01
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
     """The cost of ``reconstruct_consumers``."""
     s = settings
-    return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
+    return {"reconstruct": Pass(s.windows * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
 
 
 def reconstruct_consumers(

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from mptk.config.setting import with_keywords
-from mptk.config.settings import MINUTES, MOST_STEPS, Settings
+from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, TRIAL_TOKENS, Settings
 from mptk.cost.estimate import Estimate, duration
 from mptk.errors import MptkError
 from mptk.io import data
@@ -69,15 +69,11 @@ def settled(settings: Settings, recovers: bool = False) -> Settings:
     """
     learning = settings.learning
     timed = settings.minutes is not None or (learning.steps is None and (recovers or learns(settings)))
-    steps = (MOST_STEPS if timed else 0) if learning.steps is None else learning.steps
+    found = amounts(settings, MOST_STEPS) if timed else {"steps": 0, "samples": SAMPLES, "search_tokens": TRIAL_TOKENS}
     precision = "bf16" if learning.precision == "no" and settings.compute_dtype == "bfloat16" else learning.precision
-    return replace(
-        settings,
-        minutes=(settings.minutes or MINUTES) if timed else None,
-        samples=settings.windows,
-        search_tokens=settings.trial_tokens,
-        learning=replace(learning, steps=steps, precision=precision),
-    )
+    minutes = (settings.minutes or MINUTES) if timed else None
+    complete = replace(settings, minutes=minutes, learning=replace(learning, precision=precision))
+    return with_keywords(complete, {name: found[name] for name in undecided(settings)})
 
 
 def learns(settings: Settings) -> bool:
@@ -154,6 +150,6 @@ def said(settings: Settings) -> str:
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
-def timed(settings: Settings) -> str:
+def note(settings: Settings) -> str:
     """A note on what complete settings owe to their minutes; empty without minutes."""
     return "" if settings.minutes is None else f"{said(settings)}, as {settings.minutes:g} minutes allowed"

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mptk.chain.amounts import SHARE, in_time, resumed, settled, timed, wanted, watched
+from mptk.chain.amounts import SHARE, in_time, note, resumed, settled, wanted, watched
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Given, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
@@ -83,6 +83,8 @@ def started(
     """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
+        if not trains:
+            settings = replace(settings, samples=settings.windows, search_tokens=settings.trial_tokens)
         complete = settled(settings, job.start is not None)
         job = replace(job, plan=given_plan(settings))
         check_settings(complete, job.plan, job.vocabulary)
@@ -333,7 +335,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
-        notes += [timed(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
+        notes += [note(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:

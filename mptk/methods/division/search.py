@@ -121,13 +121,13 @@ def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
             f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch"
         )
-    return [(count, tokens * 2**rung // least) for rung, count in enumerate(alive)]
+    return [(count, (tokens << rung) // least) for rung, count in enumerate(alive)]
 
 
 def least_tokens(settings: Settings, shapes: int | None = None) -> int:
     """Tokens with which the first rung has one step for each of its shapes. ``shapes``: the number of all shapes."""
     alive = _alive(settings, settings.search_finalists if shapes is None else shapes)
-    return sum(n * 2**rung for rung, n in enumerate(alive)) * settings.learning.training.batch * settings.length
+    return sum(n << rung for rung, n in enumerate(alive)) * settings.learning.training.batch * settings.length
 
 
 def _alive(settings: Settings, shapes: int) -> list[int]:

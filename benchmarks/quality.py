@@ -18,7 +18,7 @@ names; how long the row itself takes does not count. A method's name may have ad
     +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
-on from its last checkpoint in `--work`, and its `minutes` are those since then.
+on from its last checkpoint in `--work`, and its `minutes`, and those of the processor, are those since then.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def row_of(
     trained_by = [f"{name}{value}" for name, value in trains.items() if value is not None]
     sizes = [f"steps{chosen.steps}", f"samples{chosen.windows}"]
     folder = work / "-".join(["row", method, str(sparsity), str(seed), *sizes, *shape, *trained_by])
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     report = Report.read(folder) if folder.is_dir() else prune(MODEL, folder, chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
@@ -153,6 +153,7 @@ def row_of(
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
         "minutes": round((time.perf_counter() - began) / 60, 1),
+        "processor_minutes": round((time.process_time() - used) / 60, 1),
     }, folder
 
 

@@ -105,7 +105,7 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
     inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
     said = (
         r"^--minutes 1 is too short: 5 training steps and 16 calibration windows take about \d+ min, of which \d+ \w+ "
-        r"are for 'train'; give --minutes \d+, or a one-shot --method, as wanda, or fewer --steps$"
+        r"are for 'train'; give --minutes \d+, or a one-shot --method, as wanda$"
     )
     with pytest.raises(MptkError, match=said):
         mptk.prune(llama, tmp_path / "out", TINY, minutes=1, batch=8)
@@ -148,7 +148,7 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
 def test_a_recovery_has_minutes_too(llama: str, text: Path, tmp_path: Path) -> None:
     with remembered():
         mptk.prune(llama, tmp_path / "cut", replace(TINY, data=str(text), method="magnitude"))
-        out = mptk.recover(tmp_path / "cut", tmp_path / "out", replace(TINY, data=str(text)), minutes=0.05)
+        out = mptk.recover(tmp_path / "cut", tmp_path / "out", replace(TINY, data=str(text)), minutes=0.5)
     steps = out.report.settings.learning.steps
     assert 1 <= steps < MOST_STEPS
-    assert Report.read(tmp_path / "out").settings.minutes == 0.05
+    assert Report.read(tmp_path / "out").settings.minutes == 0.5

@@ -28,7 +28,6 @@ WINDOWS = (16, 96)
 TRIALS = 3
 """With minutes the trials of a search get a third of the tokens of training."""
 REMEDIES = {
-    "train": "a one-shot --method, as wanda, or fewer --steps",
     "calibration data": "text with --data",
     "measure": "fewer --eval-windows",
     "write": "--no-onnx",
@@ -127,10 +126,11 @@ def too_short(least: Settings, needs: Estimate) -> str:
     """The error for minutes in which not even ``least`` fits."""
     assert least.minutes is not None
     total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
+    less = "a one-shot --method, as wanda" if learns(least) else "fewer --steps" if least.steps else "fewer --samples"
     return (
         f"--minutes {least.minutes:g} is too short: {said(least)} take about {duration(total)}, of which "
         f"{duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
-        f"{REMEDIES.get(longest, 'a one-shot --method, as wanda' if learns(least) else 'fewer --samples')}"
+        f"{REMEDIES.get(longest, less)}"
     )
 
 

@@ -37,8 +37,12 @@ LOGITS = 3
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
 
-TRACE_S = 0.17
+START_S = 6.0
+"""Seconds of imports."""
+TRACE_S = 0.3
 """Seconds of trace, analysis and legal widths for each layer."""
+ONNX_S = 0.9
+"""Seconds for each layer to write ONNX, besides the disk's."""
 
 SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
@@ -142,7 +146,8 @@ class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
     ``flops``: operations beside those of the forward pass. ``gradients``: whether those of all weights are kept.
-    ``training``: bytes that training takes beside the weights; 0 if nothing is trained.
+    ``training``: bytes that training takes beside the weights; 0 if nothing is trained. ``fixed``: seconds for each
+    layer, however many tokens there are.
     """
 
     tokens: float
@@ -151,6 +156,7 @@ class Pass:
     flops: float = 0
     gradients: bool = False
     training: float = 0
+    fixed: float = 0
 
 
 @dataclass(frozen=True)
@@ -233,11 +239,13 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
         "values between stages": borders - kept_borders,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
-    seconds = {"read": sizes.parameters * sizes.stored / on.read, "trace and analyse": TRACE_S * sizes.layers}
+    reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
+    seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
         operations = done.tokens * sizes.flops(done.length) + done.flops
-        seconds[stage] = operations / (EFFICIENCY * on.flops) + done.reads * missing / on.read
-    seconds["write"] = sum(output.values()) / on.write + missing / on.read
+        computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
+        seconds[stage] = computing + fixed + done.reads * missing / on.read
+    seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
     return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device)
 
 

@@ -111,6 +111,20 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
         mptk.prune(llama, tmp_path / "out", TINY, minutes=1, batch=8)
     shown = CliRunner().invoke(app, ["prune", llama, "--minutes", "1", "--estimate", "--data", "text"])
     assert "is too short" in str(shown.exception)
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"model: {llama}\nminutes: 1\ndata: text\nestimate: true\n")
+    shown = CliRunner().invoke(app, ["prune", "--config", str(recipe)])
+    assert "is too short" in str(shown.exception)
+
+
+def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, inside: Inside) -> None:
+    first = in_time(given(TINY, steps=7, samples=5), estimator(llama))
+    inside.around("mptk.chain.prune.once", lambda real, find: first)  # what the first process sends to the others
+    inside.stop("mptk.chain.prune.prepare")
+    started = inside.calls("mptk.chain.prune.prepare")
+    with pytest.raises(Stopped):
+        mptk.prune(llama, tmp_path / "out", TINY)
+    assert started[0][1] == first
 
 
 def test_minutes_that_choose_nothing_are_refused(llama: str) -> None:

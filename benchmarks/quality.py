@@ -1,13 +1,15 @@
-"""Perplexity after pruning and recovery, method by method, at equal training tokens.
+"""Perplexity after pruning and recovery, method by method, at equal training tokens or at equal time.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
+        [--minutes 5]
         [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--batch 8] [--widths kv_groups=2,ffn=672]
         [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (of all weights,
 or LoRA of `--rank`; language model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A
-one-shot method uses all tokens for recovery (none with `--tokens 0`), MaskPrune a part for its masks. A method's name may
-have additions:
+one-shot method uses all tokens for recovery (none with `--tokens 0`), MaskPrune a part for its masks. With `--minutes`
+each row has the steps and calibration windows that `mptk prune --minutes` chooses at this machine's rates, which the row
+names; how long the row itself takes does not count. A method's name may have additions:
 
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
@@ -16,7 +18,7 @@ have additions:
     +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
-on from its last checkpoint in `--work`, and its `minutes` are those since then.
+on from its last checkpoint in `--work`, and its `minutes`, and those of the processor, are those since then.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
+from mptk.chain.amounts import in_time
+from mptk.chain.estimate import estimator
 from mptk.cli.parse import parse_width
 from mptk.config.settings import Learning, Rates, Training
+from mptk.cost.estimate import this_machine
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
 from mptk.protocols.report import Report
@@ -49,33 +54,40 @@ CHANGES: dict[str, dict[str, Any]] = {"noprox": {"rates": Rates(prox=0.0)}, "sti
 
 
 def settings(
-    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
+    method: str,
+    sparsity: float,
+    seed: int,
+    tokens: int,
+    work: Path,
+    widths: dict[str, int],
+    trains: dict[str, Any],
+    minutes: float | None,
 ) -> Settings:
     name, *additions = method.split("+")
     training = Training(seed=seed, save_every=40 * 8 // trains["batch"], lr=trains["lr"], batch=trains["batch"])
-    steps = steps_of(tokens, training.batch)
+    steps = steps_of(tokens, training.batch) if minutes is None else None
     learning = Learning(
         steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
     )
     for addition in additions:
         learning = replace(learning, **changes(addition))
     kv_heads = [int(addition.removeprefix("kv")) for addition in additions if addition.startswith("kv")]
-    return Settings(
+    found = Settings(
         method=name,
         kv_heads=kv_heads[0] if kv_heads else None,
         sparsity=sparsity,
         data=str(work / "training.jsonl"),
-        samples=96,
-        eval_windows=1,
+        samples=96 if minutes is None else None,
+        minutes=minutes,
         widths=widths,
         portable=False,
-        onnx=False,
         seed=seed,
         distil_epochs=3 if "distil" in additions else 0,
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=learning,
         resume=True,
     )
+    return replace(in_time(found, estimator(MODEL)), eval_windows=1, onnx=False)
 
 
 def changes(addition: str) -> dict[str, Any]:
@@ -112,13 +124,19 @@ def score(values: dict[str, float]) -> tuple[float, float]:
 
 
 def row_of(
-    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
+    method: str,
+    sparsity: float,
+    seed: int,
+    work: Path,
+    widths: dict[str, int],
+    trains: dict[str, Any],
+    chosen: Settings,
 ) -> tuple[dict[str, Any], Path]:
     shape = [f"{family}{width}" for family, width in widths.items()]
     trained_by = [f"{name}{value}" for name, value in trains.items() if value is not None]
-    folder = work / "-".join(["row", method, str(sparsity), str(seed), str(tokens), *shape, *trained_by])
-    began = time.perf_counter()
-    chosen = settings(method, sparsity, seed, tokens, work, widths, trains)
+    sizes = [f"steps{chosen.steps}", f"samples{chosen.windows}"]
+    folder = work / "-".join(["row", method, str(sparsity), str(seed), *sizes, *shape, *trained_by])
+    began, used = time.perf_counter(), time.process_time()
     report = Report.read(folder) if folder.is_dir() else prune(MODEL, folder, chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
@@ -126,6 +144,9 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
+        "samples": chosen.windows,
+        "allowed": chosen.minutes,
+        "gflops": round(this_machine().flops / 1e9),
         "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},
         "given": widths,
@@ -133,6 +154,7 @@ def row_of(
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
         "minutes": round((time.perf_counter() - began) / 60, 1),
+        "processor_minutes": round((time.process_time() - used) / 60, 1),
     }, folder
 
 
@@ -151,6 +173,7 @@ def main(
     wikitext: Annotated[str, typer.Option(help="WikiText-2 test.")],
     c4: Annotated[Path, typer.Option(help="C4 as JSON lines: the last documents are not trained on.")],
     tokens: int = 500_000,
+    minutes: Annotated[float | None, typer.Option(help="Time of each run, as estimated, instead of --tokens.")] = None,
     sparsities: str = "0.2,0.3,0.5",
     methods: str = METHODS,
     seeds: str = "0",
@@ -187,13 +210,15 @@ def main(
                 rows = [
                     r
                     for r in rows_in(json_file)
-                    if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
+                    if (r["sparsity"], r["seed"], r.get("allowed")) == (sparsity, seed, minutes)
+                    and (r["tokens"] == counted or minutes is not None)
                     and (r.get("rank"), r.get("lr"), r.get("batch", 8)) == (*recovery, batch)
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any((r["method"], r["given"]) == (method, given) for r in rows):
                     continue
-                row, folder = row_of(method, sparsity, seed, counted, work, given, trains)
+                chosen = settings(method, sparsity, seed, counted, work, given, trains, minutes)
+                row, folder = row_of(method, sparsity, seed, work, given, trains, chosen)
                 row |= measure(str(folder), texts, windows, zero)
                 shutil.rmtree(folder)
                 print(row, flush=True)
@@ -215,12 +240,13 @@ def given_widths(method: str, rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     tasks = sorted({task for r in rows for task in r.get("tasks", {})})
-    columns = ["method", "sparsity", "seed", "tokens", "trained", "widths", "WikiText-2", "C4", *tasks]
+    columns = ["method", "sparsity", "seed", "minutes", "tokens", "trained", "widths", "WikiText-2", "C4", *tasks]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in sorted(rows, key=lambda r: (r["sparsity"], r["wikitext2"])):
         widths = ", ".join(f"{n} {w}" for n, w in r.get("widths", {}).items())
         lines.append(
-            f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r['tokens']:,} | {trained(r)} | {widths} "
+            f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r.get('allowed') or ''} | {r['tokens']:,} "
+            f"| {trained(r)} | {widths} "
             f"| {r['wikitext2']:.2f} | {r['c4']:.2f} |"
             + "".join(
                 f" {'{:.3f} ± {:.3f}'.format(*r['tasks'][t]) if t in r.get('tasks', {}) else ''} |" for t in tasks

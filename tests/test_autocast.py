@@ -20,7 +20,7 @@ from toy_checkpoints import SETTINGS, llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
-from mptk.chain.prepare import settled
+from mptk.chain.amounts import settled
 from mptk.config.settings import Learning
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score

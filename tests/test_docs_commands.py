@@ -6,7 +6,7 @@ line's own parser: what starts processes, what times the machine for minutes, an
 writes a model (the README and the tutorial have run that). A block or a line that says that it needs a network, a GPU
 or another program is skipped.
 
-It reaches for mptk.api.recovery and mptk.chain.prepare: training takes two steps here.
+It reaches for mptk.chain.amounts: training takes two steps here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import mptk
-import mptk.api.recovery
-import mptk.chain.prepare
+import mptk.chain.amounts
 from mptk.cli.main import app
 from mptk.io.packaged import ALIASES, _target, content_sha256
 from passes.analysis.rules import RULES
@@ -59,7 +58,7 @@ SIZES = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in which the reader works, and a cache with tiny models in it.
 
-    Training takes two steps, not 200. Each graph's memory, which is measured in a new process, is that of no graph.
+    Minutes choose two steps, not up to 200. Each graph's memory, which is measured in a new process, is that of no graph.
     """
     folder = tmp_path_factory.mktemp("reader")
     words, model = toys.tokenizer(), toys.llama(layers=1, **SIZES)
@@ -68,8 +67,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(folder)
-        for module in (mptk.chain.prepare, mptk.api.recovery):
-            inside.bound(f"{module.__name__}.DEFAULT_STEPS", 2)
+        for bound in ("LEAST_STEPS", "MOST_STEPS", "LONGEST"):
+            inside.bound(f"mptk.chain.amounts.{bound}", 2)
         inside.gives("mptk.ort.bench.peak_memory", 0)
         for name, path in {name: _target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)

@@ -313,8 +313,23 @@ def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
     assert len(timed) == 1
 
 
+def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None:
+    """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inside.around("mptk.cost.estimate.typical_ms", lambda _, run, threads, seconds: 1.0 if threads == 1 else 90.0)
+        assert costs.product_rate(costs.CPU, torch.float32) == 2 * 1024 * 1024 * 4096 / 1e-3
+        inside.around("mptk.cost.estimate.typical_ms", lambda _, run, threads, seconds: 0.9 / threads)
+        assert costs.product_rate(costs.CPU, torch.float32) == pytest.approx(2 * 1024 * 1024 * 4096 / 0.45e-3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_sizes_and_times_as_text() -> None:
     assert [size_text(s) for s in (2.14e9, 3e7)] == ["2.1 GB", "30 MB"]
     assert [duration(s) for s in (40, 119.6, 720, 12_600)] == ["40 s", "120 s", "12 min", "3.5 h"]
     found = Estimate({"a": 1e9}, {"b": 1.1e9}, {"a": 5e8}, {"b": 1e8}, {"x": 30, "y": 10})
     assert str(found) == "will need about 2.1 GB of memory, 0.6 GB of disk and 40 s"
+    assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")

@@ -197,7 +197,7 @@ def recover(
         out, progress, on_stage, data, eval_data: as in ``prune``.
         settings: only fields that do not decide what is cut count: ``learning``, ``length``, ``device``, …
         model: the dense model, if it has moved since the report was written. A ``Pruned`` from ``prune`` knows it.
-        keywords: as in ``prune``; ``steps`` is 200 by default.
+        keywords: as in ``prune``.
 
     Raises:
         MptkError: as ``prune``; the folder was changed; or the dense model is missing or was changed.
@@ -208,7 +208,7 @@ def recover(
             f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
         )
     base = settings or Settings(onnx=out is not None)
-    chosen = recovery.trained(with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords}))
+    chosen = with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords})
     start = pruned.place if isinstance(pruned, Pruned) else pruned
     dense = None
     if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
@@ -272,6 +272,8 @@ def _for_plain(settings: Settings) -> Settings:
             f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
             "'magnitude', and train Pruned.model yourself"
         )
-    if settings.steps:
-        raise MptkError("mptk trains only transformers models; leave out steps, and train Pruned.model yourself")
+    if settings.steps or settings.minutes is not None:
+        raise MptkError(
+            "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
+        )
     return replace(settings, target="graph" if settings.target == "stock" else settings.target, onnx=False)

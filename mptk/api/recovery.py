@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from torch import nn
 
+from mptk.chain.amounts import in_time
 from mptk.chain.estimate import estimated_for
 from mptk.chain.job import Given, Job
-from mptk.chain.prepare import settled
 from mptk.compile.changes import changes_of
-from mptk.config.setting import values, with_keywords
-from mptk.config.settings import DEFAULT_STEPS, Settings
+from mptk.config.setting import values
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import holds
 from mptk.io.dense import open_dense
@@ -27,16 +28,11 @@ from mptk.targets.stock_config import check_code
 from mptk.tasks.of_folder import task_of_folder
 
 
-def trained(settings: Settings) -> Settings:
-    """Settings of a recovery with the number of steps filled in."""
-    return settings if settings.learning.steps is not None else with_keywords(settings, {"steps": DEFAULT_STEPS})
-
-
 def needed(folder: str | Path, settings: Settings, model: str | None = None) -> Estimate:
     """What a recovery of ``folder`` needs. No model runs. Raises the errors of ``mptk.recover``."""
     job, settings = recovery(folder, "", settings, model)
-    loaded, _ = job.load(Resident(0))
-    return estimated_for(loaded.model, loaded.dtype, settled(settings), job.kept)
+    assert job.needs is not None
+    return job.needs(in_time(settings, job.needs, recovers=True))
 
 
 def recovery(
@@ -76,6 +72,13 @@ def recovery(
         loaded = open_dense(report.model, report.model_sha256, model, trust, resident, live=report.live)
         return loaded, task_of_folder(folder, report, loaded)
 
-    kept = report.cost["pruned"]["parameters"] / report.cost["dense"]["parameters"]
+    @cache
+    def sized() -> Loaded:
+        return load(Resident(0))[0]
+
+    def needs(settings: Settings) -> Estimate:
+        kept = report.cost["pruned"]["parameters"] / report.cost["dense"]["parameters"]
+        return estimated_for(sized().model, sized().dtype, settings, kept)
+
     source = model if isinstance(model, str) else report.model
-    return Job(source, Path(out), load, given, kept, folder, samples=samples), settings
+    return Job(source, Path(out), load, given, folder, needs, samples), settings

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.chain.estimate import estimated, estimated_for
+from mptk.chain.amounts import wanted
+from mptk.chain.estimate import estimated_for, estimator
 from mptk.chain.job import Given, Job
-from mptk.chain.samples import wanted
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
@@ -78,7 +78,7 @@ def source_of(
             loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
             return loaded, _task(loaded, example_inputs)
 
-        return Source(name, opened, partial(estimated, name), plain=False)
+        return Source(name, opened, estimator(name), plain=False)
     model = unwrapped(model)
     plain = not isinstance(model, PreTrainedModel)
     if plain and example_inputs is None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from mptk.chain import describe
-from mptk.chain.samples import wanted
+from mptk.chain.amounts import in_time, said, written
 from mptk.config.settings import Settings
 from mptk.conversions import dense_models
 from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine
@@ -21,7 +22,6 @@ from mptk.errors import MptkError
 from mptk.files import path_of
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
-from mptk.io.data import SELF
 from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
 from mptk.io.text.sampled import rows_at_once
@@ -38,14 +38,24 @@ ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 """Bytes of a number in an ONNX graph."""
 
 
-def estimated(model: str, settings: Settings) -> Estimate:
-    """Estimate what ``prune(model, …, settings)`` needs. This reads only the config and downloads no weights.
+def estimator(model: str) -> Callable[[Settings], Estimate]:
+    """Estimates what ``prune(model, …, settings)`` needs. It reads only the config, once, and downloads no weights.
 
-    Raises:
+    Raises, when it is called:
         MptkError: there is no such model.
     """
-    skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
-    return estimated_for(skeleton, _stored(model, settings), settings)
+
+    @cache
+    def opened(trust: bool) -> tuple[PreTrainedModel, torch.dtype]:
+        return models.skeleton(model, trust_remote_code=trust), _stored(model, trust)
+
+    return lambda settings: estimated_for(*opened(settings.trust_remote_code), settings)
+
+
+def estimated(model: str, settings: Settings) -> Estimate:
+    """What ``prune(model, …, settings)`` needs, with what its minutes allow. Raises the errors of ``estimator``."""
+    needs = estimator(model)
+    return needs(in_time(settings, needs))
 
 
 def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Settings, kept: float = 1.0) -> Estimate:
@@ -62,7 +72,8 @@ def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Set
     device = find_device(settings.device)
     rates = this_machine(device, getattr(torch, settings.compute_dtype))
     work = work_of(settings, sizes, bool(borders), kept)
-    return estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
+    found = estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
+    return replace(found, does=said(settings))
 
 
 def _number(value: object) -> int:
@@ -70,12 +81,12 @@ def _number(value: object) -> int:
     return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
 
 
-def _stored(model: str, settings: Settings) -> torch.dtype:
+def _stored(model: str, trust: bool) -> torch.dtype:
     """The type of a checkpoint's weights: from its files or, without files, from its config."""
     folder = path_of(model)
     if any(folder.glob("*.safetensors")):
         return stored_dtype(folder)
-    dtype = models.load_config(model, trust_remote_code=settings.trust_remote_code).dtype
+    dtype = models.load_config(model, trust_remote_code=trust).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -96,7 +107,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
     return Work(
         kept=kept,
         passes=passes,
-        calibration=s.samples * s.length,
+        calibration=s.windows * s.length,
         evaluated=max(COMPARED_TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
@@ -106,12 +117,9 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
 
 def _data(settings: Settings) -> dict[str, Pass]:
     """The work of generating text with the model: it reads its weights once for every token of a batch of windows."""
-    s = settings
-    if s.data != SELF:
-        return {}
-    count = wanted(s, own=True) * (1 + (s.eval_data is None))
+    s, count = settings, written(settings)
     reads = s.length * -(-count // rows_at_once(s.length))
-    return {"calibration data": Pass(2 * count * s.length, s.length, reads)}
+    return {"calibration data": Pass(2 * count * s.length, s.length, reads)} if count else {}
 
 
 def check_fits(found: Estimate, out: Path) -> None:

@@ -28,8 +28,8 @@ class Job:
 
     ``load`` returns the dense model, whose weights are read on demand. ``given`` returns the plan and the weights that
     a recovery of the folder ``start`` begins with. If it is None, ``plan`` returns the plan of ``settings.plan``, which
-    is read once at the start, or the method chooses. ``kept``: the share of the parameters that ``given`` keeps.
-    ``needs`` estimates the run before the model is opened, if that is possible. ``samples``: the caller's samples.
+    is read once at the start, or the method chooses.
+    ``needs`` estimates the run with complete settings, if that is possible. ``samples``: the caller's samples.
     ``vocabulary``: the caller's texts, whose tokens stay.
     """
 
@@ -37,7 +37,6 @@ class Job:
     out: Path
     load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
-    kept: float = 1.0
     start: Path | None = None
     needs: Callable[[Settings], Estimate] | None = None
     samples: Callable[[Prepared], Given] | None = None

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mptk.chain.estimate import check_fits, estimated_for
+from mptk.chain.estimate import check_fits
 from mptk.chain.job import Job
 from mptk.compile.trace import same_sizes, traced
-from mptk.config.settings import DEFAULT_STEPS, FREE, IN_MEMORY, UNIFORM, Settings
+from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
 from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
@@ -47,18 +47,6 @@ def announce(needs: Estimate, job: Job, context: Context) -> None:
     """Estimate what the run needs. Raises MptkError if the machine has less."""
     context.progress(str(needs), 0, 0)
     check_fits(needs, job.out)
-
-
-def settled(settings: Settings) -> Settings:
-    """The settings with the number of training steps (default: the method's) and the type for training filled in."""
-    steps = settings.learning.steps
-    if steps is None:
-        learns = not settings.fixed and find_method(settings.method).learns
-        steps = DEFAULT_STEPS if learns else 0
-    precision = settings.learning.precision
-    if precision == "no" and settings.compute_dtype == "bfloat16":
-        precision = "bf16"
-    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
 def given_plan(settings: Settings) -> Plan | None:
@@ -130,8 +118,6 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
-    if job.given is not None:
-        announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
     with context.stage("trace"):
         like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes

@@ -11,10 +11,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from mptk.chain.amounts import in_time, note, resumed, settled
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
-from mptk.chain.prepare import announce, check_settings, given_plan, prepare, settled
+from mptk.chain.prepare import announce, check_settings, given_plan, prepare
 from mptk.chain.samples import SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
@@ -25,7 +26,7 @@ from mptk.config.recipe import write_recipe
 from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
-from mptk.distributed.processes import holds, leads, processes
+from mptk.distributed.processes import holds, leads, once, processes
 from mptk.errors import ProofError, explained
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
@@ -42,7 +43,7 @@ from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.execution import find_device
 from mptk.protocols.origin import origin_of
 from mptk.protocols.report import Report, Row
-from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
+from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
@@ -81,12 +82,24 @@ def started(
     """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
-        settings = settled(settings)
-        job = replace(job, plan=given_plan(settings))
-        check_settings(settings, job.plan, job.vocabulary)
         if not trains:
-            settings = replace(settings, learning=replace(settings.learning, steps=0))
-        return prepared_for(work, job, settings, context if leads() else replace(context, progress=silent))
+            settings = replace(settings, samples=settings.windows, search_tokens=settings.trial_tokens)
+        complete = settled(settings, job.start is not None)
+        job = replace(job, plan=given_plan(settings))
+        check_settings(complete, job.plan, job.vocabulary)
+        if trains:
+            complete = once(lambda: decided(job, settings))
+        else:
+            complete = replace(complete, minutes=None, learning=replace(complete.learning, steps=0))
+        return prepared_for(work, job, complete, context if leads() else replace(context, progress=silent))
+
+
+def decided(job: Job, settings: Settings) -> Settings:
+    """Complete settings: with the numbers of the unfinished run that is resumed, else with what minutes allow."""
+    if settings.resume:
+        settings = resumed(settings, kept_settings(job.out))
+    recovers = job.start is not None
+    return settled(settings, recovers) if job.needs is None else in_time(settings, job.needs, recovers)
 
 
 def prepared_for(
@@ -271,7 +284,7 @@ def written_folder(
             *chosen.notes,
             describe_processes(context.accelerator) if context.accelerator else "",
         ]
-        notes += [one_length(prepared), fixed_sizes(prepared)]
+        notes += [note(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
         notes.append(left_whole(prepared.legal))
         for target in targets:

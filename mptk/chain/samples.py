@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+from mptk.chain.amounts import TRAINED_PER_HELD_OUT, wanted, watched
 from mptk.chain.job import Given, Job
 from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting
@@ -13,15 +14,12 @@ from mptk.config.settings import IN_MEMORY, Settings
 from mptk.distributed.processes import processes
 from mptk.io import data
 from mptk.ir.samples import Samples
-from mptk.methods.division.search import judged, searched
 from mptk.protocols.chain import Prepared
 from mptk.protocols.origin import check_samples
 from mptk.protocols.values import Context, SampleSets
 
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
-TRAINED_PER_HELD_OUT = 8
-"""Hold out at most one sample per this number of training samples."""
 
 
 def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
@@ -61,24 +59,7 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
     evaluation = fitting(task, program, evaluation, "eval_data")
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     training, held_out = apart(training, s)
-    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
-
-
-def wanted(settings: Settings, *, own: bool = False) -> int:
-    """Most samples that a run takes to calibrate and train on, with the held-out ones.
-
-    ``own``: whether the model writes them. As that takes long, it writes none for the training steps, which repeat the
-    others. So `mptk shapes` and a run that searches and then trains have the same text.
-    """
-    s = settings
-    used = max(s.samples, searched(s), 0 if own else s.steps * s.learning.training.batch)
-    return used + watched(s, used)
-
-
-def watched(settings: Settings, samples: int) -> int:
-    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
-    count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
-    return max(count, judged(samples)) if settings.search else count
+    return SampleSets(training, training[: s.windows], evaluation, said, task.sequences, held_out)
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:

@@ -62,16 +62,16 @@ def prune(
     maskprune learns what to cut, then trains the small model. The other methods train only with --steps.
     """
     from mptk.api.pruned import prune
+    from mptk.chain.amounts import learns, settled, undecided
     from mptk.chain.estimate import estimated
-    from mptk.chain.prepare import check_settings, given_plan, settled
-    from mptk.methods import find_method
+    from mptk.chain.prepare import check_settings, given_plan
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
-    learns = not meant.fixed and find_method(meant.method).learns
-    refuse_idle("prune", Asked(meant, learns, writes=folder is not None, estimate=estimate))
+    asked = Asked(meant, learns(meant), folder is not None, estimate, undecided=bool(undecided(settings)))
+    refuse_idle("prune", asked)
     check_settings(meant, given_plan(meant))
-    needs = partial(estimated, model, meant) if estimate else None
+    needs = partial(estimated, model, settings) if estimate else None
     carry_out(partial(prune, model, folder, settings), needs, folder)
 
 
@@ -86,12 +86,13 @@ def recover(
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.api.pruned import recover
-    from mptk.api.recovery import needed, trained
+    from mptk.api.recovery import needed
+    from mptk.chain.amounts import settled
 
-    settings = trained(settings)
-    if not settings.steps:
+    if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
-    refuse_idle("recover", Asked(settings, writes=destination is not None, estimate=estimate))
+    meant = settled(settings, recovers=True)
+    refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
     needs = partial(needed, folder, settings, model) if estimate else None
     carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
 

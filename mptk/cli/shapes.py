@@ -38,7 +38,8 @@ def shapes(
     units.
     """
     from mptk.api.shapes import shapes as find_shapes
-    from mptk.chain.prepare import check_settings, settled
+    from mptk.chain.amounts import settled
+    from mptk.chain.prepare import check_settings
     from mptk.report.sections import shapes_view
 
     if html is not None:

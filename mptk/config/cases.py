@@ -34,7 +34,7 @@ PHASED = (
 NO_MASKS = Idle(lambda a: not a.learns, "this method learns no masks", "give --method maskprune, or leave it out")
 NO_SEARCH = Idle(lambda a: not a.settings.search, "only --search ranks shapes", "give --search, or leave it out")
 QUICK = Idle(
-    lambda a: a.settings.search and not a.settings.search_tokens,
+    lambda a: a.settings.search and not a.settings.trial_tokens,
     "the search trains nothing",
     "give {search_tokens}, or leave it out",
 )
@@ -44,6 +44,9 @@ WHOLE_BLOCKS = Idle(
 UNTRAINED = (
     Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
     Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
+)
+DECIDED = Idle(
+    lambda a: not a.undecided, "the numbers that it would choose are given", "leave it out, or leave out --steps"
 )
 NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
 NO_CLASS = Idle(lambda a: a.settings.target != "stock", "only the target stock needs a class")

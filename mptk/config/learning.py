@@ -9,8 +9,10 @@ from mptk.config.cases import NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
 from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
 from mptk.errors import MptkError
 
-DEFAULT_STEPS = 200
-"""Default training steps of a method that learns."""
+MINUTES = 20
+"""Default minutes of a run that trains by default."""
+MOST_STEPS = 200
+"""Most training steps that the default minutes choose."""
 
 MASK_STEPS = 8
 """Default steps that learn masks, however many steps there are in all (``docs/maskprune.md``)."""
@@ -99,7 +101,7 @@ class Learning(Record):
 
     steps: int | None = setting(
         None,
-        f"Training steps in total; default: {DEFAULT_STEPS} if the method learns, else 0.",
+        "Training steps in total; default: as --minutes choose, else 0.",
         TRAIN,
         TRAINING,
         within=(0, COUNT),

@@ -67,13 +67,15 @@ class Choices:
 class Asked:
     """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
-    ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs.
+    ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs. ``undecided``: some numbers
+    are left to its minutes.
     """
 
     settings: Any
     learns: bool = True
     writes: bool = True
     estimate: bool = False
+    undecided: bool = True
 
 
 @dataclass(frozen=True)

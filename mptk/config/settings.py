@@ -12,6 +12,7 @@ from mptk.config.cases import (
     CHOOSES,
     CUT,
     DATA,
+    DECIDED,
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
@@ -24,6 +25,7 @@ from mptk.config.cases import (
     RUNS,
     SEARCH,
     TIMED,
+    TRAIN,
     TRAINING,
     UNKEPT,
     UNTIMED,
@@ -31,7 +33,8 @@ from mptk.config.cases import (
     WRITE,
 )
 from mptk.config.learning import (
-    DEFAULT_STEPS,
+    MINUTES,
+    MOST_STEPS,
     Learning,
     LossWeights,
     Rates,
@@ -43,11 +46,12 @@ from mptk.errors import MptkError
 from mptk.ir.alignment import BLOCK, HARDWARE, read_alignment
 
 __all__ = [
-    "DEFAULT_STEPS",
     "FREE",
     "INPUTS",
     "IN_MEMORY",
+    "MINUTES",
     "MOST_SPARSITY",
+    "MOST_STEPS",
     "UNIFORM",
     "Learning",
     "LossWeights",
@@ -74,6 +78,10 @@ ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfl
 DEVICES = Choices(("auto", "cpu", "cuda", "mps", "xpu"), numbered=("cuda", "xpu"))
 MOST_SPARSITY = 0.99
 """The largest sparsity."""
+SAMPLES = 32
+"""Calibration windows of a run whose minutes do not count."""
+TRIAL_TOKENS = 131_072
+"""Tokens on which a search trains, if minutes do not count."""
 
 
 @record
@@ -212,9 +220,9 @@ class Settings(Record):
         within=(1, 100_000),
         renamed={"shapes": "finalists"},
     )
-    search_tokens: int = setting(
-        131_072,
-        "Tokens to train them on in all; 0: no training.",
+    search_tokens: int | None = setting(
+        None,
+        f"Tokens to train them on in all; 0: no training; default: {TRIAL_TOKENS:,}, or as --minutes choose.",
         CHOICE,
         SEARCH,
         (NO_SEARCH,),
@@ -235,13 +243,29 @@ class Settings(Record):
         (*SEARCH, "analyze"),
         form="path",
     )
-    samples: int = setting(32, "Calibration windows.", DATA, SEARCH, within=(1, COUNT))
+    samples: int | None = setting(
+        None,
+        f"Calibration windows; default: {SAMPLES}, or as --minutes choose.",
+        DATA,
+        SEARCH,
+        within=(1, COUNT),
+    )
     length: int = setting(256, "Tokens in a window.", DATA, RUNS, within=(8, COUNT))
     eval_data: str | None = setting(
         None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
     eval_windows: int = setting(16, "Windows of that text.", DATA, TRAINING, within=(1, COUNT))
     eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
+    minutes: float | None = setting(
+        None,
+        "Time of the whole run, as estimated: chooses --steps, --samples and --search-tokens that you do not give; "
+        f"default: {MINUTES} for recover and if the method learns, with at most {MOST_STEPS} steps.",
+        TRAIN,
+        TRAINING,
+        (DECIDED,),
+        within=(0.01, 10**6),
+        recipe="read",
+    )
     learning: Learning = field(default_factory=Learning)
     target: str = setting(
         "stock",
@@ -387,6 +411,16 @@ class Settings(Record):
         return self.learning.steps or 0
 
     @property
+    def windows(self) -> int:
+        """Calibration windows; ``SAMPLES`` if the number is not set yet."""
+        return SAMPLES if self.samples is None else self.samples
+
+    @property
+    def trial_tokens(self) -> int:
+        """Tokens on which a search trains; ``TRIAL_TOKENS`` if the number is not set yet."""
+        return TRIAL_TOKENS if self.search_tokens is None else self.search_tokens
+
+    @property
     def trains(self) -> bool:
         """Whether weights are trained, also if only in a search."""
-        return bool(self.steps or (self.search and self.search_tokens))
+        return bool(self.steps or (self.search and self.trial_tokens))

@@ -37,13 +37,19 @@ LOGITS_COPIES = 3
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
 
-TRACE_S = 0.17
+START_S = 6.0
+"""Seconds of imports."""
+TRACE_S = 0.3
 """Seconds of trace, analysis and legal widths for each layer."""
+ONNX_S = 0.9
+"""Seconds for each layer to write ONNX, besides the disk's."""
 
 SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
 SLOW = 1.0
 """Seconds that one run of the timed product takes at most."""
+RATES_VERSION = 2
+"""Raise it if rates are measured in another way. Stored rates are then measured again."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
     ``flops``: operations beside those of the forward pass. ``gradients``: whether those of all weights are kept.
-    ``training``: bytes that training takes beside the weights; 0 if nothing is trained.
+    ``training``: bytes that training takes beside the weights; 0 if nothing is trained. ``fixed``: seconds for each
+    layer, however many tokens there are.
     """
 
     tokens: float
@@ -149,6 +156,7 @@ class Pass:
     flops: float = 0
     gradients: bool = False
     training: float = 0
+    fixed: float = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Estimate:
 
     ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
     ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
-    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time.
+    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
     """
 
     needed: Mapping[str, float]
@@ -184,6 +192,7 @@ class Estimate:
     seconds: Mapping[str, float]
     there: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
+    does: str = ""
 
     def __str__(self) -> str:
         memory, disk = (
@@ -191,7 +200,8 @@ class Estimate:
         )
         time = duration(sum(self.seconds.values()))
         there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
-        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}"
+        does = f" for {self.does}" if self.does else ""
+        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}"
 
 
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
@@ -229,11 +239,13 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         "values between stages": borders - kept_borders,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
-    seconds = {"read": sizes.parameters * sizes.stored / on.read, "trace and analyse": TRACE_S * sizes.layers}
+    reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
+    seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
         operations = done.tokens * sizes.flops(done.length) + done.flops
-        seconds[stage] = operations / (EFFICIENCY * on.flops) + done.reads * missing / on.read
-    seconds["write"] = sum(output.values()) / on.write + missing / on.read
+        computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
+        seconds[stage] = computing + fixed + done.reads * missing / on.read
+    seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
     return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device)
 
 
@@ -249,7 +261,7 @@ def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32)
 
     ``device``, ``dtype``: of the matrix product.
     """
-    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rates": RATES_VERSION}
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", str)
         about["device"] = f"{device.type} {name(device)}"
@@ -282,22 +294,32 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product.
 
-    A small one is timed first. If a large one would take long (bfloat16 on a CPU without instructions for it), the
-    small one's rate is taken.
+    On a CPU a small product is timed first. If a large one would take long (bfloat16 on a CPU without instructions for
+    it), the small one's rate is taken. One thread is timed, too, by its processor time: on a busy machine, all threads
+    together can be a hundred times slower than one.
     """
     if device.type != "cpu":
-        return _rate(device, dtype, (4096, 4096, 4096))
+        return _rate(device, dtype, (4096, 4096, 4096), 0)
     small, large = (64, 1024, 256), (1024, 1024, 4096)
-    rate = _rate(device, dtype, small)
-    return rate if 2 * math.prod(large) / rate > SLOW else _rate(device, dtype, large)
+    rate = _rate(device, dtype, small, 1)
+    if 2 * math.prod(large) / rate > SLOW:
+        return rate
+    return max(_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
 
 
-def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> float:
-    """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished."""
+def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
+    """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished.
+
+    ``threads``: of the CPU; 0 for a device, whose time is not a thread's.
+    """
     rows, inner, columns = size
     x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
-    threads = torch.get_num_threads() if device.type == "cpu" else 0  # a device's time is not this thread's
-    ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+    finally:
+        torch.set_num_threads(before)
     return 2 * rows * inner * columns / ms * 1e3
 
 

@@ -81,7 +81,7 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     passes = 1 + kept * (1 + 3 * s.distil_epochs)
-    return {"distil": Pass(s.samples * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
+    return {"distil": Pass(s.windows * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
 
 
 @torch.no_grad()

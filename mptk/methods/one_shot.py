@@ -58,7 +58,7 @@ class OneShotMethod(Method):
         s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
         return {
             f"score ({made.name})": Pass(
-                made.passes * s.samples * s.length,
+                made.passes * s.windows * s.length,
                 s.length,
                 reads=2 if made.passes > 1 else 1,
                 gradients=made.gradients,

@@ -48,7 +48,7 @@ RIDGE, GAP_RIDGE = 0.01, 0.1
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``reconstruct_consumers``."""
     s = settings
-    return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
+    return {"reconstruct": Pass(s.windows * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
 
 
 def reconstruct_consumers(

@@ -30,11 +30,14 @@ from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, prove
 
+PROVE_S = 0.5
+"""Seconds for each layer to load and trace what was written."""
+
 
 def work(settings: Settings, long: bool) -> dict[str, Pass]:
     """The cost of a proof. ``long``: whether a border makes its long sequence as long as allowed."""
     tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
-    return {"prove": Pass(3 * tokens, settings.length, reads=3)}
+    return {"prove": Pass(3 * tokens, settings.length, reads=3, fixed=PROVE_S)}
 
 
 def prove_folder(

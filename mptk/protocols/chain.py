@@ -234,7 +234,7 @@ class Method(Protocol):
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         """The cost of ``choose`` before any training: stage → work; by default a pass over the calibration text."""
-        return {f"score ({self.name})": Pass(settings.samples * settings.length, settings.length)}
+        return {f"score ({self.name})": Pass(settings.windows * settings.length, settings.length)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         """The plan, for one of ``prepared.candidates``, and the weights that change.

@@ -179,6 +179,16 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
     return True
 
 
+def kept_settings(out: Path) -> dict[str, Any]:
+    """The settings of the unfinished run beside ``out``; empty if there is none.
+
+    Raises:
+        MptkError: they are damaged.
+    """
+    path = _beside(out)
+    return _object(path / SETTINGS) if any(path.glob("*.safetensors")) and (path / SETTINGS).is_file() else {}
+
+
 def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
     found = None if folder is None else folder.earlier(name)

@@ -11,7 +11,18 @@ ONCE = "prune {model} --data {text.raw} --out {out} --method magnitude --length 
 
 COMMANDS = {
     PRUNE: (
-        *("--sparsity", "--tensor-parallel 0", "--seed", "--steps", "--batch 0", "--micro 0", "--lr", "--rank", "--lm"),
+        *(
+            "--sparsity",
+            "--tensor-parallel 0",
+            "--seed",
+            "--steps",
+            "--minutes 0",
+            "--batch 0",
+            "--micro 0",
+            "--lr",
+            "--rank",
+            "--lm",
+        ),
         *("--kl", "--hidden", "--mask-share", "--save-every 0", "--threads", "--max-decode-ms 0", "--max-prefill-ms 0"),
         *("--proof-length 0", "--search-shapes 0", "--search-finalists 0", "--search-tokens"),
     ),

@@ -91,12 +91,12 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     s = settings
     if not s.search:
         return {}
-    measured = s.search_shapes * 2 * kept * judged(s.samples) * s.length
+    measured = s.search_shapes * 2 * kept * judged(s.windows) * s.length
     fits = s.search_shapes * sizes.fit * bool(s.reconstruct)
-    trains = memory(s, sizes, kept) if s.search_tokens else 0
+    trains = memory(s, sizes, kept) if s.trial_tokens else 0
     return {
-        "shapes": Pass(s.samples * s.length + measured, s.length, flops=fits),
-        "train shapes": Pass(4 * s.search_tokens, s.length, reads=0, training=trains),
+        "shapes": Pass(s.windows * s.length + measured, s.length, flops=fits),
+        "train shapes": Pass(4 * s.trial_tokens, s.length, reads=0, training=trains),
     }
 
 
@@ -111,19 +111,30 @@ def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
     Raises:
         MptkError: there are too few tokens for one step of each shape.
     """
+    alive, tokens = _alive(settings, shapes), settings.trial_tokens
+    if alive[0] < 2 or not tokens:
+        return []
+    least, step = least_tokens(settings, shapes), settings.learning.training.batch * settings.length
+    if tokens < least:
+        raise MptkError(
+            f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
+            f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch"
+        )
+    return [(count, (tokens << rung) // least) for rung, count in enumerate(alive)]
+
+
+def least_tokens(settings: Settings, shapes: int | None = None) -> int:
+    """Tokens with which the first rung has one step for each of its shapes. ``shapes``: the number of all shapes."""
+    alive = _alive(settings, settings.search_finalists if shapes is None else shapes)
+    return sum(n << rung for rung, n in enumerate(alive)) * settings.learning.training.batch * settings.length
+
+
+def _alive(settings: Settings, shapes: int) -> list[int]:
+    """Number of shapes in each rung."""
     alive = [min(settings.search_finalists, shapes)]
     while alive[-1] > 2:
         alive.append(-(-alive[-1] // 2))
-    if alive[0] < 2 or not settings.search_tokens:
-        return []
-    step = settings.learning.training.batch * settings.length
-    units = sum(count * 2**rung for rung, count in enumerate(alive))
-    if settings.search_tokens < units * step:
-        raise MptkError(
-            f"{settings.search_tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
-            f"has {step}, so give {units * step} or more, fewer finalists, or a smaller --batch"
-        )
-    return [(count, settings.search_tokens * 2**rung // (units * step)) for rung, count in enumerate(alive)]
+    return alive
 
 
 def searched(settings: Settings) -> int:

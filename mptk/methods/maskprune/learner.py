@@ -44,11 +44,18 @@ from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
+START_S = 0.7
+"""Seconds for each layer to make and place the models that are trained, and to store what they start with."""
+
 
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
-    """The cost of learning masks and of recovery together."""
-    s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
-    return {"train": Pass(4 * tokens, s.length, reads=0, training=memory(s, sizes, kept))} if s.steps else {}
+    """The cost of learning masks and of recovery together: of both models, in each step and on held-out samples."""
+    s, training = settings, settings.learning.training
+    if not s.steps:
+        return {}
+    batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
+    tokens = batches * training.batch * s.length
+    return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=START_S)}
 
 
 def memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:

@@ -47,7 +47,7 @@ class MaskPrune(Method):
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s = settings
-        return {"score": Pass(3 * s.samples * s.length, s.length, reads=2)}
+        return {"score": Pass(5 * s.windows * s.length, s.length, reads=2)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None

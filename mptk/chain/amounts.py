@@ -1,0 +1,159 @@
+"""amounts: how many steps, windows and tokens a run takes, and the numbers that its minutes allow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+from mptk.config.setting import with_keywords
+from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, TRIAL_TOKENS, Settings
+from mptk.cost.estimate import Estimate, duration
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.methods import find_method
+from mptk.methods.division.search import judged, least_tokens, searched
+from mptk.report.view import plural
+
+TRAINED_PER_HELD_OUT = 8
+"""Hold out at most one sample per this number of training samples."""
+LEAST_STEPS = 5
+"""Fewest steps that minutes choose for a method that learns: two for the masks."""
+LONGEST = 10**6
+"""Most steps that minutes choose."""
+WINDOWS = (16, 96)
+"""Fewest and most calibration windows that minutes choose: as many as steps."""
+TRIALS = 3
+"""With minutes the trials of a search get a third of the tokens of training."""
+REMEDIES = {
+    "calibration data": "text with --data",
+    "measure": "fewer --eval-windows",
+    "write": "--no-onnx",
+    "train shapes": "fewer --search-finalists",
+    "shapes": "fewer --search-shapes",
+}
+"""Stage of a run → what makes it shorter."""
+
+# ---- windows ----
+
+
+def wanted(settings: Settings, *, own: bool = False) -> int:
+    """Most samples that a run takes to calibrate and train on, with the held-out ones.
+
+    ``own``: whether the model writes them. As that takes long, it writes none for the training steps, which repeat the
+    others. So `mptk shapes` and a run that searches and then trains have the same text.
+    """
+    s = settings
+    used = max(s.windows, searched(s), 0 if own else s.steps * s.learning.training.batch)
+    return used + watched(s, used)
+
+
+def watched(settings: Settings, samples: int) -> int:
+    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
+    count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
+    return max(count, judged(samples)) if settings.search else count
+
+
+def written(settings: Settings) -> int:
+    """Windows of text that the model writes itself: to calibrate and train on, and as many to measure on."""
+    own = settings.data == data.SELF
+    return wanted(settings, own=True) * (1 + (settings.eval_data is None)) if own else 0
+
+
+# ---- minutes ----
+
+
+def settled(settings: Settings, recovers: bool = False) -> Settings:
+    """Complete settings. Numbers that minutes choose (``in_time``) have the values of a long run.
+
+    ``recovers``: the run trains a pruned folder.
+    """
+    learning = settings.learning
+    timed = settings.minutes is not None or (learning.steps is None and (recovers or learns(settings)))
+    found = amounts(settings, MOST_STEPS) if timed else {"steps": 0, "samples": SAMPLES, "search_tokens": TRIAL_TOKENS}
+    precision = "bf16" if learning.precision == "no" and settings.compute_dtype == "bfloat16" else learning.precision
+    minutes = (settings.minutes or MINUTES) if timed else None
+    complete = replace(settings, minutes=minutes, learning=replace(learning, precision=precision))
+    return with_keywords(complete, {name: found[name] for name in undecided(settings)})
+
+
+def learns(settings: Settings) -> bool:
+    """Whether the run learns masks."""
+    return not settings.fixed and find_method(settings.method).learns
+
+
+def undecided(settings: Settings) -> list[str]:
+    """The numbers that the settings leave to minutes."""
+    numbers = {"steps": settings.learning.steps, "samples": settings.samples}
+    numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
+    return [name for name, number in numbers.items() if number is None]
+
+
+def in_time(asked: Settings, needs: Callable[[Settings], Estimate], recovers: bool = False) -> Settings:
+    """Complete settings, in which the numbers that ``asked`` leaves open are as large as its minutes allow.
+
+    ``needs`` estimates a run with complete settings. ``recovers``: as in ``settled``.
+
+    Raises:
+        MptkError: minutes were given, and a run with the smallest numbers takes longer.
+    """
+    settings, names = settled(asked, recovers), undecided(asked)
+    if settings.minutes is None or not names:
+        return settings
+    least = LEAST_STEPS if learns(asked) else int(recovers)
+
+    def sized(steps: int) -> Settings:
+        found = amounts(settings, max(least, steps))
+        return with_keywords(settings, {name: found[name] for name in names})
+
+    def seconds(steps: int) -> float:
+        return sum(needs(sized(steps)).seconds.values())
+
+    most = MOST_STEPS if asked.minutes is None else LONGEST
+    fits = bisect_right(range(most + 1), 60 * settings.minutes, key=seconds)
+    if not fits and asked.minutes is not None:
+        raise MptkError(too_short(sized(0), needs(sized(0))))
+    return sized(max(0, fits - 1))
+
+
+def amounts(settings: Settings, steps: int) -> dict[str, int]:
+    """The numbers that minutes choose, for a run of so many steps."""
+    tokens = steps * settings.learning.training.batch * settings.length
+    samples = min(max(steps, WINDOWS[0]), WINDOWS[1])
+    trials = max(tokens // TRIALS, least_tokens(settings))
+    return {"steps": steps, "samples": samples, "search_tokens": trials}
+
+
+def too_short(least: Settings, needs: Estimate) -> str:
+    """The error for minutes in which not even ``least`` fits."""
+    assert least.minutes is not None
+    total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
+    less = "a one-shot --method, as wanda" if learns(least) else "fewer --steps" if least.steps else "fewer --samples"
+    return (
+        f"--minutes {least.minutes:g} is too short: {said(least)} take about {duration(total)}, of which "
+        f"{duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
+        f"{REMEDIES.get(longest, less)}"
+    )
+
+
+def resumed(asked: Settings, kept: Mapping[str, Any]) -> Settings:
+    """``asked`` with the numbers that the unfinished run chose: the rates of another moment give others."""
+    learning = kept.get("learning")
+    known = {**kept, **(learning if isinstance(learning, dict) else {})}
+    names = [*undecided(asked), *(["minutes"] if asked.minutes is None else [])]
+    return with_keywords(asked, {name: known[name] for name in names if name in known})
+
+
+def said(settings: Settings) -> str:
+    """The numbers of complete settings in words."""
+    found = [plural(settings.steps, "training step")] if settings.steps else []
+    found += [plural(settings.windows, "calibration window")] if not settings.fixed else []
+    found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def note(settings: Settings) -> str:
+    """A note on what complete settings owe to their minutes; empty without minutes."""
+    return "" if settings.minutes is None else f"{said(settings)}, as {settings.minutes:g} minutes allowed"

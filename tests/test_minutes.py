@@ -1,0 +1,168 @@
+"""Minutes decide how many steps, windows and tokens a run takes; what is typed wins, and a run keeps its numbers.
+
+It reaches for mptk.chain.amounts and mptk.chain.estimate: what a number of minutes allows at given rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy_checkpoints as toys
+import yaml
+from inside import Inside, Stopped
+from lab import remembered
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk import MptkError, Report, Settings
+from mptk.chain.amounts import LEAST_STEPS, in_time
+from mptk.chain.estimate import estimator
+from mptk.cli.main import app
+from mptk.config.settings import MINUTES, MOST_STEPS, Learning, Training
+from mptk.cost.estimate import Machine
+
+RATES = Machine(flops=1e9, read=1e9, write=1e9)
+TRAINING = Training(batch=2, micro=2)
+TINY = Settings(data="text", length=32, multiple=8, onnx=False, eval_windows=2, eval_length=32)
+TINY = replace(TINY, learning=Learning(rank=2, training=TRAINING))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return toys.save(LlamaForCausalLM(toys.llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(autouse=True)
+def rates(inside: Inside) -> None:
+    inside.gives("mptk.chain.estimate.this_machine", RATES)
+
+
+def given(settings: Settings, **numbers: object) -> Settings:
+    return mptk.config.setting.with_keywords(settings, numbers)
+
+
+def minutes_of(model: str, settings: Settings, **numbers: object) -> float:
+    """What a run with these numbers is estimated to take, in minutes, and a little more."""
+    return sum(estimator(model)(given(settings, **numbers)).seconds.values()) / 60 * (1 + 1e-9)
+
+
+def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | None, int | None, int | None]:
+    """Steps, samples and tokens of the search of a run."""
+    found = in_time(given(settings, **numbers), estimator(model))
+    return found.learning.steps, found.samples, found.search_tokens
+
+
+def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
+    for steps, samples in ((5, 16), (23, 23), (4000, 96)):
+        minutes = minutes_of(llama, TINY, steps=steps, samples=samples)
+        assert chosen(llama, TINY, minutes=minutes)[:2] == (steps, samples)
+
+
+def test_what_is_typed_wins(llama: str) -> None:
+    minutes = minutes_of(llama, TINY, steps=40, samples=4)
+    assert chosen(llama, TINY, minutes=minutes, samples=4)[:2] == (40, 4)
+    assert chosen(llama, TINY, minutes=minutes, steps=7)[0] == 7
+    assert chosen(llama, TINY, minutes=0.01, steps=900, samples=4)[:2] == (900, 4), "nothing is left to choose"
+
+
+def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_many_steps(
+    llama: str, inside: Inside
+) -> None:
+    assert chosen(llama, TINY)[:2] == (MOST_STEPS, 96)
+    assert in_time(TINY, estimator(llama)).minutes == MINUTES
+    inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e3, read=1e9, write=1e9))
+    assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 16), "a slow machine is told how long it takes"
+    wanda = in_time(replace(TINY, method="wanda"), estimator(llama))
+    assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
+
+
+def test_a_one_shot_method_recovers_for_the_time_that_is_left(llama: str) -> None:
+    wanda = replace(TINY, method="wanda", reconstruct=True)
+    minutes = minutes_of(llama, wanda, steps=11, samples=16)
+    assert chosen(llama, wanda, minutes=minutes)[:2] == (11, 16)
+    assert chosen(llama, wanda, minutes=minutes_of(llama, wanda, samples=16))[:2] == (0, 16)
+
+
+def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
+    search = replace(TINY, search=True, search_finalists=2)
+    minutes = minutes_of(llama, search, steps=90, samples=90, search_tokens=90 * 2 * 32 // 3)
+    assert chosen(llama, search, minutes=minutes) == (90, 90, 1920)
+    assert chosen(llama, search, minutes=minutes, search_tokens=256)[0] > 90
+    least = minutes_of(llama, search, steps=5, samples=16, search_tokens=2 * 2 * 32)
+    assert chosen(llama, search, minutes=least)[2] == 128, "a step of each finalist"
+
+
+def test_text_that_the_model_writes_counts(llama: str) -> None:
+    minutes = minutes_of(llama, TINY, steps=60, samples=60)
+    assert 5 < chosen(llama, replace(TINY, data="self"), minutes=minutes)[0] < 60
+
+
+def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path, inside: Inside) -> None:
+    inside.forbid("mptk.chain.prune.prepare")
+    inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
+    said = (
+        r"^--minutes 1 is too short: 5 training steps and 16 calibration windows take about \d+ min, of which \d+ \w+ "
+        r"are for 'train'; give --minutes \d+, or a one-shot --method, as wanda$"
+    )
+    with pytest.raises(MptkError, match=said):
+        mptk.prune(llama, tmp_path / "out", TINY, minutes=1, batch=8)
+    shown = CliRunner().invoke(app, ["prune", llama, "--minutes", "1", "--estimate", "--data", "text"])
+    assert "is too short" in str(shown.exception)
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"model: {llama}\nminutes: 1\ndata: text\nestimate: true\n")
+    shown = CliRunner().invoke(app, ["prune", "--config", str(recipe)])
+    assert "is too short" in str(shown.exception)
+
+
+def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, inside: Inside) -> None:
+    first = in_time(given(TINY, steps=7, samples=5), estimator(llama))
+    inside.around("mptk.chain.prune.once", lambda real, find: first)  # what the first process sends to the others
+    inside.stop("mptk.chain.prune.prepare")
+    started = inside.calls("mptk.chain.prune.prepare")
+    with pytest.raises(Stopped):
+        mptk.prune(llama, tmp_path / "out", TINY)
+    assert started[0][1] == first
+
+
+def test_minutes_that_choose_nothing_are_refused(llama: str) -> None:
+    command = ["prune", llama, "--minutes", "1", "--steps", "8", "--samples", "4", "--estimate"]
+    assert "--minutes would do nothing" in str(CliRunner().invoke(app, command).exception)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(toys.WORDS * 200))
+    return file
+
+
+def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
+    llama: str, text: Path, tmp_path: Path, inside: Inside
+) -> None:
+    said: list[str] = []
+    settings = replace(TINY, data=str(text), minutes=minutes_of(llama, TINY, steps=6, samples=16))
+    with remembered():
+        inside.stop("mptk.chain.prune.reconstruct_consumers")
+        with pytest.raises(Stopped):
+            mptk.prune(llama, tmp_path / "out", settings, progress=lambda stage, *_: said.append(stage))
+        inside.undo()
+        inside.gives("mptk.chain.estimate.this_machine", replace(RATES, flops=5e9))
+        report = mptk.prune(llama, tmp_path / "out", replace(settings, minutes=None), resume=True).report
+    assert [line for line in said if line.endswith("for 6 training steps and 16 calibration windows")]
+    assert (report.settings.learning.steps, report.settings.samples) == (6, 16)
+    assert report.settings.minutes == settings.minutes
+    assert any(note.startswith("6 training steps and 16 calibration windows, as ") for note in report.notes)
+    recipe = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 16, False)
+
+
+def test_a_recovery_has_minutes_too(llama: str, text: Path, tmp_path: Path) -> None:
+    with remembered():
+        mptk.prune(llama, tmp_path / "cut", replace(TINY, data=str(text), method="magnitude"))
+        out = mptk.recover(tmp_path / "cut", tmp_path / "out", replace(TINY, data=str(text)), minutes=0.5)
+    steps = out.report.settings.learning.steps
+    assert 1 <= steps < MOST_STEPS
+    assert Report.read(tmp_path / "out").settings.minutes == 0.5

@@ -34,7 +34,7 @@ from passes.targets.legalize import LegalWidths, aligned, cut_shapes
 from passes.targets.stock.attempt import Refusal, configured, on_meta
 from passes.targets.stock.config import StockConfig, misfit
 from passes.targets.stock.rehome import TRIAL_LENGTH, logits_check
-from passes.targets.stock.symbolic import Shapes
+from passes.targets.stock.symbolic import WeightShapes
 from passes.verify import TOLERANCE
 
 NAME = DeciLMConfig.model_type
@@ -127,7 +127,7 @@ def check_held(analysis: Analysis, model: nn.Module) -> None:
         raise MptkError(f"{NAME} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
 
 
-def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
+def held(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
     """The class and the config that have exactly ``shapes``, or the reason why there are none.
 
     Args:
@@ -150,7 +150,7 @@ def held(dense: PreTrainedConfig, shapes: Shapes) -> StockConfig | str:
     return StockConfig(DeciLMForCausalLM, config, changes)
 
 
-def _other(dense: PreTrainedConfig, shapes: Shapes) -> str | None:
+def _other(dense: PreTrainedConfig, shapes: WeightShapes) -> str | None:
     """What of the dense model no engine's class computes, or None."""
     if not any(name.startswith(LAYERS) for name in shapes):
         return f"it has no {LAYERS}0"
@@ -161,7 +161,7 @@ def _other(dense: PreTrainedConfig, shapes: Shapes) -> str | None:
     return None
 
 
-def _config(dense: PreTrainedConfig, shapes: Shapes) -> PreTrainedConfig | Refusal:
+def _config(dense: PreTrainedConfig, shapes: WeightShapes) -> PreTrainedConfig | Refusal:
     """The config whose blocks have the widths of ``shapes``; all else is as in ``dense``."""
     size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     count = len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)})
@@ -199,7 +199,7 @@ class BlockWidths:
         }
 
 
-def _widths(shapes: Shapes, block: str) -> BlockWidths:
+def _widths(shapes: WeightShapes, block: str) -> BlockWidths:
     parts = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
     return BlockWidths(*(shapes.get(f"{block}.{part}.weight", (0,))[0] for part in parts))
 

@@ -26,7 +26,7 @@ from mptk.cost.estimate import Machine
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)
 TRAINING = Training(batch=2, micro=2)
-TINY = Settings(data="text", length=32, multiple=8, onnx=False, eval_windows=2, eval_length=32)
+TINY = Settings(data="text", length=32, align=8, onnx=False, eval_windows=2, eval_length=32)
 TINY = replace(TINY, learning=Learning(rank=2, training=TRAINING))
 
 

@@ -178,7 +178,7 @@ def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(toys.TEXT * 8)
     chosen = mptk.Settings(method="wanda", sparsity=0.3, data=str(text), samples=4, length=16, eval_windows=1)
-    pruned = mptk.prune(tmp_path / "q", tmp_path / "out", chosen, multiple=8, onnx=False, eval_length=16)
+    pruned = mptk.prune(tmp_path / "q", tmp_path / "out", chosen, align=8, onnx=False, eval_length=16)
     assert any("is quantised (gptq)" in note for note in pruned.report.notes)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert mptk.verify(tmp_path / "out")

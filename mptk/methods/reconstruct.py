@@ -76,7 +76,7 @@ def reconstruct_consumers(
 
     def solve(name: str, fit: _Fit) -> None:
         found[name] = dense.state.like(name)
-        shelf.add(name, fit.solved(dense.state[name], changed.state[name]))
+        shelf.add(name, fit.solved(dense.state[name], changed.state[name]).cpu())
 
     _observe(analysis, fits, samples, solve, progress, executor)
     return Weights(changes).updated(shelf.weights(found))

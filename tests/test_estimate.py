@@ -100,8 +100,14 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
     operations = 1000 * (2 * sizes.products + 4 * 10 * 48 * 2)
     assert found.seconds["score"] == pytest.approx(operations / (costs.EFFICIENCY * 1e9))
     assert found.seconds["write"] == 0.75 * 2 * sizes.parameters / 2e6
-    fits = estimate(sizes, replace(WORK, passes={"reconstruct": Pass(200, 10)}), SLOW, bound=1e9)
-    assert fits.output["fitted weights"] == 4 * 2 * 48 * (96 + 64)
+    fits, tight = (
+        estimate(sizes, replace(WORK, passes={"reconstruct": Pass(200, 10)}), SLOW, bound) for bound in (1e9, 100_000)
+    )
+    size = 4 * 2 * 48 * (96 + 64)  # one copy for a further run, one for this
+    assert fits.output["fitted weights"] == size
+    assert fits.held["values between stages"] == found.held["values between stages"] + size
+    assert tight.held["values between stages"] + tight.temporary["values between stages"] == 8 * 200 * 48 + size
+    assert sum(tight.held.values()) == 100_000
 
 
 def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:

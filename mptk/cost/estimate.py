@@ -211,10 +211,11 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     there, and of each stage's weights a copy.
     """
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
-    kept_borders = min(borders, bound / 4)
+    fitted = 4.0 * sizes.fitted if "reconstruct" in work.passes else 0.0
+    kept_borders, kept_fit = min(borders, bound / 4), min(fitted, bound / 8)
     training = max((done.training for done in work.passes.values()), default=0.0)
     trains = training > 0
-    resident = weights if trains else min(weights, bound - kept_borders)
+    resident = weights if trains else min(weights, bound - kept_borders - kept_fit)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
     loaded = {
         "weights": work.models * weights if trains else 0,
@@ -226,17 +227,17 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         "activations": 4 * STAGE_TOKENS * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
         "logits": 4 * LOGITS_COPIES * work.evaluated * sizes.vocab,
     }
-    between = {"values between stages": kept_borders}
+    between = {"values between stages": kept_borders + kept_fit}
     needed = {"libraries": BASE, **loaded, **({} if device else computed)}
     held = {"weights that stay": 0 if trains else resident, **({} if device else between)}
     there = {**loaded, "largest stage": 4 * sizes.stage * (1 + work.kept), **computed, **between} if device else {}
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
-        "fitted weights": 4 * sizes.fitted if "reconstruct" in work.passes else 0,
+        "fitted weights": fitted,
     }
     temporary = {
-        "values between stages": borders - kept_borders,
+        "values between stages": borders - kept_borders + fitted - kept_fit,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write

@@ -78,7 +78,7 @@ def reconstruct_consumers(
 
     def solve(name: str, fit: _Fit) -> None:
         found[name] = dense.state.like(name)
-        shelf.add(name, fit.solved(dense.state[name], changed.state[name]))
+        shelf.add(name, fit.solved(dense.state[name], changed.state[name]).cpu())
 
     fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
     _observe(analysis, layers, fits, samples, solve, progress, executor)

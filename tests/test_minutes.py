@@ -21,7 +21,7 @@ from mptk import MptkError, Report, Settings
 from mptk.chain.amounts import LEAST_STEPS, in_time
 from mptk.chain.estimate import estimator
 from mptk.cli.main import app
-from mptk.config.settings import MINUTES, MOST_STEPS, Learning, Training
+from mptk.config.settings import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)
@@ -73,6 +73,7 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
 ) -> None:
     assert chosen(llama, TINY)[:2] == (MOST_STEPS, 96)
     assert in_time(TINY, estimator(llama)).minutes == MINUTES
+    assert in_time(replace(TINY, search=True), estimator(llama)).minutes == SEARCH_MINUTES
     inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e3, read=1e9, write=1e9))
     assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 16), "a slow machine is told how long it takes"
     wanda = in_time(replace(TINY, method="wanda"), estimator(llama))

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from mptk.config.setting import with_keywords
-from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, TRIAL_TOKENS, Settings
+from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings
 from mptk.cost.estimate import Estimate, duration
 from mptk.errors import MptkError
 from mptk.io import data
@@ -74,7 +74,7 @@ def settled(settings: Settings, recovers: bool = False) -> Settings:
     timed = settings.minutes is not None or (learning.steps is None and (recovers or learns(settings)))
     found = amounts(settings, MOST_STEPS) if timed else {"steps": 0, "samples": SAMPLES, "search_tokens": TRIAL_TOKENS}
     precision = "bf16" if learning.precision == "no" and settings.compute_dtype == "bfloat16" else learning.precision
-    minutes = (settings.minutes or MINUTES) if timed else None
+    minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
     complete = replace(settings, minutes=minutes, learning=replace(learning, precision=precision))
     return with_keywords(complete, {name: found[name] for name in undecided(settings)})
 

@@ -35,6 +35,7 @@ from mptk.config.cases import (
 from mptk.config.learning import (
     MINUTES,
     MOST_STEPS,
+    SEARCH_MINUTES,
     Learning,
     LossWeights,
     Rates,
@@ -52,6 +53,7 @@ __all__ = [
     "MINUTES",
     "MOST_SPARSITY",
     "MOST_STEPS",
+    "SEARCH_MINUTES",
     "UNIFORM",
     "Learning",
     "LossWeights",
@@ -259,7 +261,8 @@ class Settings(Record):
     minutes: float | None = setting(
         None,
         "Time of the whole run, as estimated: chooses --steps, --samples and --search-tokens that you do not give; "
-        f"default: {MINUTES} for recover and if the method learns, with at most {MOST_STEPS} steps.",
+        f"default: {MINUTES} for recover and if the method learns ({SEARCH_MINUTES} with --search), for at most "
+        f"{MOST_STEPS} steps.",
         TRAIN,
         TRAINING,
         (DECIDED,),

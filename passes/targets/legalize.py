@@ -317,8 +317,8 @@ def describe(widths: Mapping[str, int]) -> str:
     found: dict[tuple[str, int], list[int]] = {}
     for name, width in widths.items():
         whole, _, layer = name.rpartition(".")
-        single = bool(whole) and layer.isdecimal()
-        found.setdefault((whole if single else name, width), []).extend([int(layer)] * single)
+        single = [int(layer)] if whole and layer.isdecimal() else []
+        found.setdefault((whole if single else name, width), []).extend(single)
     return ", ".join(
         f"{name}{'.' if layers else ''}{ranges(tuple(layers))}={width}" for (name, width), layers in found.items()
     )

@@ -201,7 +201,8 @@ def test_heads_stay_divisible_by_the_devices_that_share_them():
         vocab_size=97,
     )
     with torch.device("meta"):
-        analysis = analyze(trace(LlamaForCausalLM(config)))
+        model = LlamaForCausalLM(config)
+    analysis = analyze(trace(model))
 
     def widths(devices: int, every: int = 1) -> dict[str, tuple[int, ...]]:
         return dict(legalize.graph_widths(analysis, Alignment(every, devices=devices)).ladders)

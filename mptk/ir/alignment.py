@@ -30,10 +30,10 @@ class Alignment:
     blocks: tuple[int, ...] = ()
     devices: int = 1
 
-    def divisors(self, family: str) -> tuple[int, ...]:
-        """The divisors for the sums over a family's units."""
+    def divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
+        """The divisors for the sums over a family's units, which ``devices`` share."""
         own = (*halves(self.own.get(family, self.every)), *self.blocks)
-        return (*own, *(each * self.devices for each in own if self.devices > 1))
+        return (*own, *(each * devices for each in own if devices > 1))
 
 
 def halves(divisor: int) -> list[int]:

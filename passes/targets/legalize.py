@@ -173,13 +173,14 @@ def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
     Units that several devices hold at once, as KV heads fewer than devices, are not cut.
     """
     members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
-    steps = alignment.divisors(family.part_of or family.name)
+    devices = alignment.devices if is_layered(family) else 1  # all hold the residual width whole
+    steps = alignment.divisors(family.part_of or family.name, devices)
     kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
-    if alignment.devices > 1 and is_layered(family):
+    if devices > 1:
         units = [(m.term, family.groups[0].positions(m).shape[-1]) for m in members]  # and a unit's length in the sum
-        if any(alignment.devices % (term.size // length) == 0 for term, length in units):
+        if any(devices % (term.size // length) == 0 for term, length in units):
             return (family.size,)
-        shared = ((term, length * alignment.devices) for term, length in units)
+        shared = ((term, length * devices) for term, length in units)
         kept += [(term, step) for term, step in shared if term.size % step == 0]
     axis = family.groups[0].axis
     first = -(-family.minimum // family.multiple) * family.multiple
@@ -317,8 +318,8 @@ def describe(widths: Mapping[str, int]) -> str:
     found: dict[tuple[str, int], list[int]] = {}
     for name, width in widths.items():
         whole, _, layer = name.rpartition(".")
-        single = bool(whole) and layer.isdecimal()
-        found.setdefault((whole if single else name, width), []).extend([int(layer)] * single)
+        single = [int(layer)] if whole and layer.isdecimal() else []
+        found.setdefault((whole if single else name, width), []).extend(single)
     return ", ".join(
         f"{name}{'.' if layers else ''}{ranges(tuple(layers))}={width}" for (name, width), layers in found.items()
     )

@@ -26,6 +26,8 @@ SPLITS = {
     (CASES, True): "tekken",
 }
 """How a tokenizer splits text, and whether it takes whole words of the vocabulary first → llama.cpp's name."""
+SPACE = "▁"
+"""A space in SentencePiece's vocabularies. llama.cpp takes tokens that a user defined as text."""
 
 
 def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -66,6 +68,7 @@ def _tokens(spec: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]
     for number, word in enumerate(tokens):
         if number in added:
             types.append(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
+            tokens[number] = word if added[number]["special"] else word.replace(SPACE, " ")
         elif number not in words:
             types.append(TokenType.UNUSED)
         else:
@@ -78,10 +81,11 @@ def _tokens(spec: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]
 
 def _scores(spec: dict[str, Any], tokens: list[str]) -> list[float]:
     """Less for a token that is merged later."""
+    merges: list[Any] = spec["model"]["merges"]
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(spec["model"]["merges"]):
+    for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
-    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _parts(spec: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:

@@ -165,6 +165,7 @@ def row(name: str, place: Path) -> dict[str, Any]:
         length=24,
         eval_windows=1,
         multiple=32,
+        tolerance=0.2,
         portable=square,
         onnx=False,
     )

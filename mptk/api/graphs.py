@@ -19,7 +19,7 @@ from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
-from mptk.config.settings import Settings
+from mptk.config.settings import GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -42,7 +42,6 @@ from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.pattern import Pattern
-from mptk.targets.gguf.weights import GgufType
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task

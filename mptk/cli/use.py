@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from mptk.cli.options import Json, Model, chosen, number, out_file, out_folder, 
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
 from mptk.config.setting import SEED, Choices
-from mptk.config.settings import Settings
+from mptk.config.settings import GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLOTS = (".png", ".svg", ".pdf")
-TYPES = chosen(Choices(("auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")))
+TYPES = chosen(Choices(get_args(GgufType)))
 RUNTIMES = chosen(Choices(("torch", "onnx")))
 
 
@@ -54,7 +54,9 @@ def write_gguf(
     like: Annotated[
         str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
     ] = None,
-    type: Annotated[str, typer.Option(help="Type of the matrices; auto: as the folder has them.", **TYPES)] = "auto",
+    type: Annotated[
+        GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **TYPES)
+    ] = "auto",
 ) -> None:
     """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
     from mptk.api import graphs as api

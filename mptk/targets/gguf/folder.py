@@ -7,6 +7,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 from transformers import PreTrainedConfig
 
+from mptk.config.settings import GgufType
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.ir.plan import Plan
@@ -23,7 +24,7 @@ from mptk.targets.gguf.settings import (
     write_settings,
 )
 from mptk.targets.gguf.tokenizer import write_tokenizer
-from mptk.targets.gguf.weights import EQUAL, HEAD, GgufType, GgufWeights, LayerWidths, arranged
+from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
 
 CUT = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
 """The families of a graph that a GGUF file can hold cut."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,11 +21,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from torch import Tensor
 
+from mptk.config.settings import GgufType
 from mptk.errors import MptkError, ProofError
 from mptk.ir.weights import Weights
 from mptk.targets.gguf.architectures import Architecture, shifted
 
-GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 EQUAL, RAGGED = "llama", "deci"
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 TABLE, HEAD = "token_embd.weight", "output.weight"

@@ -107,17 +107,11 @@ def test_rows_that_no_block_divides_are_float16(tmp_path: Path) -> None:
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
 
 
+HOW = {"method": "magnitude", "data": "random", "samples": 1, "length": 24, "eval_windows": 1, "onnx": False}
+
+
 def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: Path) -> None:
-    how = {
-        "method": "magnitude",
-        "data": "random",
-        "samples": 1,
-        "length": 24,
-        "eval_windows": 1,
-        "onnx": False,
-        "tolerance": 1.0,
-    }
-    mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, multiple=8, **how)
+    mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, multiple=8, tolerance=1.0, **HOW)
     made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
     assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
     read = fields(tmp_path / "out.gguf")
@@ -127,6 +121,18 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: 
     pytest.importorskip("xllamacpp")
     difference = tiny.llama_cpp(tmp_path / "out.gguf", tiny.IDS.tolist()) - tiny.expected(tmp_path / "out")
     assert difference.abs().max() < CLOSE
+
+
+def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick jars of honey\n" * 40)
+    mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=str(text), tolerance=1.0, **HOW)
+    api.gguf(tmp_path / "out", tmp_path / "out.gguf")
+    words = models.load_tokenizer(str(tmp_path / "out"))
+    tokens = fields(tmp_path / "out.gguf")["tokenizer.ggml.tokens"]
+    assert tokens == words.convert_ids_to_tokens(range(len(tokens)))
+    assert len(tokens) < tiny.VOCAB
+    assert fields(tmp_path / "out.gguf")["qwen3.vocab_size"] == len(tokens)
 
 
 # ---- what llama.cpp computes otherwise ----

@@ -89,13 +89,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("OlmoConfig", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
     "olmoe": ("OlmoeConfig", {**PLAIN, "num_key_value_heads": HEADS, "num_experts": 4, "num_experts_per_tok": 2}),
-    "granite": ("GraniteConfig", {**GROUPED, **SCALES}),
+    "granite": ("GraniteConfig", {**WIDE, **SCALES}),
     "cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.5}),
     "cohere2": ("Cohere2Config", {**GROUPED, **_sliding(5, 4), "head_dim": 16, "logit_scale": 0.5}),
-    "smollm3": ("SmolLM3Config", {**GROUPED, "num_hidden_layers": 5}),
+    "smollm3": ("SmolLM3Config", {**WIDE, "num_hidden_layers": 5}),
     "arcee": ("ArceeConfig", WIDE),
     "nemotron": ("NemotronConfig", {**GROUPED, "head_dim": 16}),
     "seed_oss": ("SeedOssConfig", WIDE),
+    "ernie4_5": ("Ernie4_5Config", WIDE),
+    "glm4": ("Glm4Config", WIDE),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", WIDE),
 }
 """Name → config class and its fields. The part before a comma is the ``model_type``."""
 

@@ -87,7 +87,10 @@ ARCHITECTURES = {
     "mixtral": LLAMA,
     "qwen2": Architecture("qwen2", square=True),
     "qwen2_moe": Architecture(
-        "qwen2moe", changes={"ffn_gate_inp_shexp": flat}, fixed={**ALL_EXPERTS, "norm_topk_prob": _always(False)}
+        "qwen2moe",
+        changes={"ffn_gate_inp_shexp": flat},
+        square=True,
+        fixed={**ALL_EXPERTS, "norm_topk_prob": _always(False)},
     ),
     "qwen3": Architecture("qwen3"),
     "qwen3_moe": Architecture("qwen3moe", fixed={**ALL_EXPERTS, "norm_topk_prob": _always(True)}),
@@ -117,8 +120,11 @@ ARCHITECTURES = {
     "granite": Architecture("granite", changes=PAIRED),
     "cohere": Architecture("command-r", square=True, fixed={"use_qk_norm": _always(False)}),
     "cohere2": Architecture("cohere2", square=True, period=4),
-    "smollm3": Architecture("smollm3", changes=PAIRED, square=True, fixed={"no_rope_layers": _every_fourth}),
+    "smollm3": Architecture("smollm3", changes=PAIRED, fixed={"no_rope_layers": _every_fourth}),
     "arcee": Architecture("arcee", RELU2, PAIRED),
     "nemotron": Architecture("nemotron", RELU2, SHIFTED, square=True),
     "seed_oss": Architecture("seed_oss"),
+    "ernie4_5": Architecture("ernie4_5"),
+    "glm4": Architecture("glm4"),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense"),
 }

@@ -3,12 +3,14 @@
     python -m benchmarks.gguf_models [--json FILE] [--only qwen3,gpt2]
 
 Each model is pruned, written in float32, q8_0 and q4_0, and run in llama.cpp (``pip install xllamacpp``) on 24 tokens.
-Its log probabilities of the whole vocabulary are compared with transformers' of the pruned folder, in float32.
+Its log probabilities of the whole vocabulary are compared with transformers' of the pruned folder, in float32. The last
+lines are the table of docs/deploy.md.
 """
 
 from __future__ import annotations
 
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +63,7 @@ LONGROPE = _rope(
     "longrope",
     short_factor=[1 + i / 10 for i in range(8)],
     long_factor=[2 + i / 10 for i in range(8)],
-    original_max_position_embeddings=64,
+    original_max_position_embeddings=256,
 )
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", WIDE),
@@ -80,7 +82,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("Gemma3TextConfig", {**WIDE, **_sliding(7, 6), "query_pre_attn_scalar": 32}),
     "phi": ("PhiConfig", {**PLAIN, "num_key_value_heads": HEADS}),
     "phi3": ("Phi3Config", GROUPED),
-    "phi3, long rope": ("Phi3Config", {**GROUPED, **LONGROPE, "original_max_position_embeddings": 64}),
+    "phi3, long rope": (
+        "Phi3Config",
+        {**GROUPED, **LONGROPE, "max_position_embeddings": 512, "original_max_position_embeddings": 256},
+    ),
     "gpt2": ("GPT2Config", GPT),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT),
     "gpt_neox": ("GPTNeoXConfig", {**PLAIN, "rotary_pct": 0.5}),
@@ -186,13 +191,18 @@ def main(
     only: Annotated[str, typer.Option(help="names of models, separated by commas")] = "",
 ) -> None:
     torch.set_num_threads(1)
+    header = {**result_header(), "xllamacpp": version("xllamacpp"), "tokens": len(IDS), "vocabulary": VOCAB}
     rows = []
     for name in only.split(",") if only else MODELS:
         with tempfile.TemporaryDirectory() as temporary:
             rows.append(row(name, Path(temporary)))
         print(rows[-1], flush=True)
         if json_file is not None:
-            write_result(json_file, {**result_header(), "tokens": len(IDS), "vocabulary": VOCAB}, rows)
+            write_result(json_file, header, rows)
+    print("| model | in the file | cut | f32 | q8_0 | q4_0 |", "|---|---|---|---|---|---|", sep="\n")
+    for each in rows:
+        named = (each["model"], each["architecture"], ", ".join(each["cut"]), *each["difference"].values())
+        print(f"| {' | '.join(map(str, named))} |")
 
 
 if __name__ == "__main__":

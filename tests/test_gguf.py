@@ -28,7 +28,7 @@ from mptk.targets.gguf import settings, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from mptk.targets.gguf.folder import GgufFolder
 
-CLOSE, ROUNDED = 2e-5, 5e-3
+CLOSE, ROUNDED = 2e-5, 1e-2
 """Largest difference of a log probability; where llama.cpp computes GELU by a table of half precision."""
 
 

@@ -72,7 +72,7 @@ class GgufFolder:
 
     @property
     def notes(self) -> list[str]:
-        window = self.config and ignored_window(self.config, self.base)
+        window = None if self.config is None else ignored_window(self.config, self.base)
         ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
         return [*self.weights.notes, *([ignored] if window else [])]
 

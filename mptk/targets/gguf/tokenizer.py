@@ -91,7 +91,8 @@ def _scores(spec: dict[str, Any], tokens: list[str]) -> list[float]:
 def _parts(spec: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or of a pre-tokenizer."""
     part = spec.get(name)
-    return [] if part is None else part.get(inner, [part])
+    steps: list[dict[str, Any]] = [] if part is None else part.get(inner, [part])
+    return steps
 
 
 def _splitting(spec: dict[str, Any]) -> str:

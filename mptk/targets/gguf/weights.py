@@ -189,8 +189,8 @@ class GgufWeights:
         keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
         if queries % size or keys % size or not (fused or shape("attn_v")[0] == keys):
             raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
-        count, _, ffn = shape("ffn_down_exps") if experts else (0, *shape("ffn_down"))
-        return LayerWidths(queries // size, keys // size, ffn, count)
+        ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
+        return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
     def _check_widths(self) -> None:
         first, hidden = self.layers[0], self.table[1]

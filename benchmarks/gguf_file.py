@@ -10,7 +10,7 @@ import gguf
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from mptk.targets.gguf import paired
+from mptk.targets.gguf.architectures import paired
 
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,9 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
 from mptk.api import graphs as api
 from mptk.ir.weights import Weights
-from mptk.targets import gguf as llama_cpp
+from mptk.targets.gguf.folder import GgufFolder
+from mptk.targets.gguf.pattern import Pattern
+from mptk.targets.gguf.weights import LayerWidths
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
 
@@ -43,11 +44,11 @@ def logits(model: str | Path) -> torch.Tensor:
 @pytest.mark.parametrize("widths", [{"q_heads": 2, "ffn": 40}, {"layers": 2, "ffn": 32}])
 def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: dict[str, int], tmp_path: Path) -> None:
     mptk.prune(str(dense), tmp_path / "out", widths=widths, align=8, tolerance=1.0, onnx=False, **HOW)
-    layers = api.gguf(tmp_path / "out", dense / "dense.gguf", tmp_path / "out.gguf")
+    layers = api.gguf(tmp_path / "out", tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     config = mptk.load(str(tmp_path / "out")).model.config
     assert (
         layers
-        == [llama_cpp.LayerWidths(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
+        == [LayerWidths(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
         * config.num_hidden_layers
     )
     assert torch.equal(logits(tmp_path / "out.gguf"), logits(tmp_path / "out"))
@@ -74,7 +75,7 @@ def ragged(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned
 def test_other_layers_are_lists_of_the_architecture_that_has_them(
     dense: Path, ragged: mptk.Pruned, tmp_path: Path
 ) -> None:
-    layers = api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    layers = api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     read = GGUFReader(tmp_path / "out.gguf")
     fields = {name: field.contents() for name, field in read.fields.items()}
     assert fields["general.architecture"] == "deci"
@@ -94,7 +95,7 @@ def test_other_layers_are_lists_of_the_architecture_that_has_them(
 def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
     """Needs ``.[bench]``, which brings llama.cpp as a library. Its cache is of float32 here; half is its default."""
     xllamacpp = pytest.importorskip("xllamacpp")
-    api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf")
     params = xllamacpp.CommonParams()
     params.model.path = str(tmp_path / "out.gguf")
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 64, 1, 0, 0
@@ -112,7 +113,7 @@ def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned
 
 def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
     mptk.prune(str(dense), tmp_path / "half", widths={"ffn": 32}, tolerance=1.0, dtype="bfloat16", onnx=False, **HOW)
-    api.gguf(tmp_path / "half", dense / "dense.gguf", tmp_path / "half.gguf")
+    api.gguf(tmp_path / "half", tmp_path / "half.gguf", like=dense / "dense.gguf")
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
     assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
     found = tensors["blk.0.ffn_up.weight"]
@@ -122,15 +123,10 @@ def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_again(dense: Path, ragged: mptk.Pruned, tmp_path: Path, inside: Inside) -> None:
-    first: list[Any] = []
-
-    def unpaired(paired: Any, weight: Any, *given: Any) -> Any:
-        first.append(weight)
-        return weight if len(first) == 1 else paired(weight, *given)
-
-    inside.around("mptk.targets.gguf.paired", unpaired)
-    with pytest.raises(ProofError, match=r"blk\.0\.attn_[qk]\.weight in .* is not the folder's"):
-        api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    asked = inside.calls("gguf.quantize")
+    inside.spoil("gguf.quantize", lambda numbers: numbers + 1 if len(asked) == 1 else numbers)
+    with pytest.raises(ProofError, match=r"weight in .* is not the folder's"):
+        api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -159,9 +155,9 @@ def test_what_a_file_cannot_hold(
     dense: Path, ragged: mptk.Pruned, change: dict[str, torch.Tensor], families: dict, said: str
 ) -> None:
     weights = Weights(load_file(ragged.place / "model.safetensors") | change)
-    pattern = llama_cpp.Pattern(dense / "dense.gguf")
+    pattern = Pattern(dense / "dense.gguf")
     with pytest.raises(MptkError, match=said):
-        llama_cpp.GgufWeights(weights, Plan(families), pattern)
+        GgufFolder(ragged.place, weights, Plan(families), None, pattern, "auto")
 
 
 def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
@@ -176,7 +172,7 @@ def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, 
         (tmp_path / "no.gguf", r"no\.gguf"),
     ):
         with pytest.raises(MptkError, match=said):
-            api.gguf(ragged.place, like, tmp_path / "out.gguf")
+            api.gguf(ragged.place, tmp_path / "out.gguf", like=like)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -185,4 +181,4 @@ def test_a_folder_that_was_changed_is_refused(dense: Path, ragged: mptk.Pruned, 
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.zeros(48)}, tmp_path / "copy" / "model.safetensors")
     with pytest.raises(MptkError, match=r"model\.safetensors in .* was changed since it was published"):
-        api.gguf(tmp_path / "copy", dense / "dense.gguf", tmp_path / "out.gguf")
+        api.gguf(tmp_path / "copy", tmp_path / "out.gguf", like=dense / "dense.gguf")

@@ -19,7 +19,7 @@ from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
-from mptk.config.settings import Settings
+from mptk.config.settings import GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -40,7 +40,9 @@ from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
-from mptk.targets.gguf import GgufWeights, LayerWidths, Pattern
+from mptk.targets.gguf.folder import GgufFolder
+from mptk.targets.gguf.pattern import Pattern
+from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
 from mptk.version import __version__
@@ -103,27 +105,36 @@ def export(
 
 
 @checked
-def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWidths]:
-    """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
+def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto") -> GgufFolder:
+    """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
     Args:
         folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target.
-        like: the dense model's GGUF file, or the alias of a packaged one; vocabulary and settings come from it.
+        like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
+            the folder. A folder of the graph target needs it.
+        type: the type of the matrices; auto: the type in which the folder has them.
 
     Raises:
-        MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one LLaMA model; or ``out`` cannot be
-            written.
+        MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
+            or ``out`` cannot be written.
         ProofError: the written file differs from the folder.
     """
-    place, pattern = path_of(folder), models.locate(str(like))
-    if pattern.is_dir():
+    place, pattern = path_of(folder), None if like is None else models.locate(str(like))
+    if pattern is not None and pattern.is_dir():
         raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
-    check_apart(Path(out), place, pattern)
+    check_apart(Path(out), place, *([] if pattern is None else [pattern]))
     check_manifest(place)
-    plan = Plan.load(place / "plan.json")
-    made = GgufWeights(stored_weights(place, trust=False), plan, Pattern(pattern))
+    config = None if GraphTarget().wrote(place) else models.load_config(str(place))
+    made = GgufFolder(
+        place,
+        stored_weights(place, trust=False),
+        Plan.load(place / "plan.json"),
+        config,
+        None if pattern is None else Pattern(pattern),
+        type,
+    )
     write_result(path_of(out), made.write)
-    return made.layers
+    return made
 
 
 @checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from mptk.cli.options import JsonOption, ModelArgument, chosen, number, out_file
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
 from mptk.config.setting import SEED, Choices
-from mptk.config.settings import Settings
+from mptk.config.settings import GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLOTS = (".png", ".svg", ".pdf")
+TYPES = chosen(Choices(get_args(GgufType)))
 RUNTIMES = chosen(Choices(("torch", "onnx")))
 
 
@@ -46,23 +47,30 @@ def export_onnx(
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 
-@command("gguf", examples=("gguf runs/free --like smollm2-135m --out runs/free.gguf",))
+@command("gguf", examples=("gguf runs/m30 --type q8_0 --out runs/m30.gguf",))
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
-    like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
     file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
+    like: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
+    ] = None,
+    type: Annotated[
+        GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **TYPES)
+    ] = "auto",
 ) -> None:
-    """Write a pruned LLaMA model as a GGUF file for llama.cpp. Layers may differ in width."""
+    """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
     from mptk.api import graphs as api
 
-    layers = api.gguf(folder, like, file)
+    made = api.gguf(folder, file, like=like, type=type)
     each = {
-        "query heads": [x.heads for x in layers],
-        "KV heads": [x.groups for x in layers],
-        "ffn": [x.ffn for x in layers],
+        "query heads": [x.heads for x in made.layers],
+        "KV heads": [x.groups for x in made.layers],
+        "ffn": [x.ffn for x in made.layers],
+        "experts": [x.experts for x in made.layers],
     }
-    widths = ", ".join(f"{name} {counts[0] if len(set(counts)) == 1 else counts}" for name, counts in each.items())
-    out.print(f"written to {file}: {len(layers)} layers, {widths}", soft_wrap=True, highlight=False)
+    widths = ", ".join(f"{name} {n[0] if len(set(n)) == 1 else n}" for name, n in each.items() if any(n))
+    written = f"written to {file}: {len(made.layers)} layers, {widths}"
+    out.print(written, *made.notes, sep="\n", soft_wrap=True, highlight=False)
 
 
 @command(

@@ -1,0 +1,239 @@
+"""weights: a cut model's weights as a GGUF file.
+
+If the layers of a LLaMA model differ in width, the file's architecture is ``deci``, which has LLaMA's block and lists
+of widths. So llama.cpp runs models that no transformers class can hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from torch import Tensor
+
+from mptk.config.settings import GgufType
+from mptk.errors import MptkError, ProofError
+from mptk.ir.weights import Weights
+from mptk.targets.gguf.architectures import Architecture, shifted
+
+EQUAL, RAGGED = "llama", "deci"
+HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+TABLE, HEAD = "token_embd.weight", "output.weight"
+FULL = re.compile(r"position_embd|ffn_gate_inp")
+"""Matrices that llama.cpp takes only in float32."""
+BUFFER = "inv_freq"
+"""Suffix of a tensor that a graph holds among its weights and that llama.cpp computes."""
+GATE_UP = ".experts.gate_up_proj"
+"""Two matrices of each expert in one weight [experts, 2 · ffn, hidden], which a file has as two tensors."""
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """The widths of a layer: query heads, KV heads, feed-forward channels of each expert, experts."""
+
+    heads: int
+    groups: int
+    ffn: int
+    experts: int = 0
+
+
+def arranged(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
+    """The weights under the names and in the form of the file. ``tied``: the embedding table is the output matrix, too.
+
+    Raises:
+        MptkError: a file of this architecture has no such tensor.
+    """
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    counted = [int(number) for weight in weights for number in re.findall(r"\.(\d{1,5})\.", weight)]
+    known = gguf.get_tensor_name_map(arch, max(counted, default=-1) + 1)
+    sources: dict[str, str] = {}
+    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    scales: dict[str, Callable[[Tensor], Tensor]] = {}
+    for weight, part, half in _parts(weights):
+        name = known.get_name(part, try_suffixes=(".weight", ".bias"))
+        if name is None and part.removesuffix(".weight") in gguf.TensorNameMap.mappings_cfg[gguf.MODEL_TENSOR.OUTPUT]:
+            name = HEAD  # of a model that has one weight for both
+        if name is None:
+            raise _unknown(architecture, weight)
+        name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        sources[name] = weight
+        if half is not None:
+            changes[name] = partial(_half, half)
+        for pattern, change in architecture.changes.items():
+            if re.search(pattern, name):
+                (scales if change is shifted else changes)[name] = partial(_with, change, head_dim)
+    if HEAD in sources and (tied or TABLE not in sources):  # one weight for both, under one name or the other
+        sources.setdefault(TABLE, sources.pop(HEAD))
+    if HEAD in sources and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]:
+        raise _unknown(architecture, sources[HEAD])
+    return weights.selected(sources).changed(changes, moves=True).changed(scales)
+
+
+def _unknown(architecture: Architecture, weight: str) -> MptkError:
+    return MptkError(
+        f"a GGUF file of a {architecture.name} model cannot hold {weight}; use the folder in another program"
+    )
+
+
+def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
+    """Each weight, the name of a part of it, and which half the part is; None: it is the whole."""
+    for weight in weights:
+        if weight.endswith(GATE_UP):
+            for half, name in enumerate(("gate_proj", "up_proj")):
+                yield weight, weight.replace("gate_up_proj", name), half
+        elif not weight.endswith(BUFFER):
+            yield weight, weight, None
+
+
+def _half(half: int, weight: Tensor) -> Tensor:
+    return weight.chunk(2, dim=1)[half]
+
+
+def _with(change: Callable[[Tensor, int], Tensor], head_dim: int, weight: Tensor) -> Tensor:
+    return change(weight, head_dim)
+
+
+class GgufWeights:
+    """The tensors of a GGUF file. ``layers``: the widths of each layer; ``notes``: what a user should know.
+
+    Args:
+        tensors: the weights as the file has them (``arranged``).
+        architecture: what llama.cpp expects.
+        head_dim: the size of a head.
+        kind: the type of the matrices; auto: the type in which each is stored.
+
+    Raises:
+        MptkError: the file cannot hold the widths.
+    """
+
+    def __init__(self, tensors: Weights, architecture: Architecture, head_dim: int, kind: GgufType) -> None:
+        self.tensors, self.base, self.head_dim, self.type = tensors, architecture, head_dim, kind
+        self.kinds = {name: self._kind(name) for name in tensors}
+        self.layers = self._layers()
+        self._check_widths()
+
+    @property
+    def architecture(self) -> str:
+        """The name of the file's architecture."""
+        return self.base.name if len(set(self.layers)) == 1 else RAGGED
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Tokens and hidden size."""
+        rows, hidden = self.tensors.like(TABLE).shape
+        return rows, hidden
+
+    @property
+    def notes(self) -> list[str]:
+        kept = sum(kind is Kind.F16 for kind in self.kinds.values()) if self.type.startswith("q") else 0
+        return [f"{kept} matrices are float16, as 32 does not divide their rows"] if kept else []
+
+    def write(self, out: Path, describe: Callable[[GGUFWriter], None]) -> None:
+        """Write the file and read it back. ``describe`` writes the fields that the widths do not determine.
+
+        Raises:
+            ProofError: a tensor that was read back differs.
+        """
+        writer = GGUFWriter(out, self.architecture)
+        self._describe(writer)
+        describe(writer)
+        for name, kind in self.kinds.items():
+            shape = self.tensors.like(name).shape
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name in self.tensors:
+            writer.write_tensor_data(self._numbers(name))
+        writer.close()
+        self._check(out)
+
+    def _kind(self, name: str) -> Kind:
+        like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
+        if held not in HELD:
+            raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
+        if like.ndim == 1 or FULL.search(name):
+            return Kind.F32
+        kind = HELD[held] if self.type == "auto" else Kind[self.type.upper()]
+        block = gguf.GGML_QUANT_SIZES[kind][0]
+        if like.shape[-1] % block:
+            return Kind.F16
+        return Kind.Q8_0 if block > 1 and name in (TABLE, HEAD) else kind
+
+    def _layers(self) -> list[LayerWidths]:
+        blocks = {int(name.split(".")[1]) for name in self.tensors if name.startswith("blk.")}
+        try:
+            return [self._layer(i) for i in range(max(blocks, default=-1) + 1)]
+        except KeyError as error:
+            raise MptkError(
+                f"the folder has no {error.args[0]}, which a {self.base.name} model has; use it in another program"
+            ) from error
+
+    def _layer(self, i: int) -> LayerWidths:
+        def shape(name: str) -> torch.Size:
+            return self.tensors.like(f"blk.{i}.{name}.weight").shape
+
+        size, queries = self.head_dim, shape("attn_output")[1]
+        fused, experts = f"blk.{i}.attn_qkv.weight" in self.tensors, f"blk.{i}.ffn_down_exps.weight" in self.tensors
+        keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
+        if queries % size or keys % size or not (fused or shape("attn_v")[0] == keys):
+            raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
+        ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
+        return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
+
+    def _check_widths(self) -> None:
+        first, hidden = self.layers[0], self.table[1]
+        if self.architecture == RAGGED and (self.base.name != EQUAL or first.experts):
+            raise MptkError(
+                f"the layers differ in width, which llama.cpp reads only in {EQUAL} models without experts; cut all "
+                "layers to one width"
+            )
+        if self.base.square and first.heads * self.head_dim != hidden:
+            raise MptkError(
+                f"{first.heads} heads of {self.head_dim} are not the hidden size {hidden}, as llama.cpp expects of "
+                f"{self.base.name} models; prune without --no-portable"
+            )
+
+    def _describe(self, writer: GGUFWriter) -> None:
+        """Write the widths."""
+        first, (rows, hidden) = self.layers[0], self.table
+        for add, values in (
+            (writer.add_head_count, [layer.heads for layer in self.layers]),
+            (writer.add_head_count_kv, [layer.groups for layer in self.layers]),
+            (writer.add_feed_forward_length, [layer.ffn for layer in self.layers]),
+        ):
+            add(values if self.architecture == RAGGED else values[0])
+        writer.add_block_count(len(self.layers))
+        writer.add_embedding_length(hidden)
+        writer.add_vocab_size(rows)
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        if first.experts:
+            writer.add_expert_count(first.experts)
+            writer.add_expert_feed_forward_length(first.ffn)
+        if (shared := "blk.0.ffn_down_shexp.weight") in self.tensors:
+            writer.add_expert_shared_feed_forward_length(self.tensors.like(shared).shape[1])
+        kind = self.kinds[TABLE] if self.type == "auto" else Kind[self.type.upper()]
+        writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        """The tensor ``name`` as the file has it."""
+        return gguf.quantize(self.tensors[name].float().contiguous().numpy(), self.kinds[name])
+
+    def _check(self, out: Path) -> None:
+        written = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+        for name in self.tensors:
+            if name not in written or written[name].data.tobytes() != self._numbers(name).tobytes():
+                raise ProofError(f"the proof fails: {name} in {out.name} is not the folder's; write it again")

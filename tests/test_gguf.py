@@ -1,0 +1,296 @@
+"""Models of each architecture as GGUF files: their tensors, types and tokenizers, and what llama.cpp computes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf as library
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+import mptk
+from benchmarks import gguf_models as tiny
+from mptk import MptkError, Plan
+from mptk.api import graphs as api
+from mptk.compile.changes import stored_weights
+from mptk.config.settings import GgufType
+from mptk.io import models
+from mptk.targets.gguf import settings, tokenizer
+from mptk.targets.gguf.architectures import ARCHITECTURES
+from mptk.targets.gguf.folder import GgufFolder
+
+CLOSE, ROUNDED = 2e-5, 1e-2
+"""Largest difference of a log probability; where llama.cpp computes GELU by a table of half precision."""
+
+
+def write(folder: Path, out: Path, kind: GgufType = "auto") -> GgufFolder:
+    """A whole model's folder as a file."""
+    weights, config = stored_weights(folder, trust=False), models.load_config(str(folder))
+    made = GgufFolder(folder, weights, Plan({}), config, None, kind)
+    made.write(out)
+    return made
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+def test_each_architecture_has_a_tiny_model() -> None:
+    assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    """Needs ``.[bench]``, which brings llama.cpp as a library."""
+    pytest.importorskip("xllamacpp")
+    folder = tiny.save(name, tmp_path / "model")
+    write(folder, tmp_path / "out.gguf")
+    gelu = "gelu" in ARCHITECTURES[name.partition(",")[0]].activations
+    difference = (tiny.llama_cpp(tmp_path / "out.gguf", tiny.IDS.tolist()) - tiny.expected(folder)).abs().max()
+    assert difference < (ROUNDED if gelu else CLOSE)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_a_file_has_every_number_of_the_model(name: str, tmp_path: Path) -> None:
+    folder = tiny.save(name, tmp_path / "model")
+    write(folder, tmp_path / "out.gguf")
+    tensors = GGUFReader(tmp_path / "out.gguf").tensors
+    own = sum(int(tensor.n_elements) for tensor in tensors if not tensor.name.startswith("rope_"))
+    assert own == sum(parameter.numel() for parameter in tiny.model(name).parameters())
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("qwen3", tmp_path_factory.mktemp("qwen3") / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("q8_0", 0.004), ("q5_1", 0.02), ("q5_0", 0.04), ("q4_1", 0.04), ("q4_0", 0.07)]
+)
+def test_matrices_are_quantised(qwen: Path, kind: GgufType, most: float, tmp_path: Path) -> None:
+    """``most``: the largest error of a number, of weights of standard deviation 0.1."""
+    write(qwen, tmp_path / "out.gguf", kind)
+    found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
+    assert found["blk.0.ffn_up.weight"].tensor_type.name == kind.upper()
+    assert found["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert found["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
+    weights = tiny.model("qwen3").state_dict()
+    for name, own in (("ffn_down", "mlp.down_proj"), ("attn_q", "self_attn.q_proj")):
+        tensor = found[f"blk.1.{name}.weight"]
+        read = library.dequantize(tensor.data, tensor.tensor_type)
+        assert np.abs(read - weights[f"model.layers.1.{own}.weight"].numpy()).max() < most
+    assert fields(tmp_path / "out.gguf")["general.file_type"] == library.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+
+
+def test_rows_that_no_block_divides_are_float16(tmp_path: Path) -> None:
+    model = tiny.model("qwen3")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight[:, :40].clone())
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            part.weight = torch.nn.Parameter(part.weight[:40].clone())
+    model.config.intermediate_size = 40
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    made = write(tmp_path / "model", tmp_path / "out.gguf", "q8_0")
+    assert made.notes == ["3 matrices are float16, as 32 does not divide their rows"]
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+HOW = {"method": "magnitude", "data": "random", "samples": 1, "length": 24, "eval_windows": 1, "onnx": False}
+
+
+def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: Path) -> None:
+    mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, align=8, tolerance=1.0, **HOW)
+    made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
+    assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
+    read = fields(tmp_path / "out.gguf")
+    assert read["general.name"] == "out"
+    assert read["qwen3.attention.head_count"] == 2
+    assert read["qwen3.feed_forward_length"] == 64
+    pytest.importorskip("xllamacpp")
+    difference = tiny.llama_cpp(tmp_path / "out.gguf", tiny.IDS.tolist()) - tiny.expected(tmp_path / "out")
+    assert difference.abs().max() < CLOSE
+
+
+def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick jars of honey\n" * 40)
+    mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=str(text), tolerance=1.0, **HOW)
+    api.gguf(tmp_path / "out", tmp_path / "out.gguf")
+    words = models.load_tokenizer(str(tmp_path / "out"))
+    tokens = fields(tmp_path / "out.gguf")["tokenizer.ggml.tokens"]
+    assert tokens == words.convert_ids_to_tokens(range(len(tokens)))
+    assert len(tokens) < tiny.VOCAB
+    assert fields(tmp_path / "out.gguf")["qwen3.vocab_size"] == len(tokens)
+
+
+# ---- what llama.cpp computes otherwise ----
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("qwen3", {"model_type": "opt"}, "cannot write opt models as GGUF, only llama, mistral"),
+        ("qwen3", {"hidden_act": "relu"}, "has the activation relu, and llama.cpp computes such models with silu"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "has norm_topk_prob False, .* with True"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "a full layer after each 5 sliding ones"),
+        ("gemma2", {"query_pre_attn_scalar": 48}, "has query_pre_attn_scalar 48, .* with 32"),
+        ("smollm3", {"no_rope_layers": [1] * 5}, r"no_rope_layers \[1, 1, 1, 1, 1\]"),
+    ],
+)
+def test_a_config_that_llama_cpp_does_not_compute(name: str, changes: dict[str, Any], said: str) -> None:
+    config = tiny.model(name).config
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with pytest.raises(MptkError, match=said):
+        settings.architecture_of(config)
+
+
+def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MptkError, match="rotary embeddings of type dynamic"):
+        write(folder, tmp_path / "out.gguf")
+
+
+def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
+    config = tiny.model("starcoder2").config
+    weights = stored_weights(tiny.save("starcoder2", tmp_path / "model"), trust=False)
+    halves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        name: (lambda tensor: tensor[:, :32]) if "o_proj" in name else (lambda tensor: tensor[:32])
+        for name in weights
+        if "q_proj" in name or name.endswith("o_proj.weight")
+    }
+    with pytest.raises(
+        MptkError, match=r"2 heads of 16 are not the hidden size 64, as llama\.cpp expects of starcoder2"
+    ):
+        GgufFolder(tmp_path / "model", weights.changed(halves), Plan({}), config, None, "auto")
+
+
+def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:
+    folder = tiny.save("mistral", tmp_path / "model")
+    assert write(folder, tmp_path / "out.gguf").notes == []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
+    (note,) = write(folder, tmp_path / "out.gguf").notes
+    assert "after 16 tokens its results differ" in note
+
+
+# ---- tokenizers ----
+
+
+def spaced() -> PreTrainedTokenizerFast:
+    """A tokenizer of SentencePiece's kind: spaces are letters, unknown letters are bytes, a token stands before the text."""
+    spec = json.loads(tiny.tokenizer().backend_tokenizer.to_str())["model"]
+    letters = sorted({*tiny.TEXT.replace(" ", "▁").replace("\n", "")})
+    merges: list[tuple[str, str]] = []
+    for left, right in spec["merges"][:20]:
+        pair = left.replace("Ġ", "▁"), right.replace("Ġ", "▁")
+        if "Ċ" not in left + right:
+            merges.append(pair)
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
+    words += ["".join(pair) for pair in merges]
+    words = [word for i, word in enumerate(words) if word not in words[:i]][: tiny.VOCAB]
+    kept = [pair for pair in merges if "".join(pair) in words]
+    backend = Tokenizer(
+        tokenizer_models.BPE({w: i for i, w in enumerate(words)}, kept, unk_token="<unk>", byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.ByteFallback()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, spaced])
+def test_llama_cpp_reads_text_as_the_folder_does(make: Callable[[], PreTrainedTokenizerFast], tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    make().save_pretrained(tmp_path / "model")
+    write(tmp_path / "model", tmp_path / "out.gguf")
+    text = "the quick wizards mix ü jars"
+    ids = torch.tensor(make()(text).input_ids)
+    difference = tiny.llama_cpp(tmp_path / "out.gguf", text) - tiny.expected(tmp_path / "model", ids)
+    assert difference.abs().max() < CLOSE
+
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(regex: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("splitter", "merged", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
+        (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]),
+            False,
+            "smollm",
+        ),
+        (split_by(QWEN), False, "qwen2"),
+        (split_by(LLAMA), True, "llama-bpe"),
+        (split_by(LLAMA), False, "dbrx"),
+        (split_by(TEKKEN), True, "tekken"),
+    ],
+)
+def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qwen: Path, tmp_path: Path) -> None:
+    words = tiny.tokenizer()
+    words.backend_tokenizer.pre_tokenizer = splitter
+    words.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["ignore_merges"] = merged
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    writer = library.GGUFWriter(tmp_path / "out.gguf", "qwen3")
+    tokenizer.write_tokenizer(writer, tmp_path, words, tiny.VOCAB + 4)
+    written = writer.kv_data[0]
+    assert written["tokenizer.ggml.pre"].value == name
+    assert written["tokenizer.ggml.tokens"].value[-1] == f"[PAD{tiny.VOCAB + 3}]"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "a pre-tokenizer of type Whitespace that mptk does not know"),
+        ({"normalizer": {"type": "Lowercase"}}, "a normalizer of type Lowercase"),
+        ({"model": {"type": "WordLevel", "vocab": {}}}, "a vocabulary of type WordLevel"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    words = tiny.tokenizer()
+    words.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+    with pytest.raises(MptkError, match=f"{said}.*--like"):
+        tokenizer.write_tokenizer(library.GGUFWriter(tmp_path / "out.gguf", "qwen3"), tmp_path, words, tiny.VOCAB)

@@ -5,12 +5,11 @@ t = W x in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``RIDGE``, ``GAP_RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same
+λ is a share (``RIDGE``) of the median over channels of Σ x_k². With fewer rows than kept channels the same
 W' comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
 
-If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual
-stream, y − x: t = W h + y − x. Its rows are divided by the root mean square of y, as the norms that read y do, since
-a few tokens have activations a hundred times as large as the others'.
+If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual stream:
+t = W h + y − x.
 
 This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all removed units at once, as in ZipLM (arXiv
 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x comes from the dense model and not from the
@@ -41,8 +40,9 @@ from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
-RIDGE, GAP_RIDGE = 0.01, 0.1
-"""λ of a consumer of cut units, and of a layer before a gap, whose inputs say less of what is to be fitted."""
+RIDGE = 0.3
+"""λ as a share of the median over kept inputs of Σ x². A few inputs may be a thousand times as large as the others; a
+share of the mean would leave such a layer unfitted."""
 
 
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
@@ -187,7 +187,7 @@ class _Layer:
 
     def fit(self, few: bool = False) -> _Fit:
         """A fit that has seen nothing yet. ``few``: whether there are fewer rows than kept inputs."""
-        return _Fit(self.keep, self.dim == 0, few, RIDGE if self.gap is None else GAP_RIDGE)
+        return _Fit(self.keep, self.dim == 0, few)
 
 
 def _layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
@@ -226,7 +226,6 @@ class _Fit:
     keep: Tensor
     transposed: bool
     few: bool
-    ridge: float = RIDGE
     rows: list[Tensor] = field(default_factory=list)
     products: Tensor | None = None
     count: int = 0
@@ -235,9 +234,7 @@ class _Fit:
         """Add rows of the layer's inputs, [..., in], and of what enters and leaves its gap."""
         x = x.flatten(0, -2).float()
         if before is not None and after is not None:
-            before, after = before.flatten(0, -2).float(), after.flatten(0, -2).float()
-            scale = after.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
-            x = torch.cat([x, after - before], 1) / scale
+            x = torch.cat([x, (after.float() - before.float()).flatten(0, -2)], 1)
         self.count += len(x)
         if self.few:
             self.rows.append(x)
@@ -273,7 +270,7 @@ class _Fit:
         if len(added):
             cross += added.double() / self.count
         gram = products[keep].double() / self.count
-        ridge = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
+        ridge = _ridge(gram.diagonal())
         gram.diagonal().add_(ridge)
         solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
         return solved
@@ -285,11 +282,16 @@ class _Fit:
         missed = (x @ own.float().T).double() - small @ near.T
         if added.shape[1]:
             missed += added
-        ridge = self.ridge * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
+        ridge = _ridge(small.square().sum(0))
         outer = small @ small.T
         outer.diagonal().add_(ridge)
         correction: Tensor = torch.linalg.solve(outer, missed)
         return near + correction.T @ small
+
+
+def _ridge(squares: Tensor) -> Tensor:
+    """λ for inputs with these sums of squares, of which more than half may be 0."""
+    return RIDGE * squares.median().clamp_min(1e-6 * squares.mean()).clamp_min(1e-12)
 
 
 def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
-from mptk import MptkError, Report, Settings
+from mptk import MptkError, Settings
+from mptk.api.recovery import needed
 from mptk.chain.amounts import LEAST_STEPS, in_time
 from mptk.chain.estimate import estimator
 from mptk.cli.main import app
@@ -161,9 +162,10 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
 
 
 def test_a_recovery_has_minutes_too(llama: str, text: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, data=str(text))
     with remembered():
-        mptk.prune(llama, tmp_path / "cut", replace(TINY, data=str(text), method="magnitude"))
-        out = mptk.recover(tmp_path / "cut", tmp_path / "out", replace(TINY, data=str(text)), minutes=0.5)
-    steps = out.report.settings.learning.steps
-    assert 1 <= steps < MOST_STEPS
-    assert Report.read(tmp_path / "out").settings.minutes == 0.5
+        mptk.prune(llama, tmp_path / "cut", replace(settings, method="magnitude"))
+        seconds = sum(needed(tmp_path / "cut", given(settings, steps=9)).seconds.values())
+        found = mptk.recover(tmp_path / "cut", tmp_path / "out", settings, minutes=seconds / 60 * (1 + 1e-9))
+    assert found.report.settings.learning.steps == 9
+    assert any(note.startswith("9 training steps, as ") for note in found.report.notes)

@@ -33,9 +33,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, ProofError
+from mptk.cli.main import app
 from mptk.files import write_json
 from mptk.io.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, ffn_width
 from mptk.publish.manifest import write_manifest
@@ -259,6 +261,14 @@ def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path
         match="q_heads cannot be cut for target nemotron-nas: all engines read only cuts of feed-forward channels",
     ):
         mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **how, **HOW)
+
+
+def test_legal_widths_are_shown_without_weights(dense: str) -> None:
+    result = CliRunner().invoke(app, ["analyze", dense, "--target", TARGET, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
+    assert found["ffn"] == [256, 512, 768, 1024]
+    assert found["q_heads"] == [3]
 
 
 def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:

@@ -73,9 +73,9 @@ class Pruned:
         """The small model, in evaluation mode, to run, train and save.
 
         For the target ``stock`` it has a stock transformers class, in the type of the stored weights, as
-        ``from_pretrained`` loads it. For a plain ``nn.Module`` and for the target ``graph`` it is a module with the cut
-        parameters under their old names and the traced ``forward`` (``ir/program.py``), in the module's own types; a
-        transformers model becomes float32.
+        ``from_pretrained`` loads it; for ``nemotron-nas`` the class that is in the folder. For a plain ``nn.Module``
+        and for the target ``graph`` it is a module with the cut parameters under their old names and the traced
+        ``forward`` (``ir/program.py``), in the module's own types; a transformers model becomes float32.
 
         Raises:
             MptkError: a folder of the target ``graph`` was opened, which holds weights without a class.

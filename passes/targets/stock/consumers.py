@@ -65,14 +65,26 @@ CONSUMERS = (
     Consumer(
         "llama.cpp",
         "xllamacpp 2026.10.11549",
-        "GGUF by `mptk gguf`, also with a width for each layer: log probabilities of the ONNX graph; a test. By the "
-        "converter of llama-cpp-python 0.3.36, in q8_0: text",
+        "GGUF by `mptk gguf`, of 30 kinds of models: log probabilities of the pruned folder; a test. By the converter of "
+        "llama-cpp-python 0.3.36, in q8_0: text",
         section="llamacpp",
         derives={"open": "its converter takes 4 · n_embd for n_inner"},
     ),
     Consumer(
         "vLLM", "", "read in the source of 0.33.0", section="vllm", derives={"head_dim": "for Qwen2, not for Llama"}
     ),
+    Consumer(
+        "mlx-lm, a width for each layer",
+        "0.32.2, mlx-cpu 0.32.4",
+        "logits within 8.4e-05 of ONNX Runtime's, relative to the largest",
+        section="a-width-for-each-layer",
+    ),
+    Consumer(
+        "vLLM and SGLang, a width for each layer",
+        "0.33.0, 0.5.23",
+        "only their model files, on plain layers in place of their kernels: logits within 2.8e-05, likewise",
+    ),
+    Consumer("TensorRT-LLM, a width for each layer", "", "read in its source"),
 )
 
 

@@ -65,8 +65,8 @@ CONSUMERS = (
     Consumer(
         "llama.cpp",
         "xllamacpp 2026.10.11549",
-        "GGUF by `mptk gguf`, of 30 kinds of models: log probabilities of the pruned folder; a test. By the converter of "
-        "llama-cpp-python 0.3.36, in q8_0: text",
+        "GGUF by `mptk gguf`, of 30 kinds of models: log probabilities of the pruned folder; a test. By the converter "
+        "of llama-cpp-python 0.3.36, in q8_0: text",
         section="llamacpp",
         derives={"open": "its converter takes 4 · n_embd for n_inner"},
     ),

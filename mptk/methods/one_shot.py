@@ -18,6 +18,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
+from mptk.methods.descent import descended, few
 from mptk.methods.division.ends import ends_note
 from mptk.methods.division.layers import divided
 from mptk.methods.division.trial import best, plan_of
@@ -67,7 +68,7 @@ class OneShotMethod(Method):
         kept = None if compensate else context.folder  # to compensate takes the evidence, too
         scores, evidence = scored(prepared, self.name, sets, context, kept)
         every = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
-        plan, found, note = every[0], dict[str, float](), ""
+        plan, found, note, measured = every[0], dict[str, float](), "", ""
         with context.stage(stage := "choose widths"):
             if len(every) > 1:
                 plans, samples = {describe(each.widths): each for each in every}, sets.calibration.batches(TOKENS)[0]
@@ -76,12 +77,16 @@ class OneShotMethod(Method):
             plan, found = divided(prepared, scores, plan, sets, context)
         else:
             note = ends_note(prepared, scores, plan, sets)
+        if self.criterion.passes and few(prepared, plan):
+            with context.stage(stage := "exchange units"):
+                say = partial(context.progress, stage)
+                plan, measured = descended(prepared, plan, sets.calibration, say, context.folder)
         cut = resolve_plan(analysis, plan)
-        chosen = Chosen(plan, cut, losses=found, notes=(note,))
+        chosen = Chosen(plan, cut, losses=found, notes=(note, measured))
         if compensate is None or evidence is None:  # only blocks are cut, which it does not judge
             return chosen
         biases = compensate(analysis, cut, evidence)
-        return replace(chosen, changes=biases.state, notes=(note, biases.statement))
+        return replace(chosen, changes=biases.state, notes=(*chosen.notes, biases.statement))
 
 
 def scored(

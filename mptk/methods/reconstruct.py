@@ -114,6 +114,18 @@ class Products:
         return fit.solved(dense, dense).cpu()
 
 
+def emptied(program: Program, sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> Weights:
+    """The consumers of the families in ``kept`` with zeros for removed units, each on demand."""
+    state, own = program.state, [site for site in sites if site.family in kept]
+
+    def made(name: str, keep: Tensor, dim: int) -> Tensor:
+        return state[name] * (keep if dim else keep[:, None])
+
+    return Weights(
+        {n: Lazy(state.like(n).to("meta"), partial(made, n, keep, dim)) for n, keep, dim in _kept_inputs(own, kept)}
+    )
+
+
 def gather_products(
     analysis: Analysis,
     sites: Sequence[MaskSite],

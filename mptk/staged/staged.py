@@ -7,6 +7,7 @@ each, then the next stage, so that they share what they read. Gradients are made
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,8 @@ class StagedRun(DeviceInterpreter):
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
-        self.borders = Spool(executor.borders)
+        self.bound = executor.borders
+        self.borders = Spool(self.bound)
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
@@ -204,6 +206,22 @@ class StagedRun(DeviceInterpreter):
         made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
         count.step()
         return made
+
+    def onward(self, k: int, tried: Sequence[Mapping[fx.Node, Tensor]]) -> Iterator[Any]:
+        """The program's results if stage ``k`` has each of the weights ``tried``: all inputs with the first, and so on.
+
+        The inputs of stage ``k`` stay. The weights of later stages are read once for all of ``tried``.
+        """
+        passing, last = Spool(self.bound), len(self.stages) - 1
+        for stage in range(k, last + 1):
+            loaded = [self.narrowed(own) for own in tried] if stage == k else [self.load(stage)] * len(tried)
+            for key in itertools.product(range(len(tried)), range(self.count)):
+                given = self.borders.take((k, key[1]), keep=True) if stage == k else passing.take(key)
+                made = self.run_stage(self.stages[stage], loaded[key[0]], given)
+                if stage == last:
+                    yield self._result(made)
+                else:
+                    passing.put(key, made)
 
     def back(
         self,

@@ -83,6 +83,7 @@ def measured(prepared: Prepared, plan: Plan, calibration: Samples, *, fit: bool)
 
 @pytest.mark.parametrize("fit", [False, True])
 def test_each_layer_gets_the_best_exchange_given_the_others(inside: Inside, tmp_path: Path, fit: bool) -> None:
+    inside.bound("mptk.methods.descent.MARGIN", 0)  # whatever the error of the measurement
     asked = inside.calls("mptk.methods.one_shot.descended")
     found = pruned(checkpoint(tmp_path, 2), tmp_path / "out", reconstruct=fit)
     ((prepared, plan, calibration, *_),) = asked
@@ -92,6 +93,15 @@ def test_each_layer_gets_the_best_exchange_given_the_others(inside: Inside, tmp_
         plan = with_heads(plan, layer, min(tried, key=lambda units: tried[units]))
     assert found.families == plan.families
     assert found.families != asked[0][1].families  # the scores chose other heads
+
+
+def test_an_exchange_within_the_error_of_measurement_is_not_made(inside: Inside, tmp_path: Path) -> None:
+    asked = inside.calls("mptk.methods.one_shot.descended")
+    model = checkpoint(tmp_path, 2)
+    inside.bound("mptk.methods.descent.MARGIN", 1e9)
+    assert pruned(model, tmp_path / "sure").families == asked[0][1].families
+    inside.bound("mptk.methods.descent.MARGIN", 0)
+    assert pruned(model, tmp_path / "any").families != asked[0][1].families
 
 
 def test_families_of_many_units_keep_what_the_scores_chose(inside: Inside, tmp_path: Path) -> None:
@@ -105,6 +115,7 @@ def test_families_of_many_units_keep_what_the_scores_chose(inside: Inside, tmp_p
 
 
 def test_a_small_memory_and_an_unfinished_run_change_nothing(inside: Inside, tmp_path: Path) -> None:
+    inside.bound("mptk.methods.descent.MARGIN", 0)
     model = checkpoint(tmp_path, 3)
     found = pruned(model, tmp_path / "out")
     inside.bound("mptk.staged.spool.SMALLEST_FILE", 1)
@@ -113,6 +124,7 @@ def test_a_small_memory_and_an_unfinished_run_change_nothing(inside: Inside, tmp
     with pytest.raises(Stopped):
         pruned(model, tmp_path / "resumed")
     inside.undo()
+    inside.bound("mptk.methods.descent.MARGIN", 0)
     stages = inside.calls("mptk.methods.descent._Descent._stage")
     assert pruned(model, tmp_path / "resumed", resume=True).families == found.families
     assert len(stages) == 2

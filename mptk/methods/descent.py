@@ -3,7 +3,8 @@
 A score sees one layer of the dense model. What a head is worth depends on what all other layers have left, and a model
 has so few heads that this can be measured. This is coordinate descent on the kept units: from the first layer to the
 last, each exchange of a kept unit for a removed one is tried in the model as it is cut, with the layer's consumers
-fitted to it. The best one is made if it lowers the loss. Only the stages from that layer on run again.
+fitted to it. The best one is made if the loss falls by more than its error of measurement. Only the stages from that
+layer on run again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import find_sites
-from mptk.methods.division.trial import AT_ONCE
 from mptk.methods.reconstruct import consumers, emptied, gather_products, kept_units, stored
 from mptk.progress import Count
 from mptk.protocols.chain import Prepared, reconstructs
@@ -37,9 +37,15 @@ from passes.transforms.masked_reference import mask
 FEW = 16
 """Most units in a row of a family whose choice is measured."""
 TOKENS = 1024
-"""Calibration tokens for a loss."""
-LOSS = "loss"
-"""Name of the loss beside the rows of a stage."""
+"""Calibration tokens for a loss, if ``PARTS`` samples have no more."""
+PARTS = 8
+"""Parts of these tokens, from whose losses the standard error comes."""
+MARGIN = 2.0
+"""Standard errors by which an exchange must lower the loss."""
+UNBOUNDED = 1e9
+"""Stands for a loss that is not finite."""
+LOSSES = "losses"
+"""Name of the losses beside the rows of a stage."""
 
 Kept = Mapping[str, Tensor]
 """Family → kept units, boolean [layers, scopes, size]."""
@@ -76,8 +82,8 @@ def descended(
     others = Plan({name: family for name, family in plan.families.items() if name not in names})
     program = mask(analysis, resolve_plan(analysis, others))
     program = program.with_state(_made(fitted(start), program, executor.borders))
-    samples = calibration.batches(TOKENS)[0].batches(AT_ONCE)
-    descent = _Descent(prepared, program, [site for site in sites if site.family in names], start, fitted, samples)
+    parts = calibration[: max(PARTS, TOKENS // calibration.positions)].chunk(PARTS)
+    descent = _Descent(prepared, program, [site for site in sites if site.family in names], start, fitted, parts)
     descent.sweep(progress, folder)
     found = {name: _planned(prepared, plan, name, descent.kept) for name in names}
     differs = torch.cat([(descent.kept[name] != start[name]).any(-1).flatten() for name in names])
@@ -101,7 +107,7 @@ def _planned(prepared: Prepared, plan: Plan, name: str, kept: Kept) -> FamilyPla
 
 
 class _Descent:
-    """The present choice ``kept``, its ``loss``, and a run of ``program``, stage by stage.
+    """The present choice ``kept``, its ``losses`` on all parts of the text, and a run of ``program``, stage by stage.
 
     ``sites``: of the families whose units are exchanged. ``start``: the units to which the consumers of ``program`` are
     fitted. ``fitted``: kept units → consumers' weights.
@@ -116,7 +122,8 @@ class _Descent:
         fitted: Callable[[Kept], Weights],
         samples: Sequence[Samples],
     ) -> None:
-        self.kept, self.fitted, self.task, self.loss = start, fitted, prepared.task, math.inf
+        self.kept, self.fitted, self.task, self.parts = start, fitted, prepared.task, len(samples)
+        self.losses: Tensor | None = None
         self.share, self.device, self.summed = sharing(len(samples)), prepared.calibrator.device, consumers(sites)
         self.own = [batch.to(self.device) for batch in self.share.own(samples)]
         analysis = prepared.analysis
@@ -144,7 +151,7 @@ class _Descent:
                 return
             if rows:
                 found = kept(folder, f"descent-{k}", partial(self._stage, k, rows))
-                self.loss = float(found[LOSS])
+                self.losses = found[LOSSES]
                 for i, row in enumerate(rows):
                     self.kept = self._with(row, found[str(i)])
             self.run.advance(k, weights=self._weights(k, self.kept))
@@ -152,16 +159,17 @@ class _Descent:
             progress(done, total)
 
     def _stage(self, k: int, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The best units of each row, by number, and the loss with them."""
-        if self.loss == math.inf:
-            (self.loss,) = self._losses(k, [self.kept])
+        """The best units of each row, by number, and the losses with them."""
+        losses = self._losses(k, [self.kept])[0] if self.losses is None else self.losses
         for row in rows:
             now = self._units(row)
             tried = [self._with(row, _exchanged(now, out, back)) for out in _where(now) for back in _where(~now)]
-            losses = self._losses(k, tried)
-            if (least := min(losses)) < self.loss:
-                self.kept, self.loss = tried[losses.index(least)], least
-        return {str(i): self._units(row) for i, row in enumerate(rows)} | {LOSS: torch.tensor(self.loss).double()}
+            found = self._losses(k, tried)
+            gains = losses - found
+            best = int(gains.mean(1).argmax())
+            if gains[best].mean() > MARGIN * gains[best].std() / math.sqrt(self.parts):
+                self.kept, losses = tried[best], found[best]
+        return {str(i): self._units(row) for i, row in enumerate(rows)} | {LOSSES: losses}
 
     def _units(self, row: Row) -> Tensor:
         family, layer, scope = row
@@ -174,12 +182,14 @@ class _Descent:
         changed[layer, scope] = units
         return {**self.kept, family: changed}
 
-    def _losses(self, k: int, tried: Sequence[Kept]) -> list[float]:
-        """The loss with each choice, which differ in stage ``k`` only; infinite for NaN."""
+    def _losses(self, k: int, tried: Sequence[Kept]) -> Tensor:
+        """The loss of each choice on each part of the text, [tried, parts]. The choices differ in stage ``k`` only."""
         results = self.run.onward(k, [self._weights(k, each) for each in tried])
-        sums = [sum(float(self.task.loss(next(results), batch)) for batch in self.own) for _ in tried]
-        total = self.share.total(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
-        return [math.inf if math.isnan(loss) else loss for loss in total]
+        found = torch.zeros(len(tried), self.parts, dtype=torch.float64)
+        for each in found:
+            for part, batch in zip(self.share.own(range(self.parts)), self.own, strict=True):
+                each[part] = float(self.task.loss(next(results), batch))
+        return self.share.total(found.to(self.device)).cpu().nan_to_num(UNBOUNDED, UNBOUNDED)
 
     def _weights(self, k: int, kept: Kept) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``, with its consumers fitted to ``kept``."""

@@ -1,7 +1,8 @@
 """one_shot: score every unit once by a criterion and keep the best.
 
-The loss on calibration text decides how the budget is divided among families and, with free layers, over layers. No
-weight is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
+The loss on calibration text decides how the budget is divided among families and, with free layers, over layers. Then
+it decides which heads are exchanged. No weight is trained. A criterion that compensates (FLAP) corrects the consumers'
+biases.
 """
 
 from __future__ import annotations

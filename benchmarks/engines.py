@@ -33,7 +33,7 @@ from benchmarks.common import result_header, write_result
 from benchmarks.engine_layers import code_of
 from mptk import FamilyPlan, Plan, prune
 from mptk.io import models
-from mptk.io.modeling_nemotron_nas import STEP
+from mptk.io.modeling_nemotron_nas import WIDTH_STEP
 from mptk.ort.decoder import OrtDecoder
 
 MODEL, TOKENS = "smollm2-135m", 32
@@ -48,7 +48,7 @@ assert "mptk" not in sys.modules
 
 
 def ragged_plan(model: LlamaForCausalLM, sparsity: float) -> Plan:
-    """A width for each feed-forward layer: the STEP channels with the smallest weights go first, over all layers."""
+    """A width for each feed-forward layer: the WIDTH_STEP channels with the smallest weights go first, over all layers."""
     blocks = model.model.layers
     goal = sparsity * sum(p.numel() for p in blocks.parameters())
     orders, steps = [], []
@@ -56,12 +56,12 @@ def ragged_plan(model: LlamaForCausalLM, sparsity: float) -> Plan:
         own = block.mlp
         scores = own.gate_proj.weight.norm(dim=1) * own.up_proj.weight.norm(dim=1) * own.down_proj.weight.norm(dim=0)
         orders.append(scores.argsort())
-        sizes = scores.sort().values.split(STEP)[:-1]
+        sizes = scores.sort().values.split(WIDTH_STEP)[:-1]
         steps += [(float(size.sum()), i) for size in sizes]
     gone = [0] * len(blocks)
     for _, i in sorted(steps):
         if sum(gone) * 3 * model.config.hidden_size < goal:
-            gone[i] += STEP
+            gone[i] += WIDTH_STEP
     size = model.config.intermediate_size
     return Plan(
         {

@@ -173,7 +173,9 @@ def test_prune_reports_what_it_printed(pruned):
 
 def test_the_first_line_of_a_run_says_what_it_will_need(pruned):
     first = pruned[1].stderr.splitlines()[0]
-    assert re.fullmatch(r" *\d s  will need about [\d.]+ GB of memory, \d+ MB of disk and \d+ s", first)
+    assert re.fullmatch(
+        r" *\d s  will need about [\d.]+ GB of memory, \d+ MB of disk and \d+ s for 4 calibration windows", first
+    )
 
 
 def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_path, monkeypatch):

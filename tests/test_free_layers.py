@@ -175,7 +175,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
     [
         (
             {"target": "stock"},
-            "free: a stock checkpoint has one width for all layers; use --target graph, from which `mpt",
+            "free: a stock checkpoint has one width for all layers; use --target nemotron-nas or --target graph, from which `mpt",
         ),
         ({"target": "stock", "layers": "0-1"}, "--layers 0-1: a stock checkpoint has one width for all layers"),
         ({"target": "stock", "layers": "uniform", "keep": ("ffn.0",)}, r"ffn\.0: a stock checkpoint has one width"),
@@ -260,7 +260,9 @@ def test_a_range_of_layers_counts_the_models_blocks() -> None:
 
 def test_a_plan_with_single_layers_says_which_targets_hold_it(checkpoint: str, pruned: mptk.Pruned) -> None:
     plan = str(pruned.folder / "plan.json")
-    with pytest.raises(MptkError, match=r"ffn\.\d of the plan: a stock checkpoint .* use --target graph"):
+    with pytest.raises(
+        MptkError, match=r"ffn\.\d of the plan: a stock checkpoint .* use --target nemotron-nas or --target graph"
+    ):
         mptk.prune(checkpoint, plan=plan, data=[toys.TEXT] * 8, onnx=False, progress=None)
 
 

@@ -21,13 +21,13 @@ TRAINED_PER_HELD_OUT = 8
 """Hold out at most one sample per this number of training samples."""
 LEAST_STEPS = 5
 """Fewest steps that minutes choose for a method that learns: two for the masks."""
-LONGEST = 10**6
+MOST_TIMED_STEPS = 10**6
 """Most steps that minutes choose."""
 WINDOWS = (16, 96)
 """Fewest and most calibration windows that minutes choose: as many as steps."""
 TRIALS = 3
 """With minutes the trials of a search get a third of the tokens of training."""
-REMEDIES = {
+SHORTER = {
     "calibration data": "text with --data",
     "measure": "fewer --eval-windows",
     "write": "--no-onnx",
@@ -111,7 +111,7 @@ def in_time(asked: Settings, needs: Callable[[Settings], Estimate], recovers: bo
     def seconds(steps: int) -> float:
         return sum(needs(sized(steps)).seconds.values())
 
-    most = MOST_STEPS if asked.minutes is None else LONGEST
+    most = MOST_STEPS if asked.minutes is None else MOST_TIMED_STEPS
     fits = bisect_right(range(most + 1), 60 * settings.minutes, key=seconds)
     if not fits and asked.minutes is not None:
         raise MptkError(too_short(sized(0), needs(sized(0))))
@@ -134,7 +134,7 @@ def too_short(least: Settings, needs: Estimate) -> str:
     return (
         f"--minutes {least.minutes:g} is too short: {said(least)} take about {duration(total)}, of which "
         f"{duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
-        f"{REMEDIES.get(longest, less)}"
+        f"{SHORTER.get(longest, less)}"
     )
 
 

@@ -28,7 +28,7 @@ from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import alignment, budgeted, check_any, find_widths
 from mptk.methods.division.search import rungs
-from mptk.methods.division.selection import Selection, selected
+from mptk.methods.division.selection import LayerSelection, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.protocols.chain import Prepared, Target, stored_type
@@ -218,7 +218,7 @@ def legalise(
         legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
     plan = plan or Plan({})
-    selection = Selection() if settings.fixed else selected(analysis, settings)
+    selection = LayerSelection() if settings.fixed else selected(analysis, settings)
     if selection.alike:
         check_divides(settings, selection.named or f"--layers {settings.layers}")
     known = {family.name for family in analysis.all_families}
@@ -244,7 +244,7 @@ def check_left(cost: CostModel, settings: Settings) -> None:
         )
 
 
-def with_candidates(prepared: Prepared, selection: Selection, before: Analysis | None) -> Prepared:
+def with_candidates(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
     """``prepared`` with the candidates of ``selection``, whose families are taken apart as it says."""
     p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
     if selection.alike:
@@ -257,7 +257,7 @@ def with_candidates(prepared: Prepared, selection: Selection, before: Analysis |
     return replace(p, candidates=tuple(once(partial(find_widths, apart))))
 
 
-def by_layer(prepared: Prepared, selection: Selection, before: Analysis | None) -> Prepared:
+def by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
     """Make each layer of the divided families a family of its own; candidates keep equal widths."""
     s, whole, given = prepared.settings, prepared.analysis, selection.widths
     parts = {name: selection.layers(whole.family(name), s.layers == FREE) for name in prepared.families}

@@ -16,7 +16,7 @@ from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
 from mptk.chain.prepare import announce, check_settings, given_plan, prepare
-from mptk.chain.samples import SAMPLES, compared, read_samples
+from mptk.chain.samples import KEPT_SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION, widened
@@ -116,7 +116,7 @@ def prepared_for(
         return work(job, prepared, context)
     except Exception as error:
         if context.folder is not None and leads():
-            context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
+            context.folder.remove_unless(KEPT_SAMPLES)  # nothing that a further run could not do as fast
         if isinstance(error, ProofError):  # which a model that changed meanwhile explains
             require_unchanged(job, prepared)
         raise

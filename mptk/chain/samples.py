@@ -18,7 +18,7 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.origin import check_samples
 from mptk.protocols.values import Context, SampleSets
 
-SAMPLES = "samples"
+KEPT_SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 
 
@@ -32,14 +32,14 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
     own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
     count = wanted(s, own=own)
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
-        kept = None if folder is None else folder.tensors(SAMPLES)
+        kept = None if folder is None else folder.tensors(KEPT_SAMPLES)
         if kept is None:
             both = own and measures and s.eval_data is None and given.evaluation is None
             say = partial(context.progress, "calibration data")
             made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
             kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
             if folder is not None:
-                folder.save(SAMPLES, kept)
+                folder.save(KEPT_SAMPLES, kept)
         elif given.training is not None and folder is not None:
             check_samples(kept, given.training[:count].saved("training"), folder.path)
         names = list(task.example(prepared.loaded.model).inputs)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLOTS = (".png", ".svg", ".pdf")
-TYPES = chosen(Choices(get_args(GgufType)))
+GGUF_TYPES = chosen(Choices(get_args(GgufType)))
 RUNTIMES = chosen(Choices(("torch", "onnx")))
 
 
@@ -55,7 +55,7 @@ def write_gguf(
         str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
     ] = None,
     type: Annotated[
-        GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **TYPES)
+        GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **GGUF_TYPES)
     ] = "auto",
 ) -> None:
     """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""

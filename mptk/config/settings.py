@@ -44,7 +44,7 @@ from mptk.config.learning import (
 from mptk.config.setting import COUNT, SEED, Choices, Record, numbers_in, record, setting
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
-from mptk.ir.alignment import BLOCK, HARDWARE, read_alignment
+from mptk.ir.alignment import HARDWARE, KERNEL_BLOCK, read_alignment
 
 __all__ = [
     "FREE",
@@ -163,7 +163,7 @@ class Settings(Record):
         (*CHOOSES, NO_CLASS),
     )
     align: int | str = setting(
-        BLOCK,
+        KERNEL_BLOCK,
         f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
         CUT,
         (*SEARCH, "analyze"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-STEP = 256
+WIDTH_STEP = 256
 """Widths that ``ffn_mult`` can say are multiples of this."""
 
 
@@ -72,7 +72,7 @@ def ffn_width(fields: Fields, hidden: int) -> int:
     """The feed-forward width that a block's ``ffn`` says."""
     if "ffn_mult" not in fields:
         return int(fields.intermediate_size)
-    return -(-int(2 * fields.ffn_mult * hidden / 3) // STEP) * STEP
+    return -(-int(2 * fields.ffn_mult * hidden / 3) // WIDTH_STEP) * WIDTH_STEP
 
 
 def _block(config: DeciLMConfig, fields: Fields, place: int) -> nn.Module:

@@ -27,7 +27,7 @@ from mptk.io.tensors import likes_in, split, write_weights
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
 
-SHARD = "5GB"
+SHARD_SIZE = "5GB"
 """Largest file of weights."""
 WORD = 32
 """Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
@@ -41,7 +41,7 @@ NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 INT8_LARGEST = 127
 FP8_BLOCK = (128, 128)
 
-Settings = Mapping[str, Any]
+Quantization = Mapping[str, Any]
 """``quantization_config``."""
 
 
@@ -81,8 +81,8 @@ class Format:
 
     marker: str
     others: tuple[str, ...]
-    shape: Callable[[Parts, Settings], Sequence[int]]
-    make: Callable[[Parts, Settings], Tensor]
+    shape: Callable[[Parts, Quantization], Sequence[int]]
+    make: Callable[[Parts, Quantization], Tensor]
     result: str = ".weight"
 
 
@@ -96,7 +96,7 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     return numbers
 
 
-def _groups(inputs: int, settings: Settings) -> Tensor:
+def _groups(inputs: int, settings: Quantization) -> Tensor:
     """The group of each input: int64 [inputs]."""
     size = settings.get("group_size", settings.get("q_group_size", -1))
     return torch.arange(inputs) // (inputs if size in (None, -1) else size)
@@ -105,12 +105,12 @@ def _groups(inputs: int, settings: Settings) -> Tensor:
 # ---- GPTQ ----
 
 
-def _gptq_shape(parts: Parts, settings: Settings) -> tuple[int, int]:
+def _gptq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     rows, outputs = parts.shape(".qweight")
     return outputs, rows * WORD // _gptq_bits(settings)
 
 
-def _gptq(parts: Parts, settings: Settings) -> Tensor:
+def _gptq(parts: Parts, settings: Quantization) -> Tensor:
     """scale · (q − zero), of [inputs, outputs]; zeros are stored less 1, but for version 2 of the format."""
     bits = _gptq_bits(settings)
     q, zeros, scales = unpacked(parts[".qweight"], bits, 0), unpacked(parts[".qzeros"], bits, 1), parts[".scales"]
@@ -121,7 +121,7 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
     return matrix
 
 
-def _gptq_bits(settings: Settings) -> int:
+def _gptq_bits(settings: Quantization) -> int:
     bits = settings.get("bits")
     if bits not in GPTQ_BITS:
         raise MptkError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
@@ -131,7 +131,7 @@ def _gptq_bits(settings: Settings) -> int:
 # ---- AWQ ----
 
 
-def _awq_shape(parts: Parts, settings: Settings) -> tuple[int, int]:
+def _awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
     if (version, bits) != ("gemm", 4):
         raise MptkError(
@@ -141,7 +141,7 @@ def _awq_shape(parts: Parts, settings: Settings) -> tuple[int, int]:
     return words * len(AWQ_ORDER), inputs
 
 
-def _awq(parts: Parts, settings: Settings) -> Tensor:
+def _awq(parts: Parts, settings: Quantization) -> Tensor:
     """scale · (q − zero), of [inputs, outputs]."""
 
     def codes(words: Tensor) -> Tensor:
@@ -158,11 +158,11 @@ def _awq(parts: Parts, settings: Settings) -> Tensor:
 # ---- fp8, bitsandbytes, mxfp4, compressed-tensors ----
 
 
-def _same_shape(parts: Parts, settings: Settings) -> torch.Size:
+def _same_shape(parts: Parts, settings: Quantization) -> torch.Size:
     return parts.shape(".weight")
 
 
-def _fp8(parts: Parts, settings: Settings) -> Tensor:
+def _fp8(parts: Parts, settings: Quantization) -> Tensor:
     """weight · scale; a scale for the matrix, for each row, or for each block of ``weight_block_size``."""
     weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()
     if scale.ndim == weight.ndim:
@@ -172,12 +172,12 @@ def _fp8(parts: Parts, settings: Settings) -> Tensor:
     return weight * scale
 
 
-def _fbgemm(parts: Parts, settings: Settings) -> Tensor:
+def _fbgemm(parts: Parts, settings: Quantization) -> Tensor:
     """weight · scale, a scale for each row."""
     return parts[".weight"].float() * parts[".weight_scale"].float()
 
 
-def _int8(parts: Parts, settings: Settings) -> Tensor:
+def _int8(parts: Parts, settings: Quantization) -> Tensor:
     """weight · SCB / 127: LLM.int8, a scale for each row."""
     return parts[".weight"].float() * (parts[".SCB"].float() / INT8_LARGEST)[:, None]
 
@@ -193,11 +193,11 @@ def _bits4_state(parts: Parts) -> dict[str, Any]:
     return state
 
 
-def _bits4_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+def _bits4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
     return tuple(_bits4_state(parts)["shape"])
 
 
-def _bits4(parts: Parts, settings: Settings) -> Tensor:
+def _bits4(parts: Parts, settings: Quantization) -> Tensor:
     """code[q] · absmax, one absmax a block; absmax may itself be stored in 8 bits, as code[q] · absmax + offset."""
     state = _bits4_state(parts)
     absmax = parts[".weight.absmax"]
@@ -211,12 +211,12 @@ def _bits4(parts: Parts, settings: Settings) -> Tensor:
     return (values * absmax.float().repeat_interleave(state["blocksize"])[: len(values)]).reshape(state["shape"])
 
 
-def _mxfp4_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+def _mxfp4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
     experts, rows, groups, packed = parts.shape("_blocks")
     return experts, groups * packed * 2, rows
 
 
-def _mxfp4(parts: Parts, settings: Settings) -> Tensor:
+def _mxfp4(parts: Parts, settings: Quantization) -> Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     made: Tensor = convert_moe_packed_tensors(parts["_blocks"], parts["_scales"], dtype=torch.float32)
@@ -232,7 +232,7 @@ _COMPRESSED = tuple(
 )
 
 
-def _compressed_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
+def _compressed_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
     if ".weight_shape" in parts:
         return tuple(parts[".weight_shape"].tolist())
     if ".weight" in parts:
@@ -241,7 +241,7 @@ def _compressed_shape(parts: Parts, settings: Settings) -> tuple[int, ...]:
     return rows, 2 * packed
 
 
-def _compressed(parts: Parts, settings: Settings) -> Tensor:
+def _compressed(parts: Parts, settings: Quantization) -> Tensor:
     """The matrix by the library that wrote it."""
     try:
         from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
@@ -282,7 +282,7 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_float(folder: Path, settings: Settings, target: Path) -> None:
+def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     """Write the checkpoint in ``folder`` to ``target`` in its config's float type, without its quantisation.
 
     Raises:
@@ -295,7 +295,7 @@ def write_float(folder: Path, settings: Settings, target: Path) -> None:
     plan = split(
         {name: deferred(name, like) for name, like in weights.likes.items()},
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD,
+        max_shard_size=SHARD_SIZE,
     )
     for file, names in plan.filename_to_tensors.items():
         write_weights(target / file, Weights({name: weights.entry(name) for name in names}))
@@ -319,7 +319,7 @@ def _float_type(config: Mapping[str, Any]) -> torch.dtype:
     return next((dtype for dtype in known if dtype.is_floating_point and dtype.itemsize > 1), torch.float16)
 
 
-def _float_weights(folder: Path, settings: Settings, dtype: torch.dtype) -> Weights:
+def _float_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> Weights:
     """All tensors of a checkpoint, its quantised matrices as floats of ``dtype``, each made when it is asked for."""
     stored = {
         name: stored_weight(file, name, like, Resident(0))
@@ -340,7 +340,7 @@ def _float_weights(folder: Path, settings: Settings, dtype: torch.dtype) -> Weig
     return Weights(others | made)
 
 
-def _formats(settings: Settings) -> tuple[Format, ...]:
+def _formats(settings: Quantization) -> tuple[Format, ...]:
     method = settings.get("quant_method")
     if method not in FORMATS:
         raise MptkError(
@@ -350,7 +350,7 @@ def _formats(settings: Settings) -> tuple[Format, ...]:
     return FORMATS[str(method)]
 
 
-def _made(each: Format, parts: Parts, settings: Settings, like: Tensor) -> Tensor:
+def _made(each: Format, parts: Parts, settings: Quantization, like: Tensor) -> Tensor:
     try:
         matrix = each.make(parts, settings).to(like.dtype)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:

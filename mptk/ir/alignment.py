@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from mptk.errors import MptkError, did_you_mean
 
-BLOCK = 32
+KERNEL_BLOCK = 32
 """Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
-HARDWARE: Mapping[str, int] = {"cpu": BLOCK, "a100": 64, "h100": 128, "mps": 64}
+HARDWARE: Mapping[str, int] = {"cpu": KERNEL_BLOCK, "a100": 64, "h100": 128, "mps": 64}
 """Hardware → divisor of the lengths of sums (``docs/shapes.md`` has the sources)."""
 _PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASCII)
 
@@ -20,12 +20,12 @@ class Alignment:
     """What narrower widths keep of the dense ones.
 
     If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
-    ``BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further divisors,
-    of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units, and its
-    part of a sum is a multiple, too.
+    ``KERNEL_BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further
+    divisors, of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units,
+    and its part of a sum is a multiple, too.
     """
 
-    every: int = BLOCK
+    every: int = KERNEL_BLOCK
     own: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[int, ...] = ()
     devices: int = 1
@@ -38,7 +38,7 @@ class Alignment:
 
 def halves(divisor: int) -> list[int]:
     """512 → 512, 256, 128, 64, 32."""
-    return [divisor, *(halves(divisor // 2) if divisor % (2 * BLOCK) == 0 else [])]
+    return [divisor, *(halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
 
 
 def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int = 1) -> Alignment:
@@ -47,7 +47,7 @@ def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int =
     Raises:
         MptkError: it is none of these.
     """
-    every, own = BLOCK, dict[str, int]()
+    every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):
         found = _PART.fullmatch(part.strip())
         divisor = 0 if found is None else _divisor(found["divisor"])

@@ -24,7 +24,7 @@ from mptk.ir.ops import base_name, named_argument
 from mptk.ir.resolved_plan import Cut, removed_blocks
 from mptk.methods.criteria.observe import Site, find_sites
 
-_SAME = frozenset({"clone", "contiguous", "dropout", "view", "reshape", "_unsafe_view", "to", "_to_copy"})
+_PASSED = frozenset({"clone", "contiguous", "dropout", "view", "reshape", "_unsafe_view", "to", "_to_copy"})
 _TURNED = frozenset({"t", "transpose", "permute", "numpy_T"})
 
 
@@ -86,7 +86,7 @@ def _summands(x: fx.Node) -> Iterator[fx.Node]:
         node = waiting.pop()
         yield node
         name = base_name(node.target) if node.op == "call_function" else ""
-        if name in _SAME or (name == "add" and named_argument(node, "alpha", 1) == 1):
+        if name in _PASSED or (name == "add" and named_argument(node, "alpha", 1) == 1):
             given = [source for source in node.all_input_nodes if len(source.users) == 1]
             waiting += [source for source in given if _as_many(source.meta["val"], like)]
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.auto_classes import OWN_CODE
-from mptk.io.modeling_nemotron_nas import STEP, DeciLMConfig, DeciLMForCausalLM
+from mptk.io.modeling_nemotron_nas import WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM
 from mptk.io.resident import free_memory
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis, Family
@@ -38,27 +38,27 @@ from passes.targets.stock.rehome import TRIAL_LENGTH, logits_check
 from passes.targets.stock.symbolic import WeightShapes
 from passes.verify import TOLERANCE
 
-NAME = DeciLMConfig.model_type
+NAS = DeciLMConfig.model_type
 AUTO_MAP = {
     auto: f"{OWN_CODE.stem}.{kind.__name__}"
     for auto, kind in (("AutoConfig", DeciLMConfig), ("AutoModelForCausalLM", DeciLMForCausalLM))
 }
-CHANGED = (
+CHANGING_FIELDS = (
     *("auto_map", "block_configs", "head_dim", "intermediate_size", "model_type", "num_attention_heads"),
     *("num_hidden_layers", "num_key_value_heads"),
 )
 """Fields of the config that may differ from the dense model's."""
-APART = ("architectures", "model_type", "transformers_version")
+UNSHARED_FIELDS = ("architectures", "model_type", "transformers_version")
 DIGITS = 6
 """Decimals of ``ffn_mult``: mlx-lm rounds to them."""
-LAYERS, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
+LAYER_WEIGHT, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
 WHOLE = "all engines read only cuts of feed-forward channels and blocks; a --plan may also cut whole heads"
 
 
 class NemotronNasTarget(StockTarget):
     """A DeciLM checkpoint: config with ``block_configs``, its code, safetensors, tokenizer."""
 
-    name = NAME
+    name = NAS
     summary = "DeciLM: LLaMA with a width for each layer, as vLLM, SGLang, TensorRT-LLM and mlx-lm read it"
     ragged = True
 
@@ -74,7 +74,7 @@ class NemotronNasTarget(StockTarget):
             family.name: tuple(
                 w
                 for w in aligned(family, alignment)
-                if w == family.size or (family.name in cut and (w % STEP == 0 or family.kind == "blocks"))
+                if w == family.size or (family.name in cut and (w % WIDTH_STEP == 0 or family.kind == "blocks"))
             )
             for family in analysis.all_families
         }
@@ -93,7 +93,7 @@ class NemotronNasTarget(StockTarget):
         dense = models.config_in(loaded)
         found = held(dense, shapes)
         if isinstance(found, str):
-            raise MptkError(f"{NAME} does not hold this cut: {found}; cut other units, or use --target graph")
+            raise MptkError(f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph")
         return Written(found, loaded, dense, compiled.prepared.dtype)
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
@@ -117,19 +117,19 @@ def check_held(analysis: Analysis, model: nn.Module) -> None:
 
     Logits are compared, too, if there are weights and they fit in memory.
     """
-    remedy = f"use --target stock or graph, since {NAME} has LLaMA's block"
+    remedy = f"use --target stock or graph, since {NAS} has LLaMA's block"
     if not isinstance(model, PreTrainedModel):
         raise MptkError(f"{type(model).__name__} is not a language model of transformers; {remedy}")
     found = held(model.config, cut_shapes(analysis, {}))
     if isinstance(found, str):
-        raise MptkError(f"{NAME} does not hold {type(model).__name__}: {found}; {remedy}")
+        raise MptkError(f"{NAS} does not hold {type(model).__name__}: {found}; {remedy}")
     state = analysis.program.state_dict()
     empty = any(not isinstance(state.entry(name), Lazy) and state.in_memory(name) is None for name in state)
     if empty or 2 * sum(like.numel() * 4 for like in state.likes.values()) > free_memory():
         return  # an analysis needs no weights; else the proof compares the logits, stage by stage
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     if (difference := logits_check(analysis.program, tokens)(found)) > TOLERANCE:
-        raise MptkError(f"{NAME} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
+        raise MptkError(f"{NAS} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
 
 
 def held(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
@@ -151,28 +151,28 @@ def held(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
     if (wrong := misfit(there, shapes)) is not None:
         return str(wrong)
     before, after = dense.to_dict(), config.to_dict()
-    changes = {name: (before.get(name), after[name]) for name in CHANGED if before.get(name) != after[name]}
+    changes = {name: (before.get(name), after[name]) for name in CHANGING_FIELDS if before.get(name) != after[name]}
     return StockConfig(DeciLMForCausalLM, config, changes)
 
 
 def _other(dense: PreTrainedConfig, shapes: WeightShapes) -> str | None:
     """What of the dense model no engine's class computes, or None."""
-    if not any(name.startswith(LAYERS) for name in shapes):
-        return f"it has no {LAYERS}0"
+    if not any(name.startswith(LAYER_WEIGHT) for name in shapes):
+        return f"it has no {LAYER_WEIGHT}0"
     if (act := getattr(dense, "hidden_act", None)) != "silu":
         return f"its activation is {act}, and vLLM and SGLang compute only silu"
     if (window := getattr(dense, "sliding_window", None)) is not None:
-        return f"its attention sees {window} positions, and {NAME} has no such window"
+        return f"its attention sees {window} positions, and {NAS} has no such window"
     return None
 
 
 def _config(dense: PreTrainedConfig, shapes: WeightShapes) -> PreTrainedConfig | Refusal:
     """The config whose blocks have the widths of ``shapes``; all else is as in ``dense``."""
     size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
-    count = len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)})
-    blocks = [_widths(shapes, f"{LAYERS}{i}") for i in range(count)]
+    count = len({name.split(".")[2] for name in shapes if name.startswith(LAYER_WEIGHT)})
+    blocks = [_widths(shapes, f"{LAYER_WEIGHT}{i}") for i in range(count)]
     before = dense.to_dict()
-    known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in APART}
+    known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in UNSHARED_FIELDS}
     own = {
         "auto_map": AUTO_MAP,
         "block_configs": [block.fields(dense.hidden_size) for block in blocks],
@@ -211,7 +211,7 @@ def _widths(shapes: WeightShapes, block: str) -> BlockWidths:
 
 def ffn_said(width: int, hidden: int) -> dict[str, object]:
     """A width as ``ffn_mult``, which all engines read, if that can say it; else as ``intermediate_size``."""
-    return {"intermediate_size": width} if width % STEP else {"ffn_mult": round(1.5 * width / hidden, DIGITS)}
+    return {"intermediate_size": width} if width % WIDTH_STEP else {"ffn_mult": round(1.5 * width / hidden, DIGITS)}
 
 
 def unread(config: PreTrainedConfig) -> list[str]:
@@ -220,7 +220,7 @@ def unread(config: PreTrainedConfig) -> list[str]:
     derived = config.head_dim * config.num_attention_heads == config.hidden_size
     idle = config.block_configs[0]["attention"]["no_op"]
     reasons = {
-        f"SGLang, TensorRT-LLM and mlx-lm, which read feed-forward widths in multiples of {STEP}": odd,
+        f"SGLang, TensorRT-LLM and mlx-lm, which read feed-forward widths in multiples of {WIDTH_STEP}": odd,
         "mlx-lm, which derives the size of a head from hidden_size and num_attention_heads": not derived,
         "TensorRT-LLM, which has no biases in attention": config.attention_bias,
         "SGLang and TensorRT-LLM, which have no biases in feed-forward layers": config.mlp_bias,

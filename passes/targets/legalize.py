@@ -26,7 +26,7 @@ from passes.targets.stock.travel import breaks
 from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
 from passes.transforms.fold_norms import epsilons
 
-ALIGNED = Alignment()
+DEFAULT_ALIGNMENT = Alignment()
 NO_RATIO = "it and its partners have no common legal width"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
@@ -69,14 +69,14 @@ class Candidate:
     unevenness: float
 
 
-def graph_widths(analysis: Analysis, alignment: Alignment = ALIGNED) -> LegalWidths:
+def graph_widths(analysis: Analysis, alignment: Alignment = DEFAULT_ALIGNMENT) -> LegalWidths:
     """Legal widths for the rewritten graph: all widths that its ops accept and that are aligned."""
     ladders = {f.name: aligned(f, alignment) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
 
 def stock_widths(
-    analysis: Analysis, stock: Stock, alignment: Alignment = ALIGNED, *, rehome: bool = False
+    analysis: Analysis, stock: Stock, alignment: Alignment = DEFAULT_ALIGNMENT, *, rehome: bool = False
 ) -> LegalWidths:
     """Legal widths for a stock transformers checkpoint: all widths that the model's own config class can express.
 
@@ -167,7 +167,7 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     return shapes
 
 
-def aligned(family: Family, alignment: Alignment = ALIGNED) -> tuple[int, ...]:
+def aligned(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT) -> tuple[int, ...]:
     """Widths that the graph accepts and that keep the dense sums' alignment. Whole units stay on each device.
 
     Units that several devices hold at once, as KV heads fewer than devices, are not cut.

@@ -18,7 +18,7 @@ from passes.targets.legalize import LegalWidths
 
 
 @dataclass(frozen=True)
-class Selection:
+class LayerSelection:
     """What may be cut.
 
     ``alike``: family that is taken apart → its layers that get one width. ``whole``: the families that stay whole after
@@ -48,7 +48,7 @@ class Selection:
         return [part.name for part in family.parts if free] or [family.name]
 
 
-def selected(analysis: Analysis, settings: Settings) -> Selection:
+def selected(analysis: Analysis, settings: Settings) -> LayerSelection:
     """The layers that ``settings`` let be cut.
 
     Raises:
@@ -141,7 +141,7 @@ def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Se
 
 def _renamed(
     analysis: Analysis, settings: Settings, alike: Mapping[str, Sequence[int]], outside: Iterable[str]
-) -> Selection:
+) -> LayerSelection:
     """The selection, with names of families that are there after ``Analysis.apart``."""
     s = settings
     there = {f.name: f for f in analysis.apart(alike).all_families}
@@ -159,4 +159,4 @@ def _renamed(
     parts = {part.name for name in alike for part in analysis.family(name).parts}
     whole = {name for name in there if (name in parts and name not in fixed) or name in outside}
     named = (name for name in (*s.families, *s.keep, *s.widths) if located(analysis, name)[1] is not None)
-    return Selection(alike, frozenset(whole), families, keep, fixed, next(named, ""))
+    return LayerSelection(alike, frozenset(whole), families, keep, fixed, next(named, ""))

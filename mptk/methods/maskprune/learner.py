@@ -44,7 +44,7 @@ from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
-START_S = 0.7
+TRAINING_START_S = 0.7
 """Seconds for each layer to make and place the models that are trained, and to store what they start with."""
 
 
@@ -55,7 +55,7 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
         return {}
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
     tokens = batches * training.batch * s.length
-    return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=START_S)}
+    return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=TRAINING_START_S)}
 
 
 def memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-Change = Callable[[Tensor, int], Tensor]
+WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
 SILU, GELU, RELU2 = ("silu", "swish"), ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("relu2",)
 
@@ -32,7 +32,7 @@ class Architecture:
 
     name: str
     activations: tuple[str, ...] = SILU
-    changes: Mapping[str, Change] = field(default_factory=dict)
+    changes: Mapping[str, WeightChange] = field(default_factory=dict)
     square: bool = False
     period: int = 0
     fixed: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)

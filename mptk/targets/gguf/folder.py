@@ -26,7 +26,7 @@ from mptk.targets.gguf.settings import (
 from mptk.targets.gguf.tokenizer import write_tokenizer
 from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
 
-CUT = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
+GGUF_FAMILIES = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
 """The families of a graph that a GGUF file can hold cut."""
 
 
@@ -104,8 +104,8 @@ def _dense(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
             f"{pattern.file} holds a {pattern.architecture} model; of graphs, mptk writes only {EQUAL} models as GGUF"
         )
     cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
-    if odd := {name for name in cut if name.partition(".")[0] not in CUT}:
-        raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(CUT)}")
+    if odd := {name for name in cut if name.partition(".")[0] not in GGUF_FAMILIES}:
+        raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(GGUF_FAMILIES)}")
     return pattern
 
 

@@ -27,23 +27,23 @@ COPIED = {
     "parallel_residual": ("use_parallel_residual",),
     "clamp_kqv": ("clip_qkv",),
 }
-"""Field → its names in a config."""
+"""GgufSetting → its names in a config."""
 YARN = {
     "rope_scaling_yarn_ext_factor": "extrapolation_factor",
     "rope_scaling_yarn_attn_factor": "attention_factor",
     "rope_scaling_yarn_beta_fast": "beta_fast",
     "rope_scaling_yarn_beta_slow": "beta_slow",
 }
-FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-DIVISORS = (FREQUENCIES, LONG, SHORT)
+FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
 """Divisors of the rotary frequencies: tensors that the file has and the model has not."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
-Field = tuple[str, Any]
-Config = Any
+GgufSetting = tuple[str, Any]
+AnyConfig = Any
 """A transformers config, whose fields depend on its class."""
 
 
-def architecture_of(config: Config) -> Architecture:
+def architecture_of(config: AnyConfig) -> Architecture:
     """What llama.cpp expects of the model.
 
     Raises:
@@ -66,12 +66,12 @@ def architecture_of(config: Config) -> Architecture:
     return found
 
 
-def head_dim(config: Config) -> int:
+def head_dim(config: AnyConfig) -> int:
     """The size of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def write_settings(writer: GGUFWriter, config: Config, architecture: Architecture) -> None:
+def write_settings(writer: GGUFWriter, config: AnyConfig, architecture: Architecture) -> None:
     """Write what a cut does not change. The widths come from the weights."""
     for name, value in (*_copied(config), *_rope(config), *architecture.written.items()):
         getattr(writer, f"add_{name}")(value)
@@ -81,7 +81,7 @@ def write_settings(writer: GGUFWriter, config: Config, architecture: Architectur
         writer.add_sliding_window_pattern(architecture.period)
 
 
-def ignored_window(config: Config, architecture: Architecture) -> int | None:
+def ignored_window(config: AnyConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
     if architecture.period or not window or not getattr(config, "use_sliding_window", True):
@@ -89,16 +89,19 @@ def ignored_window(config: Config, architecture: Architecture) -> int | None:
     return int(window) if window < config.max_position_embeddings else None
 
 
-def rope_dim(config: Config) -> int:
+def rope_dim(config: AnyConfig) -> int:
     """How many channels of a head are rotated."""
     return int(head_dim(config) * _rope_parameters(config).get("partial_rotary_factor", 1.0))
 
 
-def rope_divisors(config: Config) -> dict[str, Tensor]:
+def rope_divisors(config: AnyConfig) -> dict[str, Tensor]:
     """The tensors that scale rotary frequencies, by name."""
     rope = _rope_parameters(config)
     if rope.get("rope_type") == "longrope":
-        return {name: torch.tensor(rope[key]) for name, key in ((LONG, "long_factor"), (SHORT, "short_factor"))}
+        return {
+            name: torch.tensor(rope[key])
+            for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor"))
+        }
     if rope.get("rope_type") != "llama3":
         return {}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
@@ -106,14 +109,14 @@ def rope_divisors(config: Config) -> dict[str, Tensor]:
     return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
 
 
-def _copied(config: Config) -> Iterator[Field]:
+def _copied(config: AnyConfig) -> Iterator[GgufSetting]:
     for field, names in COPIED.items():
         value = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
         if value is not None:
             yield field, value
 
 
-def _rope(config: Config) -> Iterator[Field]:
+def _rope(config: AnyConfig) -> Iterator[GgufSetting]:
     rope, sliding = _rope_parameters(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if not rope:
         return
@@ -135,18 +138,18 @@ def _rope(config: Config) -> Iterator[Field]:
         yield "rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]
 
 
-def _rope_parameters(config: Config) -> dict[str, Any]:
+def _rope_parameters(config: AnyConfig) -> dict[str, Any]:
     """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
 
-def _windows(config: Config) -> list[bool]:
+def _windows(config: AnyConfig) -> list[bool]:
     """Whether each layer attends to a window."""
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
-def _other(config: Config, has: str, wanted: str) -> MptkError:
+def _other(config: AnyConfig, has: str, wanted: str) -> MptkError:
     return MptkError(
         f"this {config.model_type} model has {has}, and llama.cpp computes such models with {wanted}; use the folder "
         "in another program"

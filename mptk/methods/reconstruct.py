@@ -5,7 +5,7 @@ t = W x in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``RIDGE``) of the median over channels of Σ x_k². With fewer rows than kept channels the same
+λ is a share (``_ridge``) of the median over channels of Σ x_k². With fewer rows than kept channels the same
 W' comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
 
 If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual stream:
@@ -40,9 +40,10 @@ from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
-RIDGE = 0.3
-"""λ as a share of the median over kept inputs of Σ x². A few inputs may be a thousand times as large as the others; a
-share of the mean would leave such a layer unfitted."""
+RIDGE, OF_FEW = 0.3, 3.0
+"""λ as a share of the median over kept inputs of Σ x²: ``RIDGE``, or less if there are more than ten rows an input:
+``OF_FEW`` times the inputs over the rows. A few inputs may be a thousand times as large as the others; a share of the
+mean would leave such a layer unfitted."""
 
 
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
@@ -270,7 +271,7 @@ class _Fit:
         if len(added):
             cross += added.double() / self.count
         gram = products[keep].double() / self.count
-        ridge = _ridge(gram.diagonal())
+        ridge = _ridge(gram.diagonal(), self.count)
         gram.diagonal().add_(ridge)
         solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
         return solved
@@ -282,16 +283,17 @@ class _Fit:
         missed = (x @ own.float().T).double() - small @ near.T
         if added.shape[1]:
             missed += added
-        ridge = _ridge(small.square().sum(0))
+        ridge = _ridge(small.square().sum(0), self.count)
         outer = small @ small.T
         outer.diagonal().add_(ridge)
         correction: Tensor = torch.linalg.solve(outer, missed)
         return near + correction.T @ small
 
 
-def _ridge(squares: Tensor) -> Tensor:
+def _ridge(squares: Tensor, rows: int) -> Tensor:
     """λ for inputs with these sums of squares, of which more than half may be 0."""
-    return RIDGE * squares.median().clamp_min(1e-6 * squares.mean()).clamp_min(1e-12)
+    share = min(RIDGE, OF_FEW * len(squares) / rows)
+    return share * squares.median().clamp_min(1e-6 * squares.mean()).clamp_min(1e-12)
 
 
 def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ TRAINING: dict[str, tuple[Inject, str]] = {
         "learned masks",
     ),
 }
-LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=1e-2))
+LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=3e-3))
 LEARNED = {"method": "maskprune", "plan": None, "onnx": False, "families": ("ffn",), "widths": {"ffn": 48}}
 
 

@@ -346,7 +346,7 @@ class Names(nn.Module):
         ),
         (
             lambda: mptk.prune(Net(), example_inputs=EXAMPLE, steps=3),
-            "leave out steps, and train Pruned.model yourself",
+            "leave out steps and minutes, and train Pruned.model yourself",
         ),
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),

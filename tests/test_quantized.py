@@ -92,14 +92,33 @@ def by_row(weight: Tensor) -> Quantised:
     return {"weight": stored.to(torch.int8), "SCB": scale * 127}, stored * scale[:, None]
 
 
+CODES = torch.cat([-torch.logspace(0, -1, 8), torch.logspace(-1, 0, 8)])
+"""Any values may stand for 4 bits: the file says which."""
+STEPS = torch.linspace(0, 1, 256)
+
+
 def bits4(nested: bool) -> Callable[[Tensor], Quantised]:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    """As bitsandbytes: blocks of 64 numbers, two numbers in a byte; nested: the largest of each block in 8 bits."""
 
     def store(weight: Tensor) -> Quantised:
-        functional = bitsandbytes.functional
-        stored, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
-        tensors = {"weight": stored, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
-        return tensors, functional.dequantize_4bit(stored, state)
+        blocks = weight.reshape(-1, 64)
+        largest = blocks.abs().amax(1)
+        state: dict[str, Any] = {"blocksize": 64, "shape": list(weight.shape)}
+        tensors = {"weight.quant_map": CODES, "weight.absmax": largest}
+        if nested:
+            state |= {"nested_blocksize": 256, "nested_offset": 0.01}
+            outer = torch.nn.functional.pad(largest - 0.01, (0, -len(largest) % 256)).unflatten(0, (-1, 256))
+            scale = outer.abs().amax(1)
+            numbers = (outer / scale[:, None]).sub(STEPS[:, None, None]).abs().argmin(0)
+            largest = (STEPS[numbers] * scale[:, None]).flatten()[: len(largest)] + 0.01
+            tensors["weight.absmax"] = numbers.flatten()[: len(largest)].to(torch.uint8)
+            tensors |= {"weight.nested_absmax": scale, "weight.nested_quant_map": STEPS}
+        numbers = (blocks / largest[:, None]).sub(CODES[:, None, None]).abs().argmin(0)
+        pairs = numbers.flatten().unflatten(0, (-1, 2))
+        tensors["weight"] = (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None]
+        said = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors["weight.quant_state.bitsandbytes__nf4"] = said
+        return tensors, (CODES[numbers] * largest[:, None]).reshape(weight.shape)
 
     return store
 
@@ -154,7 +173,9 @@ def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Q
             tensors[name] = meant[name] = weight
             continue
         parts, meant[name] = store(weight)
-        tensors |= {f"{name.removesuffix('weight')}{ending}": part.contiguous() for ending, part in parts.items()}
+        tensors |= {
+            f"{name.removesuffix('weight')}{ending}": part.contiguous().clone() for ending, part in parts.items()
+        }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(settings)}))
@@ -186,7 +207,7 @@ def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "q", {"quant_method": "hqq"}, by_row)
-    with pytest.raises(MptkError, match=r"quantised by 'hqq', and these can be read: gptq, awq"):
+    with pytest.raises(MptkError, match=r"q is quantised by 'hqq', and these can be read: gptq, awq"):
         models.load(str(tmp_path / "q"))
 
 

@@ -102,7 +102,7 @@ def test_rotary_pairs_fit_the_shapes_but_are_another_function() -> None:
     refused(spec.probe({"pairs": 4}))
     refusal = spec.discover().refusals["pairs"]
     assert refusal.kind == "numeric"
-    assert "scaling" in refusal.reason
+    assert "scaling" in refusal.where
 
 
 def test_a_cut_norm_takes_its_new_eps() -> None:

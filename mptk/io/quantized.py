@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mptk.conform import brief
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import SMALL_FILES
@@ -277,16 +278,28 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a checkpoint; None if it has none."""
+    """The ``quantization_config`` of a checkpoint; None if it has none.
+
+    Raises:
+        MptkError: its method is not one of ``FORMATS``.
+    """
     found = read_object(folder / CONFIG).get("quantization_config")
-    return found if isinstance(found, dict) else None
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if not isinstance(method, str) or method not in FORMATS:
+        raise MptkError(
+            f"{folder} is quantised by {brief(repr(method))}, and these can be read: {', '.join(FORMATS)}; give the "
+            "float checkpoint that it was made of"
+        )
+    return dict(found)
 
 
 def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     """Write the checkpoint in ``folder`` to ``target`` in its config's float type, without its quantisation.
 
     Raises:
-        MptkError: its format is not one of ``FORMATS``, or a matrix is not as its format says, or has no scale.
+        MptkError: a matrix is not as its format says, or has no scale.
     """
     config = read_object(folder / CONFIG)
     dtype = _float_type(config)
@@ -327,7 +340,7 @@ def _float_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> 
         for name, like in likes_in(file).items()
     }
     made, used = dict[str, Lazy](), set[str]()
-    for each in _formats(settings):
+    for each in FORMATS[settings["quant_method"]]:
         for name in [name.removesuffix(each.marker) for name in stored if name.endswith(each.marker)]:
             endings = [ending for ending in (each.marker, *each.others) if name + ending in stored]
             parts = Parts(name, {ending: stored[name + ending] for ending in endings}, folder)
@@ -338,16 +351,6 @@ def _float_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> 
     if wrong := next((name for name, entry in others.items() if entry.like.dtype in NARROW), None):
         raise MptkError(f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint")
     return Weights(others | made)
-
-
-def _formats(settings: Quantization) -> tuple[Format, ...]:
-    method = settings.get("quant_method")
-    if method not in FORMATS:
-        raise MptkError(
-            f"the checkpoint is quantised by {method!r}, and these can be read: {', '.join(FORMATS)}; give the float "
-            "checkpoint that it was made of"
-        )
-    return FORMATS[str(method)]
 
 
 def _made(each: Format, parts: Parts, settings: Quantization, like: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def main(
 def _header(tally: Tally, eager: Modules, seed: int, seconds: float) -> dict[str, Any]:
     figures = {"verdicts": dict(tally.verdicts), "families": tally.families, "refused": dict(tally.refused)}
     failures = [asdict(f) for f in tally.failures.values()]
-    own = {"seed": seed, "seconds": round(seconds), **figures, "failures": failures, "modules": asdict(eager)}
+    own = {"seed": seed, "seconds": round(seconds), **figures, "failures": failures, "modules": vars(eager)}
     return {**result_header(), **own}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import toy_checkpoints as toys
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +87,12 @@ def fp8(weight: Tensor) -> Quantised:
     return {"weight": stored, "weight_scale_inv": scale}, whole.flatten(2).flatten(0, 1)[:rows, :columns]
 
 
+def rowwise(weight: Tensor) -> Quantised:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale, "input_scale_ub": torch.tensor([1200.0])}, stored.float() * scale
+
+
 def by_row(weight: Tensor) -> Quantised:
     scale = weight.abs().amax(1) / 127
     stored = (weight / scale[:, None]).round()
@@ -154,6 +161,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised
     ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, lambda: awq),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 16]}, lambda: fp8),
+    "fp8 by rows": ({"quant_method": "fbgemm_fp8"}, lambda: rowwise),
     "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, lambda: by_row),
     "bitsandbytes, 4 bits": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=False)),
     "bitsandbytes, nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=True)),
@@ -191,6 +199,41 @@ def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: 
     for name, weight in loaded.model.state_dict().items():
         torch.testing.assert_close(weight, meant[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert not hasattr(loaded.model.config, "quantization_config")
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """A number is one of 16 (E2M1), 32 of them in a row share a power of two (E8M0), and the first is in the low bits."""
+    config = transformers.GptOssConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_local_experts=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=300,
+        layer_types=["full_attention"],
+    )
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "q")
+    state = load_file(tmp_path / "q" / "model.safetensors")
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes, meant = torch.cat([values, -values]), dict[str, Tensor]()
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        numbers = torch.randint(0, 16, (experts, outputs, inputs // 32, 32))
+        powers = torch.randint(120, 130, (experts, outputs, inputs // 32))
+        whole = codes[numbers] * torch.exp2(powers[..., None].float() - 127)
+        meant[name] = whole.flatten(2).transpose(1, 2)
+        state[f"{name}_blocks"] = (numbers[..., 0::2] + 16 * numbers[..., 1::2]).to(torch.uint8)
+        state[f"{name}_scales"] = powers.to(torch.uint8)
+    save_file(state, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "q" / "config.json").read_text())
+    settings |= {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(settings))
+    found = models.load(str(tmp_path / "q")).model.state_dict()
+    assert len(meant) == 2
+    for name, weight in meant.items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:

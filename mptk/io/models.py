@@ -38,7 +38,7 @@ from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.publish.licence import write_stub
 
-_CONVERSION = 2  # Raise it if the same GGUF file is now converted differently.
+_CONVERSION = 3  # Raise it if the same file or checkpoint is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 # Files to download from a hub: no subfolders, no second copy in another format.
@@ -124,7 +124,7 @@ def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
     if settings is not None:
         method = settings["quant_method"]
         note = f"{model} is quantised ({method}): its weights were read as floats, and the result has float weights"
-        folder = build_private(_dequantised(folder), partial(write_float, folder, settings))
+        folder = build_private(_converted(folder), partial(write_float, folder, settings))
         with _explained(model):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     elif (found := quantized_dtype(folder)) is not None:
@@ -158,7 +158,7 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
     gguf = _gguf(model)
-    if gguf is not None and not _conversion(gguf).is_dir():
+    if gguf is not None and not _converted(gguf).is_dir():
         with _explained(model):
             return _gguf_config(gguf)
     folder = _checkpoint(model, weights=False)
@@ -198,7 +198,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
         return _fetched(model, local)
     gguf = _gguf(model, local=local)
     if gguf is not None:
-        return build_private(_conversion(gguf), lambda folder: _convert(gguf, folder))
+        return build_private(_converted(gguf), lambda folder: _convert(gguf, folder))
     path = _path(model)
     tidy(path.parent)
     if path.is_dir():
@@ -266,18 +266,15 @@ def _gguf(model: str, *, local: bool = False) -> Path | None:
     return path
 
 
-def _conversion(gguf: Path) -> Path:
-    """The folder of a GGUF file's checkpoint. If the size or time of the file changes, it is converted again."""
-    path, state = gguf.resolve(), gguf.stat()
-    key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{_CONVERSION}"
-    return private_place("checkpoints", f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+def _converted(source: Path) -> Path:
+    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes.
 
-
-def _dequantised(folder: Path) -> Path:
-    """The folder of a quantised checkpoint's floats. If one of its files changes in size or time, it is made again."""
-    states = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-    key = "|".join([str(folder.resolve()), *(f"{name}|{s.st_size}|{s.st_mtime_ns}" for name, s in states)])
-    return private_place("checkpoints", f"{folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    If a file changes in size or time, it is another folder.
+    """
+    files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
+    states = [f"{file.name}|{(state := file.stat()).st_size}|{state.st_mtime_ns}" for file in files]
+    key = "|".join([str(source.resolve()), *states, str(_CONVERSION)])
+    return private_place("checkpoints", f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

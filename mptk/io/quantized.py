@@ -22,14 +22,11 @@ from mptk.conform import brief
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import SMALL_FILES
-from mptk.io.deferred import deferred
 from mptk.io.resident import Resident, stored_weight
-from mptk.io.tensors import likes_in, split, write_weights
+from mptk.io.tensors import likes_in, write_weights
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
 
-SHARD_SIZE = "5GB"
-"""Largest file of weights."""
 WORD = 32
 """Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -305,16 +302,7 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     dtype = _float_type(config)
     weights = _float_weights(folder, settings, dtype)
     target.mkdir(parents=True)
-    plan = split(
-        {name: deferred(name, like) for name, like in weights.likes.items()},
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_SIZE,
-    )
-    for file, names in plan.filename_to_tensors.items():
-        write_weights(target / file, Weights({name: weights.entry(name) for name in names}))
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (target / "model.safetensors.index.json").write_text(json_text(index, indent=2), encoding="utf-8")
+    write_weights(target / "model.safetensors", weights)
     del config["quantization_config"]
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -325,7 +313,7 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
 
 
 def _float_type(config: Mapping[str, Any]) -> torch.dtype:
-    """The type of the numbers that were quantised; float16 if the config does not say."""
+    """The type that the numbers had before; float16 if the config does not say."""
     text = config.get("text_config")
     said = [each.get(name) for each in (config, text or {}) for name in ("dtype", "torch_dtype")]
     known = [getattr(torch, str(name).removeprefix("torch.")) for name in said if name not in (None, "auto")]

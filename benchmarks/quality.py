@@ -18,7 +18,7 @@ names; how long the row itself takes does not count. A method's name may have ad
     +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
-on from its last checkpoint in `--work`, and its `minutes`, and those of the processor, are those since then.
+on from its last checkpoint in `--work`, and its `minutes` and `processor_minutes` count from there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality_time [--json FILE]
 
-Rows have equal tokens, or the same `--minutes` (`quality.py`). The time is that of the whole command: loading, scores,
+Rows have equal tokens, or the same `--minutes` (`quality.py`). The time is the whole command's: loading, scores,
 training with a live teacher, reconstruction, proof, ONNX, perplexity. On one core: `OMP_NUM_THREADS=1`.
 """
 

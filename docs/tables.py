@@ -1,5 +1,5 @@
-"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and those of
-docs/deploy.md from ``passes/targets/stock/consumers.py``.
+"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and the
+tables of docs/deploy.md from ``passes/targets/stock/consumers.py``.
 
     python docs/tables.py
 

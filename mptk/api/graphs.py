@@ -188,7 +188,7 @@ def export_folder(
 
 
 def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
-    """The model as it is written as ONNX, and its form. Errors are those of ``export_folder``."""
+    """The model as it is written as ONNX, and its form. Raises MptkError as ``export_folder``."""
     resident, executor = execution(settings)
     loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
     if task.onnx is None:

@@ -119,7 +119,7 @@ def in_time(asked: Settings, needs: Callable[[Settings], Estimate], recovers: bo
 
 
 def amounts(settings: Settings, steps: int) -> dict[str, int]:
-    """The numbers that minutes choose, for a run of so many steps."""
+    """The numbers that minutes choose for a run of ``steps`` steps."""
     tokens = steps * settings.learning.training.batch * settings.length
     samples = min(max(steps, WINDOWS[0]), WINDOWS[1])
     trials = max(tokens // TRIALS, least_tokens(settings))

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mptk.chain import describe
-from mptk.chain.amounts import in_time, said, written
+from mptk.chain.amounts import in_time, learns, said, written
 from mptk.config.settings import Settings
 from mptk.conversions import dense_models
 from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine
@@ -111,7 +111,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         evaluated=max(COMPARED_TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        models=dense_models(s) if method.learns and not s.fixed else 1,
+        models=dense_models(s) if learns(s) else 1,
     )
 
 

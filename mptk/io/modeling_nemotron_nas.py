@@ -1,7 +1,7 @@
 """modeling_nemotron_nas: LLaMA with a feed-forward width and a number of KV heads for each block.
 
 mptk copies this file into a checkpoint folder, under mptk's licence, Apache-2.0. transformers runs it from there with
-``trust_remote_code=True``; it needs nothing but transformers. The config is that of DeciLM (``nemotron-nas``), which
+``trust_remote_code=True``; it needs nothing but transformers. The config is DeciLM's (``nemotron-nas``), which
 vLLM, SGLang, TensorRT-LLM and mlx-lm read with code of their own. Its ``block_configs`` has one entry for each block:
 
     {"attention": {"no_op": false, "replace_with_linear": false, "n_heads_in_group": 3},

@@ -45,7 +45,7 @@ def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int =
     """``32``, ``h100``, ``ffn=512,hidden=256`` or ``h100,ffn=512``.
 
     Raises:
-        MptkError: it is none of these.
+        MptkError: ``text`` has another form.
     """
     every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):

@@ -34,8 +34,6 @@ Resource = Callable[[Mapping[str, float]], float]
 EPSILON = 1e-12
 DIVERGED = 1e100
 LARGEST_EXPONENT = 700.0
-OUTLYING = 2.0
-"""Most that the noise of one batch may be in a layer, in multiples of what F holds; a larger one is scaled down."""
 ROUNDS = 120
 """Least number of updates of widths and z. They need this many, and cost nothing compared with a step of the model."""
 
@@ -156,9 +154,6 @@ class Solver:
            their movement does not affect it.
 
         A quadratic loss would give −g = F (1 − m). d averages the difference of −g from that.
-
-        Gradients of a few texts are hundreds of times larger once units are gone. They would decide F for the rest of
-        the phase, so a batch counts in each layer at most ``OUTLYING`` times what F holds.
         """
         for family, m in self.masks.items():
             assert m.grad is not None
@@ -167,9 +162,6 @@ class Solver:
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
             else:
                 noise = 0.5 * tokens * (g - self.last[family]).square() if self.seen else tokens * g.square()
-            if self.seen:
-                share = self._share(family, noise)
-                noise, g = share * noise, share.sqrt() * g
             self.fisher[family].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
             self.last[family] = g
             self.squares[family].zero_()
@@ -178,11 +170,6 @@ class Solver:
         for family, m in self.masks.items():
             beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().to(self.last[family].dtype))
             self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
-
-    def _share(self, family: str, noise: Tensor) -> Tensor:
-        """What a batch with this ``noise`` counts in each layer, at most 1: [layers, 1, 1]. 1 where F is still 0."""
-        held, found = (x.mean((1, 2), keepdim=True) for x in (self.curvature(family), noise))
-        return torch.where((held > 0) & (found > OUTLYING * held), OUTLYING * held / found, 1.0)
 
     def step(self, tokens: int) -> None:
         """Update everything except θ from the gradients in ``masks``, then clear the gradients."""

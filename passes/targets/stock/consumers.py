@@ -82,7 +82,8 @@ CONSUMERS = (
     Consumer(
         "vLLM and SGLang, a width for each layer",
         "0.33.0, 0.5.23",
-        "only their model files, on plain layers in place of their kernels: logits within 2.8e-05, likewise",
+        "only their model files, on plain layers in place of their kernels: logits within 2.8e-05, relative to the "
+        "largest",
     ),
     Consumer("TensorRT-LLM, a width for each layer", "", "read in its source"),
 )

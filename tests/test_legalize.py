@@ -213,6 +213,7 @@ def test_heads_stay_divisible_by_the_devices_that_share_them():
     assert widths(4)["hidden"] == widths(1)["hidden"]  # every device has it whole
     assert widths(8)["kv_groups"] == widths(16)["kv_groups"] == (8,)
     assert widths(5, 16)["ffn"] == (80, 160)  # 16 on each of five
+    assert widths(2, 16)["ffn"] == (32, 64, 96, 128, 160)
 
 
 def test_layers_of_one_width_are_named_together():

@@ -196,6 +196,19 @@ def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
     assert left.norm() < 0.3 * (x[1:, 5:] @ dense[:, 5:].T).norm()
 
 
+def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dense = torch.randn(40, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    x[:, 5] = x[:, 4]  # the last goes, and its copy can make up for it
+
+    def missed(times: int) -> float:
+        fit = _Fit(torch.arange(6) < 5, transposed=False, few=False)
+        fit.add(x.repeat(times, 1))
+        return float((x @ (fit.solved(dense, dense) - dense).T).norm())
+
+    assert missed(100) < 0.1 * missed(1)
+
+
 def test_the_rate_rises_and_falls_to_nothing() -> None:
     rates = [schedule(step, 100, 0.05) for step in range(100)]
     assert max(rates) == 1.0

@@ -84,8 +84,8 @@ def started(
     with own_state(settings.device), explained(), held(job, settings.overwrite):
         if not trains:
             settings = replace(settings, samples=settings.windows, search_tokens=settings.trial_tokens)
-        complete = settled(settings, job.start is not None)
         job = replace(job, plan=given_plan(settings))
+        complete = settled(settings, job.start is not None, job.plan)
         check_settings(complete, job.plan, job.vocabulary)
         if trains:
             complete = once(lambda: decided(job, settings))
@@ -99,7 +99,9 @@ def decided(job: Job, settings: Settings) -> Settings:
     if settings.resume:
         settings = resumed(settings, kept_settings(job.out))
     recovers = job.start is not None
-    return settled(settings, recovers) if job.needs is None else in_time(settings, job.needs, recovers)
+    if job.needs is None:
+        return settled(settings, recovers, job.plan)
+    return in_time(settings, job.needs, recovers, job.plan)
 
 
 def prepared_for(

@@ -43,11 +43,16 @@ CONSUMERS = (
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens are transformers' in float32 and int8; int4 wrote other text, as it does in `mptk generate`; "
-        "a test",
+        "greedy tokens are transformers' in float32 and int8; int4 wrote other text, as it does in `mptk generate`. "
+        "Chats, too; a test",
         section="transformersjs",
     ),
-    Consumer("transformers.js in a browser", "", ""),
+    Consumer(
+        "transformers.js in a browser",
+        "4.3.1 (Chromium 156)",
+        "a chat in float32: the text is transformers'; a test",
+        section="transformersjs",
+    ),
     Consumer(
         "optimum-onnx",
         "0.1.0",

@@ -153,6 +153,41 @@ def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[i
         assert [int(i) for i in generator.get_sequence(0)] == expected
 
 
+def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[int]]) -> None:
+    """By the lines of docs/deploy.md. The first turn ends in the middle of what transformers writes."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(pruned))
+    words, params = genai.Tokenizer(model), genai.GeneratorParams(model)
+    params.set_search_options(max_length=96, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(words.encode(PROMPTS[0]))
+    for _ in range(9):
+        generator.generate_next_token()
+    said = generator.get_sequence(0)
+    more = greedy[0][len(said) : len(said) + 5]
+    generator.rewind_to(len(said) - 2)
+    generator.append_tokens([*said[-2:], *more])
+    while generator.token_count() < len(greedy[0]):
+        generator.generate_next_token()
+    assert [int(i) for i in generator.get_sequence(0)] == greedy[0]
+
+
+@pytest.mark.parametrize("name", ["model_quantized.onnx", "model_q4.onnx"])
+def test_genai_runs_another_graph_by_an_overlay(name: str, pruned: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    config = genai.Config(str(pruned))
+    config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{name}"}}}))
+    model = genai.Model(config)
+    own = TextGenerator(pruned / "onnx" / name)
+    ids, params = own.encode(PROMPTS[2]), genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + 12, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert [int(i) for i in generator.get_sequence(0)] == [*ids, *(token for (token,) in own.stream([ids], limit=12))]
+
+
 @pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
 def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
     """By the names and the config entry that it looks for. Quantised graphs: as our own decoder runs them."""

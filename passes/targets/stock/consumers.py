@@ -39,7 +39,12 @@ CONSUMERS = (
     Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded"),
     Consumer("lm-eval", "0.4.13", "log-likelihoods; a whole task was not tried here", section="lm-eval"),
     Consumer("ONNX Runtime", "1.32.0", "part of the proof", section="onnx-runtime"),
-    Consumer("onnxruntime-genai", "0.18.0", "greedy tokens are transformers'; a test", section="onnxruntime-genai"),
+    Consumer(
+        "onnxruntime-genai",
+        "0.18.0",
+        "greedy tokens are transformers', also in a second turn; a test",
+        section="onnxruntime-genai",
+    ),
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",

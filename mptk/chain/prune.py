@@ -35,6 +35,7 @@ from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
 from mptk.methods.division.search import search_shapes, winner
+from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from mptk.progress import silent
@@ -145,7 +146,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         analysis = changed(prepared, chosen)
         witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
     chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
-    compiled = compile_plan(prepared, chosen, sets.calibration, context)
+    compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, context))
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
     if not processes().is_main_process:

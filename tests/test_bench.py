@@ -11,6 +11,7 @@ from mptk import MptkError
 from mptk.conform import made
 from mptk.ort.bench import Bench, alternate, bench_decoders
 from mptk.ort.roofline import graph_work
+from mptk.ort.unaligned import unaligned_weights
 from mptk.report.markdown import rendered
 from mptk.report.page.charts import plot_bench
 from mptk.report.sections import bench_view
@@ -96,9 +97,32 @@ def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_gr
 
     inside.around("mptk.ort.bench.decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
     inside.around("mptk.ort.bench.alternate", taken)
+    inside.gives("mptk.ort.bench.time_unaligned", [])
     result = bench_decoders({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
     assert begun == [2, 1, 2, 1]
     assert [(row.ms, row.ratio) for row in result.rows] == [(40, 1), (20, 0.5)]
+
+
+def test_widths_that_kernels_pad_are_timed_beside_the_next_ones_that_they_do_not(compared):
+    found = [each for each in compared[0].unaligned if each.graph == "narrow"]
+    assert {(each.inputs, each.outputs) for each in found} == {
+        (48, 60),
+        (48, 20),
+        (60, 48),
+        (48, 40),
+        (40, 48),
+        (48, 97),
+    }
+    assert {each.rows for each in found} == {1, 33}
+    assert all(each.ms > 0 and each.aligned_ms > 0 for each in found)
+    assert {each.aligned for each in found} == {(64, 64), (64, 32), (64, 128)}
+    lines = rendered(bench_view(compared[0])).splitlines()
+    assert any("33 × 48 × 97" in line and "64 × 128" in line for line in lines)
+
+
+def test_aligned_widths_are_not_timed(tmp_path):
+    model = tiny_decoder(GROUPED, hidden_size=96, intermediate_size=64, head_dim=32, vocab_size=128)
+    assert unaligned_weights(emit_onnx(trace_decoder(model), tmp_path)) == []
 
 
 def test_quantised_products_count_the_same_operations_and_fewer_bytes(compared):

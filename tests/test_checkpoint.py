@@ -96,6 +96,28 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")
 
 
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ a }}", "{{ a }}"),
+        (
+            {"default": "{{ a }}", "rag": "{{ b }}"},
+            [{"name": "default", "template": "{{ a }}"}, {"name": "rag", "template": "{{ b }}"}],
+        ),
+    ],
+)
+def test_both_places_of_a_chat_template_say_the_same(template: Any, written: object, tmp_path: Path) -> None:
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = template
+    save_tokenizer(tokenizer, tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    assert json.loads(settings.read_text())["chat_template"] == written
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
+    for file in tmp_path.rglob("*.jinja"):  # a program that does not know these files
+        file.unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
+
+
 def test_only_nested_configs_are_given_older_spellings() -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     content = {"text_config": rope, "notes": rope, "kind_config": "plain"}

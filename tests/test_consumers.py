@@ -1,12 +1,17 @@
-"""onnxruntime-genai and transformers.js load our folders and write what transformers writes."""
+"""onnxruntime-genai and transformers.js, in Node and in a browser, load our folders and write what transformers writes."""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
+import re
 import shutil
 import subprocess
+import threading
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,17 @@ from passes.pipelines import ONNX_SCHEMES
 PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")
 NEW = 64
 NODE = shutil.which("node")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
+TEMPLATE = "{% for said in messages %}{{ said['role'] }}: {{ said['content'] }}; {% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+CHAT = [{"role": "user", "content": "jars of honey"}]
+TELL = """<script>
+const tell = said => fetch('/said', {method: 'POST', body: said});
+new MutationObserver(() => tell(document.querySelector('pre').textContent)).observe(document.querySelector('pre'), {childList: true});
+addEventListener('error', event => tell('error: ' + event.message));
+addEventListener('unhandledrejection', event => tell('error: ' + event.reason));
+</script>"""
+"""Ends a page: its server is told what it writes, and its errors."""
 QUANTIZED_DTYPES = {"q8": "model_quantized.onnx", "q4": "model_q4.onnx", "fp16": "model_fp16.onnx"}
 SETTINGS = mptk.Settings(
     method="magnitude", sparsity=0.5, data="random", samples=1, length=24, align=2, tolerance=0.1, eval_windows=1
@@ -41,7 +56,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
     model = architectures.spread(LlamaForCausalLM(config), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # and its logit: no text ends early
-    return Path(toys.saved(model, folder))
+    words = toys.tokenizer()
+    words.chat_template = TEMPLATE
+    return Path(toys.saved(model, folder, words))
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +153,96 @@ def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[i
         assert [int(i) for i in generator.get_sequence(0)] == expected
 
 
+def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[int]]) -> None:
+    """By the lines of docs/deploy.md. The first turn ends in the middle of what transformers writes."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(pruned))
+    words, params = genai.Tokenizer(model), genai.GeneratorParams(model)
+    params.set_search_options(max_length=96, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(words.encode(PROMPTS[0]))
+    for _ in range(9):
+        generator.generate_next_token()
+    said = generator.get_sequence(0)
+    more = greedy[0][len(said) : len(said) + 5]
+    generator.rewind_to(len(said) - 2)
+    generator.append_tokens([*said[-2:], *more])
+    while generator.token_count() < len(greedy[0]):
+        generator.generate_next_token()
+    assert [int(i) for i in generator.get_sequence(0)] == greedy[0]
+
+
+@pytest.mark.parametrize("name", ["model_quantized.onnx", "model_q4.onnx"])
+def test_genai_runs_another_graph_by_an_overlay(name: str, pruned: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    config = genai.Config(str(pruned))
+    config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{name}"}}}))
+    model = genai.Model(config)
+    own = TextGenerator(pruned / "onnx" / name)
+    ids, params = own.encode(PROMPTS[2]), genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + 12, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert [int(i) for i in generator.get_sequence(0)] == [*ids, *(token for (token,) in own.stream([ids], limit=12))]
+
+
 @pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
 def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
     """By the names and the config entry that it looks for. Quantised graphs: as our own decoder runs them."""
-    asked = {"dtypes": [None, *QUANTIZED_DTYPES], "prompts": PROMPTS, "tokens": NEW}
+    asked = {"dtypes": [None, *QUANTIZED_DTYPES], "prompts": PROMPTS, "tokens": NEW, "chat": CHAT}
     script = Path(__file__).with_name("transformers_js.mjs")
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), json.dumps(asked)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     written: dict[str, Any] = json.loads(run.stdout)
     assert written["default"]["texts"] == greedy
+    assert written["chat"] == "user: jars of honey; a: "
     for dtype, name in QUANTIZED_DTYPES.items():
         assert {f"onnx/{name}", f"onnx/{name}_data"} < set(written[dtype]["files"])
         generator = TextGenerator(pruned / "onnx" / name)
         for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
             ids = generator.encode(prompt)
             assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]
+
+
+@pytest.mark.skipif(not (CHROMIUM and TRANSFORMERS_JS.is_dir()), reason="Chromium or transformers.js is not installed")
+def test_a_page_answers_a_chat_as_transformers_does(pruned: Path, tmp_path: Path) -> None:
+    """The page of docs/deploy.md, with this model's float graph and chat."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ffn").symlink_to(pruned)
+    (tmp_path / "node_modules").symlink_to(TRANSFORMERS_JS.parents[1].resolve())
+    (page,) = re.findall(r"```html\n(.*?)```", Path("docs/deploy.md").read_text(), re.DOTALL)
+    for said, instead in (("'q8'", "'fp32'"), ("Tell me a story.", CHAT[0]["content"])):
+        assert said in page
+        page = page.replace(said, instead)
+    (tmp_path / "index.html").write_text(page + TELL)
+    model, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    inputs = words.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer_of(tmp_path) == words.decode(ids, skip_special_tokens=True)
+
+
+def answer_of(site: Path) -> str:
+    """What the page of a folder tells its server, opened in headless Chromium."""
+    told: queue.Queue[str] = queue.Queue()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={site / 'profile'}"]
+        address = f"http://127.0.0.1:{server.server_port}/"
+        with subprocess.Popen([str(CHROMIUM), *options, address], stderr=subprocess.DEVNULL) as browser:
+            try:
+                return told.get(timeout=240)
+            finally:
+                browser.terminate()
+                server.shutdown()

@@ -115,7 +115,7 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: 
     made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
     assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
     read = fields(tmp_path / "out.gguf")
-    assert read["general.name"] == "out"
+    assert read["general.name"] == f"{qwen.name}, pruned by {mptk.Report.read(tmp_path / 'out').sparsity:.0%}"
     assert read["qwen3.attention.head_count"] == 2
     assert read["qwen3.feed_forward_length"] == 64
     pytest.importorskip("xllamacpp")

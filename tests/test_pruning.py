@@ -127,6 +127,20 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 
+def test_a_plan_writes_only_the_text_that_its_run_uses(llama, pruned, tmp_path):
+    def windows(name: str, **changes: object) -> tuple[int, int]:
+        settings = mptk.Settings(plan=str(tmp_path / "plan.json"), length=16, onnx=False, **changes)
+        used = mptk.prune(llama, tmp_path / name, settings).report.data
+        return used["calibration"]["samples"], used["evaluation"]["samples"]
+
+    plan = json.loads((pruned[0] / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert windows("cut") == (3, 3)
+    assert windows("fitted", reconstruct=True, eval_windows=5) == (32, 5)
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"families": {}, "kv_heads": {"width": 1, "of": 3}}))
+    assert windows("merged") == (32, 16)
+
+
 def test_a_dense_model_in_half_precision_is_written_in_float32_if_that_is_asked_for(tmp_path):
     dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
     given = {"widths": {"ffn": 40}, "families": ("ffn",), "onnx": False, "dtype": "float32"}

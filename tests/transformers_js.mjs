@@ -1,11 +1,11 @@
 // Greedy tokens of a folder in transformers.js: node transformers_js.mjs PACKAGE FOLDER '{"dtypes": [null, "q8"], …}'
 // PACKAGE: the folder of @huggingface/transformers. dtype null: what the folder's config.json says. Prints JSON:
-// dtype → a list of token ids for each prompt.
+// dtype → a list of token ids for each prompt; chat → the text of the chat.
 import { pathToFileURL } from 'node:url';
 import path from 'node:path';
 
 const [, , place, folder, request] = process.argv;
-const { dtypes, prompts, tokens } = JSON.parse(request);
+const { dtypes, prompts, tokens, chat } = JSON.parse(request);
 const entry = path.join(path.resolve(place), 'dist', 'transformers.node.mjs');
 const { AutoModelForCausalLM, AutoTokenizer, ModelRegistry, env } = await import(pathToFileURL(entry));
 
@@ -13,7 +13,7 @@ env.allowRemoteModels = false;
 env.localModelPath = path.dirname(path.resolve(folder)) + '/';
 const name = path.basename(folder);
 const tokenizer = await AutoTokenizer.from_pretrained(name);
-const written = {};
+const written = { chat: tokenizer.apply_chat_template(chat, { tokenize: false, add_generation_prompt: true }) };
 for (const dtype of dtypes) {
     const model = await AutoModelForCausalLM.from_pretrained(name, dtype ? { dtype } : {});
     const files = await ModelRegistry.get_model_files(name, dtype ? { dtype } : {});

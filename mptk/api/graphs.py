@@ -37,9 +37,11 @@ from mptk.progress import Progress, silent, within
 from mptk.proof.proof import proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.report import Report
 from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
+from mptk.report.runs import pruned_name
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.pattern import Pattern
 from mptk.targets.graph import GraphTarget
@@ -132,6 +134,7 @@ def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None,
         config,
         None if pattern is None else Pattern(pattern),
         type,
+        pruned_name(Report.read(place)),
     )
     write_result(path_of(out), made.write)
     return made

@@ -10,11 +10,14 @@ from typing import Any
 
 from mptk.config.setting import with_keywords
 from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings
+from mptk.conversions import fits
 from mptk.cost.estimate import Estimate, duration
 from mptk.errors import MptkError
 from mptk.io import data
+from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.methods.division.search import judged, least_tokens, searched
+from mptk.protocols.values import PROOF_SHAPE
 from mptk.report.view import plural
 
 TRAINED_PER_HELD_OUT = 8
@@ -56,27 +59,43 @@ def watched(settings: Settings, samples: int) -> int:
     return max(count, judged(samples)) if settings.search else count
 
 
+def measured(settings: Settings, count: int) -> int:
+    """Windows to measure on of the text that the model writes itself, beside ``count`` others."""
+    return min(count, settings.eval_windows) if settings.eval_data is None else 0
+
+
 def written(settings: Settings) -> int:
-    """Windows of text that the model writes itself: to calibrate and train on, and as many to measure on."""
-    own = settings.data == data.SELF
-    return wanted(settings, own=True) * (1 + (settings.eval_data is None)) if own else 0
+    """Windows of text that the model writes itself: to calibrate and train on, and to measure on."""
+    count = wanted(settings, own=True) if settings.data == data.SELF else 0
+    return count + measured(settings, count)
 
 
 # ---- minutes ----
 
 
-def settled(settings: Settings, recovers: bool = False) -> Settings:
+def settled(settings: Settings, recovers: bool = False, plan: Plan | None = None) -> Settings:
     """Complete settings. Numbers that minutes choose (``in_time``) have the values of a long run.
 
-    ``recovers``: the run trains a pruned folder.
+    ``recovers``: the run trains a pruned folder. ``plan``: what the settings' file of a plan says, if it was read.
     """
     learning = settings.learning
     timed = settings.minutes is not None or (learning.steps is None and (recovers or learns(settings)))
-    found = amounts(settings, MOST_STEPS) if timed else {"steps": 0, "samples": SAMPLES, "search_tokens": TRIAL_TOKENS}
+    found = (
+        amounts(settings, MOST_STEPS)
+        if timed
+        else {"steps": 0, "samples": calibrating(settings, plan), "search_tokens": TRIAL_TOKENS}
+    )
     precision = "bf16" if learning.precision == "no" and settings.compute_dtype == "bfloat16" else learning.precision
     minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
     complete = replace(settings, minutes=minutes, learning=replace(learning, precision=precision))
     return with_keywords(complete, {name: found[name] for name in undecided(settings)})
+
+
+def calibrating(settings: Settings, plan: Plan | None) -> int:
+    """Calibration windows of a run that minutes do not bound: if it scores, fits and trains nothing, the proof's."""
+    s = settings
+    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.quantize or fits(s, plan)
+    return SAMPLES if used else PROOF_SHAPE[0]
 
 
 def learns(settings: Settings) -> bool:
@@ -91,15 +110,17 @@ def undecided(settings: Settings) -> list[str]:
     return [name for name, number in numbers.items() if number is None]
 
 
-def in_time(asked: Settings, needs: Callable[[Settings], Estimate], recovers: bool = False) -> Settings:
+def in_time(
+    asked: Settings, needs: Callable[[Settings], Estimate], recovers: bool = False, plan: Plan | None = None
+) -> Settings:
     """Complete settings, in which the numbers that ``asked`` leaves open are as large as its minutes allow.
 
-    ``needs`` estimates a run with complete settings. ``recovers``: as in ``settled``.
+    ``needs`` estimates a run with complete settings. ``recovers``, ``plan``: as in ``settled``.
 
     Raises:
         MptkError: minutes were given, and a run with the smallest numbers takes longer.
     """
-    settings, names = settled(asked, recovers), undecided(asked)
+    settings, names = settled(asked, recovers, plan), undecided(asked)
     if settings.minutes is None or not names:
         return settings
     least = LEAST_STEPS if learns(asked) else int(recovers)

@@ -35,6 +35,7 @@ from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
 from mptk.methods.division.search import search_shapes, winner
+from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from mptk.progress import silent
@@ -84,8 +85,8 @@ def started(
     with own_state(settings.device), explained(), held(job, settings.overwrite):
         if not trains:
             settings = replace(settings, samples=settings.windows, search_tokens=settings.trial_tokens)
-        complete = settled(settings, job.start is not None)
         job = replace(job, plan=given_plan(settings))
+        complete = settled(settings, job.start is not None, job.plan)
         check_settings(complete, job.plan, job.vocabulary)
         if trains:
             complete = once(lambda: decided(job, settings))
@@ -99,7 +100,9 @@ def decided(job: Job, settings: Settings) -> Settings:
     if settings.resume:
         settings = resumed(settings, kept_settings(job.out))
     recovers = job.start is not None
-    return settled(settings, recovers) if job.needs is None else in_time(settings, job.needs, recovers)
+    if job.needs is None:
+        return settled(settings, recovers, job.plan)
+    return in_time(settings, job.needs, recovers, job.plan)
 
 
 def prepared_for(
@@ -143,7 +146,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         analysis = changed(prepared, chosen)
         witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
     chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
-    compiled = compile_plan(prepared, chosen, sets.calibration, context)
+    compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, context))
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
     if not processes().is_main_process:

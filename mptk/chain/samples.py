@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from mptk.chain.amounts import TRAINED_PER_HELD_OUT, wanted, watched
+from mptk.chain.amounts import TRAINED_PER_HELD_OUT, measured, wanted, watched
 from mptk.chain.job import Given, Job
 from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting
@@ -34,10 +34,10 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(KEPT_SAMPLES)
         if kept is None:
-            both = own and measures and s.eval_data is None and given.evaluation is None
+            more = measured(s, count) if own and measures and given.evaluation is None else 0
             say = partial(context.progress, "calibration data")
-            made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
-            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
+            made = given.training or task.samples(prepared.loaded, s, count + more, say)
+            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if more else {})
             if folder is not None:
                 folder.save(KEPT_SAMPLES, kept)
         elif given.training is not None and folder is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
 
 
 def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -78,7 +78,7 @@ def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
 
     It would read all weights. An argument would replace this.
     """
-    with _replaced(modeling_utils, "safe_open", opened):
+    with _replaced(modeling_utils, "safe_open", opened), _replaced(modeling_layers, "safe_open", opened):
         yield
 
 

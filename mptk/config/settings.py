@@ -249,7 +249,7 @@ class Settings(Record):
     )
     samples: int | None = setting(
         None,
-        f"Calibration windows; default: {SAMPLES}, or as --minutes choose.",
+        f"Calibration windows; default: {SAMPLES}, 3 if only a --plan is cut, or as --minutes choose.",
         DATA,
         SEARCH,
         within=(1, COUNT),

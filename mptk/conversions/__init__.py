@@ -54,9 +54,14 @@ def planned(plan: Plan) -> Changes:
     return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
+def fits(settings: Settings, plan: Plan | None = None) -> bool:
+    """Whether a conversion that the settings or the plan ask for fits weights to samples."""
+    return any(kind.fits for kind, _ in wanted(settings, plan))
+
+
 def dense_models(settings: Settings) -> int:
     """Number of dense models that training masks holds: a conversion that fits weights has the model before, too."""
-    return 1 + any(kind.fits and kind.asked(settings, None) is not None for kind in CONVERSIONS)
+    return 1 + fits(settings)
 
 
 def converted(

@@ -41,7 +41,10 @@ _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transf
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the tokenizer with its chat template, under a class name that transformers 4 also knows."""
+    """Write the tokenizer with its chat template, under a class name that transformers 4 also knows.
+
+    transformers reads the template from ``chat_template.jinja``, transformers.js from ``tokenizer_config.json``.
+    """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -52,6 +55,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     settings.setdefault("model_input_names", tokenizer.model_input_names)  # transformers 4 has another default
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if isinstance(template := tokenizer.chat_template, dict):
+        template = [{"name": name, "template": each} for name, each in template.items()]
+    if template:
+        settings["chat_template"] = template
     _write_json(path, settings)
 
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from mptk.errors import MptkError
 from mptk.ort.decoder import OrtDecoder, onnx_file
 from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory
 from mptk.ort.sessions import CPU, HOST
+from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, silent
 
 PHASES = ("prefill", "decode")
@@ -92,6 +94,7 @@ class Bench:
     """All cases of one comparison.
 
     ``peaks``: threads → the machine's peaks, measured meanwhile. ``providers``: the execution providers that ran it.
+    ``unaligned``: products of widths that are no multiples of the kernels' block, with the first number of threads.
     """
 
     graphs: Sequence[Graph]
@@ -100,6 +103,7 @@ class Bench:
     peaks: Mapping[int, Peaks]
     rows: Annotated[Sequence[Measurement], Field(min_length=1)]
     providers: Sequence[str] = (HOST,)
+    unaligned: Sequence[Unaligned] = ()
 
     def __post_init__(self) -> None:
         if not {row.graph for row in self.rows} <= {graph.name for graph in self.graphs}:
@@ -159,7 +163,10 @@ def bench_decoders(
         peaks[count], ran = _time_cases(list(files.values()), own, shares, Roofline(count, device), device, finished)
     rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
     measured = [_graph(name, file, max(lengths), device, say) for name, file in files.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran)
+    tokens = [1 if phase == "decode" else max(lengths) for phase in phases]
+    turns = partial(alternate, rounds=rounds)
+    products = [time_unaligned(name, file, tokens, threads[0], device, turns) for name, file in files.items()]
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, [each for some in products for each in some])
 
 
 def _time_cases(
@@ -241,7 +248,7 @@ ROUND_S = 0.05
 """A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
 
 
-def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+def alternate(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Milliseconds of each step in each round. Every other round reverses their order.
 
     The steps take turns, so that disturbances of the machine affect all of them equally.
@@ -259,7 +266,7 @@ def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[flo
     return times
 
 
-def _repeats(step: Callable[[], None]) -> int:
+def _repeats(step: Callable[[], object]) -> int:
     """Number of runs of ``step`` in one turn. This also warms it up."""
     for _ in range(2):
         start = time.perf_counter()

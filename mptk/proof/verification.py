@@ -28,6 +28,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.division.budget import alignment
+from mptk.methods.drafter import with_drafter
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
@@ -99,7 +100,7 @@ def verify(
     prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
-    compiled = compile_plan(prepared, chosen, samples, context)
+    compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)

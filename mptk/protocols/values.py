@@ -17,6 +17,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
 from mptk.progress import Progress, within
 from mptk.protocols.run_folder import RunFolder
 from passes.targets.stock.config import StockConfig
@@ -91,12 +92,26 @@ class Witness:
 
 
 @dataclass(frozen=True)
+class CutDrafter:
+    """A model's multi-token-prediction layers after the cut, which its class does not hold.
+
+    ``note``: why there are none; may be empty. ``weights``: by their names in the checkpoint; the experts of a layer
+    are still joined. ``difference``: of the cut layers' outputs from the masked ones.
+    """
+
+    note: str
+    weights: Weights = field(default_factory=lambda: Weights({}))
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
 class Written:
     """A checkpoint to write: ``stock`` is its class and config, ``loaded`` the dense model.
 
     ``cut``: the dense model's own config after the cut; it equals ``stock``'s unless another class holds the weights.
     ``dtype``: the type of the stored weights.
     ``note``: the reason for another class; empty if it is the model's own.
+    ``drafter``: the layers that predict further tokens; None if the dense checkpoint has none.
     """
 
     stock: StockConfig
@@ -104,6 +119,7 @@ class Written:
     cut: PreTrainedConfig
     dtype: torch.dtype
     note: str = ""
+    drafter: CutDrafter | None = None
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ def model_name(model: str) -> str:
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
+def pruned_name(report: Report) -> str:
+    """A name of the pruned model that says so."""
+    return f"{model_name(report.model)}, pruned by {report.sparsity:.0%}"
+
+
 def legal_widths(report: Report, family: str) -> str:
     """The widths of a family that the target can hold, in words."""
     if family not in report.legal:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mptk.config.settings import Settings
 from mptk.conform import made
 from mptk.cost.estimate import Estimate, duration, size_text
+from mptk.ir.alignment import KERNEL_BLOCK
 from mptk.ort.bench import Bench
 from mptk.protocols.report import Report, Row
 from mptk.protocols.shapes import Shapes
@@ -191,7 +192,29 @@ def timings(bench: Bench) -> list[Table | str]:
     ]
     ran = Name(f"ONNX Runtime {bench.onnxruntime}, {', '.join(bench.providers)}")
     how = f"Median of {bench.rounds} alternating rounds. Times hold for the machine that measured them."
-    return [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes), *peaks, ran, how]
+    tables = [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes)]
+    return [*tables, *unaligned(bench), *peaks, ran, how]
+
+
+def unaligned(bench: Bench) -> list[Table | str]:
+    """What widths cost that are no multiples of the kernels' block; empty if all are multiples."""
+    if not bench.unaligned:
+        return []
+    rows = [
+        [
+            Name(each.graph),
+            f"{each.rows} × {each.inputs} × {each.outputs}",
+            f"{each.ms:.3f}",
+            " × ".join(map(str, each.aligned)),
+            f"{each.aligned_ms:.3f}",
+            f"{each.ms / each.aligned_ms:.2f}",
+        ]
+        for each in bench.unaligned
+    ]
+    return [
+        Table("llrrrr", ["graph", "product", "ms", "aligned", "ms", "ratio"], rows),
+        f"Widths that are no multiples of {KERNEL_BLOCK} beside the next ones that are; `--align cpu` keeps to these.",
+    ]
 
 
 def comparison_view(runs: Sequence[Run]) -> View:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError, ProofError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
+from mptk.io.drafter import open_drafter
 from mptk.io.resident import Resident
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
@@ -20,7 +22,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Target
-from mptk.protocols.values import Checks, SampleSets, Written
+from mptk.protocols.values import Checks, CutDrafter, SampleSets, Written
 from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
@@ -31,7 +33,7 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, logits_check, rehome
 from passes.targets.stock.travel import broken
-from passes.verify import TOLERANCE, StageOutputs
+from passes.verify import TOLERANCE, Difference, StageOutputs
 
 SHARD = 5 * 10**9
 """Largest file of weights by default, in bytes."""
@@ -43,6 +45,7 @@ class StockTarget(Target):
     name = "stock"
     summary = "the model's own transformers class"
     classed = True
+    drafts = True
 
     def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):
@@ -89,11 +92,19 @@ class StockTarget(Target):
         assert written is not None
         state = compiled.program.state_dict().cast(compiled.prepared.dtype)
         shard = compiled.prepared.settings.max_shard_size or SHARD
+        heads = written.drafter or CutDrafter("")
         write_checkpoint(
-            state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
+            state,
+            written.stock,
+            loaded.model,
+            loaded.tokenizer,
+            folder,
+            portable=portable,
+            max_shard_size=shard,
+            beside=heads.weights.cast(compiled.prepared.dtype),
         )
         copy_processors(loaded.path, folder, same_features=same_features(compiled))
-        return [written.note, *self.limits(compiled)]
+        return [written.note, heads.note, *self.limits(compiled)]
 
     def limits(self, compiled: Compiled) -> list[str]:
         """Notes on programs that do not read the folder."""
@@ -113,6 +124,7 @@ class StockTarget(Target):
         beside = partial(write_beside, loaded, same_features=same_features(compiled))
         check_beside(folder, beside, all_known=loaded.tokenizer is not None)
         check_reading(compiled, folder)
+        heads = check_heads(compiled, folder)
         executor = compiled.prepared.executor
         reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
         assert reloaded.weights is not None
@@ -125,12 +137,29 @@ class StockTarget(Target):
                 example = example.of_length(length)
             dynamic = True if length is None else (0,)
             run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
-        return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})
+        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)})
 
 
 def same_features(compiled: Compiled) -> bool:
     """Whether the model's features have the same number of channels as before."""
     return "hidden" not in compiled.chosen.plan.families
+
+
+def check_heads(compiled: Compiled, folder: Path) -> list[Difference]:
+    """Differences of the cut multi-token-prediction layers: their outputs from the masked ones, their weights in
+    ``folder`` from these. Empty if there are none."""
+    assert compiled.written is not None
+    heads = compiled.written.drafter
+    if heads is None or heads.difference is None:
+        return []
+    trust = compiled.prepared.settings.trust_remote_code
+    opened = open_drafter(models.open_weights(str(folder), Resident(0), trust_remote_code=trust), folder, Resident(0))
+    if opened is None:
+        raise ProofError(f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again")
+    expected = heads.weights.cast(compiled.prepared.dtype)
+    found = opened.weights.selected({opened.names[name]: name for name in opened.weights}).updated(opened.copies)
+    stored = stored_weights(found.cast(compiled.prepared.dtype), expected)
+    return [replace(stored, stage="multi-token prediction, stored weights"), heads.difference]
 
 
 def check_reading(compiled: Compiled, folder: Path) -> None:

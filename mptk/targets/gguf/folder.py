@@ -40,6 +40,7 @@ class GgufFolder:
         config: its config; None for a graph, which has none.
         pattern: the dense model's GGUF file. The vocabulary comes from it, or else from the folder.
         kind: the type of the matrices.
+        name: what the file calls the model; by default the folder's name.
 
     Raises:
         MptkError: the pattern is of another model, or llama.cpp cannot compute the folder's.
@@ -53,8 +54,9 @@ class GgufFolder:
         config: PreTrainedConfig | None,
         pattern: Pattern | None,
         kind: GgufType,
+        name: str = "",
     ) -> None:
-        self.place, self.config, self.pattern = place, config, pattern
+        self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
         if config is not None:
             self.base, size, divisors = architecture_of(config), head_dim(config), rope_divisors(config)
         else:
@@ -85,7 +87,7 @@ class GgufFolder:
         self.weights.write(out, self._describe)
 
     def _describe(self, writer: GGUFWriter) -> None:
-        writer.add_name(self.place.name)
+        writer.add_name(self.name)
         if self.config is not None:
             write_settings(writer, self.config, self.base)
         if self.pattern is not None:

@@ -39,15 +39,25 @@ CONSUMERS = (
     Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded"),
     Consumer("lm-eval", "0.4.13", "log-likelihoods; a whole task was not tried here", section="lm-eval"),
     Consumer("ONNX Runtime", "1.32.0", "part of the proof", section="onnx-runtime"),
-    Consumer("onnxruntime-genai", "0.18.0", "greedy tokens are transformers'; a test", section="onnxruntime-genai"),
+    Consumer(
+        "onnxruntime-genai",
+        "0.18.0",
+        "greedy tokens are transformers', also in a second turn; a test",
+        section="onnxruntime-genai",
+    ),
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens are transformers' in float32 and int8; int4 wrote other text, as it does in `mptk generate`; "
-        "a test",
+        "greedy tokens are transformers' in float32 and int8; int4 wrote other text, as it does in `mptk generate`. "
+        "Chats, too; a test",
         section="transformersjs",
     ),
-    Consumer("transformers.js in a browser", "", ""),
+    Consumer(
+        "transformers.js in a browser",
+        "4.3.1 (Chromium 156)",
+        "a chat in float32: the text is transformers'; a test",
+        section="transformersjs",
+    ),
     Consumer(
         "optimum-onnx",
         "0.1.0",

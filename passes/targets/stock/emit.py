@@ -20,6 +20,8 @@ from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
 from passes.targets.stock.config import StockConfig
 
+NONE = Weights({})
+
 
 def write_checkpoint(
     state: Mapping[str, Tensor],
@@ -30,6 +32,7 @@ def write_checkpoint(
     *,
     portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
     max_shard_size: int | str = "5GB",
+    beside: Weights = NONE,
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
@@ -41,6 +44,8 @@ def write_checkpoint(
         tokenizer: saved with the model; None if there is none.
         portable: last change to the content of config.json. The default adds the spellings of older releases.
         max_shard_size: largest weights file. A larger model gets several files and an index.
+        beside: further weights, which the stock class does not hold. The forms that it splits when it is saved (the
+            experts of a layer) are split in them, too.
 
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
@@ -53,7 +58,10 @@ def write_checkpoint(
     _check_tied(shell, weights)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
-    later = {name: deferred(name, likes[name]) for name in shell.state_dict()}
+    for name in beside:
+        _attach(shell, name, beside.like(name))
+    weights = weights.updated(beside)
+    later = {name: deferred(name, weights.like(name)) for name in shell.state_dict()}
     with saved_by(split, writer(weights)):
         shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
     path = folder / "config.json"
@@ -73,6 +81,16 @@ def _shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
     nn.Module.to(shell, dtype)
     shell.tie_weights()
     return shell
+
+
+def _attach(shell: nn.Module, name: str, like: Tensor) -> None:
+    """Give ``shell`` a parameter of that name, which no code uses."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in dict(shell.named_children()):
+            shell.add_module(part, nn.Module())
+        shell = shell.get_submodule(part)
+    shell.register_parameter(leaf, nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=False))
 
 
 def _check_shapes(likes: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,170 @@
+"""drafter: a model together with its multi-token-prediction layers, which its checkpoint has and its class leaves out.
+
+Such a layer predicts one token more than the model: from the embedding of the next token and the model's last hidden
+states, a decoder layer of the model's own class makes the next hidden states (DeepSeek-AI 2024, arXiv 2412.19437,
+section 2.2). transformers runs the layers to draft tokens (``generate(use_mtp=True)``), and so do serving engines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import MtpModel
+
+from mptk.errors import MptkError, first_line
+from mptk.io.deferred import Deferred, itself, sources
+from mptk.io.models import Loaded
+from mptk.io.opening import Files
+from mptk.io.resident import Resident, stored_weight
+from mptk.io.tensors import likes_in
+from mptk.ir.program import Program
+from mptk.ir.weights import Weights
+
+HEADS = "mtp"
+"""The module of a drafter that holds the layers."""
+BLOCK = re.compile(rf"{HEADS}\.layers\.\d+\.mtp_block\.")
+"""Starts the names of a decoder layer's weights in a drafter."""
+_NUMBERED = re.compile(r"(?:.*\.)?mtp\.layers\.(\d+)\.")
+_TABLES = {"embed_tokens.weight": "get_input_embeddings", "shared_head.head.weight": "get_output_embeddings"}
+"""End of the name of a copy of the model's table → the method that gives the table's module."""
+
+
+class Drafter(nn.Module):
+    """``forward(input_ids)``: logits of the model, then of each layer, float [1 + layers, batch, length, vocabulary].
+
+    The names of the model's weights are the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, heads: MtpModel) -> None:
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        self._shared = (model, heads.embed_tokens, heads.shared_head)  # no children: their weights have names already
+        del heads.embed_tokens, heads.shared_head
+        self.mtp = heads
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        model, embed, head = self._shared
+        hidden = model.get_decoder()(input_ids, use_cache=False).last_hidden_state
+        logits = [head(hidden)]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        for layer in range(self.mtp.num_mtp_layers):
+            input_ids = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
+            hidden = self.mtp.forward_layer(layer, hidden, positions, None, inputs_embeds=embed(input_ids))
+            logits.append(head(hidden))
+        return torch.stack(logits)
+
+
+@dataclass(frozen=True)
+class OpenDrafter:
+    """A drafter whose weights are read when they are asked for.
+
+    ``weights``: those of the layers, by their names in ``module``. ``names``: name in ``module`` → name in the
+    checkpoint; for what the class joins (the experts of a layer), the name that the joined weight would have there.
+    ``copies``: tables of the model that the checkpoint has twice; ``tables``: their names → the names in ``module``.
+    """
+
+    module: Drafter
+    weights: Weights
+    names: Mapping[str, str]
+    tables: Mapping[str, str]
+    copies: Weights
+
+    def with_weights(self, program: Program, model: Weights) -> Program:
+        """A program traced from ``module``, with the weights of the model and of the layers."""
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        known = model.updated(self.weights)
+        found = {name: known.entry(name) for name in program.state if name in known}
+        return program.with_state({n: b for n, b in buffers.items() if n in program.state} | found)
+
+
+def stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
+    """The names of the tensors of multi-token-prediction layers in a checkpoint folder; empty if there are none."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    if not any("layers" in each or HEADS in each for each in patterns):
+        return set()
+    names = {name for file in folder.glob("*.safetensors") for name in likes_in(file)}
+    try:
+        found = MtpModel.get_mtp_weights_regex(model)
+    except ValueError:  # no pattern is left
+        return set()
+    return {name for name in names if found.search(name)}
+
+
+def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafter | None:
+    """The model with the multi-token-prediction layers of ``folder``; None if there are none.
+
+    Raises:
+        MptkError: transformers cannot make them of the checkpoint, or a table of theirs is not the model's.
+    """
+    stored = stored_heads(loaded.model, folder)
+    if not stored:
+        return None
+    files = Files()
+    try:
+        with files.unread(), _described(loaded.model, folder, stored):
+            heads = MtpModel.from_pretrained(loaded.model)
+    except (RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
+        raise MptkError(f"transformers cannot read them: {first_line(error)}") from error
+    own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
+    names = _names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
+    weights = files.weights(heads, resident)
+    module = Drafter(loaded.model, heads.eval()).eval()
+    tables = _tables(loaded.model, stored)
+    if left := stored - {source for t in own.values() for source in sources(t)} - tables.keys():
+        raise MptkError(f"transformers does not know what {min(left)} is for")
+    copies = {name: stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
+    own_weights = Weights({f"{HEADS}.{name}": weights.entry(name) for name in own})
+    return OpenDrafter(module, own_weights, names, tables, Weights(copies))
+
+
+def _names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
+    """Name in a drafter → name in the checkpoint."""
+    found = {name: source for name, tensor in tensors.items() if (source := itself(tensor)) is not None}
+    starts = {}
+    for name, source in found.items():
+        if (block := BLOCK.match(name)) and source.endswith(rest := name[block.end() :]):
+            starts[block.group()] = source.removesuffix(rest)
+    for name in tensors.keys() - found.keys():
+        block = BLOCK.match(name)
+        if block is None or block.group() not in starts:
+            raise MptkError(f"{name} is joined of several weights of the checkpoint")
+        found[name] = starts[block.group()] + name[block.end() :]
+    return found
+
+
+def _tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """The copies of the model's tables among ``stored`` → the name of the table in the model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {
+        name: f"{names[id(getattr(model, get)())]}.weight"
+        for name in stored
+        for end, get in _TABLES.items()
+        if name.endswith(f".{end}")
+    }
+
+
+@contextmanager
+def _described(model: PreTrainedModel, folder: Path, stored: set[str]) -> Iterator[None]:
+    """Within it the model's config says where its checkpoint is and, if its class has no field for it, how many layers
+    there are: each attends to all tokens."""
+    config = model.config.get_text_config()
+    numbers = {int(found[1]) for name in stored if (found := _NUMBERED.match(name))}
+    added = {"num_mtp_layers": len(numbers), "mtp_layer_types": ["full_attention"] * len(numbers)}
+    added = {} if getattr(config, "num_mtp_layers", None) is not None else added
+    before = model.config.name_or_path
+    model.config.name_or_path = str(folder)
+    vars(config).update(added)
+    try:
+        yield
+    finally:
+        model.config.name_or_path = before
+        for name in added:
+            delattr(config, name)

@@ -1,0 +1,131 @@
+"""drafter: cut a model's multi-token-prediction layers with the model, and prove the cut.
+
+The layers have the widths of the model's config, so the plan decides theirs: that of the model's layers with the same
+weights. The hidden channels that stay are the model's. Which units of its own a layer keeps is decided by magnitude,
+which needs no text and is the same when the cut is verified.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from mptk.errors import MptkError
+from mptk.io.drafter import BLOCK, HEADS, OpenDrafter, open_drafter
+from mptk.io.resident import Resident
+from mptk.ir.families import Analysis, Family, Group
+from mptk.ir.passes import Log
+from mptk.ir.plan import FamilyPlan, Keep, Plan
+from mptk.ir.resolved_plan import renumbering, resolve_plan
+from mptk.ir.samples import Samples
+from mptk.methods.criteria import score
+from mptk.protocols.chain import Compiled
+from mptk.protocols.values import CutDrafter
+from passes.analysis import group
+from passes.frontend.trace import trace
+from passes.pipelines import cut_program
+from passes.transforms.masked_reference import mask
+from passes.transforms.store import Store
+from passes.verify import TOLERANCE, prove
+
+_LAYER = re.compile(r".*?layers\.\d+\.")
+"""Starts the names of a decoder layer's weights in a model."""
+Kind = tuple[str, int, frozenset[tuple[str, int]]]
+"""What a group of a layer is: the kind of its family, its size, and its weights and their dimensions."""
+STAGE = "multi-token prediction"
+
+
+def with_drafter(compiled: Compiled) -> Compiled:
+    """``compiled`` with the cut multi-token-prediction layers of the dense checkpoint, if it has any.
+
+    If they cannot be cut or proven, a note says so, and the result has none.
+    """
+    prepared, written = compiled.prepared, compiled.written
+    if written is None or not prepared.target.drafts or prepared.loaded.live:
+        return compiled
+    try:
+        opened = open_drafter(prepared.loaded, prepared.loaded.path, Resident(0))
+        found = None if opened is None else _cut(compiled, opened)
+    except MptkError as error:
+        found = CutDrafter(f"the multi-token-prediction layers are left out: {error}")
+    return replace(compiled, written=replace(written, drafter=found))
+
+
+def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
+    prepared, own = compiled.prepared, compiled.analysis
+    if compiled.written is not None and compiled.written.note:
+        raise MptkError("the result is of another class")
+    if any(each.fits for each in prepared.conversions):
+        raise MptkError("merged KV heads are not theirs")
+    if renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
+        raise MptkError("their names have the number of the model's layers, of which some were removed")
+    _check_tables(compiled, opened)
+    samples = Samples({"input_ids": prepared.task.example(prepared.loaded.model).inputs["input_ids"]})
+    program = trace(opened.module, samples.tensors, dynamic=True)
+    stored = Store(prepared.dtype).run(opened.with_weights(program, own.program.state_dict())).program
+    analysis = group.analyze(stored)
+    cut = resolve_plan(analysis, plan_with_heads(own, analysis, compiled.chosen.plan))
+    small = cut_program(analysis, cut, Log(), prepared.dtype)
+    masked = mask(analysis, cut)
+    (difference,) = prove(masked, {STAGE: (small.exact, TOLERANCE)}, samples, executor=prepared.executor)
+    if not difference.ok:
+        raise MptkError(f"their outputs differ from the masked ones by {difference.relative:.1e} of the largest")
+    state, model = small.program.state_dict(), compiled.program.state_dict()
+    weights = state.selected({opened.names[name]: name for name in opened.weights})
+    return CutDrafter("", weights.updated(model.selected(opened.tables)), difference)
+
+
+def _check_tables(compiled: Compiled, opened: OpenDrafter) -> None:
+    """Raise MptkError unless the checkpoint's copies of the model's tables are equal to these."""
+    dense = compiled.prepared.given.weights
+    assert dense is not None
+    for name, table in opened.tables.items():
+        if not opened.copies[name].float().equal(dense[table]):
+            raise MptkError(f"{name} is not the model's {table}")
+
+
+def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
+    """The plan of a model's cut as one of the drafter's.
+
+    Raises:
+        MptkError: units of the model are coupled in another way if the layers are there.
+    """
+    families = {name: model.family(name) for name in plan.families}
+    known = {_weights(g): (name, g.layer) for name, family in families.items() for g in family.groups}
+    kinds = {_kind(family, g, _LAYER): name for name, family in families.items() for g in family.groups}
+    own = [family for family in drafter.families if any(_is_own(g) for g in family.groups)]
+    scores = score(drafter, "magnitude", families=[family.name for family in own]) if own else {}
+    made = {}
+    for family in (*drafter.families, *drafter.depths):
+        entries = list[tuple[str, str, Keep]]()
+        for i, each in enumerate(family.groups):
+            if not _is_own(each) and (found := known.pop(_weights(each), None)) is not None:
+                name, layer = found
+                entries.append((name, each.layer, plan.families[name].keep[layer]))
+            elif _is_own(each) and (twin := kinds.get(_kind(family, each, BLOCK))) is not None:
+                best = scores[family.name][i].sort(dim=-1, descending=True, stable=True).indices
+                kept = best[:, : plan.families[twin].width].sort(dim=-1).values.tolist()
+                entries.append((twin, each.layer, tuple(map(tuple, kept))))
+        if entries:
+            width = plan.families[entries[0][0]].width
+            made[family.name] = FamilyPlan(width, family.size, {layer: keep for _, layer, keep in entries})
+    if known:
+        raise MptkError(f"they couple the units of {next(iter(known.values()))[0]} in another way")
+    return Plan(made)
+
+
+def _is_own(each: Group) -> bool:
+    """Whether a group is of the multi-token-prediction layers only."""
+    return not _weights(each)
+
+
+def _weights(each: Group) -> frozenset[tuple[str, int]]:
+    """The weights of the model that hold a group's units, and the dimensions."""
+    if not each.members:  # of blocks
+        return frozenset([(each.layer, 0)])
+    return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
+
+
+def _kind(family: Family, each: Group, start: re.Pattern[str]) -> Kind:
+    stem = family.name.partition(".")[0]
+    return stem, each.size, frozenset((start.sub("", m.weight, count=1), m.dim) for m in each.members)

@@ -249,7 +249,9 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (_stateful(program.graph),)  # in a tuple, as a submodule would add its names to state_dict()
+        self._graph = (
+            picklable(stateful(program.graph)),
+        )  # in a tuple, as a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
@@ -313,7 +315,14 @@ class ProgramModule(nn.Module):
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
+def picklable(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same calls in a graph that can be pickled: torch.export's holds a tracer that no process can make again."""
+    made = fx.Graph()
+    made.output(made.graph_copy(graph.graph, {}))
+    return fx.GraphModule(graph, made)
+
+
+def stateful(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
     if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import mptk
 from mptk import MptkError
-from mptk.io.archive import MODEL, EXAMPLE_INPUTS, arithmetic, read_archive
+from mptk.io.archive import EXAMPLE_INPUTS, MODEL, arithmetic, read_archive
+from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE
+from tests.inside import Inside
 
 ROOT = Path(__file__).parents[1]
 PLAIN = """
@@ -210,3 +212,44 @@ def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> N
 )
 def test_only_sizes_are_expressions(text: str, holds: bool) -> None:
     assert arithmetic(text) is holds
+
+
+# ---- ONNX ----
+
+
+class Several(nn.Module):
+    """Two outputs of any number of samples and of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.up(x).relu()
+        return self.down(h), h.mean((1, 2))
+
+
+def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> None:
+    found = mptk.prune(
+        Several(), tmp_path / "out", sparsity=0.25, tolerance=0.1, example_inputs=torch.randn(2, 5, 6), progress=None
+    )
+    assert found is not None
+    assert {row["stage"] for row in found.report.proof} >= {ARCHIVE, "ONNX Runtime"}
+    again = mptk.export(found.model, tmp_path / "again", example_inputs=torch.randn(2, 5, 6))
+    x = torch.randn(3, 7, 6)
+    for folder in (tmp_path / "out" / "onnx", again):
+        graph = OrtGraph(folder / "model.onnx")
+        assert [value.name for value in graph.session.get_outputs()] == ["output_0", "output_1"]
+        for one, other in zip(graph.all({"x": x}), found.model(x), strict=True):
+            torch.testing.assert_close(one, other.detach())
+
+
+def test_a_module_that_onnx_would_change_is_refused(tmp_path: Path, inside: Inside) -> None:
+    with pytest.raises(MptkError, match="give example_inputs"):
+        mptk.export(Several(), tmp_path)
+    with pytest.raises(MptkError, match="changes its buffers, which a graph would forget"):
+        mptk.export(Odd(), tmp_path, example_inputs=X)
+    inside.spoil("mptk.api.graphs.cut", lambda program: program.with_state({"down.bias": torch.ones(4)}))
+    with pytest.raises(mptk.ProofError, match="the proof fails at 'ONNX Runtime'"):
+        mptk.export(Several(), tmp_path, example_inputs=torch.randn(2, 5, 6))

@@ -271,4 +271,4 @@ def _for_plain(settings: Settings) -> Settings:
         raise MptkError(
             "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
         )
-    return replace(settings, target="graph" if settings.target == "stock" else settings.target, onnx=False)
+    return replace(settings, target="graph" if settings.target == "stock" else settings.target)

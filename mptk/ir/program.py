@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
@@ -135,6 +135,16 @@ class Program:
     def copy_graph(self) -> fx.GraphModule:
         """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
         return copy.deepcopy(self.graph)
+
+    def with_graph(self, graph: fx.GraphModule) -> Program:
+        """The same weights with a changed graph of as many outputs, whose names the signature gets."""
+        specs = []
+        for spec, value in zip(
+            self.signature.output_specs, tree_leaves(graph.graph.output_node().args[0]), strict=True
+        ):
+            named = isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument)
+            specs.append(replace(spec, arg=TensorArgument(name=value.name)) if named else spec)
+        return replace(self, graph=graph, signature=replace(self.signature, output_specs=specs))
 
     def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""

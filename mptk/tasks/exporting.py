@@ -40,10 +40,11 @@ GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Traced:
-    """A program and the names of its inputs, in order."""
+    """A program and the names of its inputs, in order. ``outputs``: of its outputs, if they are not the form's."""
 
     program: Program
     names: list[str]
+    outputs: tuple[str, ...] = ()
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that it does not have are ignored."""

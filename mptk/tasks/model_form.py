@@ -71,7 +71,7 @@ class ModelForm(OnnxForm):
         file = emit_onnx(
             program,
             folder,
-            Interface({name: self.axes(name) for name in traced.names}, (self.output,)),
+            Interface({name: self.axes(name) for name in traced.names}, traced.outputs or (self.output,)),
             objective="prefill",
             half=settings.onnx_dtype == HALF,
             metadata=about(dense, plan) | padding,

@@ -52,6 +52,12 @@ class Traced:
         output: Tensor = found[0] if isinstance(found, tuple | list) else found
         return output
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """How many dimensions each input has."""
+        values = {node.name: node.meta["val"] for node in self.program.placeholders()}
+        return {name: values[node].ndim for name, node in zip(self.names, self.program.user_inputs, strict=True)}
+
     def check_sizes(self) -> None:
         """Raise MptkError if the program runs on one number of samples or tokens only."""
         nodes = {node.name: node.meta["val"] for node in self.program.placeholders()}

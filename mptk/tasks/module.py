@@ -32,7 +32,7 @@ from mptk.tasks.inputs.base import ordered
 from mptk.tasks.model_form import AXES, ModelForm, unpadded
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
-from passes.targets.onnx.emit import TOKEN_AXES, Axes
+from passes.targets.onnx.emit import Axes
 from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 
@@ -244,7 +244,6 @@ class ModuleForm(ModelForm):
         graph = OrtGraph(file, device)
         return lambda samples: joined(graph.all(samples.inputs))
 
-    def axes(self, name: str) -> Axes:
-        known = AXES.get(name, TOKEN_AXES if name == IDS else ())
-        count = self.inputs[name].ndim
-        return known if len(known) == count else ("batch_size", *(f"{name}_{i}" for i in range(1, count)))
+    def axes(self, name: str, rank: int) -> Axes:
+        known = name in AXES or name == IDS
+        return super().axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))

@@ -16,8 +16,8 @@ from mptk.progress import steps
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
-StageOutputs = Callable[[Samples], "Tensor | Placed"]
-"""Samples → outputs of all samples and positions; or of some."""
+StageOutputs = Callable[[Samples], "Tensor | Sequence[Tensor] | Placed"]
+"""Samples → outputs of all samples and positions; or of some. As many outputs as the program has."""
 
 TOLERANCE = 5e-5
 """Largest difference of the logits of two torch programs in float32, relative to the largest logit."""
@@ -146,9 +146,10 @@ def _run(
     """
     try:
         found = run(batch)
-        if isinstance(reference, Tensor) or isinstance(found, Placed):
-            assert isinstance(reference, Tensor)
+        if isinstance(reference, Tensor):
+            assert isinstance(found, Tensor | Placed)
             return difference(name, found, reference.float(), tolerance)
+        assert not isinstance(found, Placed)
         pairs = zip(found, reference, strict=True)
         each = [difference(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
         return max(each, key=lambda d: d.relative)

@@ -1,6 +1,6 @@
 """Random programs without end: what of them is refused, proven, wrong or crashes the analysis.
 
-    python -m tests.fuzz [--programs 5000] [--modules 200] [--jobs 2] [--seed 0] [--json FILE]
+    python -m tests.fuzz [--programs 5000] [--family NAME] [--modules 200] [--jobs 2] [--seed 0] [--json FILE]
     python -m tests.fuzz --program 'DESCRIPTION'
 
 Program number n is drawn from seed + n, so that a run says which it was. Each that is wrong or crashes is made smaller,
@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,12 +75,12 @@ def _spelled(program: Program) -> set[str]:
     return {" ".join([s.kind, *(str(v) for v in s.options.values() if isinstance(v, str))]) for s in program.steps}
 
 
-def run_block(seeds: range) -> Tally:
+def run_block(seeds: range, family: str = "") -> Tally:
     """Check the programs of some seeds, in this process."""
     torch.set_num_threads(1)
     tally = Tally()
     for seed in seeds:
-        count(tally, seeded(seed))
+        count(tally, seeded(seed, family))
     return tally
 
 
@@ -122,11 +123,11 @@ def _in_time(program: Program) -> Outcome:
         signal.alarm(0)
 
 
-def tallies(count: int, jobs: int, seed: int) -> Iterator[Tally]:
+def tallies(count: int, jobs: int, seed: int, family: str) -> Iterator[Tally]:
     """One for each block of programs, as they are done."""
     blocks = [range(start, min(start + BLOCK, seed + count)) for start in range(seed, seed + count, BLOCK)]
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
-        yield from pool.imap_unordered(run_block, blocks)
+        yield from pool.imap_unordered(partial(run_block, family=family), blocks)
 
 
 @dataclass
@@ -190,6 +191,7 @@ def report(tally: Tally) -> str:
 def main(
     programs: Annotated[int, typer.Option(help="how many")] = 5000,
     modules: Annotated[int, typer.Option(help="how many modules with Python in their forward")] = 0,
+    family: Annotated[str, typer.Option(help="only programs with a step of this family of operators")] = "",
     jobs: int = 2,
     seed: int = 0,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -199,7 +201,7 @@ def main(
     if program is not None:
         count(tally, Program.parse(program))
     else:
-        for part in tallies(programs, jobs, seed):
+        for part in tallies(programs, jobs, seed, family):
             tally.add(part)
             print(f"\r{sum(tally.verdicts.values())} of {programs}", end="", flush=True)
     print("\r" + report(tally))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,10 +12,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mptk
 from benchmarks.tiny_weights import randomise
 from benchmarks.zoo import prove
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
+from mptk.ort.sessions import OrtGraph
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
@@ -215,3 +218,15 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
 def test_timm(name: str) -> None:
     torch.manual_seed(0)
     analysed(TIMM[name](), IMAGE)
+
+
+@pytest.mark.parametrize("make", [TORCHVISION["resnet18"], TORCHVISION["convnext"], TIMM["conv_mixer"]])
+def test_what_is_written_of_them_is_the_small_model(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pruned = mptk.prune(make(), tmp_path / "out", sparsity=0.3, tolerance=0.3, example_inputs=IMAGE, progress=None)
+    assert pruned is not None
+    assert {row["stage"] for row in pruned.report.proof} >= {"model.pt2", "ONNX Runtime"}
+    x = torch.randn(3, *IMAGE.shape[1:])
+    expected = pruned.model(x).detach()
+    assert torch.equal(mptk.Pruned.open(tmp_path / "out").model(x), expected)
+    torch.testing.assert_close(OrtGraph(tmp_path / "out" / "onnx" / "model.onnx")({"x": x}), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -116,3 +117,41 @@ def test_no_remedy_names_the_target_that_is_in_use() -> None:
         mptk.prune(three(), sparsity=0.29, tolerance=0.001, example_inputs=X, progress=None)
     assert "name other --families" in str(told.value)
     assert "--target graph" not in str(told.value)
+
+
+class MixedFeedForward(nn.Module):
+    """Two linear layers with a depthwise convolution between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.depthwise = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.depthwise(self.up(x).transpose(1, 2)).transpose(1, 2).relu())
+
+
+def between(up: nn.Module, down: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(up=up, relu=nn.ReLU(), down=down))
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "name"),
+    [
+        (between(nn.Linear(6, 16), nn.Linear(16, 4)), (2, 5, 6), "ffn"),
+        (between(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)), (2, 3, 9, 9), "conv"),
+        (between(nn.Conv2d(3, 16, 1), nn.ConvTranspose2d(16, 4, 3)), (2, 3, 9, 9), "conv"),
+        (between(nn.Conv1d(3, 16, 3), nn.Conv1d(16, 4, 3)), (2, 3, 9), "conv"),
+        (between(nn.Conv1d(3, 16, 1), nn.Conv1d(16, 4, 1)), (2, 3, 9), "ffn"),
+        (MixedFeedForward(), (2, 5, 6), "ffn"),
+    ],
+)
+def test_channels_of_convolutions_are_no_feed_forward_width(net: nn.Module, x: tuple[int, ...], name: str) -> None:
+    assert [family.name for family in mptk.analyze(mptk.trace(net, torch.randn(x))).families] == [name]
+
+
+def test_units_without_a_narrower_aligned_width_are_named() -> None:
+    module = Recurrent(nn.GRU, bidirectional=True)  # 24 channels
+    with pytest.raises(mptk.MptkError, match=r"no narrower width of channels is aligned\); give a smaller --align"):
+        mptk.prune(module, sparsity=0.3, tolerance=0.2, align=24, example_inputs=X, progress=None)
+    assert mptk.prune(module, sparsity=0.3, tolerance=0.2, align=1, example_inputs=X, progress=None) is not None

@@ -142,7 +142,7 @@ def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
     ("make", "families", "field", "old"),
     [
         pytest.param(lambda: convnext(12, 20), (), "hidden_sizes", [12, 20], marks=pytest.mark.long),
-        (resnet, ("channels.2", "ffn.1"), "hidden_sizes", [16, 24]),
+        (resnet, ("channels.2", "conv.1"), "hidden_sizes", [16, 24]),
     ],
     ids=["convnext", "resnet"],
 )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.api.compiler import check_whole, trace
+from mptk.api.sources import GivenInputs, source_of
 from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
@@ -28,13 +29,14 @@ from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
 from mptk.io.models import Loaded
+from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.ort.bench import LENGTHS, Bench, bench_decoders
 from mptk.ort.decoder import model_folder
 from mptk.progress import Progress, silent, within
-from mptk.proof.proof import proven_extras
+from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.report import Report
@@ -42,16 +44,18 @@ from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
+from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.pattern import Pattern
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
+from mptk.tasks.exporting import cut
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
-from passes.verify import Difference
+from passes.verify import Difference, prove
 
 __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
 
@@ -59,9 +63,10 @@ __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
 @checked
 @sources_forgotten()
 def export(
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path,
     *,
+    example_inputs: GivenInputs | None = None,
     plan: Plan | None = None,
     logits: LogitsScope = "all",
     quantize: Sequence[str] = (),
@@ -73,11 +78,14 @@ def export(
     """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
 
     A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
-    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
+    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder. The graph of a
+    module that is not a transformers model, as ``Pruned.model``, is compared with the module in ONNX Runtime; sizes
+    that its trace leaves open, as the number of samples, are open in the graph.
 
     Args:
         model: with real weights; of any float type.
         folder: made if missing.
+        example_inputs: as in ``prune``: only for a module that is not a transformers model, which needs them.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
         quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
         text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it each weight is rounded by
@@ -89,11 +97,14 @@ def export(
     Raises:
         MptkError: the model keeps a state that is not keys and values; torch.export or the exporter refuses it; there
             is no such scheme, objective or type; or quantised graphs are asked for and the model is not float32.
+        ProofError: ONNX Runtime computes something else than the module.
     """
     check_whole(plan)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
+    if not isinstance(model, PreTrainedModel):
+        return _export_module(model, Path(folder), example_inputs, plan, settings, metadata)
     form, program = form_of(model) or CAUSAL_LM.onnx, None
     assert form is not None
     if form is not CAUSAL_LM.onnx:
@@ -104,6 +115,29 @@ def export(
     dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
     form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
     return Path(folder)
+
+
+def _export_module(
+    module: nn.Module,
+    folder: Path,
+    example_inputs: GivenInputs | None,
+    plan: Plan | None,
+    settings: Settings,
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write a plain module as ONNX, and compare ONNX Runtime with it."""
+    source = source_of(module, trust=False, tokenizer=None, example_inputs=example_inputs)
+    loaded, task = source.load(Resident(0))
+    form = task.onnx
+    assert form is not None
+    form.check(loaded.model, settings)
+    program, samples = traced(loaded, task, EXECUTOR), task.example(loaded.model)
+    dense = Dense(loaded, settings, program, about=metadata)
+    form.export(dense, plan, samples, folder, Log())
+    program = cut(program, dense, plan, Log())
+    stages = form.stages(folder, (), EXECUTOR.device, settings).stages
+    check_proof(prove(program, stages, samples), "do not use the graph")
+    return folder
 
 
 @checked

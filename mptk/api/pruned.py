@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -29,7 +28,6 @@ from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.live import unwrapped
 from mptk.ir.passes import Log, PassRecord
-from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
 from mptk.proof.verification import plan_of
@@ -38,7 +36,8 @@ from mptk.protocols.report import Report
 from mptk.protocols.values import Context
 from mptk.publish.folder import publish
 from mptk.publish.manifest import MARKER, check_manifest
-from mptk.targets.graph import WEIGHTS, module_of
+from mptk.targets.archive import ARCHIVE, open_archive
+from mptk.targets.graph import read_weights
 
 Shown = Progress | Literal["auto"] | None
 """Where to show progress: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
@@ -78,17 +77,13 @@ class Pruned:
         ``forward`` (``ir/program.py``), in the module's own types; a transformers model becomes float32.
 
         Raises:
-            MptkError: a folder of the target ``graph`` was opened, which holds weights without a class.
+            MptkError: a file of the folder is damaged.
         """
         if (self._place / "config.json").is_file():
             trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self._place)
             with reporting(None):
                 return models.load(str(self._place), dtype=dtype, trust_remote_code=trust, local=True).model
-        if self.compiled is None:
-            raise MptkError(
-                f"{self._place} holds weights without a class; load them into the Pruned.model of the run that made it"
-            )
-        return module_of(self.compiled, Weights(load_file(self._place / WEIGHTS)))
+        return open_archive(self._place / ARCHIVE, read_weights(self._place)).module().eval()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -276,4 +271,4 @@ def _for_plain(settings: Settings) -> Settings:
         raise MptkError(
             "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
         )
-    return replace(settings, target="graph" if settings.target == "stock" else settings.target, onnx=False)
+    return replace(settings, target="graph" if settings.target == "stock" else settings.target)

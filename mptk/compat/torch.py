@@ -225,11 +225,14 @@ def uncached_operators() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+def quiet_exporter(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
+    """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing.
+
+    ``name``: of another logger; ``torch.export`` logs the traceback of what it also raises.
+    """
+    logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

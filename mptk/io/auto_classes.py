@@ -25,7 +25,8 @@ def loader(config: PreTrainedConfig) -> str:
     """Name of what in transformers loads a checkpoint with ``config``.
 
     It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
-    class itself: no auto class knows decoders such as ``MusicgenForCausalLM``.
+    class itself: no auto class knows decoders such as ``MusicgenForCausalLM``. A class with a head (``…For…``) comes
+    before ``AutoModel``, which would leave the head out.
 
     Raises:
         MptkError: transformers has no class for it.
@@ -34,9 +35,10 @@ def loader(config: PreTrainedConfig) -> str:
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     saved = set(config.architectures or ())
-    if taken:
-        return next((name for name in taken if fitting[name] & saved), taken[0])
     named = [found.__name__ for found in map(_class_named, sorted(saved)) if found and _takes(found, config)]
+    if taken:
+        heads = [name for name in named if "For" in name] if taken[0] == "AutoModel" else []
+        return next((name for name in taken if fitting[name] & saved), (heads or taken)[0])
     if not named:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
     return named[0]

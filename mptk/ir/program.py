@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
@@ -136,6 +136,16 @@ class Program:
         """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
         return copy.deepcopy(self.graph)
 
+    def with_graph(self, graph: fx.GraphModule) -> Program:
+        """The same weights with a changed graph of as many outputs, whose names the signature gets."""
+        specs = []
+        for spec, value in zip(
+            self.signature.output_specs, tree_leaves(graph.graph.output_node().args[0]), strict=True
+        ):
+            named = isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument)
+            specs.append(replace(spec, arg=TensorArgument(name=value.name)) if named else spec)
+        return replace(self, graph=graph, signature=replace(self.signature, output_specs=specs))
+
     def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
         saved = {
@@ -249,7 +259,9 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (_stateful(program.graph),)  # in a tuple, as a submodule would add its names to state_dict()
+        self._graph = (
+            picklable(stateful(program.graph)),
+        )  # in a tuple, as a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
@@ -313,7 +325,14 @@ class ProgramModule(nn.Module):
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
+def picklable(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same calls in a graph that can be pickled: torch.export's holds a tracer that no process can make again."""
+    made = fx.Graph()
+    made.output(made.graph_copy(graph.graph, {}))
+    return fx.GraphModule(graph, made)
+
+
+def stateful(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
     if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph

@@ -98,5 +98,9 @@ class OrtGraph:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that the graph does not have are ignored."""
+        return self.all(inputs)[0]
+
+    def all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Every output, in order."""
         feeds = {name: inputs[name].cpu().contiguous().numpy() for name in self.inputs}
-        return torch.from_numpy(self.session.run(None, feeds)[0])
+        return [torch.from_numpy(output) for output in self.session.run(None, feeds)]

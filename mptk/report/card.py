@@ -56,6 +56,7 @@ def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
         graphs=[file.relative_to(folder).as_posix() for file in graphs],
         sizes=body([sizes(report, folder, graphs)]),
         genai=(folder / GENAI_FILE).is_file(),
+        archive=(folder / "model.pt2").is_file(),
         **loading(compiled, folder),
     )
     write_text(folder / CARD, said)

@@ -1,4 +1,4 @@
-"""graph: the weights of the rewritten graph, for use from Python. Legal are all widths that the graph's ops accept."""
+"""graph: the rewritten graph and its weights, which plain torch opens. Legal are all widths that its ops accept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
+from mptk.targets.archive import ARCHIVE, open_archive, saved_names, write_archive
 from passes.transforms.retype import Retype, restored
-from passes.verify import HALF_TOLERANCE, Difference, difference, prove, widen
+from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, difference, prove, widen
 
 WEIGHTS = "model.safetensors"
 EXACT = 1e-6
@@ -28,7 +29,7 @@ OWN_WIDEST of the largest output."""
 
 
 class GraphTarget(Target):
-    """Weights under the dense model's names, without a config: they need not fit a stock class."""
+    """``model.pt2`` and weights under the dense model's names, without a config: they need not fit a stock class."""
 
     name = "graph"
     summary = "any widths that the graph's ops accept"
@@ -36,13 +37,16 @@ class GraphTarget(Target):
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         write_weights(folder / WEIGHTS, held(compiled))
+        write_archive(folder / ARCHIVE, own_types(compiled, compiled.program))
         return []
 
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        return Checks((stored_weights(read_weights(folder), held(compiled)),))
+        weights = read_weights(folder)
+        exact = stored_weights(weights, held(compiled))
+        return Checks((exact,), {ARCHIVE: (in_types_of(open_archive(folder / ARCHIVE, weights), compiled), TOLERANCE)})
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """The module in its own types. Its tolerance follows what these types do to the masked dense module."""
@@ -74,18 +78,25 @@ def read_weights(folder: Path) -> Weights:
     return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
 
 
+def in_types_of(program: Program, compiled: Compiled) -> Program:
+    """A program in the type in which the cut program computes, to compare them."""
+    types = compiled.program.types
+    return program if types is None else Retype(types.wide)(program).program
+
+
 def held(compiled: Compiled) -> Weights:
     """The cut weights in their stored types: the module's own, unless the settings name one."""
-    state, types = compiled.program.state, compiled.program.types
-    if types is None or compiled.prepared.settings.dtype != "auto":
-        return state.cast(compiled.prepared.dtype)
-    return restored(compiled.program).state
+    program, auto = compiled.program, compiled.prepared.settings.dtype == "auto"
+    state = (
+        restored(program).state if auto and program.types is not None else program.state.cast(compiled.prepared.dtype)
+    )
+    return state.selected({name: name for name in saved_names(program)})
 
 
 def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
     """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types."""
     program = own_types(compiled, compiled.program)
-    state = {name: stored[name].to(like.dtype) for name, like in program.state.likes.items()}
+    state = {name: stored[name].to(program.state.like(name).dtype) for name in saved_names(program)}
     return program.with_state(state).module().eval()
 
 

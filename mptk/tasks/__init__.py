@@ -17,13 +17,15 @@ from mptk.plugins import with_plugins
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
-from mptk.tasks.classifier import Classifier
+from mptk.tasks.classifier import CTC, SEGMENTATION, TOKENS, Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.numbers import DEPTH, SERIES
 from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
-TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), MaskedLM(), Classifier(), Encoder())}
+HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, DEPTH, SERIES)
+TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())}
 
 
 def tasks() -> dict[str, Task]:

@@ -1,65 +1,124 @@
-"""classifier: models that give one distribution over classes for each sample: images, sounds or texts.
+"""classifier: models that give distributions over classes, one for each sample or for each of its positions.
 
-No labels are needed. What counts is how far the classes move from the dense model's.
+No labels are needed. What counts is how far the classes move from the dense model's. One more task is one more
+``Classifier``: transformers' list of its classes, and the dimension of the logits that has the classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto as auto
 
 from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
+from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import ComparedTask, compared, known_to
+from mptk.tasks.exporting import features_apart
 from mptk.tasks.model_form import LOGITS, ModelForm
+from passes.verify import Difference
 
-CLASSIFIERS = (
-    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+Lists = Sequence[Mapping[str, str | Sequence[str]]]
+"""Lists of transformers: model type → name of a class, or several."""
 
 
+class PixelForm(ModelForm):
+    """Its logits have the classes in the second dimension."""
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return features_apart(scheme, pairs)
+
+
+OF_LOGITS = ModelForm(LOGITS)
+
+
+@dataclass(frozen=True)
 class Classifier(ComparedTask):
-    """ViT, ConvNeXt, ResNet, Swin, BertForSequenceClassification, Wav2Vec2ForSequenceClassification."""
+    """ViT, ConvNeXt, Swin, VideoMAE, BertForSequenceClassification, Wav2Vec2ForSequenceClassification.
 
-    name = "classification"
-    summary = "classifier"
-    onnx = ModelForm(LOGITS)
+    ``lists``: of its classes. ``gives``: what they give. ``dim``: the dimension of the classes in the logits. Any other
+    dimension after the first is of positions, over which figures are means. ``classes``: whether it is the last one.
+    """
+
+    name: str = "classification"
+    summary: str = "classifier"
+    lists: Lists = (
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+    gives: str = "one distribution over classes for each sample"
+    dim: int = -1
+    classes: bool = True
+    onnx: OnnxForm = OF_LOGITS
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(CLASSIFIERS, config, classes, "give one distribution over classes for each sample")
+        return known_to(self.lists, config, classes, f"give {self.gives}")
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """Sum of the KL divergences from the dense model's distribution (``targets``: its logits), in nats."""
+        """Sum of the KL divergences from the dense model's distributions (``targets``: its logits), in nats."""
         assert samples.targets is not None
-        return divergence(output, samples.targets)
+        return divergence(output, samples.targets, self.dim)
 
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the cross entropies with the dense model's likeliest classes: the divergence has no slope there."""
         assert samples.targets is not None
-        return F.cross_entropy(output.float(), samples.targets.argmax(-1), reduction="sum")
+        logits, reference = (rows(each, self.dim) for each in (output, samples.targets))
+        likeliest = reference.argmax(-1).flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        samples, figures = sets.evaluation, {"agreement": _agreed, "divergence": divergence}
+        samples = sets.evaluation
+        figures = {"agreement": partial(agreed, dim=self.dim), "divergence": partial(divergence, dim=self.dim)}
+        what = "samples" if self.name == Classifier.name else "samples' positions"
         protocol = (
-            f"{sets.source}: share of {len(samples)} samples that get the dense model's likeliest class; "
+            f"{sets.source}: share of {len(samples)} {what} that get the dense model's likeliest class; "
             "divergence: mean KL divergence from its distribution, in nats"
         )
         return compared(runs, samples.split(1), figures, progress, protocol)
 
 
-def _agreed(logits: Tensor, reference: Tensor) -> Tensor:
-    return (logits.argmax(-1) == reference.argmax(-1)).sum()
+TOKENS = Classifier(
+    "token-classification",
+    "classifier of tokens",
+    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),
+    "a distribution over classes for each token",
+)
+CTC = Classifier(
+    "ctc", "speech recogniser (CTC)", (auto.MODEL_FOR_CTC_MAPPING_NAMES,), "a distribution over letters for each frame"
+)
+SEGMENTATION = Classifier(
+    "semantic-segmentation",
+    "classifier of pixels",
+    (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,),
+    "a distribution over classes for each pixel",
+    dim=1,
+    classes=False,
+    onnx=PixelForm(LOGITS),
+)
 
 
-def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Σ KL(reference ‖ logits) over samples, in nats."""
-    expected, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return F.kl_div(found, expected, log_target=True, reduction="sum")
+def rows(logits: Tensor, dim: int) -> Tensor:
+    """Logits [samples, positions, classes]. ``dim``: where the classes are."""
+    last = logits.movedim(dim, -1)
+    return last[:, None] if last.ndim == 2 else last.flatten(1, -2)
+
+
+def agreed(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
+    """Sum over samples of the share of positions with the same likeliest class."""
+    return (rows(logits, dim).argmax(-1) == rows(reference, dim).argmax(-1)).float().mean(1).sum()
+
+
+def divergence(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
+    """Σ KL(reference ‖ logits) over samples, of the mean over positions, in nats."""
+    found, expected = (rows(each, dim).float().log_softmax(-1) for each in (logits, reference))
+    return F.kl_div(found, expected, log_target=True, reduction="sum") / found.shape[1]

@@ -40,16 +40,23 @@ GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Traced:
-    """A program and the names of its inputs, in order."""
+    """A program and the names of its inputs, in order. ``outputs``: of its outputs, if they are not the form's."""
 
     program: Program
     names: list[str]
+    outputs: tuple[str, ...] = ()
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that it does not have are ignored."""
         found = next(executor.outputs([self.program], [[inputs[name] for name in self.names]]))
         output: Tensor = found[0] if isinstance(found, tuple | list) else found
         return output
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """How many dimensions each input has."""
+        values = {node.name: node.meta["val"] for node in self.program.placeholders()}
+        return {name: values[node].ndim for name, node in zip(self.names, self.program.user_inputs, strict=True)}
 
     def check_sizes(self) -> None:
         """Raise MptkError if the program runs on one number of samples or tokens only."""

@@ -48,13 +48,14 @@ LOGITS, FEATURES = "logits", "last_hidden_state"
 AXES = {
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "sequence_length"),
+    "past_values": ("batch_size", "sequence_length", "num_channels"),
 }
 """Optimum's names of the axes; other inputs have the axes of tokens."""
 
 
 @dataclass(frozen=True)
 class ModelForm(OnnxForm):
-    """``model.onnx`` with one output, ``logits`` or ``last_hidden_state``."""
+    """``model.onnx`` with one output, ``logits``, ``last_hidden_state`` or another."""
 
     output: str
 
@@ -71,7 +72,9 @@ class ModelForm(OnnxForm):
         file = emit_onnx(
             program,
             folder,
-            Interface({name: self.axes(name) for name in traced.names}, (self.output,)),
+            Interface(
+                {name: self.axes(name, rank) for name, rank in traced.ranks.items()}, traced.outputs or (self.output,)
+            ),
             objective="prefill",
             half=settings.onnx_dtype == HALF,
             metadata=about(dense, plan) | padding,
@@ -91,9 +94,10 @@ class ModelForm(OnnxForm):
         samples = Samples(longer(example)) if samples is None else samples.shortened(*PROOF_SHAPE)
         return traced_as(dense, Flat, example, samples, unpadded)
 
-    def axes(self, name: str) -> Axes:
+    def axes(self, name: str, rank: int) -> Axes:
         """The names of an input's axes."""
-        return AXES.get(name, TOKEN_AXES)
+        known = AXES.get(name, TOKEN_AXES)
+        return known if len(known) == rank else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         graph = OrtGraph(folder / ONNX_FILE, device)

@@ -6,7 +6,7 @@ Example inputs, and samples like them, may be in a safetensors file: a tensor fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets
+from mptk.protocols.values import Checks, SampleSets
 from mptk.tasks.base import compared
 from mptk.tasks.encoder import distances, errors, projection
-from mptk.tasks.exporting import Traced
+from mptk.tasks.exporting import Traced, stages_of
 from mptk.tasks.inputs.base import ordered
-from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.model_form import AXES, ModelForm, unpadded
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
-from passes.targets.onnx.emit import TOKEN_AXES, Axes
+from passes.targets.onnx.emit import Axes
+from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 
 Outputs = Tensor | Sequence[Tensor]
@@ -205,7 +207,10 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class ModuleForm(ModelForm):
-    """``model.onnx`` with one output. ``inputs``: examples, by the names that the graph's inputs get."""
+    """``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several.
+
+    ``inputs``: examples, by the names that the graph's inputs get.
+    """
 
     inputs: Mapping[str, Tensor]
 
@@ -214,14 +219,31 @@ class ModuleForm(ModelForm):
             raise MptkError(f"{blocks[0]} is only for models that read tokens, not for --inputs; use fp16")
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-        if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):
-            raise MptkError("the module has several outputs; export the folder with torch.onnx")
-        assert dense.program is not None
-        traced = Traced(dense.program, list(self.inputs))
-        traced.check_sizes()
-        return traced, {}
+        program = dense.program
+        assert program is not None
+        if program.keeps_state:
+            raise MptkError(
+                "the module changes its buffers, which a graph would forget after each call; leave out ONNX"
+            )
+        (results,) = program.graph.graph.output_node().args
+        count = len(results) if isinstance(results, tuple | list) else 1
+        return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
 
-    def axes(self, name: str) -> Axes:
-        known = AXES.get(name, TOKEN_AXES if name == IDS else ())
-        count = self.inputs[name].ndim
-        return known if len(known) == count else ("batch_size", *(f"{name}_{i}" for i in range(1, count)))
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(folder / ONNX_FILE, device)
+        found = stages_of(graph, graph, unpadded)
+        if len(graph.session.get_outputs()) == 1:
+            return found
+        stages = {
+            name: (lambda samples: graph.all(samples.inputs), tolerance)
+            for name, (_, tolerance) in found.stages.items()
+        }
+        return replace(found, stages=stages)
+
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+        graph = OrtGraph(file, device)
+        return lambda samples: joined(graph.all(samples.inputs))
+
+    def axes(self, name: str, rank: int) -> Axes:
+        known = name in AXES or name == IDS
+        return super().axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))

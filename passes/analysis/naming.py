@@ -14,7 +14,8 @@ def name_family(group: Group, layers: int) -> tuple[str, str]:
     """A name and a description of the family of ``group``, which has ``layers`` groups.
 
     1. If the axis has a role, it is used by attention, a mixture of experts or an embedding.
-    2. If weights of one layer make the axis and sum over it, it is the feed-forward width.
+    2. If weights of one layer make the axis and sum over it, it is the feed-forward width, or the width between
+       convolutions if one of them does either.
     3. Otherwise it is just channels.
     """
     roles = group.axis.roles
@@ -29,7 +30,7 @@ def name_family(group: Group, layers: int) -> tuple[str, str]:
     if "embedding" in roles:
         return "hidden", "residual width"
     if _is_feed_forward(group, layers):
-        return "ffn", "feed-forward channels"
+        return ("conv", "channels between convolutions") if "convolution" in roles else ("ffn", "feed-forward channels")
     return "channels", "channels"
 
 

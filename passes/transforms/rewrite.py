@@ -57,7 +57,7 @@ class Rewrite(Pass):
             if any(map(self.cut.touches, dims))
         }
         state = program.state.changed(cut, moves=True)
-        result = replace(program, graph=resizer.graph, state=state)
+        result = replace(program.with_graph(resizer.graph), state=state)
         propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
         sliced = sum(like.shape != state.like(name).shape for name, like in program.state.likes.items())
         return PassResult(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +50,51 @@ def layer(m: Maker, x: Tensor, *, kind: str) -> Tensor:
     return m.layer(kinds[kind])(y[..., None] if kind == "ChannelShuffle" else y).reshape(y.shape).transpose(1, 2)
 
 
-@step("mixtures", kind=("GRU", "LSTM", "GRUCell", "Bilinear"))
-def recurrent(m: Maker, x: Tensor, *, kind: str) -> Tensor:
-    """Layers whose units carry a state, and products of two inputs."""
+@step("mixtures")
+def bilinear_layer(m: Maker, x: Tensor) -> Tensor:
+    """Products of two inputs."""
     n = x.shape[-1]
-    if kind == "Bilinear":
-        return m.layer(lambda: nn.Bilinear(n, n, 6))(x, x)
-    if kind == "GRUCell":
-        return m.layer(lambda: nn.GRUCell(n, 6))(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return m.layer(lambda: getattr(nn, kind)(n, 6, batch_first=True))(x)[0]
+    return m.layer(lambda: nn.Bilinear(n, n, 6))(x, x)
+
+
+@step(
+    "recurrent",
+    kind=("GRU", "LSTM", "RNN", "relu", "projected"),
+    layers=(1, 1, 2),
+    both=(False, True),
+    bias=(True, True, False),
+    start=("zeros", "made"),
+    taken=("steps", "steps", "state", "both"),
+)
+def recurrent(m: Maker, x: Tensor, *, kind: str, layers: int, both: bool, bias: bool, start: str, taken: str) -> Tensor:
+    """Layers whose units carry a state over the steps. ``start``: the first state; ``taken``: what is used of them."""
+    name = {"relu": "RNN", "projected": "LSTM"}.get(kind, kind)
+    more = {"relu": {"nonlinearity": "relu"}, "projected": {"proj_size": 4}}.get(kind, {})
+    options = {"num_layers": layers, "bidirectional": both, "bias": bias, "batch_first": True, **more}
+    layer = m.layer(lambda: getattr(nn, name)(x.shape[-1], 6, **options))
+    count = layers * (2 if both else 1)
+    first: Any = None
+    if start == "made":
+        first = torch.stack([m.linear(x.mean(1), 4 if kind == "projected" else 6)] * count)
+        if name == "LSTM":
+            first = (first, torch.stack([m.linear(x.amax(1), 6)] * count))
+    steps, last = layer(x, first)
+    state = last[1] if name == "LSTM" and kind != "projected" else last[0] if name == "LSTM" else last
+    if taken == "steps":
+        return steps
+    if taken == "state":
+        return state[-1][:, None].expand(-1, x.shape[1], -1)
+    return steps + m.linear(state.mean(0), steps.shape[-1])[:, None]
+
+
+@step("recurrent", kind=("GRU", "LSTM", "RNN"), bias=(True, False), steps=(1, 3))
+def cell(m: Maker, x: Tensor, *, kind: str, bias: bool, steps: int) -> Tensor:
+    """Steps of a recurrent cell that Python writes out."""
+    layer = m.layer(lambda: getattr(nn, f"{kind}Cell")(x.shape[-1], 6, bias=bias))
+    state: Any = None
+    for t in range(steps):
+        state = layer(x[:, t], state)
+    return x + m.linear(state[0] if kind == "LSTM" else state, x.shape[-1])[:, None]
 
 
 class Table(nn.Module):

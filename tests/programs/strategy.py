@@ -38,9 +38,13 @@ def _step(choose: Choose) -> Step:
     return Step(kind.name, inputs, {name: choose(values) for name, values in kind.options.items()})
 
 
-def seeded(seed: int) -> Program:
-    """The program of a seed."""
-    return describe(random.Random(seed).choice)
+def seeded(seed: int, family: str = "") -> Program:
+    """The program of a seed; with a ``family``, the first one that it draws with a step of that family."""
+    choose = random.Random(seed).choice
+    while True:
+        program = describe(choose)
+        if not family or any(CATALOGUE[step.kind].family == family for step in program.steps):
+            return program
 
 
 @st.composite

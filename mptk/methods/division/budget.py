@@ -145,10 +145,7 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
     """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
     s = prepared.settings
     if not names and not s.widths:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-        remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
-        why = why or ("none was found" if s.only_layers is None else f"--layers {s.layers} removes no blocks")
-        raise MptkError(f"no family can be cut for target {s.target} ({why}); {remedy}")
+        raise _nothing(prepared, legal)
     for name in [*names, *s.keep, *s.widths]:
         if name in s.keep:
             continue
@@ -164,6 +161,19 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
                 f"{name} can only be cut together with {others} for target {s.target}; "
                 f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
             )
+
+
+def _nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
+    """The error if no family can be cut: why, and what to do."""
+    s, families = prepared.settings, prepared.analysis.families
+    remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
+    alone = [f.name for f in families if len(legal.ladders[f.name]) == 1 < len(legalize.aligned(f, Alignment(1)))]
+    if not why and s.only_layers is not None:
+        why = f"--layers {s.layers} removes no blocks"
+    elif not why and alone:
+        why, remedy = f"no narrower width of {', '.join(alone[:3])} is aligned", "give a smaller --align, as --align 1"
+    return MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
 
 
 def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[Candidate]) -> None:

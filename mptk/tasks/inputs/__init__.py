@@ -1,4 +1,4 @@
-"""inputs: what models read: token ids, images or sound, one file a kind. transformers says which a class reads."""
+"""inputs: what models read: token ids, images, videos, sound, series; one file a kind. transformers says which."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from mptk.errors import MptkError
 from mptk.tasks.inputs.audio import Audio
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images
+from mptk.tasks.inputs.series import Series
 from mptk.tasks.inputs.text import TextWindows
+from mptk.tasks.inputs.videos import Videos, frames_of
 
 INPUT_KINDS: dict[str, Inputs] = {
     "input_ids": TextWindows(),
     "pixel_values": Images(),
     "input_features": Audio("input_features"),
     "input_values": Audio("input_values"),
+    "past_values": Series(),
 }
+
+VIDEOS = Videos()
 
 
 def inputs_of(model: nn.Module) -> Inputs:
@@ -27,7 +32,7 @@ def inputs_of(model: nn.Module) -> Inputs:
         main = next((name for name in INPUT_KINDS if name in signature(model.forward).parameters), main)
     if main not in INPUT_KINDS:
         raise MptkError(f"{type(model).__name__} reads {main}, which mptk cannot make; give --inputs (docs/kinds.md)")
-    return INPUT_KINDS[main]
+    return VIDEOS if main == "pixel_values" and frames_of(model) else INPUT_KINDS[main]
 
 
 __all__ = ["INPUT_KINDS", "Inputs", "inputs_of"]

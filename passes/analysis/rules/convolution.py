@@ -49,6 +49,8 @@ def conv(
     out = (*x.dims[:channel], weight.dims[0], *_space(ctx, node, x, channel + 1))
     _kernel(ctx, node, weight, bias, weight.dims[0])
     ctx.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
+    if weight.dims[1].size > 1:
+        _name_channels(ctx, weight)
     return Result(out, Counted(g))
 
 
@@ -65,7 +67,15 @@ def conv_transpose(
     _kernel(ctx, node, weight, bias, channels)
     out = (*x.dims[:channel], channels, *_space(ctx, node, x, channel + 1))
     ctx.contract(node, x, channel, weight, 0, out)
+    _name_channels(ctx, weight)
     return Result(out, Counted(g))
+
+
+def _name_channels(ctx: RuleContext, weight: Value) -> None:
+    """Tell channels of a convolution from those of a linear layer, which one of width 1 over a sequence is."""
+    if weight.ndim > 3 or weight.dims[2].size > 1:
+        for d in weight.dims[:2]:
+            ctx.role(d, "convolution")
 
 
 def _kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:

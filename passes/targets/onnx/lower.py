@@ -17,11 +17,10 @@ enough:
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -99,11 +98,7 @@ def relinked(program: Program, module: fx.GraphModule) -> Program:
     """``program`` with the graph ``module``: dead calls removed, and the signature's output names updated."""
     module.graph.eliminate_dead_code()
     module.recompile()
-    signature = copy.deepcopy(program.signature)
-    outputs = cast("Sequence[fx.Node]", module.graph.output_node().args[0])
-    for spec, node in zip(signature.output_specs, outputs, strict=True):
-        spec.arg.name = node.name
-    return replace(program, graph=module, signature=signature)
+    return program.with_graph(module)
 
 
 def to_exporter(program: Program) -> ExportedProgram:

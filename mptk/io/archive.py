@@ -1,0 +1,176 @@
+"""archive: read a torch.export archive of unknown origin such that nothing in it can run.
+
+``torch.export.load`` unpickles, evaluates expressions and compiles names as Python. So it gets an archive that is made
+anew of the parts that are data, each checked: plain tensors, names that are words, arithmetic, and operators.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from mptk.compat.torch import quiet_exporter
+from mptk.conform import brief
+from mptk.errors import first_line
+from mptk.files import json_text
+from mptk.io.untrusted import MOST_JSON, damaged
+from mptk.reading import Damaged, json_of, read_bytes
+
+MOST = 1 << 31
+"""Bytes of the largest archive: it holds a graph and constants, and no weights."""
+EXTRA = "program.json"
+MODEL, EXAMPLE_INPUTS = "models/model.json", "data/sample_inputs/model.pt"
+CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+RAW = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+|data/(weights/weight|constants/tensor)_\d+")
+WORD = re.compile(r"[\w.]*")
+OPERATOR = re.compile(
+    r"torch\.ops\.(?!aten\.from_file)\w+\.\w+\.\w+|_operator\.\w+|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+"
+    r"|math\.(trunc|ceil|floor)"
+)
+NUMBER_OR_SYMBOL = re.compile(r"[a-z]+\d+|-?\d+(\.\d+)?(e-?\d+)?")
+FUNCTIONS = {
+    *("Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv"),
+    *("CeilDiv", "CleanDiv", "IntTrueDiv", "FloatTrueDiv", "PowByNatural", "FloatPow", "ToFloat", "TruncToInt"),
+    *("TruncToFloat", "CeilToInt", "FloorToInt", "RoundToInt", "Identity", "ModularIndexing", "Where", "floor"),
+    *("ceiling", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And"),
+    *("Or", "Not"),
+}
+"""What ``sympy.srepr`` of a size, or of a condition on sizes, consists of."""
+HIGHEST_POWER = 8
+NESTED = {"builtins.tuple", "builtins.list", "builtins.dict", None}
+LONGEST_EXPRESSION = 10_000
+"""Letters of the longest expression."""
+
+
+def read_archive(file: Path) -> tuple[ExportedProgram, str]:
+    """The program of an archive, and the text that mptk put beside it.
+
+    Raises:
+        MptkError: the file is missing, no such archive, or holds what could run code: a pickle, Python, other calls
+            than of operators.
+    """
+    said, extra = damaged(file), {EXTRA: ""}
+    archive = _checked(io.BytesIO(read_bytes(file, said, MOST)), said)
+    try:
+        with quiet_exporter("torch.export"):
+            program = torch.export.load(archive, extra_files=extra)
+    except Exception as error:  # torch's reader has no base class of errors
+        raise said(f"torch.export cannot load it ({first_line(error)})") from error
+    return program, extra[EXTRA]
+
+
+def _checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
+    """The archive made anew of its checked parts."""
+    found = io.BytesIO()
+    try:
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(found, "w") as new:
+            for info in old.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise said(f"{info.filename[:80]} is compressed")
+                name = info.filename.partition("/")[2]
+                new.writestr(f"model/{name}", _part(name, old.read(info), said))
+    except zipfile.BadZipFile as error:
+        raise said(first_line(error)) from error
+    found.seek(0)
+    return found
+
+
+def _part(name: str, content: bytes, said: Damaged) -> bytes | str:
+    """What the new archive holds under ``name``."""
+    if RAW.fullmatch(name):
+        return content
+    if name == EXAMPLE_INPUTS:
+        return b""
+    if name not in (MODEL, f"extra/{EXTRA}", *CONFIGS):
+        raise said(f"it holds {name[:80]}, which mptk never writes")
+    if len(content) > MOST_JSON:
+        raise said(f"{name} has {len(content) >> 20} MB")
+    text = content.decode("utf-8", "replace")
+    if name == f"extra/{EXTRA}":
+        return text
+    values = json_of(text, said)
+    if not isinstance(values, dict):
+        raise said(f"{name} is not an object")
+    if name == MODEL:
+        values["guards_code"] = []  # Python
+    _check(values, "", said)
+    return json_text(values)
+
+
+def _check(value: object, key: str, said: Damaged) -> None:
+    """Raise ``said`` for text under ``key`` that torch could run."""
+    if isinstance(value, dict):
+        if wrong := next((name for name in value if not WORD.fullmatch(name) or name == "as_custom_obj"), None):
+            raise said(f"{brief(repr(wrong))} is not a name")
+        if value.get("use_pickle"):
+            raise said("it holds a pickle, which can run code")
+        for name, each in value.items():
+            _check(each, name, said)
+    elif isinstance(value, list):
+        for each in value:
+            _check(each, key, said)
+    elif isinstance(value, str) and not ALLOWED.get(key, WORD.fullmatch)(value):
+        raise said(f"{key} is {brief(repr(value))}, which mptk never writes")
+
+
+def arithmetic(text: str) -> bool:
+    """Whether an expression, as ``sympy.srepr`` writes it, is of symbols, numbers and functions of sizes."""
+    try:
+        return len(text) < LONGEST_EXPRESSION and _is_arithmetic(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _is_arithmetic(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub) and _is_arithmetic(node.operand)
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int | float) or (
+            isinstance(node.value, str) and NUMBER_OR_SYMBOL.fullmatch(node.value) is not None
+        )
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
+        return False
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    if "Pow" in node.func.id and not (len(given) == 2 and _is_small(given[1])):
+        return False
+    return all(map(_is_arithmetic, given))
+
+
+def _is_small(power: ast.expr) -> bool:
+    """Whether a power is a number that is computed at once."""
+    numbers = [node.value for node in ast.walk(power) if isinstance(node, ast.Constant)]
+    return len(numbers) == 1 and numbers[0] in range(HIGHEST_POWER + 1)
+
+
+def _nested(text: str) -> bool:
+    """Whether the nesting of inputs or outputs is of tuples, lists and dicts."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    types = re.findall(r'"type": *("[^"]*"|null)', text)
+    return isinstance(values, list) and all(json.loads(each) in NESTED for each in types)
+
+
+FLOATS = {"Infinity", "-Infinity", "NaN"}
+ALLOWED: dict[str, Callable[[str], object]] = {
+    "as_string": lambda _: True,
+    "as_strings": lambda _: True,
+    "as_float": FLOATS.__contains__,
+    "as_floats": FLOATS.__contains__,
+    "expr_str": arithmetic,
+    "target": OPERATOR.fullmatch,
+    "as_operator": OPERATOR.fullmatch,
+    "torch_version": re.compile(r"[\w.+]*").fullmatch,
+    "in_spec": _nested,
+    "out_spec": _nested,
+}
+"""Key → whether its text is data. Other text must be a word."""

@@ -1,0 +1,163 @@
+"""archive: a cut program as ``model.pt2``, which plain torch opens without mptk and without the model's class.
+
+It is a ``torch.export`` archive of the graph and its constants. The weights are only in ``model.safetensors``: in the
+place of each the archive has one NaN, so ``load_state_dict(…, assign=True)`` must give them. What a graph does not
+say of its program (names of inputs, tied names, conditions on sizes) is in it as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+
+from mptk.compat.torch import build_exported, quiet_exporter
+from mptk.conform import brief, made
+from mptk.errors import MptkError, first_line
+from mptk.files import json_text
+from mptk.io.archive import EXTRA, arithmetic, read_archive
+from mptk.io.untrusted import damaged
+from mptk.ir.limits import Condition, Limits
+from mptk.ir.program import Program, stateful
+from mptk.ir.weights import Weights
+from mptk.reading import Damaged, json_of
+from passes.frontend.trace import own_state
+
+ARCHIVE = "model.pt2"
+SIZE_FUNCTIONS = {"FloorDiv": lambda a, b: sympy.floor(a / b), "PythonMod": sympy.Mod}
+"""torch's functions of sizes that sympy has under other names."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a graph does not say of its program, as JSON. Fields as of ``Program`` and ``Limits``."""
+
+    inputs: list[str]
+    aliases: dict[str, str]
+    frozen: list[str]
+    conditions: list[tuple[str, str]]
+    lines: list[tuple[str, int, str]]
+    several: list[str]
+    note: str
+
+
+def saved_names(program: Program) -> list[str]:
+    """The names in ``state`` of parameters and persistent buffers. The others are constants of the graph."""
+    kinds = ((spec.kind, spec.persistent, program.weights.get(spec.arg.name)) for spec in program.signature.input_specs)
+    saved = {name for kind, kept, name in kinds if kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and kept)}
+    return [name for name in program.state if name in saved]
+
+
+def write_archive(file: Path, program: Program) -> None:
+    """Write a program's graph and constants.
+
+    Raises:
+        MptkError: torch cannot write one of its calls.
+    """
+    graph, signature = _untied(program)
+    kinds = {spec.target: spec.kind for spec in signature.input_specs}
+    saved = saved_names(program)
+    state = {name: _blank(program.state.like(name)) for name in saved}
+    for name in saved:
+        if kinds[name] is InputKind.PARAMETER:
+            state[name] = nn.Parameter(state[name], requires_grad=name not in program.frozen)
+    constants = {name: program.state[name].contiguous() for name in program.state if name not in state}
+    for node in graph.graph.nodes:
+        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no paths of this machine
+    found = build_exported(program.exported, graph, signature, state=state, constants=constants, example_inputs=None)
+    try:
+        with quiet_exporter("torch.export"):
+            torch.export.save(found, file, extra_files={EXTRA: json_text(asdict(_beside(program)))})
+    except Exception as error:  # torch's writer has no base class of errors
+        raise MptkError(
+            f"torch.export cannot write the graph ({first_line(error)}); open it in this process"
+        ) from error
+
+
+def _beside(program: Program) -> Beside:
+    limits = program.limits
+    return Beside(
+        list(program.inputs),
+        dict(program.aliases),
+        sorted(program.frozen),
+        [(sympy.srepr(condition.holds), condition.line) for condition in limits.conditions],
+        [(name, dim, line) for (name, dim), line in limits.lines.items()],
+        sorted(limits.several),
+        limits.note,
+    )
+
+
+def _untied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
+    """The graph with one input for each weight, and no copies of state."""
+    graph, gone = stateful(program.copy_graph()), set[str]()
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "placeholder" and node.name in program.weights:
+            own = first.setdefault(program.weights[node.name], node)
+            if own is not node:
+                node.replace_all_uses_with(own)
+                graph.graph.erase_node(node)
+                gone.add(node.name)
+    graph.recompile()
+    specs = [_named(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
+    return graph, replace(program.signature, input_specs=specs)
+
+
+def _named(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
+    return replace(spec, target=weights.get(spec.arg.name, spec.target))
+
+
+def _blank(like: Tensor) -> Tensor:
+    """A tensor that takes the memory of one number: NaN, so that nobody takes it for a weight."""
+    value = float("nan") if like.is_floating_point() or like.is_complex() else 0
+    return torch.full((1,), value, dtype=like.dtype).as_strided(like.shape, [0] * like.ndim)
+
+
+def open_archive(file: Path, weights: Weights) -> Program:
+    """The program of an archive with ``weights``, each cast to its type in the graph.
+
+    Raises:
+        MptkError: the archive is missing or damaged, holds what could run code, or its weights are others.
+    """
+    exported, text = read_archive(file)
+    said = damaged(file)
+    try:
+        beside = made(Beside, json_of(text, said))
+    except ValueError as error:
+        raise said(str(error)) from error
+    graph, signature = exported.graph_module, exported.graph_signature
+    likes = exported.state_dict
+    for name, like in likes.items():
+        if name not in weights or weights.like(name).shape != like.shape:
+            raise said(f"{name} is missing beside it, or of another shape")
+    kept = weights.selected({name: name for name in likes})
+    state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
+    own_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
+    graph.recompile()
+    return Program(
+        graph,
+        signature,
+        state.updated(exported.constants),
+        beside.aliases,
+        exported,
+        tuple(beside.inputs),
+        _limits(beside, said),
+        frozenset(beside.frozen),
+    )
+
+
+def _limits(beside: Beside, said: Damaged) -> Limits:
+    if wrong := next((holds for holds, _ in beside.conditions if not arithmetic(holds)), None):
+        raise said(f"{brief(wrong)} is not a condition on sizes")
+    return Limits(
+        tuple(Condition(sympy.sympify(holds, locals=SIZE_FUNCTIONS), line) for holds, line in beside.conditions),
+        {(name, dim): line for name, dim, line in beside.lines},
+        frozenset(beside.several),
+        beside.note,
+    )

@@ -44,7 +44,7 @@ from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.pattern import Pattern
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
-from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
+from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
@@ -97,7 +97,7 @@ def export(
     if form is not CAUSAL_LM.onnx:
         if model.dtype is not torch.float32:
             raise MptkError(f"the graphs of a {type(model).__name__} need a float32 model; call model.float()")
-        program = trace(model, example_of(model), dynamic=True)
+        program = trace(model, dynamic=True)
     form.check(model, settings)
     dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
     form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())

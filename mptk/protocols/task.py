@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
-from passes.frontend.trace import uncached
+from passes.frontend.trace import Flat, OpenSizes, uncached
 
 
 class Task(Protocol):
@@ -50,6 +50,14 @@ class Task(Protocol):
     def example(self, model: nn.Module) -> Samples:
         """A few small samples to trace the model with. The model may have no weights."""
         ...
+
+    def wrapped(self, model: nn.Module, names: Sequence[str]) -> Flat:
+        """The model as it is traced: with the inputs ``names``, giving the output that the loss takes."""
+        return Flat(model, names)
+
+    def open_sizes(self, example: Samples) -> OpenSizes:
+        """The sizes of ``example`` that a trace leaves open, if the class allows it."""
+        return True
 
     def only_length(self, program: Program) -> int | None:
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""

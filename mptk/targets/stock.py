@@ -123,8 +123,8 @@ class StockTarget(Target):
             example, length = task.example(reloaded.model), task.only_length(compiled.prepared.analysis.program)
             if length is not None:
                 example = example.of_length(length)
-            dynamic = True if length is None else (0,)
-            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
+            sizes = task.open_sizes(example) if length is None else (0,)
+            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=sizes, wrap=task.wrapped))
         return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})
 
 

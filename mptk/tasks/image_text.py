@@ -1,0 +1,98 @@
+"""image_text: models that write text after images and text: LLaVA, Qwen2-VL, SmolVLM, Gemma 3.
+
+Vision tower, projector and language model are one program, so units of all are scored by the loss of the text. The class
+may compute parts of a tower that it then leaves unused (LLaVA takes the features of the last layer but one). The program
+keeps them, since the checkpoint holds their weights, and these get the widths of the other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mptk.config.settings import IN_MEMORY
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import IGNORED, Samples, is_tokens, next_tokens
+from mptk.progress import Progress
+from mptk.protocols.values import SampleSets
+from mptk.tasks.base import TokenTask, known_to
+from mptk.tasks.causal_lm import wrong_kind
+from mptk.tasks.inputs import Inputs
+from mptk.tasks.inputs.image_text import FILLED, IDS, PIXELS, ImagesWithText, image_token
+from passes.frontend.trace import Flat
+
+
+class WithUnused(Flat):
+    """A model whose logits depend, times zero, on features of the vision tower that the class leaves unused."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(self.names, inputs, strict=True))
+        output = self.module(**named, **self.keywords, return_dict=True)
+        features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
+        logits: Tensor = output.logits
+        return logits if features is None else logits + 0.0 * features.sum()
+
+
+class ImageText(TokenTask):
+    """A causal language model that reads images; the loss is of the text."""
+
+    name = "image-text-to-text"
+    summary = "vision-language model"
+    sequences = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        if getattr(config, "is_encoder_decoder", False):
+            return f"{type(config).__name__} has an encoder and a decoder"
+        if not all(hasattr(c, "get_image_features") for c in classes):
+            return f"{min(c.__name__ for c in classes)} has no get_image_features"
+        return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
+
+    def wrapped(self, model: nn.Module, names: Sequence[str]) -> Flat:
+        return WithUnused(model, names)
+
+    def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
+        """Batch and text length. Images have one size: with others, their number of tokens would differ."""
+        return {name: (0, 1) if is_tokens(x) else (0,) for name, x in example.inputs.items()}
+
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+        samples = self.example(loaded.model)
+        ids = samples.inputs[IDS]
+        changed = ids.clone()
+        changed[:, -1] += 1
+        found, other = (run(Samples({**samples.inputs, IDS: each})) for each in (ids, changed))
+        name = type(loaded.model).__name__
+        if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
+        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
+
+    def kind(self, model: nn.Module) -> Inputs:
+        return ImagesWithText()
+
+    def example(self, model: nn.Module) -> Samples:
+        return Samples(self.kind(model).example(model))
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """Each text token is to be predicted, but those that fill up a short text."""
+        given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
+        targets = next_tokens(given[IDS]).targets
+        assert targets is not None
+        targets = targets.masked_fill(targets == image_token(loaded.model), IGNORED)
+        if FILLED in inputs:
+            ends = inputs[FILLED][:, None] - 1
+            targets = targets.masked_fill(torch.arange(targets.shape[1]) >= ends, IGNORED)
+        return Samples(given, targets)
+
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        samples = sets.evaluation
+        protocol = (
+            f"{sets.source}: perplexity of the text of {len(samples)} samples, each with an image "
+            f"({' x '.join(map(str, samples.inputs[PIXELS].shape[1:]))}), {self.predicted(samples):,} tokens predicted"
+        )
+        return self.perplexities(runs, samples, progress, "perplexity", protocol)

@@ -92,14 +92,21 @@ ROLES: tuple[tuple[str, str], ...] = (
 MULTIPLIER, LEAST_MULTIPLIER = "coefficient|depth_multiplier", 0.25
 # Sizes that a model may need although its configuration class defaults them to None.
 FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads", "vocab", "token")
-# Values for fields of other types, by field name: the smallest network timm has, and a language of the default list.
-NAMED = {"architecture": "test_resnet", "default_language": "en_XX"}
+# Values for fields of other types, by field name: the smallest network timm has, a language of the default list, and
+# the sizes to which an image is cut into parts.
+NAMED = {
+    "architecture": "test_resnet",
+    "default_language": "en_XX",
+    "image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]],
+}
 # The same for fields that default to None and that the model needs: a clipping bound.
 NAMED_FILLED = {"clip_qkv": 4.0}
 # The last resort: fields of one model type, each with the reason why no rule can find them.
 MODEL_HINTS: dict[str, dict[str, Any]] = {
     # LSH attention hashes with fresh random rotations at each call: the output is no function of the input.
     "reformer": {"attn_layers": ["local", "local"]},
+    # The default width of its images' features is of another size of text model than the default text model.
+    "qwen2_vl_vision": {"hidden_size": POOLS["hidden"][0]},
     # Read from the config with a default beyond a toy vocabulary, but no field of its class.
     "shieldgemma2": {"yes_token_index": 21, "no_token_index": 22},
     # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.
@@ -114,7 +121,7 @@ class Recipe:
     mha: as many key-value heads as heads; tied: heads x head size = hidden; related: widths keep their ratio to the
     hidden sizes; relations: sums and products of head sizes hold as in the default; derived: per-layer lists are left
     to the config class; filled: sizes that default to None get a value; twice: each kind of layer twice; wide: 12
-    heads, that more numbers divide.
+    heads, that more numbers divide; alike: 6 heads everywhere, for head sizes that 4 divides (rotation on two axes).
     """
 
     mha: bool = False
@@ -125,6 +132,7 @@ class Recipe:
     filled: bool = False
     twice: bool = False
     wide: bool = False
+    alike: bool = False
 
 
 def recipes() -> Iterator[Recipe]:
@@ -203,7 +211,24 @@ class _Shrinker:
                 if i in self.overrides
             }
         hints = MODEL_HINTS.get(self.default.model_type, {})
-        return type(self.default)(**{**self._related(self.values, out), **hints})
+        out = self._related(self.values, out)
+        return type(self.default)(**{**out, **self._sections(out), **hints})
+
+    def _sections(self, out: dict[str, Any]) -> dict[str, Any]:
+        """Rotary pairs by axis (time, height, width), for a class that has them: half a head, in thirds."""
+        if (
+            "mrope_section" not in self._source()
+            or "rope_parameters" not in self.fields
+            or "vision" in self.default.model_type
+        ):
+            return {}
+        heads = next((v for n, v in out.items() if role(n) == "heads" and _is_int(v)), None)
+        hidden = next((v for n, v in out.items() if role(n) == "hidden" and _is_int(v)), None)
+        if not heads or not hidden:
+            return {}
+        half = (out.get("head_dim") or hidden // heads) // 2
+        rope = {**(self.values["rope_parameters"] or {"rope_type": "default", "rope_theta": 10000.0})}
+        return {"rope_parameters": {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}}
 
     def _reads_head_dim(self) -> bool:
         """Whether the modelling code reads a head size that is no field of the config class."""
@@ -359,6 +384,8 @@ class _Shrinker:
                     return hidden.setdefault(value, new // down[0]) if kind == "hidden" else new // down[0]
         if kind in ("width", "rank") and value <= 16:
             return value
+        if kind == "heads" and self.recipe.alike:
+            return POOLS["heads"][0]
         sizes = self.sizes.setdefault(kind, {})
         if value not in sizes:
             pool = POOLS[kind][1:] if kind == "heads" and self.recipe.wide else POOLS[kind]

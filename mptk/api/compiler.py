@@ -54,7 +54,8 @@ def trace(
         return passes.frontend.trace.trace(module, example_inputs, dynamic=dynamic)
     example = task.example(module)
     sizes = task.open_sizes(example) if dynamic else False
-    return passes.frontend.trace.trace(module, example.inputs, dynamic=sizes, wrap=task.wrapped)
+    wrap = task.wrapped(module, example)
+    return passes.frontend.trace.trace(module, example.inputs, dynamic=sizes, wrap=wrap)
 
 
 @checked

@@ -19,9 +19,11 @@ from torch._functorch.predispatch import _add_batch_dim as vmap_opens
 from torch._functorch.predispatch import _remove_batch_dim as vmap_closes
 from torch._guards import SLoc
 from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph_module import _loader
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,6 +44,7 @@ __all__ = [
     "schema",
     "size_expression",
     "size_hint",
+    "small_constants",
     "sources_forgotten",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
@@ -222,6 +225,26 @@ def uncached_operators() -> Iterator[None]:
 
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
+
+
+SMALL = 4096
+"""Most numbers of a constant that ``small_constants`` computes with."""
+
+
+@contextlib.contextmanager
+def small_constants() -> Iterator[None]:
+    """Within it, a trace computes with the numbers of constants of up to ``SMALL`` elements, as with single ones.
+
+    So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
+    """
+    before = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
+    for module, _ in before:
+        setattr(module, "CONSTANT_NUMEL_LIMIT", SMALL)  # noqa: B010 (mypy: torch declares it final)
+    try:
+        yield
+    finally:
+        for module, limit in before:
+            setattr(module, "CONSTANT_NUMEL_LIMIT", limit)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def traced(
             finite, or all zero.
     """
     example = task.example(loaded.model)
+    example = example if like is None else task.like(example, like)
     if not isinstance(loaded.model, PreTrainedModel):
         program = _plain(loaded, example)
     else:
@@ -190,7 +191,8 @@ def same_sizes(samples: Samples, others: Samples) -> bool:
 
 
 def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> Program:
-    found = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic, wrap=task.wrapped)
+    wrap = task.wrapped(loaded.model, example)
+    found = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)
     return loaded.with_weights(found)
 
 

@@ -51,9 +51,13 @@ class Task(Protocol):
         """A few small samples to trace the model with. The model may have no weights."""
         ...
 
-    def wrapped(self, model: nn.Module, names: Sequence[str]) -> Flat:
-        """The model as it is traced: with the inputs ``names``, giving the output that the loss takes."""
-        return Flat(model, names)
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
+        return Flat
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        """An example to trace with for a program that will run on ``samples``."""
+        return example
 
     def open_sizes(self, example: Samples) -> OpenSizes:
         """The sizes of ``example`` that a trace leaves open, if the class allows it."""

@@ -124,7 +124,8 @@ class StockTarget(Target):
             if length is not None:
                 example = example.of_length(length)
             sizes = task.open_sizes(example) if length is None else (0,)
-            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=sizes, wrap=task.wrapped))
+            wrap = task.wrapped(reloaded.model, example)
+            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=sizes, wrap=wrap))
         return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})
 
 

@@ -1,42 +1,73 @@
 """image_text: models that write text after images and text: LLaVA, Qwen2-VL, SmolVLM, Gemma 3.
 
-Vision tower, projector and language model are one program, so units of all are scored by the loss of the text. The class
-may compute parts of a tower that it then leaves unused (LLaVA takes the features of the last layer but one). The program
-keeps them, since the checkpoint holds their weights, and these get the widths of the other layers.
+Vision tower, projector and language model are one program, so units of all are scored by the loss of the text. The
+class may compute parts of a tower that it then leaves unused (LLaVA takes the features of the last layer but one). The
+program keeps them, since the checkpoint holds their weights, and these get the widths of the other layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mptk.compat.torch import small_constants
 from mptk.config.settings import IN_MEMORY
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
-from mptk.ir.samples import IGNORED, Samples, is_tokens, next_tokens
+from mptk.ir.samples import IGNORED, Samples, next_tokens
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.image_text import FILLED, IDS, PIXELS, ImagesWithText, image_token
-from passes.frontend.trace import Flat
+from mptk.tasks.inputs.base import EXAMPLES
+from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, sizes_of
+from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token
+from passes.frontend.trace import Flat, uncached
 
 
-class WithUnused(Flat):
-    """A model whose logits depend, times zero, on features of the vision tower that the class leaves unused."""
+class Pictured(Flat):
+    """A model called with images in samples, whose logits depend, times zero, on features that the class leaves unused.
+
+    ``sizes``: those of the images, which a trace holds as numbers: how many patches there are depends on them.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], sizes: Mapping[str, list[list[int]]]) -> None:
+        super().__init__(module, names)
+        self.sizes = dict(sizes)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self.names, inputs, strict=True))
-        output = self.module(**named, **self.keywords, return_dict=True)
+        named = arguments(dict(zip(self.names, inputs, strict=True)))
+        with small_constants(), NoBlankImages(named[PIXELS]):
+            held = {name: torch.tensor(sizes) for name, sizes in self.sizes.items()}
+            output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
         return logits if features is None else logits + 0.0 * features.sum()
+
+
+class NoBlankImages(TorchFunctionMode):
+    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        super().__init__()
+        self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
+            return torch.tensor([True] * self.count)
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
+            mask = args[1]
+            if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
+                return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class ImageText(TokenTask):
@@ -53,12 +84,23 @@ class ImageText(TokenTask):
             return f"{min(c.__name__ for c in classes)} has no get_image_features"
         return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
 
-    def wrapped(self, model: nn.Module, names: Sequence[str]) -> Flat:
-        return WithUnused(model, names)
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        return partial(Pictured, sizes=sizes_of(example.inputs))
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
-        """Batch and text length. Images have one size: with others, their number of tokens would differ."""
-        return {name: (0, 1) if is_tokens(x) else (0,) for name, x in example.inputs.items()}
+        """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
+        batch = () if example.inputs.keys() & SIZES else (0,)
+        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TYPES, (1,))}
+        return {name: (*batch, *length.get(name, ())) for name in example.inputs}
+
+    def output(self, module: nn.Module, samples: Samples) -> Tensor:
+        logits: Tensor = module(**arguments(samples.inputs), **uncached(module))[0]
+        return logits
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        """Images of the size of the data's: the trace holds it."""
+        few = Samples(samples.inputs)
+        return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
         samples = self.example(loaded.model)

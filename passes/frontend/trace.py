@@ -137,9 +137,12 @@ def trace(
         example_inputs = (example_inputs,)
     names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
     given = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    sizes: bool | tuple[int, ...] | dict[str, object]
     if isinstance(dynamic, Mapping):
-        dynamic = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
-    found = replace(export_program(wrap(copied(module), names), given, dynamic=dynamic), source=wrap(module, names))
+        sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
+    else:
+        sizes = dynamic
+    found = replace(export_program(wrap(copied(module), names), given, dynamic=sizes), source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
     arguments = names or argument_names(module)[: len(given)]

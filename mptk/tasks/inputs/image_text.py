@@ -1,13 +1,13 @@
 """image_text: text with an image in it. The class says how many tokens an image becomes, its processor where they are.
 
-All samples have as many tokens: the image's, and ``length`` of text. A shorter text is filled with its own tokens, which
-no loss counts.
+All samples have as many tokens: the image's, and ``length`` of text. A shorter text is filled with its own tokens,
+which no loss counts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,21 @@ from mptk.io.data import SELF, check_ids, check_positions, positions_of
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
 from mptk.progress import Count
-from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named, preprocessor
+from mptk.tasks.inputs.base import Inputs, Named, preprocessor
 from mptk.tasks.inputs.chats import Chat, read_chats
-from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE, open_image
-from mptk.tasks.inputs.text import TextWindows, example_ids
-from passes.frontend.trace import evaluating, fake_weights
+from mptk.tasks.inputs.image_forms import (
+    GRIDS,
+    IDS,
+    PIXELS,
+    POSITIONS,
+    TYPES,
+    image_inputs,
+    image_tokens,
+    positions,
+)
+from mptk.tasks.inputs.images import open_image
+from mptk.tasks.inputs.text import TextWindows, example_ids, vocabulary
 
-IDS, PIXELS = "input_ids", "pixel_values"
-TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Names of the input that is 1 at an image's tokens and 0 elsewhere."""
 START = 1
 """Tokens of text before the image, if no processor says where it is."""
 FILLED = "text_tokens"
@@ -89,7 +95,7 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise MptkError(f"the processor does not take {chat.where}: {first_line(error)}; check its images") from error
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in (*found, POSITIONS, *TYPES)]:
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
@@ -99,19 +105,21 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
     filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
-    inputs = {name: found[name] for name in names if name not in (IDS, *TYPES)}
-    return {IDS: filled, **inputs, **_types(names, filled == token), FILLED: torch.tensor([own])}
+    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS, *TYPES)}
+    if GRIDS in inputs:
+        inputs[PIXELS] = inputs[PIXELS][None]
+    return {**_placed(model, {IDS: filled, **inputs}, filled == token), FILLED: torch.tensor([own])}
 
 
-def with_images(model: nn.Module, text: Tensor, generator: torch.Generator) -> Named:
+def with_images(model: Any, text: Tensor, generator: torch.Generator) -> Named:
     """Text, int64 [samples, length], with an image of normal noise in each sample."""
-    inputs = {name: _resampled(x, len(text), generator) for name, x in image_inputs(model).items()}
-    token = image_token(model)
-    count = image_tokens(model, {name: x[:EXAMPLES] for name, x in image_inputs(model).items()})
-    text = torch.where(text == token, (token + 1) % token if token else 1, text)
+    example, token = image_inputs(model), image_token(model)
+    count = image_tokens(model, example)
+    text = torch.where(text == token, (token + 1) % vocabulary(model), text)
     marks = torch.full((len(text), count), token)
     ids = torch.cat([text[:, :START], marks, text[:, START : room(model, count, text.shape[1])]], 1)
-    return {IDS: ids, **inputs, **_types(inspect.signature(model.forward).parameters, ids == token)}
+    inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
+    return _placed(model, {IDS: ids, **inputs}, ids == token)
 
 
 def image_token(model: nn.Module) -> int:
@@ -123,54 +131,22 @@ def image_token(model: nn.Module) -> int:
     raise MptkError(f"{type(config).__name__} names no token for images; give --inputs (docs/kinds.md)")
 
 
-def image_inputs(model: nn.Module) -> Named:
-    """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
-
-    Raises:
-        MptkError: it takes none of the usual forms.
-    """
-    reasons = []
-    for inputs in _forms(model):
-        try:
-            image_tokens(model, inputs)
-            return inputs
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reasons.append(first_line(error))
-    raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
-
-
-def _forms(model: nn.Module) -> Iterator[Named]:
-    """Images of the config's size in the usual forms: [samples, C, H, W]; [samples, images, C, H, W]."""
-    vision = getattr(model.config, "vision_config", model.config)
-    size = getattr(vision, "image_size", None) or IMAGE_SIZE
-    channels = getattr(vision, "num_channels", None) or IMAGE_CHANNELS
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    pixels = torch.randn(EXAMPLES, channels, height, width, generator=torch.Generator().manual_seed(0))
-    yield {PIXELS: pixels}
-    yield {PIXELS: pixels[:, None]}
-
-
-@torch.no_grad()
-def image_tokens(model: Any, inputs: Named) -> int:
-    """The tokens that the image of each sample becomes, by the shape of its features."""
-    names, given = list(inputs), tuple(inputs.values())
-    with evaluating(model), fake_weights(model, given) as given:
-        found = model.get_image_features(**dict(zip(names, given, strict=True)), return_dict=True)
-    features = getattr(found, "pooler_output", found)
-    each = [features] if isinstance(features, Tensor) else list(features)
-    samples = len(next(iter(inputs.values())))
-    return sum(x.numel() for x in each) // each[0].shape[-1] // samples
-
-
 def _resampled(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Noise for ``count`` samples in the shape of an example; sizes stay."""
+    if not example.is_floating_point():
+        return example[:1].repeat(count, *[1] * (example.ndim - 1))
     return torch.randn((count, *example.shape[1:]), generator=generator)
 
 
-def _types(names: Any, images: Tensor) -> Named:
-    return {name: images.long() for name in TYPES if name in names}
+def _placed(model: nn.Module, inputs: Named, images: Tensor) -> Named:
+    """The inputs with what the class is told of the places of the images: positions, or types of tokens."""
+    if found := positions(model, inputs, images):
+        return {**inputs, **found}
+    names = inspect.signature(model.forward).parameters
+    return {**inputs, **{name: images.long() for name in TYPES if name in names}}
 
 
-def room(model: nn.Module, images: int, length: int) -> int:
+def room(model: Any, images: int, length: int) -> int:
     """``length``, or the positions beside ``images`` tokens if these are fewer. Raises MptkError if there are none."""
     positions = positions_of(model.config)
     check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")

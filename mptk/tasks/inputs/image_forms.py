@@ -1,0 +1,127 @@
+"""image_forms: the forms in which classes read images, how many tokens an image becomes, and the sizes a trace holds.
+
+A sample holds its image in the first dimension of each input. Classes that pack the patches of all images into one
+sequence get them flattened when they are called (``arguments``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError, first_line
+from mptk.tasks.inputs.base import EXAMPLES, Named
+from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
+from passes.frontend.trace import evaluating, fake_weights
+
+IDS, PIXELS, POSITIONS = "input_ids", "pixel_values", "position_ids"
+GRIDS, IMAGE_SIZES = SIZES = ("image_grid_thw", "image_sizes")
+"""Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names of the input that is 1 at an image's tokens and 0 elsewhere."""
+BLOCKS = 2
+"""Height and width of a packed example image, in patches that become one token."""
+
+
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inputs of samples as the class takes them: packed patches in one sequence, axes of positions first."""
+    found: dict[str, Any] = dict(inputs)
+    if GRIDS in found:
+        found[PIXELS] = found[PIXELS].flatten(0, 1)
+    if POSITIONS in found:
+        found[POSITIONS] = found[POSITIONS].transpose(0, 1)
+    return found
+
+
+def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
+    """The sizes of images among the inputs, as numbers."""
+    return {name: inputs[name].tolist() for name in SIZES if name in inputs}
+
+
+def image_inputs(model: Any) -> Named:
+    """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
+
+    Raises:
+        MptkError: it takes none of the usual forms.
+    """
+    reasons = []
+    for inputs in _forms(model):
+        try:
+            image_tokens(model, inputs)
+            return inputs
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            reasons.append(first_line(error))
+    raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
+
+
+def _forms(model: Any) -> Iterator[Named]:
+    """Images of the config's size in the usual forms."""
+    vision = getattr(model.config, "vision_config", model.config)
+    names = inspect.signature(model.forward).parameters
+    channels = _first(vision, "num_channels", "in_channels", "in_chans") or IMAGE_CHANNELS
+    generator = torch.Generator().manual_seed(0)
+    if GRIDS in names:
+        yield from _packed(vision, channels, generator)
+        return
+    size = getattr(vision, "image_size", None) or IMAGE_SIZE
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    pixels = torch.randn(EXAMPLES, channels, height, width, generator=generator)
+    sizes = torch.tensor([[height, width]] * EXAMPLES)
+    if IMAGE_SIZES in names and getattr(model.config, "image_grid_pinpoints", None):
+        parts = sys.modules[type(model).__module__].image_size_to_num_patches(
+            (height, width), model.config.image_grid_pinpoints, vision.image_size
+        )
+        yield {PIXELS: pixels[:, None].repeat(1, parts, 1, 1, 1), IMAGE_SIZES: sizes}
+    if IMAGE_SIZES in names:
+        yield {PIXELS: pixels, IMAGE_SIZES: sizes}
+    yield {PIXELS: pixels}
+    yield {PIXELS: pixels[:, None]}
+
+
+def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[Named]:
+    """Patches of a square image: [samples, patches, numbers], or [samples, patches, C, height, width]."""
+    patch = _first(vision, "patch_size", "spatial_patch_size")
+    patch = patch[-1] if isinstance(patch, Sequence) else patch
+    merged = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
+    side = BLOCKS * (merged if isinstance(merged, int) else merged[0])
+    frames = getattr(vision, "temporal_patch_size", None) or 1
+    grids = torch.tensor([[1, side, side]] * EXAMPLES)
+    pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
+    yield {PIXELS: pixels.flatten(2), GRIDS: grids}
+    yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+@torch.no_grad()
+def image_tokens(model: Any, inputs: Named) -> int:
+    """The tokens that the image of each sample becomes, by the shape of its features."""
+    named = arguments(inputs)
+    held = {name: value for name, value in named.items() if name in SIZES}
+    names = [name for name in named if name not in held]
+    with evaluating(model), fake_weights(model, tuple(named[name] for name in names)) as given:
+        found = model.get_image_features(**dict(zip(names, given, strict=True)), **held, return_dict=True)
+    features = getattr(found, "pooler_output", found)
+    each = [features] if isinstance(features, Tensor) else list(features)
+    return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
+
+
+def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:
+    """The positions on several axes that the class gives tokens of an image, [samples, axes, length], if it does.
+
+    ``images``: bool [samples, length], where the tokens of images are.
+    """
+    base = getattr(model, "model", model)
+    if not hasattr(base, "get_rope_index"):
+        return {}
+    known = {**inputs, "mm_token_type_ids": images.int()}
+    wanted = inspect.signature(base.get_rope_index).parameters
+    found, _ = base.get_rope_index(**{name: value for name, value in known.items() if name in wanted})
+    return {POSITIONS: found.transpose(0, 1).contiguous()}

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mptk.compat.torch import small_constants
 from mptk.config.settings import IN_MEMORY
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
@@ -28,7 +26,7 @@ from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES
-from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, sizes_of
+from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, known, sizes_of
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token
 from passes.frontend.trace import Flat, uncached
 
@@ -45,29 +43,11 @@ class Pictured(Flat):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         named = arguments(dict(zip(self.names, inputs, strict=True)))
-        with small_constants(), NoBlankImages(named[PIXELS]):
-            held = {name: torch.tensor(sizes) for name, sizes in self.sizes.items()}
+        with known(named[PIXELS], self.sizes) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
         return logits if features is None else logits + 0.0 * features.sum()
-
-
-class NoBlankImages(TorchFunctionMode):
-    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        super().__init__()
-        self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
-            return torch.tensor([True] * self.count)
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
-            mask = args[1]
-            if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
-                return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class ImageText(TokenTask):

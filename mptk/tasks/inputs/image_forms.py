@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from mptk.compat.torch import small_constants
 from mptk.errors import MptkError, first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
@@ -43,6 +46,30 @@ def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
     return {name: inputs[name].tolist() for name in SIZES if name in inputs}
 
 
+@contextmanager
+def known(pixels: Tensor, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
+    """Within it, a trace computes with the ``sizes`` of images, which it is given as constants, and none is blank."""
+    with small_constants(), NoBlankImages(pixels):
+        yield {name: torch.tensor(numbers) for name, numbers in sizes.items()}
+
+
+class NoBlankImages(TorchFunctionMode):
+    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        super().__init__()
+        self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
+            return torch.tensor([True] * self.count)
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
+            mask = args[1]
+            if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def image_inputs(model: Any) -> Named:
     """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
 
@@ -54,7 +81,7 @@ def image_inputs(model: Any) -> Named:
         try:
             image_tokens(model, inputs)
             return inputs
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             reasons.append(first_line(error))
     raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
 
@@ -104,10 +131,12 @@ def _first(config: Any, *names: str) -> Any:
 def image_tokens(model: Any, inputs: Named) -> int:
     """The tokens that the image of each sample becomes, by the shape of its features."""
     named = arguments(inputs)
-    held = {name: value for name, value in named.items() if name in SIZES}
-    names = [name for name in named if name not in held]
-    with evaluating(model), fake_weights(model, tuple(named[name] for name in names)) as given:
-        found = model.get_image_features(**dict(zip(names, given, strict=True)), **held, return_dict=True)
+    with (
+        evaluating(model),
+        fake_weights(model, (named[PIXELS],)) as (pixels,),
+        known(pixels, sizes_of(inputs)) as held,
+    ):
+        found = model.get_image_features(pixel_values=pixels, **held, return_dict=True)
     features = getattr(found, "pooler_output", found)
     each = [features] if isinstance(features, Tensor) else list(features)
     return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])

@@ -63,6 +63,10 @@ class Task(Protocol):
         """The sizes of ``example`` that a trace leaves open, if the class allows it."""
         return True
 
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+        """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
+        return {}
+
     def only_length(self, program: Program) -> int | None:
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""
         return program.length if self.sequences else None

@@ -82,6 +82,19 @@ class ImageText(TokenTask):
         few = Samples(samples.inputs)
         return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
 
+    def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
+        """Vision tower and language model as transformers finds them; what else has parameters is the projector."""
+        names = {module: name for name, module in model.named_modules()}
+        tower, decoder = names[model.get_encoder(modality="image")], names[model.get_decoder()]
+        base = names[model.base_model]
+        children = (
+            f"{base}.{name}"
+            for name, child in model.base_model.named_children()
+            if any(True for _ in child.parameters())
+        )
+        others = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
+        return {"vision_tower": [tower], "projector": others, "language_model": [decoder]}
+
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
         samples = self.example(loaded.model)
         ids = samples.inputs[IDS]

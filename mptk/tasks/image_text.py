@@ -27,7 +27,7 @@ from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES
 from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, known, sizes_of
-from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token
+from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others
 from passes.frontend.trace import Flat, uncached
 
 
@@ -99,7 +99,7 @@ class ImageText(TokenTask):
         samples = self.example(loaded.model)
         ids = samples.inputs[IDS]
         changed = ids.clone()
-        changed[:, -1] += 1
+        changed[:, -1] = others(loaded.model, ids[:, -1])
         found, other = (run(Samples({**samples.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:

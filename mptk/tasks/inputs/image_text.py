@@ -28,6 +28,7 @@ from mptk.tasks.inputs.image_forms import (
     IDS,
     PIXELS,
     POSITIONS,
+    SIZES,
     TYPES,
     image_inputs,
     image_tokens,
@@ -84,6 +85,7 @@ class ImagesWithText(Inputs):
             )
         found = {name: torch.cat([one[name] for one in made]) for name in made[0]}
         check_ids(loaded.model, found[IDS])
+        _check_marks(loaded, {name: tensor[:1] for name, tensor in found.items()})
         return found
 
 
@@ -115,11 +117,29 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator) -> Named:
     """Text, int64 [samples, length], with an image of normal noise in each sample."""
     example, token = image_inputs(model), image_token(model)
     count = image_tokens(model, example)
-    text = torch.where(text == token, (token + 1) % vocabulary(model), text)
+    text = torch.where(text == token, others(model, text), text)
     marks = torch.full((len(text), count), token)
     ids = torch.cat([text[:, :START], marks, text[:, START : room(model, count, text.shape[1])]], 1)
     inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
     return _placed(model, {IDS: ids, **inputs}, ids == token)
+
+
+def _check_marks(loaded: Loaded, sample: Named) -> None:
+    """Raise MptkError unless the processor leaves as many places for an image as the class fills."""
+    marks = int((sample[IDS] == image_token(loaded.model)).sum())
+    features = image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *SIZES)})
+    if marks != features:
+        raise MptkError(
+            f"the processor of {loaded.source} leaves {marks} tokens for its images, and the class has {features} "
+            "features for them; correct processor_config.json (patch_size, vision_feature_select_strategy, …)"
+        )
+
+
+def others(model: Any, ids: Tensor) -> Tensor:
+    """For each token another one, which does not stand for an image."""
+    size, token = vocabulary(model), image_token(model)
+    following = (ids + 1) % size
+    return torch.where(following == token, (ids + 2) % size, following)
 
 
 def image_token(model: nn.Module) -> int:

@@ -16,11 +16,14 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+
+from benchmarks.tiny_recipe import Recipe, recipes, several_axes
+
+__all__ = ["Recipe", "recipes", "tiny_config"]
 
 VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
 IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 128, 4
@@ -61,7 +64,7 @@ ROLES: tuple[tuple[str, str], ...] = (
         r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size",
     ),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
-    ("image_tokens", r"tokens_per_image|image_seq_length"),
+    ("image_tokens", r"tokens_per_image|image_seq_length|resampler_n_latents"),
     ("rate", r"compress_rate"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
     ("codebook", r"codebook_size"),
@@ -112,35 +115,6 @@ MODEL_HINTS: dict[str, dict[str, Any]] = {
     # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.
     "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention"], "num_hidden_layers": 2},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The liberties given up, for a model that refuses them.
-
-    mha: as many key-value heads as heads; tied: heads x head size = hidden; related: widths keep their ratio to the
-    hidden sizes; relations: sums and products of head sizes hold as in the default; derived: per-layer lists are left
-    to the config class; filled: sizes that default to None get a value; twice: each kind of layer twice; wide: 12
-    heads, that more numbers divide; alike: 6 heads everywhere, for head sizes that 4 divides (rotation on two axes).
-    """
-
-    mha: bool = False
-    tied: bool = False
-    related: bool = False
-    relations: bool = False
-    derived: bool = False
-    filled: bool = False
-    twice: bool = False
-    wide: bool = False
-    alike: bool = False
-
-
-def recipes() -> Iterator[Recipe]:
-    """All recipes that give up at most three liberties, fewest first."""
-    names = [f.name for f in dataclasses.fields(Recipe)]
-    for count in range(4):
-        for chosen in itertools.combinations(names, count):
-            yield Recipe(**dict.fromkeys(chosen, True))
 
 
 def role(name: str) -> str:
@@ -212,23 +186,18 @@ class _Shrinker:
             }
         hints = MODEL_HINTS.get(self.default.model_type, {})
         out = self._related(self.values, out)
-        return type(self.default)(**{**out, **self._sections(out), **hints})
+        return type(self.default)(**{**out, **self._rope(out), **hints})
 
-    def _sections(self, out: dict[str, Any]) -> dict[str, Any]:
-        """Rotary pairs by axis (time, height, width), for a class that has them: half a head, in thirds."""
-        if (
-            "mrope_section" not in self._source()
-            or "rope_parameters" not in self.fields
-            or "vision" in self.default.model_type
-        ):
+    def _rope(self, out: dict[str, Any]) -> dict[str, Any]:
+        """Rotary settings of a text model that rotates on several axes."""
+        known = "rope_parameters" in self.fields and "vision" not in self.default.model_type
+        if not known or "mrope_section" not in self._source():
             return {}
-        heads = next((v for n, v in out.items() if role(n) == "heads" and _is_int(v)), None)
-        hidden = next((v for n, v in out.items() if role(n) == "hidden" and _is_int(v)), None)
-        if not heads or not hidden:
+        sizes = {kind: n for n, kind in ((n, role(n)) for n in out) if kind in ("heads", "hidden") and _is_int(out[n])}
+        if len(sizes) < 2:
             return {}
-        half = (out.get("head_dim") or hidden // heads) // 2
-        rope = {**(self.values["rope_parameters"] or {"rope_type": "default", "rope_theta": 10000.0})}
-        return {"rope_parameters": {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}}
+        head = out.get("head_dim") or out[sizes["hidden"]] // out[sizes["heads"]]
+        return {"rope_parameters": several_axes(self.values["rope_parameters"], head)}
 
     def _reads_head_dim(self) -> bool:
         """Whether the modelling code reads a head size that is no field of the config class."""
@@ -325,7 +294,9 @@ class _Shrinker:
         if not _is_ints(value):
             return None
         if kind == "image":
-            return [min(v, STAGED_IMAGE) for v in value]
+            return [min(v, STAGED_IMAGE if self.staged else IMAGE) for v in value]
+        if kind == "patch" and not self.staged:
+            return [min(v, CAPS["patch"]) for v in value]
         if kind == "layers":
             return [min(v, 3 if self.recipe.twice else 2) for v in value]
         if kind not in ("hidden", "width", "ffn"):
@@ -353,6 +324,8 @@ class _Shrinker:
             return value
         if kind == "window" and self.staged:
             return 2
+        if kind == "window" and "vision" in self.default.model_type:
+            return WINDOW * CAPS["patch"]  # of pixels
         if kind in CAPS:
             return min(value, CAPS[kind])
         if kind == "layers":

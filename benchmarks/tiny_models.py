@@ -121,6 +121,8 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         raise CannotBuild("config", _line(error)) from error
     config = _config_for(model_class, config)
     config.use_cache = False
+    if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):  # some defaults are of another text model
+        config.vision_config.out_hidden_size = config.get_text_config().hidden_size
     if mapping == "image-classification":
         config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":

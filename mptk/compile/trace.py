@@ -190,6 +190,11 @@ def same_sizes(samples: Samples, others: Samples) -> bool:
     return first == second
 
 
+def traced_as_example(loaded: Loaded, task: Task, example: Samples) -> Program:
+    """The model's program for inputs like ``example``, with its weights."""
+    return _trace(loaded, task, example, task.open_sizes(example))
+
+
 def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> Program:
     wrap = task.wrapped(loaded.model, example)
     found = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)

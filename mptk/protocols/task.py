@@ -63,6 +63,10 @@ class Task(Protocol):
         """The sizes of ``example`` that a trace leaves open, if the class allows it."""
         return True
 
+    def further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
+        """Inputs of other kinds that the class takes, made of ``samples``, by the stage of the proof on them."""
+        return {}
+
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
         return {}

@@ -26,8 +26,9 @@ from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES
-from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, known, sizes_of
-from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others
+from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, known, other_size, sizes_of
+from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
+from mptk.tasks.inputs.text import TEXT_LENGTH
 from passes.frontend.trace import Flat, uncached
 
 
@@ -43,7 +44,7 @@ class Pictured(Flat):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         named = arguments(dict(zip(self.names, inputs, strict=True)))
-        with known(named[PIXELS], self.sizes) as held:
+        with known(named.get(PIXELS), self.sizes) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
@@ -81,6 +82,16 @@ class ImageText(TokenTask):
         """Images of the size of the data's: the trace holds it."""
         few = Samples(samples.inputs)
         return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
+
+    def further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
+        """The text without images, and with images of another size if the class takes several."""
+        ids = samples.inputs[IDS]
+        text = torch.where(ids == image_token(model), others(model, ids), ids)
+        cases = {"reloaded without images": Samples({IDS: text})}
+        if (resized := other_size(model)) is not None:
+            found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1), resized)
+            cases["reloaded with images of another size"] = Samples(found)
+        return cases
 
     def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
         """Vision tower and language model as transformers finds them; what else has parameters is the projector."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
 
 
 @contextmanager
-def known(pixels: Tensor, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
+def known(pixels: Tensor | None, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
     """Within it, a trace computes with the ``sizes`` of images, which it is given as constants, and none is blank."""
-    with small_constants(), NoBlankImages(pixels):
+    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels):
         yield {name: torch.tensor(numbers) for name, numbers in sizes.items()}
 
 
@@ -78,12 +78,19 @@ def image_inputs(model: Any) -> Named:
     """
     reasons = []
     for inputs in _forms(model):
-        try:
-            image_tokens(model, inputs)
+        if not (reason := _refusal(model, inputs)):
             return inputs
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            reasons.append(first_line(error))
+        reasons.append(reason)
     raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
+
+
+def _refusal(model: Any, inputs: Named) -> str:
+    """Why the class does not take these images; empty if it does."""
+    try:
+        image_tokens(model, inputs)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return first_line(error) or type(error).__name__
+    return ""
 
 
 def _forms(model: Any) -> Iterator[Named]:
@@ -125,6 +132,25 @@ def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[
 
 def _first(config: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def other_size(model: Any) -> Named | None:
+    """Images of another width than ``image_inputs`` makes; None if the class takes only one size."""
+    inputs, generator = image_inputs(model), torch.Generator().manual_seed(1)
+    pixels = inputs[PIXELS]
+    if GRIDS in inputs:
+        frames, height, width = inputs[GRIDS][0].tolist()
+        wider = width + width // BLOCKS
+        found = {
+            PIXELS: torch.randn(EXAMPLES, height * wider, *pixels.shape[2:], generator=generator),
+            GRIDS: torch.tensor([[frames, height, wider]] * EXAMPLES),
+        }
+    elif IMAGE_SIZES in inputs and pixels.ndim == 4:
+        height, width = inputs[IMAGE_SIZES][0].tolist()
+        found = {PIXELS: pixels[..., : width // 2], IMAGE_SIZES: torch.tensor([[height, width // 2]] * EXAMPLES)}
+    else:
+        return None
+    return None if _refusal(model, found) else found
 
 
 @torch.no_grad()

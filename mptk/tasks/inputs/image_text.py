@@ -113,9 +113,9 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
     return {**_placed(model, {IDS: filled, **inputs}, filled == token), FILLED: torch.tensor([own])}
 
 
-def with_images(model: Any, text: Tensor, generator: torch.Generator) -> Named:
-    """Text, int64 [samples, length], with an image of normal noise in each sample."""
-    example, token = image_inputs(model), image_token(model)
+def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
+    """Text, int64 [samples, length], with an image of normal noise in each sample. ``example``: one of its size."""
+    example, token = image_inputs(model) if example is None else example, image_token(model)
     count = image_tokens(model, example)
     text = torch.where(text == token, others(model, text), text)
     marks = torch.full((len(text), count), token)

@@ -41,6 +41,7 @@ __all__ = [
     "located",
     "origin",
     "quiet_exporter",
+    "quiet_fakes",
     "schema",
     "size_expression",
     "size_hint",
@@ -250,12 +251,22 @@ def small_constants() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    with _level("torch.onnx._internal.exporter._registration", logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quiet_fakes() -> contextlib.AbstractContextManager[None]:
+    """Silence fake tensors, which log the traceback of each operator that refuses its shapes."""
+    return _level(fake_tensor.__name__, logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _level(name: str, wanted: int) -> Iterator[None]:
+    logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(wanted)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logger.setLevel(level)

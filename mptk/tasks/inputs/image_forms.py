@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mptk.compat.torch import small_constants
+from mptk.compat.torch import quiet_fakes, small_constants
 from mptk.errors import MptkError, first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
@@ -26,7 +26,7 @@ IDS, PIXELS, POSITIONS = "input_ids", "pixel_values", "position_ids"
 GRIDS, IMAGE_SIZES = SIZES = ("image_grid_thw", "image_sizes")
 """Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
 TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Names of the input that is 1 at an image's tokens and 0 elsewhere."""
+"""Names of the input that tells an image's tokens, which may see each other, from text."""
 BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
@@ -87,7 +87,8 @@ def image_inputs(model: Any) -> Named:
 def _refusal(model: Any, inputs: Named) -> str:
     """Why the class does not take these images; empty if it does."""
     try:
-        image_tokens(model, inputs)
+        with quiet_fakes():
+            image_tokens(model, inputs)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return first_line(error) or type(error).__name__
     return ""
@@ -166,6 +167,11 @@ def image_tokens(model: Any, inputs: Named) -> int:
     features = getattr(found, "pooler_output", found)
     each = [features] if isinstance(features, Tensor) else list(features)
     return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
+
+
+def images_are_ones(model: Any) -> bool:
+    """Whether types of tokens are 1 at images, as in Gemma 3. In PaliGemma they are 0, and 1 at the text after it."""
+    return "token_type_ids == 0" not in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:

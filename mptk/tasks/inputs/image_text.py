@@ -32,6 +32,7 @@ from mptk.tasks.inputs.image_forms import (
     TYPES,
     image_inputs,
     image_tokens,
+    images_are_ones,
     positions,
 )
 from mptk.tasks.inputs.images import open_image
@@ -163,7 +164,8 @@ def _placed(model: nn.Module, inputs: Named, images: Tensor) -> Named:
     if found := positions(model, inputs, images):
         return {**inputs, **found}
     names = inspect.signature(model.forward).parameters
-    return {**inputs, **{name: images.long() for name in TYPES if name in names}}
+    marked = images if images_are_ones(model) else ~images
+    return {**inputs, **{name: marked.long() for name in TYPES if name in names}}
 
 
 def room(model: Any, images: int, length: int) -> int:

@@ -26,9 +26,19 @@ from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES
-from mptk.tasks.inputs.image_forms import IDS, PIXELS, POSITIONS, SIZES, TYPES, arguments, known, other_size, sizes_of
+from mptk.tasks.inputs.image_forms import (
+    KNOWN_SIZES,
+    PIXELS,
+    POSITIONS,
+    TOKEN_TYPES,
+    arguments,
+    known,
+    other_size,
+    sizes_of,
+)
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH
+from mptk.tasks.padding import IDS
 from passes.frontend.trace import Flat, uncached
 
 
@@ -70,8 +80,8 @@ class ImageText(TokenTask):
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
-        batch = () if example.inputs.keys() & SIZES else (0,)
-        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TYPES, (1,))}
+        batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
+        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TOKEN_TYPES, (1,))}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
     def output(self, module: nn.Module, samples: Samples) -> Tensor:

@@ -22,12 +22,12 @@ from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
 from passes.frontend.trace import evaluating, fake_weights
 
-IDS, PIXELS, POSITIONS = "input_ids", "pixel_values", "position_ids"
-GRIDS, IMAGE_SIZES = SIZES = ("image_grid_thw", "image_sizes")
+PIXELS, POSITIONS = "pixel_values", "position_ids"
+GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
 """Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
-TYPES = ("mm_token_type_ids", "token_type_ids")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Names of the input that tells an image's tokens, which may see each other, from text."""
-BLOCKS = 2
+EXAMPLE_BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
 
@@ -43,7 +43,7 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
     """The sizes of images among the inputs, as numbers."""
-    return {name: inputs[name].tolist() for name in SIZES if name in inputs}
+    return {name: inputs[name].tolist() for name in KNOWN_SIZES if name in inputs}
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[
     patch = _first(vision, "patch_size", "spatial_patch_size")
     patch = patch[-1] if isinstance(patch, Sequence) else patch
     merged = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
-    side = BLOCKS * (merged if isinstance(merged, int) else merged[0])
+    side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
     frames = getattr(vision, "temporal_patch_size", None) or 1
     grids = torch.tensor([[1, side, side]] * EXAMPLES)
     pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
@@ -141,7 +141,7 @@ def other_size(model: Any) -> Named | None:
     pixels = inputs[PIXELS]
     if GRIDS in inputs:
         frames, height, width = inputs[GRIDS][0].tolist()
-        wider = width + width // BLOCKS
+        wider = width + width // EXAMPLE_BLOCKS
         found = {
             PIXELS: torch.randn(EXAMPLES, height * wider, *pixels.shape[2:], generator=generator),
             GRIDS: torch.tensor([[frames, height, wider]] * EXAMPLES),

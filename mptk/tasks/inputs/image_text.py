@@ -25,11 +25,10 @@ from mptk.tasks.inputs.base import Inputs, Named, preprocessor
 from mptk.tasks.inputs.chats import Chat, read_chats
 from mptk.tasks.inputs.image_forms import (
     GRIDS,
-    IDS,
+    KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    SIZES,
-    TYPES,
+    TOKEN_TYPES,
     image_inputs,
     image_tokens,
     images_are_ones,
@@ -37,6 +36,7 @@ from mptk.tasks.inputs.image_forms import (
 )
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TextWindows, example_ids, vocabulary
+from mptk.tasks.padding import IDS
 
 START = 1
 """Tokens of text before the image, if no processor says where it is."""
@@ -98,7 +98,7 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise MptkError(f"the processor does not take {chat.where}: {first_line(error)}; check its images") from error
-    if missing := [name for name in names if name not in (*found, POSITIONS, *TYPES)]:
+    if missing := [name for name in names if name not in (*found, POSITIONS, *TOKEN_TYPES)]:
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
@@ -108,7 +108,7 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
     filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
-    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS, *TYPES)}
+    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS, *TOKEN_TYPES)}
     if GRIDS in inputs:
         inputs[PIXELS] = inputs[PIXELS][None]
     return {**_placed(model, {IDS: filled, **inputs}, filled == token), FILLED: torch.tensor([own])}
@@ -128,7 +128,7 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator, example: N
 def _check_marks(loaded: Loaded, sample: Named) -> None:
     """Raise MptkError unless the processor leaves as many places for an image as the class fills."""
     marks = int((sample[IDS] == image_token(loaded.model)).sum())
-    features = image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *SIZES)})
+    features = image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *KNOWN_SIZES)})
     if marks != features:
         raise MptkError(
             f"the processor of {loaded.source} leaves {marks} tokens for its images, and the class has {features} "
@@ -165,7 +165,7 @@ def _placed(model: nn.Module, inputs: Named, images: Tensor) -> Named:
         return {**inputs, **found}
     names = inspect.signature(model.forward).parameters
     marked = images if images_are_ones(model) else ~images
-    return {**inputs, **{name: marked.long() for name in TYPES if name in names}}
+    return {**inputs, **{name: marked.long() for name in TOKEN_TYPES if name in names}}
 
 
 def room(model: Any, images: int, length: int) -> int:

@@ -16,11 +16,14 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+
+from benchmarks.tiny_recipe import Recipe, recipes, several_axes
+
+__all__ = ["Recipe", "recipes", "tiny_config"]
 
 VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
 IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 128, 4
@@ -61,7 +64,7 @@ ROLES: tuple[tuple[str, str], ...] = (
         r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size",
     ),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
-    ("image_tokens", r"tokens_per_image|image_seq_length"),
+    ("image_tokens", r"tokens_per_image|image_seq_length|resampler_n_latents"),
     ("rate", r"compress_rate"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
     ("codebook", r"codebook_size"),
@@ -92,47 +95,26 @@ ROLES: tuple[tuple[str, str], ...] = (
 MULTIPLIER, LEAST_MULTIPLIER = "coefficient|depth_multiplier", 0.25
 # Sizes that a model may need although its configuration class defaults them to None.
 FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads", "vocab", "token")
-# Values for fields of other types, by field name: the smallest network timm has, and a language of the default list.
-NAMED = {"architecture": "test_resnet", "default_language": "en_XX"}
+# Values for fields of other types, by field name: the smallest network timm has, a language of the default list, and
+# the sizes to which an image is cut into parts.
+NAMED = {
+    "architecture": "test_resnet",
+    "default_language": "en_XX",
+    "image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]],
+}
 # The same for fields that default to None and that the model needs: a clipping bound.
 NAMED_FILLED = {"clip_qkv": 4.0}
 # The last resort: fields of one model type, each with the reason why no rule can find them.
 MODEL_HINTS: dict[str, dict[str, Any]] = {
     # LSH attention hashes with fresh random rotations at each call: the output is no function of the input.
     "reformer": {"attn_layers": ["local", "local"]},
+    # The default width of its images' features is of another size of text model than the default text model.
+    "qwen2_vl_vision": {"hidden_size": POOLS["hidden"][0]},
     # Read from the config with a default beyond a toy vocabulary, but no field of its class.
     "shieldgemma2": {"yes_token_index": 21, "no_token_index": 22},
     # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.
     "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention"], "num_hidden_layers": 2},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The liberties given up, for a model that refuses them.
-
-    mha: as many key-value heads as heads; tied: heads x head size = hidden; related: widths keep their ratio to the
-    hidden sizes; relations: sums and products of head sizes hold as in the default; derived: per-layer lists are left
-    to the config class; filled: sizes that default to None get a value; twice: each kind of layer twice; wide: 12
-    heads, that more numbers divide.
-    """
-
-    mha: bool = False
-    tied: bool = False
-    related: bool = False
-    relations: bool = False
-    derived: bool = False
-    filled: bool = False
-    twice: bool = False
-    wide: bool = False
-
-
-def recipes() -> Iterator[Recipe]:
-    """All recipes that give up at most three liberties, fewest first."""
-    names = [f.name for f in dataclasses.fields(Recipe)]
-    for count in range(4):
-        for chosen in itertools.combinations(names, count):
-            yield Recipe(**dict.fromkeys(chosen, True))
 
 
 def role(name: str) -> str:
@@ -203,7 +185,19 @@ class _Shrinker:
                 if i in self.overrides
             }
         hints = MODEL_HINTS.get(self.default.model_type, {})
-        return type(self.default)(**{**self._related(self.values, out), **hints})
+        out = self._related(self.values, out)
+        return type(self.default)(**{**out, **self._rope(out), **hints})
+
+    def _rope(self, out: dict[str, Any]) -> dict[str, Any]:
+        """Rotary settings of a text model that rotates on several axes."""
+        known = "rope_parameters" in self.fields and "vision" not in self.default.model_type
+        if not known or "mrope_section" not in self._source():
+            return {}
+        sizes = {kind: n for n, kind in ((n, role(n)) for n in out) if kind in ("heads", "hidden") and _is_int(out[n])}
+        if len(sizes) < 2:
+            return {}
+        head = out.get("head_dim") or out[sizes["hidden"]] // out[sizes["heads"]]
+        return {"rope_parameters": several_axes(self.values["rope_parameters"], head)}
 
     def _reads_head_dim(self) -> bool:
         """Whether the modelling code reads a head size that is no field of the config class."""
@@ -300,7 +294,9 @@ class _Shrinker:
         if not _is_ints(value):
             return None
         if kind == "image":
-            return [min(v, STAGED_IMAGE) for v in value]
+            return [min(v, STAGED_IMAGE if self.staged else IMAGE) for v in value]
+        if kind == "patch" and not self.staged:
+            return [min(v, CAPS["patch"]) for v in value]
         if kind == "layers":
             return [min(v, 3 if self.recipe.twice else 2) for v in value]
         if kind not in ("hidden", "width", "ffn"):
@@ -328,6 +324,8 @@ class _Shrinker:
             return value
         if kind == "window" and self.staged:
             return 2
+        if kind == "window" and "vision" in self.default.model_type:
+            return WINDOW * CAPS["patch"]  # of pixels
         if kind in CAPS:
             return min(value, CAPS[kind])
         if kind == "layers":
@@ -359,6 +357,8 @@ class _Shrinker:
                     return hidden.setdefault(value, new // down[0]) if kind == "hidden" else new // down[0]
         if kind in ("width", "rank") and value <= 16:
             return value
+        if kind == "heads" and self.recipe.alike:
+            return POOLS["heads"][0]
         sizes = self.sizes.setdefault(kind, {})
         if value not in sizes:
             pool = POOLS[kind][1:] if kind == "heads" and self.recipe.wide else POOLS[kind]

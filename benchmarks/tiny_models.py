@@ -27,13 +27,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB, Recipe, recipes, tiny_config
 from benchmarks.tiny_weights import calibrate, randomise
+from mptk.tasks.image_text import Pictured
+from mptk.tasks.inputs.image_forms import sizes_of
+from mptk.tasks.inputs.image_text import with_images
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "masked-lm": dict(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    "image-text-to-text": dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
 }
+PICTURED = "image-text-to-text"
 BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
 MAX_PARAMETERS = 5_000_000
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
@@ -116,6 +121,8 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         raise CannotBuild("config", _line(error)) from error
     config = _config_for(model_class, config)
     config.use_cache = False
+    if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):  # some defaults are of another text model
+        config.vision_config.out_hidden_size = config.get_text_config().hidden_size
     if mapping == "image-classification":
         config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
@@ -146,8 +153,11 @@ def _attempt(
         raise CannotBuild("build", _line(error)) from error
     model.eval()
     randomise(model, seed)
-    inputs = example_inputs(mapping, model, seed)
-    wrapper = Logits(model, tuple(inputs)).eval()
+    try:
+        inputs = example_inputs(mapping, model, seed)
+        wrapper = _wrapper(mapping, model, inputs).eval()
+    except Exception as error:
+        raise CannotBuild("forward", _line(error)) from error
     tensors = tuple(inputs.values())
     try:
         calibrate(model, lambda: wrapper(*tensors), seed)
@@ -159,6 +169,11 @@ def _attempt(
     if not bool(torch.isfinite(out).all()):
         raise CannotBuild("forward", "the output is not finite")
     return model, tensors, wrapper
+
+
+def _wrapper(mapping: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Module:
+    names = tuple(inputs)
+    return Pictured(model, names, sizes_of(inputs)) if mapping == PICTURED else Logits(model, names)
 
 
 def _construct(model_class: Any, config: Any) -> Any:
@@ -195,6 +210,10 @@ def _on_meta(model_class: Any, config: Any) -> Any:
 def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Named example inputs: token ids [2, 7] that are no special token, or pixel values [2, C, H, W]."""
     generator = torch.Generator().manual_seed(seed + 1)
+    if mapping == PICTURED:
+        return with_images(
+            model, torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator), generator
+        )
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     rows = BATCH * getattr(config, "num_codebooks", 1)

@@ -21,7 +21,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.text import program_text
-from mptk.tasks import example_of
+from mptk.tasks import known_task
 from passes.analysis import group
 from passes.analysis.rules import rule
 from passes.check_cut import Unmoved, awake, check_cut, in_fine_types
@@ -50,8 +50,12 @@ def trace(
         MptkError: the model is not found, or torch.export cannot trace it.
     """
     module = unwrapped(model) if isinstance(model, nn.Module) else models.skeleton(str(model))
-    example = example_of(module) if example_inputs is None else example_inputs
-    return passes.frontend.trace.trace(module, example, dynamic=dynamic)
+    if example_inputs is not None or (task := known_task(module)) is None:
+        return passes.frontend.trace.trace(module, example_inputs, dynamic=dynamic)
+    example = task.example(module)
+    sizes = task.open_sizes(example) if dynamic else False
+    wrap = task.wrapped(module, example)
+    return passes.frontend.trace.trace(module, example.inputs, dynamic=sizes, wrap=wrap)
 
 
 @checked

@@ -110,7 +110,7 @@ def export(
     if form is not CAUSAL_LM.onnx:
         if model.dtype is not torch.float32:
             raise MptkError(f"the graphs of a {type(model).__name__} need a float32 model; call model.float()")
-        program = trace(model, example_of(model), dynamic=True)
+        program = trace(model, dynamic=True)
     form.check(model, settings)
     dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
     form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())

@@ -27,6 +27,7 @@ from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import alignment, budgeted, check_any, find_widths
+from mptk.methods.division.parts import expanded
 from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import LayerSelection, selected
 from mptk.methods.reconstruct import consumers
@@ -218,6 +219,9 @@ def legalise(
         legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
     plan = plan or Plan({})
+    parts = model.task.parts(loaded.model)
+    families, keep = (expanded(names, analysis, legal, parts) for names in (settings.families, settings.keep))
+    settings = replace(settings, families=families, keep=keep)
     selection = LayerSelection() if settings.fixed else selected(analysis, settings)
     if selection.alike:
         check_divides(settings, selection.named or f"--layers {settings.layers}")

@@ -105,10 +105,12 @@ def analyze(
     from mptk.api import compiler as api
     from mptk.io import models
     from mptk.methods.division.budget import alignment
+    from mptk.methods.division.parts import part_rows
     from mptk.methods.division.selection import check_aligned
     from mptk.report.analysis import analysis_json, analysis_view
     from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
+    from mptk.tasks import known_task
     from mptk.tasks.module import example_samples, read_inputs
 
     if html is not None:
@@ -121,7 +123,9 @@ def analyze(
         check_aligned(analysis, settings)
         progress("legal widths", 0, 0)
         found = find_target(settings.target).legal(analysis, skeleton, alignment(settings))
-    result = analysis_json(analysis, found, model)
+    task = known_task(skeleton)
+    parts = {} if task is None else task.parts(skeleton)
+    result = analysis_json(analysis, found, model, part_rows(skeleton, analysis, parts))
     if html is not None:
         from mptk.report.page.render import analysis_page
 

@@ -19,9 +19,11 @@ from torch._functorch.predispatch import _add_batch_dim as vmap_opens
 from torch._functorch.predispatch import _remove_batch_dim as vmap_closes
 from torch._guards import SLoc
 from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph_module import _loader
 from torch.utils._pytree import tree_leaves, tree_map
@@ -39,9 +41,11 @@ __all__ = [
     "located",
     "origin",
     "quiet_exporter",
+    "quiet_fakes",
     "schema",
     "size_expression",
     "size_hint",
+    "small_constants",
     "sources_forgotten",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
@@ -224,18 +228,48 @@ def uncached_operators() -> Iterator[None]:
         yield
 
 
+SMALL = 4096
+"""Most numbers of a constant that ``small_constants`` computes with."""
+
+
+@contextlib.contextmanager
+def small_constants() -> Iterator[None]:
+    """Within it, a trace computes with the numbers of constants of up to ``SMALL`` elements, as with single ones.
+
+    So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
+    """
+    before = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
+    for module, _ in before:
+        setattr(module, "CONSTANT_NUMEL_LIMIT", SMALL)  # noqa: B010 (mypy: torch declares it final)
+    try:
+        yield
+    finally:
+        for module, limit in before:
+            setattr(module, "CONSTANT_NUMEL_LIMIT", limit)  # noqa: B010
+
+
 @contextlib.contextmanager
 def quiet_exporter(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
     """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing.
 
     ``name``: of another logger; ``torch.export`` logs the traceback of what it also raises.
     """
+    with _level(name, logging.CRITICAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quiet_fakes() -> contextlib.AbstractContextManager[None]:
+    """Silence fake tensors, which log the traceback of each operator that refuses its shapes."""
+    return _level(fake_tensor.__name__, logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _level(name: str, wanted: int) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.setLevel(wanted)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logger.setLevel(level)

@@ -22,6 +22,7 @@ from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
 from passes.frontend.bound import bounded
 from passes.frontend.eager import compared
+from passes.frontend.trace import OpenSizes
 from passes.transforms.retype import Retype
 
 TRACE_SECONDS = 120.0
@@ -51,10 +52,14 @@ def traced(
             finite, or all zero.
     """
     example = task.example(loaded.model)
+    example = example if like is None else task.like(example, like)
     if not isinstance(loaded.model, PreTrainedModel):
         program = _plain(loaded, example)
     else:
-        program = _trace(loaded, example, (0,) if _holds_one_size(loaded, example, like) else True)
+        sizes = (0,) if _holds_one_size(loaded, example, like) else task.open_sizes(example)
+        program = _trace(loaded, task, example, sizes)
+        if isinstance(sizes, Mapping) and _some_batches_fixed(program):
+            program = _trace(loaded, task, example, {name: tuple({*dims} - {0}) for name, dims in sizes.items()})
     if task.only_length(program) is not None:
         if len(example.inputs) > 1:
             raise MptkError(
@@ -63,7 +68,7 @@ def traced(
                 "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
             )
         example = example.of_length(min(length, LONGEST_TRACE))
-        program = _trace(loaded, example, (0,))
+        program = _trace(loaded, task, example, (0,))
     fixed, ran = task.only_length(program), 0
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
@@ -185,8 +190,21 @@ def same_sizes(samples: Samples, others: Samples) -> bool:
     return first == second
 
 
-def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:
-    return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))
+def traced_as_example(loaded: Loaded, task: Task, example: Samples) -> Program:
+    """The model's program for inputs like ``example``, with its weights."""
+    return _trace(loaded, task, example, task.open_sizes(example))
+
+
+def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> Program:
+    wrap = task.wrapped(loaded.model, example)
+    found = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)
+    return loaded.with_weights(found)
+
+
+def _some_batches_fixed(program: Program) -> bool:
+    """Whether the code fixed the number of samples in some inputs and not in all, as a loop over the images does."""
+    fixed = {isinstance(sizes[0], int) for _, sizes in program.sizes.inputs}
+    return len(fixed) > 1
 
 
 def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:

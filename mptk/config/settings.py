@@ -124,7 +124,7 @@ class Settings(Record):
     )
     families: tuple[str, ...] = setting(
         (),
-        "Families to cut, or layers of them, as ffn,q_heads.7; default: those inside layers.",
+        "Families to cut, or layers of them, as ffn,q_heads.7, or a part of analyze; default: those inside layers.",
         CUT,
         SEARCH,
         (PLANNED,),

@@ -21,6 +21,7 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
+from mptk.proof.further import prove_further
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
@@ -72,6 +73,9 @@ def prove_folder(
         found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
     if all(d.ok for d in found):
         found += _behind_zeros(compiled, batches[0])
+    if all(d.ok for d in found):
+        cases = task.further(compiled.prepared.loaded.model, batches[0])
+        found += [d for check in checks if check.model for d in prove_further(compiled, check.model, cases)]
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
-from passes.frontend.trace import uncached
+from passes.frontend.trace import Flat, OpenSizes, uncached
 
 
 class Task(Protocol):
@@ -50,6 +50,26 @@ class Task(Protocol):
     def example(self, model: nn.Module) -> Samples:
         """A few small samples to trace the model with. The model may have no weights."""
         ...
+
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
+        return Flat
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        """An example to trace with for a program that will run on ``samples``."""
+        return example
+
+    def open_sizes(self, example: Samples) -> OpenSizes:
+        """The sizes of ``example`` that a trace leaves open, if the class allows it."""
+        return True
+
+    def further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
+        """Inputs of other kinds that the class takes, made of ``samples``, by the stage of the proof on them."""
+        return {}
+
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+        """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
+        return {}
 
     def only_length(self, program: Program) -> int | None:
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""

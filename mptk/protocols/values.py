@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
@@ -128,12 +128,13 @@ class Checks:
 
     ``exact``: differences of parts that are compared without a run: configs, stored weights. ``stages``: stage of the
     proof → a function for its logits, and the largest allowed difference relative to the largest logit. ``ran``: stage
-    → its execution provider, if ONNX Runtime runs it.
+    → its execution provider, if ONNX Runtime runs it. ``model``: the class as the folder holds it, if it is in memory.
     """
 
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
     ran: Mapping[str, str] = field(default_factory=dict)
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True)

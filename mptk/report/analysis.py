@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,8 +19,13 @@ from passes.targets.width_choices import partners
 ANALYSIS = "mptk-analysis/1"
 
 
-def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[str, Any]:
-    """The JSON of ``mptk analyze --json`` (``docs/analysis.md``): the families, and the axes that cannot be cut."""
+def analysis_json(
+    analysis: Analysis, legal: LegalWidths, model: str, parts: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The JSON of ``mptk analyze --json`` (``docs/analysis.md``): the families, and the axes that cannot be cut.
+
+    ``parts``: a row for each part of the model.
+    """
     cost = CostModel(analysis)
     blocked = [asdict(axis) for axis in analysis.blocked]
     for f in analysis.depths:
@@ -32,6 +37,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[st
         "model": model,
         "parameters": cost.dense.parameters,
         "block_parameters": cost.dense.block,
+        "parts": list(parts),
         "families": [_family_json(family, cost, legal) for family in analysis.all_families],
         "blocked": blocked,
     }
@@ -79,11 +85,21 @@ def analysis_view(said: Row) -> View:
     ]
     columns = ["family", "what it is", "width", "layers", "parameters per unit", "share", "legal widths"]
     counts = f"{said['parameters']:,.0f} parameters, {said['block_parameters']:,.0f} of them prunable"
-    found = [Section("Families", [counts, Table("llrrrrl", columns, rows), *breaking(said["families"])])]
+    found = [] if not said["parts"] else [Section("Parts", [_parts_table(said)])]
+    found += [Section("Families", [counts, Table("llrrrrl", columns, rows), *breaking(said["families"])])]
     if said["blocked"]:
         fixed = Table("lrll", ["axis", "size", "weights", "why"], grouped(said["blocked"]))
         found.append(Section("What cannot be cut", [fixed]))
     return View(found, f"{model_name(said['model'])}: what can be cut, and what must go with it")
+
+
+def _parts_table(said: Row) -> Table:
+    total = said["parameters"]
+    rows = [
+        [Name(p["name"]), f"{p['parameters']:,}", f"{p['parameters'] / total:.1%}", ", ".join(p["families"])]
+        for p in said["parts"]
+    ]
+    return Table("lrrl", ["part", "parameters", "share", "families"], rows)
 
 
 def _legal(family: Row) -> str:

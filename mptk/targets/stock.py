@@ -129,15 +129,18 @@ class StockTarget(Target):
         reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
         assert reloaded.weights is not None
         weights = stored_weights(reloaded.weights, compiled.program.state_dict())
+        model: nn.Module | None = None
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
-            run: Program | StageOutputs = partial(task.output, reloaded.whole())
+            model = reloaded.whole()
+            run: Program | StageOutputs = partial(task.output, model)
         else:  # stage by stage, as the class computes
             example, length = task.example(reloaded.model), task.only_length(compiled.prepared.analysis.program)
             if length is not None:
                 example = example.of_length(length)
-            dynamic = True if length is None else (0,)
-            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
-        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)})
+            sizes = task.open_sizes(example) if length is None else (0,)
+            wrap = task.wrapped(reloaded.model, example)
+            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=sizes, wrap=wrap))
+        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, model=model)
 
 
 def same_features(compiled: Compiled) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
@@ -19,13 +17,14 @@ from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKENS, Classifier
 from mptk.tasks.encoder import Encoder
+from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.numbers import DEPTH, SERIES
 from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
 HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, DEPTH, SERIES)
-TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())}
+TASKS: dict[str, Task] = {task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())}
 
 
 def tasks() -> dict[str, Task]:
@@ -82,12 +81,9 @@ def form_of(model: PreTrainedModel) -> OnnxForm | None:
     return None if task is None else task.onnx
 
 
-def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
-    """Inputs to trace a transformers model with, by the first task that takes its class; None if no task does."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    task = _first(model.config, {type(model)})
-    return None if task is None else task.example(model).inputs
+def known_task(model: nn.Module) -> Task | None:
+    """The first task that takes a transformers model's class; None for another module, or if no task does."""
+    return _first(model.config, {type(model)}) if isinstance(model, PreTrainedModel) else None
 
 
 def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:

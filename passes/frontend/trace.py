@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeGuard
 
@@ -105,8 +105,16 @@ ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Tensors for ``forward``: one, several by position, or by the argument's name."""
 
 
+OpenSizes = bool | tuple[int, ...] | Mapping[str, tuple[int, ...]]
+"""Which sizes of the inputs are symbolic: all or none, some dimensions of each, or dimensions by the input's name."""
+
+
 def trace(
-    module: nn.Module, example_inputs: ExampleInputs | None = None, *, dynamic: bool | tuple[int, ...] = False
+    module: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    dynamic: OpenSizes = False,
+    wrap: Callable[[nn.Module, Sequence[str]], Flat] = Flat,
 ) -> Program:
     """Trace ``module`` to a Program without running it on real numbers.
 
@@ -116,6 +124,7 @@ def trace(
         example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
             sizes and sequence lengths; export takes 2-4 times as long. Or the dimensions whose sizes are symbolic.
+        wrap: calls the module with the inputs of these names and gives its output.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
@@ -128,7 +137,12 @@ def trace(
         example_inputs = (example_inputs,)
     names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
     given = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
-    found = replace(export_program(Flat(copied(module), names), given, dynamic=dynamic), source=Flat(module, names))
+    sizes: bool | tuple[int, ...] | dict[str, object]
+    if isinstance(dynamic, Mapping):
+        sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
+    else:
+        sizes = dynamic
+    found = replace(export_program(wrap(copied(module), names), given, dynamic=sizes), source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
     arguments = names or argument_names(module)[: len(given)]
@@ -159,7 +173,7 @@ def export_program(
             uncached_operators(),
             located(),
             evaluating(wrapper),
-            _fake_weights(wrapper, inputs) as fake_inputs,
+            fake_weights(wrapper, inputs) as fake_inputs,
             torch.no_grad(),
         ):
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
@@ -187,7 +201,7 @@ def evaluating(wrapper: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """If the weights are on meta, give the module fake CPU weights during the export.
 
     Meta tensors would lose the values of index constants that the forward makes. Fake tensors keep the values and take

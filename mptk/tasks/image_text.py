@@ -1,0 +1,154 @@
+"""image_text: models that write text after images and text: LLaVA, Qwen2-VL, SmolVLM, Gemma 3.
+
+Vision tower, projector and language model are one program, so units of all are scored by the loss of the text. The
+class may compute parts of a tower that it then leaves unused (LLaVA takes the features of the last layer but one). The
+program keeps them, since the checkpoint holds their weights, and these get the widths of the other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mptk.config.settings import IN_MEMORY
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import IGNORED, Samples, next_tokens
+from mptk.progress import Progress
+from mptk.protocols.values import SampleSets
+from mptk.tasks.base import TokenTask, known_to
+from mptk.tasks.causal_lm import wrong_kind
+from mptk.tasks.inputs import Inputs
+from mptk.tasks.inputs.base import EXAMPLES
+from mptk.tasks.inputs.image_forms import (
+    KNOWN_SIZES,
+    PIXELS,
+    POSITIONS,
+    TOKEN_TYPES,
+    arguments,
+    known,
+    other_size,
+    sizes_of,
+)
+from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
+from mptk.tasks.inputs.text import TEXT_LENGTH
+from mptk.tasks.padding import IDS
+from passes.frontend.trace import Flat, uncached
+
+
+class Pictured(Flat):
+    """A model called with images in samples, whose logits depend, times zero, on features that the class leaves unused.
+
+    ``sizes``: those of the images, which a trace holds as numbers: how many patches there are depends on them.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], sizes: Mapping[str, list[list[int]]]) -> None:
+        super().__init__(module, names)
+        self.sizes = dict(sizes)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = arguments(dict(zip(self.names, inputs, strict=True)))
+        with known(named.get(PIXELS), self.sizes) as held:
+            output = self.module(**named | held, **self.keywords, return_dict=True)
+        features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
+        logits: Tensor = output.logits
+        return logits if features is None else logits + 0.0 * features.sum()
+
+
+class ImageText(TokenTask):
+    """A causal language model that reads images; the loss is of the text."""
+
+    name = "image-text-to-text"
+    summary = "vision-language model"
+    sequences = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        if getattr(config, "is_encoder_decoder", False):
+            return f"{type(config).__name__} has an encoder and a decoder"
+        if not all(hasattr(c, "get_image_features") for c in classes):
+            return f"{min(c.__name__ for c in classes)} has no get_image_features"
+        return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
+
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        return partial(Pictured, sizes=sizes_of(example.inputs))
+
+    def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
+        """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
+        batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
+        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TOKEN_TYPES, (1,))}
+        return {name: (*batch, *length.get(name, ())) for name in example.inputs}
+
+    def output(self, module: nn.Module, samples: Samples) -> Tensor:
+        logits: Tensor = module(**arguments(samples.inputs), **uncached(module))[0]
+        return logits
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        """Images of the size of the data's: the trace holds it."""
+        few = Samples(samples.inputs)
+        return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
+
+    def further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
+        """The text without images, and with images of another size if the class takes several."""
+        ids = samples.inputs[IDS]
+        text = torch.where(ids == image_token(model), others(model, ids), ids)
+        cases = {"reloaded without images": Samples({IDS: text})}
+        if (resized := other_size(model)) is not None:
+            found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1), resized)
+            cases["reloaded with images of another size"] = Samples(found)
+        return cases
+
+    def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
+        """Vision tower and language model as transformers finds them; what else has parameters is the projector."""
+        names = {module: name for name, module in model.named_modules()}
+        tower, decoder = names[model.get_encoder(modality="image")], names[model.get_decoder()]
+        base = names[model.base_model]
+        children = (
+            f"{base}.{name}"
+            for name, child in model.base_model.named_children()
+            if any(True for _ in child.parameters())
+        )
+        others = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
+        return {"vision_tower": [tower], "projector": others, "language_model": [decoder]}
+
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+        samples = self.example(loaded.model)
+        ids = samples.inputs[IDS]
+        changed = ids.clone()
+        changed[:, -1] = others(loaded.model, ids[:, -1])
+        found, other = (run(Samples({**samples.inputs, IDS: each})) for each in (ids, changed))
+        name = type(loaded.model).__name__
+        if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
+        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
+
+    def kind(self, model: nn.Module) -> Inputs:
+        return ImagesWithText()
+
+    def example(self, model: nn.Module) -> Samples:
+        return Samples(self.kind(model).example(model))
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """Each text token is to be predicted, but those that fill up a short text."""
+        given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
+        targets = next_tokens(given[IDS]).targets
+        assert targets is not None
+        targets = targets.masked_fill(targets == image_token(loaded.model), IGNORED)
+        if FILLED in inputs:
+            ends = inputs[FILLED][:, None] - 1
+            targets = targets.masked_fill(torch.arange(targets.shape[1]) >= ends, IGNORED)
+        return Samples(given, targets)
+
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        samples = sets.evaluation
+        protocol = (
+            f"{sets.source}: perplexity of the text of {len(samples)} samples, each with an image "
+            f"({' x '.join(map(str, samples.inputs[PIXELS].shape[1:]))}), {self.predicted(samples):,} tokens predicted"
+        )
+        return self.perplexities(runs, samples, progress, "perplexity", protocol)

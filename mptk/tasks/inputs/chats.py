@@ -1,0 +1,120 @@
+"""chats: chats with images: a folder with captions as ``datasets`` reads it, or a table of chats."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mptk.errors import MptkError
+from mptk.files import path_of
+from mptk.io.text.files import json_rows
+from mptk.io.text.rows import CHATS
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Names of the file of captions in a folder of images."""
+FILE = "file_name"
+"""Its column of images, relative to the folder."""
+IMAGES = "images"
+"""The column of a chat's images, if its turns do not name them."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns of {role, content}, whose content is a list of {type: text, text} and {type: image}.
+
+    ``images``: the files of the images, in their order. ``where``: the row that it is from, for errors.
+    """
+
+    turns: list[dict[str, Any]]
+    images: list[Path]
+    where: str
+
+    def text(self, processor: Any) -> str:
+        """The chat as the processor's template writes it; without one its texts, after the token of each image."""
+        if getattr(processor, "chat_template", None):
+            try:
+                return str(processor.apply_chat_template(self.turns, tokenize=False))
+            except (TemplateError, TypeError, ValueError) as error:
+                raise MptkError(f"the model's chat template refuses {self.where}: {error}; change the chat") from error
+        token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
+        parts = [part for turn in self.turns for part in turn["content"]]
+        return "\n".join(part["text"] if part["type"] == "text" else str(token) for part in parts)
+
+
+def read_chats(data: str) -> list[Chat]:
+    """The chats of ``data``: a folder of images with ``metadata.csv`` or ``metadata.jsonl``, or a .jsonl of chats.
+
+    Raises:
+        MptkError: it is neither, or a row has no image.
+    """
+    place = path_of(data)
+    if place.is_dir():
+        found = list(_captions(place))
+    elif place.is_file() and place.suffix in (".jsonl", ".json"):
+        found = [_chat(row, place.parent, f"row {i} of {data}") for i, row in enumerate(json_rows(place), 1)]
+    else:
+        raise MptkError(
+            f"this model reads images with text, and {data} is neither a folder of images with {' or '.join(METADATA)} "
+            "nor a .jsonl file of chats; give one with --data, or self or random"
+        )
+    if not found:
+        raise MptkError(f"{data} holds no images with text; give a folder or a file with some")
+    return found
+
+
+def _captions(folder: Path) -> Iterator[Chat]:
+    """A chat for each caption: the user shows the image, the assistant says the caption."""
+    file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if file is None:
+        raise MptkError(f"{folder} has no {' or '.join(METADATA)} with captions; write one with the column {FILE}")
+    for number, row in enumerate(_rows(file), 1):
+        where = f"row {number} of {file}"
+        texts = [name for name, value in row.items() if name != FILE and isinstance(value, str)]
+        if len(texts) != 1 or not isinstance(row.get(FILE), str):
+            raise MptkError(f"{where} needs {FILE} and one column of text; it has {', '.join(map(str, row))}")
+        said = {"role": "assistant", "content": [{"type": "text", "text": row[texts[0]]}]}
+        turns = [{"role": "user", "content": [{"type": "image"}]}, said]
+        yield Chat(turns, [_inside(folder, row[FILE], where)], where)
+
+
+def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    if file.suffix == ".jsonl":
+        yield from json_rows(file)
+        return
+    with file.open(encoding="utf-8", newline="") as opened:
+        yield from csv.DictReader(opened)
+
+
+def _chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
+    """A row with turns, whose images are named in the turns or in a column beside them."""
+    turns = next((row[name] for name in CHATS if isinstance(row.get(name), list)), None)
+    if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
+        raise MptkError(f"{where} has no chat: a list of {{role, content}} in a column {' or '.join(CHATS)}")
+    named = list(row.get(IMAGES) or [])
+    plain, images = [], list[Path]()
+    for turn in turns:
+        content = turn["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part.get("type") == "image":
+                name = part.get("path") or part.get("image") or part.get("url") or (named.pop(0) if named else None)
+                if not isinstance(name, str):
+                    raise MptkError(f'{where} has an image without a file; name it as {{"type": "image", "path": …}}')
+                images.append(_inside(folder, name, where))
+        shown = [part if part.get("type") == "text" else {"type": "image"} for part in parts]
+        plain.append({"role": turn["role"], "content": shown})
+    if not images:
+        raise MptkError(f'{where} has no image; put {{"type": "image", "path": …}} into a turn')
+    return Chat(plain, images, where)
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise MptkError(f"{where} names {name}, and there is no such file in {folder}; check the path")
+    return path

@@ -1,0 +1,188 @@
+"""image_forms: the forms in which classes read images, how many tokens an image becomes, and the sizes a trace holds.
+
+A sample holds its image in the first dimension of each input. Classes that pack the patches of all images into one
+sequence get them flattened when they are called (``arguments``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mptk.compat.torch import quiet_fakes, small_constants
+from mptk.errors import MptkError, first_line
+from mptk.tasks.inputs.base import EXAMPLES, Named
+from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
+from passes.frontend.trace import evaluating, fake_weights
+
+PIXELS, POSITIONS = "pixel_values", "position_ids"
+GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
+"""Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names of the input that tells an image's tokens, which may see each other, from text."""
+EXAMPLE_BLOCKS = 2
+"""Height and width of a packed example image, in patches that become one token."""
+
+
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inputs of samples as the class takes them: packed patches in one sequence, axes of positions first."""
+    found: dict[str, Any] = dict(inputs)
+    if GRIDS in found:
+        found[PIXELS] = found[PIXELS].flatten(0, 1)
+    if POSITIONS in found:
+        found[POSITIONS] = found[POSITIONS].transpose(0, 1)
+    return found
+
+
+def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
+    """The sizes of images among the inputs, as numbers."""
+    return {name: inputs[name].tolist() for name in KNOWN_SIZES if name in inputs}
+
+
+@contextmanager
+def known(pixels: Tensor | None, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
+    """Within it, a trace computes with the ``sizes`` of images, which it is given as constants, and none is blank."""
+    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels):
+        yield {name: torch.tensor(numbers) for name, numbers in sizes.items()}
+
+
+class NoBlankImages(TorchFunctionMode):
+    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        super().__init__()
+        self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
+            return torch.tensor([True] * self.count)
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
+            mask = args[1]
+            if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def image_inputs(model: Any) -> Named:
+    """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
+
+    Raises:
+        MptkError: it takes none of the usual forms.
+    """
+    reasons = []
+    for inputs in _forms(model):
+        if not (reason := _refusal(model, inputs)):
+            return inputs
+        reasons.append(reason)
+    raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
+
+
+def _refusal(model: Any, inputs: Named) -> str:
+    """Why the class does not take these images; empty if it does."""
+    try:
+        with quiet_fakes():
+            image_tokens(model, inputs)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return first_line(error) or type(error).__name__
+    return ""
+
+
+def _forms(model: Any) -> Iterator[Named]:
+    """Images of the config's size in the usual forms."""
+    vision = getattr(model.config, "vision_config", model.config)
+    names = inspect.signature(model.forward).parameters
+    channels = _first(vision, "num_channels", "in_channels", "in_chans") or IMAGE_CHANNELS
+    generator = torch.Generator().manual_seed(0)
+    if GRIDS in names:
+        yield from _packed(vision, channels, generator)
+        return
+    size = getattr(vision, "image_size", None) or IMAGE_SIZE
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    pixels = torch.randn(EXAMPLES, channels, height, width, generator=generator)
+    sizes = torch.tensor([[height, width]] * EXAMPLES)
+    if IMAGE_SIZES in names and getattr(model.config, "image_grid_pinpoints", None):
+        parts = sys.modules[type(model).__module__].image_size_to_num_patches(
+            (height, width), model.config.image_grid_pinpoints, vision.image_size
+        )
+        yield {PIXELS: pixels[:, None].repeat(1, parts, 1, 1, 1), IMAGE_SIZES: sizes}
+    if IMAGE_SIZES in names:
+        yield {PIXELS: pixels, IMAGE_SIZES: sizes}
+    yield {PIXELS: pixels}
+    yield {PIXELS: pixels[:, None]}
+
+
+def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[Named]:
+    """Patches of a square image: [samples, patches, numbers], or [samples, patches, C, height, width]."""
+    patch = _first(vision, "patch_size", "spatial_patch_size")
+    patch = patch[-1] if isinstance(patch, Sequence) else patch
+    merged = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
+    side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
+    frames = getattr(vision, "temporal_patch_size", None) or 1
+    grids = torch.tensor([[1, side, side]] * EXAMPLES)
+    pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
+    yield {PIXELS: pixels.flatten(2), GRIDS: grids}
+    yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def other_size(model: Any) -> Named | None:
+    """Images of another width than ``image_inputs`` makes; None if the class takes only one size."""
+    inputs, generator = image_inputs(model), torch.Generator().manual_seed(1)
+    pixels = inputs[PIXELS]
+    if GRIDS in inputs:
+        frames, height, width = inputs[GRIDS][0].tolist()
+        wider = width + width // EXAMPLE_BLOCKS
+        found = {
+            PIXELS: torch.randn(EXAMPLES, height * wider, *pixels.shape[2:], generator=generator),
+            GRIDS: torch.tensor([[frames, height, wider]] * EXAMPLES),
+        }
+    elif IMAGE_SIZES in inputs and pixels.ndim == 4:
+        height, width = inputs[IMAGE_SIZES][0].tolist()
+        found = {PIXELS: pixels[..., : width // 2], IMAGE_SIZES: torch.tensor([[height, width // 2]] * EXAMPLES)}
+    else:
+        return None
+    return None if _refusal(model, found) else found
+
+
+@torch.no_grad()
+def image_tokens(model: Any, inputs: Named) -> int:
+    """The tokens that the image of each sample becomes, by the shape of its features."""
+    named = arguments(inputs)
+    with (
+        evaluating(model),
+        fake_weights(model, (named[PIXELS],)) as (pixels,),
+        known(pixels, sizes_of(inputs)) as held,
+    ):
+        found = model.get_image_features(pixel_values=pixels, **held, return_dict=True)
+    features = getattr(found, "pooler_output", found)
+    each = [features] if isinstance(features, Tensor) else list(features)
+    return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
+
+
+def images_are_ones(model: Any) -> bool:
+    """Whether types of tokens are 1 at images, as in Gemma 3. In PaliGemma they are 0, and 1 at the text after it."""
+    return "token_type_ids == 0" not in inspect.getsource(sys.modules[type(model).__module__])
+
+
+def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:
+    """The positions on several axes that the class gives tokens of an image, [samples, axes, length], if it does.
+
+    ``images``: bool [samples, length], where the tokens of images are.
+    """
+    base = getattr(model, "model", model)
+    if not hasattr(base, "get_rope_index"):
+        return {}
+    known = {**inputs, "mm_token_type_ids": images.int()}
+    wanted = inspect.signature(base.get_rope_index).parameters
+    found, _ = base.get_rope_index(**{name: value for name, value in known.items() if name in wanted})
+    return {POSITIONS: found.transpose(0, 1).contiguous()}

@@ -1,0 +1,175 @@
+"""image_text: text with an image in it. The class says how many tokens an image becomes, its processor where they are.
+
+All samples have as many tokens: the image's, and ``length`` of text. A shorter text is filled with its own tokens,
+which no loss counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError, first_line
+from mptk.io.data import SELF, check_ids, check_positions, positions_of
+from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM_DATA
+from mptk.progress import Count
+from mptk.tasks.inputs.base import Inputs, Named, preprocessor
+from mptk.tasks.inputs.chats import Chat, read_chats
+from mptk.tasks.inputs.image_forms import (
+    GRIDS,
+    KNOWN_SIZES,
+    PIXELS,
+    POSITIONS,
+    TOKEN_TYPES,
+    image_inputs,
+    image_tokens,
+    images_are_ones,
+    positions,
+)
+from mptk.tasks.inputs.images import open_image
+from mptk.tasks.inputs.text import TextWindows, example_ids, vocabulary
+from mptk.tasks.padding import IDS
+
+START = 1
+"""Tokens of text before the image, if no processor says where it is."""
+FILLED = "text_tokens"
+"""Beside the inputs of read data: how many tokens of each sample are its own, int64 [samples]."""
+
+
+class ImagesWithText(Inputs):
+    """``input_ids`` with an image in each sample, ``pixel_values`` and, if the class reads them, types of tokens."""
+
+    def example(self, model: nn.Module) -> Named:
+        return with_images(model, example_ids(), torch.Generator().manual_seed(0))
+
+    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+        seed = settings.seed
+        if settings.data in (RANDOM_DATA, SELF):
+            text = TextWindows().calibration(loaded, settings, count, progress)[IDS]
+            return with_images(loaded.model, text, torch.Generator().manual_seed(seed))
+        chats = read_chats(settings.data)
+        order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
+        return self.prepared(loaded, [chats[i] for i in order[:count]], settings.length, progress)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        data, count, length = settings.eval_data or settings.data, settings.eval_windows, settings.eval_length
+        if data in (RANDOM_DATA, SELF):
+            asked = replace(settings, data=data, length=length, seed=settings.seed + 1)
+            return self.calibration(loaded, asked, count, lambda done, total: None)
+        return self.prepared(loaded, read_chats(data)[:count], length, lambda done, total: None)
+
+    def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
+        """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's.
+
+        Raises:
+            MptkError: the model has no processor; or it gives images of several sizes, or other numbers of them.
+        """
+        packages = " install pillow and torchvision if they are missing,"
+        processor, made = preprocessor(loaded, AutoProcessor, "processor", packages), []
+        names = list(self.example(loaded.model))
+        for done, chat in enumerate(chats, 1):
+            made.append(one_sample(loaded.model, processor, chat, names, length))
+            progress(done, len(chats))
+        sizes = {tuple(tuple(tensor.shape) for tensor in one.values()) for one in made}
+        if len(sizes) > 1:
+            raise MptkError(
+                f"the processor of {loaded.source} makes samples of {len(sizes)} sizes; give images of one size, and "
+                "as many in each chat"
+            )
+        found = {name: torch.cat([one[name] for one in made]) for name in made[0]}
+        check_ids(loaded.model, found[IDS])
+        _check_marks(loaded, {name: tensor[:1] for name, tensor in found.items()})
+        return found
+
+
+def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str], length: int) -> Named:
+    """A chat as tensors, one sample in the first dimension, with ``FILLED``. ``names``: of the model's inputs."""
+    token = image_token(model)
+    text, images = chat.text(processor), [open_image(path) for path in chat.images]
+    try:
+        found = processor(text=[text], images=images, return_tensors="pt")
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise MptkError(f"the processor does not take {chat.where}: {first_line(error)}; check its images") from error
+    if missing := [name for name in names if name not in (*found, POSITIONS, *TOKEN_TYPES)]:
+        raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
+    ids = found[IDS]
+    marks = int((ids == token).sum())
+    total = marks + room(model, marks, length)
+    if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
+        raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
+    plain = ids[ids != token]
+    own = min(total, ids.shape[1])
+    filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
+    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS, *TOKEN_TYPES)}
+    if GRIDS in inputs:
+        inputs[PIXELS] = inputs[PIXELS][None]
+    return {**_placed(model, {IDS: filled, **inputs}, filled == token), FILLED: torch.tensor([own])}
+
+
+def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
+    """Text, int64 [samples, length], with an image of normal noise in each sample. ``example``: one of its size."""
+    example, token = image_inputs(model) if example is None else example, image_token(model)
+    count = image_tokens(model, example)
+    text = torch.where(text == token, others(model, text), text)
+    marks = torch.full((len(text), count), token)
+    ids = torch.cat([text[:, :START], marks, text[:, START : room(model, count, text.shape[1])]], 1)
+    inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
+    return _placed(model, {IDS: ids, **inputs}, ids == token)
+
+
+def _check_marks(loaded: Loaded, sample: Named) -> None:
+    """Raise MptkError unless the processor leaves as many places for an image as the class fills."""
+    marks = int((sample[IDS] == image_token(loaded.model)).sum())
+    features = image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *KNOWN_SIZES)})
+    if marks != features:
+        raise MptkError(
+            f"the processor of {loaded.source} leaves {marks} tokens for its images, and the class has {features} "
+            "features for them; correct processor_config.json (patch_size, vision_feature_select_strategy, …)"
+        )
+
+
+def others(model: Any, ids: Tensor) -> Tensor:
+    """For each token another one, which does not stand for an image."""
+    size, token = vocabulary(model), image_token(model)
+    following = (ids + 1) % size
+    return torch.where(following == token, (ids + 2) % size, following)
+
+
+def image_token(model: nn.Module) -> int:
+    """The token in whose places an image's features stand. Raises MptkError if the config names none."""
+    config: Any = model.config
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    raise MptkError(f"{type(config).__name__} names no token for images; give --inputs (docs/kinds.md)")
+
+
+def _resampled(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Noise for ``count`` samples in the shape of an example; sizes stay."""
+    if not example.is_floating_point():
+        return example[:1].repeat(count, *[1] * (example.ndim - 1))
+    return torch.randn((count, *example.shape[1:]), generator=generator)
+
+
+def _placed(model: nn.Module, inputs: Named, images: Tensor) -> Named:
+    """The inputs with what the class is told of the places of the images: positions, or types of tokens."""
+    if found := positions(model, inputs, images):
+        return {**inputs, **found}
+    names = inspect.signature(model.forward).parameters
+    marked = images if images_are_ones(model) else ~images
+    return {**inputs, **{name: marked.long() for name in TOKEN_TYPES if name in names}}
+
+
+def room(model: Any, images: int, length: int) -> int:
+    """``length``, or the positions beside ``images`` tokens if these are fewer. Raises MptkError if there are none."""
+    positions = positions_of(model.config)
+    check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")
+    return length if positions is None else min(length, positions - images)

@@ -1,0 +1,92 @@
+"""A tiny LLaVA with its processor, and pictures with captions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+COLOURS = ("red", "green", "blue", "white", "grey", "black")
+WORDS = ("<unk>", "<pad>", "<image>", "a", "picture", "that", "is", "all", "user", "assistant", *COLOURS)
+IMAGE, PATCHES = 2, 16
+"""The token of images, and how many of them stand for one."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    made.image_token, made.image_token_id = "<image>", IMAGE
+    return made
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """Vision: hidden 48, 4 heads, ffn 80, 3 layers, 32 pixels. Text: hidden 64, 4 heads on 2, ffn 96, 2 layers."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=48, num_attention_heads=4, intermediate_size=80, num_hidden_layers=3, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        max_position_embeddings=128,
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
+    return model.eval()
+
+
+def processor(additional: int = 1) -> LlavaProcessor:
+    """``additional``: tokens of an image beside its patches; 1 is right for the model."""
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaProcessor(
+        images,
+        tokenizer(),
+        patch_size=8,
+        num_additional_image_tokens=additional,
+        vision_feature_select_strategy="default",
+    )
+
+
+def write_captions(folder: Path) -> Path:
+    """A folder as ``imagefolder`` of datasets has it: a picture of each colour, with a caption."""
+    folder.mkdir()
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "text"])
+        for colour in COLOURS:
+            Image.new("RGB", (40, 32), colour).save(folder / f"{colour}.png")
+            rows.writerow([f"{colour}.png", f"a picture that is all {colour}"])
+    return folder
+
+
+def write_chats(file: Path, folder: Path) -> Path:
+    """A chat a line about each picture of ``folder``; images are named in the turns, or in a column beside them."""
+    with file.open("w") as lines:
+        for i, colour in enumerate(COLOURS):
+            path = str(folder / f"{colour}.png")
+            image = {"type": "image", "path": path} if i % 2 else {"type": "image"}
+            turns = [
+                {"role": "user", "content": [image, {"type": "text", "text": "is a"}]},
+                {"role": "assistant", "content": f"all {colour}"},
+            ]
+            row = {"messages": turns} if i % 2 else {"messages": turns, "images": [path]}
+            lines.write(json.dumps(row) + "\n")
+    return file

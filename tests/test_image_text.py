@@ -1,0 +1,232 @@
+"""Vision-language models, from a folder of captions to a proven smaller folder.
+
+It reaches for mptk.tasks: what the loss counts, and whether a trace computes what the class does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from typer.testing import CliRunner
+
+import mptk
+from benchmarks.tiny_models import PICTURED, tiny_model
+from mptk import MptkError, Samples
+from mptk.cli.main import app
+from mptk.compile.trace import traced, traced_as_example
+from mptk.config.settings import Settings
+from mptk.io.models import Loaded, load
+from mptk.ir.alignment import read_alignment
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import IGNORED
+from mptk.methods.division.parts import expanded
+from mptk.proof.further import transferred
+from mptk.staged.staged import EXECUTOR
+from mptk.targets.stock import StockTarget
+from mptk.tasks import task_of
+from mptk.tasks.image_text import ImageText
+from passes.analysis.group import analyze
+from passes.verify import TOLERANCE, difference
+
+ASKED = {"method": "wanda", "samples": 4, "length": 12, "eval_windows": 4, "eval_length": 12, "align": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llava``, ``pictures`` and ``chats.jsonl``."""
+    root = tmp_path_factory.mktemp("vision")
+    llava().save_pretrained(root / "llava")
+    processor().save_pretrained(root / "llava")
+    write_captions(root / "pictures")
+    write_chats(root / "chats.jsonl", root / "pictures")
+    return root
+
+
+def settings(world: Path, **more: Any) -> Settings:
+    given = {"sparsity": 0.1, "tolerance": 0.1, "data": str(world / "pictures"), "onnx": False, **ASKED, **more}
+    return Settings(**given)
+
+
+def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mptk.prune(str(world / "llava"), out, settings(world, families=("vision_tower",)))
+    report = mptk.Report.read(out)
+    assert report.task == "image-text-to-text"
+    assert report.quality["metric"] == "perplexity"
+    assert "4 samples, each with an image (3 x 32 x 32)" in report.quality["protocol"]
+    small = AutoModelForImageTextToText.from_pretrained(out)
+    assert small.config.vision_config.intermediate_size < 80
+    unused = small.model.vision_tower.encoder.layers[-1]  # the class reads the last layer but one
+    assert unused.mlp.fc1.out_features == small.config.vision_config.intermediate_size
+    assert small.config.text_config.intermediate_size == 96
+    stages = [row["stage"] for row in report.proof]
+    assert stages[-2:] == ["reloaded checkpoint", "reloaded without images"]
+    assert [d.stage for d in mptk.verify(out)] == stages
+    inputs = AutoProcessor.from_pretrained(out)(text="<image> a", images=torch.zeros(3, 32, 32), return_tensors="pt")
+    assert small.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    measured = mptk.evaluate(out, str(world / "pictures"), windows=4, length=12)
+    assert measured["model"] == pytest.approx(report.quality["pruned"], rel=1e-4)
+
+
+def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
+    """Tokens of the image, and those that fill up a short caption, are not counted."""
+    loaded = load(str(world / "llava"))
+    task = task_of(loaded)
+    samples = task.samples(loaded, settings(world), 2, lambda done, total: None)
+    ids, targets = samples.inputs["input_ids"], samples.targets
+    assert targets is not None
+    assert ids.shape[1] == PATCHES + 12
+    caption = ids[0, PATCHES : PATCHES + 6]
+    assert targets[0].tolist() == [IGNORED] * (PATCHES - 1) + [*caption.tolist()] + [IGNORED] * 7
+    assert set(ids[0, PATCHES + 6 :].tolist()) <= set(caption.tolist())
+    with torch.no_grad():
+        found = loaded.model(**{name: x[:, : PATCHES + 6] if x.ndim == 2 else x for name, x in samples.inputs.items()})
+        logits = found.logits[:, PATCHES - 1 : -1]
+        own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, PATCHES : PATCHES + 6].flatten())
+        loss = task.loss(task.output(loaded.model, samples), samples) / task.predicted(samples)
+    assert float(loss) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_chats_name_images_in_turns_or_beside_them(world: Path) -> None:
+    loaded = load(str(world / "llava"))
+    found = task_of(loaded).evaluation(loaded, settings(world, data=str(world / "chats.jsonl"), eval_windows=6))
+    pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
+    shown = [processor()(text="<image>", images=picture, return_tensors="pt") for picture in pictures]
+    assert torch.equal(found.inputs["pixel_values"], torch.cat([one["pixel_values"] for one in shown]))
+
+
+def test_analyze_lists_the_parts_and_what_they_weigh(world: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["analyze", str(world / "llava"), "--json", str(tmp_path / "a.json"), "-q"])
+    assert result.exit_code == 0, result.output
+    parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
+    model = llava().model
+    for name, module in (
+        ("vision_tower", model.vision_tower),
+        ("projector", model.multi_modal_projector),
+        ("language_model", model.language_model),
+    ):
+        assert parts[name]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert {"ffn.1", "vision_tower_layers"} <= set(parts["vision_tower"]["families"])
+    assert {"ffn.2", "q_heads"} <= set(parts["language_model"]["families"])
+
+
+def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
+    parts = ImageText().parts(llava())
+    analysis = analyze(traced(Loaded(llava(), None, "llava", Path()), ImageText(), EXECUTOR))
+    legal = StockTarget().legal(analysis, llava(), read_alignment("1"))
+    assert expanded(("vision_tower",), analysis, legal, parts) == ("ffn.1",)
+    assert set(expanded(("language_model", "ffn.1"), analysis, legal, parts)) == {
+        "kv_groups",
+        "q_heads",
+        "ffn.2",
+        "ffn.1",
+    }
+    refused = replace(legal, ladders={**legal.ladders, "ffn.1": (80,)})
+    with pytest.raises(MptkError, match="no family of vision_tower has another legal width"):
+        expanded(("vision_tower",), analysis, refused, parts)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3", "mistral3", "llava_next"])
+def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str) -> None:
+    """Sizes of images are numbers in it; images that could be blank are there; text may have another length."""
+    model: Any = tiny_model(PICTURED, model_type).model
+    task = ImageText()
+    loaded = Loaded(model, None, model_type, Path())
+    program = traced(loaded, task, EXECUTOR)
+    longer = task.kind(model).calibration(
+        loaded, Settings(data="random", length=19), len(task.example(model)), lambda done, total: None
+    )
+    with torch.no_grad():
+        expected = task.output(model, Samples(longer))
+        found = program(*longer.values())
+    assert difference(model_type, found, expected, TOLERANCE).ok
+    assert expected.shape[1] > 19
+
+
+def test_a_cut_is_found_again_in_a_program_without_images() -> None:
+    model: Any = tiny_model(PICTURED, "llava").model
+    task, loaded = ImageText(), Loaded(model, None, "llava", Path())
+    whole = analyze(traced(loaded, task, EXECUTOR))
+    ids = Samples({"input_ids": torch.arange(14).reshape(2, 7) + 20})
+    text = analyze(traced_as_example(loaded, task, ids))
+    family = next(f for f in whole.families if f.name == "ffn.2")
+    plan = mptk.Plan(
+        {
+            "ffn.2": mptk.FamilyPlan(
+                30, 40, {g.layer: (tuple(range(i, 30 + i)),) for i, g in enumerate(family.groups)}
+            ),
+        }
+    )
+    found = transferred(resolve_plan(whole, plan), whole, text)
+    own = next(f for f in text.families if f.name == "ffn")
+    assert [found.units(g.axis) for g in own.groups] == [list(range(i, 30 + i)) for i in range(len(own.groups))]
+
+
+def _no_metadata(folder: Path) -> str:
+    (folder / "pictures" / "metadata.csv").unlink()
+    return "pictures"
+
+
+def _lost_picture(folder: Path) -> str:
+    (folder / "pictures" / "red.png").unlink()
+    return "pictures"
+
+
+def _no_image(folder: Path) -> str:
+    (folder / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    return "plain.jsonl"
+
+
+def _text(folder: Path) -> str:
+    (folder / "text.txt").write_text("a picture")
+    return "text.txt"
+
+
+def _wrong_processor(folder: Path) -> str:
+    processor(additional=3).save_pretrained(folder / "llava")
+    return "pictures"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (_no_metadata, "has no metadata.jsonl or metadata.csv with captions"),
+        (_lost_picture, "names red.png, and there is no such file"),
+        (_no_image, "has no image; put"),
+        (_text, "is neither a folder of images"),
+        (_wrong_processor, "leaves 18 tokens for its images, and the class has 16 features"),
+    ],
+)
+def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], str], line: str) -> None:
+    llava().save_pretrained(tmp_path / "llava")
+    processor().save_pretrained(tmp_path / "llava")
+    write_captions(tmp_path / "pictures")
+    data = spoil(tmp_path)
+    loaded = load(str(tmp_path / "llava"))
+    asked = replace(settings(tmp_path), data=str(tmp_path / data), samples=6)
+    with pytest.raises(MptkError, match=line):
+        task_of(loaded).samples(loaded, asked, 6, lambda done, total: None)
+
+
+def test_an_encoder_decoder_and_a_decoder_are_other_kinds() -> None:
+    task = ImageText()
+    assert task.refusal(LlamaConfig(), {LlamaForCausalLM}) == "LlamaForCausalLM has no get_image_features"
+    assert "an encoder and a decoder" in str(task.refusal(T5Config(), {T5ForConditionalGeneration}))
+    assert task.refusal(llava().config, {LlavaForConditionalGeneration}) is None

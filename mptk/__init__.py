@@ -37,6 +37,7 @@ __all__ = [
     "Samples",
     "Settings",
     "__version__",
+    "advise",
     "analyze",
     "bench",
     "evaluate",
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "mptk.api.advice": ("advise",),
     "mptk.api.graphs": ("bench", "export"),
     "mptk.api.pruned": ("Pruned", "prune", "recover"),
     "mptk.api.shapes": ("shapes",),

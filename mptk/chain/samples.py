@@ -12,8 +12,9 @@ from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.distributed.processes import processes
+from mptk.errors import MptkError
 from mptk.io import data
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, concatenated
 from mptk.protocols.chain import Prepared
 from mptk.protocols.origin import check_samples
 from mptk.protocols.values import Context, SampleSets
@@ -75,3 +76,34 @@ def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSe
         return sets
     with context.stage("dense outputs"):
         return replace(sets, calibration=with_outputs(prepared, sets.calibration))
+
+
+def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets, dict[str, Samples]]:
+    """Samples to fit to, of all sources of ``data`` alike; and source → samples of it that nothing is fitted to.
+
+    Raises:
+        MptkError: a source has fewer than two samples.
+    """
+    s, task, program = prepared.settings, prepared.task, prepared.analysis.program
+    both = replace(s, samples=s.windows + s.eval_windows, search=False)
+    own = None if job.samples is None else job.samples(replace(prepared, settings=both)).training
+    names = [IN_MEMORY] if own is not None else data.source_names(s.data)
+    count, fitted, measured = -(-s.windows // len(names)), [], dict[str, Samples]()
+    with context.stage("calibration data"):
+        for name in names:
+            say = partial(context.progress, "calibration data")
+            given = replace(s, data=name)
+            found = task.samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
+            found = fitting(task, program, found, "data")
+            last = min(s.eval_windows, len(found) // 2)
+            if not last:
+                raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
+            fitted.append(found[: min(count, len(found) - last)])
+            measured[name] = found[-last:]
+    calibration = concatenated(fitted)
+    sets = SampleSets(calibration, calibration, calibration, s.data, task.sequences)
+    if not task.compares:
+        return sets, measured
+    with context.stage("dense outputs"):
+        sets = replace(sets, calibration=with_outputs(prepared, calibration))
+        return sets, {name: with_outputs(prepared, samples) for name, samples in measured.items()}

@@ -8,7 +8,9 @@ from mptk.cost.budgets import LATENCY
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
 RUNS = ("prune", "recover", "shapes")
-ON_DEVICE = (*RUNS, "verify", "export", "generate", "eval", "bench")
+CHOOSING, READING = (*SEARCH, "advise"), (*RUNS, "advise")
+"""The commands that choose units, and the commands that read data."""
+ON_DEVICE = (*READING, "verify", "export", "generate", "eval", "bench")
 
 # ---- cases in which a setting does nothing ----
 

@@ -10,6 +10,7 @@ from mptk.config.cases import (
     ALL_STAY,
     CHOICE,
     CHOOSES,
+    CHOOSING,
     CUT,
     DATA,
     DECIDED,
@@ -22,6 +23,7 @@ from mptk.config.cases import (
     PLANNED,
     PRUNE,
     QUICK,
+    READING,
     RUNS,
     SEARCH,
     TIMED,
@@ -106,7 +108,7 @@ class Settings(Record):
         "params",
         "What the budget counts; params: parameters of blocks.",
         CUT,
-        SEARCH,
+        CHOOSING,
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
     )
@@ -126,11 +128,11 @@ class Settings(Record):
         (),
         "Families to cut, or layers of them, as ffn,q_heads.7, or a part of analyze; default: those inside layers.",
         CUT,
-        SEARCH,
+        CHOOSING,
         (PLANNED,),
     )
     keep: tuple[str, ...] = setting(
-        (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, SEARCH, CHOOSES
+        (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, CHOOSING, CHOOSES
     )
     vocabulary: str | None = setting(
         None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
@@ -159,21 +161,21 @@ class Settings(Record):
         True,
         "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
         CUT,
-        SEARCH,
+        CHOOSING,
         (*CHOOSES, NO_CLASS),
     )
     align: int | str = setting(
         KERNEL_BLOCK,
         f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
         CUT,
-        (*SEARCH, "analyze"),
+        (*CHOOSING, "analyze"),
         form="number or text",
     )
     tensor_parallel: int = setting(
         1,
         "Devices that will share each layer: keep heads, KV heads and channels divisible by their number.",
         CUT,
-        (*SEARCH, "analyze"),
+        (*CHOOSING, "analyze"),
         within=(1, 1 << 12),
     )
     tolerance: float = setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
@@ -181,7 +183,7 @@ class Settings(Record):
         "maskprune",
         "maskprune learns what to cut; the others score each unit once.",
         CHOICE,
-        SEARCH,
+        CHOOSING,
         CHOOSES,
         choices=METHODS,
     )
@@ -189,7 +191,7 @@ class Settings(Record):
         None,
         "Fit the kept weights to the dense model's values; default of maskprune, influence, greedy, --distil-epochs.",
         CHOICE,
-        SEARCH,
+        CHOOSING,
         CHOOSES,
     )
     distil_epochs: int = setting(
@@ -233,32 +235,32 @@ class Settings(Record):
         within=(0, 10**12),
         renamed={"shapes": "tokens"},
     )
-    seed: int = setting(0, "Seed of the random choices.", CHOICE, RUNS, within=SEED)
+    seed: int = setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
     data: str = setting(
         "self",
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
         DATA,
-        RUNS,
+        READING,
     )
     inputs: str | None = setting(
         None,
         f"Inputs that are not text, images or sound: a {INPUTS} file of forward's tensors, samples first.",
         DATA,
-        (*SEARCH, "analyze"),
+        (*CHOOSING, "analyze"),
         form="path",
     )
     samples: int | None = setting(
         None,
         f"Calibration windows; default: {SAMPLES}, 3 if only a --plan is cut, or as --minutes choose.",
         DATA,
-        SEARCH,
+        CHOOSING,
         within=(1, COUNT),
     )
-    length: int = setting(256, "Tokens in a window.", DATA, RUNS, within=(8, COUNT))
+    length: int = setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
     eval_data: str | None = setting(
         None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
-    eval_windows: int = setting(16, "Windows of that text.", DATA, TRAINING, within=(1, COUNT))
+    eval_windows: int = setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
     eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = setting(
         None,
@@ -276,7 +278,7 @@ class Settings(Record):
         "stock",
         "stock: the model's own transformers class; nemotron-nas: DeciLM, a width for each layer; graph: any widths.",
         WRITE,
-        (*SEARCH, "analyze"),
+        (*CHOOSING, "analyze"),
         choices=TARGET_CHOICES,
     )
     dtype: str = setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
@@ -346,7 +348,7 @@ class Settings(Record):
         None,
         "Most memory for weights, as 8GB; default: half of the free memory.",
         MACHINE,
-        (*RUNS, "verify", "export"),
+        (*READING, "verify", "export"),
         within=(1, 2**60),
         form="size",
         resumable=True,
@@ -356,14 +358,14 @@ class Settings(Record):
         "float32",
         "Type for scoring and training; sums, losses, solves and the proof are float32.",
         MACHINE,
-        RUNS,
+        READING,
         choices=COMPUTE_DTYPES,
     )
     trust_remote_code: bool = setting(
         False,
         "Run the Python code in the model's repository.",
         MACHINE,
-        (*RUNS, "analyze", "show", "verify", "rerun", "export", "eval"),
+        (*READING, "analyze", "show", "verify", "rerun", "export", "eval"),
         recipe="refused",
     )
 

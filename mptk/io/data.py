@@ -32,6 +32,7 @@ __all__ = [
     "positions_of",
     "protocol_name",
     "read_places",
+    "source_names",
     "token_windows",
 ]
 
@@ -50,6 +51,11 @@ def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
         raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
     for source in parse(data):
         yield from source.documents(tokenizer)
+
+
+def source_names(data: str) -> list[str]:
+    """The names of the sources that ``data`` mixes, without weights."""
+    return [data] if data in (SELF, RANDOM_DATA) else [source.name for source in parse(data)]
 
 
 def token_windows(

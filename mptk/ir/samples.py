@@ -108,6 +108,14 @@ class Samples:
         return Samples({name: tensors[f"{prefix}.{name}"] for name in names}, tensors.get(f"{prefix}.{_TARGETS}"))
 
 
+def concatenated(parts: Sequence[Samples]) -> Samples:
+    """All samples of ``parts``, one after the other."""
+    first = parts[0]
+    targets = None if first.targets is None else torch.cat([each.targets for each in parts if each.targets is not None])
+    inputs = {name: torch.cat([each.inputs[name] for each in parts]) for name in first.inputs}
+    return replace(first, inputs=inputs, targets=targets)
+
+
 def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     """What a model gives for each sample as one row: float32 [samples, numbers], of all its outputs."""
     each = [outputs] if isinstance(outputs, Tensor) else outputs

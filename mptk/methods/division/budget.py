@@ -193,11 +193,16 @@ def _default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
 
     A method that scores no channels removes blocks. A search may remove both.
     """
+    channels, blocks = (able(prepared, legal, blocks=each) for each in (False, True))
+    return [*channels, *blocks] if prepared.settings.search else channels or blocks
+
+
+def able(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> list[str]:
+    """The families inside layers, or the depths, that the target and the method can cut."""
     analysis, method = prepared.analysis, prepared.method
     names = legalize.default_families(analysis, legal)
     depths = [f.name for f in analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
-    channels, blocks = ([n for n in each if method.refusal(analysis, n) is None] for each in (names, depths))
-    return [*channels, *blocks] if prepared.settings.search else channels or blocks
+    return [name for name in (depths if blocks else names) if method.refusal(analysis, name) is None]
 
 
 def check_any(analysis: Analysis, cost: CostModel) -> None:

@@ -17,9 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from mptk.compile.cut import compile_plan, small_model
 from mptk.compile.dense_outputs import with_outputs
@@ -29,24 +27,18 @@ from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
-from mptk.ir.weights import Lazy, Weights
-from mptk.methods.criteria import all_criteria
-from mptk.methods.criteria.base import Scores
-from mptk.methods.criteria.wanda import WANDA
+from mptk.ir.weights import Weights
 from mptk.methods.division.budget import find_widths
-from mptk.methods.division.trial import losses, plan_of
+from mptk.methods.division.trial import losses
+from mptk.methods.division.trials import Trials
 from mptk.methods.maskprune.learner import Learner, memory, start_training
-from mptk.methods.one_shot import scored
-from mptk.methods.reconstruct import Products, gather_products
 from mptk.progress import Progress, silent
-from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.protocols.chain import Compiled, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import read_as
-from passes.pipelines import cut_program
 from passes.targets.legalize import Candidate, describe
 
 JUDGED = 8
@@ -160,16 +152,12 @@ def finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> 
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Trials):
     """A search among ``prepared.candidates``. ``folder`` has one file of results for each shape.
 
     ``compiled``: number of a trained shape → its cut model.
     """
 
-    prepared: Prepared
-    sets: SampleSets
-    context: Context
-    folder: RunFolder
     compiled: dict[int, Compiled] = field(default_factory=dict)
 
     def climbed(self) -> list[Shape]:
@@ -211,28 +199,6 @@ class Search:
         held_out = self.sets.held_out[:JUDGED]  # training may hold out more
         return with_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
 
-    @property
-    def criterion(self) -> str:
-        """The criterion that chooses units."""
-        method = self.prepared.settings.method
-        return method if method in all_criteria() else WANDA.name
-
-    @cached_property
-    def scores(self) -> Scores:
-        """Scores of all units."""
-        return scored(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
-
-    @cached_property
-    def products(self) -> Products | None:
-        """The sums that consumers are fitted with; None if they are not fitted."""
-        p = self.prepared
-        if not reconstructs(p.settings, p.method):
-            return None
-        with self.context.stage(stage := "moments"):
-            say = partial(self.context.progress, stage)
-            cuts = [resolve_plan(p.analysis, plan_of(p, self.scores, each.widths)) for each in p.candidates]
-            return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
-
     @cached_property
     def accelerator(self) -> Accelerator:
         """The process that trains."""
@@ -243,33 +209,18 @@ class Search:
         """The settings for training shapes."""
         return replace(self.prepared.recovery, tracker="none")
 
-    def chosen(self, widths: Mapping[str, int]) -> Chosen:
-        """The best units for ``widths``, and the consumers fitted to them on demand."""
-        plan = plan_of(self.prepared, self.scores, widths)
-        cut = resolve_plan(self.prepared.analysis, plan)
-        if self.products is None:
-            return Chosen(plan, cut)
-        changes = self.products.fitted(cut)
-        return Chosen(plan, cut, changes, tuple(changes))
-
     def measured(self, candidate: Candidate) -> Shape:
         """A candidate's losses before training: masked and, if consumers are fitted, with fitted consumers."""
-        analysis, chosen = self.prepared.analysis, self.chosen(candidate.widths)
-        dense = analysis.program.state
-        now: Mapping[str, Tensor] = dense
-
-        def weight(name: str) -> Tensor:
-            return now[name]
-
-        weights = Weights({name: Lazy(dense.like(name).to("meta"), partial(weight, name)) for name in chosen.changes})
-        changed = replace(analysis, program=analysis.program.with_state(weights))
-        program = cut_program(changed, chosen.cut, Log(), torch.float32).exact  # once for both: to cut takes time
-        masked, fitted = self._loss(program), None
-        if self.products is not None:
-            now = chosen.changes
-            fitted = self._loss(program)
+        masked, *fitted = [self._loss(program) for program in self.programs(candidate.widths)]
         cost = self.prepared.cost(candidate.widths)
-        return Shape(candidate.widths, candidate.sparsity, cost.parameters, cost.latency_ms, masked, fitted)
+        return Shape(
+            candidate.widths,
+            candidate.sparsity,
+            cost.parameters,
+            cost.latency_ms,
+            masked,
+            fitted[0] if fitted else None,
+        )
 
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
         """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""

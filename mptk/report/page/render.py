@@ -10,12 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mptk.conform import made
 from mptk.ir.families import Analysis
 from mptk.plain import plain
+from mptk.protocols.advice import Advice
 from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
 from mptk.report import sections
+from mptk.report.advice import ALONE, CUTS, LAYERS, SAFE, advice_view
 from mptk.report.analysis import analysis_view
 from mptk.report.compare import grouped, heading
-from mptk.report.page import charts, shapes
+from mptk.report.page import advice, charts, shapes
 from mptk.report.page.coupling import coupled, coupling_chart
 from mptk.report.page.svg import Svg, require_matplotlib
 from mptk.report.runs import Run
@@ -151,6 +153,23 @@ def shapes_page(found: Shapes) -> str:
     best = [Section("The best one", [found.command])] if found.command else []
     drawn = {sections.SEARCH_TITLE: ranking_figures(found)}
     return _filled([Chapter(View([*view.sections, *best], view.title), drawn)])
+
+
+def advice_page(found: Advice) -> str:
+    """One page about an advice. Raises MptkError if matplotlib is not installed."""
+    require_matplotlib()
+    view = advice_view(found)
+    bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
+    same = advice.agreement_chart(found)
+    drawn = {
+        SAFE: [Figure("", advice.change_chart(found), bars)],
+        CUTS: [] if same is None else [Figure("", same)],
+        ALONE: [Figure("", advice.families_chart(found))],
+        LAYERS: [Figure(name, advice.layers_chart(rises, name)) for name, rises in found.layers.items()],
+    }
+    best = [Section("The command", [found.command])] if found.command else []
+    first, *others = view.sections
+    return _filled([Chapter(View([first, *best, *others], view.title), drawn)])
 
 
 def ranking_figures(found: Shapes) -> list[Figure]:

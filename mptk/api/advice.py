@@ -1,0 +1,106 @@
+"""advice: ``mptk.advise``, which says before any cut is made how far a model can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mptk.api.pruned import Shown, reporting
+from mptk.api.sources import Data, GivenInputs, Model, given, names_of, source_for
+from mptk.arguments import checked
+from mptk.chain.job import Job
+from mptk.chain.prune import started
+from mptk.chain.samples import domains
+from mptk.config.recipe import command
+from mptk.config.setting import with_keywords
+from mptk.config.settings import MOST_SPARSITY, Settings
+from mptk.errors import MptkError
+from mptk.files import scratch
+from mptk.ir.passes import Log
+from mptk.methods.division.advice import advised
+from mptk.protocols.advice import Advice
+from mptk.protocols.chain import Prepared
+from mptk.protocols.values import Context
+
+SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+"""Default sparsities."""
+ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
+"""Default settings."""
+ANY = 1.0
+"""The tolerance of a budget for the first candidates, which are not measured."""
+
+
+@checked
+def advise(
+    model: Model,
+    settings: Settings | None = None,
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    tolerance: float = 0.05,
+    progress: Shown = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    example_inputs: GivenInputs | None = None,
+    data: Data | None = None,
+    **keywords: Any,
+) -> Advice:
+    """Say how far a model can be cut: measure cuts of several sizes, and recommend the largest that is safe::
+
+        advice = mptk.advise("smollm2-135m", data="code.jsonl,prose.txt", tolerance=0.1)
+        print(advice.recommended, advice.command)
+
+    Units are scored once, consumers are fitted, nothing is trained and nothing is written.
+
+    Args:
+        model, progress, tokenizer, example_inputs: as in ``mptk.prune``.
+        settings: the settings; by default ``wanda`` chooses units, and consumers are reconstructed.
+        sparsities: shares of the budget to remove; the nearest legal cuts are measured.
+        tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
+            with another top-1 class, or the largest mean loss.
+        data: as in ``mptk.prune``. Each source of a name with several, as ``"A,B"``, is measured by itself.
+        keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
+            ``eval_windows``: windows of each text to measure on.
+
+    Raises:
+        MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
+            such keyword; or there is too little text.
+    """
+    if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
+        raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
+    if not 0 < tolerance <= 10:
+        raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
+    chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
+    chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
+    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    if source.plain and chosen.target == "stock":
+        chosen = replace(chosen, target="graph")
+    said = partial(command, str(model)) if isinstance(model, str | Path) else None
+    work = partial(_measured, said, sorted(set(sparsities)), tolerance)
+    kept = scratch()
+    job = source.job(kept.folder / "advice", given(data, None))
+    with reporting(progress) as say:
+        return started(work, job, chosen, Context(Log(), say), trains=False)
+
+
+def _measured(
+    said: Callable[[Settings, Mapping[str, int]], str] | None,
+    sparsities: Sequence[float],
+    tolerance: float,
+    job: Job,
+    prepared: Prepared,
+    context: Context,
+) -> Advice:
+    """The advice. ``said``: settings and widths → the command that cuts to them."""
+    prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
+    sets, texts = domains(job, prepared, context)
+    found = advised(prepared, sets, texts, sparsities, tolerance, context)
+    assert context.folder is not None
+    context.folder.remove()
+    best = found.recommended
+    if said is None or best is None:
+        return found
+    return replace(found, command=said(replace(prepared.settings, sparsity=round(best.sparsity, 4)), best.widths))

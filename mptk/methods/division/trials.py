@@ -1,0 +1,86 @@
+"""trials: cut a model to many widths after one scoring of its units and one gathering of second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from mptk.ir.passes import Log
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.weights import Lazy, Weights
+from mptk.methods.criteria import all_criteria
+from mptk.methods.criteria.base import Scores
+from mptk.methods.criteria.wanda import WANDA
+from mptk.methods.division.trial import plan_of
+from mptk.methods.one_shot import scored
+from mptk.methods.reconstruct import Products, gather_products
+from mptk.protocols.chain import Chosen, Prepared, reconstructs
+from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.values import Context, SampleSets
+from passes.pipelines import cut_program
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The cut models of ``prepared.candidates``. ``folder`` keeps the scores."""
+
+    prepared: Prepared
+    sets: SampleSets
+    context: Context
+    folder: RunFolder
+
+    @property
+    def criterion(self) -> str:
+        """The criterion that chooses units."""
+        method = self.prepared.settings.method
+        return method if method in all_criteria() else WANDA.name
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Scores of all units."""
+        return scored(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
+
+    @cached_property
+    def products(self) -> Products | None:
+        """The sums that consumers are fitted with; None if they are not fitted."""
+        p = self.prepared
+        if not reconstructs(p.settings, p.method):
+            return None
+        with self.context.stage(stage := "moments"):
+            say = partial(self.context.progress, stage)
+            cuts = [resolve_plan(p.analysis, plan_of(p, self.scores, each.widths)) for each in p.candidates]
+            return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
+
+    def chosen(self, widths: Mapping[str, int]) -> Chosen:
+        """The best units for ``widths``, and the consumers fitted to them on demand."""
+        plan = plan_of(self.prepared, self.scores, widths)
+        cut = resolve_plan(self.prepared.analysis, plan)
+        if self.products is None:
+            return Chosen(plan, cut)
+        changes = self.products.fitted(cut)
+        return Chosen(plan, cut, changes, tuple(changes))
+
+    def programs(self, widths: Mapping[str, int]) -> Iterator[Program]:
+        """The model cut to ``widths``; then, if consumers are fitted, the same program with fitted consumers.
+
+        It is one program, whose weights change when the second is asked for: to cut takes time.
+        """
+        analysis, chosen = self.prepared.analysis, self.chosen(widths)
+        dense = analysis.program.state
+        now: Mapping[str, Tensor] = dense
+
+        def weight(name: str) -> Tensor:
+            return now[name]
+
+        weights = Weights({name: Lazy(dense.like(name).to("meta"), partial(weight, name)) for name in chosen.changes})
+        changed = replace(analysis, program=analysis.program.with_state(weights))
+        program = cut_program(changed, chosen.cut, Log(), torch.float32).exact
+        yield program
+        if self.products is not None:
+            now = chosen.changes
+            yield program

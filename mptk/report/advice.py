@@ -1,0 +1,152 @@
+"""advice: the view of ``mptk advise``: which cuts are safe, and what each costs on each text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mptk.protocols.advice import ERRORS, Advice, Figures, Point
+from mptk.report.runs import model_name
+from mptk.report.view import Bad, Good, Name, Section, Table, View, figure, large, megabytes
+
+SAFE, CUTS, ALONE, LAYERS, UNKNOWN = (
+    "What is safe",
+    "Cuts of growing size",
+    "Each family by itself",
+    "Sensitive layers",
+    "What this does not know",
+)
+SHOWN_LAYERS = 5
+"""Layers that are named as the most and the least sensitive."""
+
+
+def advice_view(found: Advice) -> View:
+    """The view of an advice."""
+    parts = [
+        Section(SAFE, [safe(found), *map(Name, sentences(found))]),
+        Section(CUTS, [table(found, found.division, found.texts), Name(found.protocol)]),
+        Section(ALONE, [alone(found)]),
+    ]
+    if found.layers:
+        parts.append(Section(LAYERS, [layers(found.layers), HALVED]))
+    return View([*parts, Section(UNKNOWN, list(unknown(found)))], f"How far can {model_name(found.model)} be cut?")
+
+
+HALVED = (
+    "A layer's figure is the rise of the loss (nats a token) on calibration text if that layer keeps half of its units "
+    "and nothing is fitted."
+)
+
+
+def safe(found: Advice) -> Table:
+    """The largest safe cut of each text."""
+    own, rows = _columns(found), []
+    for text in found.texts:
+        point = found.safe(text)
+        shown = Bad("none") if point is None else Good(share(point))
+        rows.append([Name(short(text)), shown, *([""] * len(own) if point is None else _measured(found, point, text))])
+    return Table("l" + "r" * (1 + len(own)), ["text", "safe", *own], rows)
+
+
+def sentences(found: Advice) -> list[str]:
+    """The advice in words."""
+    best, first = found.recommended, found.division[0]
+    said = [f"Safe: {WHAT[found.measure]} at most {found.tolerance:.0%}, {ERRORS:.0f} standard errors included."]
+    if best is not None:
+        worse = [short(text) for text in found.texts if (at := found.safe(text)) is not None and at is not best]
+        more = f" {', '.join(worse)} would take more." if worse else ""
+        said.append(f"Recommended: remove {share(best)}.{more}")
+    else:
+        bad = [text for text in found.texts if found.safe(text) is None]
+        worst = max(first.texts[text].change for text in bad)
+        said.append(
+            f"Without training no measured cut is safe for {', '.join(map(short, bad))}: the smallest, {share(first)}, "
+            f"changes it by {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
+        )
+    if found.knee is not None:
+        said.append(f"Beyond {share(found.knee)} each further cut costs more than the ones before.")
+    return said
+
+
+WHAT = {
+    "perplexity": "the perplexity rises by",
+    "disagreement": "the share of samples with another prediction is",
+    "loss": "the mean loss against the dense outputs is",
+}
+
+
+def unknown(found: Advice) -> Sequence[str]:
+    """What the advice does not say."""
+    return (
+        "Recovery: training brings back part of the loss, more of it for larger cuts. `mptk prune --minutes` trains.",
+        "Tasks: perplexity and agreement say little of how well a model answers; `mptk eval --tasks` measures that.",
+        "Other texts: a text unlike these may lose more.",
+        *(["Latency: it cannot be predicted for this kind of model."] if found.dense.latency_ms is None else []),
+    )
+
+
+def table(found: Advice, points: Sequence[Point], texts: Sequence[str]) -> Table:
+    """Cuts, with their cost and their figures on each text: first the dense model."""
+    names = [n for n in found.dense.widths if any(p.widths[n] != found.dense.widths[n] for p in points)]
+    timed = found.dense.latency_ms is not None
+    columns = ["removed", *map(Name, names), "parameters", "size", *["ms a token"] * timed]
+    for text in texts:
+        columns += [Name(f"{short(text)}: {name}") for name in _columns(found)]
+    rows = []
+    for point in (found.dense, *points):
+        ms = [] if point.latency_ms is None else [f"{point.latency_ms:.2f}"]
+        cost = [large(point.parameters), megabytes(point.bytes), *ms]
+        own = [value for text in texts for value in _measured(found, point, text)]
+        rows.append(["dense" if point is found.dense else share(point), *_widths(point, names), *cost, *own])
+    return Table("r" * len(columns), columns, rows, ends=[0])
+
+
+def alone(found: Advice) -> Table:
+    """The cuts of each family, with the mean rise of the loss over all texts."""
+    rows, ends = [], []
+    for name, points in found.families.items():
+        for number, point in enumerate(points):
+            own = [n for n in point.widths if point.widths[n] != found.dense.widths[n]]
+            widths = ", ".join(_widths(point, own))
+            rows.append([Name("" if number else name), widths, share(point), f"{found.mean(point):+.3f}"])
+        ends.append(len(rows) - 1)
+    return Table("lrrr", ["family", "width", "removed", "loss"], rows, ends)
+
+
+def layers(found: Mapping[str, Sequence[float]]) -> Table:
+    """The most and the least sensitive layers of each family."""
+    rows = []
+    for name, rises in found.items():
+        order = sorted(range(len(rises)), key=lambda i: -rises[i])
+        ends = order[:SHOWN_LAYERS], order[SHOWN_LAYERS:][-SHOWN_LAYERS:]
+        rows.append([Name(name), *(", ".join(f"{i} ({rises[i]:+.3f})" for i in each) for each in ends)])
+    return Table("lll", ["family", "most sensitive", "least sensitive"], rows)
+
+
+def share(point: Point) -> str:
+    """The share of the budget that a cut removes."""
+    return f"{point.sparsity:.1%}"
+
+
+def short(text: str) -> str:
+    """The name of a text as tables show it."""
+    return Path(text).name if "/" in text else text
+
+
+def _widths(point: Point, names: Sequence[str]) -> list[str]:
+    return [str(point.widths[name]) for name in names]
+
+
+def _columns(found: Advice) -> list[str]:
+    agrees = any(each.agreement is not None for each in found.dense.texts.values())
+    first = "perplexity" if found.measure == "perplexity" else "loss"
+    return [first, *([] if found.measure == "loss" else ["change"]), *["same top-1"] * agrees]
+
+
+def _measured(found: Advice, point: Point, text: str) -> list[str]:
+    """A point's figures on a text, as ``_columns``."""
+    own: Figures = point.texts[text]
+    first = math.exp(min(own.loss, 700.0)) if found.measure == "perplexity" else own.loss
+    change = [] if found.measure == "loss" else [f"{own.change:+.1%} ±{own.error:.1%}"]
+    return [figure(first), *change, *([] if own.agreement is None else [f"{own.agreement:.0%}"])]

@@ -1,0 +1,202 @@
+"""What `mptk advise` measures, what it calls safe, and what the command and the page say.
+
+It reaches for mptk.protocols.advice: verdicts on made-up figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inside import Inside
+from lab import remembered
+from test_latency import times
+from toy_checkpoints import WORDS, llama_config, save
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk import MptkError
+from mptk.cli.main import app
+from mptk.protocols.advice import Advice, Figures, Point
+
+FIT, MEASURED = 8, 4
+ASKED = {"sparsities": [0.1, 0.3], "samples": FIT, "eval_windows": MEASURED, "length": 32, "align": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def operators_timed(inside: Inside) -> None:
+    inside.bound("mptk.methods.division.advice.cached_times", lambda operators, **_: times(operators))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 60, (FIT + MEASURED, 32), generator=torch.Generator().manual_seed(1))
+
+
+def losses(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss of each window, and the top-1 predictions."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    each = [F.cross_entropy(row[:-1], target[1:]) for row, target in zip(logits, ids, strict=True)]
+    return torch.stack(each).double(), logits.argmax(-1)
+
+
+def test_a_point_is_what_prune_makes_of_its_widths(llama: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    found = mptk.advise(llama, data=ids, families=("ffn",), progress=None, **ASKED)
+    (text,) = found.texts
+    point = found.division[-1]
+    pruned = mptk.prune(
+        llama,
+        tmp_path / "cut",
+        data=ids[:FIT],
+        method="wanda",
+        reconstruct=True,
+        families=("ffn",),
+        widths={"ffn": point.widths["ffn"]},
+        samples=FIT,
+        length=32,
+        align=8,
+        onnx=False,
+        progress=None,
+    )
+    cut, own = losses(pruned.model, ids[FIT:])
+    whole, dense = losses(LlamaForCausalLM.from_pretrained(llama), ids[FIT:])
+    figures = point.texts[text]
+    assert figures.loss == pytest.approx(float(cut.mean()), rel=1e-4)
+    assert figures.change == pytest.approx(math.exp(float((cut - whole).mean())) - 1, rel=1e-3, abs=1e-6)
+    assert figures.agreement == pytest.approx(float((own == dense).float().mean()), abs=1e-6)
+    error = math.exp(float((cut - whole).mean())) * float((cut - whole).std()) / math.sqrt(MEASURED)
+    assert figures.error == pytest.approx(error, rel=1e-2)
+    assert point.sparsity == pytest.approx(pruned.report.sparsity)
+    assert point.parameters == pruned.report.cost["pruned"]["parameters"]
+
+
+def test_every_family_has_a_curve_and_every_layer_a_figure(llama: str, ids: torch.Tensor) -> None:
+    found = mptk.advise(llama, data=ids, portable=False, progress=None, **ASKED)
+    assert set(found.families) == {"kv_groups", "q_heads", "ffn", "layers"}
+    for name, points in found.families.items():
+        assert points
+        assert all(point.widths[name] < found.dense.widths[name] for point in points)
+        assert all(
+            width == found.dense.widths[other]
+            for point in points
+            for other, width in point.widths.items()
+            if other != name
+        )
+    assert [point.sparsity for point in found.division] == sorted(point.sparsity for point in found.division)
+    assert all(abs(p.sparsity - s) < 0.05 for p, s in zip(found.division, ASKED["sparsities"], strict=True))
+    assert {name: len(rises) for name, rises in found.layers.items()} == {"kv_groups": 3, "q_heads": 3, "ffn": 3}
+    assert found.dense.latency_ms is not None
+    assert all(p.latency_ms is not None and p.latency_ms < found.dense.latency_ms for p in found.division)
+
+
+def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
+    files = {}
+    for seed, name in enumerate(("code.txt", "prose.txt")):
+        order = torch.randint(len(WORDS), (900,), generator=torch.Generator().manual_seed(seed)).tolist()
+        files[name] = tmp_path / name
+        files[name].write_text(" ".join(WORDS[i] for i in order))
+    both = mptk.advise(llama, data=",".join(map(str, files.values())), progress=None, **ASKED)
+    assert both.texts == [str(path) for path in files.values()]
+    first, second = both.division[0].texts.values()
+    assert first != second
+
+
+# ---- what is safe ----
+
+
+def figures(change: float, error: float = 0.0) -> Figures:
+    return Figures(1 + math.log1p(change), 0.9, change, error)
+
+
+def advice(*rows: tuple[float, dict[str, Figures]], tolerance: float = 0.1) -> Advice:
+    texts = {text: Figures(1.0, 1.0, 0.0, 0.0) for _, found in rows for text in found}
+    points = [Point({"ffn": round(100 * (1 - s))}, s, 1e6 * (1 - s), 4e6 * (1 - s), None, found) for s, found in rows]
+    dense = Point({"ffn": 100}, 0.0, 1e6, 4e6, None, texts)
+    return Advice("m", "", "perplexity", tolerance, dense, tuple(points), {"ffn": tuple(points)}, {})
+
+
+def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decides() -> None:
+    found = advice(
+        (0.1, {"a": figures(0.01), "b": figures(0.02)}),
+        (0.2, {"a": figures(0.05), "b": figures(0.2)}),
+        (0.3, {"a": figures(0.3), "b": figures(0.09)}),  # below it again: the larger cut is luck
+    )
+    assert [found.safe(text).sparsity for text in "ab"] == [0.2, 0.1]
+    assert found.recommended is found.division[0]
+
+
+def test_a_change_counts_with_two_standard_errors() -> None:
+    rows = [(0.1, {"a": figures(0.06, 0.019)}), (0.2, {"a": figures(0.06, 0.021)})]
+    assert advice(*rows).safe("a").sparsity == 0.1
+    assert advice(rows[1]).safe("a") is None
+    assert advice(rows[1]).recommended is None
+
+
+def test_the_knee_is_below_the_chord() -> None:
+    rises = {0.1: 0.01, 0.2: 0.03, 0.3: 0.06, 0.4: 0.6, 0.5: 1.5}
+    assert advice(*((s, {"a": figures(rise)}) for s, rise in rises.items())).knee.sparsity == 0.3
+    assert advice((0.1, {"a": figures(0.1)}), (0.2, {"a": figures(0.2)})).knee is None
+
+
+# ---- the command ----
+
+
+def test_the_command_says_what_is_safe_and_how_to_cut(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside.bound("mptk.cli.console.out.width", 2000)
+    (tmp_path / "prose.txt").write_text(" ".join(WORDS * 40))
+    typed = "--data prose.txt --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 10%,0.3 --tolerance 900%"
+    run = CliRunner().invoke(app, ["advise", llama, *typed.split(), "--html", "page.html", "--json", "a.json", "-q"])
+    assert run.exit_code == 0, run.output
+    *said, command = run.stdout.strip().splitlines()
+    assert "Recommended: remove 29.5%" in " ".join(said)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["recommended"]["sparsity"] == pytest.approx(0.3, abs=0.05)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "How far can" in page
+    assert shlex.split(command)[:3] == ["mptk", "prune", llama]
+    run = CliRunner().invoke(app, [*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q"])
+    assert run.exit_code == 0, run.output
+    assert mptk.Report.read("dense-pruned").sparsity == pytest.approx(found["recommended"]["sparsity"])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"sparsities": []}, "sparsities must lie above 0"),
+        ({"sparsities": [0.3, 1.0]}, "sparsities must lie above 0"),
+        ({"tolerance": 0.0}, "a tolerance of 0.0"),
+        ({"data": torch.ones(1, 32, dtype=torch.long)}, "advice needs two or more"),
+    ],
+)
+def test_bad_arguments_are_refused(llama: str, ids: torch.Tensor, keywords: dict[str, object], said: str) -> None:
+    with pytest.raises(MptkError, match=said):
+        mptk.advise(llama, **{"data": ids, "progress": None, **ASKED, **keywords})  # type: ignore[arg-type]
+
+
+def test_a_share_is_a_number_or_a_percentage(llama: str) -> None:
+    run = CliRunner().invoke(app, ["advise", llama, "--sparsities", "0.1,half", "-q"])
+    assert run.exit_code == 1
+    assert "--sparsities half: write a share, as 0.3 or 30%" in str(run.exception)

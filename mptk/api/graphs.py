@@ -49,7 +49,7 @@ from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.pattern import Pattern
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
-from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
+from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task
 from mptk.tasks.exporting import cut
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope

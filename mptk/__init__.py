@@ -1,7 +1,7 @@
 """mptk: compiler-style structured pruning.
 
-``mptk.prune`` prunes a model and returns a ``Pruned``. ``shapes`` ranks the ways to divide a budget, ``recover`` trains
-a pruned model, and ``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``,
+``mptk.prune`` prunes a model and returns a ``Pruned``. ``advise`` says how far a model can be cut, ``shapes`` ranks the
+ways to divide a budget, ``recover`` trains a pruned model, and ``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``,
 ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense models. docs/python.md shows them
 all.
 """
@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mptk.api.advice import advise
     from mptk.api.compiler import analyze, rewrite, rule, show, trace
     from mptk.api.graphs import bench, export
     from mptk.api.pruned import Pruned, prune, recover

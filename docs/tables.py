@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from mptk.cli.main import app
-from mptk.config.cases import RUNS
+from mptk.config.cases import READING
 from mptk.config.setting import Declared, taken
 from mptk.config.settings import Settings
 from passes.targets.stock.consumers import CONSUMERS, Derived, deriving
@@ -32,14 +32,18 @@ def written(page: str) -> str:
 
 
 def runs() -> Iterator[str]:
-    """The options of ``prune``, ``recover`` and ``shapes`` that are settings, panel by panel."""
+    """The options of ``prune``, ``recover``, ``shapes`` and ``advise`` that are settings, panel by panel."""
     yield from _head("option", "Python keyword", "default", "meaning")
     options = taken(Settings, "prune").items()
     for panel in dict.fromkeys(each.setting.panel for _, each in options):
         yield _row(f"**{panel}**", "", "", "")
         for name, each in options:
             if each.setting.panel == panel:
-                marks = "".join(mark for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes")) if other in each.setting.on)
+                marks = "".join(
+                    mark
+                    for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes"), ("ᵃ", "advise"))
+                    if other in each.setting.on
+                )
                 names = [f"`{choice}`" for choice in each.setting.choices.shown] if each.setting.choices else []
                 said = f"{each.setting.help} ({', '.join(names)})" if names else each.setting.help
                 yield _row(f"`{_flag(name)}` {marks}", f"`{each.name}`", _default(each.default), said)
@@ -58,7 +62,7 @@ def commands() -> Iterator[str]:
     yield from _head("command", "option", "default", "meaning")
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
-        shared = {*EVERYWHERE, *(settings if name in RUNS else ())}
+        shared = {*EVERYWHERE, *(settings if name in READING else ())}
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:

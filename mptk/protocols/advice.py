@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 ADVICE_FORMAT = "mptk-advice/1"
-ERRORS = 2.0
+STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance."""
 
-Measure = Literal["perplexity", "disagreement", "loss"]
+JudgedBy = Literal["perplexity", "disagreement", "loss"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Figures:
 
     @property
     def most(self) -> float:
-        """The change, and ``ERRORS`` standard errors more."""
-        return self.change + ERRORS * self.error
+        """The change, and ``STANDARD_ERRORS`` standard errors more."""
+        return self.change + STANDARD_ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Advice:
 
     model: str
     protocol: str
-    measure: Measure
+    measure: JudgedBy
     tolerance: float
     dense: Point
     division: tuple[Point, ...]

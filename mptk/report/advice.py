@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.protocols.advice import ERRORS, Advice, Figures, Point
+from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point
 from mptk.report.runs import model_name
 from mptk.report.view import Bad, Good, Name, Section, Table, View, figure, large, megabytes
 
-SAFE, CUTS, ALONE, LAYERS, UNKNOWN = (
+SAFE, CUTS, ALONE, SENSITIVE, UNKNOWN = (
     "What is safe",
     "Cuts of growing size",
     "Each family by itself",
@@ -29,7 +29,7 @@ def advice_view(found: Advice) -> View:
         Section(ALONE, [alone(found)]),
     ]
     if found.layers:
-        parts.append(Section(LAYERS, [layers(found.layers), HALVED]))
+        parts.append(Section(SENSITIVE, [layers(found.layers), HALVED]))
     return View([*parts, Section(UNKNOWN, list(unknown(found)))], f"How far can {model_name(found.model)} be cut?")
 
 
@@ -52,7 +52,9 @@ def safe(found: Advice) -> Table:
 def sentences(found: Advice) -> list[str]:
     """The advice in words."""
     best, first = found.recommended, found.division[0]
-    said = [f"Safe: {WHAT[found.measure]} at most {found.tolerance:.0%}, {ERRORS:.0f} standard errors included."]
+    said = [
+        f"Safe: {MEASURED[found.measure]} at most {found.tolerance:.0%}, {STANDARD_ERRORS:.0f} standard errors included."
+    ]
     if best is not None:
         worse = [short(text) for text in found.texts if (at := found.safe(text)) is not None and at is not best]
         more = f" {', '.join(worse)} would take more." if worse else ""
@@ -69,7 +71,7 @@ def sentences(found: Advice) -> list[str]:
     return said
 
 
-WHAT = {
+MEASURED = {
     "perplexity": "the perplexity rises by",
     "disagreement": "the share of samples with another prediction is",
     "loss": "the mean loss against the dense outputs is",

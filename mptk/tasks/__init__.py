@@ -24,7 +24,9 @@ from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
 HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, DEPTH, SERIES)
-TASKS: dict[str, Task] = {task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())
+}
 
 
 def tasks() -> dict[str, Task]:

@@ -25,17 +25,16 @@ from mptk.ir.samples import Samples
 from mptk.methods.division.budget import able
 from mptk.methods.division.trial import masked_losses, plan_of
 from mptk.methods.division.trials import Trials
-from mptk.protocols.advice import Advice, Figures, Measure, Point, distinct
+from mptk.protocols.advice import Advice, Figures, JudgedBy, Point, distinct
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import Candidate, describe, find_candidates
 from passes.targets.width_choices import closed
 
-DIVISIONS = 6
+TRIED_DIVISIONS = 6
 """Most divisions of one size whose loss is predicted."""
 LAYER_TOKENS = 256
 """Calibration tokens for the effect of one layer."""
-Widths = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def _first(each: Iterator[list[Candidate]]) -> list[Candidate]:
 
 
 def _spread(found: Sequence[Candidate]) -> list[Candidate]:
-    """At most ``DIVISIONS`` of the candidates: the most even ones."""
-    return sorted(found, key=lambda c: c.unevenness)[:DIVISIONS]
+    """At most ``TRIED_DIVISIONS`` of the candidates: the most even ones."""
+    return sorted(found, key=lambda c: c.unevenness)[:TRIED_DIVISIONS]
 
 
 def advised(
@@ -110,7 +109,7 @@ def advised(
     tolerance: float,
     context: Context,
 ) -> Advice:
-    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
+    """JudgedBy the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
 
     Raises:
         MptkError: no family can be cut.
@@ -144,7 +143,7 @@ class Advising:
         return self.trials.prepared
 
     def advice(self, cuts: Cuts) -> Advice:
-        """Measure all cuts."""
+        """JudgedBy all cuts."""
         p, context = self.prepared, self.trials.context
         _ = self.trials.scores, self.trials.products, self.dense, self.latency  # stages of their own
         total = sum(map(len, cuts.alone.values())) + len(cuts.divisions)
@@ -173,7 +172,7 @@ class Advising:
         return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, alone, layers)
 
     @property
-    def measure(self) -> Measure:
+    def measure(self) -> JudgedBy:
         """What is compared with the tolerance."""
         task = self.prepared.task
         if task.classes and not task.compares:
@@ -203,7 +202,7 @@ class Advising:
         *_, program = self.trials.programs(candidate.widths)
         return self._point(candidate.widths, candidate.sparsity, self.windows(program))
 
-    def _point(self, widths: Widths, sparsity: float, found: Mapping[str, Windows]) -> Point:
+    def _point(self, widths: Mapping[str, int], sparsity: float, found: Mapping[str, Windows]) -> Point:
         p = self.prepared
         cost, ms = p.cost(widths), None if self.latency is None else self.latency(widths)
         figures = {text: compared(each, self.dense[text], self.measure) for text, each in found.items()}
@@ -228,7 +227,7 @@ class Advising:
         """The division whose families' own curves predict the lowest loss."""
         return min(divisions, key=lambda each: sum(self._rise(found, each.widths) for found in alone.values()))
 
-    def _rise(self, curve: Sequence[Point], widths: Widths) -> float:
+    def _rise(self, curve: Sequence[Point], widths: Mapping[str, int]) -> float:
         """The mean rise of the loss for ``widths`` of the families of a curve, from its points by interpolation."""
         own = {name for point in curve for name in point.widths if point.widths[name] < self._size(name)}
         removed = self.prepared.cost.sparsity({name: widths[name] for name in own})
@@ -261,7 +260,7 @@ class Advising:
         return {name: tuple(next(found) - whole for _ in parts[name]) for name in names}
 
 
-def compared(found: Windows, dense: Windows, measure: Measure) -> Figures:
+def compared(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:
     """A program's figures beside the dense model's, window by window."""
     loss, rise = float(found.losses.mean()), found.losses - dense.losses
     same = [float((a == b).float().mean()) for a, b in zip(found.top, dense.top, strict=True)]

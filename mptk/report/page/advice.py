@@ -28,14 +28,14 @@ def change_chart(found: Advice) -> Svg:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.set_xlabel("removed")
-        axes.set_ylabel(WHAT[found.measure])
+        axes.set_ylabel(RISES[found.measure])
         axes.grid(linewidth=0.6)
         axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
 
-    return chart(draw, f"{WHAT[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+    return chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
 
 
-WHAT = {
+RISES = {
     "perplexity": "rise of the perplexity",
     "disagreement": "samples with another prediction",
     "loss": "loss against the dense outputs",

@@ -53,7 +53,7 @@ def sentences(found: Advice) -> list[str]:
     """The advice in words."""
     best, first = found.recommended, found.division[0]
     said = [
-        f"Safe: {MEASURED[found.measure]} at most {found.tolerance:.0%}, {STANDARD_ERRORS:.0f} standard errors included."
+        f"Safe: {MEASURED[found.measure]} at most {found.tolerance:.0%} with {STANDARD_ERRORS:.0f} standard errors."
     ]
     if best is not None:
         worse = [short(text) for text in found.texts if (at := found.safe(text)) is not None and at is not best]

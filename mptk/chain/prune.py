@@ -33,7 +33,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import removed_blocks, renumbering
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
-from mptk.methods.division.budget import left_whole
+from mptk.methods.division.budget import left_whole, nearest
 from mptk.methods.division.search import search_shapes, winner
 from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import Learner, start_training
@@ -289,7 +289,7 @@ def written_folder(
         ]
         notes += [note(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
         notes += [each.note for each in prepared.conversions]
-        notes.append(left_whole(prepared.legal))
+        notes += [left_whole(prepared.legal), nearest(prepared)]
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

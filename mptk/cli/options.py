@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.models import OptionInfo
 
-from mptk.cli.parse import names, parse_size, parse_width
+from mptk.cli.parse import names, parse_share, parse_size, parse_width
 from mptk.cli.places import file_to_write, folder_to_write
 from mptk.config.cases import CUT, RUNS
 from mptk.config.setting import (
@@ -121,9 +121,19 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
     more = {} if bounds is None or form(each).kind != each.kind else within(*bounds)
+    if each.setting.form == "share":
+        more = {"parser": _share, "callback": more["callback"], "metavar": "SHARE"}
     more |= {} if choices is None else chosen(choices, several=get_origin(each.kind) is tuple)
     made: OptionInfo = typer.Option(*flags, help=each.setting.help, rich_help_panel=panel, **more)
     return made
+
+
+def _share(value: str | float) -> float:
+    """A typed share. A recipe's is a number already."""
+    try:
+        return parse_share(str(value))
+    except MptkError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def settings_from(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:

@@ -39,11 +39,11 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
-def parse_share(text: str, option: str = "--sparsity") -> float:
-    """``30%`` or ``0.3`` → 0.3. ``option``: its name."""
+def parse_share(text: str, option: str = "") -> float:
+    """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
     found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
     if found is None:
-        raise MptkError(f"{option} {shortened(text)}: write a share, as 0.3 or 30%")
+        raise MptkError(f"{option} {shortened(text)}: write a share, as 0.3 or 30%".strip())
     return float(found[1]) / 100 if found[2] else float(found[1])
 
 

@@ -107,7 +107,7 @@ class Setting:
     choices: Choices | None = None
     option: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    form: Literal["plain", "size", "path", "number or text"] = "plain"
+    form: Literal["plain", "share", "size", "path", "number or text"] = "plain"
     recipe: Literal["written", "read", "refused"] = "written"
     resumable: bool = False
 

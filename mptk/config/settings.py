@@ -102,7 +102,13 @@ class Settings(Record):
     """
 
     sparsity: float = setting(
-        0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST_SPARSITY)
+        0.3,
+        "Share of the budget to remove, as 0.3 or 30%.",
+        CUT,
+        SEARCH,
+        (PLANNED, TIMED),
+        within=(0.0, MOST_SPARSITY),
+        form="share",
     )
     budget: str = setting(
         "params",

@@ -32,6 +32,8 @@ COMBINATIONS = 20_000
 LADDER_POINTS = 12
 
 Accepts = Callable[[Mapping[str, int]], str | None]
+NEAREST = 0.02
+"""The nearest legal cut is taken if it is off the budget by at most this share of the model."""
 
 
 @dataclass(frozen=True)
@@ -267,17 +269,18 @@ def choose_candidates(
     count: int | None = None,
     others: str = "name other --families, or use --target graph",
 ) -> list[Candidate]:
-    """The candidates within ``tolerance`` of the budget, the most even first.
+    """The candidates within ``tolerance`` of the budget, the most even first; else the nearest, if within ``NEAREST``.
 
     With a ``count``, each combination of the families other than ``finest`` occurs once, with the width nearest to the
     budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``: a further
     remedy in the error, beside the nearest widths.
 
     Raises:
-        MptkError: no candidate is within ``tolerance``. The message names the nearest ones.
+        MptkError: no candidate is that near. The message names the nearest ones.
     """
-    near = [c for c in candidates if abs(c.sparsity - sparsity) <= tolerance]
-    if near:
+    least = min((abs(c.sparsity - sparsity) for c in candidates), default=1.0)
+    near = [c for c in candidates if abs(c.sparsity - sparsity) <= max(tolerance, least)]
+    if least <= max(tolerance, NEAREST):
         kept = near if count is None else spread(_once(near, finest), count)
         return sorted(kept, key=lambda c: c.unevenness)
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])

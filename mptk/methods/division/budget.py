@@ -84,6 +84,17 @@ def left_whole(legal: LegalWidths) -> str:
     return f"left whole for other programs: {said}; --no-portable cuts all" if said else ""
 
 
+def nearest(prepared: Prepared) -> str:
+    """A note if the cut is not within the tolerance of the sparsity, since no legal one is; may be empty."""
+    s, candidates = prepared.settings, prepared.candidates
+    if not candidates or s.layers == FREE or set(candidates[0].widths) <= set(s.widths):
+        return ""
+    best = min(candidates, key=lambda c: abs(c.sparsity - s.sparsity))
+    if abs(best.sparsity - s.sparsity) <= s.tolerance:
+        return ""
+    return f"no legal cut removes {s.sparsity:.1%}; the nearest, {best.sparsity:.1%}, was taken"
+
+
 def find_widths(prepared: Prepared) -> list[Candidate]:
     """Widths that meet the settings, most even first: for the model's own class or, with ``rehome``, another class.
 

@@ -317,6 +317,7 @@ def test_show_prints_the_program_before_and_after_a_cut(files, pruned, mptk):
             r"no legal widths give sparsity 0.970; nearest: 0\.804 with kv_groups=1, q_heads=1, ffn=8; ",
         ),
         (["--width", "ffn:40"], "--width ffn:40: write FAMILY=UNITS"),
+        (["--sparsity", "97%"], "no legal widths give sparsity 0.970"),
     ],
 )
 def test_what_cannot_be_pruned_is_said_before_any_work(files, tmp_path, mptk, arguments, message):

@@ -152,6 +152,13 @@ def test_an_impossible_budget_names_the_nearest(small):
         legalize.choose_candidates(found, 0.97, 0.01, ["ffn"], 4)
 
 
+def test_the_nearest_cut_is_taken_if_it_is_within_two_percent():
+    line = [legalize.Candidate({"ffn": 100 - n}, n / 100, 0.0) for n in (28, 34, 50)]
+    assert [c.widths["ffn"] for c in legalize.choose_candidates(line, 0.295, 0.01, ["ffn"])] == [72]
+    with pytest.raises(MptkError, match=r"no legal widths give sparsity 0\.307; nearest: 0\.280 with ffn=72"):
+        legalize.choose_candidates(line, 0.307, 0.01, ["ffn"])
+
+
 @pytest.mark.parametrize(
     ("asked", "quantize", "step"), [(8, (), 8), (8, ("int8",), 32), (64, ("int4", "fp16"), 32), (48, ("int8",), 32)]
 )

@@ -269,6 +269,16 @@ def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> No
     assert len(losses) == 3
 
 
+def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> None:
+    more = {"families": ("ffn",), "reconstruct": False, "tolerance": 0.01, "eval_windows": 1, "progress": None}
+    off = mptk.prune(llama, settings=settings, sparsity=0.3, **more).report
+    assert off.sparsity == pytest.approx(0.286, abs=1e-3)
+    said = "no legal cut removes 30.0%; the nearest, 28.6%, was taken"
+    assert said in off.notes
+    exact = mptk.prune(llama, settings=settings, sparsity=off.sparsity, **more).report
+    assert not any(note.startswith("no legal cut") for note in exact.notes)
+
+
 def test_a_report_shows_the_ranking_of_the_run_that_searched(
     llama: str, settings: mptk.Settings, tmp_path: Path
 ) -> None:

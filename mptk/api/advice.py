@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, reporting
-from mptk.api.sources import Data, GivenInputs, Model, given, names_of, source_for
+from mptk.api.sources import Data, GivenInputs, Model, given, in_memory, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Job
 from mptk.chain.prune import started
@@ -21,6 +21,7 @@ from mptk.config.setting import with_keywords
 from mptk.config.settings import MOST_SPARSITY, Settings
 from mptk.errors import MptkError
 from mptk.files import scratch
+from mptk.io.data import source_names
 from mptk.ir.passes import Log
 from mptk.methods.division.advice import advised
 from mptk.protocols.advice import Advice
@@ -31,6 +32,8 @@ SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities."""
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
 """Default settings."""
+FAMILIES = 1.5
+"""Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
 ANY = 1.0
 """The tolerance of a budget for the first candidates, which are not measured."""
 
@@ -82,6 +85,9 @@ def advise(
     work = partial(_measured, said, sorted(set(sparsities)), tolerance)
     kept = scratch()
     job = source.job(kept.folder / "advice", given(data, None))
+    if job.needs is not None:
+        texts = 1 if in_memory(data) else len(source_names(chosen.data))
+        job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
     with reporting(progress) as say:
         return started(work, job, chosen, Context(Log(), say), trains=False)
 

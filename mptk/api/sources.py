@@ -49,7 +49,7 @@ class Source:
 
     name: str
     load: Callable[[Resident], tuple[Loaded, Task]]
-    needs: Callable[[Settings], Estimate] | None
+    needs: Callable[..., Estimate] | None
     plain: bool
 
     def job(

@@ -26,7 +26,7 @@ from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
 from mptk.io.text.sampled import rows_at_once
 from mptk.methods import distil, find_method, reconstruct
-from mptk.methods.division import search
+from mptk.methods.division import advice, search
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
@@ -38,8 +38,10 @@ ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 """Bytes of a number in an ONNX graph."""
 
 
-def estimator(model: str) -> Callable[[Settings], Estimate]:
+def estimator(model: str) -> Callable[..., Estimate]:
     """Estimates what ``prune(model, …, settings)`` needs. It reads only the config, once, and downloads no weights.
+
+    Keywords are those of ``estimated_for``.
 
     Raises, when it is called:
         MptkError: there is no such model.
@@ -49,7 +51,7 @@ def estimator(model: str) -> Callable[[Settings], Estimate]:
     def opened(trust: bool) -> tuple[PreTrainedModel, torch.dtype]:
         return models.skeleton(model, trust_remote_code=trust), _stored(model, trust)
 
-    return lambda settings: estimated_for(*opened(settings.trust_remote_code), settings)
+    return lambda settings, **more: estimated_for(*opened(settings.trust_remote_code), settings, **more)
 
 
 def estimated(model: str, settings: Settings) -> Estimate:
@@ -58,10 +60,18 @@ def estimated(model: str, settings: Settings) -> Estimate:
     return needs(in_time(settings, needs))
 
 
-def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Settings, kept: float = 1.0) -> Estimate:
+def estimated_for(
+    model: PreTrainedModel,
+    checkpoint: torch.dtype,
+    settings: Settings,
+    kept: float = 1.0,
+    cuts: int = 0,
+    texts: int = 1,
+) -> Estimate:
     """What a run on a model needs. The model may have no weights; its checkpoint has type ``dtype``.
 
-    ``kept``: the share of the parameters that a plan keeps, if there is one.
+    ``kept``: the share of the parameters that a plan keeps, if there is one. ``cuts``: number of cuts that are only
+    measured, on ``texts`` texts, for an advice; 0: of a run that makes its cut.
     """
     config = model.config.get_text_config()
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -71,7 +81,8 @@ def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Set
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
     device = find_device(settings.device)
     rates = this_machine(device, getattr(torch, settings.compute_dtype))
-    work = work_of(settings, sizes, bool(borders), kept)
+    advises = advice_work(settings, sizes, cuts, texts) if cuts else None
+    work = advises or work_of(settings, sizes, bool(borders), kept)
     found = estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
     return replace(found, does=said(settings))
 
@@ -113,6 +124,13 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         models=dense_models(s) if learns(s) else 1,
     )
+
+
+def advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> Work:
+    """The work of an advice."""
+    s = settings
+    passes = {**_data(s), **find_method(s.method).work(s), **advice.work(s, sizes, cuts, texts)}
+    return Work(1.0, passes, calibration=s.windows * s.length, evaluated=s.length, length=s.length)
 
 
 def _data(settings: Settings) -> dict[str, Pass]:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import once
 from mptk.files import claimed
@@ -38,7 +37,7 @@ class Job:
     load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
     start: Path | None = None
-    needs: Callable[[Settings], Estimate] | None = None
+    needs: Callable[..., Estimate] | None = None
     samples: Callable[[Prepared], Given] | None = None
     vocabulary: Sequence[str] | None = None
     plan: Plan | None = None

@@ -120,12 +120,12 @@ def advised(
     return Advising(trials, texts, tolerance).advice(cuts)
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float, cuts: int, texts: int) -> dict[str, Pass]:
-    """The cost of measuring ``cuts`` on ``texts``, in passes over the measured windows."""
+def work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
+    """The cost of measuring ``cuts`` on ``texts``: each is a pass over the measured windows, and a fit."""
     s, rows = settings, settings.eval_windows * texts
     return {
         "moments": Pass(s.windows * s.length, s.length),
-        "cuts": Pass((1 + cuts * kept) * rows * s.length, s.length, flops=cuts * sizes.fit),
+        "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
         "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
     }
 

@@ -7,6 +7,7 @@ import gc
 import linecache
 import logging
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -31,6 +32,8 @@ from transformers import (
     AutoModelForCausalLM,
     FunnelConfig,
     GenerationConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -50,6 +53,7 @@ from mptk.compat.symbols import Symbols, evaluated, exponents, expression, symbo
 from mptk.compat.transformers import (
     dequantize_gguf,
     forget_source,
+    ignored_on_load,
     missing_attributes,
     model_classes,
     without_generation,
@@ -280,6 +284,13 @@ def test_a_config_forgets_where_it_came_from() -> None:
     forget_source(config)
     forget_source(config)
     assert "a title" not in config.to_json_string(use_diff=False)
+
+
+def test_names_that_are_left_out_when_a_model_is_loaded_are_known() -> None:
+    with torch.device("meta"):
+        model = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=1))
+    said = changed("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected")
+    assert any(re.search(name, "model.layers.46.enorm.weight") for name in ignored_on_load(model)), said
 
 
 def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them() -> None:

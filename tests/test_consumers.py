@@ -1,4 +1,4 @@
-"""onnxruntime-genai and transformers.js, in Node and in a browser, load our folders and write what transformers writes."""
+"""Other programs load our folders and compute what transformers computes. Those that are not installed are skipped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import numpy as np
 import onnx
+import peft
 import pytest
+import torch
 import toy_checkpoints as toys
 from onnx import TensorProto, helper
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import mptk
 from mptk import Report
+from mptk.api.graphs import gguf
+from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.transformers_js import CONFIG_KEY, entry
@@ -205,6 +219,83 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: l
         for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
             ids = generator.encode(prompt)
             assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
+    ids=str,
+)
+def test_transformers_decodes_in_every_way(how: dict[str, Any], pruned: Path, greedy: list[list[int]]) -> None:
+    model, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    found = model.generate(**words(PROMPTS[0], return_tensors="pt"), max_new_tokens=NEW, do_sample=False, **how)[0]
+    if "num_beams" in how:
+        assert len(found) == len(greedy[0])
+    else:
+        assert found.tolist() == greedy[0]
+
+
+@pytest.mark.long
+def test_peft_trains_and_merges_the_folder(pruned: Path, tmp_path: Path) -> None:
+    model, ids = AutoModelForCausalLM.from_pretrained(pruned), torch.arange(3, 23).reshape(2, 10)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
+    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        tuned(ids, labels=ids).loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        expected = tuned.eval()(ids).logits
+        tuned.merge_and_unload().save_pretrained(tmp_path)
+        dense, merged = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (pruned, tmp_path))
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (merged - dense).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "apart"), [("model.onnx", 1e-4), ("model_quantized.onnx", 0.2)])
+def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, pruned: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    decoder, ids = OrtDecoder(pruned / "onnx" / name), np.arange(3, 23).reshape(2, 10)
+    model = openvino.Core().compile_model(pruned / "onnx" / name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    empty = {name: value.numpy() for name, value in decoder.empty(2).values.items()}
+    positions = np.arange(10)[None].repeat(2, axis=0)
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, **empty}
+    found = model({name: given[name] for name in decoder.inputs})["logits"]
+    expected = decoder.logits(ids)
+    assert np.abs(found - expected).max() < apart * np.abs(expected).max()
+
+
+@pytest.mark.long
+def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
+    """From a GGUF file."""
+    genai = pytest.importorskip("openvino_genai")
+    gguf(pruned, tmp_path / "small.gguf", type="f16")
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    writer, settings = genai.LLMPipeline(str(tmp_path / "small.gguf"), "CPU", **exact), genai.GenerationConfig()
+    settings.max_new_tokens, settings.apply_chat_template = 16, False
+    words = AutoTokenizer.from_pretrained(pruned)
+    for prompt, expected in zip(PROMPTS, greedy, strict=True):
+        start = len(words(prompt).input_ids)
+        text = words.decode(expected[start : start + 16])
+        assert writer.generate(prompt, settings) == text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
+@pytest.mark.long
+def test_sentence_transformers_gives_what_transformers_gives(tmp_path: Path) -> None:
+    """To the last digit: the model and its mean over tokens."""
+    sentences = pytest.importorskip("sentence_transformers")
+    dense, out, texts = tmp_path / "dense", tmp_path / "out", list(PROMPTS)
+    sizes = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    toys.saved(BertModel(BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64)), dense)
+    sentences.SentenceTransformer(str(dense), device="cpu").save(str(dense))  # with a mean over tokens
+    mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",), onnx=False))
+    found = torch.from_numpy(sentences.SentenceTransformer(str(out), device="cpu").encode(texts))
+    inputs = AutoTokenizer.from_pretrained(out)(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(out)(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None].float()
+    assert torch.equal(found, (hidden * mask).sum(1) / mask.sum(1))
 
 
 @pytest.mark.skipif(not (CHROMIUM and TRANSFORMERS_JS.is_dir()), reason="Chromium or transformers.js is not installed")

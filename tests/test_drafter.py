@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 
 import mptk
+from benchmarks.tiny_models import tiny_model
 from mptk.io.drafter import Drafter
 from mptk.methods.drafter import STAGE
 
@@ -149,3 +150,33 @@ def test_a_layer_that_is_no_copy_is_left_out_with_a_note(glm: Path, tmp_path: Pa
     (note,) = [note for note in report.notes if "multi-token" in note]
     assert note.endswith("model.layers.2.embed_tokens.weight is not the model's model.embed_tokens.weight")
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith(numbered(""))]
+
+
+@pytest.mark.long
+def test_layers_that_the_config_does_not_count_are_cut_too(tmp_path: Path) -> None:
+    """Qwen3-Next's, whose names begin with ``mtp.``; each attends to all tokens, as its last layer."""
+    model = tiny_model("causal-lm", "qwen3_next").model
+    assert isinstance(model, PreTrainedModel)
+    assert model.config.layer_types[1] == "full_attention"
+    model.save_pretrained(tmp_path / "dense")
+    weights, size = load_file(tmp_path / "dense" / "model.safetensors"), model.config.hidden_size
+    weights |= {n.replace("model.layers.1.", "mtp.layers.0."): 1.1 * t for n, t in weights.items() if ".layers.1." in n}
+    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    weights |= {f"mtp.{name}.weight": torch.full([size], 0.1) for name in norms}
+    weights["mtp.fc.weight"] = torch.randn(size, 2 * size) * 0.2
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    how = {**HOW, "align": 1, "widths": {"experts": 4}, "families": ("experts",)}
+    report = mptk.prune(str(tmp_path / "dense"), tmp_path / "out", **how).report
+    assert {row["stage"] for row in report.proof} >= {STAGE, f"{STAGE}, stored weights"}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["mtp.layers.0.mlp.gate.weight"].equal(weights["mtp.layers.0.mlp.gate.weight"][kept(report, weights)])
+    assert {name for name in weights if name.startswith("mtp.")} > {name for name in stored if name.startswith("mtp.")}
+    assert stored["mtp.fc.weight"].equal(weights["mtp.fc.weight"])
+
+
+def kept(report: mptk.Report, weights: dict[str, Tensor]) -> list[int]:
+    """The experts of the further layer with the largest weights."""
+    parts = [f"mtp.layers.0.mlp.experts.{i}." for i in range(report.families["experts"]["of"])]
+    row = weights["mtp.layers.0.mlp.gate.weight"].square().sum(1)
+    own = [sum(t.square().sum() for name, t in weights.items() if name.startswith(part)) for part in parts]
+    return sorted((row + torch.stack(own)).topk(4).indices.tolist())

@@ -20,6 +20,14 @@ def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedM
     return found if isinstance(found, tuple) else (found,)
 
 
+def ignored_on_load(model: PreTrainedModel) -> frozenset[str]:
+    """Patterns of the names in a checkpoint that ``from_pretrained`` leaves out without a word.
+
+    ``MtpModel`` takes the names of multi-token-prediction layers from them, too. The attribute has no public name.
+    """
+    return frozenset(model._keys_to_ignore_on_load_unexpected or ())
+
+
 def forget_source(config: PreTrainedConfig) -> None:
     """Remove the title that a config gets from a GGUF file's metadata. It would be saved as the model's path.
 

@@ -56,7 +56,8 @@ def planned(plan: Plan) -> Changes:
 
 def fits(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
-    return any(kind.fits for kind, _ in wanted(settings, plan))
+    asked = [kind for kind in CONVERSIONS if kind.fits and kind.asked(settings, None) is not None]
+    return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else planned(plan)))
 
 
 def dense_models(settings: Settings) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
+from mptk.compat.transformers import ignored_on_load
 from mptk.errors import MptkError, first_line
 from mptk.io.deferred import Deferred, itself, sources
 from mptk.io.models import Loaded
@@ -87,8 +88,7 @@ class OpenDrafter:
 
 def stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
     """The names of the tensors of multi-token-prediction layers in a checkpoint folder; empty if there are none."""
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    if not any("layers" in each or HEADS in each for each in patterns):
+    if not any("layers" in each or HEADS in each for each in ignored_on_load(model)):
         return set()
     names = {name for file in folder.glob("*.safetensors") for name in likes_in(file)}
     try:

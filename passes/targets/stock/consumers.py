@@ -36,7 +36,13 @@ CONSUMERS = (
     Consumer(
         "transformers", "5.24.0, 4.57.6", "greedy text, the same in both", section="transformers-trainer-and-peft"
     ),
-    Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded"),
+    Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded; a long test"),
+    Consumer(
+        "sentence-transformers",
+        "6.2.0",
+        "MiniLM at 30 %: embeddings are transformers' to the last digit; a long test",
+        section="sentence-transformers",
+    ),
     Consumer("lm-eval", "0.4.13", "log-likelihoods; a whole task was not tried here", section="lm-eval"),
     Consumer("ONNX Runtime", "1.32.0", "part of the proof", section="onnx-runtime"),
     Consumer(
@@ -48,8 +54,7 @@ CONSUMERS = (
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens are transformers' in float32 and int8; int4 wrote other text, as it does in `mptk generate`. "
-        "Chats, too; a test",
+        "greedy tokens are transformers' in float32, and `mptk generate`'s in int8, int4 and fp16. Chats, too; a test",
         section="transformersjs",
     ),
     Consumer(
@@ -69,7 +74,13 @@ CONSUMERS = (
     Consumer(
         "OpenVINO",
         "2026.4.1",
-        "float32 logits within 3e-6 of ONNX Runtime's; int8 and int4: the same next tokens on one prompt",
+        "float32 logits within 3e-6 of ONNX Runtime's; int8 and int4: the same next tokens on one prompt; a long test",
+        section="openvino",
+    ),
+    Consumer(
+        "openvino-genai",
+        "2026.4.1",
+        "GGUF by `mptk gguf` in f16, q8_0, q4_0: text; in f16 and q8_0 transformers' on one prompt; a long test of f16",
         section="openvino",
     ),
     Consumer(

@@ -41,7 +41,6 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "patchtst": "PatchTSTForPrediction",
         "patchtsmixer": "PatchTSMixerForPrediction",
     },
-    "token-classification": dict(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
 }
 BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
 FRAMES, WAVE = 48, 6400

@@ -37,6 +37,10 @@ SERIES_SIZES = {"num_input_channels": CHANNELS, "context_length": STEPS, "patch_
 SERIES_SIZES |= {"d_model": 24, "num_attention_heads": 3, "ffn_dim": 40, "num_hidden_layers": 2, "loss": "mse"}
 MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**BERT, num_labels=CLASSES)),
+    "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**BERT)),
+    "object-detection": lambda: t.YolosForObjectDetection(
+        t.YolosConfig(**SIZE, image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=5, num_labels=CLASSES)
+    ),
     "ctc": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**{**SIZE, "vocab_size": 29}, **WAVES)),
     "semantic-segmentation": lambda: t.SegformerForSemanticSegmentation(
         t.SegformerConfig(image_size=SIDE, decoder_hidden_size=20, num_labels=CLASSES, **SEGMENTS)
@@ -53,6 +57,8 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "token-classification": toys.tokenizer,
+    "question-answering": toys.tokenizer,
+    "object-detection": lambda: t.YolosImageProcessor(size={"height": SIDE, "width": SIDE}, do_pad=False),
     "ctc": t.Wav2Vec2FeatureExtractor,
     "semantic-segmentation": lambda: t.SegformerImageProcessor(size={"height": SIDE, "width": SIDE}),
     "depth-estimation": lambda: t.DPTImageProcessor(size={"height": SIDE, "width": SIDE}),
@@ -60,7 +66,14 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
     ),
 }
-DATA = {"ctc": "sounds", "semantic-segmentation": "images", "depth-estimation": "images"}
+OUTPUTS = {
+    "classification": ["logits"],
+    "time-series-prediction": ["prediction_outputs"],
+    "question-answering": ["start_logits", "end_logits"],
+    "object-detection": ["logits", "pred_boxes"],
+}
+"""Task → the outputs of its ONNX graph, if the tests write it."""
+DATA = {"ctc": "sounds", "object-detection": "images", "semantic-segmentation": "images", "depth-estimation": "images"}
 DATA |= {"time-series-prediction": "series", "classification": "frames"}
 SMALL: dict[str, Any] = {"sparsity": 0.2, "tolerance": 0.15, "method": "wanda", "samples": 3, "length": 12, "align": 2}
 SMALL |= {"eval_windows": 2, "eval_length": 12, "progress": None}
@@ -90,7 +103,7 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path,
     model.save_pretrained(tmp_path / "dense")
     if name in PROCESSORS:
         PROCESSORS[name]().save_pretrained(tmp_path / "dense")
-    onnx = name in ("classification", "token-classification", "time-series-prediction")
+    onnx = name in OUTPUTS
     data = str(files / DATA.get(name, "text.txt"))
     found = mptk.prune(str(tmp_path / "dense"), tmp_path / "out", data=data, onnx=onnx, **SMALL)
     assert found is not None
@@ -101,9 +114,11 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path,
     stages = [row["stage"] for row in report.proof]
     assert {"reloaded checkpoint", *(["ONNX Runtime"] if onnx else [])} <= set(stages)
     assert type(found.model) is type(model)
+    if onnx:
+        session = OrtGraph(tmp_path / "out" / "onnx" / "model.onnx").session
+        assert [output.name for output in session.get_outputs()] == OUTPUTS[name]
     if name == "classification":
-        shape = OrtGraph(tmp_path / "out" / "onnx" / "model.onnx").session.get_inputs()[0].shape
-        assert shape[1:3] == [FRAMES, 3]
+        assert session.get_inputs()[0].shape[1:3] == [FRAMES, 3]
 
 
 def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKENS, Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.masked_lm import MaskedLM
-from mptk.tasks.numbers import DEPTH, SERIES
+from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, SERIES
 from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
-HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, DEPTH, SERIES)
+HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, ANSWERS, DETECTION, DEPTH, SERIES)
 TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())}
 
 

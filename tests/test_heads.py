@@ -21,10 +21,10 @@ from mptk import MptkError, Samples
 from mptk.io.models import load
 from mptk.ort.sessions import OrtGraph
 from mptk.protocols.task import Task
-from mptk.tasks import HEADS, task_of
+from mptk.tasks import HEAD_TASKS, task_of
 from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, agreed, divergence
 from mptk.tasks.inputs.series import read_series
-from mptk.tasks.numbers import DEPTH, SERIES
+from mptk.tasks.numbers import DEPTH, FORECASTS
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
 WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
@@ -128,7 +128,13 @@ def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("task", "shape"),
-    [(Classifier(), (3, 5)), (CTC, (3, 7, 5)), (SEGMENTATION, (3, 5, 4, 6)), (DEPTH, (3, 4, 6)), (SERIES, (3, 6, 2))],
+    [
+        (Classifier(), (3, 5)),
+        (CTC, (3, 7, 5)),
+        (SEGMENTATION, (3, 5, 4, 6)),
+        (DEPTH, (3, 4, 6)),
+        (FORECASTS, (3, 6, 2)),
+    ],
 )
 def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -140,7 +146,7 @@ def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tup
     task.sensitivity(at, samples).backward()
     assert at.grad is not None
     assert at.grad.abs().min() > 0
-    assert len({each.name for each in HEADS}) == len(HEADS)
+    assert len({each.name for each in HEAD_TASKS}) == len(HEAD_TASKS)
 
 
 def test_figures_are_means_over_positions() -> None:

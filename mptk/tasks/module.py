@@ -25,16 +25,16 @@ from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import compared
-from mptk.tasks.encoder import distances, errors, projection
+from mptk.tasks.encoder import errors, projection
 from mptk.tasks.exporting import Traced
 from mptk.tasks.inputs.base import ordered
 from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.numbers import Outputs, apart
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
 from passes.targets.onnx.emit import Axes
 from passes.targets.onnx.quantize import BLOCKS
 
-Outputs = Tensor | Sequence[Tensor]
 BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
 
@@ -109,11 +109,7 @@ class Module(Task):
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
             "module's, relative to their norm"
         )
-        return compared(runs, batches, {"distance": _distances}, progress, protocol)
-
-
-def _distances(output: Outputs, reference: Outputs) -> Tensor:
-    return distances(joined(output), joined(reference))
+        return compared(runs, batches, {"distance": apart}, progress, protocol)
 
 
 def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:

@@ -94,7 +94,7 @@ DEPTH = Numbers(
     "a depth for each pixel",
     ModelForm("predicted_depth"),
 )
-SERIES = Numbers(
+FORECASTS = Numbers(
     "time-series-prediction",
     "forecaster",
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),

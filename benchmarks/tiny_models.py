@@ -238,7 +238,7 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         size = getattr(vision, "image_size", STAGED_IMAGE)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(vision, "num_channels", 3)
-        frames = [config.num_frames] if hasattr(config, "num_frames") else []
+        frames = [config.num_frames] if mapping == "video-classification" else []
         inputs["pixel_values"] = torch.randn(BATCH, *frames, channels, height, width, generator=generator)
         if "input_ids" in inputs:
             inputs["input_ids"][:, :IMAGE_TOKENS] = config.image_token_index

@@ -37,9 +37,18 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
     "image-text-to-text": dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    "ctc": dict(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    "semantic-segmentation": dict(modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
+    "depth-estimation": dict(modeling_auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
+    "video-classification": dict(modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
+    "time-series-prediction": {
+        "patchtst": "PatchTSTForPrediction",
+        "patchtsmixer": "PatchTSMixerForPrediction",
+    },
 }
 PICTURED = "image-text-to-text"
 BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
+FRAMES, WAVE = 48, 6400
 MAX_PARAMETERS = 5_000_000
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
 
@@ -123,7 +132,7 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
     config.use_cache = False
     if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):  # some defaults are of another text model
         config.vision_config.out_hidden_size = config.get_text_config().hidden_size
-    if mapping == "image-classification":
+    if mapping.endswith(("classification", "segmentation")):
         config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
         config.is_decoder = True
@@ -233,14 +242,23 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         frames = SEQ * config.audio_length_per_tok
         mels = config.audio_config.num_mel_bins
         inputs["input_features"] = torch.randn(BATCH, mels, frames, generator=generator)
+    if mapping == "time-series-prediction":
+        shape = BATCH, config.context_length, config.num_input_channels
+        inputs["past_values"] = torch.randn(shape, generator=generator)
+    if mapping == "ctc" and not inputs:
+        encoder = getattr(config, "encoder_config", config)
+        bins = getattr(encoder, "num_mel_bins", None) or getattr(encoder, "feature_projection_input_dim", None)
+        shape = (BATCH, FRAMES, bins) if model.main_input_name == "input_features" else (BATCH, WAVE)
+        inputs[model.main_input_name] = torch.randn(shape, generator=generator)
     if "spatial_shapes" in accepted:
         inputs |= _patches(config.vision_config, generator)
-    elif mapping == "image-classification" and "pixel_values" in accepted:
+    elif mapping not in ("causal-lm", "masked-lm", "seq2seq") and "pixel_values" in accepted:
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", STAGED_IMAGE)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(vision, "num_channels", 3)
-        inputs["pixel_values"] = torch.randn(BATCH, channels, height, width, generator=generator)
+        frames = [config.num_frames] if mapping == "video-classification" else []
+        inputs["pixel_values"] = torch.randn(BATCH, *frames, channels, height, width, generator=generator)
         if "input_ids" in inputs:
             inputs["input_ids"][:, :IMAGE_TOKENS] = config.image_token_index
     return inputs

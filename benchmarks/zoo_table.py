@@ -23,7 +23,7 @@ HEAD = """# Architectures
 After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
 whether it has ONNX. If it does not, you can say why.
 
-Every model type in four of transformers' auto mappings, by `python -m benchmarks.zoo` with transformers {transformers} and torch
+Every model type in eight of transformers' auto mappings, and two forecasters, by `python -m benchmarks.zoo` with transformers {transformers} and torch
 {torch} (rows by commit: {commits}; each row of the JSON file says which). For each type a tiny random model is built, traced and
 analysed. Each family is cut at random widths and compared with the dense model whose channels are masked. A type is *proven*
 if every family, and all of them together, differ by at most 1e-5 of the largest output in fp32, while the mask itself moves the

@@ -34,18 +34,22 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save
+from torch import nn
 
+import mptk
 from mptk import MptkError, Plan, Report
 from mptk.chain.kept import KEPT_CHOICE, KeptChoice
 from mptk.config.recipe import read_recipe
 from mptk.errors import exhausted
 from mptk.io import models
+from mptk.io.archive import read_archive
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
 from mptk.protocols.run_folder import check_unfinished
 from mptk.publish.manifest import check_manifest
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
+from mptk.targets.archive import write_archive
 from mptk.tasks.inputs.audio import read_sound
 from mptk.tasks.inputs.images import open_image
 from tests.damage import mutated
@@ -99,6 +103,7 @@ READERS: Mapping[str, tuple[str, Read]] = {
     "settings": ("out.run/settings.json", unfinished),
     "choice": ("out.run/choice.json", kept),
     "weights": ("model/model.safetensors", lambda path: load_tensors(path, MptkError)),
+    "archive": ("model.pt2", read_archive),
     "index": ("model/model.safetensors.index.json", of_folder(check_folder)),
     "config": ("model/config.json", of_folder(lambda folder: models.skeleton(str(folder)))),
     "generation config": ("model/generation_config.json", of_folder(check_folder)),
@@ -126,6 +131,7 @@ def make_seeds(root: Path) -> None:
     from tests.bad_inputs.shared import write_folders
 
     write_folders(root)
+    write_archive(root / "model.pt2", mptk.trace(nn.Linear(3, 2), torch.randn(2, 3), dynamic=True))
     case = {"phase": "decode", "length": 8, "batch": 1, "threads": 1}
     row = {
         "graph": "g",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,7 @@ from mptk.io.archive import EXAMPLE_INPUTS, MODEL, arithmetic, read_archive
 from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE
+from tests.damage import mutated
 from tests.inside import Inside
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +197,17 @@ def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> N
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(MptkError, match="damaged"):
         read_archive(file)
+
+
+def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> None:
+    good, file, refused = (folder / ARCHIVE).read_bytes(), tmp_path / "model.pt2", 0
+    for seed in range(0, 48, 4):
+        file.write_bytes(mutated(good, random.Random(seed)))
+        try:
+            read_archive(file)
+        except MptkError:
+            refused += 1
+    assert refused > 6
 
 
 @pytest.mark.parametrize(

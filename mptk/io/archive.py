@@ -77,7 +77,7 @@ def _checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
                     raise said(f"{info.filename[:80]} is compressed")
                 name = info.filename.partition("/")[2]
                 new.writestr(f"model/{name}", _part(name, old.read(info), said))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as error:  # what zipfile raises
         raise said(first_line(error)) from error
     found.seek(0)
     return found

@@ -87,6 +87,11 @@ class OrtGraph:
         return [value.name for value in self.session.get_inputs()]
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than one output."""
+        return len(self.session.get_outputs()) > 1
+
+    @property
     def provider(self) -> str:
         """The execution provider that is asked first."""
         return str(self.session.get_providers()[0])

@@ -43,10 +43,11 @@ class Dense:
         own = self.program.state_dict().updated(self.program.state)  # tied weights by all their names
         return self.loaded.with_weights(program).with_state(own)
 
-    def run(self, samples: Samples) -> Tensor:
-        """Outputs of the program."""
+    def first(self, samples: Samples) -> Tensor:
+        """The program's first output."""
         assert self.program is not None
-        output: Tensor = next(self.executor.outputs([self.program], [samples.tensors]))
+        found = next(self.executor.outputs([self.program], [samples.tensors]))
+        output: Tensor = found if isinstance(found, Tensor) else found[0]
         return output
 
 

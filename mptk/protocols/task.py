@@ -17,7 +17,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
-from passes.frontend.trace import Flat, OpenSizes, uncached
+from passes.frontend.trace import Flat, OpenSizes, results, uncached
 
 
 class Task(Protocol):
@@ -107,11 +107,9 @@ class Task(Protocol):
         """The number of terms in ``loss``."""
         ...
 
-    def output(self, module: nn.Module, samples: Samples) -> Tensor:
+    def output(self, module: nn.Module, samples: Samples) -> Any:
         """The program's outputs, computed by the module itself."""
-        found = module(**samples.inputs, **uncached(module))
-        output: Tensor = found if isinstance(found, Tensor) else found[0]
-        return output
+        return results(module(**samples.inputs, **uncached(module)))
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         """Name → quality of each run, and ``protocol``: how it was measured."""

@@ -15,17 +15,17 @@ from mptk.plugins import with_plugins
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
-from mptk.tasks.classifier import CTC, SEGMENTATION, TOKENS, Classifier
+from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
-from mptk.tasks.numbers import DEPTH, SERIES
+from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS
 from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
-HEADS: tuple[Task, ...] = (Classifier(), TOKENS, CTC, SEGMENTATION, DEPTH, SERIES)
+HEAD_TASKS: tuple[Task, ...] = (Classifier(), TOKEN_CLASSES, CTC, SEGMENTATION, ANSWERS, DETECTION, DEPTH, FORECASTS)
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEADS, Encoder())
+    task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEAD_TASKS, Encoder())
 }
 
 

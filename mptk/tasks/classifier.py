@@ -87,7 +87,7 @@ class Classifier(ComparedTask):
         return compared(runs, samples.split(1), figures, progress, protocol)
 
 
-TOKENS = Classifier(
+TOKEN_CLASSES = Classifier(
     "token-classification",
     "classifier of tokens",
     (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,),

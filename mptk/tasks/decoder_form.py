@@ -82,7 +82,7 @@ class DecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
         step(0, 0, "trace a decoding step")
-        run = None if dense.program is None else lambda ids: dense.run(next_tokens(ids))
+        run = None if dense.program is None else lambda ids: dense.first(next_tokens(ids))
         program = trace_decoder(
             model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
         )

@@ -36,6 +36,8 @@ CHANGED = "padding changes what the model computes, with a mask as well; give th
 
 GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
 """Named inputs → what a form's graphs compute."""
+GraphRuns = Callable[[Mapping[str, Tensor]], Tensor | list[Tensor]]
+"""Named inputs → one output, or several."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def traced_as(
         MptkError: it does so with no choice of inputs.
     """
     step(0, 0, "trace with named inputs")
-    model, inputs, expected = dense.loaded.model, samples.inputs, dense.run(samples)
+    model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
     given = with_mask(example)
     reason = "with a mask of ones it computes other outputs than without a mask"
     for names in candidates(dense.loaded, inputs):
@@ -160,7 +162,7 @@ def is_half(graph: OrtGraph) -> bool:
 
 
 def stages_of(
-    run: GraphRun,
+    run: GraphRuns,
     graph: OrtGraph,
     unpadded: Unpadded,
     more: Mapping[str, StageOutputs] | None = None,
@@ -171,12 +173,14 @@ def stages_of(
     """
     said, tolerance = graph.metadata, HALF_TOLERANCE if is_half(graph) else RUNTIME_TOLERANCE
 
-    def plain(samples: Samples) -> Tensor:
+    def plain(samples: Samples) -> Tensor | list[Tensor]:
         return run(with_mask(samples.inputs))
 
-    def padded(samples: Samples) -> Tensor:
+    def padded(samples: Samples) -> Tensor | list[Tensor]:
         given, rows = padded_as_said(samples.inputs, said)
-        return unpadded(run(given)[rows], samples.inputs)
+        found = run(given)
+        several = [unpadded(each[rows], samples.inputs) for each in ([found] if isinstance(found, Tensor) else found)]
+        return several[0] if isinstance(found, Tensor) else several
 
     runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING_KEY in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}

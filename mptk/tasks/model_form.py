@@ -17,7 +17,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, joined
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
@@ -55,9 +55,10 @@ AXES = {
 
 @dataclass(frozen=True)
 class ModelForm(OnnxForm):
-    """``model.onnx`` with one output, ``logits``, ``last_hidden_state`` or another."""
+    """``model.onnx`` with one output, ``logits``, ``last_hidden_state`` or another. ``more``: further ones."""
 
     output: str
+    more: tuple[str, ...] = ()
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         blocks = [scheme for scheme in settings.quantize if scheme in BLOCKS]
@@ -68,13 +69,12 @@ class ModelForm(OnnxForm):
         settings = dense.settings
         traced, padding = self.traced(dense, samples)
         program = cut(traced.program, dense, plan, log)
+        axes = {name: self.axes(name, rank) for name, rank in traced.ranks.items()}
         step(0, 0, "translate the graph")
         file = emit_onnx(
             program,
             folder,
-            Interface(
-                {name: self.axes(name, rank) for name, rank in traced.ranks.items()}, traced.outputs or (self.output,)
-            ),
+            Interface(axes, traced.outputs or (self.output, *self.more)),
             objective="prefill",
             half=settings.onnx_dtype == HALF,
             metadata=about(dense, plan) | padding,
@@ -92,7 +92,7 @@ class ModelForm(OnnxForm):
             traced.check_sizes()
             return traced, {}
         samples = Samples(longer(example)) if samples is None else samples.shortened(*PROOF_SHAPE)
-        return traced_as(dense, Flat, example, samples, unpadded)
+        return traced_as(dense, Flat, example, samples, self.unpadded)
 
     def axes(self, name: str, rank: int) -> Axes:
         """The names of an input's axes."""
@@ -101,14 +101,20 @@ class ModelForm(OnnxForm):
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         graph = OrtGraph(folder / ONNX_FILE, device)
-        return stages_of(graph, graph, unpadded)
+        return stages_of(graph.all if graph.several else graph, graph, self.unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)
+        if graph.several:
+            return lambda samples: joined(graph.all(with_mask(samples.inputs)))
         return lambda samples: graph(with_mask(samples.inputs))
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return (logits_apart if self.output == LOGITS else features_apart)(scheme, pairs)
+
+    def unpadded(self, output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """An output [samples, positions, channels] at the positions of ``inputs``; one of whole samples stays."""
+        return output[:, : inputs[IDS].shape[1]] if output.ndim > 2 else output
 
     def half(self, folder: Path) -> bool:
         return is_half(OrtGraph(folder / ONNX_FILE))
@@ -117,8 +123,3 @@ class ModelForm(OnnxForm):
 def longer(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Example inputs of another size: token ids twice in a row."""
     return {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}
-
-
-def unpadded(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The outputs [samples, positions, channels] at the positions of ``inputs``; outputs of whole samples stay."""
-    return output[:, : inputs[IDS].shape[1]] if output.ndim > 2 else output

@@ -6,7 +6,7 @@ Example inputs, and samples like them, may be in a safetensors file: a tensor fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,21 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
-from mptk.ort.sessions import OrtGraph
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.task import Task
-from mptk.protocols.values import Checks, SampleSets
+from mptk.protocols.values import SampleSets
 from mptk.tasks.base import compared
-from mptk.tasks.encoder import distances, errors, projection
-from mptk.tasks.exporting import Traced, stages_of
+from mptk.tasks.encoder import errors, projection
+from mptk.tasks.exporting import Traced
 from mptk.tasks.inputs.base import ordered
-from mptk.tasks.model_form import AXES, ModelForm, unpadded
+from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.numbers import Outputs, apart
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
 from passes.targets.onnx.emit import Axes
-from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 
-Outputs = Tensor | Sequence[Tensor]
 BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
 
@@ -54,7 +52,7 @@ class Module(Task):
     sequences = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, self.given.inputs))
+        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, inputs=self.given.inputs))
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
@@ -111,11 +109,7 @@ class Module(Task):
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
             "module's, relative to their norm"
         )
-        return compared(runs, batches, {"distance": _distances}, progress, protocol)
-
-
-def _distances(output: Outputs, reference: Outputs) -> Tensor:
-    return distances(joined(output), joined(reference))
+        return compared(runs, batches, {"distance": apart}, progress, protocol)
 
 
 def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
@@ -212,7 +206,7 @@ class ModuleForm(ModelForm):
     ``inputs``: examples, by the names that the graph's inputs get.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor] = field(kw_only=True)
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
@@ -228,21 +222,6 @@ class ModuleForm(ModelForm):
         (results,) = program.graph.graph.output_node().args
         count = len(results) if isinstance(results, tuple | list) else 1
         return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
-
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / ONNX_FILE, device)
-        found = stages_of(graph, graph, unpadded)
-        if len(graph.session.get_outputs()) == 1:
-            return found
-        stages = {
-            name: (lambda samples: graph.all(samples.inputs), tolerance)
-            for name, (_, tolerance) in found.stages.items()
-        }
-        return replace(found, stages=stages)
-
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        graph = OrtGraph(file, device)
-        return lambda samples: joined(graph.all(samples.inputs))
 
     def axes(self, name: str, rank: int) -> Axes:
         known = name in AXES or name == IDS

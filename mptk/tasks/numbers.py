@@ -5,6 +5,7 @@ What counts is how far they move from the dense model's. One more task is one mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, joined
 from mptk.progress import Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
@@ -21,6 +22,9 @@ from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.classifier import Lists
 from mptk.tasks.encoder import distances, errors, projection
 from mptk.tasks.model_form import ModelForm
+from mptk.tasks.padding import IDS
+
+Outputs = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ class Numbers(ComparedTask):
             return None
         return known_to(self.lists, config, classes, f"give {self.gives}")
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
         assert samples.targets is not None
-        return errors(output, samples.targets).sum()
+        return errors(joined(output), joined(samples.targets)).sum()
 
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        return projection(output, samples)
+    def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
+        return projection(joined(output), samples)
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
@@ -54,9 +58,35 @@ class Numbers(ComparedTask):
             f"{sets.source}: mean over {len(samples)} samples of the distance of {self.gives} from the dense model's, "
             "relative to their norm"
         )
-        return compared(runs, samples.split(1), {"distance": distances}, progress, protocol)
+        return compared(runs, samples.split(1), {"distance": apart}, progress, protocol)
 
 
+class AnswerForm(ModelForm):
+    """Its outputs have a number for each token."""
+
+    def unpadded(self, output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return output[:, : inputs[IDS].shape[1]]
+
+
+def apart(output: Outputs, reference: Outputs) -> Tensor:
+    """Σ ‖f − f*‖ / ‖f*‖ over samples, of all outputs."""
+    return distances(joined(output), joined(reference))
+
+
+ANSWERS = Numbers(
+    "question-answering",
+    "finder of answers in a text",
+    (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,),
+    "the scores of an answer's start and end",
+    AnswerForm("start_logits", ("end_logits",)),
+)
+DETECTION = Numbers(
+    "object-detection",
+    "detector of objects",
+    (auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,),
+    "the classes and boxes of objects",
+    ModelForm("logits", ("pred_boxes",)),
+)
 DEPTH = Numbers(
     "depth-estimation",
     "estimator of depth",
@@ -64,7 +94,7 @@ DEPTH = Numbers(
     "a depth for each pixel",
     ModelForm("predicted_depth"),
 )
-SERIES = Numbers(
+FORECASTS = Numbers(
     "time-series-prediction",
     "forecaster",
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),

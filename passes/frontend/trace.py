@@ -38,12 +38,28 @@ from passes.frontend.inline import inline
 TRACED_BATCH, TRACED_LENGTH = 2, 7
 
 
+SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
+"""Names that transformers gives to the results of heads that give several."""
+
+
+def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
+    """What counts of a transformers model's output: the first (logits or last hidden state), or several of its head."""
+    if isinstance(output, Tensor):
+        return output
+    names = output.keys() if isinstance(output, ModelOutput) else ()
+    if SEVERAL.isdisjoint(names):
+        first: Tensor = output[0]
+        return first
+    found = [output[name] for name in names if name in SEVERAL or name == "logits"]
+    return tuple(value for value in found if isinstance(value, Tensor))
+
+
 class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
     ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns the first output only (logits or last hidden state). The model also returns its cache,
-    which would count as a use of the heads if it were an output of the graph.
+    transformers model it returns only what ``results`` says. The model also returns its cache, which would count as a
+    use of the heads if it were an output of the graph.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
@@ -56,7 +72,7 @@ class Flat(nn.Module):
         with assignments_written(self.module):
             output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
-            return output if isinstance(output, Tensor) else output[0]
+            return results(output)
         tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from mptk.config.settings import Training
 from mptk.distributed.processes import full, gathered, prepare, shard_like, widest
 from mptk.errors import MptkError
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, joined
 from mptk.methods.maskprune.losses import distilled, hidden_error
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.methods.maskprune.watch import NAME, STATE, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
-from passes.frontend.trace import uncached
+from passes.frontend.trace import results, uncached
 
 Teacher = Callable[[Samples], TeacherOutputs]
 """Samples on the host → the dense model's outputs, on the device."""
@@ -234,7 +234,8 @@ def run_module(module: nn.Module, samples: Samples, *, hidden: bool = False) -> 
     found = module(**samples.inputs, **uncached(module), **states)
     if hidden and getattr(found, "hidden_states", None) is None:
         raise MptkError("this model gives no hidden states to compare; leave out --hidden")
-    return found if isinstance(found, Tensor) else found[0], getattr(found, "hidden_states", None)
+    output = results(found)
+    return output if isinstance(output, Tensor) else joined(output), getattr(found, "hidden_states", None)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
@@ -18,9 +19,9 @@ from mptk.tasks.inputs.images import Images, open_image
 
 
 def frames_of(model: nn.Module) -> int | None:
-    """The frames of a video that a model reads; None if it reads pictures."""
-    found: Any = getattr(model.config, "num_frames", None)
-    return found if isinstance(found, int) else None
+    """The frames of a video that a model of a type in transformers' list reads; None if it reads pictures."""
+    config: Any = model.config
+    return config.num_frames if config.model_type in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES else None
 
 
 class Videos(Images):

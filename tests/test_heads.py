@@ -1,0 +1,187 @@
+"""Models with other heads through files of their kind: tokens, CTC, segmentation, depth, series, videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy_checkpoints as toys
+import transformers as t
+from kinds import BERT, SIZE
+from PIL import Image
+from torch import Tensor
+
+import mptk
+from mptk import MptkError, Samples
+from mptk.io.models import load
+from mptk.ort.sessions import OrtGraph
+from mptk.protocols.task import Task
+from mptk.tasks import HEAD_TASKS, task_of
+from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, agreed, divergence
+from mptk.tasks.inputs.series import read_series
+from mptk.tasks.numbers import DEPTH, FORECASTS
+
+CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
+WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
+WAVES |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0}
+SEGMENTS = {"depths": [1, 1], "num_encoder_blocks": 2, "sr_ratios": [2, 1], "hidden_sizes": [16, 24]}
+SEGMENTS |= {"num_attention_heads": [1, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+NECK = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 12, 16, 20], "fusion_hidden_size": 16}
+PIXELS = {"image_size": SIDE, "patch_size": 8}
+SERIES_SIZES = {"num_input_channels": CHANNELS, "context_length": STEPS, "patch_length": 8, "patch_stride": 8}
+SERIES_SIZES |= {"d_model": 24, "num_attention_heads": 3, "ffn_dim": 40, "num_hidden_layers": 2, "loss": "mse"}
+MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
+    "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**BERT, num_labels=CLASSES)),
+    "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**BERT)),
+    "object-detection": lambda: t.YolosForObjectDetection(
+        t.YolosConfig(**SIZE, image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=5, num_labels=CLASSES)
+    ),
+    "ctc": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**{**SIZE, "vocab_size": 29}, **WAVES)),
+    "semantic-segmentation": lambda: t.SegformerForSemanticSegmentation(
+        t.SegformerConfig(image_size=SIDE, decoder_hidden_size=20, num_labels=CLASSES, **SEGMENTS)
+    ),
+    "depth-estimation": lambda: t.DPTForDepthEstimation(
+        t.DPTConfig(**{**SIZE, "num_hidden_layers": 4}, **PIXELS, **NECK, is_hybrid=False)
+    ),
+    "time-series-prediction": lambda: t.PatchTSTForPrediction(
+        t.PatchTSTConfig(**SERIES_SIZES, prediction_length=6, scaling="std")
+    ),
+    "classification": lambda: t.VideoMAEForVideoClassification(
+        t.VideoMAEConfig(**SIZE, **PIXELS, num_frames=FRAMES, tubelet_size=2, num_labels=CLASSES)
+    ),
+}
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "token-classification": toys.tokenizer,
+    "question-answering": toys.tokenizer,
+    "object-detection": lambda: t.YolosImageProcessor(size={"height": SIDE, "width": SIDE}, do_pad=False),
+    "ctc": t.Wav2Vec2FeatureExtractor,
+    "semantic-segmentation": lambda: t.SegformerImageProcessor(size={"height": SIDE, "width": SIDE}),
+    "depth-estimation": lambda: t.DPTImageProcessor(size={"height": SIDE, "width": SIDE}),
+    "classification": lambda: t.VideoMAEImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    ),
+}
+OUTPUTS = {
+    "classification": ["logits"],
+    "time-series-prediction": ["prediction_outputs"],
+    "question-answering": ["start_logits", "end_logits"],
+    "object-detection": ["logits", "pred_boxes"],
+}
+"""Task → the outputs of its ONNX graph, if the tests write it."""
+DATA = {"ctc": "sounds", "object-detection": "images", "semantic-segmentation": "images", "depth-estimation": "images"}
+DATA |= {"time-series-prediction": "series", "classification": "frames"}
+SMALL: dict[str, Any] = {"sparsity": 0.2, "tolerance": 0.15, "method": "wanda", "samples": 3, "length": 12, "align": 2}
+SMALL |= {"eval_windows": 2, "eval_length": 12, "progress": None}
+
+
+@pytest.fixture(scope="module")
+def files(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Series, and frames of videos; the folders of other kinds beside them."""
+    root, rng = tmp_path_factory.mktemp("heads"), np.random.default_rng(0)
+    for name in ("images", "sounds", "text.txt"):
+        (root / name).symlink_to(folders / name)
+    (root / "series").mkdir()
+    for i in range(3):
+        rows = [",".join(f"{x:.3e}" for x in row) for row in rng.normal(size=(STEPS + 4, CHANNELS))]
+        (root / "series" / f"{i}.csv").write_text("\n".join(["temperature,load,hour", *rows]))
+        (root / "frames" / f"{i}").mkdir(parents=True)
+        for frame in range(FRAMES + 1):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "frames" / f"{i}" / f"{frame}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "dense")
+    if name in PROCESSORS:
+        PROCESSORS[name]().save_pretrained(tmp_path / "dense")
+    onnx = name in OUTPUTS
+    data = str(files / DATA.get(name, "text.txt"))
+    found = mptk.prune(str(tmp_path / "dense"), tmp_path / "out", data=data, onnx=onnx, **SMALL)
+    assert found is not None
+    report = found.report
+    assert report.task == name
+    assert report.quality["dense"] == (1 if report.quality["metric"] == "agreement" else 0)
+    assert any(f["width"] < f["of"] for f in report.families.values())
+    stages = [row["stage"] for row in report.proof]
+    assert {"reloaded checkpoint", *(["ONNX Runtime"] if onnx else [])} <= set(stages)
+    assert type(found.model) is type(model)
+    if onnx:
+        session = OrtGraph(tmp_path / "out" / "onnx" / "model.onnx").session
+        assert [output.name for output in session.get_outputs()] == OUTPUTS[name]
+    if name == "classification":
+        assert session.get_inputs()[0].shape[1:3] == [FRAMES, 3]
+
+
+def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None:
+    MODELS["time-series-prediction"]().save_pretrained(tmp_path)
+    assert task_of(load(str(tmp_path))).name == "time-series-prediction"
+
+
+@pytest.mark.parametrize(
+    ("task", "shape"),
+    [
+        (Classifier(), (3, 5)),
+        (CTC, (3, 7, 5)),
+        (SEGMENTATION, (3, 5, 4, 6)),
+        (DEPTH, (3, 4, 6)),
+        (FORECASTS, (3, 6, 2)),
+    ],
+)
+def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dense, other = torch.randn(shape), torch.randn(shape, requires_grad=True)
+    samples = Samples({"x": torch.zeros(3, 1)}, dense)
+    assert float(task.loss(dense, samples)) == pytest.approx(0, abs=1e-6)
+    assert float(task.loss(other, samples)) > 0.1
+    at = dense.clone().requires_grad_()
+    task.sensitivity(at, samples).backward()
+    assert at.grad is not None
+    assert at.grad.abs().min() > 0
+    assert len({each.name for each in HEAD_TASKS}) == len(HEAD_TASKS)
+
+
+def test_figures_are_means_over_positions() -> None:
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+
+    def each(figure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        pairs = [(logits[:, :, i, j], reference[:, :, i, j]) for i in range(3) for j in range(4)]
+        return sum(float(figure(*pair)) for pair in pairs) / 12
+
+    assert float(agreed(logits, reference, 1)) == pytest.approx(each(agreed))
+    assert float(divergence(logits, reference, 1)) == pytest.approx(each(divergence), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1,2\n3,4", "it has 2 and 2"),
+        ("a,b,c\n1,2,3\n4,5", r"not a series of 3 rows and 3 columns of numbers"),
+        ("1,2,x", "not a series of 3 rows"),
+        ("", "it has 0 and"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_a_wrong_series_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(MptkError, match=said):
+        read_series(tmp_path / "a.csv", 3, 3)
+
+
+def test_a_video_of_too_few_frames_is_refused(files: Path, tmp_path: Path) -> None:
+    MODELS["classification"]().save_pretrained(tmp_path / "dense")
+    PROCESSORS["classification"]().save_pretrained(tmp_path / "dense")
+    (tmp_path / "frames" / "short").mkdir(parents=True)
+    (tmp_path / "frames" / "short" / "0.png").write_bytes((files / "frames" / "0" / "0.png").read_bytes())
+    with pytest.raises(MptkError, match="short has 1 frames, and the model reads 4; give more"):
+        mptk.prune(str(tmp_path / "dense"), data=str(tmp_path / "frames"), **SMALL)
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["num_frames"] == FRAMES

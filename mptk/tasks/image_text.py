@@ -113,15 +113,14 @@ class ImageText(TokenTask):
             for name, child in model.base_model.named_children()
             if any(True for _ in child.parameters())
         )
-        others = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
-        return {"vision_tower": [tower], "projector": others, "language_model": [decoder]}
+        between = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
+        return {"vision_tower": [tower], "projector": between, "language_model": [decoder]}
 
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        samples = self.example(loaded.model)
-        ids = samples.inputs[IDS]
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
+        ids = example.inputs[IDS]
         changed = ids.clone()
         changed[:, -1] = others(loaded.model, ids[:, -1])
-        found, other = (run(Samples({**samples.inputs, IDS: each})) for each in (ids, changed))
+        found, other = (run(Samples({**example.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")

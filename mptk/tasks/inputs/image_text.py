@@ -33,6 +33,7 @@ from mptk.tasks.inputs.image_forms import (
     image_tokens,
     images_are_ones,
     positions,
+    sizes_of,
 )
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TextWindows, example_ids, vocabulary
@@ -78,7 +79,7 @@ class ImagesWithText(Inputs):
         for done, chat in enumerate(chats, 1):
             made.append(one_sample(loaded.model, processor, chat, names, length))
             progress(done, len(chats))
-        sizes = {tuple(tuple(tensor.shape) for tensor in one.values()) for one in made}
+        sizes = {(tuple(tuple(x.shape) for x in one.values()), str(sizes_of(one))) for one in made}
         if len(sizes) > 1:
             raise MptkError(
                 f"the processor of {loaded.source} makes samples of {len(sizes)} sizes; give images of one size, and "

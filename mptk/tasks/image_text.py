@@ -30,11 +30,10 @@ from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    TOKEN_TYPES,
     arguments,
+    constants,
     known,
     other_size,
-    sizes_of,
 )
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH
@@ -45,16 +44,16 @@ from passes.frontend.trace import Flat, uncached
 class Pictured(Flat):
     """A model called with images in samples, whose logits depend, times zero, on features that the class leaves unused.
 
-    ``sizes``: those of the images, which a trace holds as numbers: how many patches there are depends on them.
+    ``numbers``: what a trace holds as numbers: how many patches there are depends on the images' sizes.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], sizes: Mapping[str, list[list[int]]]) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str], numbers: Mapping[str, Tensor | int]) -> None:
         super().__init__(module, names)
-        self.sizes = dict(sizes)
+        self.numbers = dict(numbers)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         named = arguments(dict(zip(self.names, inputs, strict=True)))
-        with known(named.get(PIXELS), self.sizes) as held:
+        with known(named.get(PIXELS), self.numbers) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
@@ -76,12 +75,12 @@ class ImageText(TokenTask):
         return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
 
     def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        return partial(Pictured, sizes=sizes_of(example.inputs))
+        return partial(Pictured, numbers=constants(model, example.inputs))
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
         batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
-        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TOKEN_TYPES, (1,))}
+        length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
     def output(self, module: nn.Module, samples: Samples) -> Tensor:

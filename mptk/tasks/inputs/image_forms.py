@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mptk.compat.torch import quiet_fakes, small_constants
+from mptk.compat.transformers import precomputed
 from mptk.errors import MptkError, first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
@@ -25,8 +26,6 @@ from passes.frontend.trace import evaluating, fake_weights
 PIXELS, POSITIONS = "pixel_values", "position_ids"
 GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
 """Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Names of the input that tells an image's tokens, which may see each other, from text."""
 EXAMPLE_BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
@@ -41,16 +40,24 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
-    """The sizes of images among the inputs, as numbers."""
-    return {name: inputs[name].tolist() for name in KNOWN_SIZES if name in inputs}
+def constants(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
+    """What a trace holds as numbers: the sizes of images, and the windows that an encoder makes of them with loops."""
+    sizes: dict[str, Tensor | int] = {name: inputs[name] for name in KNOWN_SIZES if name in inputs}
+    encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
+    if GRIDS in inputs and encoders:
+        found = precomputed(encoders[0], inputs[GRIDS])
+        sizes |= {f"image_{name}": value for name, value in found.items() if "window" in name and value is not None}
+    return sizes
 
 
 @contextmanager
-def known(pixels: Tensor | None, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
-    """Within it, a trace computes with the ``sizes`` of images, which it is given as constants, and none is blank."""
+def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int]) -> Iterator[dict[str, Any]]:
+    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank."""
     with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels):
-        yield {name: torch.tensor(numbers) for name, numbers in sizes.items()}
+        yield {
+            name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
+            for name, value in numbers.items()
+        }
 
 
 class NoBlankImages(TorchFunctionMode):
@@ -161,17 +168,12 @@ def image_tokens(model: Any, inputs: Named) -> int:
     with (
         evaluating(model),
         fake_weights(model, (named[PIXELS],)) as (pixels,),
-        known(pixels, sizes_of(inputs)) as held,
+        known(pixels, {n: x for n, x in inputs.items() if n in KNOWN_SIZES}) as held,
     ):
         found = model.get_image_features(pixel_values=pixels, **held, return_dict=True)
     features = getattr(found, "pooler_output", found)
     each = [features] if isinstance(features, Tensor) else list(features)
     return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
-
-
-def images_are_ones(model: Any) -> bool:
-    """Whether types of tokens are 1 at images, as in Gemma 3. In PaliGemma they are 0, and 1 at the text after it."""
-    return "token_type_ids == 0" not in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:

@@ -44,16 +44,19 @@ from passes.frontend.trace import Flat, uncached
 class Pictured(Flat):
     """A model called with images in samples, whose logits depend, times zero, on features that the class leaves unused.
 
-    ``numbers``: what a trace holds as numbers: how many patches there are depends on the images' sizes.
+    ``numbers``: what a trace holds as numbers: how many patches there are depends on the images' sizes. ``marks``: the
+    tokens that stand for images, in all samples.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], numbers: Mapping[str, Tensor | int]) -> None:
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], numbers: Mapping[str, Tensor | int], marks: int
+    ) -> None:
         super().__init__(module, names)
-        self.numbers = dict(numbers)
+        self.numbers, self.marks = dict(numbers), marks
 
     def forward(self, *inputs: Tensor) -> Tensor:
         named = arguments(dict(zip(self.names, inputs, strict=True)))
-        with known(named.get(PIXELS), self.numbers) as held:
+        with known(named.get(PIXELS), self.numbers, self.marks) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
@@ -75,7 +78,8 @@ class ImageText(TokenTask):
         return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
 
     def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        return partial(Pictured, numbers=constants(model, example.inputs))
+        marks = int((example.inputs[IDS] == image_token(model)).sum())
+        return partial(Pictured, numbers=constants(model, example.inputs), marks=marks)
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""

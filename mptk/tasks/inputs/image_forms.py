@@ -51,9 +51,12 @@ def constants(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | in
 
 
 @contextmanager
-def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int]) -> Iterator[dict[str, Any]]:
-    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank."""
-    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels):
+def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0) -> Iterator[dict[str, Any]]:
+    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank.
+
+    ``marks``: the tokens that stand for images, in all samples.
+    """
+    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
         yield {
             name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
             for name, value in numbers.items()
@@ -63,8 +66,9 @@ def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int]) -> Iterato
 class NoBlankImages(TorchFunctionMode):
     """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
 
-    def __init__(self, pixels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, marks: int) -> None:
         super().__init__()
+        self.marks = marks
         self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +78,20 @@ class NoBlankImages(TorchFunctionMode):
             mask = args[1]
             if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
                 return args[0]
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and self._at_marks(*args):
+            mask = args[1][0]
+            if func is Tensor.__setitem__:
+                return args[0].copy_(args[0].masked_scatter(mask[..., None], args[2]))
+            first = mask.flatten().int().argsort(descending=True, stable=True)[: self.marks]
+            return args[0].flatten(0, 1).index_select(0, first)
         return func(*args, **(kwargs or {}))
+
+    def _at_marks(self, states: Tensor, index: object, *values: Tensor) -> bool:
+        """Whether an index takes the states [samples, length, channels] at the tokens of images."""
+        if not isinstance(index, tuple) or len(index) != 2 or index[1] != slice(None):
+            return False
+        mask = index[0]
+        return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == states.shape[:2]
 
 
 def image_inputs(model: Any) -> Named:

@@ -27,8 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB, Recipe, recipes, tiny_config
 from benchmarks.tiny_weights import calibrate, randomise
-from mptk.tasks.image_text import Pictured
-from mptk.tasks.inputs.image_forms import sizes_of
+from mptk.ir.samples import Samples
+from mptk.tasks.image_text import ImageText
 from mptk.tasks.inputs.image_text import with_images
 
 MAPPINGS: dict[str, dict[str, Any]] = {
@@ -182,7 +182,7 @@ def _attempt(
 
 def _wrapper(mapping: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Module:
     names = tuple(inputs)
-    return Pictured(model, names, sizes_of(inputs)) if mapping == PICTURED else Logits(model, names)
+    return ImageText().wrapped(model, Samples(inputs))(model, names) if mapping == PICTURED else Logits(model, names)
 
 
 def _construct(model_class: Any, config: Any) -> Any:

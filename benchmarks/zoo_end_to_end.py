@@ -55,7 +55,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
 
 
 def _pruned(folder: Path, target: str, given: str) -> str:
-    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of the first three alone, or "".
+    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of three that can be cut alone, or "".
 
     ``given``: "--inputs" if the inputs are given as a file.
     """
@@ -73,7 +73,9 @@ def _pruned(folder: Path, target: str, given: str) -> str:
         return "analyze: no family has another legal width"
     reasons, data = [], inputs or ("--data", "random")
     words = ("prune", folder / "dense", "--out", folder / target, *to, *data, *OPTIONS.split())
-    for chosen in (widths, *({name: width} for name, width in list(widths.items())[:3])):
+    alone = [f["name"] for f in found if f["name"] in widths and not f["together"]]
+    alone = sorted(alone or widths, key=list(widths).index)[:3]
+    for chosen in (widths, *({name: widths[name]} for name in alone)):
         given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
         failure = _said(*words, "--families", ",".join(chosen), *given)
         if not failure:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import zoo_depth
+from benchmarks.tiny_models import PICTURED
 from benchmarks.zoo_onnx import passed
 
 HERE = Path(__file__).resolve().parent
@@ -209,6 +210,24 @@ WHY = """MusicGen's decoder reads several rows of codes for a sample, so its row
 queries, keys and values as three equal parts, and cannot load this tiny model's, which has fewer keys."""
 
 
+PICTURED_HEAD = """
+Vision-language models (image-text-to-text), which have no table above:
+
+| type | last stage | as | families cut | reason |
+|---|---|---|---|---|"""
+
+
+def _pictured(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for each type that reads images with text."""
+    lines = PICTURED_HEAD.splitlines() if rows else []
+    for row in rows:
+        reason = row["reason"].replace("|", chr(92) + "|")
+        lines.append(
+            f"| {row['type']} | {row['stage']} | {row['target']} | {', '.join(row.get('widths', ()))} | {reason} |"
+        )
+    return lines
+
+
 def _end_to_end(rows: list[dict[str, Any]], proven: set[tuple[str, str]]) -> list[str]:
     lines = END_TO_END_HEAD.splitlines()
     for mapping in dict.fromkeys(row["mapping"] for row in rows):
@@ -217,6 +236,7 @@ def _end_to_end(rows: list[dict[str, Any]], proven: set[tuple[str, str]]) -> lis
         known = sum((mapping, row["type"]) in proven for row in mine)
         stock = sum(row["target"] == "stock" for row in verified)
         lines.append(f"| {mapping} | {len(mine)} | {known} | {len(verified)} | {stock} |")
+    lines += _pictured([row for row in rows if row["mapping"] == PICTURED])
     failed = [row for row in rows if row["stage"] != "verified" and (row["mapping"], row["type"]) in proven]
     if failed:
         lines += ["", "Proven above, and not verified here:", "", "| type | last stage | reason |", "|---|---|---|"]

@@ -1,10 +1,11 @@
-"""A tiny LLaVA with its processor, and pictures with captions."""
+"""A tiny LLaVA and a tiny Qwen2-VL with their processors, and pictures with captions."""
 
 from __future__ import annotations
 
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +18,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
+
+from benchmarks.tiny_models import PICTURED, tiny_model
 
 COLOURS = ("red", "green", "blue", "white", "grey", "black")
 WORDS = ("<unk>", "<pad>", "<image>", "a", "picture", "that", "is", "all", "user", "assistant", *COLOURS)
@@ -65,14 +71,40 @@ def processor(additional: int = 1) -> LlavaProcessor:
     )
 
 
-def write_captions(folder: Path) -> Path:
-    """A folder as ``imagefolder`` of datasets has it: a picture of each colour, with a caption."""
+TEMPLATE = (
+    "{% for turn in messages %}{% for part in turn['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def write_qwen(folder: Path) -> Path:
+    """A tiny Qwen2-VL of the zoo, whose processor keeps the size of a picture: 8 pixels a patch, 4 patches a token."""
+    model = tiny_model(PICTURED, "qwen2_vl").model
+    config: Any = model.config
+    words = {i: f"w{i}" for i in range(config.text_config.vocab_size)}
+    words |= dict(enumerate([*WORDS[3:], "<unk>", "<pad>"], 20))
+    marks = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    marks |= {f"vision_{side}_token": f"<|vision_{side}|>" for side in ("start", "end")}
+    words |= {getattr(config, f"{name}_id"): mark for name, mark in marks.items()}
+    backend = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    sizes = {"shortest_edge": 256, "longest_edge": 4096}
+    images = Qwen2VLImageProcessor(patch_size=8, temporal_patch_size=2, merge_size=2, size=sizes)
+    model.save_pretrained(folder)
+    Qwen2VLProcessor(images, made, Qwen2VLVideoProcessor(), chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def write_captions(folder: Path, width: int = 40) -> Path:
+    """A folder as ``imagefolder`` of datasets has it: a picture of each colour, 32 pixels high, with a caption."""
     folder.mkdir()
     with (folder / "metadata.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["file_name", "text"])
         for colour in COLOURS:
-            Image.new("RGB", (40, 32), colour).save(folder / f"{colour}.png")
+            Image.new("RGB", (width, 32), colour).save(folder / f"{colour}.png")
             rows.writerow([f"{colour}.png", f"a picture that is all {colour}"])
     return folder
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats
+from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats, write_qwen
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -85,6 +85,20 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(world: Path, tmp_path
     assert measured["model"] == pytest.approx(report.quality["pruned"], rel=1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("memory", [None, 10**6])
+def test_pictures_have_another_size_than_the_example_s(tmp_path: Path, memory: int | None) -> None:
+    """With little memory the class is run stage by stage, by a trace of its own."""
+    write_qwen(tmp_path / "qwen")
+    write_captions(tmp_path / "pictures", width=48)
+    mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", settings(tmp_path, memory=memory))
+    report = mptk.Report.read(tmp_path / "out")
+    assert "an image (24 x 384)" in report.quality["protocol"]
+    further = ["reloaded without images", "reloaded with images of another size"] if memory is None else []
+    assert [row["stage"] for row in report.proof][3:] == ["reloaded checkpoint", *further]
+    assert all(d.ok for d in mptk.verify(tmp_path / "out"))
+
+
 def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
     """Tokens of the image, and those that fill up a short caption, are not counted."""
     loaded = load(str(world / "llava"))
@@ -143,7 +157,7 @@ def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
         expanded(("vision_tower",), analysis, refused, parts)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3", "mistral3", "llava_next"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3", "mistral3"])
 def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str) -> None:
     """Sizes of images are numbers in it; images that could be blank are there; text may have another length."""
     model: Any = tiny_model(PICTURED, model_type).model

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
 
 
@@ -43,6 +44,18 @@ def dequantize_gguf() -> dict[str, object]:
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def precomputed(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
+    """What a vision encoder computes of ``grids``, int64 [images, 3], with loops: the argument's name → its value.
+
+    It is of transformers' own exporter, and takes time to import.
+    """
+    from transformers.exporters.utils import precompute_export_inputs
+
+    inputs: dict[str, Any] = {"grid_thw": grids}
+    precompute_export_inputs(encoder, inputs)
+    return {name: value for name, value in inputs.items() if name != "grid_thw"}
 
 
 @contextlib.contextmanager

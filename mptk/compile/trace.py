@@ -80,7 +80,7 @@ def traced(
         ran += 1
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 
-    task.check(loaded, run)
+    task.check(loaded, run, example)
     if not ran:
         run(example)
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:

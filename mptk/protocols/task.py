@@ -43,8 +43,8 @@ class Task(Protocol):
         """The task for this model. Raises MptkError if the model lacks something that the task needs."""
         return self
 
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        """Raise MptkError if the model does not compute what its class promises."""
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
+        """Raise MptkError if the model does not compute what its class promises. ``example``: it was traced with it."""
         return None
 
     def example(self, model: nn.Module) -> Samples:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError, ProofError
@@ -22,7 +22,9 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Target
+from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, CutDrafter, SampleSets, Written
+from mptk.staged.staged import Executor
 from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
@@ -133,14 +135,30 @@ class StockTarget(Target):
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
             model = reloaded.whole()
             run: Program | StageOutputs = partial(task.output, model)
+        elif not task.sequences:
+            run = traced_like(reloaded, task, executor)
         else:  # stage by stage, as the class computes
             example, length = task.example(reloaded.model), task.only_length(compiled.prepared.analysis.program)
             if length is not None:
                 example = example.of_length(length)
-            sizes = task.open_sizes(example) if length is None else (0,)
-            wrap = task.wrapped(reloaded.model, example)
-            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=sizes, wrap=wrap))
+            dynamic = True if length is None else (0,)
+            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
         return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, model=model)
+
+
+def traced_like(loaded: models.Loaded, task: Task, executor: Executor) -> StageOutputs:
+    """The model's outputs, stage by stage as its class computes, by a trace of inputs like the first samples."""
+    programs: list[Program] = []
+
+    def run(samples: Samples) -> Tensor:
+        if not programs:
+            example = task.like(task.example(loaded.model), samples)
+            sizes, wrap = task.open_sizes(example), task.wrapped(loaded.model, example)
+            programs.append(loaded.with_weights(trace(loaded.model, example.inputs, dynamic=sizes, wrap=wrap)))
+        found: Tensor = next(executor.outputs(programs, [samples.tensors]))
+        return found
+
+    return run
 
 
 def same_features(compiled: Compiled) -> bool:

@@ -108,5 +108,6 @@ def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     check_decoder(model, trust_remote_code=trust_remote_code)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     with torch.no_grad():
-        CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None))
+        example = CAUSAL_LM.example(loaded.model)
+        CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None), example)
     return loaded

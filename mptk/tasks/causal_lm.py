@@ -43,7 +43,7 @@ class CausalLM(TokenTask):
             return f"{name} looks at later tokens"
         return None
 
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         # a trace may not hold for fewer tokens than it was made with
         ids = example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
         ids[1, 1:] += 1

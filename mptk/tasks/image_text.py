@@ -30,11 +30,10 @@ from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    TOKEN_TYPES,
     arguments,
+    constants,
     known,
     other_size,
-    sizes_of,
 )
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH
@@ -45,16 +44,19 @@ from passes.frontend.trace import Flat, uncached
 class Pictured(Flat):
     """A model called with images in samples, whose logits depend, times zero, on features that the class leaves unused.
 
-    ``sizes``: those of the images, which a trace holds as numbers: how many patches there are depends on them.
+    ``numbers``: what a trace holds as numbers: how many patches there are depends on the images' sizes. ``marks``: the
+    tokens that stand for images, in all samples.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], sizes: Mapping[str, list[list[int]]]) -> None:
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], numbers: Mapping[str, Tensor | int], marks: int
+    ) -> None:
         super().__init__(module, names)
-        self.sizes = dict(sizes)
+        self.numbers, self.marks = dict(numbers), marks
 
     def forward(self, *inputs: Tensor) -> Tensor:
         named = arguments(dict(zip(self.names, inputs, strict=True)))
-        with known(named.get(PIXELS), self.sizes) as held:
+        with known(named.get(PIXELS), self.numbers, self.marks) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
@@ -76,12 +78,13 @@ class ImageText(TokenTask):
         return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
 
     def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        return partial(Pictured, sizes=sizes_of(example.inputs))
+        marks = int((example.inputs[IDS] == image_token(model)).sum())
+        return partial(Pictured, numbers=constants(model, example.inputs), marks=marks)
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
         batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
-        length = {IDS: (1,), POSITIONS: (2,), **dict.fromkeys(TOKEN_TYPES, (1,))}
+        length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
     def output(self, module: nn.Module, samples: Samples) -> Tensor:
@@ -113,15 +116,14 @@ class ImageText(TokenTask):
             for name, child in model.base_model.named_children()
             if any(True for _ in child.parameters())
         )
-        others = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
-        return {"vision_tower": [tower], "projector": others, "language_model": [decoder]}
+        between = [name for name in children if not any(f"{part}.".startswith(f"{name}.") for part in (tower, decoder))]
+        return {"vision_tower": [tower], "projector": between, "language_model": [decoder]}
 
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        samples = self.example(loaded.model)
-        ids = samples.inputs[IDS]
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
+        ids = example.inputs[IDS]
         changed = ids.clone()
         changed[:, -1] = others(loaded.model, ids[:, -1])
-        found, other = (run(Samples({**samples.inputs, IDS: each})) for each in (ids, changed))
+        found, other = (run(Samples({**example.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")

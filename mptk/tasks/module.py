@@ -57,7 +57,7 @@ class Module(Task):
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
 
-    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         try:
             found = run(self.given)
         except RuntimeError as error:

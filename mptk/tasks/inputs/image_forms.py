@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mptk.compat.torch import quiet_fakes, small_constants
+from mptk.compat.transformers import precomputed
 from mptk.errors import MptkError, first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
@@ -25,8 +26,6 @@ from passes.frontend.trace import evaluating, fake_weights
 PIXELS, POSITIONS = "pixel_values", "position_ids"
 GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
 """Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Names of the input that tells an image's tokens, which may see each other, from text."""
 EXAMPLE_BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
@@ -41,23 +40,35 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, list[list[int]]]:
-    """The sizes of images among the inputs, as numbers."""
-    return {name: inputs[name].tolist() for name in KNOWN_SIZES if name in inputs}
+def constants(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
+    """What a trace holds as numbers: the sizes of images, and the windows that an encoder makes of them with loops."""
+    sizes: dict[str, Tensor | int] = {name: inputs[name] for name in KNOWN_SIZES if name in inputs}
+    encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
+    if GRIDS in inputs and encoders:
+        found = precomputed(encoders[0], inputs[GRIDS])
+        sizes |= {f"image_{name}": value for name, value in found.items() if "window" in name and value is not None}
+    return sizes
 
 
 @contextmanager
-def known(pixels: Tensor | None, sizes: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Tensor]]:
-    """Within it, a trace computes with the ``sizes`` of images, which it is given as constants, and none is blank."""
-    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels):
-        yield {name: torch.tensor(numbers) for name, numbers in sizes.items()}
+def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0) -> Iterator[dict[str, Any]]:
+    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank.
+
+    ``marks``: the tokens that stand for images, in all samples.
+    """
+    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
+        yield {
+            name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
+            for name, value in numbers.items()
+        }
 
 
 class NoBlankImages(TorchFunctionMode):
     """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
 
-    def __init__(self, pixels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, marks: int) -> None:
         super().__init__()
+        self.marks = marks
         self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,7 +78,20 @@ class NoBlankImages(TorchFunctionMode):
             mask = args[1]
             if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
                 return args[0]
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and self._at_marks(*args):
+            mask = args[1][0]
+            if func is Tensor.__setitem__:
+                return args[0].copy_(args[0].masked_scatter(mask[..., None], args[2]))
+            first = mask.flatten().int().argsort(descending=True, stable=True)[: self.marks]
+            return args[0].flatten(0, 1).index_select(0, first)
         return func(*args, **(kwargs or {}))
+
+    def _at_marks(self, states: Tensor, index: object, *values: Tensor) -> bool:
+        """Whether an index takes the states [samples, length, channels] at the tokens of images."""
+        if not isinstance(index, tuple) or len(index) != 2 or index[1] != slice(None):
+            return False
+        mask = index[0]
+        return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == states.shape[:2]
 
 
 def image_inputs(model: Any) -> Named:
@@ -161,17 +185,12 @@ def image_tokens(model: Any, inputs: Named) -> int:
     with (
         evaluating(model),
         fake_weights(model, (named[PIXELS],)) as (pixels,),
-        known(pixels, sizes_of(inputs)) as held,
+        known(pixels, {n: x for n, x in inputs.items() if n in KNOWN_SIZES}) as held,
     ):
         found = model.get_image_features(pixel_values=pixels, **held, return_dict=True)
     features = getattr(found, "pooler_output", found)
     each = [features] if isinstance(features, Tensor) else list(features)
     return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
-
-
-def images_are_ones(model: Any) -> bool:
-    """Whether types of tokens are 1 at images, as in Gemma 3. In PaliGemma they are 0, and 1 at the text after it."""
-    return "token_type_ids == 0" not in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:

@@ -6,7 +6,6 @@ which no loss counts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,10 +27,8 @@ from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    TOKEN_TYPES,
     image_inputs,
     image_tokens,
-    images_are_ones,
     positions,
 )
 from mptk.tasks.inputs.images import open_image
@@ -45,7 +42,7 @@ FILLED = "text_tokens"
 
 
 class ImagesWithText(Inputs):
-    """``input_ids`` with an image in each sample, ``pixel_values`` and, if the class reads them, types of tokens."""
+    """``input_ids`` with an image in each sample, ``pixel_values``, and sizes and positions if the class reads them."""
 
     def example(self, model: nn.Module) -> Named:
         return with_images(model, example_ids(), torch.Generator().manual_seed(0))
@@ -78,7 +75,10 @@ class ImagesWithText(Inputs):
         for done, chat in enumerate(chats, 1):
             made.append(one_sample(loaded.model, processor, chat, names, length))
             progress(done, len(chats))
-        sizes = {tuple(tuple(tensor.shape) for tensor in one.values()) for one in made}
+        sizes = {
+            str([[x.shape for x in one.values()], [x.tolist() for n, x in one.items() if n in KNOWN_SIZES]])
+            for one in made
+        }
         if len(sizes) > 1:
             raise MptkError(
                 f"the processor of {loaded.source} makes samples of {len(sizes)} sizes; give images of one size, and "
@@ -98,7 +98,7 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise MptkError(f"the processor does not take {chat.where}: {first_line(error)}; check its images") from error
-    if missing := [name for name in names if name not in (*found, POSITIONS, *TOKEN_TYPES)]:
+    if missing := [name for name in names if name not in (*found, POSITIONS)]:
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
@@ -108,10 +108,11 @@ def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
     filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
-    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS, *TOKEN_TYPES)}
+    inputs = {name: found[name] for name in names if name not in (IDS, POSITIONS)}
     if GRIDS in inputs:
         inputs[PIXELS] = inputs[PIXELS][None]
-    return {**_placed(model, {IDS: filled, **inputs}, filled == token), FILLED: torch.tensor([own])}
+    given = {IDS: filled, **inputs}
+    return {**given, **positions(model, given, filled == token), FILLED: torch.tensor([own])}
 
 
 def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
@@ -122,7 +123,8 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator, example: N
     marks = torch.full((len(text), count), token)
     ids = torch.cat([text[:, :START], marks, text[:, START : room(model, count, text.shape[1])]], 1)
     inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
-    return _placed(model, {IDS: ids, **inputs}, ids == token)
+    given = {IDS: ids, **inputs}
+    return {**given, **positions(model, given, ids == token)}
 
 
 def _check_marks(loaded: Loaded, sample: Named) -> None:
@@ -157,15 +159,6 @@ def _resampled(example: Tensor, count: int, generator: torch.Generator) -> Tenso
     if not example.is_floating_point():
         return example[:1].repeat(count, *[1] * (example.ndim - 1))
     return torch.randn((count, *example.shape[1:]), generator=generator)
-
-
-def _placed(model: nn.Module, inputs: Named, images: Tensor) -> Named:
-    """The inputs with what the class is told of the places of the images: positions, or types of tokens."""
-    if found := positions(model, inputs, images):
-        return {**inputs, **found}
-    names = inspect.signature(model.forward).parameters
-    marked = images if images_are_ones(model) else ~images
-    return {**inputs, **{name: marked.long() for name in TOKEN_TYPES if name in names}}
 
 
 def room(model: Any, images: int, length: int) -> int:

@@ -228,19 +228,19 @@ def uncached_operators() -> Iterator[None]:
         yield
 
 
-SMALL = 4096
+KNOWN_NUMBERS = 4096
 """Most numbers of a constant that ``small_constants`` computes with."""
 
 
 @contextlib.contextmanager
 def small_constants() -> Iterator[None]:
-    """Within it, a trace computes with the numbers of constants of up to ``SMALL`` elements, as with single ones.
+    """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements, as with single ones.
 
     So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
     """
     before = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
     for module, _ in before:
-        setattr(module, "CONSTANT_NUMEL_LIMIT", SMALL)  # noqa: B010 (mypy: torch declares it final)
+        setattr(module, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS)  # noqa: B010 (mypy: torch declares it final)
     try:
         yield
     finally:

@@ -24,13 +24,13 @@ from mptk.files import json_text
 from mptk.io.untrusted import MOST_JSON, damaged
 from mptk.reading import Damaged, json_of, read_bytes
 
-MOST = 1 << 31
+MOST_ARCHIVE_BYTES = 1 << 31
 """Bytes of the largest archive: it holds a graph and constants, and no weights."""
 EXTRA = "program.json"
 MODEL, EXAMPLE_INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 RAW = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+|data/(weights/weight|constants/tensor)_\d+")
-WORD = re.compile(r"[\w.]*")
+DOTTED_NAME = re.compile(r"[\w.]*")
 OPERATOR = re.compile(
     r"torch\.ops\.(?!aten\.from_file)\w+\.\w+\.\w+|_operator\.\w+|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+"
     r"|math\.(trunc|ceil|floor)"
@@ -58,7 +58,7 @@ def read_archive(file: Path) -> tuple[ExportedProgram, str]:
             than of operators.
     """
     said, extra = damaged(file), {EXTRA: ""}
-    archive = _checked(io.BytesIO(read_bytes(file, said, MOST)), said)
+    archive = _checked(io.BytesIO(read_bytes(file, said, MOST_ARCHIVE_BYTES)), said)
     try:
         with quiet_exporter("torch.export"):
             program = torch.export.load(archive, extra_files=extra)
@@ -108,7 +108,7 @@ def _part(name: str, content: bytes, said: Damaged) -> bytes | str:
 def _check(value: object, key: str, said: Damaged) -> None:
     """Raise ``said`` for text under ``key`` that torch could run."""
     if isinstance(value, dict):
-        if wrong := next((name for name in value if not WORD.fullmatch(name) or name == "as_custom_obj"), None):
+        if wrong := next((name for name in value if not DOTTED_NAME.fullmatch(name) or name == "as_custom_obj"), None):
             raise said(f"{brief(repr(wrong))} is not a name")
         if value.get("use_pickle"):
             raise said("it holds a pickle, which can run code")
@@ -117,7 +117,7 @@ def _check(value: object, key: str, said: Damaged) -> None:
     elif isinstance(value, list):
         for each in value:
             _check(each, key, said)
-    elif isinstance(value, str) and not ALLOWED.get(key, WORD.fullmatch)(value):
+    elif isinstance(value, str) and not ALLOWED.get(key, DOTTED_NAME.fullmatch)(value):
         raise said(f"{key} is {brief(repr(value))}, which mptk never writes")
 
 
@@ -160,12 +160,12 @@ def _nested(text: str) -> bool:
     return isinstance(values, list) and all(json.loads(each) in NESTED for each in types)
 
 
-FLOATS = {"Infinity", "-Infinity", "NaN"}
+NOT_FINITE = {"Infinity", "-Infinity", "NaN"}
 ALLOWED: dict[str, Callable[[str], object]] = {
     "as_string": lambda _: True,
     "as_strings": lambda _: True,
-    "as_float": FLOATS.__contains__,
-    "as_floats": FLOATS.__contains__,
+    "as_float": NOT_FINITE.__contains__,
+    "as_floats": NOT_FINITE.__contains__,
     "expr_str": arithmetic,
     "target": OPERATOR.fullmatch,
     "as_operator": OPERATOR.fullmatch,

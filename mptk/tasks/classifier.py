@@ -26,7 +26,7 @@ from mptk.tasks.exporting import features_apart
 from mptk.tasks.model_form import LOGITS, ModelForm
 from passes.verify import Difference
 
-Lists = Sequence[Mapping[str, str | Sequence[str]]]
+AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
 """Lists of transformers: model type → name of a class, or several."""
 
 
@@ -50,7 +50,7 @@ class Classifier(ComparedTask):
 
     name: str = "classification"
     summary: str = "classifier"
-    lists: Lists = (
+    lists: AutoLists = (
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,

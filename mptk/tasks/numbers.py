@@ -19,7 +19,7 @@ from mptk.progress import Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import ComparedTask, compared, known_to
-from mptk.tasks.classifier import Lists
+from mptk.tasks.classifier import AutoLists
 from mptk.tasks.encoder import distances, errors, projection
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.padding import IDS
@@ -33,7 +33,7 @@ class Numbers(ComparedTask):
 
     name: str
     summary: str
-    lists: Lists
+    lists: AutoLists
     gives: str
     onnx: OnnxForm
     ending: str = ""

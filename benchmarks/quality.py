@@ -15,7 +15,7 @@ names; how long the row itself takes does not count. A method's name may have ad
     +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
     +kvN       with N KV heads a layer, merged before anything is chosen
-    +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
+    +shareNN   with NN % of the steps for masks
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
 on from its last checkpoint in `--work`, and its `minutes` and `processor_minutes` count from there.
@@ -40,7 +40,7 @@ from mptk import Settings, prune
 from mptk.chain.amounts import in_time
 from mptk.chain.estimate import estimator
 from mptk.cli.parse import parse_width
-from mptk.config.settings import Learning, Rates, Training
+from mptk.config.settings import Learning, Training
 from mptk.cost.estimate import this_machine
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
@@ -49,8 +49,6 @@ from mptk.protocols.report import Report
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
 ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor", "fisher")
-CHANGES: dict[str, dict[str, Any]] = {"noprox": {"rates": Rates(prox=0.0)}, "still": {"rates": Rates(mask=0.0)}}
-"""What an addition to ``maskprune`` changes in ``Learning``, besides ``+shareNN``: an ablation each."""
 
 
 def settings(
@@ -69,8 +67,8 @@ def settings(
     learning = Learning(
         steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
     )
-    for addition in additions:
-        learning = replace(learning, **changes(addition))
+    for share in (addition.removeprefix("share") for addition in additions if addition.startswith("share")):
+        learning = replace(learning, mask_share=int(share) / 100)
     kv_heads = [int(addition.removeprefix("kv")) for addition in additions if addition.startswith("kv")]
     found = Settings(
         method=name,
@@ -88,11 +86,6 @@ def settings(
         resume=True,
     )
     return replace(in_time(found, estimator(MODEL)), eval_windows=1, onnx=False)
-
-
-def changes(addition: str) -> dict[str, Any]:
-    share = addition.removeprefix("share")
-    return {"mask_share": int(share) / 100} if share != addition else CHANGES.get(addition, {})
 
 
 def steps_of(tokens: int, batch: int) -> int:

@@ -102,7 +102,6 @@ def metrics(step: int, family: str) -> dict[str, Any]:
         "cost": 0.8,
         "target": 0.7,
         "z": 0.1 * step,
-        "tail": 1.0 / step,
         f"width/{family}": 24.0,
     }
 

@@ -93,7 +93,7 @@ def test_a_page_says_what_a_run_did() -> None:
         "m30: loss in phase masks",
         "m30: cost in phase masks",
         "m30: widths, as shares of the dense ones in phase masks",
-        "m30: dual z, and the removed masks' remaining size in phase masks",
+        "m30: dual z, the price of the budget in phase masks",
         "m30: each stage of the proof, and its tolerance",
         "m30: times in ONNX Runtime over those of dense, and the ideal",
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mptk import MptkError
 from mptk.config.settings import Rates
-from mptk.methods.maskprune.solver import Solver, proximal
+from mptk.methods.maskprune.solver import Solver
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}
 PRICES = {"heads": 5.0, "ffn": 1.0}
@@ -76,7 +76,7 @@ def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None
     assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).widths() == {"ffn": width, "heads": 3}
 
 
-def test_it_removes_the_units_that_cost_least_and_fades_them_out() -> None:
+def test_it_removes_the_units_that_cost_least() -> None:
     h = curvatures(0)
     solver = solve(h, 0.6)
     for c in SHAPES:
@@ -84,8 +84,9 @@ def test_it_removes_the_units_that_cost_least_and_fades_them_out() -> None:
         kept_least = h[c].masked_fill(tail, math.inf).amin(-1)
         removed_most = h[c].masked_fill(~tail, 0).amax(-1)
         assert (removed_most <= 3 * kept_least).all()
-        assert solver.masks[c].detach()[~tail].mean() > 0.8
-        assert solver.masks[c].detach()[tail].mean() < 0.35
+        assert torch.equal(solver.masks[c].detach(), (~tail).float()), (
+            "while it learns, the model runs as it will be cut"
+        )
 
 
 def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
@@ -97,15 +98,20 @@ def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
         assert (solver.tail("q").sum(-1) == math.ceil(solver.removed["q"])).all()
 
 
-@pytest.mark.parametrize("push", [-1e9, 1e9])
-def test_masks_stay_between_zero_and_one_however_hard_they_are_pushed(push: float) -> None:
-    solver = Solver(SHAPES, resource, 0.5, 10)
-    for m in solver.masks.values():
-        m.grad = torch.ones_like(m)
-    solver.observe(1000)
-    solver.beyond = lambda c: torch.full_like(solver.masks[c].detach().double(), push)  # type: ignore[method-assign]
-    solver._descend()
-    assert all(m.unique().tolist() == [float(push > 0)] for m in solver.masks.values())
+def test_a_removed_unit_comes_back_once_the_loss_needs_it() -> None:
+    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.75, 20)
+    worth = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]) * 1e-3
+    gone = []
+    for step in range(60):
+        if step == 30:
+            worth = worth.flip(-1)  # as if its neighbours had gone
+        m = solver.masks["ffn"]
+        m.grad = worth * (m.detach() - 1)
+        solver.watch("ffn", 0, (worth.flatten() / 1000 / 1000).sqrt().expand(1000, 4))
+        solver.step(1000)
+        gone.append(m.detach().flatten().argmin().item())
+    assert gone[29] == 0
+    assert gone[-1] == 3
 
 
 def test_a_given_width_is_reached_if_there_is_no_budget_to_meet() -> None:
@@ -121,25 +127,15 @@ def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
     for m in solver.masks.values():
         m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     solver.observe(1000)
-    solver.y["ffn"] = torch.ones(1)
     values = solver.saliency("ffn").clamp_min(0).flatten().sort().values
     for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
         solver.removed["ffn"] = removed
         assert solver._marginal("ffn") == pytest.approx(float(values[k]))
 
 
-def test_the_proximal_step_is_the_minimum_of_its_problem() -> None:
-    for m in (-0.7, 0.2, 1.0):
-        for weight in (0.0, 0.3, 4.0):
-            x = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
-            brute = x[(0.5 * (x - m) ** 2 + weight * x**2).argmin()]
-            assert proximal(torch.tensor(m), weight, 1.0) == pytest.approx(float(brute), abs=2e-5)
-
-
-def test_duals_rise_while_their_constraint_is_broken() -> None:
+def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> None:
     def trace_of_z(cost: float) -> list[float]:
         solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)
-        y = {c: solver.y[c].clone() for c in SHAPES}
         solver.removed = dict.fromkeys(SHAPES, 3.0)
         prices = []
         for _ in range(10):
@@ -147,7 +143,6 @@ def test_duals_rise_while_their_constraint_is_broken() -> None:
                 m.grad = torch.rand(m.shape) * 0.1
             solver.step(10)
             prices.append(solver.z)
-        assert all((solver.y[c] > y[c]).all() for c in SHAPES)
         return prices
 
     above, below = trace_of_z(0.6), trace_of_z(0.4)
@@ -256,7 +251,7 @@ def test_blocks_go_in_their_order_and_those_that_stay_never() -> None:
     assert solver.widths()["layers"] == pytest.approx(3, abs=0.1)
     solver.fix({"layers": 3})
     assert solver.tail("layers").flatten().tolist() == [False, False, True, False, True]
-    assert solver.masks["layers"].detach().flatten()[[2, 4]].max() < 0.3
+    assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
     solver.harden({"layers": torch.tensor([[[True, True, False, True, False]]])})
     assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
     solver.fix({"layers": 1})

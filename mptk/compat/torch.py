@@ -234,7 +234,7 @@ KNOWN_NUMBERS = 4096
 
 @contextlib.contextmanager
 def small_constants() -> Iterator[None]:
-    """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements, as with single ones.
+    """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
 
     So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
     """

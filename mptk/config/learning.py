@@ -18,6 +18,9 @@ MOST_STEPS = 200
 
 MASK_STEPS = 8
 """Default steps that learn masks, however many steps there are in all (``docs/maskprune.md``)."""
+MASK_PARTS = 4
+"""Most parts into which a step is divided while masks are learned, of two windows or more: smaller steps choose better
+units (``docs/maskprune.md``)."""
 LORA_RANK = 16
 """Default rank of LoRA."""
 MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
@@ -74,10 +77,7 @@ class Training(Record):
 class Rates(Record):
     """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
-    mask: float = setting(8.0, "Newton steps of the masks.")
-    prox: float = setting(8.0, "Strength of the proximal shrinkage.")
     width: float = setting(6.0, "Largest change of a family's width, as a share of the width.")
-    dual: float = setting(1.0, "Growth of y.")
     price: float = setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
     urgency: float = setting(2.0, "Extra change of ln z while the budget is missed.")
     fisher: float = setting(
@@ -147,9 +147,18 @@ class Learning(Record):
         share = min(0.4 * steps, MASK_STEPS) if self.mask_share is None else self.mask_share * steps
         return max(2, round(share))
 
+    @property
+    def mask_parts(self) -> int:
+        """Steps of the solver for each of ``mask_steps``."""
+        batch = self.training.batch
+        return next((p for p in range(MASK_PARTS, 1, -1) if batch % p == 0 and batch >= 2 * p), 1)
+
     def of_masks(self) -> Learning:
-        """The settings for learning masks: their rank and learning rate."""
-        return self._with(self.rank or LORA_RANK, MASK_RATE)
+        """The settings for learning masks: their rank, learning rate and batch."""
+        found, parts = self._with(self.rank or LORA_RANK, MASK_RATE), self.mask_parts
+        training = found.training
+        training = replace(training, batch=training.batch // parts, save_every=training.save_every * parts)
+        return replace(found, training=training)
 
     def of_recovery(self, frozen: bool) -> Learning:
         """The settings for recovery: rank and learning rate. ``frozen``: the model's own weights must not change."""

@@ -179,7 +179,13 @@ class Learner:
         budget = 1 - prepared.settings.sparsity
         rates, device = self.settings.rates, self.accelerator.device
         depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.name in shapes}
-        steps = self.settings.mask_steps
+        whole, batch, count = prepared.settings.learning, self.settings.training.batch, self.accelerator.num_processes
+        if batch % count:
+            raise MptkError(
+                f"a step that learns masks has {batch} windows, which do not divide over {count} processes; "
+                f"give --batch {whole.mask_parts * count}"
+            )
+        steps = whole.mask_steps * whole.mask_parts
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, given=given, device=device, blocks=depths)
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)

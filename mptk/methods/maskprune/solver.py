@@ -1,18 +1,18 @@
-"""solver: the minimax updates of masks, widths and duals, in the algorithm's order.
+"""solver: the minimax updates of masks, widths and the dual of the budget, in the algorithm's order.
 
-    min_{θ,m,s} max_{y,z ≥ 0}  L(θ, m) + Σ_{l,c} y[l,c] · ‖m[l,c]‖²_{⌈s_c⌉,F} + z · (R(s) − B)
+    min_{θ,m,s} max_{z ≥ 0}  L(θ, m) + z · (R(s) − B)    with  ‖m[l,c]‖²_{⌈s_c⌉} = 0 for every layer and family
 
-- m[l,c]: the masks of family c in layer l.
+- m[l,c]: the masks of family c in layer l: 0 for the ⌈s_c⌉ units that cost least to remove, 1 for the others.
 - s_c: the number of units removed from each layer, the same for all layers.
 - R: the cost of the pruned model, as a share of the dense model's cost. B: the budget.
-- ‖·‖²_{k,F}: the sum of F m² over the k units with the lowest predicted cost of removal.
 - F: the variance of the loss's gradient in a mask. This is the diagonal of the empirical Fisher matrix, a curvature.
 - F̂: F combined with Wanda's estimate (``saliency``).
 - d: the part of the gradient that a quadratic of curvature F does not explain.
 - v = ½ F̂ + d: the predicted rise of the loss, in nats a token, if the unit is removed.
 
-So masks of all families, layers and models are measured in one unit, and no step size depends on the model's size.
-``docs/maskprune.md`` gives each equation with these names, and the differences from the paper.
+The gradient in a mask at 0 is the loss's own, so a removed unit whose v rises comes back. Masks of all families, layers
+and models are measured in one unit, and no step size depends on the model's size. ``docs/maskprune.md`` gives each
+equation with these names, and the differences from the paper.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROUNDS = 120
 
 
 class Solver:
-    """Masks, widths and duals. Masks and duals are float32, F and d are float64 if the device has that.
+    """Masks, widths and the dual z. Masks are float32, F and d are float64 if the device has that.
 
     Args:
         shapes: family → (layers, scopes, size).
@@ -49,8 +49,7 @@ class Solver:
         ramp: share of the steps after which the budget is reached.
         given: fixed widths. They are approached at the pace of the target; the other families meet the budget.
         device: of the masks and all tensors of their shape; the activations' device.
-        blocks: family whose units are whole blocks → the blocks that cannot be removed. Masks of blocks end at 0 or 1,
-            since no weight can absorb another value.
+        blocks: family whose units are whole blocks → the blocks that cannot be removed.
 
     ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
     For blocks it is the order of removal.
@@ -78,7 +77,6 @@ class Solver:
         self.prior: dict[str, Tensor] = {}
         self.removed = dict.fromkeys(shapes, 0.0)
         self.fixed: dict[str, int] = {}
-        self.y = {family: torch.ones(shape[0], device=self.device) for family, shape in shapes.items()}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
 
@@ -89,9 +87,8 @@ class Solver:
     # ---- derived values ----
 
     def applied(self, family: str, layer: int) -> Tensor:
-        """The mask that the model applies, [scopes, size]: the learned one, at most 1."""
-        clamp: Callable[[Tensor], Tensor] = Clamp.apply
-        return clamp(self.masks[family][layer])
+        """The mask that the model applies, [scopes, size]."""
+        return self.masks[family][layer]
 
     def saliency(self, family: str) -> Tensor:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
@@ -150,13 +147,14 @@ class Solver:
         F is the variance of the gradient of one token's loss.
 
         1. If ``watch`` received the tokens' own gradients, F comes from these: thousands of samples a batch.
-        2. If not, F is half the mean square difference of the gradients of successive batches. Masks move slowly, so
-           their movement does not affect it.
+        2. If not, F is half the mean square difference of the gradients of successive batches.
 
         A quadratic loss would give −g = F (1 − m). d averages the difference of −g from that.
         """
         for family, m in self.masks.items():
             assert m.grad is not None
+            if not m.grad.isfinite().all():
+                raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
             g = m.grad.to(self.last[family].dtype)
             if self.squares[family].any():
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
@@ -174,34 +172,17 @@ class Solver:
     def step(self, tokens: int) -> None:
         """Update everything except θ from the gradients in ``masks``, then clear the gradients."""
         self.observe(tokens)
-        self._descend()
-        self._shrink()
         for _ in range(self.rounds):
             self._resize()
-        self._ascend()
+        self._project()
         self.step_count += 1
         self.clear()
 
     @torch.no_grad()
-    def _descend(self) -> None:
-        """m ← m + η_m (F (1 − m) + d) / (F + mean F): a damped Newton step along the averaged gradient.
-
-        The gradient of one batch is noise for most masks, and noise only pushes masks below 1, never above.
-        """
-        rate = min(1.0, self.rates.mask / self.steps)
+    def _project(self) -> None:
+        """m ← 0 in the tail, 1 elsewhere."""
         for family, m in self.masks.items():
-            if not self.last[family].isfinite().all():
-                raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
-            curvature = self.curvature(family)
-            pull = curvature * (1 - m.to(curvature.dtype)) + self.beyond(family)
-            m.add_((rate * pull / (curvature + curvature.mean()).clamp_min(EPSILON)).float()).clamp_(0, 1)
-
-    @torch.no_grad()
-    def _shrink(self) -> None:
-        """The proximal step of y‖m‖²_{k,F} in the metric F: m / (1 + 2 η y) in the tail. Other masks stay."""
-        rate = self.rates.prox / self.steps
-        for family, m in self.masks.items():
-            m.copy_(torch.where(self.tail(family), proximal(m, rate, self.y[family][:, None, None]), m))
+            m.copy_((~self.tail(family)).float())
 
     def _resize(self) -> None:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
@@ -215,7 +196,7 @@ class Solver:
             self._move_price()
 
     def _move_widths(self, free: Sequence[str]) -> None:
-        """s ← s + η_s (a − b) / (a + b), with a = −z' ∂R/∂s and b = Σ_l y q.
+        """s ← s + η_s (a − b) / (a + b), with a = −z' ∂R/∂s and b = Σ_l q.
 
         If one more unit goes, a is the value of the saved cost and b the predicted loss. z' is z, raised while R
         exceeds the budget. The division by a + b makes the step independent of their unit. The first call sets z to the
@@ -249,19 +230,11 @@ class Solver:
                 f"step {self.step_count}: the {what}, so the budget of {self.budget:.3f} cannot be met; ask for less"
             )
 
-    def _ascend(self) -> None:
-        """y ← y + η_y · (mean of m² over the tail)."""
-        for family, m in self.masks.items():
-            tail = self.tail(family)
-            left = (m.detach().square() * tail).sum((1, 2)) / tail.sum((1, 2)).clamp_min(1)
-            self.y[family] = self.y[family] + self.rates.dual / self.steps * left
-            self._require(float(self.y[family].max()), f"dual y of {family} is {float(self.y[family].max()):.3g}")
-
     def _marginal(self, family: str) -> float:
-        """Σ_l y_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
+        """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
         values = self.saliency(family).clamp_min(0).gather(-1, self.order(family))
         k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
-        return float((self.y[family] * values[..., k].sum(-1)).sum())
+        return float(values[..., k].sum())
 
     def _most(self, family: str) -> float:
         """The most units that can be removed."""
@@ -287,19 +260,14 @@ class Solver:
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Set the masks of removed units to 0, and of kept blocks and of families that are not in ``kept`` to 1."""
+        """Set the masks of removed units to 0, and of all others to 1. ``kept``: family → the units that stay."""
         for family, m in self.masks.items():
-            if family in self.blocks or family not in kept:
-                m.fill_(1)
-            if family in kept:
-                m.mul_(kept[family].to(m.device))
+            m.copy_(kept[family]) if family in kept else m.fill_(1)
 
     def metrics(self) -> dict[str, float]:
-        """Cost, target, widths, z, and the root mean square of the masks in the tail."""
-        left = [m.detach()[self.tail(family)] for family, m in self.masks.items()]
-        norm = torch.cat(left).square().mean().sqrt().item() if sum(map(len, left)) else 0.0
+        """Cost, target, widths and z."""
         widths = {f"width/{family}": width for family, width in self.widths().items()}
-        return {"cost": self.resource(self.widths()), "target": self.target(), "tail": norm, "z": self.z, **widths}
+        return {"cost": self.resource(self.widths()), "target": self.target(), "z": self.z, **widths}
 
     # ---- checkpoints ----
 
@@ -312,7 +280,7 @@ class Solver:
         return {"solver.z": torch.tensor(counts, dtype=torch.float64), **found}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last, "y": self.y}
+        return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -327,20 +295,3 @@ class Solver:
         self.prior = {family: prior.to(self.device) for family, prior in priors.items() if prior is not None}
         if fixed:
             self.fix({family: round(width) for family, width in self.widths().items()})
-
-
-class Clamp(torch.autograd.Function):
-    """min(max(m, 0), 1) with a straight-through gradient."""
-
-    @staticmethod
-    def forward(_: object, m: Tensor) -> Tensor:
-        return m.clamp(0, 1)
-
-    @staticmethod
-    def backward(_: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def proximal(m: Tensor, rate: float | Tensor, y: float | Tensor) -> Tensor:
-    """argmin_x ½ (x − m)² + rate · y · x²: m / (1 + 2 · rate · y)."""
-    return m / (1 + 2 * rate * y)

@@ -29,7 +29,7 @@ TRACES = (
     ("loss", ("loss", "lm", "kl")),
     ("cost", ("cost", "target")),
     ("widths, as shares of the dense ones", ("width/",)),
-    ("dual z, and the removed masks' remaining size", ("z", "tail")),
+    ("dual z, the price of the budget", ("z",)),
 )
 """Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 

@@ -162,10 +162,20 @@ def bench_decoders(
         peaks[n], ran = _time_cases(list(files.values()), own, shares, Roofline(n, device), device, finished)
     rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
     measured = [_graph(name, file, max(lengths), device, say) for name, file in files.items()]
-    tokens = [1 if phase == "decode" else max(lengths) for phase in phases]
-    timed = partial(time_unaligned, rows=tokens, threads=threads[0], device=device)
-    products = [each for file in files.items() for each in timed(*file, alternate=partial(alternate, rounds=rounds))]
+    products = _products(files, {"prefill": max(lengths), "decode": 1}, phases, threads[0], rounds, device)
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
+
+
+def _products(
+    files: Mapping[str, Path],
+    tokens: Mapping[str, int],
+    phases: Sequence[str],
+    threads: int,
+    rounds: int,
+    device: torch.device,
+) -> list[Unaligned]:
+    timed = partial(time_unaligned, rows=[tokens[phase] for phase in phases], threads=threads, device=device)
+    return [each for file in files.items() for each in timed(*file, alternate=partial(alternate, rounds=rounds))]
 
 
 def _time_cases(

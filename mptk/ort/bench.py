@@ -147,8 +147,7 @@ def bench_decoders(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
-    say = progress or silent
-    files = {name: onnx_file(path) for name, path in graphs.items()}
+    say, files = progress or silent, {name: onnx_file(path) for name, path in graphs.items()}
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
     times: Times = {case: [[] for _ in files] for case in cases}
@@ -158,15 +157,25 @@ def bench_decoders(
         say("bench", next(done), len(cases) * len(shares))
 
     finished()
-    for count in threads:
-        own = {case: sides for case, sides in times.items() if case.threads == count}
-        peaks[count], ran = _time_cases(list(files.values()), own, shares, Roofline(count, device), device, finished)
+    for n in threads:
+        own = {case: sides for case, sides in times.items() if case.threads == n}
+        peaks[n], ran = _time_cases(list(files.values()), own, shares, Roofline(n, device), device, finished)
     rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
     measured = [_graph(name, file, max(lengths), device, say) for name, file in files.items()]
-    tokens = [1 if phase == "decode" else max(lengths) for phase in phases]
-    turns = partial(alternate, rounds=rounds)
-    products = [time_unaligned(name, file, tokens, threads[0], device, turns) for name, file in files.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, [each for some in products for each in some])
+    products = _products(files, {"prefill": max(lengths), "decode": 1}, phases, threads[0], rounds, device)
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
+
+
+def _products(
+    files: Mapping[str, Path],
+    tokens: Mapping[str, int],
+    phases: Sequence[str],
+    threads: int,
+    rounds: int,
+    device: torch.device,
+) -> list[Unaligned]:
+    timed = partial(time_unaligned, rows=[tokens[phase] for phase in phases], threads=threads, device=device)
+    return [each for file in files.items() for each in timed(*file, alternate=partial(alternate, rounds=rounds))]
 
 
 def _time_cases(

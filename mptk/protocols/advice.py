@@ -37,7 +37,7 @@ class Figures:
 class Point:
     """A cut: family → units kept in each layer, the share of the budget removed, its cost, and text → figures.
 
-    ``latency_ms``: predicted milliseconds of a decoded token; None if they cannot be predicted.
+    ``latency_ms``: predicted milliseconds, if a latency is the budget.
     """
 
     widths: Mapping[str, int]

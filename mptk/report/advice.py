@@ -84,7 +84,7 @@ def unknown(found: Advice) -> Sequence[str]:
         "Recovery: training brings back part of the loss, more of it for larger cuts. `mptk prune --minutes` trains.",
         "Tasks: perplexity and agreement say little of how well a model answers; `mptk eval --tasks` measures that.",
         "Other texts: a text unlike these may lose more.",
-        *(["Latency: it cannot be predicted for this kind of model."] if found.dense.latency_ms is None else []),
+        *(["Latency: `--budget latency` predicts it."] if found.dense.latency_ms is None else []),
     )
 
 
@@ -92,7 +92,7 @@ def table(found: Advice, points: Sequence[Point], texts: Sequence[str]) -> Table
     """Cuts, with their cost and their figures on each text: first the dense model."""
     names = [n for n in found.dense.widths if any(p.widths[n] != found.dense.widths[n] for p in points)]
     timed = found.dense.latency_ms is not None
-    columns = ["removed", *map(Name, names), "parameters", "size", *["ms a token"] * timed]
+    columns = ["removed", *map(Name, names), "parameters", "size", *["ms"] * timed]
     for text in texts:
         columns += [Name(f"{short(text)}: {name}") for name in _columns(found)]
     rows = []

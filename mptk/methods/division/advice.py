@@ -17,8 +17,6 @@ from torch import Tensor
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.cost.latency import Latency
-from mptk.cost.operator_times import cached_times
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
@@ -145,7 +143,7 @@ class Advising:
     def advice(self, cuts: Cuts) -> Advice:
         """JudgedBy all cuts."""
         p, context = self.prepared, self.trials.context
-        _ = self.trials.scores, self.trials.products, self.dense, self.latency  # stages of their own
+        _ = self.trials.scores, self.trials.products, self.dense  # stages of their own
         total = sum(map(len, cuts.alone.values())) + len(cuts.divisions)
         done, known = 0, dict[str, Point]()
         with context.stage(stage := "cuts"):
@@ -185,18 +183,6 @@ class Advising:
         with self.trials.context.stage("dense model"):
             return self.windows(self.prepared.reference)
 
-    @cached_property
-    def latency(self) -> Latency | None:
-        """Predicts the milliseconds of a decoded token; None if they cannot be predicted."""
-        p, context = self.prepared, self.trials.context
-        ladders = {f.name: p.legal.ladders[f.name] for f in map(p.analysis.family, p.families) if f.kind == "channels"}
-        with context.stage("time operators"):
-            try:
-                times = partial(cached_times, threads=p.settings.threads, progress=context.progress)
-                return Latency(p.analysis, ladders, p.settings.objective, times)
-            except MptkError:
-                return None
-
     def point(self, candidate: Candidate) -> Point:
         """A cut, with fitted consumers if they are fitted."""
         *_, program = self.trials.programs(candidate.widths)
@@ -204,10 +190,10 @@ class Advising:
 
     def _point(self, widths: Mapping[str, int], sparsity: float, found: Mapping[str, Windows]) -> Point:
         p = self.prepared
-        cost, ms = p.cost(widths), None if self.latency is None else self.latency(widths)
+        cost = p.cost(widths)
         figures = {text: compared(each, self.dense[text], self.measure) for text, each in found.items()}
         sizes = {name: p.analysis.family(name).size for name in p.families}
-        return Point(sizes | dict(widths), sparsity, cost.parameters, cost.bytes, ms, figures)
+        return Point(sizes | dict(widths), sparsity, cost.parameters, cost.bytes, cost.latency_ms, figures)
 
     @torch.no_grad()
     def windows(self, program: Program) -> dict[str, Windows]:

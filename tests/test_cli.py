@@ -130,7 +130,7 @@ def check_documented(analysis: dict) -> None:
     documented = set(re.findall(r"`([a-z_]+)`", section))
     family = analysis["families"][0]
     written = {*analysis, *family, *family["groups"][0], *family["groups"][0]["members"][0], *analysis["blocked"][0]}
-    assert written == documented
+    assert written | {"modules"} == documented, "of the parts of a model of several networks"
     assert analysis["format"] == "mptk-analysis/1"
 
 

@@ -113,7 +113,7 @@ def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_cro
     inside.around("mptk.methods.maskprune.train.Loop._step", watched)
     require_same(on_the_host, train(prepared, tmp_path / "out"))
     crossed.pop(0)  # recovery puts its teacher there
-    assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 6)}
+    assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 12)}
 
 
 @pytest.mark.parametrize("begins", ["there", pytest.param("on the host", marks=pytest.mark.long)])

@@ -153,15 +153,10 @@ def swapped_rows(inside: Inside) -> None:
     inside.spoil("mptk.chain.prune.widened", damaged)
 
 
-FOLD = "passes.transforms.insert_masks.InsertedMasks.fold"
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
     "recovery dropped": (lambda inside: inside.gives("mptk.chain.prune.widened", {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
-    "masks not folded": (
-        lambda inside: inside.around(FOLD, lambda fold, self, name, weight: weight),
-        "learned masks",
-    ),
 }
 LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=3e-3))
 LEARNED = {"method": "maskprune", "plan": None, "onnx": False, "families": ("ffn",), "widths": {"ffn": 48}}

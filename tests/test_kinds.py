@@ -218,9 +218,9 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it(inside: Inside, folders
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
     symbolic: list[Any] = []
 
-    def trace(real: Any, *given: Any, dynamic: Any) -> Any:
+    def trace(real: Any, *given: Any, dynamic: Any, **more: Any) -> Any:
         symbolic.append(dynamic)
-        return real(*given, dynamic=dynamic)
+        return real(*given, dynamic=dynamic, **more)
 
     inside.around("passes.frontend.trace.trace", trace)
     loaded = Loaded(MODELS["image classifier"]().eval(), None, "it", Path())

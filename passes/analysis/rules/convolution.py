@@ -49,8 +49,7 @@ def conv(
     out = (*x.dims[:channel], weight.dims[0], *_space(ctx, node, x, channel + 1))
     _kernel(ctx, node, weight, bias, weight.dims[0])
     ctx.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
-    if weight.dims[1].size > 1:
-        _name_channels(ctx, weight)
+    _name_channels(ctx, weight, depthwise=weight.dims[1].size == 1)
     return Result(out, Counted(g))
 
 
@@ -71,9 +70,9 @@ def conv_transpose(
     return Result(out, Counted(g))
 
 
-def _name_channels(ctx: RuleContext, weight: Value) -> None:
+def _name_channels(ctx: RuleContext, weight: Value, *, depthwise: bool = False) -> None:
     """Tell channels of a convolution from those of a linear layer, which one of width 1 over a sequence is."""
-    if weight.ndim > 3 or weight.dims[2].size > 1:
+    if not depthwise and (weight.ndim > 3 or weight.dims[2].size > 1):
         for d in weight.dims[:2]:
             ctx.role(d, "convolution")
 

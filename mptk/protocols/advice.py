@@ -10,6 +10,9 @@ ADVICE_FORMAT = "mptk-advice/1"
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance."""
 
+KNEE = 0.05
+"""Least distance of a knee below the chord, as a share of the curve's height."""
+
 JudgedBy = Literal["perplexity", "disagreement", "loss"]
 
 
@@ -93,7 +96,7 @@ class Advice:
     @property
     def knee(self) -> Point | None:
         """The cut after which the loss rises faster than on average: the farthest below the chord of the curve of the
-        mean change (Satopää et al. 2011, "Kneedle"). None with fewer than three cuts, or if no cut is below it.
+        mean change (Satopää et al. 2011, "Kneedle"). None with fewer than three cuts, or if none is ``KNEE`` below it.
         """
         last = self.division[-1] if len(self.division) > 2 else None
         if last is None or not self.mean(last):
@@ -103,7 +106,7 @@ class Advice:
             return point.sparsity / last.sparsity - self.mean(point) / self.mean(last)
 
         best = max(self.division, key=below)
-        return best if below(best) > 0 else None
+        return best if below(best) >= KNEE else None
 
     def mean(self, point: Point) -> float:
         """The rise of the loss over the dense model's, averaged over the texts."""

@@ -64,7 +64,7 @@ def sentences(found: Advice) -> list[str]:
         worst = max(first.texts[text].change for text in bad)
         said.append(
             f"Without training no measured cut is safe for {', '.join(map(short, bad))}: the smallest, {share(first)}, "
-            f"changes it by {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
+            f"already costs {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
         )
     if found.knee is not None:
         said.append(f"Beyond {share(found.knee)} each further cut costs more than the ones before.")

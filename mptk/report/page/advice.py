@@ -25,6 +25,7 @@ def change_chart(found: Advice) -> Svg:
             axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=short(text))
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
+        axes.set_ylim(bottom=min(0.0, *(100 * p.texts[text].change for p in found.division for text in found.texts)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.set_xlabel("removed")

@@ -25,7 +25,7 @@ def advice_view(found: Advice) -> View:
     """The view of an advice."""
     parts = [
         Section(SAFE, [safe(found), *map(Name, sentences(found))]),
-        Section(CUTS, [table(found, found.division, found.texts), Name(found.protocol)]),
+        Section(CUTS, [costs(found), figures(found), Name(found.protocol)]),
         Section(ALONE, [alone(found)]),
     ]
     if found.layers:
@@ -88,20 +88,29 @@ def unknown(found: Advice) -> Sequence[str]:
     )
 
 
-def table(found: Advice, points: Sequence[Point], texts: Sequence[str]) -> Table:
-    """Cuts, with their cost and their figures on each text: first the dense model."""
+def costs(found: Advice) -> Table:
+    """The widths and the cost of each cut: first the dense model."""
+    points = (found.dense, *found.division)
     names = [n for n in found.dense.widths if any(p.widths[n] != found.dense.widths[n] for p in points)]
     timed = found.dense.latency_ms is not None
     columns = ["removed", *map(Name, names), "parameters", "size", *["ms"] * timed]
-    for text in texts:
-        columns += [Name(f"{short(text)}: {name}") for name in _columns(found)]
     rows = []
-    for point in (found.dense, *points):
+    for point in points:
         ms = [] if point.latency_ms is None else [f"{point.latency_ms:.2f}"]
-        cost = [large(point.parameters), megabytes(point.bytes), *ms]
-        own = [value for text in texts for value in _measured(found, point, text)]
-        rows.append(["dense" if point is found.dense else share(point), *_widths(point, names), *cost, *own])
+        removed = "dense" if point is found.dense else share(point)
+        rows.append([removed, *_widths(point, names), large(point.parameters), megabytes(point.bytes), *ms])
     return Table("r" * len(columns), columns, rows, ends=[0])
+
+
+def figures(found: Advice) -> Table:
+    """The figures of each cut on each text: first the dense model's."""
+    own, rows, ends = _columns(found), list[list[str]](), []
+    for text in found.texts:
+        for number, point in enumerate((found.dense, *found.division)):
+            removed = share(point) if number else "dense"
+            rows.append([Name("" if number else short(text)), removed, *_measured(found, point, text)])
+        ends.append(len(rows) - 1)
+    return Table("lr" + "r" * len(own), ["text", "removed", *own], rows, ends)
 
 
 def alone(found: Advice) -> Table:

@@ -163,7 +163,7 @@ def advice_page(found: Advice) -> str:
     same = advice.agreement_chart(found)
     drawn = {
         SAFE: [Figure("", advice.change_chart(found), bars)],
-        CUTS: [] if same is None else [Figure("", same, wide=True)],
+        CUTS: [] if same is None else [Figure("", same)],
         ALONE: [Figure("", advice.families_chart(found))],
         SENSITIVE: [Figure(name, advice.layers_chart(rises, name)) for name, rises in found.layers.items()],
     }

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_shapes
 import torch
 import torch.nn.functional as F
 from inside import Inside
-from lab import remembered
-from toy_checkpoints import WORDS, llama_config, save
+from test_latency import times
+from toy_checkpoints import WORDS
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -25,19 +25,9 @@ from mptk import MptkError
 from mptk.cli.main import app
 from mptk.protocols.advice import Advice, Figures, Point
 
+llama, prepared_once = test_shapes.llama, test_shapes.prepared_once
 FIT, MEASURED = 8, 4
 ASKED = {"sparsities": [0.1, 0.3], "samples": FIT, "eval_windows": MEASURED, "length": 32, "align": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prepared_once() -> Iterator[None]:
-    with remembered():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +90,14 @@ def test_every_family_has_a_curve_and_every_layer_a_figure(llama: str, ids: torc
     assert {name: len(rises) for name, rises in found.layers.items()} == {"kv_groups": 3, "q_heads": 3, "ffn": 3}
 
 
+def test_a_latency_is_a_budget(llama: str, ids: torch.Tensor, inside: Inside) -> None:
+    inside.bound("mptk.methods.division.budget.cached_times", lambda operators, *_: times(operators))
+    found = mptk.advise(llama, data=ids, budget="latency", progress=None, **ASKED)
+    milliseconds = [point.latency_ms for point in (found.dense, *found.division)]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+    assert found.division[-1].sparsity == pytest.approx(1 - milliseconds[-1] / milliseconds[0])
+
+
 def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
     files = {}
     for seed, name in enumerate(("code.txt", "prose.txt")):
@@ -116,11 +114,11 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
 
 
 def figures(change: float, error: float = 0.0) -> Figures:
-    return Figures(1 + math.log1p(change), 0.9, change, error)
+    return Figures(1 + math.log1p(change), math.log1p(change), 0.9, change, error)
 
 
 def advice(*rows: tuple[float, dict[str, Figures]], tolerance: float = 0.1) -> Advice:
-    texts = {text: Figures(1.0, 1.0, 0.0, 0.0) for _, found in rows for text in found}
+    texts = {text: Figures(1.0, 0.0, 1.0, 0.0, 0.0) for _, found in rows for text in found}
     points = [Point({"ffn": round(100 * (1 - s))}, s, 1e6 * (1 - s), 4e6 * (1 - s), None, found) for s, found in rows]
     dense = Point({"ffn": 100}, 0.0, 1e6, 4e6, None, texts)
     return Advice("m", "", "perplexity", tolerance, dense, tuple(points), {"ffn": tuple(points)}, {})

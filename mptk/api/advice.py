@@ -24,14 +24,10 @@ from mptk.files import scratch
 from mptk.io.data import source_names
 from mptk.ir.passes import Log
 from mptk.methods.division.advice import advised
-from mptk.protocols.advice import Advice
+from mptk.protocols.advice import ADVICE, SPARSITIES, Advice
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context
 
-SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-"""Default sparsities."""
-ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
-"""Default settings."""
 FAMILIES = 1.5
 """Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
 ANY = 1.0
@@ -72,10 +68,7 @@ def advise(
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
             such keyword; or there is too little text.
     """
-    if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
-        raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
-    if not 0 < tolerance <= 10:
-        raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
+    check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
     source, chosen = source_for(model, chosen, tokenizer, example_inputs)
@@ -90,6 +83,14 @@ def advise(
         job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
     with reporting(progress) as say:
         return started(work, job, chosen, Context(Log(), say), trains=False)
+
+
+def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
+    """Raise MptkError if a sparsity or the tolerance is out of bounds."""
+    if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
+        raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
+    if not 0 < tolerance <= 10:
+        raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
 
 
 def _measured(

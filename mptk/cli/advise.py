@@ -15,6 +15,7 @@ from mptk.cli.progress import stages
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.files import write_text
+from mptk.protocols.advice import ADVICE, SPARSITIES
 
 
 @command(
@@ -22,14 +23,14 @@ from mptk.files import write_text
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
     ),
-    base=Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8),
+    base=ADVICE,
 )
 def advise(
     model: ModelArgument,
     settings: Settings,
     sparsities: Annotated[
         str, typer.Option(help="Shares of the budget to remove; the nearest legal cuts are measured.")
-    ] = "5%,10%,15%,20%,25%,30%,40%,50%",
+    ] = ",".join(f"{share:.0%}" for share in SPARSITIES),
     tolerance: Annotated[
         str,
         typer.Option(

@@ -128,7 +128,7 @@ class Latency:
         return Grid(knots, values)
 
 
-def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
+def interpolate(knots: Sequence[float], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
     """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
     if len(knots) == 1:
         return np.asarray(values[0])

@@ -6,6 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mptk.config.settings import Settings
+
+ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
+"""Default settings of an advice."""
+SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+"""Default sparsities of an advice."""
 ADVICE_FORMAT = "mptk-advice/1"
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance."""
@@ -20,12 +26,14 @@ JudgedBy = Literal["perplexity", "disagreement", "loss"]
 class Figures:
     """What a cut does on one text.
 
-    ``loss``: the mean over its windows, in the task's unit (nats a token). ``agreement``: share of positions where the
-    top-1 prediction is the dense model's; None if the outputs are no logits. ``change``: what is compared with the
-    tolerance (``Advice.measure``). ``error``: its standard error over windows, of paired differences.
+    ``loss``: the mean over its windows, in the task's unit (nats a token). ``rise``: its difference from the dense
+    model's. ``agreement``: share of positions with the dense model's top-1 prediction; None if outputs are no logits.
+    ``change``: what is compared with the tolerance (``Advice.measure``). ``error``: its standard error over windows,
+    from each window's difference to the dense model.
     """
 
     loss: float
+    rise: float
     agreement: float | None
     change: float
     error: float
@@ -49,6 +57,11 @@ class Point:
     bytes: float
     latency_ms: float | None
     texts: Mapping[str, Figures]
+
+    @property
+    def rise(self) -> float:
+        """The rise of the loss over the dense model's, averaged over the texts."""
+        return sum(figures.rise for figures in self.texts.values()) / len(self.texts)
 
 
 @dataclass(frozen=True)
@@ -99,19 +112,14 @@ class Advice:
         mean change (Satopää et al. 2011, "Kneedle"). None with fewer than three cuts, or if none is ``KNEE`` below it.
         """
         last = self.division[-1] if len(self.division) > 2 else None
-        if last is None or not self.mean(last):
+        if last is None or not last.rise:
             return None
 
         def below(point: Point) -> float:
-            return point.sparsity / last.sparsity - self.mean(point) / self.mean(last)
+            return point.sparsity / last.sparsity - point.rise / last.rise
 
         best = max(self.division, key=below)
         return best if below(best) >= KNEE else None
-
-    def mean(self, point: Point) -> float:
-        """The rise of the loss over the dense model's, averaged over the texts."""
-        rises = [figures.loss - self.dense.texts[text].loss for text, figures in point.texts.items()]
-        return sum(rises) / len(rises)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of ``mptk advise --json``."""

@@ -120,7 +120,7 @@ def alone(found: Advice) -> Table:
         for number, point in enumerate(points):
             own = [n for n in point.widths if point.widths[n] != found.dense.widths[n]]
             widths = ", ".join(_widths(point, own))
-            rows.append([Name("" if number else name), widths, share(point), f"{found.mean(point):+.3f}"])
+            rows.append([Name("" if number else name), widths, share(point), f"{point.rise:+.3f}"])
         ends.append(len(rows) - 1)
     return Table("lrrr", ["family", "width", "removed", "loss"], rows, ends)
 

@@ -8,25 +8,28 @@ which division of each size loses least: the effects of families are taken as ad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
+from mptk.cost.latency import interpolate
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.methods.division.budget import able
-from mptk.methods.division.trial import masked_losses, plan_of
+from mptk.methods.division.layers import measured
 from mptk.methods.division.trials import Trials
 from mptk.protocols.advice import Advice, Figures, JudgedBy, Point, distinct
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
-from passes.targets.legalize import Candidate, describe, find_candidates
+from passes.targets.legalize import Candidate, choose_candidates, describe, find_candidates, finest_families
 from passes.targets.width_choices import closed
 
 TRIED_DIVISIONS = 6
@@ -71,32 +74,23 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     dense = {name: p.analysis.family(name).size for name in every}
 
     def near(families: Sequence[str], sparsity: float) -> list[Candidate]:
+        """The divisions of ``families`` nearest to ``sparsity``, of which each counts once."""
         found = [c for c in find_candidates(p.cost, p.legal, families, sparsity) if c.sparsity > 0]
-        nearest = min((abs(c.sparsity - sparsity) for c in found), default=0.0)
-        found = [c for c in found if abs(c.sparsity - sparsity) <= max(nearest, p.settings.tolerance)]
-        return [replace(c, widths=dense | dict(c.widths)) for c in found]
+        if not found:
+            return []
+        off = max(p.settings.tolerance, abs(found[0].sparsity - sparsity))
+        chosen = choose_candidates(found, sparsity, off, finest_families(p.legal, families), TRIED_DIVISIONS)
+        return [replace(c, widths=dense | dict(c.widths)) for c in chosen]
 
     together = {name: tuple(closed([name], p.legal.together)) for name in every}
     sets = dict.fromkeys(families for families in together.values() if set(families) <= set(every))
     half = sparsities[1::2] or sparsities  # where the division has other families, a coarse curve does
-    alone = {
-        "+".join(each): _first(near(each, s) for s in (sparsities if set(each) == set(names) else half))
-        for each in sets
-    }
-    spread = [_spread(near(names, s)) for s in sparsities]
-    if not any(spread):
+    apart = {each: [near(each, s)[:1] for s in (sparsities if set(each) == set(names) else half)] for each in sets}
+    alone = {"+".join(each): [c for cuts in found for c in cuts] for each, found in apart.items() if any(found)}
+    divisions = [found for s in sparsities if (found := near(names, s))]
+    if not divisions:
         raise MptkError("nothing in this model can be cut, so there is no advice; see `mptk analyze` for each axis")
-    return Cuts({name: cuts for name, cuts in alone.items() if cuts}, [cuts for cuts in spread if cuts])
-
-
-def _first(each: Iterator[list[Candidate]]) -> list[Candidate]:
-    """The first candidate of each list; none twice."""
-    return list({describe(found[0].widths): found[0] for found in each if found}.values())
-
-
-def _spread(found: Sequence[Candidate]) -> list[Candidate]:
-    """At most ``TRIED_DIVISIONS`` of the candidates: the most even ones."""
-    return sorted(found, key=lambda c: c.unevenness)[:TRIED_DIVISIONS]
+    return Cuts(alone, divisions)
 
 
 def advised(
@@ -107,7 +101,7 @@ def advised(
     tolerance: float,
     context: Context,
 ) -> Advice:
-    """JudgedBy the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
+    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
 
     Raises:
         MptkError: no family can be cut.
@@ -141,7 +135,7 @@ class Advising:
         return self.trials.prepared
 
     def advice(self, cuts: Cuts) -> Advice:
-        """JudgedBy all cuts."""
+        """Measure all cuts."""
         p, context = self.prepared, self.trials.context
         _ = self.trials.scores, self.trials.products, self.dense  # stages of their own
         total = sum(map(len, cuts.alone.values())) + len(cuts.divisions)
@@ -197,17 +191,16 @@ class Advising:
 
     @torch.no_grad()
     def windows(self, program: Program) -> dict[str, Windows]:
-        """The figures of a program on each window of each text."""
-        return {text: self._windows(program, samples) for text, samples in self.texts.items()}
-
-    def _windows(self, program: Program, samples: Samples) -> Windows:
+        """The figures of a program on each window of each text. Its weights are read once."""
         task, executor = self.prepared.task, self.prepared.calibrator
-        rows, losses, top = samples.split(1), list[float](), list[Tensor]()
-        for row, output in zip(rows, executor.outputs([program], [row.tensors for row in rows]), strict=True):
-            losses.append(float(task.loss(output, row.to(executor.device))) / max(1, task.predicted(row)))
+        rows = [(text, row) for text, samples in self.texts.items() for row in samples.split(1)]
+        losses, top = defaultdict[str, list[float]](list), defaultdict[str, list[Tensor]](list)
+        outputs = executor.outputs([program], [row.tensors for _, row in rows])
+        for (text, row), output in zip(rows, outputs, strict=True):
+            losses[text].append(float(task.loss(output, row.to(executor.device))) / max(1, task.predicted(row)))
             if task.classes and isinstance(output, Tensor):
-                top.append(output.argmax(-1).cpu())
-        return Windows(torch.tensor(losses, dtype=torch.float64), tuple(top))
+                top[text].append(output.argmax(-1).cpu())
+        return {t: Windows(torch.tensor(losses[t], dtype=torch.float64), tuple(top[t])) for t in self.texts}
 
     def least(self, divisions: Sequence[Candidate], alone: Mapping[str, Sequence[Point]]) -> Candidate:
         """The division whose families' own curves predict the lowest loss."""
@@ -217,15 +210,11 @@ class Advising:
         """The mean rise of the loss for ``widths`` of the families of a curve, from its points by interpolation."""
         own = {name for point in curve for name in point.widths if point.widths[name] < self._size(name)}
         removed = self.prepared.cost.sparsity({name: widths[name] for name in own})
-        xs, ys = [0.0, *(point.sparsity for point in curve)], [0.0, *map(self._mean, curve)]
-        return _between(xs, ys, removed)
+        xs, ys = [0.0, *(point.sparsity for point in curve)], [0.0, *(point.rise for point in curve)]
+        return float(interpolate(xs, np.array(ys), removed))
 
     def _size(self, name: str) -> int:
         return self.prepared.analysis.family(name).size
-
-    def _mean(self, point: Point) -> float:
-        rises = [each.loss - float(self.dense[text].losses.mean()) for text, each in point.texts.items()]
-        return sum(rises) / len(rises)
 
     def layers(self, families: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, tuple[float, ...]]:
         """Family → the rise of the masked loss on calibration text if one layer keeps half of its units."""
@@ -234,39 +223,26 @@ class Advising:
         names = [name for name, layers in parts.items() if layers]
         if not names:
             return {}
-        analysis = p.analysis.divided(names)
         scores = {part.name: self.trials.scores[n][i : i + 1] for n in names for i, part in enumerate(parts[n])}
-        apart = replace(p, analysis=analysis, legal=replace(p.legal, stock=None))
-        half = {name: min(p.legal.ladders[name], key=lambda w: abs(w - self._size(name) / 2)) for name in names}
-        tried = [{}, *({part.name: half[name]} for name in names for part in parts[name])]
-        plans = [plan_of(apart, scores, widths) for widths in tried]
-        samples = self.trials.sets.calibration.batches(LAYER_TOKENS)[0]
-        whole, *each = masked_losses(p, plans, samples, progress)
-        found = iter(each)
-        return {name: tuple(next(found) - whole for _ in parts[name]) for name in names}
+        apart = replace(p, analysis=p.analysis.divided(names), legal=replace(p.legal, stock=None))
+        ladders = {part.name: p.legal.ladders[name] for name in names for part in parts[name]}
+        curves = measured(apart, scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
+        return {name: tuple(curves[part.name].losses[-1] for part in parts[name]) for name in names}
 
 
 def compared(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:
     """A program's figures beside the dense model's, window by window."""
-    loss, rise = float(found.losses.mean()), found.losses - dense.losses
+    rises = found.losses - dense.losses
+    loss, rise = float(found.losses.mean()), float(rises.mean())
     same = [float((a == b).float().mean()) for a, b in zip(found.top, dense.top, strict=True)]
     agreement = sum(same) / len(same) if same else None
     if measure == "perplexity":
-        ratio = math.exp(min(float(rise.mean()), 700.0))
-        return Figures(loss, agreement, ratio - 1, ratio * _error(rise))
-    each = 1 - torch.tensor(same, dtype=torch.float64) if measure == "disagreement" else rise
-    return Figures(loss, agreement, float(each.mean()), _error(each))
+        ratio = math.exp(min(rise, 700.0))
+        return Figures(loss, rise, agreement, ratio - 1, ratio * _error(rises))
+    each = 1 - torch.tensor(same, dtype=torch.float64) if measure == "disagreement" else rises
+    return Figures(loss, rise, agreement, float(each.mean()), _error(each))
 
 
 def _error(values: Tensor) -> float:
     """The standard error of the mean; 0 of a single value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _between(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Linear interpolation; beyond the last point along the last line."""
-    last = max(1, next((i for i, known in enumerate(xs) if known >= x), len(xs) - 1))
-    if last >= len(xs) or xs[last] == xs[last - 1]:
-        return ys[-1]
-    share = (x - xs[last - 1]) / (xs[last] - xs[last - 1])
-    return ys[last - 1] + share * (ys[last] - ys[last - 1])

@@ -76,22 +76,28 @@ def divided(
 
 
 def measured(
-    prepared: Prepared, scores: Scores, ladders: Mapping[str, Sequence[int]], sets: SampleSets, progress: Count
+    prepared: Prepared,
+    scores: Scores,
+    ladders: Mapping[str, Sequence[int]],
+    sets: SampleSets,
+    progress: Count,
+    shares: Sequence[float] = LEVELS,
+    tokens: int = CURVE_TOKENS,
 ) -> dict[str, Curve]:
-    """Each layer's curve. A layer of fixed width has no curve and keeps this width in all measurements."""
-    wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder)) > 1}
+    """Each layer's curve, at ``shares`` of its units. A layer of fixed width has none, and keeps this width in all."""
+    wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder, shares)) > 1}
     given = {name: ladder[-1] for name, ladder in ladders.items()}
     tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
     plans = [plan_of(prepared, scores, widths) for widths in tried]
-    least, *found = masked_losses(prepared, plans, sets.calibration.batches(CURVE_TOKENS)[0], progress)
+    least, *found = masked_losses(prepared, plans, sets.calibration.batches(tokens)[0], progress)
     each = iter(found)
     return {name: Curve(widths, (0.0, *(next(each) - least for _ in widths[1:]))) for name, widths in wanted.items()}
 
 
-def levels(ladder: Sequence[int]) -> tuple[int, ...]:
-    """The widths of ``ladder`` (ascending) at which a layer is measured, descending from the dense width."""
+def levels(ladder: Sequence[int], shares: Sequence[float] = LEVELS) -> tuple[int, ...]:
+    """The widths of ``ladder`` (ascending) nearest to ``shares`` of the dense width, descending from that."""
     size = ladder[-1]
-    near = [min(ladder, key=lambda width: abs(width - share * size)) for share in LEVELS]
+    near = [min(ladder, key=lambda width: abs(width - share * size)) for share in shares]
     return (size, *dict.fromkeys(width for width in near if width < size))
 
 

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+def percent(value: float, _: object) -> str:
+    """A number of percent as an axis shows it."""
+    return f"{value:g} %"
+
+
 def change_chart(found: Advice) -> Svg:
     """The change on each text over the share removed, with two standard errors, and the tolerance as a line."""
     xs = [100 * point.sparsity for point in found.division]
@@ -26,14 +31,19 @@ def change_chart(found: Advice) -> Svg:
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
         axes.set_ylim(bottom=min(0.0, *(100 * p.texts[text].change for p in found.division for text in found.texts)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.set_xlabel("removed")
-        axes.set_ylabel(RISES[found.measure])
-        axes.grid(linewidth=0.6)
-        axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
+        axes.yaxis.set_major_formatter(percent)
+        over_removed(axes, RISES[found.measure])
 
     return chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+
+
+def over_removed(axes: Axes, what: str) -> None:
+    """Finish a chart of ``what`` over the share removed."""
+    axes.xaxis.set_major_formatter(percent)
+    axes.set_xlabel("removed")
+    axes.set_ylabel(what)
+    axes.grid(linewidth=0.6)
+    axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.6)
 
 
 RISES = {
@@ -53,12 +63,8 @@ def agreement_chart(found: Advice) -> Svg | None:
         for number, text in enumerate(found.texts):
             ys = [100 * (point.texts[text].agreement or 0.0) for point in (found.dense, *found.division)]
             axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=short(text))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.set_xlabel("removed")
-        axes.set_ylabel("same top-1 prediction")
-        axes.grid(linewidth=0.6)
-        axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
+        axes.yaxis.set_major_formatter(percent)
+        over_removed(axes, "same top-1 prediction")
 
     return chart(draw, "agreement with the dense model over the share removed", 3.2)
 
@@ -71,17 +77,13 @@ def families_chart(found: Advice) -> Svg:
             _line(axes, found, points, SERIES[number % len(SERIES)], name)
         if len(found.families) > 1:
             _line(axes, found, found.division, QUIET, "as pruned", "--")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.set_xlabel("removed")
-        axes.set_ylabel("rise of the loss")
-        axes.grid(linewidth=0.6)
-        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.6)
+        over_removed(axes, "rise of the loss")
 
     return chart(draw, "rise of the loss over the share removed, family by family", 3.2)
 
 
 def _line(axes: Axes, found: Advice, points: tuple[Point, ...], colour: str, label: str, style: str = "-") -> None:
-    rises = [found.mean(point) for point in points]
+    rises = [point.rise for point in points]
     known = [(100 * point.sparsity, rise) for point, rise in zip(points, rises, strict=True) if math.isfinite(rise)]
     xs, ys = [0.0, *(x for x, _ in known)], [0.0, *(y for _, y in known)]
     axes.plot(xs, ys, marker="o", linestyle=style, color=colour, markersize=4, label=label)

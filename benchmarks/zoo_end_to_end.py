@@ -55,7 +55,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
 
 
 def _pruned(folder: Path, target: str, given: str) -> str:
-    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of three that can be cut alone, or "".
+    """Why ``prune`` fails, with all families near ``SHARE`` at once or with each of three by itself; "" if it works.
 
     ``given``: "--inputs" if the inputs are given as a file.
     """
@@ -73,9 +73,9 @@ def _pruned(folder: Path, target: str, given: str) -> str:
         return "analyze: no family has another legal width"
     reasons, data = [], inputs or ("--data", "random")
     words = ("prune", folder / "dense", "--out", folder / target, *to, *data, *OPTIONS.split())
-    alone = [f["name"] for f in found if f["name"] in widths and not f["together"]]
-    alone = sorted(alone or widths, key=list(widths).index)[:3]
-    for chosen in (widths, *({name: widths[name]} for name in alone)):
+    single = [f["name"] for f in found if f["name"] in widths and not f["together"]]
+    single = sorted(single or widths, key=list(widths).index)[:3]
+    for chosen in (widths, *({name: widths[name]} for name in single)):
         given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
         failure = _said(*words, "--families", ",".join(chosen), *given)
         if not failure:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from inside import Inside
 from test_latency import times
-from toy_checkpoints import WORDS
+from toy_checkpoints import WORDS, llama_config
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -88,6 +88,20 @@ def test_every_family_has_a_curve_and_every_layer_a_figure(llama: str, ids: torc
     assert [point.sparsity for point in found.division] == sorted(point.sparsity for point in found.division)
     assert all(abs(p.sparsity - s) < 0.05 for p, s in zip(found.division, ASKED["sparsities"], strict=True))
     assert {name: len(rises) for name, rises in found.layers.items()} == {"kv_groups": 3, "q_heads": 3, "ffn": 3}
+
+
+def test_the_division_cuts_what_costs_least(ids: torch.Tensor) -> None:
+    """Half of the feed-forward units of each layer do nothing."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config()).eval()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, ::2] = 0
+        layer.self_attn.o_proj.weight.data *= 20
+    found = mptk.advise(model, data=ids, portable=False, progress=None, **{**ASKED, "sparsities": [0.28]})
+    (point,) = found.division
+    assert {name: point.widths[name] for name in ("kv_groups", "q_heads")} == {"kv_groups": 3, "q_heads": 2}
+    assert point.widths["ffn"] <= 48
+    assert max(map(abs, found.layers["ffn"])) < 1e-4, "each layer keeps the other half"
 
 
 def test_a_latency_is_a_budget(llama: str, ids: torch.Tensor, inside: Inside) -> None:

@@ -79,8 +79,7 @@ def export(
 
     A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder. The graph of a
-    module that is not a transformers model, as ``Pruned.model``, is compared with the module in ONNX Runtime; sizes
-    that its trace leaves open, as the number of samples, are open in the graph.
+    plain module, as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
 
     Args:
         model: with real weights; of any float type.
@@ -88,8 +87,7 @@ def export(
         example_inputs: as in ``prune``: only for a module that is not a transformers model, which needs them.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
         quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
-        text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it each weight is rounded by
-            itself.
+        text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it weights are only rounded.
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
@@ -105,14 +103,13 @@ def export(
     )
     if not isinstance(model, PreTrainedModel):
         return _export_module(model, Path(folder), example_inputs, plan, settings, metadata)
-    form, program = form_of(model) or CAUSAL_LM.onnx, None
+    form, name = form_of(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
-    if form is not CAUSAL_LM.onnx:
-        if model.dtype is not torch.float32:
-            raise MptkError(f"the graphs of a {type(model).__name__} need a float32 model; call model.float()")
-        program = trace(model, dynamic=True)
+    if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
+        raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
+    program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     form.check(model, settings)
-    dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
+    dense = Dense(Loaded(model, None, name, Path()), settings, program, about=metadata)
     form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
     return Path(folder)
 

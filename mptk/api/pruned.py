@@ -138,8 +138,7 @@ def prune(
         small = mptk.prune(model, sparsity=0.3, method="wanda", data=texts).model
 
     Args:
-        model: a hub id, folder, ``.gguf`` file or packaged alias; a transformers model in memory; or any ``nn.Module``.
-            A model in memory does not change; mptk computes with it in float32.
+        model: a hub id, folder, ``.gguf`` file or packaged alias; or any ``nn.Module``, which does not change.
         out: folder to write. None: nothing is written, and ONNX graphs are made only with ``onnx=True``.
         settings: the settings; ``keywords`` change some of them.
         progress: ``"auto"``, bars on a terminal and in a notebook; a function (``mptk.progress.Progress``); or None.

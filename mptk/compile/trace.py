@@ -61,12 +61,7 @@ def traced(
         if isinstance(sizes, Mapping) and _some_batches_fixed(program):
             program = _trace(loaded, task, example, {name: tuple({*dims} - {0}) for name, dims in sizes.items()})
     if task.only_length(program) is not None:
-        if len(example.inputs) > 1:
-            raise MptkError(
-                f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
-                "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
-                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
-            )
+        _check_one_input(loaded, example, program)
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
     fixed, ran = task.only_length(program), 0
@@ -86,6 +81,16 @@ def traced(
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
         program = _compared_if_it_fits(program, loaded, example)
     return program
+
+
+def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None:
+    """Raise MptkError for a program of one length whose samples hold more than token ids."""
+    if len(example.inputs) > 1:
+        raise MptkError(
+            f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
+            "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
+            "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+        )
 
 
 def _compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:

@@ -10,7 +10,7 @@ from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point
 from mptk.report.runs import model_name
 from mptk.report.view import Bad, Good, Name, Section, Table, View, figure, large, megabytes
 
-SAFE, CUTS, ALONE, SENSITIVE, UNKNOWN = (
+SAFE, CUTS, BY_FAMILY, SENSITIVE, UNKNOWN = (
     "What is safe",
     "Cuts of growing size",
     "Each family by itself",
@@ -26,7 +26,7 @@ def advice_view(found: Advice) -> View:
     parts = [
         Section(SAFE, [safe(found), *map(Name, sentences(found))]),
         Section(CUTS, [costs(found), figures(found), Name(found.protocol)]),
-        Section(ALONE, [alone(found)]),
+        Section(BY_FAMILY, [by_family(found)]),
     ]
     if found.layers:
         parts.append(Section(SENSITIVE, [layers(found.layers), HALVED]))
@@ -113,7 +113,7 @@ def figures(found: Advice) -> Table:
     return Table("lr" + "r" * len(own), ["text", "removed", *own], rows, ends)
 
 
-def alone(found: Advice) -> Table:
+def by_family(found: Advice) -> Table:
     """The cuts of each family, with the mean rise of the loss over all texts."""
     rows, ends = [], []
     for name, points in found.families.items():

@@ -50,13 +50,13 @@ class Windows:
 class Cuts:
     """The cuts to measure: each family, or families that are only cut together, by itself; and divisions by size."""
 
-    alone: Mapping[str, list[Candidate]]
+    by_family: Mapping[str, list[Candidate]]
     divisions: Sequence[list[Candidate]]
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """All of them, each once."""
-        every = [*(c for cuts in self.alone.values() for c in cuts), *(c for cuts in self.divisions for c in cuts)]
+        every = [*(c for cuts in self.by_family.values() for c in cuts), *(c for cuts in self.divisions for c in cuts)]
         return tuple({describe(each.widths): each for each in every}.values())
 
 
@@ -86,11 +86,11 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     sets = dict.fromkeys(families for families in together.values() if set(families) <= set(every))
     half = sparsities[1::2] or sparsities  # where the division has other families, a coarse curve does
     apart = {each: [near(each, s)[:1] for s in (sparsities if set(each) == set(names) else half)] for each in sets}
-    alone = {"+".join(each): [c for cuts in found for c in cuts] for each, found in apart.items() if any(found)}
+    by_family = {"+".join(each): [c for cuts in found for c in cuts] for each, found in apart.items() if any(found)}
     divisions = [found for s in sparsities if (found := near(names, s))]
     if not divisions:
         raise MptkError("nothing in this model can be cut, so there is no advice; see `mptk analyze` for each axis")
-    return Cuts(alone, divisions)
+    return Cuts(by_family, divisions)
 
 
 def advised(
@@ -138,7 +138,7 @@ class Advising:
         """Measure all cuts."""
         p, context = self.prepared, self.trials.context
         _ = self.trials.scores, self.trials.products, self.dense  # stages of their own
-        total = sum(map(len, cuts.alone.values())) + len(cuts.divisions)
+        total = sum(map(len, cuts.by_family.values())) + len(cuts.divisions)
         done, known = 0, dict[str, Point]()
         with context.stage(stage := "cuts"):
 
@@ -149,11 +149,11 @@ class Advising:
                 done += 1
                 return known[what]
 
-            alone = {name: distinct([point(each) for each in found]) for name, found in cuts.alone.items()}
-            division = distinct([point(self.least(found, alone)) for found in cuts.divisions])
+            by_family = {name: distinct([point(each) for each in found]) for name, found in cuts.by_family.items()}
+            division = distinct([point(self.least(found, by_family)) for found in cuts.divisions])
             context.progress(stage, total, total)
         with context.stage(stage := "layers"):
-            layers = self.layers(list(alone), partial(context.progress, stage))
+            layers = self.layers(list(by_family), partial(context.progress, stage))
         windows, first = min(map(len, self.texts.values())), next(iter(self.texts.values()))
         protocol = (
             f"{windows} or more windows of {first.positions} tokens of each text, which nothing was fitted to; units "
@@ -161,7 +161,7 @@ class Advising:
             f"consumers are {'' if self.trials.products else 'not '}fitted, and nothing is trained"
         )
         dense = self._point({}, 0.0, self.dense)
-        return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, alone, layers)
+        return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
 
     @property
     def measure(self) -> JudgedBy:
@@ -202,9 +202,9 @@ class Advising:
                 top[text].append(output.argmax(-1).cpu())
         return {t: Windows(torch.tensor(losses[t], dtype=torch.float64), tuple(top[t])) for t in self.texts}
 
-    def least(self, divisions: Sequence[Candidate], alone: Mapping[str, Sequence[Point]]) -> Candidate:
+    def least(self, divisions: Sequence[Candidate], by_family: Mapping[str, Sequence[Point]]) -> Candidate:
         """The division whose families' own curves predict the lowest loss."""
-        return min(divisions, key=lambda each: sum(self._rise(found, each.widths) for found in alone.values()))
+        return min(divisions, key=lambda each: sum(self._rise(found, each.widths) for found in by_family.values()))
 
     def _rise(self, curve: Sequence[Point], widths: Mapping[str, int]) -> float:
         """The mean rise of the loss for ``widths`` of the families of a curve, from its points by interpolation."""

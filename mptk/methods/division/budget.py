@@ -179,11 +179,14 @@ def _nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
     s, families = prepared.settings, prepared.analysis.families
     remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
     why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-    alone = [f.name for f in families if len(legal.ladders[f.name]) == 1 < len(legalize.aligned(f, Alignment(1)))]
+    unaligned = [f.name for f in families if len(legal.ladders[f.name]) == 1 < len(legalize.aligned(f, Alignment(1)))]
     if not why and s.only_layers is not None:
         why = f"--layers {s.layers} removes no blocks"
-    elif not why and alone:
-        why, remedy = f"no narrower width of {', '.join(alone[:3])} is aligned", "give a smaller --align, as --align 1"
+    elif not why and unaligned:
+        why, remedy = (
+            f"no narrower width of {', '.join(unaligned[:3])} is aligned",
+            "give a smaller --align, as --align 1",
+        )
     return MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
 
 

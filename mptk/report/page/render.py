@@ -14,7 +14,7 @@ from mptk.protocols.advice import Advice
 from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
 from mptk.report import sections
-from mptk.report.advice import ALONE, CUTS, SAFE, SENSITIVE, advice_view
+from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, advice_view
 from mptk.report.analysis import analysis_view
 from mptk.report.compare import grouped, heading
 from mptk.report.page import advice, charts, shapes
@@ -164,7 +164,7 @@ def advice_page(found: Advice) -> str:
     drawn = {
         SAFE: [Figure("", advice.change_chart(found), bars)],
         CUTS: [] if same is None else [Figure("", same)],
-        ALONE: [Figure("", advice.families_chart(found))],
+        BY_FAMILY: [Figure("", advice.families_chart(found))],
         SENSITIVE: [Figure(name, advice.layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
     best = [Section("The command", [found.command])] if found.command else []

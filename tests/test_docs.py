@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,12 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 def found(page: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE))
+
+
+def test_the_site_lists_every_page() -> None:
+    contents = runpy.run_path(str(ROOT / "docs/conf.py"))["CONTENTS"]
+    listed = {f"{page}.md" for part in contents.values() for page in part.split()}
+    assert listed == set(NAMES) - {"README.md"}
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -11,7 +11,7 @@ from mptk.chain.job import Job
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
-from mptk.cost.budgets import LATENCY
+from mptk.cost.budgets import CACHED, LATENCY
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import once, processes, shards
@@ -26,7 +26,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
-from mptk.methods.division.budget import alignment, budgeted, check_any, find_widths
+from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
 from mptk.methods.division.parts import expanded
 from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import LayerSelection, selected
@@ -228,6 +228,8 @@ def legalise(
     known = {family.name for family in analysis.all_families}
     if layer := next((n for n in plan.families if n not in known and n.rpartition(".")[0] in known), None):
         check_ragged(target, f"{layer} of the plan")
+    if settings.budget in CACHED and not model.task.caches:
+        raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
     prepared = replace(prepared, conversions=conversions)
@@ -254,7 +256,7 @@ def with_candidates(prepared: Prepared, selection: LayerSelection, before: Analy
     if selection.alike:
         analysis = analysis.apart(selection.alike)
         legal = p.target.legal(analysis, p.loaded.model, alignment(p.settings))
-        cost = CostModel(analysis, p.settings.budget, itemsize=p.dtype.itemsize, before=before)
+        cost = cost_model(analysis, p.settings, p.dtype.itemsize, before)
     legal = selection.allowed(legal)
     renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
     apart = replace(p, analysis=analysis, legal=legal, cost=cost, settings=renamed)
@@ -275,7 +277,7 @@ def by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | N
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
         for c in prepared.candidates
     ]
-    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize, before=before)
+    cost = cost_model(analysis, s, stored_type(s, prepared.loaded).itemsize, before)
     return replace(
         prepared,
         analysis=analysis,

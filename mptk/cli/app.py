@@ -79,9 +79,9 @@ def command(
         options = parameters(called, base) if "settings" in own.parameters else []
 
         @functools.wraps(function)
-        def run(*, quiet: bool, verbose: bool, context: typer.Context, **values: Any) -> None:
+        def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
-            TYPED.set(frozenset(name for name in values if _typed(context, name)))
+            TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
             try:
                 tidy_for(values.values())
                 if options:
@@ -99,7 +99,7 @@ def command(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
         ]
-        more.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        more.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}

@@ -286,7 +286,7 @@ def choose_candidates(
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
     raise MptkError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
-        f"Ask for one of these, {others}"
+        f"Ask for one of these; or {others}"
     )
 
 

@@ -91,11 +91,11 @@ def test_a_model_without_a_cache_is_refused(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "levers", "others"),
     [
-        ({"sparsity": 0.95}, ["name hidden or layers in --families"], ["--vocabulary", "--kv-heads", "--align"]),
-        ({"sparsity": 0.85, "portable": True}, ["--no-portable to cut kv_groups, q_heads"], ["--align"]),
-        ({"sparsity": 0.9, "budget": "total"}, ["--vocabulary", "name hidden"], ["--kv-heads"]),
-        ({"sparsity": 0.85, "budget": "kv-cache"}, ["--kv-heads", "name layers in"], ["--vocabulary"]),
-        ({"sparsity": 0.2, "families": ("ffn",), "align": 48}, ["--align 1"], ["name layers"]),
+        ({"sparsity": 0.95}, ["name hidden or layers in families"], ["vocabulary", "kv_heads to", "align"]),
+        ({"sparsity": 0.85, "portable": True}, ["portable=False to cut kv_groups, q_heads"], ["align"]),
+        ({"sparsity": 0.9, "budget": "total"}, ["vocabulary to remove", "name hidden"], ["kv_heads to"]),
+        ({"sparsity": 0.85, "budget": "kv-cache"}, ["kv_heads to merge", "name layers in"], ["vocabulary"]),
+        ({"sparsity": 0.2, "families": ("ffn",), "align": 48}, ["align=1"], ["name layers"]),
     ],
 )
 def test_a_budget_that_is_out_of_reach_names_the_levers(

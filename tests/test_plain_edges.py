@@ -152,6 +152,6 @@ def test_channels_of_convolutions_are_no_feed_forward_width(net: nn.Module, x: t
 
 def test_units_without_a_narrower_aligned_width_are_named() -> None:
     module = Recurrent(nn.GRU, bidirectional=True)  # 24 channels
-    with pytest.raises(mptk.MptkError, match=r"no narrower width of channels is aligned\); give a smaller --align"):
+    with pytest.raises(mptk.MptkError, match=r"no narrower width of channels is aligned\); give a smaller align"):
         mptk.prune(module, sparsity=0.3, tolerance=0.2, align=24, example_inputs=X, progress=None)
     assert mptk.prune(module, sparsity=0.3, tolerance=0.2, align=1, example_inputs=X, progress=None) is not None

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, unprinted
 from mptk.cli.options import TYPED, parameters, settings_from
@@ -81,6 +82,7 @@ def command(
         @functools.wraps(function)
         def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
+            speaking = COMMAND_LINE.set(True)
             TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
             try:
                 tidy_for(values.values())
@@ -94,6 +96,8 @@ def command(
                 if stop is None:
                     raise
                 raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
+            finally:
+                COMMAND_LINE.reset(speaking)
 
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

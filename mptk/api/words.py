@@ -6,15 +6,12 @@ import functools
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
 
-from mptk.arguments import checked
+from mptk.arguments import P, R, checked
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 
-P = ParamSpec("P")
-R = TypeVar("R")
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 """Whether a command is running, whose user types options."""
 OPTION = re.compile(r"(?P<command>`[^`]*`)|(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?: (?P<value>[\w.+*%/=-]*[\w%]))?")

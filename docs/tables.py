@@ -58,15 +58,21 @@ def python() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """What commands take besides: options that are no settings, and all options of the commands that do not prune."""
-    yield from _head("command", "option", "default", "meaning")
+    """What commands take besides: options that are no settings, and all options of the commands that do not prune.
+
+    A row serves all commands that have an option with the same default and meaning.
+    """
+    yield from _head("option", "commands", "default", "meaning")
+    found: dict[tuple[str, str, str], list[str]] = {}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
         shared = {*EVERYWHERE, *(settings if name in READING else ())}
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:
-                yield _row(f"`{name}`", f"`{flag}`", _default(option.default), str(option.help))
+                found.setdefault((flag, _default(option.default), str(option.help)), []).append(name)
+    for (flag, default, meaning), names in sorted(found.items()):
+        yield _row(f"`{flag}`", ", ".join(names), default, meaning)
 
 
 def consumers() -> Iterator[str]:

@@ -288,7 +288,7 @@ def _end_to_end(rows: list[Row], proven: set[tuple[str, str]]) -> list[str]:
 
 
 def _line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"|{'|'.join(map(str, cells))}|"
 
 
 def main(

@@ -33,10 +33,10 @@ def written(page: str) -> str:
 
 def runs() -> Iterator[str]:
     """The options of ``prune``, ``recover``, ``shapes`` and ``advise`` that are settings, panel by panel."""
-    yield from _head("option", "Python keyword", "default", "meaning")
+    yield from _head("option", "default", "meaning")
     options = taken(Settings, "prune").items()
     for panel in dict.fromkeys(each.setting.panel for _, each in options):
-        yield _row(f"**{panel}**", "", "", "")
+        yield _row(f"**{panel}**", "", "")
         for name, each in options:
             if each.setting.panel == panel:
                 marks = "".join(
@@ -44,9 +44,10 @@ def runs() -> Iterator[str]:
                     for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes"), ("ᵃ", "advise"))
                     if other in each.setting.on
                 )
+                keyword = "" if each.name == name.replace("-", "_") else f" (`{each.name}`)"
                 names = [f"`{choice}`" for choice in each.setting.choices.shown] if each.setting.choices else []
                 said = f"{each.setting.help} ({', '.join(names)})" if names else each.setting.help
-                yield _row(f"`{_flag(name)}` {marks}", f"`{each.name}`", _default(each.default), said)
+                yield _row(f"`{_flag(name)}`{keyword} {marks}", _default(each.default), said)
 
 
 def python() -> Iterator[str]:
@@ -60,9 +61,12 @@ def python() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """What commands take besides: options that are no settings, and all options of the commands that do not prune.
 
-    A row serves all commands that have an option with the same default and meaning.
+    A row serves all commands that have an option with the same default and meaning, which stands there once.
     """
     yield from _head("option", "commands", "default", "meaning")
+    above = {
+        (_flag(name), _default(each.default), each.setting.help) for name, each in taken(Settings, "prune").items()
+    }
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
@@ -71,8 +75,9 @@ def commands() -> Iterator[str]:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:
                 found.setdefault((flag, _default(option.default), str(option.help)), []).append(name)
-    for (flag, default, meaning), names in sorted(found.items()):
-        yield _row(f"`{flag}`", ", ".join(names), default, meaning)
+    for option, names in sorted(found.items()):
+        flag, default, meaning = option
+        yield _row(f"`{flag}`", ", ".join(names), default, "as above" if option in above else meaning)
 
 
 def consumers() -> Iterator[str]:
@@ -119,7 +124,7 @@ def _head(*cells: str) -> tuple[str, str]:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |"
+    return f"|{'|'.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)}|"
 
 
 if __name__ == "__main__":

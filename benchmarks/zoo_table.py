@@ -26,30 +26,20 @@ HEAD = """# Architectures
 After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
 whether it has ONNX. If it does not, you can say why.
 
-The types are those of eight auto mappings of transformers {transformers}, and two forecasters; torch is {torch}. For each type a tiny
-random model is built, traced and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense
-model whose channels are masked. A family is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself
-moves them by more than 1e-4. This shows that the cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table`
-makes the page from the files in `benchmarks/results`, which also name the families and the commit of each row.
-
-| mapping | types | analysed | proven in full | families proven |
-|---|---|---|---|---|"""
+For each type of eight auto mappings of transformers {transformers} (with torch {torch}), and for two forecasters, a tiny random model is built, traced
+and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense model whose channels are masked. A family
+is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself moves them by more than 1e-4. This shows that the
+cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table` makes the page from `benchmarks/results`, where each row names
+its families and its commit.
+"""
 
 
 def page(result: Row, onnx: list[Row], end_to_end: list[Row], depth: list[Row]) -> str:
-    """The whole page: totals, a row for each type, then the reasons of each sweep."""
+    """The whole page: a row for each type, then the reasons of each sweep."""
     rows: list[Row] = result["rows"]
-    mappings = list(dict.fromkeys(row["mapping"] for row in rows))
-    parts = HEAD.format(**result["versions"]).splitlines()
-    for mapping in mappings:
-        mine = [row for row in rows if row["mapping"] == mapping]
-        analysed = sum(row["stage"] in ("analysis", "proven") for row in mine)
-        proven = sum(row["stage"] == "proven" for row in mine)
-        families = f"{sum(row['proven'] for row in mine)} of {sum(row['families'] for row in mine)}"
-        parts.append(_line(mapping, len(mine), analysed, proven, families))
-    parts += ROWS_HEAD.splitlines()
+    parts = [*HEAD.format(**result["versions"]).splitlines(), *ROWS_HEAD.splitlines()]
     columns = {"blocks": _marks(depth, "depth"), "ONNX": _marks(onnx, "onnx"), "prune": _marks(end_to_end, "prune")}
-    for mapping in mappings:
+    for mapping in dict.fromkeys(row["mapping"] for row in rows):
         parts += _section(mapping, [row for row in rows if row["mapping"] == mapping], columns)
     parts += ["", "## Not proven", "", *_reasons(row for row in rows if row["stage"] != "proven")]
     parts += _stock([row for row in rows if "stock" in row])
@@ -64,13 +54,11 @@ def page(result: Row, onnx: list[Row], end_to_end: list[Row], depth: list[Row]) 
 ROWS_HEAD = """
 ## Types
 
-| column | mark |
-|---|---|
-| families | how many are proven: `6` all six, `7/8` seven of eight, `no` not analysed ([why](#not-proven)) |
-| stock | how many of them the [stock class](#what-the-stock-classes-accept-causal-lm) can hold when they are cut |
-| blocks | [whole blocks](#whole-residual-blocks): `yes` the class holds fewer, `graph` only `--target graph` does, `no` |
-| ONNX | [a decoder with its KV cache](#onnx-causal-lm) that equals torch |
-| prune | [through the command line](#through-the-command-line): verified as a `stock` checkpoint, as a `graph`, or `no` |
+- families: how many are proven: `6` all six, `7/8` seven of eight, `no` not analysed ([why](#not-proven))
+- stock: how many of them the [stock class](#what-the-stock-classes-accept-causal-lm) can hold when they are cut
+- blocks: [whole blocks](#whole-residual-blocks): `yes` the class holds fewer, `graph` only `--target graph` does, `no`
+- ONNX: [a decoder with its KV cache](#onnx-causal-lm) that equals torch
+- prune: [through the command line](#through-the-command-line): verified as a `stock` checkpoint, as a `graph`, or `no`
 
 `-`: not run, or nothing to run."""
 
@@ -92,7 +80,7 @@ def _section(mapping: str, rows: list[Row], columns: dict[str, dict[tuple[str, s
     others = {head: marks for head, marks in columns.items() if any(key[0] == mapping for key in marks)}
     stock = any("stock" in row for row in rows)
     heads = ["type", "families", *(["stock"] if stock else []), *others]
-    lines = ["", f"### {mapping}", "", f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
+    lines = ["", f"### {mapping}", "", _totals(rows), "", _line(*heads), "|---" * len(heads) + "|"]
     for row in sorted(rows, key=lambda row: row["type"]):
         full = row["proven"] == row["families"] and row["stage"] == "proven"
         cells = [row["type"], "no" if not row["families"] else str(row["proven"]) if full else _share(row)]
@@ -100,8 +88,15 @@ def _section(mapping: str, rows: list[Row], columns: dict[str, dict[tuple[str, s
             held = [verdict(family) in ("every", "some", "together") for family in row.get("stock", {}).values()]
             cells.append(f"{sum(held)}/{len(held)}" if held else "-")
         cells += [marks.get((mapping, row["type"]), "-") for marks in others.values()]
-        lines.append(f"|{'|'.join(cells)}|")
+        lines.append(_line(*cells))
     return lines
+
+
+def _totals(rows: list[Row]) -> str:
+    analysed = sum(row["stage"] in ("analysis", "proven") for row in rows)
+    full = sum(row["stage"] == "proven" for row in rows)
+    families = f"{sum(row['proven'] for row in rows)} of {sum(row['families'] for row in rows)} families"
+    return f"{len(rows)} types, {analysed} analysed, {full} proven in full ({families})."
 
 
 def _share(row: Row) -> str:
@@ -147,13 +142,12 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
 STOCK_HEAD = """
 ## What the stock classes accept (causal-lm)
 
-Which widths can the model's own transformers class hold? mptk reads it from the class. A family is accepted at *every* width, at *some*
-(a validator or constructor refuses the others), or only *together* with another family in proportion (one config field serves both). In
-these three cases the stock class loaded the cut weights, and its logits equal the cut graph's within 1e-5 of the largest. *Differs*:
-the config is accepted, but the class computes another function or does not run; the proof in `mptk prune` refuses these. There are {types}
-types; a type may have several families of a kind.
+Which widths can the model's own transformers class hold? A family is accepted at *every* width, at *some* (a validator or constructor refuses the
+others), or only *together* with another family in proportion. In these three cases the class loaded the cut weights, and its logits equal the
+cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does not run; the proof in
+`mptk prune` refuses these. There are {types} types; a type may have several families of a kind.
 
-| kind | types | families | every | some | together | differs | refused |
+|kind|types|families|every|some|together|differs|refused|
 |---|---|---|---|---|---|---|---|"""
 VERDICTS = ("every", "some", "together", "differs", "refused")
 KINDS = {
@@ -218,18 +212,15 @@ def _refuser(family: Row) -> str:
 DEPTH_HEAD = """
 ## Whole residual blocks
 
-By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. *Proven*: the cut equals the masked model.
-*Held*: the model's own class takes fewer blocks of every list, and gives the cut graph's logits.
-
-| mapping | types run | analysed | with a list of blocks | proven | held |
-|---|---|---|---|---|---|"""
+By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. Of {run} types {listed} have a list of blocks. For {proven}
+of these the cut equals the masked model, and for {held} the model's own class takes fewer blocks of every list, and gives the cut graph's
+logits."""
 
 
 def _depth(rows: list[Row]) -> list[str]:
-    lines = DEPTH_HEAD.splitlines()
-    for mapping in dict.fromkeys(row["mapping"] for row in rows):
-        reached = [zoo_depth.STAGES.index(row["stage"]) for row in rows if row["mapping"] == mapping]
-        lines.append(_line(mapping, *(sum(r >= i for r in reached) for i in range(len(zoo_depth.STAGES)))))
+    reached = [zoo_depth.STAGES.index(row["stage"]) for row in rows]
+    listed, proven, held = (sum(r >= i for r in reached) for i in range(2, len(zoo_depth.STAGES)))
+    lines = DEPTH_HEAD.format(run=len(rows), listed=listed, proven=proven, held=held).splitlines()
     lines += ["", "Proven, and not held:", "", *_reasons(row for row in rows if row["stage"] == "proven")]
     return [*lines, "", "No blocks to remove:", "", *_reasons(row for row in rows if row["stage"] == "analysed")]
 
@@ -265,7 +256,7 @@ By `python -m benchmarks.zoo --end-to-end`: each type is saved as a checkpoint, 
 stock checkpoint or else as a graph, and checked by `mptk verify`. Data are random. What no task takes gets its inputs as a file
 ([`--inputs`](kinds.md#other-inputs)).
 
-| mapping | types run | proven above | pruned and verified | of them as stock checkpoints |
+|mapping|types run|proven above|pruned and verified|of them as stock checkpoints|
 |---|---|---|---|---|"""
 
 

@@ -193,8 +193,12 @@ def _stock(rows: list[Row]) -> list[str]:
     lines += ["", "Why a width is refused, with the number of families:", ""]
     for reason, kinds in sorted(refusals.items(), key=lambda item: -item[1].total()):
         lines.append(f"- {reason}: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common())}")
-    differing = [f"{r['type']} ({n})" for r in rows for n, f in r["stock"].items() if verdict(f) == "differs"]
-    return [*lines, "", f"Accepted, but another function: {', '.join(differing)}."]
+    differing: dict[str, list[str]] = {}
+    for model_type, kind, f in found:
+        if verdict(f) == "differs":
+            differing.setdefault(kind, []).append(model_type)
+    lines += ["", "Accepted, but another function:", ""]
+    return lines + [f"- {kind}: {', '.join(dict.fromkeys(types))}" for kind, types in differing.items()]
 
 
 def _refuser(family: Row) -> str:
@@ -231,7 +235,7 @@ ONNX_HEAD = """
 By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and cut in all families at random legal widths. ONNX
 Runtime then runs a prompt of two rows (one padded on the left) and three more tokens. {equal} types are equal: no logit differs from
 torch's by more than 1e-4 of the largest. In {folded} of them every layer's cache is an input of `Attention`. In {padding} the padded row
-also gets the logits that the model gives it alone. In the others it does not, in torch neither: {own}.
+also gets the logits that the model gives it alone; in the others it does not, in torch neither.
 
 The others:
 """
@@ -244,7 +248,6 @@ def _onnx(rows: list[Row]) -> list[str]:
         equal=len(equal),
         folded=sum(row["folded"] == row["layers"] for row in equal),
         padding=sum(row["padding"] for row in equal),
-        own=", ".join(row["type"] for row in equal if not row["padding"]),
     )
     return [*said.splitlines(), "", *_reasons(row for row in rows if row["stage"] != "equal")]
 

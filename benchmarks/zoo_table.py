@@ -54,7 +54,9 @@ def page(result: Row, onnx: list[Row], end_to_end: list[Row], depth: list[Row]) 
 ROWS_HEAD = """
 ## Types
 
-- families: how many are proven: `6` all six, `7/8` seven of eight, `no` not analysed ([why](#not-proven))
+Types without a row could not be analysed ([why](#not-proven)).
+
+- families: how many are proven: `6` all six, `7/8` seven of eight
 - stock: how many of them the [stock class](#what-the-stock-classes-accept-causal-lm) can hold when they are cut
 - blocks: [whole blocks](#whole-residual-blocks): `yes` the class holds fewer, `graph` only `--target graph` does, `no`
 - ONNX: [a decoder with its KV cache](#onnx-causal-lm) that equals torch
@@ -80,10 +82,13 @@ def _section(mapping: str, rows: list[Row], columns: dict[str, dict[tuple[str, s
     others = {head: marks for head, marks in columns.items() if any(key[0] == mapping for key in marks)}
     stock = any("stock" in row for row in rows)
     heads = ["type", "families", *(["stock"] if stock else []), *others]
-    lines = ["", f"### {mapping}", "", _totals(rows), "", _line(*heads), "|---" * len(heads) + "|"]
-    for row in sorted(rows, key=lambda row: row["type"]):
+    analysed = [row for row in rows if row["families"]]
+    lines = ["", f"### {mapping}", "", _totals(rows)]
+    if analysed:
+        lines += ["", _line(*heads), "|---" * len(heads) + "|"]
+    for row in sorted(analysed, key=lambda row: row["type"]):
         full = row["proven"] == row["families"] and row["stage"] == "proven"
-        cells = [row["type"], "no" if not row["families"] else str(row["proven"]) if full else _share(row)]
+        cells = [row["type"], str(row["proven"]) if full else f"{row['proven']}/{row['families']}"]
         if stock:
             held = [verdict(family) in ("every", "some", "together") for family in row.get("stock", {}).values()]
             cells.append(f"{sum(held)}/{len(held)}" if held else "-")
@@ -97,10 +102,6 @@ def _totals(rows: list[Row]) -> str:
     full = sum(row["stage"] == "proven" for row in rows)
     families = f"{sum(row['proven'] for row in rows)} of {sum(row['families'] for row in rows)} families"
     return f"{len(rows)} types, {analysed} analysed, {full} proven in full ({families})."
-
-
-def _share(row: Row) -> str:
-    return f"{row['proven']}/{row['families']}"
 
 
 # ---- reasons ----

@@ -61,23 +61,29 @@ def python() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """What commands take besides: options that are no settings, and all options of the commands that do not prune.
 
-    A row serves all commands that have an option with the same default and meaning, which stands there once.
+    A row serves all commands that have an option with the same default and meaning. What ``runs`` has is only named.
     """
     yield from _head("option", "commands", "default", "meaning")
     above = {
         (_flag(name), _default(each.default), each.setting.help) for name, each in taken(Settings, "prune").items()
     }
     found: dict[tuple[str, str, str], list[str]] = {}
+    again: dict[str, list[str]] = {}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
         shared = {*EVERYWHERE, *(settings if name in READING else ())}
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:
-                found.setdefault((flag, _default(option.default), str(option.help)), []).append(name)
-    for option, names in sorted(found.items()):
-        flag, default, meaning = option
-        yield _row(f"`{flag}`", ", ".join(names), default, "as above" if option in above else meaning)
+                row = flag, _default(option.default), str(option.help)
+                if row in above:
+                    again.setdefault(name, []).append(f"`{flag}`")
+                else:
+                    found.setdefault(row, []).append(name)
+    for (flag, default, meaning), names in sorted(found.items()):
+        yield _row(f"`{flag}`", ", ".join(names), default, meaning)
+    for name, flags in again.items():
+        yield _row(", ".join(flags), name, "", "as above")
 
 
 def consumers() -> Iterator[str]:

@@ -20,7 +20,7 @@ from benchmarks.quality import MODEL, add, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, recover
 
-BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden": 0.0, "precision": "no"}
+BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden_loss": 0.0, "precision": "no"}
 LENGTH = 256
 VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=0,lr=3e-4;rank=0,lr=6e-4;rank=0,lr=1e-3"
 
@@ -48,7 +48,7 @@ def trained(start: Path, out: Path, variant: str, tokens: int, seed: int, work: 
     """Train ``start`` as the variant says and write ``out``; returns the row without its perplexity."""
     chosen = parsed(variant)
     steps = round(tokens / (chosen["batch"] * LENGTH))
-    hidden = {"teacher": "live"} if chosen["hidden"] else {"teacher": "cached", "teacher_cache": str(work / "teacher")}
+    hidden = {"teacher": "live"} if chosen["hidden_loss"] else {"teacher": "cached", "teacher_cache": str(work / "teacher")}
     began, busy = time.perf_counter(), time.process_time()
     done = recover(
         start,

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from inside import Inside
 from markdown_it import MarkdownIt
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -243,12 +242,6 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert model_name("/home/me/models/small") == "small"
     assert model_name("/c/models--acme--small/snapshots/0a1b") == "acme/small"
     assert model_name("acme/small") == "acme/small"
-
-
-def test_without_matplotlib_the_error_names_the_extra(inside: Inside) -> None:
-    inside.around("importlib.util.find_spec", lambda found, name: None if name == "matplotlib" else found(name))
-    with pytest.raises(MptkError, match=r"^charts need matplotlib.*mptk\[plot\]"):
-        report_page([made()])
 
 
 def test_a_report_of_another_kind_is_one_error() -> None:

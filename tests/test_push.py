@@ -169,3 +169,15 @@ def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub
     hub.stalls = False
     push(folder, "me/small")
     assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub: Hub, folder: Path) -> None:
+    result = CliRunner().invoke(app, ["push", str(folder), "me/small", "--dry-run"])
+    assert result.exit_code == 0
+    assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(
+        ["README.md", "config.json", "mptk.json", "onnx/model.onnx"]
+    )
+    assert result.stdout.splitlines()[-1].endswith(f"in 4 files would go to {hub.url}/me/small")
+    assert not hub.asked
+    (folder / "config.json").write_text("{ }")
+    assert CliRunner().invoke(app, ["push", str(folder), "me/small", "--dry-run"]).exit_code == 1

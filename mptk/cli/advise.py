@@ -47,10 +47,6 @@ def advise(
     from mptk.api.advice import advise as measure
     from mptk.report.advice import advice_view
 
-    if html is not None:
-        from mptk.report.page.svg import require_matplotlib
-
-        require_matplotlib()
     cuts = [parse_share(share, "--sparsities") for share in names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))

@@ -108,13 +108,10 @@ def analyze(
     from mptk.methods.division.parts import part_rows
     from mptk.methods.division.selection import check_aligned
     from mptk.report.analysis import analysis_json, analysis_view
-    from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
     from mptk.tasks import known_task
     from mptk.tasks.module import example_samples, read_inputs
 
-    if html is not None:
-        require_matplotlib()
     with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)

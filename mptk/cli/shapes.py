@@ -42,10 +42,6 @@ def shapes(
     from mptk.chain.prepare import check_settings
     from mptk.report.sections import shapes_view
 
-    if html is not None:
-        from mptk.report.page.svg import require_matplotlib
-
-        require_matplotlib()
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
     check_settings(settled(settings))

@@ -238,7 +238,6 @@ def bench(
     from mptk.publish.manifest import update_manifest
     from mptk.report.markdown import rendered
     from mptk.report.page.charts import plot_bench
-    from mptk.report.page.svg import require_matplotlib
     from mptk.report.sections import bench_view
 
     counts = {
@@ -247,8 +246,6 @@ def bench(
     }
     if twice := [model for model in models if models.count(model) > 1]:
         raise MptkError(f"{twice[0]} is given twice; name it once")
-    if plot is not None:
-        require_matplotlib()
     with stages(err) as progress:
         result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
     for model in models[1:]:
@@ -273,6 +270,7 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The branch; made if missing. Default: the main one.")] = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the folder and list what would go.")] = False,
 ) -> None:
     """Upload a folder that mptk wrote, with its model card, to the hub. Its files must be unchanged.
 
@@ -282,4 +280,4 @@ def push(
 
     with stages(err) as progress:
         progress("upload", 0, 0)
-        echo(upload(folder, repo, private=private, revision=revision, message=message))
+        echo(upload(folder, repo, private=private, revision=revision, message=message, dry_run=dry_run))

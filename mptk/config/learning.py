@@ -39,15 +39,15 @@ class LossWeights(Record):
 
     lm: float = of_training(1.0, "Weight of the language-model loss.", within=(0.0, 1e6))
     kl: float = of_training(1.0, "Weight of the KL divergence from the dense model.", within=(0.0, 1e6))
-    hidden: float = of_training(
+    hidden_loss: float = of_training(
         0.0, "Weight of the hidden states' squared error, relative to their variance.", within=(0.0, 1e6)
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.lm or self.kl or self.hidden):
+        if not (self.lm or self.kl or self.hidden_loss):
             raise MptkError(
-                "all three losses have weight 0, so training has no objective; give --lm, --kl or --hidden above 0"
+                "all three losses have weight 0, so training has no objective; give --lm, --kl or --hidden-loss above 0"
             )
 
 
@@ -137,7 +137,7 @@ class Learning(Record):
         super().__post_init__()
         if self.teacher_cache is not None and self.teacher != "cached":
             raise MptkError("--teacher-cache is only for a cached teacher; add --teacher cached")
-        if self.teacher == "cached" and self.training.losses.hidden:
+        if self.teacher == "cached" and self.training.losses.hidden_loss:
             raise MptkError("a cached teacher keeps only logits; use --teacher live for a hidden-state loss")
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from mptk.cost.estimate import size_text
 from mptk.errors import MptkError
 from mptk.publish.manifest import check_manifest
 
@@ -17,6 +18,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
+    dry_run: bool = False,
 ) -> str:
     """Upload every file of a folder that mptk wrote; returns the address of the commit.
 
@@ -29,12 +31,18 @@ def push(
         private: of a new repository; None: as the owner's account makes them.
         revision: the branch; None: the main one.
         message: of the commit; None: one that names the folder.
+        dry_run: only check the folder, and return what would be uploaded, a line for each file. No network is needed.
 
     Raises:
         MptkError: the folder was not made by mptk, or changed since; or the hub refuses it or cannot be reached.
     """
     folder, api = Path(folder), HfApi(library_name="mptk")
     check_manifest(folder)
+    if dry_run:
+        sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+        lines = [f"{size_text(size):>8}  {name}" for name, size in sizes.items()]
+        to = f"{api.endpoint}/{repo}"
+        return "\n".join([*lines, f"{size_text(sum(sizes.values()))} in {len(sizes)} files would go to {to}"])
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:

@@ -23,7 +23,15 @@ COMMANDS = {
             "--rank",
             "--lm",
         ),
-        *("--kl", "--hidden", "--mask-share", "--save-every 0", "--threads", "--max-decode-ms 0", "--max-prefill-ms 0"),
+        *(
+            "--kl",
+            "--hidden-loss",
+            "--mask-share",
+            "--save-every 0",
+            "--threads",
+            "--max-decode-ms 0",
+            "--max-prefill-ms 0",
+        ),
         *("--proof-length 0", "--search-shapes 0", "--search-finalists 0", "--search-tokens"),
     ),
     "shapes {model} --data {text.raw}": ("--shapes 0", "--finalists 0", "--tokens"),
@@ -121,7 +129,7 @@ TEXTS = [
 ]
 
 CONTRADICTIONS = [
-    Row("no loss", f"{PRUNE} --steps 2 --lm 0 --kl 0 --hidden 0", ("all three losses have weight 0", "--lm")),
+    Row("no loss", f"{PRUNE} --steps 2 --lm 0 --kl 0 --hidden-loss 0", ("all three losses have weight 0", "--lm")),
     Row("quantize without onnx", f"{PRUNE} --quantize int8 --no-onnx", ("--quantize would do nothing", "--no-onnx")),
     Row("onnx dtype without onnx", f"{PRUNE} --onnx-dtype float16 --no-onnx", ("--onnx-dtype would do nothing",)),
     Row("logits without onnx", f"{PRUNE} --logits last --no-onnx", ("--logits would do nothing",)),
@@ -210,7 +218,7 @@ CONTRADICTIONS = [
             ("--rank", "4"),
             ("--lm", "1"),
             ("--kl", "1"),
-            ("--hidden", "1"),
+            ("--hidden-loss", "1"),
             ("--teacher", "cached"),
             ("--precision", "bf16"),
             ("--gradient-checkpointing", ""),
@@ -219,7 +227,7 @@ CONTRADICTIONS = [
         )
     ),
     Row("teacher cache without a cached teacher", f"{ONCE} --steps 2 --teacher-cache {{t}}", ("add --teacher cached",)),
-    Row("cached teacher and hidden states", f"{ONCE} --steps 2 --teacher cached --hidden 1", ("--teacher live",)),
+    Row("cached teacher and hidden states", f"{ONCE} --steps 2 --teacher cached --hidden-loss 1", ("--teacher live",)),
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
         "experts of a model without any",

@@ -315,7 +315,7 @@ class Learner:
 
     def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
-        hidden = bool(self.settings.training.losses.hidden)
+        hidden = bool(self.settings.training.losses.hidden_loss)
         device = self.accelerator.device
         live = torch.no_grad()(lambda samples: run(samples.to(device), hidden))
         if self.settings.teacher == "live":

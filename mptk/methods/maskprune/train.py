@@ -141,16 +141,16 @@ class Loop:
 
     def _losses(self, samples: Samples) -> dict[str, Tensor]:
         weights, task = self.settings.losses, self.task
-        compares = weights.kl or weights.hidden or task.compares
+        compares = weights.kl or weights.hidden_loss or task.compares
         target, states = self.teacher(samples) if compares else (None, None)
         own = samples.to(self.accelerator.device)
-        output, hidden = run_module(self.student, own, hidden=bool(weights.hidden))
+        output, hidden = run_module(self.student, own, hidden=bool(weights.hidden_loss))
         found = distilled(output, own.targets, target, weights, classes=task.classes)
-        if weights.hidden:
+        if weights.hidden_loss:
             assert states is not None
             assert hidden is not None
             found["hidden"] = hidden_error(hidden[1:], states[1:])
-            found["loss"] = found["loss"] + weights.hidden * found["hidden"]
+            found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
         return found
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ def run_module(module: nn.Module, samples: Samples, *, hidden: bool = False) -> 
     states = {"output_hidden_states": True} if hidden else {}
     found = module(**samples.inputs, **uncached(module), **states)
     if hidden and getattr(found, "hidden_states", None) is None:
-        raise MptkError("this model gives no hidden states to compare; leave out --hidden")
+        raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
     output = results(found)
     return output if isinstance(output, Tensor) else joined(output), getattr(found, "hidden_states", None)
 

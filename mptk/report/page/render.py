@@ -19,7 +19,7 @@ from mptk.report.analysis import analysis_view
 from mptk.report.compare import grouped, heading
 from mptk.report.page import advice, charts, shapes
 from mptk.report.page.coupling import coupled, coupling_chart
-from mptk.report.page.svg import Svg, require_matplotlib
+from mptk.report.page.svg import Svg
 from mptk.report.runs import Run
 from mptk.report.view import Bad, Good, Section, Table, View, figure, large, megabytes
 from mptk.version import __version__
@@ -52,9 +52,8 @@ def report_page(runs: Sequence[Run]) -> str:
     """One page about pruned folders. Of several, comparable ones come first, side by side.
 
     Raises:
-        MptkError: matplotlib is not installed; or a report is not as ``mptk prune`` writes it.
+        MptkError: a report is not as ``mptk prune`` writes it.
     """
-    require_matplotlib()
     chapters = [chapter(run, f"{run.name}: " if len(runs) > 1 else "") for run in runs]
     return _filled(chapters if len(runs) == 1 else [side_by_side(runs), *chapters])
 
@@ -129,9 +128,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 def analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> str:
     """One page about a model: the families, and the matrices of one layer that are cut together.
 
-    ``said``: the JSON of the analysis and the legal widths. Raises MptkError if matplotlib is not installed.
+    ``said``: the JSON of the analysis and the legal widths.
     """
-    require_matplotlib()
     view, layer = analysis_view(said), coupled(analysis, legal)
     if not layer.edges:
         return _filled([Chapter(view, {})])
@@ -147,8 +145,7 @@ def analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> str:
 
 
 def shapes_page(found: Shapes) -> str:
-    """One page about the shapes of a search. Raises MptkError if matplotlib is not installed."""
-    require_matplotlib()
+    """One page about the shapes of a search."""
     view = sections.shapes_view(found)
     best = [Section("The best one", [found.command])] if found.command else []
     drawn = {sections.SEARCH_TITLE: ranking_figures(found)}
@@ -156,8 +153,7 @@ def shapes_page(found: Shapes) -> str:
 
 
 def advice_page(found: Advice) -> str:
-    """One page about an advice. Raises MptkError if matplotlib is not installed."""
-    require_matplotlib()
+    """One page about an advice."""
     view = advice_view(found)
     bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
     same = advice.agreement_chart(found)

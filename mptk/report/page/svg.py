@@ -7,7 +7,6 @@ prefix for each chart, since one page holds many charts.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import re
 import xml.etree.ElementTree as ET
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mptk.errors import MptkError
 from mptk.plain import plain
 
 if TYPE_CHECKING:
@@ -75,12 +73,6 @@ class Svg:
 
     def __html__(self) -> str:
         return self.text
-
-
-def require_matplotlib() -> None:
-    """Raise MptkError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MptkError("charts need matplotlib, which is not installed; run: pip install 'mptk[plot]'")
 
 
 def save(draw: Callable[[Axes], None], height: float, width: float, write: Callable[[Figure], None]) -> None:

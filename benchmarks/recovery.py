@@ -48,7 +48,9 @@ def trained(start: Path, out: Path, variant: str, tokens: int, seed: int, work: 
     """Train ``start`` as the variant says and write ``out``; returns the row without its perplexity."""
     chosen = parsed(variant)
     steps = round(tokens / (chosen["batch"] * LENGTH))
-    hidden = {"teacher": "live"} if chosen["hidden_loss"] else {"teacher": "cached", "teacher_cache": str(work / "teacher")}
+    hidden = (
+        {"teacher": "live"} if chosen["hidden_loss"] else {"teacher": "cached", "teacher_cache": str(work / "teacher")}
+    )
     began, busy = time.perf_counter(), time.process_time()
     done = recover(
         start,

@@ -120,6 +120,33 @@ def test_module_and_console_script_are_one_command(installed: Path, project: dic
     assert project["project"]["version"] in result.stdout
 
 
+def test_the_wheel_shadows_nothing(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert top == set(PACKAGES), "benchmarks, docs and tests are not installed"
+    others = importlib.metadata.packages_distributions()
+    assert {name: others.get(name, ["mptk"]) for name in PACKAGES} == {name: ["mptk"] for name in PACKAGES}
+
+
+@pytest.mark.long
+def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path: Path) -> None:
+    """Its RUN lines, without Docker: in an environment of their own, and outside of the checkout."""
+    steps = re.findall(r"^RUN (.+)", (ROOT / "docker/cpu.Dockerfile").read_text(), re.MULTILINE)
+    assert len(steps) == 3
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs", ".*_cache")
+    )
+    path = {
+        "PATH": f"{tmp_path / 'env/bin'}:{os.environ['PATH']}",
+        "MPTK_CACHE": str(tmp_path / "cache"),
+        "PIP_RETRIES": "0",
+    }
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | path
+    for line in [*steps, "mptk --version", "mptk models", "mptk prune --help"]:
+        placed = line.replace("/source", f"{tmp_path}/source").replace("/wheels", f"{tmp_path}/wheels")
+        subprocess.run(placed, shell=True, cwd=tmp_path, env=environment, check=True)
+
+
 @pytest.mark.parametrize("what", ["package", pytest.param("module", marks=pytest.mark.long)])
 def test_every_one_can_be_the_first_import(installed: Path, what: str) -> None:
     """``passes`` imports mptk's data types and the API imports ``passes``: no order may close a circle.

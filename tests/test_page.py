@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
@@ -26,7 +25,7 @@ from mptk.config.settings import Learning
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.compare import front, grouped
 from mptk.report.markdown import rendered
-from mptk.report.page.charts import kept_shares, trace_charts
+from mptk.report.page.charts import kept_chart, kept_units, trace_charts
 from mptk.report.page.render import report_page, shapes_page
 from mptk.report.runs import Run, model_name, read_runs, short_names, whole
 from mptk.report.sections import prune_view
@@ -77,7 +76,7 @@ def test_a_page_says_what_a_run_did() -> None:
         "wikitext: 4 windows of 32 tokens",
         "40.00",
         "pruned, int8 in ONNX Runtime 41.00",
-        "ffn=24 4.25",
+        "ffn=24 (taken) 4.25",
         "2.5e-06 5.0e-05 ok, rounding moves it as much",
         "decode 128 pruned 1 9.4 ± 0.5 80 0.750 0.700 60%",
         "bytes of the weights 40,000 30,400 24.0%",
@@ -194,16 +193,18 @@ def test_why_a_family_is_as_wide_as_it_is() -> None:
     assert "not recorded" in Parsed(report_page([earlier])).text
 
 
-def test_a_map_shows_the_share_of_kept_units() -> None:
+def test_a_map_shows_the_kept_units_and_many_units_only_if_layers_differ() -> None:
     few = FamilyPlan(2, 3, {"0": ((0, 1), (1, 2)), "1": ((0, 2), (0, 1))})
-    shares, each = kept_shares(few)
-    assert each == 1
-    assert shares.tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0]]
-    many = FamilyPlan(300, 500, {"0": (tuple(range(300)),)})
-    shares, each = kept_shares(many)
-    assert each == 3
-    assert np.allclose(shares[0, :100], 1)
-    assert np.allclose(shares[0, 100:], 0)
+    assert kept_units(few).tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0]]
+    alike = FamilyPlan(300, 500, {layer: (tuple(range(300)),) for layer in "01"})
+    unlike = {
+        f"ffn.{layer}": FamilyPlan(n, 500, {f"m.{layer}": (tuple(range(n)),)}) for layer, n in enumerate((300, 400))
+    }
+    report = SimpleNamespace(families={n: {"width": f.width, "of": 500} for n, f in unlike.items()})
+    assert kept_chart(Run("run", report, Plan({"ffn": alike})), "ffn") is None
+    drawn = kept_chart(Run("run", report, Plan(unlike)), "ffn")
+    assert drawn is not None
+    assert "share of ffn that each layer keeps" in drawn.text
 
 
 def test_layers_of_their_own_width_are_one_map() -> None:
@@ -212,8 +213,7 @@ def test_layers_of_their_own_width_are_one_map() -> None:
     report = SimpleNamespace(families={n: {"width": w, "of": 8 if n == "heads" else 4} for n, w in sizes.items()})
     (name,) = (run := Run("run", report, plan)).kept
     assert name == "ffn"
-    shares, _ = kept_shares(run.kept["ffn"])
-    assert shares.tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
+    assert kept_units(run.kept["ffn"]).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
 
 
 def test_traces_of_recovery_show_the_loss_alone() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mptk.config.settings import Settings
 from mptk.conform import made
@@ -53,7 +53,10 @@ def prune_view(report: Report, bench: Bench | None = None) -> View:
     if report.search:
         found.append(Section(SEARCH_TITLE, ranking(made(Shapes, report.search))))
     if report.splits:
-        rows = [[Name(tried), figure(loss)] for tried, loss in report.splits.items()]
+        tried = sorted(report.splits.items(), key=lambda split: split[1])
+        rows = [
+            [Name(f"{widths} (taken)" if not row else widths), figure(loss)] for row, (widths, loss) in enumerate(tried)
+        ]
         table = Table("lr", ["widths", "loss on calibration text"], rows)
         found.append(Section("Divisions of the budget that were tried", [table]))
     found.append(Section(PROOF_TITLE, [proof(report.proof), proof_note(report)]))
@@ -110,14 +113,24 @@ def quality(report: Report) -> list[Table | str]:
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
         return ["Not measured, since the run was stopped earlier; run mptk eval."]
-    rows = [[name, figure(found[name]), megabytes(sizes[name])] for name in ("dense", "pruned")]
+    rows = [("dense", found["dense"], sizes["dense"]), ("pruned", found["pruned"], sizes["pruned"])]
     for scheme, row in report.quantized.items():
-        measured = figure(row["quality"]) if "quality" in row else "not measured"
-        rows.append([f"pruned, {scheme} in ONNX Runtime", measured, megabytes(row["bytes"])])
+        rows.append((f"pruned, {scheme} in ONNX Runtime", row.get("quality"), row["bytes"]))
+    said = [
+        [name, *_changed(value, found["dense"], figure), *_changed(size, sizes["dense"], megabytes)]
+        for name, value, size in rows
+    ]
     return [
-        Table("lrr", ["model", Name(found["metric"]), "size"], rows),
+        Table("lrrrr", ["model", Name(found["metric"]), "change", "size", "change"], said),
         Name(f"{found['metric']}: {found['protocol']}"),
     ]
+
+
+def _changed(value: float | None, dense: float, shown: Callable[[float], str]) -> list[str]:
+    """A value, and its change from the dense model's in percent."""
+    if value is None:
+        return ["not measured", ""]
+    return [shown(value), "" if value == dense or not dense else f"{value / dense - 1:+.1%}"]
 
 
 def proof(rows: Sequence[Row]) -> Table:

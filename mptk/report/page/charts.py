@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CELLS = 192
-"""Most columns in a map of units; more units share cells."""
+"""Most columns in a map of units."""
 FAINT = 1e-10
 """Position of a difference of zero on a scale of powers of ten."""
 TRACES = (
@@ -34,44 +34,53 @@ TRACES = (
 """Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 
 
-def kept_shares(family: FamilyPlan) -> tuple[np.ndarray, int]:
-    """The kept share, layers × cells, and the number of units in a cell (a row's last cell may have fewer)."""
+def kept_units(family: FamilyPlan) -> np.ndarray:
+    """Whether each unit is kept, layers × units; nan beyond the units of a layer."""
     rows = []
     for keep in family.keep.values():
         kept = np.zeros((len(keep), family.of))
         for scope, units in enumerate(keep):
             kept[scope, list(units)] = 1
         rows.append(kept.ravel())
-    longest = max(map(len, rows))
-    each = -(-longest // CELLS)
-    starts = np.arange(0, longest, each)
-    whole = np.full((len(rows), longest), np.nan)
+    whole = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
         whole[number, : len(row)] = row
-    counts = np.add.reduceat(np.ones(longest), starts)
-    return np.add.reduceat(whole, starts, axis=1) / counts, each
+    return whole
 
 
-def kept_chart(run: Run, name: str) -> Svg:
-    """A map of a family's units: one row for each layer; darker cells keep more."""
-    shares, each = kept_shares(run.kept[name])
-    image = np.zeros((*shares.shape, 4))
+def kept_chart(run: Run, name: str) -> Svg | None:
+    """The units of a family, a row for each layer; of many units, each layer's share. None if it would say nothing."""
+    kept = kept_units(run.kept[name])
+    shares = np.nanmean(kept, axis=1)
+    if kept.shape[1] > CELLS:
+        return None if np.ptp(shares) == 0 else _shares_chart(run, name, shares)
+    image = np.zeros((*kept.shape, 4))
     image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
-    image[..., 3] = np.nan_to_num(shares)
-    tall = min(3.6, max(0.25, 0.09 * len(shares)))
+    image[..., 3] = np.nan_to_num(kept)
+    tall = min(3.6, max(0.25, 0.09 * len(kept)))
 
     def draw(axes: Axes) -> None:
-        extent = (0, shares.shape[1] * each, len(shares) - 0.5, -0.5)
-        axes.imshow(image, aspect="auto", interpolation="none", extent=extent)
-        axes.set_xlabel(f"unit ({each} in a cell)" if each > 1 else "unit")
-        axes.set_ylabel("layer" if len(shares) > 1 else "")
-        axes.locator_params(axis="y", integer=True)
-        if len(shares) == 1:
+        axes.imshow(image, aspect="auto", interpolation="none", extent=(0, kept.shape[1], len(kept) - 0.5, -0.5))
+        axes.set_xlabel("unit")
+        axes.set_ylabel("layer" if len(kept) > 1 else "")
+        axes.locator_params(integer=True)
+        if len(kept) == 1:
             axes.set_yticks([])
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
 
     return chart(draw, f"{run.name}: kept units of {name}", 0.7 + tall)
+
+
+def _shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
+    def draw(axes: Axes) -> None:
+        axes.bar(range(len(shares)), 100 * shares, color=SERIES[0])
+        axes.set_xlabel("layer")
+        axes.set_ylabel("kept (%)")
+        axes.set_ylim(0, 100)
+        axes.locator_params(axis="x", integer=True)
+
+    return chart(draw, f"{run.name}: share of {name} that each layer keeps", 1.8)
 
 
 def trace_charts(run: Run, phase: str) -> list[Svg]:
@@ -195,13 +204,14 @@ def bench_bars(axes: Axes, bench: Bench) -> None:
 
 
 def pareto_chart(group: Comparable) -> Svg:
-    """Quality over the share of block parameters that was removed. The line is the Pareto front."""
+    """Quality over the share of block parameters that was removed. The line is the Pareto front of several runs."""
     metric, dense = str(group.first.report.quality["metric"]), group.first.report.quality["dense"]
     best = front(group)
 
     def draw(axes: Axes) -> None:
-        line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
-        axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
+        if len(group.runs) > 1:
+            line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
+            axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
         axes.plot(0, dense, "D", color=INK, label=f"dense {model_name(group.first.report.model)}"[:44])
         for number, run in enumerate(group.runs):
             colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]

@@ -87,11 +87,12 @@ def chapter(run: Run, name: str = "") -> Chapter:
 
 def figures(run: Run) -> dict[str, list[Figure]]:
     """The charts of a run, by section."""
-    kept = "A row is a layer. The darker a cell, the more of its units stay; an empty cell was removed."
+    kept = "A row is a layer, and an empty cell a unit that was removed. Of more than 192 units, each layer's share."
+    drawings = {name: drawn for name in run.kept if (drawn := charts.kept_chart(run, name)) is not None}
     dots = "A dot is the difference, a hollow diamond a difference of 0. The vertical mark is the tolerance."
     ideal = "The mark is the ideal: the ratio of operations in prefill, of bytes in decode."
     found = {
-        "Kept units in each layer": [Figure(name, charts.kept_chart(run, name), kept) for name in run.kept],
+        "Kept units in each layer": [Figure(name, drawn, kept) for name, drawn in drawings.items()],
         **{
             f"Training: {phase}": [Figure("", drawn) for drawn in charts.trace_charts(run, phase)]
             for phase in run.metrics

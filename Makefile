@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 LOWEST := build/lowest
 MODEL := smollm2-135m
 DEMO := runs/demo
+PROMPTS := "To bake bread, you need" "The sun rises" "A list in Python is"
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
 # Files start in the order of tests/conftest.py: those that take longest first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
@@ -22,7 +23,7 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .PHONY: help demo test test-long check docs format test-lowest fuzz fuzz-files crash soak mutants clean
 
 help:
-	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
+	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
 	@echo "make test         make check, then every test but the long ones"
 	@echo "make test-long    the long tests: more of what a shorter test of \`make test\` shows, too"
 	@echo "make check        ruff, mypy --strict, import contracts"
@@ -36,14 +37,19 @@ help:
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
 	@echo "make clean        remove .venv, .venv-*, caches and build files"
 
+# It trains on docs/ and measures on Python's own reference, which comes with Python.
 demo: $(VENV)/.installed
-	rm -rf $(DEMO) $(DEMO)-wanda $(DEMO).run
+	rm -rf $(DEMO) $(DEMO)-dense $(DEMO).run
+	mkdir -p $(DEMO)-text
+	$(BIN)/python -c 'from pydoc_data.topics import topics; print("\n\n".join(topics.values()))' > $(DEMO)-text/reference.txt
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --eval-windows 8 --samples 16 --length 128 --steps 12 --out $(DEMO)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --eval-windows 8 --samples 16 --length 128 --method wanda --no-onnx --out $(DEMO)-wanda
-	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 3
-	$(BIN)/mptk report $(DEMO) $(DEMO)-wanda
+	$(BIN)/mptk export $(MODEL) --out $(DEMO)-dense
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.2 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --samples 16 --length 128 --steps 12 --quantize int8 --out $(DEMO)
+	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
+	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
+	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
+	$(BIN)/mptk report $(DEMO) --html $(DEMO).html
 
 test: check
 	$(call RUN_TESTS,$(VENV))

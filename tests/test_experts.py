@@ -1,6 +1,6 @@
 """Whole experts: chosen by what they add to their tokens (REAP), cut to legal numbers, proven through the command line.
 
-It reaches for passes.targets.derived: which numbers of experts are legal.
+It reaches for passes.targets.derived, which numbers of experts are legal, and for a criterion's evidence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from typer.testing import CliRunner
 import mptk
 from mptk import MptkError, Plan, analyze, trace
 from mptk.cli.main import app
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
+from mptk.methods.criteria.observe import Calibration
 from passes.targets.derived import derived_families
 
 PLANTED = 3
@@ -84,6 +87,24 @@ def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_
     for other in ("magnitude", "wanda"):
         scores = criteria.score(analyze(trace(model, dynamic=True)), other, WINDOWS, families=["experts"])["experts"]
         assert (scores.argmax(-1) == PLANTED).all()
+
+
+def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None:
+    reap, given = (
+        criteria.CRITERIA["reap"],
+        Calibration(moe.analysis, [moe.analysis.family("experts")], next_tokens(WINDOWS)),
+    )
+    scores, evidence = criteria.measured(reap, given)
+    cut = resolve_plan(moe.analysis, plan := criteria.select(moe.analysis, scores, {"experts": 3}))
+    kept = plan.families["experts"].keep
+    chosen = {layer: moe.inputs[f"{layer}.experts" if layer.endswith("mlp") else layer][1] for layer in kept}
+    lost = sum(int((~torch.isin(chosen[layer], torch.tensor(rows[0]))).sum()) for layer, rows in kept.items())
+    share = lost / sum(each.numel() for each in chosen.values())
+    assert 0 < share < 1
+    assert reap.compensate is not None
+    said = reap.compensate(moe.analysis, cut, evidence)
+    assert said.statement == f"{share:.1%} of the router's choices on the calibration text fell on removed experts"
+    assert said.state == {}
 
 
 def shared_expert() -> torch.nn.Module:

@@ -22,10 +22,11 @@ from torch import Tensor, fx
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, leaves, resolve
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Family, Group
+from mptk.ir.families import Analysis, Family, Group
 from mptk.ir.ops import base_name
+from mptk.ir.resolved_plan import Cut
 from mptk.methods.criteria import wanda
-from mptk.methods.criteria.base import Criterion, Scores, unit_sums
+from mptk.methods.criteria.base import Compensation, Criterion, Scores, unit_sums
 from mptk.methods.criteria.observe import (
     Calibration,
     Moments,
@@ -41,10 +42,14 @@ from mptk.methods.criteria.observe import (
 
 @dataclass(frozen=True)
 class Routed:
-    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others."""
+    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others.
+
+    ``tokens``: of each mixture, the axis term of its experts and the tokens routed to each, [experts].
+    """
 
     experts: Mapping[Group, Tensor]
     seen: Mapping[Site, Observation]
+    tokens: Sequence[tuple[Term, Tensor]]
 
 
 def score(evidence: Routed, families: Sequence[Family]) -> Scores:
@@ -68,11 +73,21 @@ def measure(given: Calibration) -> Routed:
             "of experts in --families, or use --method wanda"
         )
     others = [family for family in given.families if family not in experts]
-    return Routed(_added(replace(given, families=experts), sites), activations(replace(given, families=others)))
+    scores, tokens = _added(replace(given, families=experts), sites)
+    return Routed(scores, activations(replace(given, families=others)), tokens)
 
 
-def _added(given: Calibration, sites: Sequence[Site]) -> dict[Group, Tensor]:
-    """The contribution of each unit in the groups of experts, float32 [scopes, size]."""
+def lost(analysis: Analysis, cut: Cut, evidence: Routed) -> Compensation:
+    """Nothing makes up for experts: only the share of the router's choices that fell on removed ones is said."""
+    chosen = sum(float(counts.sum()) for _, counts in evidence.tokens)
+    gone = sum(float((counts * ~cut.mask_tensor((term,)).to(counts.device)).sum()) for term, counts in evidence.tokens)
+    return Compensation(
+        {}, f"{gone / max(chosen, 1):.1%} of the router's choices on the calibration text fell on removed experts"
+    )
+
+
+def _added(given: Calibration, sites: Sequence[Site]) -> tuple[dict[Group, Tensor], list[tuple[Term, Tensor]]]:
+    """The contribution of each unit in the groups of experts, float32 [scopes, size]; and ``Routed.tokens``."""
     facts = given.analysis.facts
     terms: dict[tuple[Group, fx.Node], Term] = {}
     watches: dict[tuple[Group, fx.Node], Watched] = {}
@@ -80,11 +95,12 @@ def _added(given: Calibration, sites: Sequence[Site]) -> dict[Group, Tensor]:
         for ends, (product, term) in _mixtures(sites, group).items():
             terms[group, ends] = term
             watches[group, ends] = (_gated(facts, product, group), ends), _norms
-    scores: dict[Group, Tensor] = {}
+    scores, tokens = dict[Group, Tensor](), dict[fx.Node, tuple[Term, Tensor]]()
     for (group, ends), seen in moments(given, watches).items():
         own = unit_sums(seen.mean[:, 0], (terms[group, ends],), 0, group)
         scores[group] = scores[group] + own if group in scores else own
-    return scores
+        tokens[ends] = terms[group, ends], seen.count[:, 0]
+    return scores, list(tokens.values())
 
 
 def _norms(rows: Tensor, ends: Tensor) -> Moments:
@@ -125,4 +141,6 @@ def _one_for_each_row(node: fx.Node) -> bool:
     return tuple(node.meta["val"].shape[1:]) == (1,)
 
 
-REAP = Criterion("reap", "experts by router weight × output norm; other families by wanda", measure, score)
+REAP = Criterion(
+    "reap", "experts by router weight × output norm; other families by wanda", measure, score, compensate=lost
+)

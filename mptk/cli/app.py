@@ -25,7 +25,7 @@ from mptk.cli.streams import lasting, lost
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained
-from mptk.files import check_text, json_text, path_of, tidy, write_json
+from mptk.files import check_open_files, check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -83,6 +83,7 @@ def command(
             VOICE.quiet, VOICE.verbose = quiet, verbose
             TYPED.set(frozenset(name for name in values if _typed(context, name)))
             try:
+                check_open_files()
                 tidy_for(values.values())
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}

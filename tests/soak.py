@@ -22,6 +22,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TTY_INTERACTIVE": "0", "COLUMNS": "1000"
 # Else torch's kernels for up to 1024 shapes, in bfloat16 70 kB each, hide what mptk holds.
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
 
+import ctypes
 import gc
 import json
 import random
@@ -229,8 +230,9 @@ def held(path: Path) -> bool:
 
 
 def memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory, without what the C library keeps for later."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -40,6 +40,7 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show more: each pass's difference, the traceback of an error.")
 ]
 DEFAULTS = Settings()
+DONE = "the command had already finished"
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def main() -> None:
     try:
         with explained(), stoppable():
             code = app(standalone_mode=False, prog_name="mptk")
+            STOPPED.look("" if code else DONE)  # typer says nothing of a signal before or after the command
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
     if not code and (why := lost(own)):
@@ -89,7 +91,7 @@ def command(
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = settings_from(called, base, given)
                 function(**values)
-                STOPPED.look("the command had already finished")
+                STOPPED.look(DONE)
             except (KeyboardInterrupt, Exception) as error:
                 stop = STOPPED.behind(error)
                 if stop is None:

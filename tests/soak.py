@@ -19,7 +19,7 @@ import io
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TTY_INTERACTIVE": "0", "COLUMNS": "1000", "HF_HUB_OFFLINE": "1"}
-# Else torch's kernels for up to 1024 shapes, in bfloat16 70 kB each, hide what mptk holds.
+# Else torch's two caches of kernels for up to 1024 shapes, in bfloat16 35 kB each, hide what mptk holds.
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
 
 import ctypes

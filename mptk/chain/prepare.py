@@ -8,6 +8,7 @@ from functools import partial
 
 from mptk.chain.estimate import check_fits
 from mptk.chain.job import Job
+from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
@@ -36,6 +37,7 @@ from mptk.protocols.chain import Prepared, Target, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
+from mptk.protocols.run_folder import kept_tensors
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
@@ -116,7 +118,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task, origin = opened(job, resident, settings)
-        like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
+        like = check_data(job, loaded, task, settings)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     check_whole(loaded, settings)
@@ -168,15 +170,20 @@ def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
     """Read one sample of each source, to fail early; returns one if it is available at once.
 
+    A run that is resumed has samples, and reads only what it measures on.
+
     Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
     check_apart(job.out, *data.read_places(named))
     if job.samples is not None:
         return None
-    like = None
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
-    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+    kept = kept_tensors(job.out, KEPT_SAMPLES) if settings.resume else None
+    like = None if kept is None else Samples.restored(kept, list(task.example(loaded.model).inputs), "training")
+    if like is not None:
+        like = like[:1]
+    elif settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
         like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:
         other = task.evaluation(loaded, replace(settings, eval_windows=1))

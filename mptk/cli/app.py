@@ -26,7 +26,7 @@ from mptk.cli.streams import lasting, lost
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained
-from mptk.files import check_text, json_text, path_of, tidy, write_json
+from mptk.files import check_open_files, check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show more: each pass's difference, the traceback of an error.")
 ]
 DEFAULTS = Settings()
+DONE = "the command had already finished"
 
 
 def main() -> None:
@@ -56,6 +57,7 @@ def main() -> None:
     try:
         with explained(), stoppable():
             code = app(standalone_mode=False, prog_name="mptk")
+            STOPPED.look("" if code else DONE)  # typer says nothing of a signal before or after the command
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
     if not code and (why := lost(own)):
@@ -85,12 +87,13 @@ def command(
             speaking = COMMAND_LINE.set(True)
             TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
             try:
+                check_open_files()
                 tidy_for(values.values())
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = settings_from(called, base, given)
                 function(**values)
-                STOPPED.look("the command had already finished")
+                STOPPED.look(DONE)
             except (KeyboardInterrupt, Exception) as error:
                 stop = STOPPED.behind(error)
                 if stop is None:

@@ -6,7 +6,9 @@ It reaches for mptk.api.rerun: the settings of a run that is not made.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,3 +216,13 @@ def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path
     assert mptk.verify(copy, model=str(moved))
     with pytest.raises(MptkError, match="its files differ"):
         mptk.verify(copy, model=str(pruned))
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)])
+def test_a_command_leaves_no_record_of_its_use(given: dict[str, str], kept: bool, tmp_path: Path) -> None:
+    """ONNX Runtime keeps one in the home folder before it sends it, unless it is told not to; a user may let it."""
+    code = "import sys; sys.argv = ['mptk', '--version']\nfrom mptk.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    own = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    environment = own | given | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", f"{code}\nimport onnxruntime"], env=environment, check=True)
+    assert any("Microsoft" in str(path) for path in tmp_path.rglob("*")) is kept

@@ -49,6 +49,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime keeps a record of each process and sends it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, datasets and others
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from mptk.chain import larger
 from mptk.chain.estimate import check_fits
 from mptk.chain.job import Job
 from mptk.compile.trace import same_sizes, traced
@@ -32,7 +33,7 @@ from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import LayerSelection, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Prepared, Target, stored_type
+from mptk.protocols.chain import Chosen, Prepared, Target, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
@@ -131,7 +132,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     changes = wanted(settings, job.plan, job.vocabulary)
     model, conversions = converted(model, changes, context, executor, settings.length, like)
     with context.stage("legalise"):
-        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan)
+        start = larger.opened(settings, model, conversions, origin)
+        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
     prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
@@ -171,7 +173,7 @@ def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samp
     Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
-    check_apart(job.out, *data.read_places(named))
+    check_apart(job.out, *data.read_places(named), *filter(None, [settings.larger]))
     if job.samples is not None:
         return None
     like = None
@@ -206,10 +208,11 @@ def legalise(
     progress: Progress,
     conversions: tuple[Conversion, ...] = (),
     plan: Plan | None = None,
+    start: Chosen | None = None,
 ) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
-    ``conversions``: the conversions that made ``model``.
+    ``conversions``: the conversions that made ``model``. ``start``: a larger cut, which the run begins with.
     """
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
@@ -230,7 +233,7 @@ def legalise(
         check_ragged(target, f"{layer} of the plan")
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
-    prepared = replace(prepared, conversions=conversions)
+    prepared = replace(prepared, conversions=conversions, start=start)
     if settings.fixed:
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))

@@ -15,6 +15,7 @@ from mptk.chain.amounts import in_time, note, resumed, settled
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
+from mptk.chain.larger import begun, joined
 from mptk.chain.prepare import announce, check_settings, given_plan, prepare
 from mptk.chain.samples import KEPT_SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
@@ -140,12 +141,13 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
-    chosen = choose(job, prepared, sets, context)
+    start = begun(prepared)
+    chosen = choose(job, start, sets, context)
     witnessed = []
     if chosen.witness is not None:
-        analysis = changed(prepared, chosen)
+        analysis = changed(start, chosen)
         witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
-    chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
+    chosen = joined(prepared, distilled(start, reconstructed(start, chosen, sets, context), sets, context))
     compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, context))
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps

@@ -1,0 +1,84 @@
+"""larger: start a run from a larger pruned folder of the same dense model, and cut it further.
+
+The run stays one on the dense model: its plan has the dense model's units, which are among those of the larger folder,
+and the dense model is what the budget is a share of, the teacher, and the reference for quality and for the proof. Only
+where units are chosen and fitted, the dense model is replaced by ``begun``: the larger model in dense shapes, whose
+removed units are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mptk.compile.changes import changes_of, without
+from mptk.config.settings import Settings
+from mptk.distributed.processes import holds
+from mptk.errors import MptkError
+from mptk.files import json_text, path_of
+from mptk.io.live import without_weights
+from mptk.ir.families import Depth
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.weights import Weights
+from mptk.proof.verification import plan_of
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.conversion import Analysed, Conversion
+from mptk.protocols.origin import Origin
+from mptk.protocols.report import Report
+from mptk.publish.manifest import check_manifest
+from mptk.targets.stock_config import check_code
+from passes.transforms.insert_masks import disturbed
+
+
+def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, ...], origin: Origin) -> Chosen | None:
+    """The choice and the weights of the folder ``settings.larger``; None if there is none, or a plan is given.
+
+    ``model``: the dense model after ``conversions``. ``origin``: of the run.
+
+    Raises:
+        MptkError: it is no pruned folder, was changed, or was made from another model or by other conversions; or it
+            has lost units that a second cut could not take for 0.
+    """
+    if settings.larger is None or settings.fixed:
+        return None
+    folder, analysis = path_of(settings.larger), model.analysis
+    report, plan = Report.read(folder), plan_of(folder)
+    check_manifest(folder)
+    if report.model_sha256 != origin.model:
+        raise MptkError(f"{folder} was not pruned from this model; give a folder that was, or leave out --larger")
+    if json_text(plan.conversions, sort_keys=True) != json_text({c.name: c.entry for c in conversions}, sort_keys=True):
+        raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
+    if plan.divided:
+        raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
+    for name in plan.families:
+        blocks = isinstance(analysis.family(name), Depth)
+        if why := "it removed whole blocks" if blocks else disturbed(analysis, name):
+            raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
+    check_code(model.loaded.path, folder)
+    cut = resolve_plan(analysis, plan)
+    changes = changes_of(analysis, cut, folder, report, settings.trust_remote_code) if holds() else {}
+    return Chosen(plan, cut, changes, tuple(report.trained))
+
+
+def begun(prepared: Prepared) -> Prepared:
+    """The model that units are chosen from and fitted to: the larger one in dense shapes; else the dense one."""
+    start, loaded, analysis = prepared.start, prepared.loaded, prepared.analysis
+    if start is None:
+        return prepared
+    changed = analysis.with_weights(start.changes)
+    weights = Weights(start.changes).updated(without(changed, start.cut))
+    own, aliases = loaded.weights or Weights({}), analysis.program.aliases
+    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+    model = replace(loaded, model=without_weights(loaded.model), weights=own.updated(weights.selected(names)))
+    dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
+    fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
+    return replace(
+        prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense
+    )
+
+
+def joined(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """A choice from ``begun`` with the weights that it leaves as the larger folder has them."""
+    if (start := prepared.start) is None:
+        return chosen
+    changes = Weights(start.changes).updated(chosen.changes)
+    return replace(chosen, changes=changes, trained=tuple(changes) if start.trained or chosen.trained else ())

@@ -8,6 +8,7 @@ removed units are 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mptk.compile.changes import changes_of, without
@@ -16,9 +17,10 @@ from mptk.distributed.processes import holds
 from mptk.errors import MptkError
 from mptk.files import json_text, path_of
 from mptk.io.live import without_weights
-from mptk.ir.families import Depth
+from mptk.ir.families import Analysis, Depth
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
+from mptk.methods.division.budget import find_widths
 from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed, Conversion
@@ -49,14 +51,32 @@ def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, .
         raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
     if plan.divided:
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
-    for name in plan.families:
-        blocks = isinstance(analysis.family(name), Depth)
-        if why := "it removed whole blocks" if blocks else disturbed(analysis, name):
-            raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
+    if why := refusal(analysis, plan.families):
+        raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
     changes = changes_of(analysis, cut, folder, report, settings.trust_remote_code) if holds() else {}
     return Chosen(plan, cut, changes, tuple(report.trained))
+
+
+def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
+    """The reason why a cut of these families cannot be cut further, or None: zeros are not the same as removed units."""
+    for name in families:
+        if isinstance(analysis.family(name), Depth):
+            return f"{name} removes whole blocks"
+        if disturbed(analysis, name) is not None:
+            return f"zeros in the place of {name} would disturb a norm, a softmax or a top-k"
+    return None
+
+
+def check_further(prepared: Prepared, sparsities: Sequence[float]) -> None:
+    """Raise MptkError, before any work, if the run's result cannot be cut further to each of ``sparsities``."""
+    if not sparsities:
+        return
+    if why := refusal(prepared.analysis, prepared.families):
+        raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
+    for sparsity in sparsities:
+        find_widths(replace(prepared, settings=replace(prepared.settings, sparsity=sparsity)))
 
 
 def begun(prepared: Prepared) -> Prepared:

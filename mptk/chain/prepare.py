@@ -40,6 +40,7 @@ from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
+from mptk.staged.staged import Executor
 from mptk.targets import find_target, targets
 from passes.analysis import group
 from passes.targets.legalize import portable
@@ -117,23 +118,13 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task, origin = opened(job, resident, settings)
-        like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
-    if settings.onnx and task.onnx is not None:
-        task.onnx.check(loaded.model, settings)
-    check_whole(loaded, settings)
-    with context.stage("trace"):
-        like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes
-        program = traced(loaded, task, executor, settings.length, like, not find_target(settings.target).classed)
-    if (length := task.only_length(program)) is not None:
-        check_classed(loaded, settings, length)
+    model, conversions = job.dense(lambda: analysed(job, settings, loaded, task, executor, context))
+    if (length := model.task.only_length(model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
-    with context.stage("analyse"):
-        model = Analysed(loaded, task, group.analyze(program))
-    changes = wanted(settings, job.plan, job.vocabulary)
-    model, conversions = converted(model, changes, context, executor, settings.length, like)
     with context.stage("legalise"):
         start = larger.opened(settings, model, conversions, origin)
         prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
+        larger.check_further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
@@ -142,6 +133,30 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or leave out --steps"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
+
+
+def analysed(
+    job: Job, settings: Settings, loaded: Loaded, task: Task, executor: Executor, context: Context
+) -> tuple[Analysed, tuple[Conversion, ...]]:
+    """The opened model, traced and analysed, after its conversions; and these.
+
+    Raises:
+        MptkError: one of these fails; or data, memory or the forms to write do not suit the model.
+    """
+    like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
+    if settings.onnx and task.onnx is not None:
+        task.onnx.check(loaded.model, settings)
+    check_whole(loaded, settings)
+    classed = find_target(settings.target).classed
+    with context.stage("trace"):
+        like = like if classed else None  # a graph that is written takes other sizes
+        program = traced(loaded, task, executor, settings.length, like, not classed)
+    if (length := task.only_length(program)) is not None:
+        check_classed(loaded, settings, length)
+    with context.stage("analyse"):
+        model = Analysed(loaded, task, group.analyze(program))
+    changes = wanted(settings, job.plan, job.vocabulary)
+    return converted(model, changes, context, executor, length or settings.length, like)
 
 
 def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:

@@ -2,8 +2,8 @@
 
 ``mptk.prune`` prunes a model and returns a ``Pruned``; ``ladder`` makes several sizes in one run. ``advise`` says how
 far a model can be cut, ``shapes`` ranks the ways to divide a budget, ``recover`` trains a pruned model, and
-``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``, ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense
-models. docs/python.md shows them all.
+``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``, ``analyze``, ``rewrite``,
+``export`` and ``verify``. ``fetch`` and ``load`` get dense models. docs/python.md shows them all.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import check_apart, check_replaceable
 
-
 Dense = Callable[[], tuple[Analysed, tuple[Conversion, ...]]]
 """Makes the analysed dense model after its conversions, and these."""
 

@@ -80,7 +80,8 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     if wrong := next((name for name, is_given in given.items() if is_given), None):
         raise MptkError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
     if 0 < (steps := settings.steps) < len(sparsities):
-        raise MptkError(f"{steps} steps are less than one for each model; give --steps {len(sparsities)} or more")
+        count = len(sparsities)
+        raise MptkError(f"--steps {steps} is less than one for each of {count} models; give {count} or more")
 
 
 def name_of(sparsity: float) -> str:

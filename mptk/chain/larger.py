@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from mptk.compile.changes import changes_of, without
 from mptk.config.settings import Settings
 from mptk.distributed.processes import holds
@@ -60,7 +62,10 @@ def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, .
 
 
 def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
-    """The reason why a cut of these families cannot be cut further, or None: zeros are not the same as removed units."""
+    """The reason why a cut of these families cannot be cut further, or None.
+
+    It can be if zeros in the place of removed units compute the same.
+    """
     for name in families:
         if isinstance(analysis.family(name), Depth):
             return f"{name} removes whole blocks"
@@ -88,12 +93,11 @@ def begun(prepared: Prepared) -> Prepared:
     weights = Weights(start.changes).updated(without(changed, start.cut))
     own, aliases = loaded.weights or Weights({}), analysis.program.aliases
     names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
-    model = replace(loaded, model=without_weights(loaded.model), weights=own.updated(weights.selected(names)))
+    bare: PreTrainedModel = without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
+    model = replace(loaded, model=bare, weights=own.updated(weights.selected(names)))
     dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
     fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
-    return replace(
-        prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense
-    )
+    return replace(prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense)
 
 
 def joined(prepared: Prepared, chosen: Chosen) -> Chosen:

@@ -139,8 +139,8 @@ def tidy_for(arguments: Iterable[object]) -> None:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """On Ctrl-C, say what is kept of the run that writes to ``folder``, and how to continue it."""
+def resumable(*folders: Path) -> Iterator[None]:
+    """On Ctrl-C, say what is kept of the run that writes to these folders in turn, and how to continue it."""
     began = time.time()
     try:
         yield
@@ -148,12 +148,21 @@ def resumable(folder: Path) -> Iterator[None]:
         stop = STOPPED.behind(error)
         if stop is None:
             raise
-        raise type(stop)(_kept(folder, began)) from error
+        done = [str(folder) for folder in folders[:-1] if _published(folder, began)]
+        said = _kept(folders[len(done)], began)
+        raise type(stop)(
+            f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} finished; {said}" if done else said
+        ) from error
+
+
+def _published(folder: Path, began: float) -> bool:
+    marker = folder / "mptk.json"
+    return marker.is_file() and marker.stat().st_mtime >= began
 
 
 def _kept(folder: Path, began: float) -> str:
-    work, marker = folder.with_name(f"{folder.name}.run"), folder / "mptk.json"
-    if marker.is_file() and marker.stat().st_mtime >= began:
+    work = folder.with_name(f"{folder.name}.run")
+    if _published(folder, began):
         return f"{folder} is proven and published, but its quality was not measured; run `mptk eval`"
     if not any(work.glob("*.safetensors")):
         return "nothing was published and no stage had finished"

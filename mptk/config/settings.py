@@ -14,6 +14,7 @@ from mptk.config.cases import (
     CUT,
     DATA,
     DECIDED,
+    LADDER,
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
@@ -106,7 +107,7 @@ class Settings(Record):
         "Share of the budget to remove, as 0.3 or 30%.",
         CUT,
         SEARCH,
-        (PLANNED, TIMED),
+        (PLANNED, TIMED, LADDER),
         within=(0.0, MOST_SPARSITY),
         form="share",
     )

@@ -69,7 +69,9 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     if not all(0 < s <= MOST_SPARSITY for s in sparsities):
         raise MptkError(f"the sparsities of a ladder lie above 0 and are at most {MOST_SPARSITY}; give 0.2,0.3,0.5")
     if any(one >= other for one, other in pairwise(sparsities)):
-        raise MptkError(f"the sparsities of a ladder ascend, each once; {', '.join(map(name_of, sparsities))} do not")
+        raise MptkError(
+            f"the sparsities of a ladder ascend, each once; give {','.join(map(name_of, sorted({*sparsities})))}"
+        )
     given = {
         "--plan": settings.plan is not None,
         "--search": settings.search,

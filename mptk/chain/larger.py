@@ -20,7 +20,8 @@ from mptk.errors import MptkError
 from mptk.files import json_text, path_of
 from mptk.io.live import without_weights
 from mptk.ir.families import Analysis, Depth
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.weights import Weights
 from mptk.methods.division.budget import find_widths
 from mptk.proof.verification import plan_of
@@ -30,6 +31,7 @@ from mptk.protocols.origin import Origin
 from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.targets.stock_config import check_code
+from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import disturbed
 
 
@@ -74,14 +76,33 @@ def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     return None
 
 
-def check_further(prepared: Prepared, sparsities: Sequence[float]) -> None:
-    """Raise MptkError, before any work, if the run's result cannot be cut further to each of ``sparsities``."""
+def further(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
+    """``prepared`` with the candidates from which each of ``sparsities`` can be reached by a further cut.
+
+    Raises:
+        MptkError: there is none.
+    """
     if not sparsities:
-        return
+        return prepared
     if why := refusal(prepared.analysis, prepared.families):
         raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
-    for sparsity in sparsities:
-        find_widths(replace(prepared, settings=replace(prepared.settings, sparsity=sparsity)))
+    refused: list[MptkError] = []
+
+    def reaches(candidate: Candidate) -> bool:
+        sizes = {name: prepared.analysis.family(name).size for name in candidate.widths}
+        plan = Plan({name: FamilyPlan(width, sizes[name], {}) for name, width in candidate.widths.items()})
+        start = Chosen(plan, Cut({}, {}))
+        try:
+            for sparsity in sparsities:
+                find_widths(replace(prepared, start=start, settings=replace(prepared.settings, sparsity=sparsity)))
+        except MptkError as error:
+            refused.append(error)
+            return False
+        return True
+
+    if found := tuple(filter(reaches, prepared.candidates)):
+        return replace(prepared, candidates=found)
+    raise refused[0]
 
 
 def begun(prepared: Prepared) -> Prepared:

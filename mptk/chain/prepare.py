@@ -124,7 +124,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         start = larger.opened(settings, model, conversions, origin)
         prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
-        larger.check_further(prepared, job.further)
+        prepared = larger.further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)

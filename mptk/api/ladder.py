@@ -12,10 +12,10 @@ from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
 from mptk.api.sources import Data, GivenInputs, Model
 from mptk.arguments import checked
 from mptk.chain.estimate import estimator
-from mptk.chain.ladder import Rung, climb, rungs
+from mptk.chain.ladder import LadderRun, climb, rungs
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
-from mptk.distributed.processes import leads
+from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.report import Report
@@ -66,17 +66,18 @@ def ladder(
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
     place, made = Path(out), list[Pruned]()
     ready = job(place)
-    steps = rungs(place, chosen, sparsities, ready.needs)
+    steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
     with reporting(progress) as say:
 
-        def context(rung: Rung) -> Context:
+        def context(rung: LadderRun) -> Context:
             say(f"sparsity {rung.out.name}", 0, 0)
             return Context(Log(on_record=on_stage), say)
 
         for rung, found in climb(ready, place, steps, context):
             if leads():
-                compiled = None if found is None else found.compiled
-                made.append(Pruned(Report.read(rung.out), rung.out, compiled=compiled))
+                report = Report.read(rung.out)
+                compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
+                made.append(Pruned(report, rung.out, compiled=compiled))
     return made
 
 

@@ -22,8 +22,8 @@ from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import check_apart, check_replaceable
 
-Dense = Callable[[], tuple[Analysed, tuple[Conversion, ...]]]
-"""Makes the analysed dense model after its conversions, and these."""
+AnalysedDense = tuple[Analysed, tuple[Conversion, ...]]
+"""The dense model after its conversions, and these."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
     vocabulary: Sequence[str] | None = None
     plan: Plan | None = None
     further: Sequence[float] = ()
-    dense: Callable[[Dense], tuple[Analysed, tuple[Conversion, ...]]] = lambda make: make()
+    dense: Callable[[Callable[[], AnalysedDense]], AnalysedDense] = lambda make: make()
 
 
 @dataclass(frozen=True)

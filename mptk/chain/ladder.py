@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mptk.chain.amounts import in_time, resumed, settled
 from mptk.chain.job import Finished, Given, Job
 from mptk.chain.prune import FOUND, described, run
 from mptk.config.setting import with_keywords
 from mptk.config.settings import MOST_SPARSITY, UNIFORM, Settings
+from mptk.conform import Made
 from mptk.cost.estimate import Estimate, total
+from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
 from mptk.files import discard
 from mptk.ir.samples import concatenated
@@ -28,7 +30,6 @@ from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
 
-Made = TypeVar("Made")
 Needs = Callable[[Settings], Estimate]
 TEACHER = "teacher"
 """Name of the folder of a cached teacher, within the folder of the unfinished ladder."""
@@ -37,8 +38,8 @@ EXPANDED = ("families", "keep")
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One size: its folder, and the settings of its run."""
+class LadderRun:
+    """The run that makes one rung: its folder and its settings."""
 
     out: Path
     settings: Settings
@@ -107,7 +108,7 @@ def divided(asked: Settings, sparsities: Sequence[float]) -> Settings:
     return asked if steps is None else with_keywords(asked, {"steps": steps // len(sparsities)})
 
 
-def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs | None) -> list[Rung]:
+def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs | None) -> list[LadderRun]:
     """The rungs, the largest model first, with complete settings: those of an unfinished ladder if it is resumed.
 
     Raises:
@@ -119,9 +120,9 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
     each = settled(each) if needs is None else in_time(each, needs_of(needs, sparsities))
     if (learning := each.learning).teacher == "cached" and learning.teacher_cache is None:
         each = with_keywords(each, {"teacher_cache": str(beside(out) / TEACHER)})
-    found, larger = list[Rung](), None
+    found, larger = list[LadderRun](), None
     for place, sparsity in zip(places, sparsities, strict=True):
-        found.append(Rung(place, replace(each, sparsity=sparsity, larger=larger, minutes=None)))
+        found.append(LadderRun(place, replace(each, sparsity=sparsity, larger=larger, minutes=None)))
         larger = str(place.resolve())
     return found
 
@@ -133,20 +134,17 @@ def _earlier(place: Path) -> Mapping[str, Any]:
 
 
 def climb(
-    job: Job, out: Path, steps: Sequence[Rung], context: Callable[[Rung], Context]
-) -> Iterator[tuple[Rung, Finished | None]]:
+    job: Job, out: Path, steps: Sequence[LadderRun], context: Callable[[LadderRun], Context]
+) -> Iterator[tuple[LadderRun, Finished | None]]:
     """Run the rungs in order, and yield each with its result; None if an earlier run finished it.
 
     ``job``: of the ladder. ``context``: makes the context of a rung's run.
     """
     if is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
-    done = list(takewhile(lambda rung: rung.finished(job.source), steps))
-    yield from ((rung, None) for rung in done)
-    left = steps[len(done) :]
-    for rung in left:
-        check_replaceable(rung.out, rung.settings.overwrite)
-        check_unfinished(rung.out, described(job.source, rung.settings), rung.settings.resume, but=(*FOUND, GIVEN))
+    done = once(lambda: finished(job, steps))
+    yield from ((rung, None) for rung in steps[:done])
+    left = steps[done:]
     job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()))
     for i, rung in enumerate(left, 1):
         further = [each.settings.sparsity for each in left[i:]]
@@ -154,8 +152,17 @@ def climb(
         if found is not None:
             job = replace(job, samples=same(found.sets))
         yield rung, found
-    if beside(out).is_dir():
+    if beside(out).is_dir() and leads():
         discard(beside(out))
+
+
+def finished(job: Job, steps: Sequence[LadderRun]) -> int:
+    """The number of rungs that are finished. Raises MptkError if one of the others may not be written."""
+    done = len(list(takewhile(lambda rung: rung.finished(job.source), steps)))
+    for rung in steps[done:]:
+        check_replaceable(rung.out, rung.settings.overwrite)
+        check_unfinished(rung.out, described(job.source, rung.settings), rung.settings.resume, but=(*FOUND, GIVEN))
+    return done
 
 
 def first_only(make: Callable[..., Made]) -> Callable[..., Made]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from mptk.chain import larger
 from mptk.chain.estimate import check_fits
-from mptk.chain.job import Job
+from mptk.chain.job import AnalysedDense, Job
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
@@ -137,7 +137,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
 
 def analysed(
     job: Job, settings: Settings, loaded: Loaded, task: Task, executor: Executor, context: Context
-) -> tuple[Analysed, tuple[Conversion, ...]]:
+) -> AnalysedDense:
     """The opened model, traced and analysed, after its conversions; and these.
 
     Raises:

@@ -342,12 +342,13 @@ def typed(*words: object) -> tuple[int, str]:
 def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama: str, text: str, tmp_path: Path) -> None:
     options = "--method wanda --samples 4 --length 32 --align 8 --no-onnx --eval-length 32 --eval-windows 4"
     base = ["prune", llama, *options.split(), "--data", text, "--out", tmp_path / "m"]
-    code, said = typed(*base, "--ladder", "20%,0.4")
+    code, said = typed(*base, "--ladder", "20%,0.4,0.6")
     assert code == 0, said
-    assert "2 pruned models side by side" in said
+    require_ladder([Pruned.open(tmp_path / "m" / f"{size}") for size in SIZES])
     shown = typed("report", tmp_path / "m")[1]
-    assert "2 pruned models side by side" in shown
-    assert [line.split()[1] for line in shown.splitlines() if line.startswith("│ 0.")] == ["0.2", "0.4"]
+    for each in (said, shown):
+        assert "3 pruned models side by side" in each
+        assert [line.split()[1] for line in each.splitlines() if line.startswith("│ 0.")] == ["0.2", "0.4", "0.6"]
     page = tmp_path / "page.html"
     assert typed("report", tmp_path / "m", "--html", page)[0] == 0
     assert "0.4" in page.read_text()

@@ -358,6 +358,15 @@ def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama: str,
     assert "write a share" in typed(*base, "--ladder", "0.2,x")[1]
 
 
+def test_ctrl_c_says_which_sizes_are_finished(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
+    inside.stop(WRITE, 2, KeyboardInterrupt)
+    options = "--method wanda --samples 4 --length 32 --align 8 --no-onnx --eval-length 32 --eval-windows 4"
+    command = ["prune", llama, *options.split(), "--data", text, "--out", tmp_path / "m", "--ladder", "0.2,0.4"]
+    said = typed(*command)[1]
+    first, second = (str(tmp_path / "m" / size) for size in ("0.2", "0.4"))
+    assert f"finished: {first}; nothing was published. {second}.run keeps the finished stages" in said
+
+
 def test_an_estimate_adds_the_sizes_up(llama: str, text: str) -> None:
     settings = mptk.Settings(method="wanda", samples=4, length=32, data=text, onnx=False)
     alone = estimated(llama, settings)

@@ -21,7 +21,7 @@ from mptk.files import json_text, path_of
 from mptk.io.live import without_weights
 from mptk.ir.families import Analysis, Depth
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.resolved_plan import Cut, kept_units, resolve_plan
 from mptk.ir.weights import Weights
 from mptk.methods.division.budget import find_widths
 from mptk.proof.verification import plan_of
@@ -122,8 +122,21 @@ def begun(prepared: Prepared) -> Prepared:
 
 
 def joined(prepared: Prepared, chosen: Chosen) -> Chosen:
-    """A choice from ``begun`` with the weights that it leaves as the larger folder has them."""
+    """A choice from ``begun`` with the weights that it leaves as the larger folder has them.
+
+    Raises:
+        MptkError: the method chose units that are gone.
+    """
     if (start := prepared.start) is None:
         return chosen
+    folder, plan = prepared.settings.larger, chosen.plan
+    kept = kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
+    for name, units in prepared.stays.items():
+        if name not in kept or (kept[name] & ~units).any():
+            raise MptkError(
+                f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method"
+            )
     changes = Weights(start.changes).updated(chosen.changes)
-    return replace(chosen, changes=changes, trained=tuple(changes) if start.trained or chosen.trained else ())
+    trained = tuple(changes) if start.trained or chosen.trained else ()
+    note = f"cut further from {folder}, with whose weights the run began"
+    return replace(chosen, changes=changes, trained=trained, notes=(*chosen.notes, note))

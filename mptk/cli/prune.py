@@ -127,7 +127,8 @@ def carry_out_ladder(
         return
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
-    with resumable(*(place / name_of(each) for each in sparsities)), stages(err) as progress:
+    places = [place / name_of(each) for each in sparsities]
+    with resumable(*places, goes_on=settings.resume), stages(err) as progress:
         found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
     if found:
         out.print(report.prune_view(found[-1].report))

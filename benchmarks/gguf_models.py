@@ -4,7 +4,7 @@
 
 Each model is pruned, written in float32, q8_0 and q4_0, and run in llama.cpp (``pip install xllamacpp``) on 24 tokens.
 Its log probabilities of the whole vocabulary are compared with transformers' of the pruned folder, in float32. The last
-lines are the table of docs/deploy.md.
+lines are the table of benchmarks/programs.md.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ def written(page: str) -> str:
 
 def runs() -> Iterator[str]:
     """The options of ``prune``, ``recover``, ``shapes`` and ``advise`` that are settings, panel by panel."""
-    yield from _head("option", "Python keyword", "default", "meaning")
+    yield from _head("option", "default", "meaning")
     options = taken(Settings, "prune").items()
     for panel in dict.fromkeys(each.setting.panel for _, each in options):
-        yield _row(f"**{panel}**", "", "", "")
+        yield _row(f"**{panel}**", "", "")
         for name, each in options:
             if each.setting.panel == panel:
                 marks = "".join(
@@ -44,9 +44,10 @@ def runs() -> Iterator[str]:
                     for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes"), ("ᵃ", "advise"))
                     if other in each.setting.on
                 )
+                keyword = "" if each.name == name.replace("-", "_") else f" (`{each.name}`)"
                 names = [f"`{choice}`" for choice in each.setting.choices.shown] if each.setting.choices else []
                 said = f"{each.setting.help} ({', '.join(names)})" if names else each.setting.help
-                yield _row(f"`{_flag(name)}` {marks}", f"`{each.name}`", _default(each.default), said)
+                yield _row(f"`{_flag(name)}`{keyword} {marks}", _default(each.default), said)
 
 
 def python() -> Iterator[str]:
@@ -58,15 +59,31 @@ def python() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """What commands take besides: options that are no settings, and all options of the commands that do not prune."""
-    yield from _head("command", "option", "default", "meaning")
+    """What commands take besides: options that are no settings, and all options of the commands that do not prune.
+
+    A row serves all commands that have an option with the same default and meaning. What ``runs`` has is only named.
+    """
+    yield from _head("option", "commands", "default", "meaning")
+    above = {
+        (_flag(name), _default(each.default), each.setting.help) for name, each in taken(Settings, "prune").items()
+    }
+    found: dict[tuple[str, str, str], list[str]] = {}
+    again: dict[str, list[str]] = {}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
         shared = {*EVERYWHERE, *(settings if name in READING else ())}
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:
-                yield _row(f"`{name}`", f"`{flag}`", _default(option.default), str(option.help))
+                row = flag, _default(option.default), str(option.help)
+                if row in above:
+                    again.setdefault(name, []).append(f"`{flag}`")
+                else:
+                    found.setdefault(row, []).append(name)
+    for (flag, default, meaning), names in sorted(found.items()):
+        yield _row(f"`{flag}`", ", ".join(names), default, meaning)
+    for name, flags in again.items():
+        yield _row(", ".join(flags), name, "", "as above")
 
 
 def consumers() -> Iterator[str]:
@@ -113,7 +130,7 @@ def _head(*cells: str) -> tuple[str, str]:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |"
+    return f"|{'|'.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)}|"
 
 
 if __name__ == "__main__":

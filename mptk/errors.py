@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable, Iterator
 
@@ -30,7 +31,10 @@ class ProofError(MptkError):
 
 
 class Exhausted(MptkError):
-    """The machine ran out of memory or of disk space."""
+    """The machine ran out of memory, of disk space or of files that a process may open."""
+
+
+NO_MORE_FILES = "too many open files; let the process open more, as with `ulimit -n 4096`, and try again"
 
 
 _FULL = {
@@ -43,7 +47,9 @@ _REFUSED = {
     errno.EACCES: "permission denied",
     errno.EPERM: "not permitted",
 }
+_FILES = {errno.EMFILE, errno.ENFILE}
 _MEMORY = re.compile(r"out of memory|(?:can't|cannot|failed to|unable to) allocate|not enough memory|bad_alloc", re.I)
+_TOO_MANY = os.strerror(errno.EMFILE)
 _DEVICE = re.compile(r"(CUDA|HIP|XPU|MPS)\b.*out of memory")
 _AMOUNT = re.compile(r"(?:allocate|buffer of size) ([\d.]+)(?: ([KMGTP]iB))?", re.I)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -51,7 +57,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Raise Exhausted if a library reports that memory or disk space ran out, or that file permissions are missing."""
+    """Raise MptkError if a library reports that memory, disk space, open files or permissions are missing."""
     try:
         yield
     except Exception as error:
@@ -61,13 +67,15 @@ def explained() -> Iterator[None]:
 
 
 def exhausted(error: BaseException) -> MptkError | None:
-    """The message for an error about memory, disk or permissions, also of its cause; None for any other error.
+    """The message for an error about memory, disk, open files or permissions, also of its cause; None for any other.
 
     Libraries share no class for these errors: torch raises a RuntimeError, safetensors its own class.
     """
     cause: BaseException | None = error
     while cause is not None:
         number = _number(cause)
+        if number in _FILES or _TOO_MANY in str(cause):
+            return Exhausted(NO_MORE_FILES)
         if number in _FULL and not isinstance(error, MptkError):  # an MptkError knows what it could not write
             where = getattr(cause, "filename", None)
             said = _FULL[number] + (f" ({where})" if where else "")

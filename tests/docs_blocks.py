@@ -14,7 +14,8 @@ PAGES += sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")} - {*PAGES},
     key=lambda page: ("how-to" not in page, page),
 )
-PAGES += ["CONTRIBUTING.md", "benchmarks/README.md", "examples/plugin/README.md"]
+PAGES += ["CONTRIBUTING.md", "examples/plugin/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*.md"))
 MARK = re.compile(r"\bneeds (a network|a GPU|another (program|package))|not run by the tests", re.IGNORECASE)
 """What says, above a block or in a command's comment, that the tests do not run it."""
 PROGRAMS = ("mptk", "pip", "make", "python", "torchrun", "accelerate")

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from inside import Inside
 from peft import PeftModel
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import (
     AutoModelForCausalLM,
     FunnelConfig,
@@ -96,6 +96,20 @@ class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = torch.stack([x[i] for i in range(len(x))])
         return rows.reshape(2, -1, 1) if x.shape[1] > 4 else rows
+
+
+def test_what_a_mapped_function_sees_is_read_with_its_samples_last() -> None:
+    seen = list[Tensor]()
+
+    def see(x: Tensor) -> Tensor:
+        seen.append(compat.samples_last(x))
+        return x
+
+    x = torch.randn(2, 3, 5, 7)
+    torch.vmap(torch.vmap(see, in_dims=1))(x)
+    assert seen[0].shape == (3, 7, 5, 2)
+    assert torch.equal(seen[0], x.permute(1, 3, 2, 0))
+    assert compat.samples_last(x) is x
 
 
 def test_a_trace_tells_what_it_assumed_of_sizes_and_where() -> None:

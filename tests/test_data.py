@@ -168,7 +168,7 @@ class TestSelfSampled:
         encoder = BertModel(
             BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
         )
-        with pytest.raises(MptkError, match="--data"):
+        with pytest.raises(MptkError, match="data"):
             sampled(encoder, None, count=1, length=4, seed=0)
 
 

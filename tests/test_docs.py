@@ -101,3 +101,10 @@ def test_reference_has_every_public_name() -> None:
 def _holds(name: str) -> bool:
     module, _, own = name.rpartition(".")
     return hasattr(import_module(module), own)
+
+
+def test_the_page_of_architectures_is_made_of_the_sweeps_rows(tmp_path: Path) -> None:
+    from benchmarks.zoo_table import main
+
+    main(output=tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs/architectures.md").read_text()

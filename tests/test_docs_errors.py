@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
-QUOTED = re.findall(r"^\| `([^`]+)`", PAGE, re.MULTILINE)
+QUOTED = re.findall(r"^\|`([^`]+)`", PAGE, re.MULTILINE)
 
 
 @cache

@@ -10,7 +10,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from inside import Inside
 from onnx import TensorProto, helper
 from toy_checkpoints import TEXT, llama, saved
 
+import mptk
 from mptk import MptkError, trace
 from mptk.errors import Exhausted, explained
 from mptk.ir.samples import next_tokens
@@ -90,6 +92,53 @@ def test_a_device_is_named() -> None:
 def test_a_full_disk(error: Exception, said: str) -> None:
     with pytest.raises(Exhausted, match=said), explained():
         raise error
+
+
+TOO_MANY_FILES = "too many open files; let the process open more, as with `ulimit -n 4096`, and try again"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/somewhere/x"),
+        OSError(errno.ENFILE, os.strerror(errno.ENFILE)),
+        RuntimeError("unable to open file <model.safetensors> in read-only mode: Too many open files (24)"),
+        ImportError("libx.so: cannot open shared object file: Too many open files"),
+        MptkError("cannot write out: Too many open files; check its folder, or give another place"),
+    ],
+)
+def test_too_many_open_files(error: Exception) -> None:
+    with pytest.raises(Exhausted) as raised, explained():
+        raise error
+    assert str(raised.value) == TOO_MANY_FILES
+
+
+@contextmanager
+def free_descriptors(number: int) -> Iterator[None]:
+    """Within it this process may open only ``number`` more files."""
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(number + 1)]
+    for descriptor in taken:
+        os.close(descriptor)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[number], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [1, 2, 15])
+def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: Callable[..., int]
+) -> None:
+    saved(llama(), tmp_path / "model")
+    out, before, _ = tmp_path / "out", sorted(tmp_path.rglob("*")), capsys.readouterr()
+    with free_descriptors(number):
+        code = typed("prune", tmp_path / "model", "--method", "magnitude", "--sparsity", "0.1", "--out", out)
+        with pytest.raises(Exhausted, match=r"^too many open files"):
+            mptk.prune(tmp_path / "model", method="magnitude", sparsity=0.1, out=out)
+    assert (code, capsys.readouterr().err) == (1, f"error: {TOO_MANY_FILES}\n")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_errors_stay_as_they_are() -> None:

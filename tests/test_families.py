@@ -14,12 +14,15 @@ from cutting import cut_and_compare, largest, random_plan
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
+from mptk.ir.alignment import read_alignment
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.targets import find_target
 from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.stock.config import StockConfig
 from passes.transforms.masked_reference import mask
 
 Positions = npt.NDArray[np.int64]
@@ -227,6 +230,19 @@ def test_experts_in_bfloat16_take_another_op() -> None:
     assert "aten._grouped_mm.default" in {op_name(n) for n in found.facts.results}
     assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").facts.results}
     assert listing(found) == listing(analysis("mixtral"))
+
+
+def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
+    """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
+    legal = find_target("stock").legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
+    free = find_target("graph").legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
+    for name in ("hidden", "ffn"):
+        assert {width % 8 for width in legal.ladders[name]} == {0}
+        assert {width % 8 for width in free[name]} == {*range(8)}
+        assert legal.stock is not None
+        found = legal.stock.config({name: legal.ladders[name][0]})
+        assert isinstance(found, StockConfig)
+        assert found.model_class(found.config).bfloat16()(tokens()).logits.isfinite().all()
 
 
 def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import resource
 import time
 from pathlib import Path
 
@@ -64,17 +64,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path) -> None:
-    """No further file can be opened, so its lock cannot."""
-    lowest = os.open(os.devnull, os.O_RDONLY)
-    os.close(lowest)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            write_file(tmp_path / "weights", Path.touch)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path, inside: Inside) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    inside.around("mptk.files.staging._locked", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "weights", Path.touch)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -261,7 +261,7 @@ def test_a_range_of_layers_counts_the_models_blocks() -> None:
 def test_a_plan_with_single_layers_says_which_targets_hold_it(checkpoint: str, pruned: mptk.Pruned) -> None:
     plan = str(pruned.folder / "plan.json")
     with pytest.raises(
-        MptkError, match=r"ffn\.\d of the plan: a stock checkpoint .* use --target nemotron-nas or --target graph"
+        MptkError, match=r'ffn\.\d of the plan: a stock checkpoint .* use target="nemotron-nas" or target="graph"'
     ):
         mptk.prune(checkpoint, plan=plan, data=[toys.TEXT] * 8, onnx=False, progress=None)
 

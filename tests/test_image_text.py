@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import Stopped, changed
 from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats, write_qwen
 from PIL import Image
 from transformers import (
@@ -97,6 +98,23 @@ def test_pictures_have_another_size_than_the_example_s(tmp_path: Path, memory: i
     further = ["reloaded without images", "reloaded with images of another size"] if memory is None else []
     assert [row["stage"] for row in report.proof][3:] == ["reloaded checkpoint", *further]
     assert all(d.ok for d in mptk.verify(tmp_path / "out"))
+
+
+def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tmp_path: Path) -> None:
+    write_qwen(tmp_path / "qwen")
+    write_captions(tmp_path / "pictures", width=48)
+    asked = replace(settings(tmp_path), resume=True, samples=2, eval_windows=2)
+    with changed() as inside:
+        inside.stop("mptk.compile.cut.cut_program", 1)
+        with pytest.raises(Stopped):
+            mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", asked)
+    kept = sorted(path.name for path in (tmp_path / "out.run").iterdir())
+    assert {"samples.safetensors", "scores.safetensors"} <= {*kept}
+    with changed() as inside:
+        inside.forbid("mptk.methods.criteria.measured")
+        mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", asked)
+    assert "an image (24 x 384)" in mptk.Report.read(tmp_path / "out").quality["protocol"]
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", align=1)
     with pytest.raises(
-        MptkError, match=r"can be traced only for 8 tokens, so a graph would take no other length; use --target st"
+        MptkError, match=r"can be traced only for 8 tokens, so a graph would take no other length; use target=.st"
     ):
         mptk.prune(dense, tmp_path / "graph", replace(run, target="graph"))
     with pytest.raises(MptkError, match=r"can be traced only for 31 tokens, so its ONNX graph"):

@@ -160,7 +160,9 @@ def test_every_kind_of_operator_runs(inside):
     found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
-    result = measure(found, 1, lambda *_: None)
+    said: list[str] = []
+    result = measure(found, 1, lambda stage, *_: said.append(stage))
+    assert said[0].startswith(f"time {len(found)} operators ("), "how many, and for how long, before the first"
     assert list(result) == found
     assert all(0 < ms < float("inf") for ms in result.values())
 

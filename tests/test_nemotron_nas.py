@@ -310,7 +310,7 @@ def small(kind: type[PreTrainedModel], config: Any, **more: Any) -> PreTrainedMo
 )
 def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel, said: str, tmp_path: Path) -> None:
     dense = toys.saved(model, tmp_path / "dense")
-    with pytest.raises(MptkError, match=f"{said}.*; use --target stock or graph"):
+    with pytest.raises(MptkError, match=f'{said}.*; use target="stock" or graph'):
         mptk.prune(dense, tmp_path / "out", target=TARGET, method="wanda", **HOW)
 
 

@@ -253,7 +253,7 @@ def test_an_encoder_decoder_is_exported_and_not_quantised(folders: Path, tmp_pat
     out = export_folder(str(dense), tmp_path / "export")
     names = ["decoder_model.onnx", "decoder_model.onnx_data", "encoder_model.onnx", "encoder_model.onnx_data"]
     assert sorted(path.name for path in (out / "onnx").iterdir()) == names
-    with pytest.raises(MptkError, match="written in float32 only; leave out --quantize and --onnx-dtype"):
+    with pytest.raises(MptkError, match="written in float32 only; leave out quantize and onnx_dtype"):
         export_folder(str(dense), tmp_path / "int8", Settings(quantize=("int8",)))
     with pytest.raises(MptkError, match="only a decoder's int4 needs text"):
         export_folder(str(dense), tmp_path / "text", text="README.md")

@@ -152,6 +152,49 @@ def test_channels_of_convolutions_are_no_feed_forward_width(net: nn.Module, x: t
 
 def test_units_without_a_narrower_aligned_width_are_named() -> None:
     module = Recurrent(nn.GRU, bidirectional=True)  # 24 channels
-    with pytest.raises(mptk.MptkError, match=r"no narrower width of channels is aligned\); give a smaller --align"):
+    with pytest.raises(mptk.MptkError, match=r"no narrower width of channels is aligned\); give a smaller align"):
         mptk.prune(module, sparsity=0.3, tolerance=0.2, align=24, example_inputs=X, progress=None)
     assert mptk.prune(module, sparsity=0.3, tolerance=0.2, align=1, example_inputs=X, progress=None) is not None
+
+
+class Mapped(nn.Module):
+    """Its layers run on one sample at a time, under ``torch.vmap``, or on all at once."""
+
+    def __init__(self, *, mapped: bool) -> None:
+        super().__init__()
+        self.net, self.mapped = three(), mapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.net)(x) if self.mapped else self.net(x)
+
+
+@pytest.mark.parametrize("method", ["wanda", "flap", "fisher", "taylor", "magnitude"])
+def test_layers_under_vmap_are_scored_as_without_it(method: str) -> None:
+    cut = [
+        mptk.prune(Mapped(mapped=mapped), example_inputs=X, method=method, sparsity=0.25, align=1, seed=0)
+        for mapped in (True, False)
+    ]
+    assert cut[0].plan.families["channels"].width < 12
+    if method != "fisher":  # which has Wanda's score there
+        assert cut[0].plan == cut[1].plan
+
+
+class Ensemble(nn.Module):
+    """The mean of three networks of one shape, whose weights ``torch.vmap`` takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(three() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, buffers = torch.func.stack_module_state(list(self.nets))
+        one = lambda w, b: torch.func.functional_call(self.nets[0], (w, b), (x,))  # noqa: E731
+        return torch.vmap(one)(weights, buffers).mean(0)
+
+
+def test_weights_that_vmap_takes_apart_are_cut_by_scores_that_need_no_activations() -> None:
+    with pytest.raises(mptk.MptkError, match=r"^no weight of nets sums over .*; use magnitude, taylor or random$"):
+        mptk.prune(Ensemble(), example_inputs=X, method="wanda", sparsity=0.25, align=1)
+    cut = mptk.prune(Ensemble(), example_inputs=X, method="taylor", sparsity=0.25, align=1)
+    assert cut.model(X).shape == Ensemble()(X).shape
+    assert sum(p.numel() for p in cut.model.parameters()) < sum(p.numel() for p in Ensemble().parameters())

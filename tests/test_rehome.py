@@ -88,7 +88,7 @@ def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_pa
 def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_path):
     with pytest.raises(
         MptkError,
-        match=r"kv_groups cannot have width 3; .*or give --rehome: \w+ForCausalLM holds them with equal logits",
+        match=r"kv_groups cannot have width 3; .*or give rehome=True: \w+ForCausalLM holds them with equal logits",
     ):
         mptk.prune(llama, tmp_path / "out", REFUSED)
     for change in ({"sparsity": 0.97}, {"families": ("rotary_pairs",)}):
@@ -100,7 +100,7 @@ def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_pa
 
 def test_a_refused_plan_names_the_option_too(llama, rehomed, tmp_path):
     plan = str(rehomed / "plan.json")
-    with pytest.raises(MptkError, match=r"LlamaConfig.validate_architecture.*or give --rehome"):
+    with pytest.raises(MptkError, match=r"LlamaConfig.validate_architecture.*or give rehome=True"):
         mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False))
     mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False, rehome=True))
     assert filecmp.cmp((tmp_path / "out" / "model.safetensors"), (rehomed / "model.safetensors"), shallow=False)

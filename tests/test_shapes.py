@@ -185,7 +185,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
-    with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
+    with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     inside.forbid("mptk.methods.division.search.Search.measured")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
@@ -193,7 +193,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
         file.write_text(damage)
         with pytest.raises(
-            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with --resume"
+            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with resume=True"
         ):
             mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     file.write_text(written)
@@ -310,7 +310,7 @@ def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.S
     with pytest.raises(MptkError, match="--plan says which units stay, so --search has nothing to choose"):
         replace(settings, search=True, plan=str(tmp_path / "plan.json"))
     widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
-    with pytest.raises(MptkError, match="--width fixes every family, so --search has nothing to choose"):
+    with pytest.raises(MptkError, match="widths fixes every family, so search=True has nothing to choose"):
         mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
     with pytest.raises(MptkError, match="are too few to train"):
         mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)

@@ -39,6 +39,30 @@ class Toy(PreTrainedModel):
         return self.up(values).view(-1, 2, self.part)
 
 
+class HeadsConfig(PreTrainedConfig):
+    model_type = "heads"
+    channels: int = 12
+    heads: int = 6
+
+
+class Heads(PreTrainedModel):
+    """A layer of ``heads`` heads, each of ``channels``."""
+
+    config_class = HeadsConfig
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__(config)
+        self.channels, self.up = config.channels, nn.Linear(7, config.heads * config.channels, bias=False)
+        self.post_init()
+
+
+@pytest.mark.parametrize("channels", [11, 12, 18])
+def test_of_two_fields_in_a_product_the_one_of_the_family_s_width_follows_it(channels: int) -> None:
+    """Also if the other could be divided like it."""
+    spec = Spec(Heads(HeadsConfig(channels=channels)), {"heads": 6}, [7, channels], {"up": ((channels, "heads"), 7)})
+    assert changed(spec.discover().config({"heads": 4})) == {"heads": 4}
+
+
 def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
     """BERT makes an ``int`` of a quotient, T5 writes into its config."""
     bert = BertConfig(hidden_size=48, num_attention_heads=4, intermediate_size=80, num_hidden_layers=1, vocab_size=101)

@@ -124,6 +124,23 @@ def test_a_signal_that_was_dropped_until_the_end_is_no_success(
     assert ended(lambda: None) == 0  # the next command knows of no signal
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_signal_while_options_are_read_is_said_too(
+    ended: Callable[[Callable[[], None]], int], inside: Inside, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(*_: object) -> bool:
+        os.kill(os.getpid(), getattr(signal, name))
+        return False
+
+    def work(number: int = 1) -> None:
+        pytest.fail(f"it went on with {number}")
+
+    inside.around("mptk.cli.app._typed", signalled)
+    assert ended(work) == NUMBERS[name]
+    said = "interrupted" if name == "SIGINT" else "terminated"
+    assert capfd.readouterr().err == f"{said}; nothing was published\n"
+
+
 def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
     ended: Callable[[Callable[[], None]], int],
 ) -> None:

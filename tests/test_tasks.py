@@ -111,7 +111,7 @@ def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
 
 
 def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(MptkError, match="cannot write text to calibrate on; give some with --data"):
+    with pytest.raises(MptkError, match="cannot write text to calibrate on; give some with data"):
         mptk.prune(str(bert), tmp_path / "out", mptk.Settings(method="wanda", **SETTINGS))
 
 

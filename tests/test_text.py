@@ -182,5 +182,5 @@ def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
 
 
 def test_a_pass_needs_the_plan(gated: Analysis) -> None:
-    with pytest.raises(MptkError, match="give both --after and --plan"):
+    with pytest.raises(MptkError, match="give both after and plan"):
         mptk.show(gated.program, after="rewrite")

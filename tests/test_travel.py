@@ -91,7 +91,7 @@ def test_by_default_only_what_travels_is_cut() -> None:
 
 def test_a_budget_that_only_heads_could_meet_names_the_option() -> None:
     with pytest.raises(
-        MptkError, match=r"nearest: .* give --no-portable to cut kv_groups, q_heads, too, or name other"
+        MptkError, match=r"nearest: .* give portable=False to cut kv_groups, q_heads, too; or name hidden"
     ):
         mptk.prune(derivable(), sparsity=0.75, **HOW)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, reporting
 from mptk.api.sources import Data, GivenInputs, Model, given, in_memory, names_of, source_for
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.chain.job import Job
 from mptk.chain.prune import started
 from mptk.chain.samples import domains
@@ -34,7 +34,7 @@ ANY = 1.0
 """The tolerance of a budget for the first candidates, which are not measured."""
 
 
-@checked
+@public
 def advise(
     model: Model,
     settings: Settings | None = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import passes.frontend.trace
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.conversions import planned
 from mptk.errors import MptkError
@@ -33,7 +33,7 @@ from passes.transforms.rewrite import Rewrite
 __all__ = ["analyze", "rewrite", "rule", "show", "trace"]
 
 
-@checked
+@public
 @sources_forgotten()
 def trace(
     model: nn.Module | str | Path, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False
@@ -58,7 +58,7 @@ def trace(
     return passes.frontend.trace.trace(module, example.inputs, dynamic=sizes, wrap=wrap)
 
 
-@checked
+@public
 @sources_forgotten()
 def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find the families of coupled channels that can be cut in a model, and the axes that cannot be cut, with reasons.
@@ -71,7 +71,7 @@ def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInpu
     return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
 
 
-@checked
+@public
 @sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: it gets smaller weights and shape constants, and equals the masked program.
@@ -111,7 +111,7 @@ def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence
     check_cut(analysis, cut, stages)
 
 
-@checked
+@public
 def show(
     model: nn.Module | str | Path | Program,
     example_inputs: ExampleInputs | None = None,

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from mptk.api.compiler import check_whole, trace
 from mptk.api.sources import GivenInputs, source_of
-from mptk.arguments import check_arguments, checked
+from mptk.api.words import public
+from mptk.arguments import check_arguments
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
@@ -60,7 +61,7 @@ from passes.verify import Difference, prove
 __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
 
 
-@checked
+@public
 @sources_forgotten()
 def export(
     model: nn.Module,
@@ -137,7 +138,7 @@ def _export_module(
     return folder
 
 
-@checked
+@public
 def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto") -> GgufFolder:
     """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
@@ -171,7 +172,7 @@ def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None,
     return made
 
 
-@checked
+@public
 @sources_forgotten()
 def export_folder(
     model: str,
@@ -258,7 +259,7 @@ def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
     return proven_extras(extras, strict)[1]
 
 
-@checked
+@public
 @sources_forgotten()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
 from mptk.api.sources import Data, GivenInputs, Model
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.chain.estimate import estimator
 from mptk.chain.ladder import LadderRun, climb, rungs
 from mptk.config.settings import Settings
@@ -22,7 +22,7 @@ from mptk.protocols.report import Report
 from mptk.protocols.values import Context
 
 
-@checked
+@public
 def ladder(
     model: Model,
     out: str | Path,

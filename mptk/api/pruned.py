@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from mptk.api import recovery
 from mptk.api.display import shown
 from mptk.api.sources import Data, GivenInputs, Model, check_texts, given, names_of, source_for
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
 from mptk.config.setting import with_keywords
@@ -60,7 +60,7 @@ class Pruned:
         self.folder: Path | None = place if kept is None else None
 
     @staticmethod
-    @checked
+    @public
     def open(folder: str | Path) -> Pruned:
         """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published."""
         report = Report.read(folder)
@@ -92,7 +92,7 @@ class Pruned:
             return self.compiled.prepared.loaded.tokenizer
         return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
 
-    @checked
+    @public
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the same folder as ``prune``: checkpoint, plan, report, proof, manifest. Returns it.
 
@@ -118,7 +118,7 @@ class Pruned:
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
 
 
-@checked
+@public
 def prune(
     model: Model,
     out: str | Path | None = None,
@@ -190,7 +190,7 @@ def job_of(
     return lambda place: source.job(place, given(data, eval_data), texts), chosen
 
 
-@checked
+@public
 def recover(
     pruned: Pruned | str | Path,
     out: str | Path | None = None,

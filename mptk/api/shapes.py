@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, reporting
 from mptk.api.sources import Data, GivenInputs, Model, given, names_of, source_for
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.chain.job import Job
 from mptk.chain.prune import started
 from mptk.chain.samples import compared, read_samples
@@ -31,7 +31,7 @@ from mptk.publish.folder import publish
 SHAPES_FILE = "shapes.json"
 
 
-@checked
+@public
 def shapes(
     model: Model,
     out: str | Path | None = None,

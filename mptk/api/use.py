@@ -22,7 +22,7 @@ from mptk.api.sources import (
     names_of,
     source_of,
 )
-from mptk.arguments import checked
+from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import LONGEST_TRACE, fitting, traced
 from mptk.config.setting import with_keywords
@@ -52,7 +52,7 @@ from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
 from passes.analysis import group
 
 
-@checked
+@public
 @sources_forgotten()
 def evaluate(
     model: Pruned | Model,
@@ -205,7 +205,7 @@ class _Programs:
                 yield name, i, next(found)
 
 
-@checked
+@public
 def generate(
     model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],

@@ -9,10 +9,11 @@ from functools import partial
 from mptk.chain import larger
 from mptk.chain.estimate import check_fits
 from mptk.chain.job import AnalysedDense, Job
+from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import converted, wanted
-from mptk.cost.budgets import LATENCY
+from mptk.cost.budgets import CACHED, LATENCY
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import once, processes, shards
@@ -27,7 +28,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
-from mptk.methods.division.budget import alignment, budgeted, check_any, find_widths
+from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
 from mptk.methods.division.parts import expanded
 from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import LayerSelection, selected
@@ -37,6 +38,7 @@ from mptk.protocols.chain import Chosen, Prepared, Target, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
+from mptk.protocols.run_folder import kept_tensors
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
@@ -143,7 +145,7 @@ def analysed(
     Raises:
         MptkError: one of these fails; or data, memory or the forms to write do not suit the model.
     """
-    like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
+    like = check_data(job, loaded, task, settings)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     check_whole(loaded, settings)
@@ -185,15 +187,20 @@ def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
     """Read one sample of each source, to fail early; returns one if it is available at once.
 
+    A run that is resumed has samples, and reads only what it measures on.
+
     Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
     check_apart(job.out, *data.read_places(named), *filter(None, [settings.larger]))
     if job.samples is not None:
         return None
-    like = None
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
-    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+    kept = kept_tensors(job.out, KEPT_SAMPLES) if settings.resume else None
+    like = None if kept is None else Samples.restored(kept, list(task.example(loaded.model).inputs), "training")
+    if like is not None:
+        like = like[:1]
+    elif settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
         like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:
         other = task.evaluation(loaded, replace(settings, eval_windows=1))
@@ -246,6 +253,8 @@ def legalise(
     known = {family.name for family in analysis.all_families}
     if layer := next((n for n in plan.families if n not in known and n.rpartition(".")[0] in known), None):
         check_ragged(target, f"{layer} of the plan")
+    if settings.budget in CACHED and not model.task.caches:
+        raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
     prepared = replace(prepared, conversions=conversions, start=start)
@@ -272,7 +281,7 @@ def with_candidates(prepared: Prepared, selection: LayerSelection, before: Analy
     if selection.alike:
         analysis = analysis.apart(selection.alike)
         legal = p.target.legal(analysis, p.loaded.model, alignment(p.settings))
-        cost = CostModel(analysis, p.settings.budget, itemsize=p.dtype.itemsize, before=before)
+        cost = cost_model(analysis, p.settings, p.dtype.itemsize, before)
     legal = selection.allowed(legal)
     renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
     apart = replace(p, analysis=analysis, legal=legal, cost=cost, settings=renamed)
@@ -293,7 +302,7 @@ def by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | N
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
         for c in prepared.candidates
     ]
-    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize, before=before)
+    cost = cost_model(analysis, s, stored_type(s, prepared.loaded).itemsize, before)
     return replace(
         prepared,
         analysis=analysis,

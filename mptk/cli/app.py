@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, unprinted
 from mptk.cli.options import TYPED, parameters, settings_from
@@ -27,7 +28,7 @@ from mptk.cli.streams import lasting, lost
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained
-from mptk.files import check_text, json_text, path_of, tidy, write_json
+from mptk.files import check_open_files, check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show more: each pass's difference, the traceback of an error.")
 ]
 DEFAULTS = Settings()
+DONE = "the command had already finished"
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def main() -> None:
     try:
         with explained(), stoppable():
             code = app(standalone_mode=False, prog_name="mptk")
+            STOPPED.look("" if code else DONE)  # typer says nothing of a signal before or after the command
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
     if not code and (why := lost(own)):
@@ -81,27 +84,31 @@ def command(
         options = parameters(called, base) if "settings" in own.parameters else []
 
         @functools.wraps(function)
-        def run(*, quiet: bool, verbose: bool, context: typer.Context, **values: Any) -> None:
+        def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
-            TYPED.set(frozenset(name for name in values if _typed(context, name)))
+            speaking = COMMAND_LINE.set(True)
+            TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
             try:
+                check_open_files()
                 tidy_for(values.values())
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = settings_from(called, base, given)
                 function(**values)
-                STOPPED.look("the command had already finished")
+                STOPPED.look(DONE)
             except (KeyboardInterrupt, Exception) as error:
                 stop = STOPPED.behind(error)
                 if stop is None:
                     raise
                 raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
+            finally:
+                COMMAND_LINE.reset(speaking)
 
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
         ]
-        more.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        more.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import FunctionSchema, Tensor, fx
 from torch import _check as check
+from torch._C._functorch import get_unwrapped, maybe_get_bdim
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.predispatch import _add_batch_dim as vmap_opens
 from torch._functorch.predispatch import _remove_batch_dim as vmap_closes
@@ -42,6 +43,7 @@ __all__ = [
     "origin",
     "quiet_exporter",
     "quiet_fakes",
+    "samples_last",
     "schema",
     "size_expression",
     "size_hint",
@@ -99,6 +101,16 @@ def schema(target: object) -> FunctionSchema | None:
     """
     found: FunctionSchema | None = getattr(target, "_schema", None)
     return found
+
+
+def samples_last(value: Tensor) -> Tensor:
+    """A value within ``torch.vmap`` with the hidden dimensions after its own; any other value as it is.
+
+    What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it, and torch has no public way to the rest.
+    """
+    while (dim := maybe_get_bdim(value)) >= 0:
+        value = get_unwrapped(value).movedim(dim, -1)
+    return value
 
 
 def size_hint(size: torch.SymInt) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mptk.config.setting import Idle
-from mptk.cost.budgets import LATENCY
+from mptk.cost.budgets import CACHED, LATENCY
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
@@ -26,6 +26,11 @@ CHOOSES = (PLANNED, ALL_STAY)
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")
 UNTIMED = Idle(
     lambda a: a.settings.budget != LATENCY, "it needs a latency to predict", "give --max-decode-ms, or leave it out"
+)
+UNCACHED = Idle(
+    lambda a: a.settings.budget not in CACHED,
+    "only the budgets kv-cache and serving count a KV cache",
+    "give --budget serving, or leave it out",
 )
 PHASED = (
     Idle(lambda a: a.settings.max_ms is not None, "--max-decode-ms and --max-prefill-ms name the phase"),

@@ -30,6 +30,7 @@ from mptk.config.cases import (
     TIMED,
     TRAIN,
     TRAINING,
+    UNCACHED,
     UNKEPT,
     UNTIMED,
     WHOLE_BLOCKS,
@@ -113,11 +114,19 @@ class Settings(Record):
     )
     budget: str = setting(
         "params",
-        "What the budget counts; params: parameters of blocks.",
+        "What is counted. params: of blocks; total: all parameters; serving: bytes of weights and KV cache.",
         CUT,
         CHOOSING,
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
+    )
+    context: int = setting(
+        4096,
+        "Tokens in the KV cache, of one sequence, that the budgets kv-cache and serving count.",
+        CUT,
+        CHOOSING,
+        (UNCACHED,),
+        within=(1, COUNT),
     )
     max_ms: float | None = setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
     objective: str = setting(

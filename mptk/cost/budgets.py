@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-LATENCY = "latency"
-BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes", LATENCY: "latency_ms"}
+LATENCY, KV_CACHE, SERVING = "latency", "kv-cache", "serving"
+BUDGETS = {
+    "params": "block",
+    "total": "parameters",
+    "flops": "flops",
+    "bytes": "bytes",
+    KV_CACHE: "kv_cache",
+    SERVING: "serving",
+    LATENCY: "latency_ms",
+}
 """Budget → field of ``Cost``."""
+CACHED = (KV_CACHE, SERVING)
+"""The budgets that count the KV cache."""
+VOCABULARY = ("total", "bytes", SERVING)
+"""The budgets that count embeddings."""
 
 PROMPT = 512
 """Tokens of the prompt in prefill, and of the KV cache in decode. The batch is 1."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
+from mptk.cost.kv_cache import is_attention, is_view, unrepeated
 from mptk.cost.model import Shares, depth_shares, example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
@@ -26,8 +27,7 @@ from mptk.ir.axes import Axis, Term, evaluate
 from mptk.ir.axis_facts import AxisFacts, Contraction
 from mptk.ir.blocks import units_of
 from mptk.ir.families import Analysis
-from mptk.ir.ops import aliased_arguments, argument_names, named_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import argument_names, named_argument
 from mptk.ir.source_location import SourceLocation
 
 PROBES = (0.91, 0.83, 0.71)
@@ -180,7 +180,7 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup
 def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, SizesOf]:
     facts = analysis.facts
     weights = [side for side in (product.right, product.left) if facts.is_weight(side[0])]
-    if not weights and "scaled_dot_product_attention" in str(product.node.target):
+    if not weights and is_attention(product.node):
         return ATTENTION, _attention(facts, product.node, tokens, past)
     if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
@@ -198,21 +198,13 @@ def _contraction(analysis: Analysis, product: Contraction, share: float, tokens:
 def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
     """The KV heads are counted in the keys before these are repeated for the query heads that share them."""
     q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
-    before = facts.dims(_smallest(named_argument(node, "key")))
+    before = facts.dims(unrepeated(named_argument(node, "key")))
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         groups = _size(k[1:-2], axes) * _size(before, axes) / _size(k, axes)
         return tokens, past, _size(q[1:-2], axes), groups, evaluate(q[-1], axes), evaluate(v[-1], axes)
 
     return sizes
-
-
-def _smallest(node: fx.Node) -> fx.Node:
-    """The value with the fewest elements among ``node`` and the values that it is a view of."""
-    seen = [node]
-    while _is_view(seen[-1]):
-        seen.append(seen[-1].all_input_nodes[0])
-    return min(seen, key=lambda value: math.prod(result_shape(value)))
 
 
 def _elements(analysis: Analysis, node: fx.Node, share: float) -> SizesOf:
@@ -225,12 +217,7 @@ def _others(analysis: Analysis) -> list[fx.Node]:
     facts, products = analysis.facts, {product.node for product in analysis.facts.contractions}
     nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
     nodes = [n for n in nodes if n in facts.activations and n not in products]
-    return [n for n in nodes if argument_names(n.target) and not _is_view(n)]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the result shares memory with an input, by the op's schema."""
-    return bool(aliased_arguments(node.target, writes=False))
+    return [n for n in nodes if argument_names(n.target) and not is_view(n)]
 
 
 def _size(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from mptk.cost.budgets import BUDGETS
+from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
+from mptk.cost.kv_cache import keys_and_values
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
 from mptk.ir.blocks import numbered, units_of
@@ -21,7 +23,8 @@ class Cost:
     ``parameters``: all, tied ones once. ``block``: the parameters in the prunable weights (``block_weights``).
     ``flops``: operations in products with weights for one input token, 2 for a multiply-add. Attention's own products
     grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
-    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted.
+    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted. ``kv_cache``:
+    bytes of the keys and values of a context, if they are budgeted; ``serving``: these and ``bytes`` together.
     """
 
     parameters: float
@@ -29,6 +32,8 @@ class Cost:
     flops: float
     bytes: float
     latency_ms: float | None = None
+    kv_cache: float | None = None
+    serving: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """The known figures by name."""
@@ -44,7 +49,8 @@ class CostModel:
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
     that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: of the
-    model that it was made of by merging KV heads, whose cost is then the dense one, but for the latency.
+    model that it was made of by merging KV heads, whose cost is then the dense one, but for the latency. ``context``:
+    tokens in the KV cache. Each layer counts with all of them, also one whose attention looks at fewer.
     """
 
     def __init__(
@@ -55,10 +61,12 @@ class CostModel:
         *,
         itemsize: int | None = None,
         before: Analysis | None = None,
+        context: int = 0,
     ) -> None:
         if budget not in BUDGETS:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
+        self._counts, self._number, self._context = budget, itemsize, context
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
         sizes = {name: program.state.like(name) for name in program.parameters}
@@ -67,16 +75,23 @@ class CostModel:
         }
         self._idle = {name: sizes[name].numel() for name in program.parameters if name not in self._used}
         self._blocks = {name: at for name in program.parameters if (at := _block(analysis, name)) is not None}
+        self._kept = keys_and_values(analysis) if budget in CACHED else None
         self._calls = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks)}
         self.block_weights = block_weights(analysis)
         self.whole = self({})
         self.dense = self.whole
         if before is not None:
-            self.dense = replace(CostModel(before, itemsize=itemsize).dense, latency_ms=self.whole.latency_ms)
+            self.dense = self.of_whole(before, itemsize)
 
     def __call__(self, widths: Mapping[str, float]) -> Cost:
         """The cost at ``widths``. Which blocks a depth keeps is not known: each counts with its share on average."""
         return self._cost(widths, depth_shares(self.analysis, widths))
+
+    def of_whole(self, analysis: Analysis, itemsize: int | None) -> Cost:
+        """The cost of another uncut model, counted alike. The latency is this one's: that one's is not known."""
+        budget = "params" if self._counts == LATENCY else self._counts
+        cost = CostModel(analysis, budget, itemsize=itemsize, context=self._context).dense
+        return replace(cost, latency_ms=self.whole.latency_ms)
 
     def of(self, plan: Plan) -> Cost:
         """The cost of the model cut to ``plan``."""
@@ -91,12 +106,15 @@ class CostModel:
     def _cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
         sizes = self.analysis.sizes(widths)
         counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
+        size, cache = sum(n * self._itemsize[name] for name, n in counts.items()), self._kv_cache(sizes, shares)
         return Cost(
             parameters=sum(counts.values()),
             block=sum(counts[name] for name in self.block_weights),
             flops=self._flops(sizes, shares),
-            bytes=sum(n * self._itemsize[name] for name, n in counts.items()),
+            bytes=size,
             latency_ms=None if self._latency is None else self._latency(widths),
+            kv_cache=cache,
+            serving=None if cache is None else size + cache,
         )
 
     def sparsity(self, widths: Mapping[str, int]) -> float:
@@ -123,6 +141,18 @@ class CostModel:
     def parameters_per_unit(self, family: Family) -> float:
         """Parameters of one unit of ``family`` in all layers of the dense model."""
         return (self.whole.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
+
+    def _kv_cache(self, sizes: Mapping[Axis, float], shares: Shares) -> float | None:
+        """Bytes of the keys and values of ``context`` tokens; None if they are not budgeted."""
+        if self._kept is None:
+            return None
+        tokens, total = example_tokens(self.analysis), 0.0
+        for kept in self._kept:
+            numbers = sum(math.prod(evaluate(term, sizes) for term in dims) for dims in kept.dims) / tokens
+            axis, unit = self._calls.get(kept.node, (None, 0))
+            share = shares[axis][unit] if axis in shares else 1
+            total += numbers * share * self._context * (self._number or kept.itemsize)
+        return total
 
     def _flops(self, sizes: Mapping[Axis, float], shares: Shares) -> float:
         facts, tokens = self.analysis.facts, example_tokens(self.analysis)

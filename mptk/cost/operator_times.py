@@ -102,12 +102,13 @@ def measure(operators: Sequence[Operator], threads: int, progress: Progress) -> 
     """Milliseconds of each operator: the median over ``TIMING_SESSIONS`` sessions."""
     times: dict[Operator, list[float]] = {operator: [] for operator in operators}
     done, total = 0, TIMING_SESSIONS * len(operators)
+    stage = f"time {len(operators)} operators ({total * SECONDS:.0f} s or more)"
     for _ in range(TIMING_SESSIONS):
         for operator in operators:
-            progress("time operators", done, total)
+            progress(stage, done, total)
             times[operator].append(time_once(operator, threads))
             done += 1
-    progress("time operators", done, total)
+    progress(stage, done, total)
     return {operator: statistics.median(found) for operator, found in times.items()}
 
 

@@ -12,12 +12,13 @@ from mptk.files.replace import (
     write_text,
     write_together,
 )
-from mptk.files.staging import Staging, claimed, scratch, staged, tidy, tidy_scratch
+from mptk.files.staging import Staging, check_open_files, claimed, scratch, staged, tidy, tidy_scratch
 from mptk.files.writing import cannot_write, check_text, path_of, writing
 
 __all__ = [
     "Staging",
     "cannot_write",
+    "check_open_files",
     "check_text",
     "claimed",
     "discard",

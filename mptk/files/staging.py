@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mptk.errors import MptkError
+from mptk.errors import NO_MORE_FILES, Exhausted, MptkError
 from mptk.files.writing import cannot_write
 
 LOCK = "mptk.lock"
@@ -39,6 +39,8 @@ NEW, OLD = "new", "old"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 COMMAND = 120
 """Most characters of a command that the line on a holder shows."""
+SPARE = 16
+"""Files that a process must still be able to open: removing a folder takes one for each level."""
 
 
 class Staging:
@@ -88,7 +90,9 @@ def take(path: Path) -> Staging | None:
 
     Raises:
         PermissionError: it belongs to another user, or is not a folder.
+        Exhausted: see ``check_open_files``.
     """
+    check_open_files()
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
@@ -105,6 +109,19 @@ def take(path: Path) -> Staging | None:
             path.rmdir()  # it has no lock yet, so nobody would know whose it is
         raise
     return None if descriptor is None else Staging(path, descriptor)
+
+
+def check_open_files() -> None:
+    """Raise Exhausted if this process cannot open ``SPARE`` more files: it could write a folder, but not remove it."""
+    opened = list[int]()
+    try:
+        for _ in range(SPARE):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise Exhausted(NO_MORE_FILES) from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def tidy(parent: Path) -> None:

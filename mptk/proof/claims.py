@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import all_criteria
+from mptk.methods.division.budget import cost_model
 from mptk.protocols.conversion import Conversion, imitated
 from mptk.protocols.report import PROVEN_ON, Report
 from mptk.publish.manifest import listed, weights_digest
@@ -85,7 +85,7 @@ def check_numbers(
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
     compared = imitated(conversions)
-    cost = CostModel(analysis, itemsize=stored.itemsize, before=None if compared is None else compared.analysis)
+    cost = cost_model(analysis, report.settings, stored.itemsize, None if compared is None else compared.analysis)
     _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
     for name, figures in costs(cost, plan, dense, conversions).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
@@ -153,8 +153,7 @@ def costs(
     ``conversions``: the conversions that made ``cost``'s model from the dense model.
     """
     analysis = conversions[0].before.analysis if conversions else cost.analysis
-    whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
-    return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
+    return {"dense": cost.of_whole(analysis, dense.itemsize).as_dict(), "pruned": cost.of(plan).as_dict()}
 
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:

@@ -61,6 +61,8 @@ class CostRow(_Open):
     flops: Annotated[float, Field(gt=0)]
     bytes: Annotated[float, Field(gt=0)]
     latency_ms: NotRequired[float]
+    kv_cache: NotRequired[Annotated[float, Field(gt=0)]]
+    serving: NotRequired[Annotated[float, Field(gt=0)]]
 
 
 class CostRows(_Open):

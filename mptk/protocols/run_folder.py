@@ -79,8 +79,7 @@ class RunFolder:
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
-        path = self.path / f"{name}.safetensors"
-        return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
+        return _tensors(self.path, name)
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One tensor that ``save`` wrote under that name. Raises MptkError if the file is missing or damaged."""
@@ -187,6 +186,16 @@ def kept_settings(out: Path) -> dict[str, Any]:
     """
     path = beside(out)
     return _object(path / SETTINGS) if any(path.glob("*.safetensors")) and (path / SETTINGS).is_file() else {}
+
+
+def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
+    """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
+    return _tensors(beside(out), name)
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
+    path = folder / f"{name}.safetensors"
+    return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
 
 def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ class Task(Protocol):
 
     ``compares``: the loss compares outputs with the dense model's, which are then the samples' targets. ``classes``:
     outputs are logits, [..., classes], so a teacher's distribution can be distilled. ``sequences``: inputs of token ids
-    may be cut to any length. ``onnx``: how to write it as ONNX; None if that is impossible.
+    may be cut to any length. ``caches``: the model generates with a KV cache, to which all its attentions add.
+    ``onnx``: how to write it as ONNX; None if that is impossible.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task(Protocol):
     compares: bool = False
     classes: bool = True
     sequences: bool = True
+    caches: bool = False
     onnx: OnnxForm | None = None
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:

@@ -84,7 +84,8 @@ def analysis_view(said: Row) -> View:
         for f in said["families"]
     ]
     columns = ["family", "what it is", "width", "layers", "parameters per unit", "share", "legal widths"]
-    counts = f"{said['parameters']:,.0f} parameters, {said['block_parameters']:,.0f} of them prunable"
+    share = said["block_parameters"] / said["parameters"]
+    counts = f"{said['parameters']:,.0f} parameters, {said['block_parameters']:,.0f} of them ({share:.1%}) prunable"
     found = [] if not said["parts"] else [Section("Parts", [_parts_table(said)])]
     found += [Section("Families", [counts, Table("llrrrrl", columns, rows), *breaking(said["families"])])]
     if said["blocked"]:

@@ -33,6 +33,8 @@ COSTS = {
     "parameters": "all parameters",
     "flops": "FLOPs a token",
     "bytes": "bytes of the weights",
+    "kv_cache": "bytes of the KV cache at {context:,} tokens",
+    "serving": "bytes of weights and KV cache",
     "latency_ms": "predicted {objective} (ms)",
 }
 """Costs in a report → their names."""
@@ -98,7 +100,7 @@ def costs(report: Report) -> Table:
             decimals = 2 if key == "latency_ms" else 0
             figures = [f"{cost[key]:,.{decimals}f}" for cost in (dense, pruned)]
             gone = 1 - pruned[key] / dense[key]
-            said = label.format(objective=report.settings.objective)
+            said = label.format(objective=report.settings.objective, context=report.settings.context)
             rows.append([said, *figures, Share(f"{gone:.1%}", gone)])
     return Table("lrrr", ["", "dense", "pruned", "removed"], rows)
 

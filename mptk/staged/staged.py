@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mptk.compat.torch import samples_last
 from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
@@ -27,7 +28,10 @@ ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
 
 ValueWatch = tuple[tuple[fx.Node, ...], Callable[..., None]]
-"""Values of a program, and what is called with them once for each inputs, as soon as they are there."""
+"""Values of a program, and what is called with them once for each inputs, as soon as they are there.
+
+Under ``torch.vmap`` these are the values of all samples, with the samples in the last dimension.
+"""
 
 Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
 """A value and others that are there when it is, and what is called with its gradient and then with them all."""
@@ -260,7 +264,7 @@ class StagedRun(DeviceInterpreter):
 
     def _watched(self, node: fx.Node) -> None:
         for nodes, see in self.watches.get(node, ()):
-            see(*(self.env[n] for n in nodes))
+            see(*(samples_last(self.env[n]) for n in nodes))
 
     def _tapped(self, node: fx.Node) -> None:
         for (_, *others), see in self.taps.get(node, ()):

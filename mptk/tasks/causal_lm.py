@@ -31,6 +31,7 @@ class CausalLM(TokenTask):
 
     name = "causal-lm"
     summary = "decoder"
+    caches = True
     onnx = DecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:

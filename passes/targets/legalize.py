@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.ir.alignment import Alignment
-from mptk.ir.axes import evaluate, leaves
+from mptk.ir.axes import Term, evaluate, leaves
 from mptk.ir.families import Analysis, Family
+from mptk.ir.ops import op_name
 from mptk.ir.plan import ranges
+from passes.analysis.rules.contract import ROW_BYTES
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
@@ -112,9 +114,10 @@ def stock_widths(
         refusal = stock.accepts(widths)
         return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
 
-    ladders = {}
+    ladders, rows = {}, grouped_rows(analysis)
     for family in analysis.families:
         widths = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
+        widths = [w for w in widths if _whole(family, w, rows)]
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
@@ -127,6 +130,23 @@ def stock_widths(
         ladders[family.name] = aligned(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
     return LegalWidths(ladders, refused, accepts, stock, together=together)
+
+
+def grouped_rows(analysis: Analysis) -> list[tuple[Term, int]]:
+    """The rows of products of experts, and a number that their lengths must stay multiples of.
+
+    A trace in float32 shows transformers' own op for them, and the class calls torch's, whose rows are multiples of 16
+    bytes. A checkpoint may be loaded in a type of two bytes.
+    """
+    nodes = [n for n in analysis.facts.results if op_name(n) == "transformers.grouped_mm_fallback.default"]
+    terms = [analysis.facts.dims(n.all_input_nodes[operand])[-1] for n in nodes for operand in (0, 1)]
+    return [(term, math.gcd(term.size, ROW_BYTES // 2)) for term in terms]
+
+
+def _whole(family: Family, width: int, rows: Sequence[tuple[Term, int]]) -> bool:
+    """Whether rows keep their multiples if the family is cut to a width."""
+    sizes = {group.axis: width for group in family.groups}
+    return all(evaluate(term, sizes) % step == 0 for term, step in rows)
 
 
 def _joint(
@@ -286,7 +306,7 @@ def choose_candidates(
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
     raise MptkError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
-        f"Ask for one of these, {others}"
+        f"Ask for one of these; or {others}"
     )
 
 

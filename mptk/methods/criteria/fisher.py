@@ -13,9 +13,9 @@ P is Wanda's score, and the means in F̂ run over the units of a row. g counts o
 on the loss, but outlying positions distort it. P does not depend on the loss, but has hardly any noise. MaskPrune
 starts from the same scores.
 
-What differs: if no weight sums over a family's units (query and key channels, whole experts), the family has Wanda's
-    score. The variance is over the positions of all calibration samples, thousands; the sources take one gradient per
-    sample. A unit that is in several streams of activations has their sum.
+What differs: if no weight sums over a family's units (query and key channels, whole experts), or only under
+    ``torch.vmap``, the family has Wanda's score. The variance is over the positions of all calibration samples,
+    thousands; the sources take one gradient per sample. A unit that is in several streams of activations has their sum.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from mptk.methods.criteria.observe import (
     gradients,
     uses,
 )
+from mptk.staged.partition import levels
 from mptk.staged.staged import Tap
 
 SMALLEST_FISHER = 1e-30
@@ -97,7 +98,8 @@ def measure(given: Calibration) -> Fisher:
 
 
 def _slopes(given: Calibration) -> dict[str, Slopes]:
-    sites = find_sites(given.analysis)
+    hidden = {node for level in levels(given.analysis.program.graph.graph) for node in level}
+    sites = [site for site in find_sites(given.analysis) if site.x not in hidden]
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
     for family in given.families:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
+from mptk.compat.torch import vmap_opens
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves, resolve
@@ -170,11 +171,14 @@ def weight_value(program: Program, node: fx.Node) -> Tensor:
 
 
 def find_sites(analysis: Analysis) -> list[Site]:
-    """Every contraction of an activation and a weight, in graph order, except weights whose size depends on inputs."""
-    facts, found, sized = analysis.facts, [], _after_inputs(analysis.program)
+    """Every contraction of an activation and a weight, in graph order.
+
+    Not with a weight whose size depends on inputs, nor with one that ``torch.vmap`` takes apart.
+    """
+    facts, found, made = analysis.facts, [], _made_by_a_call(analysis.program)
     for product in facts.contractions:
         operands = [product.left, product.right]
-        weights = [o for o in operands if facts.is_weight(o[0]) and o[0] not in sized]
+        weights = [o for o in operands if facts.is_weight(o[0]) and o[0] not in made]
         others = [o for o in operands if o[0] in facts.activations]
         if len(weights) == len(others) == 1:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
@@ -186,11 +190,11 @@ def find_sites(analysis: Analysis) -> list[Site]:
     return found
 
 
-def _after_inputs(program: Program) -> set[fx.Node]:
-    """The inputs and all nodes that depend on them or on their sizes, as a weight repeated for each sample."""
+def _made_by_a_call(program: Program) -> set[fx.Node]:
+    """All nodes that only a call has: the inputs, what ``torch.vmap`` takes apart, and what depends on either."""
     user, found = set(program.user_inputs), set[fx.Node]()
     for node in program.graph.graph.nodes:
-        if node.name in user or not found.isdisjoint(node.all_input_nodes):
+        if node.name in user or node.target is vmap_opens or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

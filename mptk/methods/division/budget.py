@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mptk.config.settings import FREE, MOST_SPARSITY, Settings
-from mptk.cost.budgets import LATENCY
+from mptk.cost.budgets import CACHED, KV_CACHE, LATENCY, VOCABULARY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import cached_times
@@ -42,7 +42,7 @@ def budgeted(
     """
     s = settings
     if s.budget != LATENCY:
-        return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
+        return cost_model(analysis, s, itemsize, before), s
     names = _variable(analysis, legal, s, planned)
     channels = [name for name in names if analysis.family(name).kind == "channels"]
     ladders = {name: legalize.aligned(analysis.family(name), alignment(s)) for name in channels}
@@ -56,6 +56,13 @@ def budgeted(
         raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
     wanted = 1 - s.max_ms / dense + s.tolerance
     return cost, replace(s, sparsity=min(wanted, MOST_SPARSITY))
+
+
+def cost_model(
+    analysis: Analysis, settings: Settings, itemsize: int | None = None, before: Analysis | None = None
+) -> CostModel:
+    """The cost model of a budget that needs no timings. ``itemsize``, ``before``: as in ``CostModel``."""
+    return CostModel(analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context)
 
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:
@@ -133,11 +140,14 @@ def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     names = names if s.families else closed(names, legal.together)
     _check(prepared, legal, names)
     legal = narrowed(fixed(legal, s.widths), prepared)
-    if s.budget == LATENCY:
+    if s.budget in (LATENCY, KV_CACHE):
         legal = legalize.unbeaten(cost, legal, names)
-    families = list(dict.fromkeys([*names, *s.widths]))
-    if prepared.start is not None and (others := prepared.start.plan.families.keys() - {*families}):
-        raise MptkError(f"{s.larger} has lost units of {', '.join(sorted(others))}, too; name all in --families")
+        names = [name for name in names if s.families or len(legal.ladders[name]) > 1] or names
+    lost = {} if prepared.start is None else prepared.start.plan.widths
+    families = list(dict.fromkeys([*names, *s.widths, *lost]))
+    legal = replace(
+        legal, ladders={**legal.ladders, **{n: (w,) for n, w in lost.items() if n not in (*names, *s.widths)}}
+    )
     candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
     if set(names) <= set(s.widths):
         if s.search:
@@ -151,7 +161,8 @@ def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
         return candidates[:1]  # equal layers are where the division starts
     splits = s.search_shapes if s.search else prepared.method.splits
     finest = legalize.finest_families(legal, families)
-    return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, _others(legal))
+    others = levers(prepared, legal, names)
+    return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, others)
 
 
 def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None:
@@ -200,7 +211,7 @@ def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[
     nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
     raise MptkError(
         f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
-        f"Ask for one of these, {_others(legal)}"
+        f"Ask for one of these; or {levers(prepared, legal, candidates[0].widths if candidates else ())}"
     )
 
 
@@ -233,10 +244,30 @@ def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
     return otherwise if legal.stock is None else remedy
 
 
-def _others(legal: LegalWidths) -> str:
-    if legal.left:
-        return f"give --no-portable to cut {', '.join(legal.left)}, too, or name other --families"
-    return _unless_graph(legal, "name other --families, or use --target graph", "or name other --families")
+def levers(prepared: Prepared, legal: LegalWidths, names: Collection[str]) -> str:
+    """What else reaches a budget that no legal widths of the families ``names`` meet, for an error."""
+    p, s, found = prepared, prepared.settings, list[str]()
+    least = {name: legal.ladders[name][0] for name in names}
+
+    def reaches(further: Collection[str]) -> bool:
+        return p.cost.sparsity(least | {name: legal.ladders[name][0] for name in further}) >= s.sparsity - s.tolerance
+
+    widths = [(legalize.aligned(p.analysis.family(name), at) for at in (alignment(s), Alignment(1))) for name in names]
+    if reaches(()) and any(len(own) < len(all_) for own, all_ in widths):
+        found.append("give --align 1 for finer widths")
+    if legal.left and reaches(legal.left):
+        found.append(f"give --no-portable to cut {', '.join(legal.left)}, too")
+    able = [n for n, ladder in legal.ladders.items() if len(ladder) > 1 and p.method.refusal(p.analysis, n) is None]
+    others = [n for n in able if n not in {*names, *legal.left, *s.keep} and reaches((n,))]
+    if others and not reaches(()):
+        found.append(f"name {' or '.join(others)} in --families, too")
+    if s.budget in CACHED:
+        found.append("give --kv-heads to merge KV heads")
+    if s.budget in VOCABULARY:
+        found.append("give --vocabulary to remove tokens that a text never uses")
+    if legal.stock is not None:
+        found.append("use --target graph")
+    return "; or ".join(found or ["name other --families"])
 
 
 def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:

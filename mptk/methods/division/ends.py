@@ -6,11 +6,11 @@ A cut hurts most in the first and last layers; LLM-Pruner (arXiv 2305.11627) spa
 from __future__ import annotations
 
 from mptk.cost.budgets import LATENCY
-from mptk.cost.model import CostModel
 from mptk.ir.families import Family
 from mptk.ir.plan import Plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
+from mptk.methods.division.budget import cost_model
 from mptk.methods.division.trial import masked_losses
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import SampleSets
@@ -56,7 +56,7 @@ def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
     deeper = {f.name: f.size - (f.size - equal.widths[f.name]) * len(f.groups) / len(inner[f.name]) for f in families}
     nearest = {name: min(ladder, key=lambda width: abs(width - deeper[name])) for name, ladder in ladders.items()}
     analysis = prepared.analysis.divided(equal.widths)
-    cost = CostModel(analysis, settings.budget, itemsize=prepared.dtype.itemsize)
+    cost = cost_model(analysis, settings, prepared.dtype.itemsize)
     finest = max(ladders, key=lambda name: len(ladders[name]))  # its width makes up for what the others are rounded by
     tried = [
         {part.name: width for name, width in (nearest | {finest: last}).items() for part in inner[name]}

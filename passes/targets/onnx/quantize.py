@@ -11,8 +11,7 @@ quantiser leaves the embedding in float32, and also an output projection that is
 larger part of a small model, so both are quantised here. If both are one table, it is stored once: tokens are looked up
 in the output projection's blocks.
 
-ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not offered: padding changes its logits,
-and it cost SmolLM2-135M two thirds of its perplexity (``docs/onnx.md``).
+ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not offered: padding changes its logits.
 """
 
 from __future__ import annotations

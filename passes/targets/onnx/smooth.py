@@ -6,7 +6,7 @@ in the norm and row i of the weights multiplied by s_i. The logits do not change
 those weights. A channel is then as large in the activations as in the weights, so it is not an outlier in either.
 
 ``a`` is measured on prompts of random tokens in ONNX Runtime, since the large channels depend on the model and hardly
-on the text (``docs/onnx.md``). It is measured on the CPU, whatever the device of a run, so that the check of the
+on the text. It is measured on the CPU, whatever the device of a run, so that the check of the
 quantised graph finds the same scales on any machine.
 """
 

@@ -175,7 +175,7 @@ class Law:
         others = [each for each in every if each.integer is None]
         count = Counter(field for each in others for field in each.fields)
         fields = {field: count[field] for each in every for field in each.fields}
-        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in reading.pins, fields[f])), *families])
+        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in reading.pins, fields[f], str(f))), *families])
         stay: list[Exponents] = [{name: Fraction(1)} for name in fixed or ()]
         for row in (*stay, *(equation.row for equation in others)):
             self._echelon.add(row)
@@ -193,10 +193,16 @@ class Law:
         self.ties = [row for unknown, row in solved.items() if isinstance(unknown, str)]
 
     def _explain(self, number: Exponents, value: int, products: Sequence[Exponents]) -> None:
-        """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``."""
-        now: Exponents = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
+        """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``.
+
+        A multiple stays, too, if a factor of the same size equals the widths: of 6 heads of 12 channels, the heads do.
+        """
+        left = self._echelon.left(number)
+        now: Exponents = {name: factor for name, factor in left.items() if isinstance(name, str)}
         least = math.prod(self.products.families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
         if value % least == 0 and all(factor > 0 for factor in now.values()):
+            if now and value != least and any(isinstance(other, Field) and other.value == least for other in left):
+                self._echelon.add(number)
             return
         best, most = dict[Hashable, Fraction](), len(now)
         for row in products:

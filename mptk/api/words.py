@@ -1,0 +1,71 @@
+"""words: errors that name options of the command line, in Python: keywords, with values as Python writes them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from mptk.arguments import P, R, checked
+from mptk.config.setting import Declared
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+
+COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
+"""Whether a command is running, whose user types options."""
+OPTION = re.compile(r"(?P<command>`[^`]*`)|(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?: (?P<value>[\w.+*%/=-]*[\w%]))?")
+"""A command in backticks, which stays; or an option, and the next word, which may be its value."""
+
+OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"}
+"""Options that are no settings → their keywords; of the others, the name is the keyword."""
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a function of the Python API: its arguments are checked, and its errors speak of keywords."""
+    safe = checked(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return safe(*args, **kwargs)
+        except MptkError as error:
+            if error.args and not COMMAND_LINE.get():
+                error.args = (in_python(str(error)), *error.args[1:])
+            raise
+
+    return call
+
+
+def in_python(text: str) -> str:
+    """``text`` with options as keywords: ``--target graph`` as ``target="graph"``, ``--no-onnx`` as ``onnx=False``."""
+    return OPTION.sub(_keyword, text)
+
+
+def _keyword(found: re.Match[str]) -> str:
+    name, value = found["name"], found["value"]
+    if name is None:
+        return found[0]
+    known = {each.option().replace("_", "-"): each for each in Settings.declared}
+    denied = known.get(name.removeprefix("no-")) if name not in known else None
+    rest = "" if value is None else f" {value}"
+    if (each := denied or known.get(name)) is None:
+        return OTHERS.get(name, name.replace("-", "_")) + rest
+    if each.kind in (bool, bool | None):
+        return f"{each.name}={denied is None}{rest}"
+    given = None if value is None else _value(each, value)
+    return f"{each.name}{rest}" if given is None else f"{each.name}={given}"
+
+
+def _value(each: Declared, word: str) -> str | None:
+    """A word after an option as the keyword's value in Python; None if it is the sentence's next word."""
+    if re.fullmatch(r"\d+(\.\d+)?", word):
+        return word
+    if (
+        word.isupper()
+        or "=" in word
+        or word == each.default
+        or (each.setting.choices and each.setting.choices.wrong(word) is None)
+    ):
+        return f'"{word}"'
+    return None

@@ -1,0 +1,112 @@
+"""Budgets other than the parameters of blocks: the whole model, the KV cache, and the memory of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from toy_checkpoints import llama_config
+from transformers import LlamaForCausalLM
+
+import mptk
+from mptk import MptkError
+
+LAYERS, HEADS, GROUPS, DIM, FFN = 2, 8, 4, 8, 96
+SETTINGS = mptk.Settings(method="magnitude", samples=2, length=16, align=1, onnx=False, portable=False, tolerance=0.02)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = llama_config(
+        hidden_size=HEADS * DIM,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        head_dim=DIM,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def pruned(model: LlamaForCausalLM, out: Path | None = None, **settings: object) -> mptk.Pruned:
+    found = mptk.prune(model, out, SETTINGS, progress=None, **settings)
+    assert found is not None
+    return found
+
+
+def cache(groups: int, context: int, itemsize: int = 4) -> int:
+    """Keys and values: bytes of one sequence."""
+    return 2 * LAYERS * groups * DIM * context * itemsize
+
+
+def weights(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_half_of_the_kv_cache_is_half_of_the_kv_heads(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    found = pruned(model, tmp_path / "out", budget="kv-cache", sparsity=0.5, context=1000)
+    assert found.plan.widths == {"kv_groups": GROUPS // 2}, "the other families would save nothing"
+    assert found.report.cost["dense"]["kv_cache"] == cache(GROUPS, 1000)
+    assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS // 2, 1000)
+    mptk.verify(tmp_path / "out", model=model)
+    assert "bytes of the KV cache at 1,000 tokens" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_serving_counts_weights_and_the_cache(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    stored, context = LlamaForCausalLM(model.config).to(dtype).eval(), 2048
+    found = pruned(stored, budget="serving", sparsity=0.43, context=context)
+    dense, left = (found.report.cost[name]["serving"] for name in ("dense", "pruned"))
+    assert dense == weights(stored) + cache(GROUPS, context, dtype.itemsize)
+    assert left == weights(found.model) + cache(found.plan.widths["kv_groups"], context, dtype.itemsize)
+    assert 1 - left / dense == pytest.approx(0.43, abs=0.02)
+
+
+def test_total_counts_embeddings_too(model: LlamaForCausalLM) -> None:
+    found = pruned(model, budget="total", sparsity=0.2)
+    gone = 1 - sum(p.numel() for p in found.model.parameters()) / sum(p.numel() for p in model.parameters())
+    assert gone == pytest.approx(0.2, abs=0.02)
+    assert found.report.sparsity > gone + 0.03, "it says the share of the blocks"
+
+
+def test_merged_heads_count_in_the_budget(model: LlamaForCausalLM) -> None:
+    found = pruned(model, budget="kv-cache", sparsity=0, kv_heads=2)
+    assert found.report.cost["dense"]["kv_cache"] == cache(GROUPS, 4096)
+    assert found.report.cost["pruned"]["kv_cache"] == cache(2, 4096)
+
+
+def test_layers_that_go_take_their_cache(model: LlamaForCausalLM) -> None:
+    found = pruned(model, budget="kv-cache", sparsity=0.5, families=("layers",), method="random")
+    assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS, 4096) / LAYERS
+
+
+def test_a_model_without_a_cache_is_refused(folders: Path) -> None:
+    with pytest.raises(MptkError, match="a bare encoder keeps no KV cache"):
+        mptk.prune(str(folders / "encoder"), None, SETTINGS, budget="kv-cache", data=str(folders / "text.txt"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "levers", "others"),
+    [
+        ({"sparsity": 0.95}, ["name hidden or layers in families"], ["vocabulary", "kv_heads to", "align"]),
+        ({"sparsity": 0.85, "portable": True}, ["portable=False to cut kv_groups, q_heads"], ["align"]),
+        ({"sparsity": 0.9, "budget": "total"}, ["vocabulary to remove", "name hidden"], ["kv_heads to"]),
+        ({"sparsity": 0.85, "budget": "kv-cache"}, ["kv_heads to merge", "name layers in"], ["vocabulary"]),
+        ({"sparsity": 0.2, "families": ("ffn",), "align": 48}, ["align=1"], ["name layers"]),
+    ],
+)
+def test_a_budget_that_is_out_of_reach_names_the_levers(
+    model: LlamaForCausalLM, asked: dict[str, object], levers: list[str], others: list[str]
+) -> None:
+    with pytest.raises(MptkError, match="no legal widths") as told:
+        pruned(model, **asked)
+    assert [lever for lever in levers if lever not in str(told.value)] == []
+    assert [lever for lever in others if lever in str(told.value)] == []
+
+
+def test_a_context_needs_a_budget_that_counts_it(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed("prune", "smollm2-135m", "--context", "32768", "--data", __file__, "--out", "x") == 1
+    assert "only the budgets kv-cache and serving count a KV cache" in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""Errors of the Python API speak of keywords, those of the command line of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import mptk
+from mptk import MptkError
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sparsity": 0.29, "align": 8, "tolerance": 1e-4}, "; or give align=1 for finer widths"),
+        ({"search": True, "layers": "free"}, 'leave out search=True or layers="free"'),
+    ],
+)
+def test_python_reads_keywords(settings: dict[str, object], said: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    with pytest.raises(MptkError) as told:
+        mptk.prune(net, example_inputs=(torch.ones(2, 8),), progress=None, **({"method": "magnitude"} | settings))
+    assert said in str(told.value)
+    assert "--" not in str(told.value)
+
+
+def test_a_command_reads_options(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed("prune", "smollm2-135m", "--layers", "1", "--method", "wanda", "--out", "x") == 1
+    assert "use --target nemotron-nas or --target graph" in capsys.readouterr().err

@@ -145,9 +145,8 @@ def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
         names = [name for name in names if s.families or len(legal.ladders[name]) > 1] or names
     lost = {} if prepared.start is None else prepared.start.plan.widths
     families = list(dict.fromkeys([*names, *s.widths, *lost]))
-    legal = replace(
-        legal, ladders={**legal.ladders, **{n: (w,) for n, w in lost.items() if n not in (*names, *s.widths)}}
-    )
+    as_it_was = {name: (width,) for name, width in lost.items() if name not in {*names, *s.widths}}
+    legal = replace(legal, ladders={**legal.ladders, **as_it_was})
     candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
     if set(names) <= set(s.widths):
         if s.search:

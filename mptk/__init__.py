@@ -1,9 +1,9 @@
 """mptk: compiler-style structured pruning.
 
-``mptk.prune`` prunes a model and returns a ``Pruned``. ``advise`` says how far a model can be cut, ``shapes`` ranks the
-ways to divide a budget, ``recover`` trains a pruned model, and ``evaluate``, ``generate`` and ``bench`` use it. Each
-step is a function too: ``trace``, ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense
-models. docs/python.md shows them all.
+``mptk.prune`` prunes a model and returns a ``Pruned``; ``ladder`` makes several sizes in one run. ``advise`` says how
+far a model can be cut, ``shapes`` ranks the ways to divide a budget, ``recover`` trains a pruned model, and
+``evaluate``, ``generate`` and ``bench`` use it. Each step is a function too: ``trace``, ``analyze``, ``rewrite``,
+``export`` and ``verify``. ``fetch`` and ``load`` get dense models. docs/python.md shows them all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mptk.api.advice import advise
     from mptk.api.compiler import analyze, rewrite, rule, show, trace
     from mptk.api.graphs import bench, export
+    from mptk.api.ladder import ladder
     from mptk.api.pruned import Pruned, prune, recover
     from mptk.api.shapes import shapes
     from mptk.api.use import evaluate, generate
@@ -45,6 +46,7 @@ __all__ = [
     "export",
     "fetch",
     "generate",
+    "ladder",
     "load",
     "prune",
     "recover",
@@ -59,6 +61,7 @@ __all__ = [
 _HOMES = {
     "mptk.api.advice": ("advise",),
     "mptk.api.graphs": ("bench", "export"),
+    "mptk.api.ladder": ("ladder",),
     "mptk.api.pruned": ("Pruned", "prune", "recover"),
     "mptk.api.shapes": ("shapes",),
     "mptk.api.use": ("evaluate", "generate"),

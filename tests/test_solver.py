@@ -76,6 +76,23 @@ def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None
     assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).widths() == {"ffn": width, "heads": 3}
 
 
+@pytest.mark.parametrize("given", [{}, {"ffn": 12}])
+def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given: dict[str, int]) -> None:
+    """Of every layer other units are gone, and their removal would cost most."""
+    h, stays = curvatures(0), {c: torch.ones(s, dtype=torch.bool) for c, s in SHAPES.items()}
+    for layer in range(3):
+        stays["ffn"][layer, 0, layer : layer + 10] = False
+        h["ffn"][layer, 0, layer : layer + 10] = 1.0
+    begun = Solver(SHAPES, resource, 0.5, 400, given=given, stays=stays)
+    assert torch.equal(begun.masks["ffn"], stays["ffn"].float())
+    assert (begun.widths()["ffn"], begun.target()) == (30, pytest.approx(resource({"heads": 8, "ffn": 30}), abs=0.02))
+    solver = solve(h, 0.5, given=given, stays=stays)
+    assert resource(solver.widths()) == pytest.approx(0.5, abs=0.02)
+    assert solver.widths()["ffn"] <= 30
+    assert not (solver.masks["ffn"].bool() & ~stays["ffn"]).any()
+    assert not given or solver.widths()["ffn"] == 12
+
+
 def test_it_removes_the_units_that_cost_least() -> None:
     h = curvatures(0)
     solver = solve(h, 0.6)

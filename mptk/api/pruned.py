@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -161,14 +161,33 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
+    base = defaults(settings, out, model, example_inputs)
+    inputs = tokenizer, example_inputs, data, eval_data, vocabulary
+    job, chosen = job_of(model, base, keywords, *inputs)
+    return _finished(lambda place: (job(place), chosen), out, progress, on_stage)
+
+
+def job_of(
+    model: Model,
+    base: Settings,
+    keywords: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    example_inputs: GivenInputs | None,
+    data: Data | None,
+    eval_data: Data | None,
+    vocabulary: str | Path | Sequence[str] | None,
+) -> tuple[Callable[[Path], Job], Settings]:
+    """A function that makes the job of a call from its output folder, and the call's settings.
+
+    ``base``: the settings that ``keywords`` change; the others are those of ``prune``.
+    """
     named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
-    chosen = with_keywords(_defaults(settings, out, model, example_inputs), {**named, **keywords})
-    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    source, chosen = source_for(model, with_keywords(base, {**named, **keywords}), tokenizer, example_inputs)
     chosen = _for_plain(chosen) if source.plain else chosen
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
         check_texts(data=data, eval_data=eval_data)
-    return _finished(lambda place: (source.job(place, given(data, eval_data), texts), chosen), out, progress, on_stage)
+    return lambda place: source.job(place, given(data, eval_data), texts), chosen
 
 
 @public
@@ -241,7 +260,7 @@ def reporting(progress: Shown) -> Iterator[Progress]:
             enable_progress_bar()
 
 
-def _defaults(
+def defaults(
     settings: Settings | None, out: str | Path | None, model: Model, example_inputs: GivenInputs | None
 ) -> Settings:
     """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.

@@ -56,7 +56,14 @@ def recovery(
     report = Report.read(folder)
     check_manifest(folder)
     changes = {**values(settings, "recover"), "learning": settings.learning}
-    changes |= {"reconstruct": False, "distil_epochs": 0, "search": False, "vocabulary": None, "kv_heads": None}
+    changes |= {
+        "reconstruct": False,
+        "distil_epochs": 0,
+        "search": False,
+        "vocabulary": None,
+        "kv_heads": None,
+        "larger": None,
+    }
     settings = replace(report.settings, **changes, plan=str(folder / "plan.json"))
 
     def given(prepared: Prepared) -> Chosen:

@@ -16,9 +16,14 @@ from mptk.io.resident import Resident
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
+from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.report import Report
 from mptk.protocols.task import Task
+from mptk.protocols.values import SampleSets
 from mptk.publish.folder import check_apart, check_replaceable
+
+AnalysedDense = tuple[Analysed, tuple[Conversion, ...]]
+"""The dense model after its conversions, and these."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Job:
     a recovery of the folder ``start`` begins with. If it is None, ``plan`` returns the plan of ``settings.plan``, which
     is read once at the start, or the method chooses.
     ``needs`` estimates the run with complete settings, if that is possible. ``samples``: the caller's samples.
-    ``vocabulary``: the caller's texts, whose tokens stay.
+    ``vocabulary``: the caller's texts, whose tokens stay. ``further``: sparsities to which its result is cut further.
+    ``dense`` gives what the function makes: the analysed model, which the runs of a ladder share.
     """
 
     source: str
@@ -41,6 +47,8 @@ class Job:
     samples: Callable[[Prepared], Given] | None = None
     vocabulary: Sequence[str] | None = None
     plan: Plan | None = None
+    further: Sequence[float] = ()
+    dense: Callable[[Callable[[], AnalysedDense]], AnalysedDense] = lambda make: make()
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ def held(job: Job, overwrite: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The report of a proven folder, and the compiled model."""
+    """The report of a proven folder, the compiled model, and the samples of the run."""
 
     report: Report
     compiled: Compiled
+    sets: SampleSets

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from mptk.chain import larger
 from mptk.chain.estimate import check_fits
-from mptk.chain.job import Job
+from mptk.chain.job import AnalysedDense, Job
 from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
@@ -33,7 +34,7 @@ from mptk.methods.division.search import rungs
 from mptk.methods.division.selection import LayerSelection, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Prepared, Target, stored_type
+from mptk.protocols.chain import Chosen, Prepared, Target, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
@@ -41,6 +42,7 @@ from mptk.protocols.run_folder import kept_tensors
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
+from mptk.staged.staged import Executor
 from mptk.targets import find_target, targets
 from passes.analysis import group
 from passes.targets.legalize import portable
@@ -118,22 +120,13 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task, origin = opened(job, resident, settings)
-        like = check_data(job, loaded, task, settings)
-    if settings.onnx and task.onnx is not None:
-        task.onnx.check(loaded.model, settings)
-    check_whole(loaded, settings)
-    with context.stage("trace"):
-        like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes
-        program = traced(loaded, task, executor, settings.length, like, not find_target(settings.target).classed)
-    if (length := task.only_length(program)) is not None:
-        check_classed(loaded, settings, length)
+    model, conversions = job.dense(lambda: analysed(job, settings, loaded, task, executor, context))
+    if (length := model.task.only_length(model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
-    with context.stage("analyse"):
-        model = Analysed(loaded, task, group.analyze(program))
-    changes = wanted(settings, job.plan, job.vocabulary)
-    model, conversions = converted(model, changes, context, executor, settings.length, like)
     with context.stage("legalise"):
-        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan)
+        start = larger.opened(settings, model, conversions, origin)
+        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
+        prepared = larger.further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
@@ -142,6 +135,30 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or leave out --steps"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
+
+
+def analysed(
+    job: Job, settings: Settings, loaded: Loaded, task: Task, executor: Executor, context: Context
+) -> AnalysedDense:
+    """The opened model, traced and analysed, after its conversions; and these.
+
+    Raises:
+        MptkError: one of these fails; or data, memory or the forms to write do not suit the model.
+    """
+    like = check_data(job, loaded, task, settings)
+    if settings.onnx and task.onnx is not None:
+        task.onnx.check(loaded.model, settings)
+    check_whole(loaded, settings)
+    classed = find_target(settings.target).classed
+    with context.stage("trace"):
+        like = like if classed else None  # a graph that is written takes other sizes
+        program = traced(loaded, task, executor, settings.length, like, not classed)
+    if (length := task.only_length(program)) is not None:
+        check_classed(loaded, settings, length)
+    with context.stage("analyse"):
+        model = Analysed(loaded, task, group.analyze(program))
+    changes = wanted(settings, job.plan, job.vocabulary)
+    return converted(model, changes, context, executor, length or settings.length, like)
 
 
 def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:
@@ -175,7 +192,7 @@ def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samp
     Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
-    check_apart(job.out, *data.read_places(named))
+    check_apart(job.out, *data.read_places(named), *filter(None, [settings.larger]))
     if job.samples is not None:
         return None
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
@@ -213,10 +230,11 @@ def legalise(
     progress: Progress,
     conversions: tuple[Conversion, ...] = (),
     plan: Plan | None = None,
+    start: Chosen | None = None,
 ) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
-    ``conversions``: the conversions that made ``model``.
+    ``conversions``: the conversions that made ``model``. ``start``: a larger cut, which the run begins with.
     """
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
@@ -239,7 +257,7 @@ def legalise(
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
-    prepared = replace(prepared, conversions=conversions)
+    prepared = replace(prepared, conversions=conversions, start=start)
     if settings.fixed:
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))

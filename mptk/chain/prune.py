@@ -15,6 +15,7 @@ from mptk.chain.amounts import in_time, note, resumed, settled
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
+from mptk.chain.larger import begun, joined
 from mptk.chain.prepare import announce, check_settings, given_plan, prepare
 from mptk.chain.samples import KEPT_SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
@@ -110,7 +111,7 @@ def prepared_for(
 ) -> WorkResult:
     """Prepare the job and call ``work``. If it fails, the folder of the unfinished run stays if it saves time later."""
     if keeps_stages(settings):
-        check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))
+        check_unfinished(job.out, described(job.source, settings), settings.resume, but=(*FOUND, GIVEN))
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
@@ -140,12 +141,13 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
-    chosen = choose(job, prepared, sets, context)
+    start = begun(prepared)
+    chosen = choose(job, start, sets, context)
     witnessed = []
     if chosen.witness is not None:
-        analysis = changed(prepared, chosen)
+        analysis = changed(start, chosen)
         witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
-    chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
+    chosen = joined(prepared, distilled(start, reconstructed(start, chosen, sets, context), sets, context))
     compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, context))
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
@@ -153,7 +155,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         return None
     report = written_folder(job, compiled, sets, [*witnessed, *more], context)
     try:
-        return Finished(measured(report, compiled, sets, job.out, context), compiled)
+        return Finished(measured(report, compiled, sets, job.out, context), compiled, sets)
     finally:
         if context.folder is not None:
             context.folder.remove()
@@ -167,7 +169,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     settings = prepared.settings
     if not keeps_stages(settings):
         return context
-    known = {**described(job, settings), GIVEN: dict(prepared.origin.parts)}
+    known = {**described(job.source, settings), GIVEN: dict(prepared.origin.parts)}
     return replace(context, folder=RunFolder(job.out, known, settings.resume))
 
 
@@ -176,10 +178,10 @@ def keeps_stages(settings: Settings) -> bool:
     return not settings.fixed or settings.steps > 0
 
 
-def described(job: Job, settings: Settings) -> dict[str, Any]:
+def described(source: str, settings: Settings) -> dict[str, Any]:
     """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
-    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
+    return {"model": source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
 
 
 def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:

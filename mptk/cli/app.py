@@ -6,11 +6,13 @@ import atexit
 import functools
 import inspect
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,8 +149,11 @@ def tidy_for(arguments: Iterable[object]) -> None:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """On Ctrl-C, say what is kept of the run that writes to ``folder``, and how to continue it."""
+def resumable(*folders: Path, goes_on: bool = False) -> Iterator[None]:
+    """On Ctrl-C, say what is kept of the run that writes to these folders in turn, and how to continue it.
+
+    ``goes_on``: the run continues an earlier one, which may have finished some of the folders.
+    """
     began = time.time()
     try:
         yield
@@ -156,20 +161,31 @@ def resumable(folder: Path) -> Iterator[None]:
         stop = STOPPED.behind(error)
         if stop is None:
             raise
-        raise type(stop)(_kept(folder, began)) from error
+        since = 0.0 if goes_on else began
+        done = list(takewhile(lambda folder: _published(folder, since) and not _stages(folder), folders[:-1]))
+        said = [f"finished: {', '.join(map(str, done))}"] if done else []
+        raise type(stop)("; ".join([*said, _kept(folders[len(done)], began)])) from error
+
+
+def _published(folder: Path, began: float) -> bool:
+    marker = folder / "mptk.json"
+    return marker.is_file() and marker.stat().st_mtime >= began
+
+
+def _stages(folder: Path) -> list[Path]:
+    """What an unfinished run keeps."""
+    return list(folder.with_name(f"{folder.name}.run").glob("*.safetensors"))
 
 
 def _kept(folder: Path, began: float) -> str:
-    work, marker = folder.with_name(f"{folder.name}.run"), folder / "mptk.json"
-    if marker.is_file() and marker.stat().st_mtime >= began:
+    if _published(folder, began):
         return f"{folder} is proven and published, but its quality was not measured; run `mptk eval`"
-    if not any(work.glob("*.safetensors")):
+    if not (stages := _stages(folder)):
         return "nothing was published and no stage had finished"
-    steps = sorted(path.stem.rpartition("-") for path in work.glob("*-????????.safetensors"))
+    steps = sorted(path.stem.rpartition("-") for path in stages if re.fullmatch(r".*-\d{8}", path.stem))
     trained = f", training up to step {int(steps[-1][2])} of {steps[-1][0]!r}," if steps else ""
-    return (
-        f"nothing was published. {work} keeps the finished stages{trained} and the same command with --resume goes on"
-    )
+    keeps = f"{stages[0].parent} keeps the finished stages{trained}"
+    return f"nothing was published. {keeps} and the same command with --resume goes on"
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,8 +22,10 @@ from mptk.cli.options import (
     refuse_idle,
     with_latency,
 )
+from mptk.cli.parse import names, parse_share
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
+from mptk.config.cases import CUT
 from mptk.config.setting import Asked, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
@@ -46,6 +48,7 @@ EstimateOption = Annotated[
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
         "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
         "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
+        "prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",
     )
 )
 def prune(
@@ -54,6 +57,12 @@ def prune(
     folder: Annotated[Path | None, out_folder("Folder for the result; an earlier result is replaced.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CUT, help="Make several sizes, as 0.2,0.3,0.5: each cut further from the larger one."
+        ),
+    ] = None,
     estimate: EstimateOption = False,
     config: Config = None,
 ) -> None:
@@ -64,13 +73,20 @@ def prune(
     from mptk.api.pruned import prune
     from mptk.chain.amounts import learns, settled, undecided
     from mptk.chain.estimate import estimated
+    from mptk.chain.ladder import divided
     from mptk.chain.prepare import check_settings, given_plan
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
-    asked = Asked(meant, learns(meant), folder is not None, estimate, undecided=bool(undecided(settings)))
+    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in names(ladder)]
+    if sizes is not None:
+        divided(settings, sizes)  # the first to be refused
+    asked = Asked(meant, learns(meant), folder is not None, estimate, bool(undecided(settings)), sizes is not None)
     refuse_idle("prune", asked)
     check_settings(meant, given_plan(meant))
+    if sizes is not None:
+        carry_out_ladder(model, folder, settings, sizes, estimate)
+        return
     needs = partial(estimated, model, settings) if estimate else None
     carry_out(partial(prune, model, folder, settings), needs, folder)
 
@@ -97,15 +113,44 @@ def recover(
     carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
 
 
-def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
-    """Run ``start`` into a folder and show its report. If ``needs`` is given, only show what the run needs."""
+def carry_out_ladder(
+    model: str, place: Path | None, settings: Settings, sparsities: Sequence[float], estimate: bool
+) -> None:
+    """Make the models of a ladder and show them side by side; or only show what they need."""
+    from mptk.api import ladder
+    from mptk.chain.ladder import name_of
+    from mptk.report import sections as report
+    from mptk.report.runs import Run
+
+    if estimate:
+        show_needs(ladder.needed(model, settings, sparsities), place)
+        return
+    if place is None:
+        raise MptkError("the results need a folder; give --out FOLDER")
+    places = [place / name_of(each) for each in sparsities]
+    with resumable(*places, goes_on=settings.resume), stages(err) as progress:
+        found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
+    if found:
+        out.print(report.prune_view(found[-1].report))
+        out.print(report.comparison_view([Run(each.place.name, each.report) for each in found]))
+        out.print(f"written to {', '.join(str(each.place) for each in found)}", soft_wrap=True)
+
+
+def show_needs(found: Estimate, place: Path | None) -> None:
+    """Show what a run needs. Raises MptkError if the machine has less."""
     from mptk.chain.estimate import check_fits
     from mptk.report import sections as report
 
+    out.print(report.estimate_view(found))
+    check_fits(found, place or Path.cwd())
+
+
+def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
+    """Run ``start`` into a folder and show its report. If ``needs`` is given, only show what the run needs."""
+    from mptk.report import sections as report
+
     if needs is not None:
-        found = needs()
-        out.print(report.estimate_view(found))
-        check_fits(found, place or Path.cwd())
+        show_needs(needs(), place)
         return
     if place is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
@@ -173,15 +218,17 @@ def rerun(
 @command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
 def show_report(
     folders: Annotated[
-        list[Path], typer.Argument(help="The --out folder of `mptk prune`; give several to compare them.")
+        list[Path],
+        typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
     ],
     html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.protocols.report import Report
     from mptk.report import sections as report
-    from mptk.report.runs import Run, read_bench, read_runs, short_names
+    from mptk.report.runs import Run, read_bench, read_runs, short_names, with_rungs
 
+    folders = with_rungs(folders)
     if html is not None:
         from mptk.report.page.render import report_page
 

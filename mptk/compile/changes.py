@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.resident import Resident
 from mptk.io.untrusted import damaged, load_tensors
+from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut, renumbering
 from mptk.ir.weights import Lazy, Weights
 from mptk.protocols.report import Report
 from mptk.targets.graph import WEIGHTS, GraphTarget
+from passes.transforms.masked_reference import keep_along
 
 COMPENSATION = "compensation.safetensors"
 """A folder's file of corrected biases (FLAP)."""
@@ -59,6 +61,27 @@ def stored_weights(folder: Path, trust: bool) -> Weights:
     small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
     assert small is not None
     return small
+
+
+def without(analysis: Analysis, cut: Cut) -> Weights:
+    """The weights that a cut touches, with 0 at the positions that go, made on demand.
+
+    They compute what the masked program computes (``masked_reference``) unless zeros disturb a reduction.
+    """
+    state, weights = analysis.program.state, analysis.program.weights
+    divide = {weights.get(node.name) for node in analysis.facts.divisors}
+    held = [name for name in analysis.weights if name in state and state.like(name).is_floating_point()]
+    edits = {}
+    for name in held:
+        dims = analysis.weights[name]
+        touched = [d for d, term in enumerate(dims) if cut.touches(term)]
+        if touched and name not in divide:
+            edits[name] = partial(_zeroed, cut, dims, touched)
+    return state.selected({name: name for name in edits}).changed(edits)
+
+
+def _zeroed(cut: Cut, dims: Dims, touched: Sequence[int], weight: Tensor) -> Tensor:
+    return weight * keep_along(cut, dims, touched).to(weight.device)
 
 
 def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:

@@ -20,6 +20,7 @@ ALL_STAY = Idle(
     "--sparsity 0 removes only tokens or KV heads",
     "give a --sparsity, or leave it out",
 )
+LADDER = Idle(lambda a: a.ladder, "--ladder names the sizes", "leave out one of both")
 CHOOSES = (PLANNED, ALL_STAY)
 """Cases of the settings that say how units are chosen."""
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")

@@ -68,7 +68,7 @@ class Asked:
     """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
     ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs. ``undecided``: some numbers
-    are left to its minutes.
+    are left to its minutes. ``ladder``: it makes several sizes.
     """
 
     settings: Any
@@ -76,6 +76,7 @@ class Asked:
     writes: bool = True
     estimate: bool = False
     undecided: bool = True
+    ladder: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mptk.config.cases import (
     CUT,
     DATA,
     DECIDED,
+    LADDER,
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
@@ -107,7 +108,7 @@ class Settings(Record):
         "Share of the budget to remove, as 0.3 or 30%.",
         CUT,
         SEARCH,
-        (PLANNED, TIMED),
+        (PLANNED, TIMED, LADDER),
         within=(0.0, MOST_SPARSITY),
         form="share",
     )
@@ -172,6 +173,14 @@ class Settings(Record):
         choices=Choices(LAYERS, or_ranges=True),
     )
     plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
+    larger: str | None = setting(
+        None,
+        "Cut this larger pruned folder of the model further: start from its weights, choose among the units it keeps.",
+        CUT,
+        PRUNE,
+        CHOOSES,
+        form="path",
+    )
     portable: bool = setting(
         True,
         "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
@@ -396,6 +405,9 @@ class Settings(Record):
             raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
         if self.search and self.plan is not None:
             raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
+        if self.larger is not None and (self.search or self.layers != UNIFORM):
+            other = "--search" if self.search else f"--layers {self.layers}"
+            raise MptkError(f"a larger folder is cut further in all layers alike, by one method; leave out {other}")
         self._check_inputs()
         if len(set(self.families)) < len(self.families):
             raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")

@@ -61,8 +61,11 @@ def fits(settings: Settings, plan: Plan | None = None) -> bool:
 
 
 def dense_models(settings: Settings) -> int:
-    """Number of dense models that training masks holds: a conversion that fits weights has the model before, too."""
-    return 1 + fits(settings)
+    """Number of dense models that training masks holds: the student's own, and the teacher if it has other weights.
+
+    It has after a conversion that fits weights, and if the run begins with a larger cut.
+    """
+    return 1 + (fits(settings) or settings.larger is not None)
 
 
 def converted(

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -248,6 +248,32 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
     return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device)
+
+
+ONCE = ("start", "read", "trace and analyse", "calibration data")
+"""Stages that the runs of a ladder share."""
+
+
+def total(runs: Sequence[Estimate]) -> Estimate:
+    """What runs on one model need that follow each other in one process: the most memory, all disk and time."""
+    first = runs[0]
+
+    def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+        return {name: max(what(run).get(name, 0) for run in runs) for name in what(first)}
+
+    def summed(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+        return {name: sum(what(run).get(name, 0) for run in runs) for name in what(first)}
+
+    return Estimate(
+        most(lambda run: run.needed),
+        most(lambda run: run.held),
+        summed(lambda run: run.output),
+        most(lambda run: run.temporary),
+        summed(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
+        most(lambda run: run.there),
+        first.device,
+        f"{len(runs)} models, each with {first.does}" if first.does else f"{len(runs)} models",
+    )
 
 
 def _some(parts: Mapping[str, float]) -> dict[str, float]:

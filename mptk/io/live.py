@@ -39,7 +39,7 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     source, home = name_of(model), _home(model)
     dtype = _most(model)
     place = scratch()
-    bare = _without_weights(model)
+    bare = without_weights(model)
     weakref.finalize(bare, place.close)
     folder = place.folder
     if isinstance(model, PreTrainedModel):
@@ -93,7 +93,7 @@ def _check(model: nn.Module) -> None:
         raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
+def without_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU.
 
     All are in float32, or in a plain module's own types.

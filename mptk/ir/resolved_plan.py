@@ -171,6 +171,14 @@ def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
 
 
+def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
+    """The units that a plan keeps: family → boolean [layers, scopes, size]."""
+    return {
+        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
+        for name in families
+    }
+
+
 def removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
     """The blocks that a cut removes, in the graph's order."""
     return [

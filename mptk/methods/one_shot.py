@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from mptk.config.settings import FREE, Settings
 from mptk.cost.estimate import Pass
 from mptk.distributed.processes import leads
@@ -112,6 +114,8 @@ def scored(
             partial(context.progress, stage),
         )
         scores, evidence = criteria.measured(find_criterion(criterion), given)
+    stays = prepared.stays
+    scores = {f: values.masked_fill(~stays[f], -torch.inf) if f in stays else values for f, values in scores.items()}
     if folder is not None and leads():
         folder.save(SCORES, scores)
     return scores, evidence

@@ -294,11 +294,3 @@ def _ridge(squares: Tensor, rows: int) -> Tensor:
     """λ for inputs with these sums of squares, of which more than half may be 0."""
     share = min(RIDGE, OF_FEW * len(squares) / rows)
     return share * squares.median().clamp_min(1e-6 * squares.mean()).clamp_min(1e-12)
-
-
-def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
-    """The units that a plan keeps: family → boolean [layers, scopes, size]."""
-    return {
-        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
-        for name in families
-    }

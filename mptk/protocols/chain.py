@@ -30,10 +30,10 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, kept_units
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Conversion, imitated
+from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.origin import Origin
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.task import Task
@@ -52,7 +52,8 @@ class Prepared:
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget; empty if a ``plan``
     is given, and then ``cut`` is the resolved plan. ``shapes``: the ranking of a search, of which the only candidate is
     the best. ``executor`` runs the programs. ``conversions``: the conversions that made ``loaded`` from the user's
-    model. ``origin``: digests of the inputs.
+    model. ``origin``: digests of the inputs. ``start``: the larger cut that the run begins with; None: the dense model.
+    ``imitates``: the reference for training and quality, if it is not the model itself or that before its conversions.
     """
 
     source: str
@@ -71,6 +72,8 @@ class Prepared:
     shapes: Shapes | None = None
     conversions: tuple[Conversion, ...] = ()
     origin: Origin = field(default_factory=Origin)
+    start: Chosen | None = None
+    imitates: Analysed | None = None
 
     @property
     def given(self) -> Loaded:
@@ -80,13 +83,13 @@ class Prepared:
     @property
     def compared(self) -> Loaded:
         """The reference for training and quality: the dense model before the conversions that change its outputs."""
-        model = imitated(self.conversions)
+        model = self.imitates or imitated(self.conversions)
         return self.loaded if model is None else model.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        model = imitated(self.conversions)
+        model = self.imitates or imitated(self.conversions)
         return self.analysis.program if model is None else model.analysis.program
 
     @property
@@ -103,6 +106,11 @@ class Prepared:
     def families(self) -> list[str]:
         """The families that are cut."""
         return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+
+    @property
+    def stays(self) -> dict[str, Tensor]:
+        """The units that a larger cut left to choose from: family → boolean [layers, scopes, size]. Others have all."""
+        return {} if self.start is None else kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
 
     @property
     def across_layers(self) -> list[str]:

@@ -59,7 +59,7 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
         parts[GIVEN_TOKENIZER] = _digest_of(loaded.tokenizer)
     if settings.plan is not None and plan is not None:
         parts[settings.plan] = plan.digest
-    others = [settings.inputs, None if start is None else str(start / MARKER)]
+    others = [settings.inputs, *(str(path_of(each) / MARKER) for each in (start, settings.larger) if each is not None)]
     with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
         parts |= data.file_digests(*named(settings))
         parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}

@@ -45,7 +45,7 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.path = _beside(out)
+        self.path = beside(out)
         self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, processes()
         if state.is_main_process:
@@ -149,7 +149,7 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
     Raises:
         MptkError: as ``RunFolder``; or its settings are damaged.
     """
-    path = _beside(out)
+    path = beside(out)
     file = path / SETTINGS
     if path.is_dir() and not any(each.name in _OURS or each.suffix == ".safetensors" for each in path.iterdir()):
         tidy(path)
@@ -184,13 +184,13 @@ def kept_settings(out: Path) -> dict[str, Any]:
     Raises:
         MptkError: they are damaged.
     """
-    path = _beside(out)
+    path = beside(out)
     return _object(path / SETTINGS) if any(path.glob("*.safetensors")) and (path / SETTINGS).is_file() else {}
 
 
 def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
-    return _tensors(_beside(out), name)
+    return _tensors(beside(out), name)
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
@@ -212,7 +212,8 @@ def _name(phase: str, step: int) -> str:
     return f"{phase}-{step:08d}"
 
 
-def _beside(out: Path) -> Path:
+def beside(out: Path) -> Path:
+    """The folder of an unfinished run with this output."""
     return out.with_name(out.name + ".run")
 
 

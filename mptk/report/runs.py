@@ -14,7 +14,7 @@ from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report, Row
+from mptk.protocols.report import REPORT_FILE, Report, Row
 from mptk.reading import Damaged, json_of, read_as, read_text
 from mptk.report.view import ranges
 
@@ -95,6 +95,16 @@ class MetricsLine(TypedDict):
 
     phase: str
     step: int
+
+
+def with_rungs(folders: Sequence[Path]) -> list[Path]:
+    """``folders``, with the results of a ladder in the place of its folder, the largest model first."""
+
+    def rungs(folder: Path) -> list[Path]:
+        found = [] if (folder / REPORT_FILE).exists() else [each.parent for each in folder.glob(f"*/{REPORT_FILE}")]
+        return sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
+
+    return [rung for folder in folders for rung in rungs(folder)]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

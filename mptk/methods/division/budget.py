@@ -139,11 +139,14 @@ def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     names = [name for name in s.families or _default_families(prepared, legal) if name not in s.keep]
     names = names if s.families else closed(names, legal.together)
     _check(prepared, legal, names)
-    legal = fixed(legal, s.widths)
+    legal = narrowed(fixed(legal, s.widths), prepared)
     if s.budget in (LATENCY, KV_CACHE):
         legal = legalize.unbeaten(cost, legal, names)
         names = [name for name in names if s.families or len(legal.ladders[name]) > 1] or names
-    families = list(dict.fromkeys([*names, *s.widths]))
+    lost = {} if prepared.start is None else prepared.start.plan.widths
+    families = list(dict.fromkeys([*names, *s.widths, *lost]))
+    as_it_was = {name: (width,) for name, width in lost.items() if name not in {*names, *s.widths}}
+    legal = replace(legal, ladders={**legal.ladders, **as_it_was})
     candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
     if set(names) <= set(s.widths):
         if s.search:
@@ -273,3 +276,17 @@ def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
             near = sorted(legal.ladders[name], key=lambda w: abs(w - width))[:3]
             raise MptkError(f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}")
     return replace(legal, ladders={**legal.ladders, **{name: (width,) for name, width in widths.items()}})
+
+
+def narrowed(legal: LegalWidths, prepared: Prepared) -> LegalWidths:
+    """Legal widths that a larger cut still has units for. Raises MptkError if a family has none."""
+    if prepared.start is None:
+        return legal
+    most = prepared.start.plan.widths
+    ladders = {name: tuple(w for w in ws if w <= most.get(name, ws[-1])) for name, ws in legal.ladders.items()}
+    if none := sorted(name for name, widths in ladders.items() if not widths):
+        raise MptkError(
+            f"{prepared.settings.larger} has only {most[none[0]]} units of {none[0]} left; give a narrower --width, or "
+            "leave it out"
+        )
+    return replace(legal, ladders=ladders)

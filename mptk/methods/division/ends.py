@@ -24,9 +24,11 @@ ENDS_TOKENS = 512
 def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets) -> str:
     """A note if a cut with uncut ends at the same budget has a lower loss; "" if not, or if there is no such cut.
 
+    There is none after a larger cut, which has cut the ends.
+
     ``equal``: the plan whose layers are alike. ``scores``: of the families that it cuts.
     """
-    spared = whole_ends(prepared, scores, equal)
+    spared = None if prepared.start is not None else whole_ends(prepared, scores, equal)
     if spared is None:
         return ""
     alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(ENDS_TOKENS)[0])

@@ -24,7 +24,7 @@ from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.resolved_plan import kept_units, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, score, select
 from mptk.methods.criteria.wanda import WANDA
@@ -35,7 +35,6 @@ from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, run_module
 from mptk.methods.maskprune.watch import Watch
-from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import TRACKER, RunFolder
@@ -186,7 +185,8 @@ class Learner:
                 f"give --batch {whole.mask_parts * count}"
             )
         steps = whole.mask_steps * whole.mask_parts
-        solver = Solver(shapes, prepared.cost.share, budget, steps, rates, given=given, device=device, blocks=depths)
+        stays = {family: units.to(device) for family, units in prepared.stays.items()}
+        solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)

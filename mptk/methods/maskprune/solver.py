@@ -50,6 +50,8 @@ class Solver:
         given: fixed widths. They are approached at the pace of the target; the other families meet the budget.
         device: of the masks and all tensors of their shape; the activations' device.
         blocks: family whose units are whole blocks → the blocks that cannot be removed.
+        stays: family → the units of a larger cut, boolean [layers, scopes, size], as many in each row. Only these are
+            chosen from. The target then falls from that cut's cost.
 
     ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
     For blocks it is the order of removal.
@@ -66,16 +68,21 @@ class Solver:
         given: Mapping[str, int] | None = None,
         device: torch.device | None = None,
         blocks: Mapping[str, Collection[int]] | None = None,
+        stays: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp, self.given = (rates or Rates()).over(steps), ramp, dict(given or {})
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
-        self.masks = {f: torch.ones(shape, device=self.device, requires_grad=True) for f, shape in shapes.items()}
+        whole = {family: torch.ones(shape, dtype=torch.bool, device=self.device) for family, shape in shapes.items()}
+        self.stays = {family: (stays or {}).get(family, units) for family, units in whole.items()}
+        self.masks = {family: units.float().requires_grad_() for family, units in self.stays.items()}
         self.fisher, self.drift, self.last, self.squares = (self._zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
-        self.removed = dict.fromkeys(shapes, 0.0)
+        self.gone = {family: float((~units[0, 0]).sum()) for family, units in self.stays.items()}
+        self.removed = dict(self.gone)
+        self.begin = resource(self.widths()) if stays else 1.0
         self.fixed: dict[str, int] = {}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
@@ -102,8 +109,12 @@ class Solver:
         return 0.5 * fisher + self.beyond(family)
 
     def scores(self, family: str) -> Tensor:
-        """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior."""
-        return self.prior[family] if family in self.blocks else self.saliency(family)
+        """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior.
+
+        Those of units that a larger cut removed are −∞.
+        """
+        scores = self.prior[family] if family in self.blocks else self.saliency(family)
+        return scores.masked_fill(~self.stays[family], -torch.inf)
 
     def order(self, family: str) -> Tensor:
         """The units of each layer and scope row in the order of removal; blocks that must stay come last."""
@@ -130,9 +141,12 @@ class Solver:
         return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
     def target(self) -> float:
-        """The budget of the current step. It falls from 1 to B over the ramp, along a cubic (Zhu & Gupta 2017)."""
+        """The budget of the current step. It falls to B over the ramp, along a cubic (Zhu & Gupta 2017).
+
+        It begins with 1 or, after a larger cut, with that one's cost.
+        """
         done = min(1.0, (self.step_count + 1) / max(1.0, self.ramp * self.steps))
-        return self.budget + (1 - self.budget) * (1 - done) ** 3
+        return self.budget + (self.begin - self.budget) * (1 - done) ** 3
 
     # ---- the updates ----
 
@@ -188,8 +202,10 @@ class Solver:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
         if self.fixed:
             return
-        ramped = (1 - self.target()) / (1 - self.budget) if self.budget < 1 else 1.0
-        self.removed |= {family: ramped * (self.shapes[family][2] - width) for family, width in self.given.items()}
+        ramped = (self.begin - self.target()) / (self.begin - self.budget) if self.budget < self.begin else 1.0
+        for family, width in self.given.items():
+            gone = self.gone[family]
+            self.removed[family] = gone + ramped * (self.shapes[family][2] - gone - width)
         free = [family for family in self.shapes if family not in self.given]
         if free:
             self._move_widths(free)
@@ -212,7 +228,8 @@ class Solver:
         for family in free:
             size, saved = self.shapes[family][2], price * slopes[family]
             direction = (saved - losses[family]) / max(saved + losses[family], EPSILON)
-            self.removed[family] = min(max(self.removed[family] + rate * size * direction, 0.0), self._most(family))
+            moved = self.removed[family] + rate * size * direction
+            self.removed[family] = min(max(moved, self.gone[family]), self._most(family))
 
     def _move_price(self) -> None:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""

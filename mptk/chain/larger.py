@@ -1,0 +1,142 @@
+"""larger: start a run from a larger pruned folder of the same dense model, and cut it further.
+
+The run stays one on the dense model: its plan has the dense model's units, which are among those of the larger folder,
+and the dense model is what the budget is a share of, the teacher, and the reference for quality and for the proof. Only
+where units are chosen and fitted, the dense model is replaced by ``begun``: the larger model in dense shapes, whose
+removed units are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from mptk.compile.changes import changes_of, without
+from mptk.config.settings import Settings
+from mptk.distributed.processes import holds
+from mptk.errors import MptkError
+from mptk.files import json_text, path_of
+from mptk.io.live import without_weights
+from mptk.ir.families import Analysis, Depth
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import Cut, kept_units, resolve_plan
+from mptk.ir.weights import Weights
+from mptk.methods.division.budget import find_widths
+from mptk.proof.verification import plan_of
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.conversion import Analysed, Conversion
+from mptk.protocols.origin import Origin
+from mptk.protocols.report import Report
+from mptk.publish.manifest import check_manifest
+from mptk.targets.stock_config import check_code
+from passes.targets.legalize import Candidate
+from passes.transforms.insert_masks import disturbed
+
+
+def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, ...], origin: Origin) -> Chosen | None:
+    """The choice and the weights of the folder ``settings.larger``; None if there is none, or a plan is given.
+
+    ``model``: the dense model after ``conversions``. ``origin``: of the run.
+
+    Raises:
+        MptkError: it is no pruned folder, was changed, or was made from another model or by other conversions; or it
+            has lost units that a second cut could not take for 0.
+    """
+    if settings.larger is None or settings.fixed:
+        return None
+    folder, analysis = path_of(settings.larger), model.analysis
+    report, plan = Report.read(folder), plan_of(folder)
+    check_manifest(folder)
+    if report.model_sha256 != origin.model:
+        raise MptkError(f"{folder} was not pruned from this model; give a folder that was, or leave out --larger")
+    if json_text(plan.conversions, sort_keys=True) != json_text({c.name: c.entry for c in conversions}, sort_keys=True):
+        raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
+    if plan.divided:
+        raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
+    if why := refusal(analysis, plan.families):
+        raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
+    check_code(model.loaded.path, folder)
+    cut = resolve_plan(analysis, plan)
+    changes = changes_of(analysis, cut, folder, report, settings.trust_remote_code) if holds() else {}
+    return Chosen(plan, cut, changes, tuple(report.trained))
+
+
+def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
+    """The reason why a cut of these families cannot be cut further, or None.
+
+    It can be if zeros in the place of removed units compute the same.
+    """
+    for name in families:
+        if isinstance(analysis.family(name), Depth):
+            return f"{name} removes whole blocks"
+        if disturbed(analysis, name) is not None:
+            return f"zeros in the place of {name} would disturb a norm, a softmax or a top-k"
+    return None
+
+
+def further(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
+    """``prepared`` with the candidates from which each of ``sparsities`` can be reached by a further cut.
+
+    Raises:
+        MptkError: there is none.
+    """
+    if not sparsities:
+        return prepared
+    if why := refusal(prepared.analysis, prepared.families):
+        raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
+    refused: list[MptkError] = []
+
+    def reaches(candidate: Candidate) -> bool:
+        sizes = {name: prepared.analysis.family(name).size for name in candidate.widths}
+        plan = Plan({name: FamilyPlan(width, sizes[name], {}) for name, width in candidate.widths.items()})
+        start = Chosen(plan, Cut({}, {}))
+        try:
+            for sparsity in sparsities:
+                find_widths(replace(prepared, start=start, settings=replace(prepared.settings, sparsity=sparsity)))
+        except MptkError as error:
+            refused.append(error)
+            return False
+        return True
+
+    if found := tuple(filter(reaches, prepared.candidates)):
+        return replace(prepared, candidates=found)
+    raise refused[0]
+
+
+def begun(prepared: Prepared) -> Prepared:
+    """The model that units are chosen from and fitted to: the larger one in dense shapes; else the dense one."""
+    start, loaded, analysis = prepared.start, prepared.loaded, prepared.analysis
+    if start is None:
+        return prepared
+    changed = analysis.with_weights(start.changes)
+    weights = Weights(start.changes).updated(without(changed, start.cut))
+    own, aliases = loaded.weights or Weights({}), analysis.program.aliases
+    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+    bare: PreTrainedModel = without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
+    model = replace(loaded, model=bare, weights=own.updated(weights.selected(names)))
+    dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
+    fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
+    return replace(prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense)
+
+
+def joined(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """A choice from ``begun`` with the weights that it leaves as the larger folder has them.
+
+    Raises:
+        MptkError: the method chose units that are gone.
+    """
+    if (start := prepared.start) is None:
+        return chosen
+    folder, plan = prepared.settings.larger, chosen.plan
+    kept = kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
+    for name, units in prepared.stays.items():
+        if name not in kept or (kept[name] & ~units).any():
+            raise MptkError(
+                f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method"
+            )
+    changes = Weights(start.changes).updated(chosen.changes)
+    trained = tuple(changes) if start.trained or chosen.trained else ()
+    note = f"cut further from {folder}, with whose weights the run began"
+    return replace(chosen, changes=changes, trained=trained, notes=(*chosen.notes, note))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from mptk.cost.estimate import size_text
 from mptk.errors import MptkError
 from mptk.publish.manifest import check_manifest
 
@@ -40,9 +39,9 @@ def push(
     check_manifest(folder)
     if dry_run:
         sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-        lines = [f"{size_text(size):>8}  {name}" for name, size in sizes.items()]
-        to = f"{api.endpoint}/{repo}"
-        return "\n".join([*lines, f"{size_text(sum(sizes.values()))} in {len(sizes)} files would go to {to}"])
+        lines = [f"{size / 1e6:10,.1f} MB  {name}" for name, size in sizes.items()]
+        total = f"{sum(sizes.values()) / 1e6:10,.1f} MB  in {len(sizes)} files would go to {api.endpoint}/{repo}"
+        return "\n".join([*lines, total])
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:

@@ -63,7 +63,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         bars = axes.barh(names, [row[key] for row in rows], color=[DENSE, *[BAR] * (len(rows) - 1)], height=0.7)
         axes.bar_label(bars, [form.format(row[key]) for row in rows], padding=4, color=TEXT, fontsize=9)
         axes.set_title(title, fontsize=9.5, color=TEXT, loc="left")
-        axes.set(xlim=(0, 1.2 * max(row[key] for row in rows)), xticks=[], facecolor=CARD)
+        axes.set(xlim=(0, 1.3 * max(row[key] for row in rows)), xticks=[], facecolor=CARD)
         axes.tick_params(colors=TEXT, length=0, labelsize=9)
         axes.invert_yaxis()
         for side in axes.spines.values():

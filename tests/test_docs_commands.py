@@ -237,4 +237,4 @@ def test_lines_of_the_makefile_parse() -> None:
 def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\ndocs: {dict(COUNTS)}")
-    assert COUNTS["executed"] > COUNTS["parsed"]
+    assert COUNTS["executed"] > 60, "the others are those of the pages of benchmarks/, and what takes minutes"

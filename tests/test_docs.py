@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import re
-import runpy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,12 @@ def found(page: str, pattern: str) -> set[str]:
 
 
 def test_the_site_lists_every_page() -> None:
-    contents = runpy.run_path(str(ROOT / "docs/conf.py"))["CONTENTS"]
+    tree = ast.parse((ROOT / "docs/conf.py").read_text())  # to run it would need sphinx
+    (contents,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CONTENTS"
+    )
     listed = {f"{page}.md" for part in contents.values() for page in part.split()}
     assert listed == set(NAMES) - {"README.md"}
 

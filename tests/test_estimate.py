@@ -260,16 +260,16 @@ class Disk(NamedTuple):
             {"steps": 5},
             90e9,
             10**12,
-            r"\(8\d\.\d GB of it: training\), and 90\.0 GB is free; give --rank 16, a smaller",
+            r"\(8\d\.\d GB of it: training\), and 90\.0 GB is free; give rank=16, a smaller",
         ),
         (
             {"steps": 5, "rank": 16},
             20e9,
             10**12,
-            r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot --method",
+            r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot method",
         ),
-        ({}, 60e9, 10**10, r"the result needs 11\.\d GB of disk and .* has 10\.0 GB free; give an --out on a"),
-        ({"onnx": True}, 60e9, 2 * 10**10, r"the result needs 35\.\d GB of disk and .* give --no-onnx"),
+        ({}, 60e9, 10**10, r"the result needs 11\.\d GB of disk and .* has 10\.0 GB free; give an out on a"),
+        ({"onnx": True}, 60e9, 2 * 10**10, r"the result needs 35\.\d GB of disk and .* give onnx=False"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(

@@ -80,7 +80,7 @@ def test_masks_are_learned_on_it(folder: Path) -> None:
 def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
     dense, inputs = str(folder / "dense"), str(folder / "inputs.safetensors")
     for words in ({"data": "book.txt"}, {"eval_data": "self"}, {"vocabulary": "book.txt"}):
-        with pytest.raises(MptkError, match="--inputs"):
+        with pytest.raises(MptkError, match="inputs"):
             mptk.prune(dense, inputs=inputs, method="wanda", progress=None, **words)
     (tmp_path / "no.safetensors").write_text("none")
     with pytest.raises(MptkError, match=r"cannot read inputs in .*no\.safetensors"):

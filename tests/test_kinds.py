@@ -122,7 +122,7 @@ def test_targets_end_with_the_text() -> None:
     ("name", "data", "line"),
     [
         ("image classifier", "self", "this model reads images, and self is not a folder of them"),
-        ("image classifier", "text.txt", "is not a folder of them; give one with --data, or random"),
+        ("image classifier", "text.txt", "is not a folder of them; give one with data, or random"),
         ("image classifier", "sounds", "holds no images"),
         ("speech", "images", "holds no WAV files"),
         ("encoder", "self", "cannot write text to calibrate on"),

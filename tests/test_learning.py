@@ -328,11 +328,11 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
         ({"target": "graph", "learning": replace(LEARNING, rank=2)}, "LoRA needs the layers of a class"),
         (
             {"target": "graph", "learning": replace(LEARNING, rank=0, gradient_checkpointing=True)},
-            "--gradient-checkpointing needs the blocks of a class",
+            "gradient_checkpointing=True needs the blocks of a class",
         ),
         (
             {"target": "graph", "learning": replace(LEARNING, rank=0), "families": ("hidden",), "tolerance": 0.9},
-            "cannot be trained where hidden is cut, as norms follow it; use --target stock",
+            'cannot be trained where hidden is cut, as norms follow it; use target="stock"',
         ),
         (
             {"learning": replace(LEARNING, rank=0), "families": ("hidden",), "tolerance": 0.9},

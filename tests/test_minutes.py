@@ -106,8 +106,8 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
     inside.forbid("mptk.chain.prune.prepare")
     inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
     said = (
-        r"^--minutes 1 is too short: 5 training steps and 16 calibration windows take about \d+ min, of which \d+ \w+ "
-        r"are for 'train'; give --minutes \d+, or a one-shot --method, as wanda$"
+        r"^minutes=1 is too short: 5 training steps and 16 calibration windows take about \d+ min, of which \d+ \w+ "
+        r"are for 'train'; give minutes=\d+, or a one-shot method, as wanda$"
     )
     with pytest.raises(MptkError, match=said):
         mptk.prune(llama, tmp_path / "out", TINY, minutes=1, batch=8)

@@ -228,7 +228,7 @@ def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: P
 
 def test_query_heads_that_differ_are_refused(dense: str, tmp_path: Path) -> None:
     said = (
-        "nemotron-nas does not hold this cut: .*q_proj.weight: it would be .*; cut other units, or use --target graph"
+        'nemotron-nas does not hold this cut: .*q_proj.weight: it would be .*; cut other units, or use target="graph"'
     )
     with pytest.raises(MptkError, match=said):
         cut(dense, tmp_path, {"kv_groups.0": (1, 2, "model.layers.0.self_attn", "1")})

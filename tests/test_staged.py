@@ -277,8 +277,8 @@ def test_a_word_that_is_no_device_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "wanda"}, "generating text with the model needs all weights in memory, .*; give text with --data"),
-        ({"method": "maskprune"}, "training holds all weights in memory, .*; give a one-shot --method without --steps"),
+        ({"method": "wanda"}, "generating text with the model needs all weights in memory, .*; give text with data"),
+        ({"method": "maskprune"}, "training holds all weights in memory, .*; give a one-shot method without steps"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_if_it_does_not_fit(tmp_path: Path, changes: dict, said: str) -> None:

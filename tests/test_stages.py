@@ -159,6 +159,6 @@ def test_the_cut_folder_is_loaded_by_its_own_class(
 
 
 def test_a_family_without_its_partner_is_refused_by_name() -> None:
-    line = r"ffn.2 can only be cut together with channels.2 for target stock; name them in --families, too"
+    line = r"ffn.2 can only be cut together with channels.2 for target stock; name them in families, too"
     with pytest.raises(MptkError, match=line):
         mptk.prune(convnext(12, 20), sparsity=0.3, families=("ffn.2",), **SMALL)

@@ -88,8 +88,8 @@ def command(
         def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
             speaking = COMMAND_LINE.set(True)
-            TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
             try:
+                TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
                 check_open_files()
                 tidy_for(values.values())
                 if options:

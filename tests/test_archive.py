@@ -66,7 +66,7 @@ class Odd(nn.Module):
         self.calls += 1
         h = self.second(self.first(x).relu())
         if x.shape[2] % 2 == 0 and x.shape[2] * x.shape[3] > 40:
-            h = h * 2
+            h = h * 2 / (x.shape[3] + 1) ** 0.5
         h = h.mean((2, 3))
         return {"y": self.tied(self.back(self.one(h))) * self.scale + self.shift + self.calls, "h": h}
 
@@ -215,7 +215,11 @@ def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> N
     [
         ("Add(Symbol('s0', positive=True, integer=True), Integer(-2))", True),
         ("Pow(Symbol('s0'), Integer(2))", True),
+        ("FloatPow(ToFloat(Symbol('s0')), Float('0.5', precision=53))", True),
+        ("Pow(Symbol('s0'), Rational(1, 2))", True),
         ("Pow(Integer(9), Pow(Integer(9), Integer(9)))", False),
+        ("Pow(Integer(9), Float('1e9', precision=53))", False),
+        ("Pow(Integer(9), Symbol('s0'))", False),
         ("Integer(9)**9", False),
         ("Symbol('s0').name", False),
         ("exit()", False),

@@ -145,9 +145,11 @@ def _is_arithmetic(node: ast.expr) -> bool:
 
 
 def _is_small(power: ast.expr) -> bool:
-    """Whether a power is a number that is computed at once."""
-    numbers = [node.value for node in ast.walk(power) if isinstance(node, ast.Constant)]
-    return len(numbers) == 1 and numbers[0] in range(HIGHEST_POWER + 1)
+    """Whether a power is a number that is computed at once: Integer(2), Float('0.5', precision=53), Rational(1, 2)."""
+    if not isinstance(power, ast.Call) or not isinstance(power.func, ast.Name):
+        return False
+    numbers = [float(ast.literal_eval(number)) for number in power.args]
+    return power.func.id in ("Integer", "Float", "Rational") and max(map(abs, numbers), default=9) <= HIGHEST_POWER
 
 
 def _nested(text: str) -> bool:

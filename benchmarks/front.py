@@ -1,10 +1,10 @@
 """The README's chart: size, decode speed and perplexity of SmolLM2-135M, dense and cut by 20, 30 and 50 %.
 
-    python -m benchmarks.front [--json FILE] [--plot FILE] [--again]
+    python -m benchmarks.front [--json FILE] [--plot FILE] [--work FOLDER] [--again]
 
 Perplexities are rows of benchmarks/results/quality_all_weights.json: of MaskPrune, the row with most tokens at each
 sparsity. Their speed is measured here, on models of the same widths, whose units are chosen at random: it does not
-depend on which units go. ``--again`` draws the figures of FILE without measuring.
+depend on which units go. Models that are in FOLDER are used again. ``--again`` draws the figures of FILE without measuring.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def measured(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
     folders = [MODEL]
     for row in rows[1:]:
         folders.append(str(work / f"{row['sparsity']:g}"))
+        if Path(folders[-1]).exists():
+            continue
         given = {"widths": row["widths"], "sparsity": row["sparsity"], "tolerance": 1.0}
         mptk.prune(MODEL, folders[-1], method="random", samples=4, length=64, eval_windows=1, **given)
     times = mptk.bench(folders, lengths=[128], rounds=7)
@@ -74,11 +76,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/front.json"),
     plot: Path = Path("docs/front.png"),
+    work: Path | None = None,
     again: bool = False,
 ) -> None:
     if not again:
-        with tempfile.TemporaryDirectory() as work:
-            write_result(json_file, result_header(), measured(chosen(), Path(work)))
+        with tempfile.TemporaryDirectory() as temporary:
+            write_result(json_file, result_header(), measured(chosen(), work or Path(temporary)))
     draw(json.loads(json_file.read_text())["rows"], plot)
 
 

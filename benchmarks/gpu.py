@@ -92,7 +92,7 @@ class Stages:
 def do(job: Job) -> None:
     """Run a job here, and write its stages."""
     from mptk import Settings, prune, recover
-    from mptk.config.settings import Learning
+    from mptk.config.learning import Learning
     from mptk.proof.verification import verify
 
     say = Stages(job.device)

@@ -40,7 +40,7 @@ from mptk import Settings, prune
 from mptk.chain.amounts import in_time
 from mptk.chain.estimate import estimator
 from mptk.cli.parse import parse_width
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.cost.estimate import this_machine
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot

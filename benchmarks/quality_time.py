@@ -16,7 +16,7 @@ import typer
 from benchmarks.quality import MODEL, rows_in
 from mptk import Settings
 from mptk.chain.estimate import estimator
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.cost.estimate import this_machine
 
 SAMPLES = 96

@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
 from mptk.chain.prepare import legalise
-from mptk.config.settings import Learning, Settings, Training
+from mptk.config.learning import Learning, Training
+from mptk.config.settings import Settings
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan

@@ -111,7 +111,7 @@ SHORT = (
     (r"vacuous", "the mask of some families moves no output, so nothing is shown"),
     (r"wrong by \S+ in fp32, \S+ in fp64", "right in fp64, but rounding in fp32 exceeds 1e-5"),
     (r"^(build|config|forward):|CannotBuild", "no tiny model could be built"),
-    (r"caches more or less|no cache of keys and values alone", "the cache holds another state than keys and values"),
+    (r"caches more or less|no cache of keys and values", "the cache holds another state than keys and values"),
     (r"fails when it fills its own cache", "the model fails when it fills its own cache"),
     (r"cannot trace", "torch.export cannot trace the model"),
     (r"is not an input plus what it adds", "its blocks are not an input plus what they add, of the same axes"),
@@ -236,7 +236,7 @@ ONNX_HEAD = """
 By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and cut in all families at random legal widths. ONNX
 Runtime then runs a prompt of two rows (one padded on the left) and three more tokens. {equal} types are equal: no logit differs from
 torch's by more than 1e-4 of the largest. In {folded} of them every layer's cache is an input of `Attention`. In {padding} the padded row
-also gets the logits that the model gives it alone; in the others it does not, in torch neither.
+also gets the logits that the model gives for this row by itself. In the others it does not, and neither does it in torch.
 
 The others:
 """

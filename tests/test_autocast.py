@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
 from mptk.chain.amounts import settled
-from mptk.config.settings import Learning
+from mptk.config.learning import Learning
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import Calibration, gradients

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from mptk import MptkError, Settings
 from mptk.cli.main import app as commands
 from mptk.cli.options import chosen
-from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
+from mptk.config.choices import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
 from mptk.methods import methods
 from mptk.targets import TARGETS
 from passes import pipelines

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from mptk.chain.prepare import legalise
 from mptk.compat.accelerate import own_state
-from mptk.config.settings import Learning
+from mptk.config.learning import Learning
 from mptk.distributed.processes import replica
 from mptk.io import models
 from mptk.ir.samples import next_tokens

@@ -23,7 +23,7 @@ from mptk import MptkError, Settings, analyze, prune, recover, trace
 from mptk.api import recovery
 from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.cli.main import app
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import Estimate, Machine, ModelSizes, Pass, Work, duration, estimate, size_text, stacked
 from mptk.cost.model import CostModel

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.report import PROVEN_ON
 from passes.targets.onnx.names import QUANTIZED

@@ -22,7 +22,7 @@ from benchmarks import gguf_models as tiny
 from mptk import MptkError, Plan
 from mptk.api import graphs as api
 from mptk.compile.changes import stored_weights
-from mptk.config.settings import GgufType
+from mptk.config.choices import GgufType
 from mptk.io import models
 from mptk.targets.gguf import settings, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES

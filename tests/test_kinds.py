@@ -26,7 +26,7 @@ from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Samples
 from mptk.api import graphs as api
 from mptk.compile.trace import same_sizes, traced
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.io.models import Loaded, load
 from mptk.ir.samples import IGNORED
 from mptk.staged.staged import EXECUTOR

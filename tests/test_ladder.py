@@ -369,9 +369,9 @@ def test_ctrl_c_says_which_sizes_are_finished(llama: str, text: str, tmp_path: P
 
 def test_an_estimate_adds_the_sizes_up(llama: str, text: str) -> None:
     settings = mptk.Settings(method="wanda", samples=4, length=32, data=text, onnx=False)
-    alone = estimated(llama, settings)
+    single = estimated(llama, settings)
     found = needed(llama, settings, SIZES)
-    assert found.seconds["prove"] == pytest.approx(3 * alone.seconds["prove"], rel=0.5)
-    assert found.seconds["trace and analyse"] == alone.seconds["trace and analyse"]
-    assert alone.output["checkpoint"] < found.output["checkpoint"] < 3 * alone.output["checkpoint"] * 1.2
+    assert found.seconds["prove"] == pytest.approx(3 * single.seconds["prove"], rel=0.5)
+    assert found.seconds["trace and analyse"] == single.seconds["trace and analyse"]
+    assert single.output["checkpoint"] < found.output["checkpoint"] < 3 * single.output["checkpoint"] * 1.2
     assert found.does.startswith("3 models, each with")

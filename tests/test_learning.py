@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 
 import mptk
 from mptk import MptkError, Plan, Report, verify
-from mptk.config.settings import Learning, LossWeights, Training
+from mptk.config.learning import Learning, LossWeights, Training
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)

@@ -12,7 +12,7 @@ from inside import Inside
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk import MptkError, Samples, analyze, trace
-from mptk.config.settings import Learning, LossWeights
+from mptk.config.learning import Learning, LossWeights
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten

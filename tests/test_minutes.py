@@ -22,7 +22,7 @@ from mptk.api.recovery import needed
 from mptk.chain.amounts import LEAST_STEPS, in_time
 from mptk.chain.estimate import estimator
 from mptk.cli.main import app
-from mptk.config.settings import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
+from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)

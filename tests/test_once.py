@@ -17,7 +17,7 @@ from inside import Inside
 import mptk
 import mptk.chain.prune
 import mptk.proof.verification
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.ir.resolved_plan import resolve_plan
 from passes.targets.legalize import discover
 from passes.transforms.insert_masks import find_mask_sites

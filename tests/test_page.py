@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.cli.main import app
-from mptk.config.settings import Learning
+from mptk.config.learning import Learning
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.compare import front, grouped
 from mptk.report.markdown import rendered

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import mptk
 from mptk import MptkError, Samples, Settings
 from mptk.api.sources import collected
+from mptk.config.choices import IN_MEMORY
+from mptk.config.learning import Learning, Training
 from mptk.config.setting import with_keywords
-from mptk.config.settings import IN_MEMORY, Learning, Training
 from mptk.io.live import open_live
 from mptk.ir.passes import PassResult
 from mptk.ir.program import ProgramModule

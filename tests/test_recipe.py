@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
+from mptk.config.learning import Learning, LossWeights, Training
 from mptk.config.recipe import read_recipe, recipe, refused
 from mptk.config.setting import taken
-from mptk.config.settings import Learning, LossWeights, Training
 from mptk.files import write_json
 from mptk.publish.manifest import check_manifest, write_manifest
 

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.files import write_json
 from mptk.io.dense import fingerprint
 from mptk.ir.passes import PassRecord

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mptk import MptkError
-from mptk.config.settings import Rates
+from mptk.config.learning import Rates
 from mptk.methods.maskprune.solver import Solver
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}

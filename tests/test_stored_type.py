@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mptk
 from mptk import MptkError, Report
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.io import models
 from passes.transforms.store import Store, stored
 from tests import toy_checkpoints

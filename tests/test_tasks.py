@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreT
 
 import mptk
 from mptk import MptkError
-from mptk.config.settings import Learning, Training
+from mptk.config.learning import Learning, Training
 from mptk.io.models import load
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE

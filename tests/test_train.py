@@ -12,7 +12,7 @@ import torch
 from inside import Inside
 from torch import Tensor, nn
 
-from mptk.config.settings import LossWeights, Training
+from mptk.config.learning import LossWeights, Training
 from mptk.distributed.processes import accelerator
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.train import Loop

@@ -1,4 +1,7 @@
-"""Errors of the Python API speak of keywords, those of the command line of options."""
+"""Errors of the Python API speak of keywords, those of the command line of options.
+
+It reaches for mptk.api.words: flags of other programs, in errors that need several processes or a network.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import nn
 
 import mptk
 from mptk import MptkError
+from mptk.api.words import in_python
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,11 @@ def test_python_reads_keywords(settings: dict[str, object], said: str) -> None:
         mptk.prune(net, example_inputs=(torch.ones(2, 8),), progress=None, **({"method": "magnitude"} | settings))
     assert said in str(told.value)
     assert "--" not in str(told.value)
+
+
+@pytest.mark.parametrize("said", ["add --fsdp_version 2", "run: pip install --no-deps x", "`mptk prune m --estimate`"])
+def test_flags_of_other_programs_and_whole_commands_stay(said: str) -> None:
+    assert in_python(said) == said
 
 
 def test_a_command_reads_options(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

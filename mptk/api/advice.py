@@ -16,9 +16,10 @@ from mptk.api.words import public
 from mptk.chain.job import Job
 from mptk.chain.prune import started
 from mptk.chain.samples import domains
+from mptk.config.choices import MOST_SPARSITY
 from mptk.config.recipe import command
 from mptk.config.setting import with_keywords
-from mptk.config.settings import MOST_SPARSITY, Settings
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.data import source_names

@@ -21,7 +21,8 @@ from mptk.arguments import check_arguments
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
-from mptk.config.settings import GgufType, Settings
+from mptk.config.choices import GgufType
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models

@@ -12,6 +12,7 @@ from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
 from mptk.api.sources import Data, GivenInputs, Model
 from mptk.api.words import public
 from mptk.chain.estimate import estimator
+from mptk.chain.job import Finished
 from mptk.chain.ladder import LadderRun, climb, rungs
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
@@ -48,23 +49,20 @@ def ladder(
     Args:
         out: folder for the results, each in a folder named after its sparsity: ``runs/m/0.2``.
         sparsities: shares of the budget to remove, ascending.
-        keywords: as in ``prune``. ``steps`` and ``minutes`` are those of all models together, in equal parts.
-            ``resume``: goes on with the model that was interrupted; finished ones stay.
-
-    The other arguments are those of ``prune``.
+        keywords: as in ``prune``, like all other arguments. All models together take ``steps`` or ``minutes``, in equal
+            parts. ``resume`` goes on with the model that was interrupted; finished ones stay.
 
     Returns:
         The pruned models, the largest first. If several processes work on one run, only the first gets them.
 
     Raises:
-        MptkError: as ``prune``; the sparsities do not ascend; or the settings say otherwise what is cut, as ``plan``.
-            Models that were finished stay.
+        MptkError: as ``prune``; or the sparsities or the settings do not suit a ladder. Finished models stay.
     """
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
     inputs = tokenizer, example_inputs, data, eval_data, vocabulary
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    place, made = Path(out), list[Pruned]()
+    place = Path(out)
     ready = job(place)
     steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
     with reporting(progress) as say:
@@ -73,12 +71,13 @@ def ladder(
             say(f"sparsity {rung.out.name}", 0, 0)
             return Context(Log(on_record=on_stage), say)
 
-        for rung, found in climb(ready, place, steps, context):
-            if leads():
-                report = Report.read(rung.out)
-                compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-                made.append(Pruned(report, rung.out, compiled=compiled))
-    return made
+        return [_pruned(rung, found) for rung, found in climb(ready, place, steps, context) if leads()]
+
+
+def _pruned(rung: LadderRun, found: Finished | None) -> Pruned:
+    report = Report.read(rung.out)
+    compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
+    return Pruned(report, rung.out, compiled=compiled)
 
 
 def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:

@@ -20,8 +20,9 @@ from mptk.api.sources import Data, GivenInputs, Model, check_texts, given, names
 from mptk.api.words import public
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
+from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models

@@ -56,14 +56,8 @@ def recovery(
     report = Report.read(folder)
     check_manifest(folder)
     changes = {**values(settings, "recover"), "learning": settings.learning}
-    changes |= {
-        "reconstruct": False,
-        "distil_epochs": 0,
-        "search": False,
-        "vocabulary": None,
-        "kv_heads": None,
-        "larger": None,
-    }
+    changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
+    changes["search"] = False
     settings = replace(report.settings, **changes, plan=str(folder / "plan.json"))
 
     def given(prepared: Prepared) -> Chosen:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mptk.api.pruned import prune, recover
 from mptk.chain.describe import PACKAGES
+from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE, read_recipe
-from mptk.config.settings import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.ir.passes import PassRecord
 from mptk.progress import Progress

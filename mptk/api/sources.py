@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.chain.amounts import wanted
 from mptk.chain.estimate import estimated_for, estimator
 from mptk.chain.job import Given, Job
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.choices import IN_MEMORY
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
 from mptk.io import data as text

@@ -25,8 +25,9 @@ from mptk.api.sources import (
 from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import LONGEST_TRACE, fitting, traced
+from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.settings import Settings
 from mptk.conversions import converted, planned
 from mptk.errors import MptkError, explained
 from mptk.io import models

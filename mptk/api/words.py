@@ -14,11 +14,14 @@ from mptk.errors import MptkError
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 """Whether a command is running, whose user types options."""
-OPTION = re.compile(r"(?P<command>`[^`]*`)|(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?: (?P<value>[\w.+*%/=-]*[\w%]))?")
+OPTION = re.compile(
+    r"(?P<command>`[^`]*`)|(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?!\w)(?: (?P<value>[\w.+*%/=-]*[\w%]))?"
+)
 """A command in backticks, which stays; or an option, and the next word, which may be its value."""
 
-OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"}
-"""Options that are no settings → their keywords; of the others, the name is the keyword."""
+PLAIN = ("after", "chat", "like", "max_new_tokens", "model", "out", "rounds", "tokens")
+OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"} | {name.replace("_", "-"): name for name in PLAIN}
+"""Options that are not settings → their keywords. An option that is neither belongs to another program, and stays."""
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -50,7 +53,7 @@ def _keyword(found: re.Match[str]) -> str:
     denied = known.get(name.removeprefix("no-")) if name not in known else None
     rest = "" if value is None else f" {value}"
     if (each := denied or known.get(name)) is None:
-        return OTHERS.get(name, name.replace("-", "_")) + rest
+        return OTHERS[name] + rest if name in OTHERS else found[0]
     if each.kind in (bool, bool | None):
         return f"{each.name}={denied is None}{rest}"
     given = None if value is None else _value(each, value)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from mptk.config.choices import SAMPLES, TRIAL_TOKENS
+from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES
 from mptk.config.setting import with_keywords
-from mptk.config.settings import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings
+from mptk.config.settings import Settings
 from mptk.conversions import fits
 from mptk.cost.estimate import Estimate, duration
 from mptk.errors import MptkError

@@ -15,8 +15,9 @@ from typing import Any
 from mptk.chain.amounts import in_time, resumed, settled
 from mptk.chain.job import Finished, Given, Job
 from mptk.chain.prune import FOUND, described, run
+from mptk.config.choices import MOST_SPARSITY, UNIFORM
 from mptk.config.setting import with_keywords
-from mptk.config.settings import MOST_SPARSITY, UNIFORM, Settings
+from mptk.config.settings import Settings
 from mptk.conform import Made
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
@@ -64,7 +65,7 @@ class LadderRun:
 
 
 def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
-    """Raise MptkError for sparsities that are no ladder, or settings that no ladder can have."""
+    """Raise MptkError if the sparsities or the settings do not suit a ladder."""
     if len(sparsities) < 2:
         raise MptkError("a ladder has two sizes or more; give them as 0.2,0.3,0.5, or --sparsity for one")
     if not all(0 < s <= MOST_SPARSITY for s in sparsities):
@@ -101,7 +102,7 @@ def divided(asked: Settings, sparsities: Sequence[float]) -> Settings:
     """The settings of a rung, with its part of the ladder's steps.
 
     Raises:
-        MptkError: the sparsities are no ladder, or the settings are none of a ladder's.
+        MptkError: the sparsities or the settings do not suit a ladder.
     """
     check_ladder(sparsities, asked)
     steps = asked.learning.steps

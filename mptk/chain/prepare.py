@@ -11,7 +11,8 @@ from mptk.chain.estimate import check_fits
 from mptk.chain.job import AnalysedDense, Job
 from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
-from mptk.config.settings import FREE, IN_MEMORY, UNIFORM, Settings
+from mptk.config.choices import FREE, IN_MEMORY, UNIFORM
+from mptk.config.settings import Settings
 from mptk.conversions import converted, wanted
 from mptk.cost.budgets import CACHED, LATENCY
 from mptk.cost.estimate import Estimate

@@ -10,7 +10,8 @@ from mptk.chain.amounts import TRAINED_PER_HELD_OUT, measured, wanted, watched
 from mptk.chain.job import Given, Job
 from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.choices import IN_MEMORY
+from mptk.config.settings import Settings
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
 from mptk.io import data

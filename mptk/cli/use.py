@@ -16,8 +16,9 @@ from mptk.cli.console import echo, err, out
 from mptk.cli.options import JsonOption, ModelArgument, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
+from mptk.config.choices import GgufType
 from mptk.config.setting import SEED, Choices
-from mptk.config.settings import GgufType, Settings
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 

@@ -36,60 +36,32 @@ from mptk.config.cases import (
     WHOLE_BLOCKS,
     WRITE,
 )
+from mptk.config.choices import (
+    COMPUTE_DTYPES,
+    DEVICES,
+    DTYPES,
+    IN_MEMORY,
+    INPUTS,
+    LAYERS,
+    METHODS,
+    MOST_SPARSITY,
+    ONNX_DTYPES,
+    SAMPLES,
+    SCHEMES,
+    TARGET_CHOICES,
+    TRIAL_TOKENS,
+    UNIFORM,
+)
 from mptk.config.learning import (
     MINUTES,
     MOST_STEPS,
     SEARCH_MINUTES,
     Learning,
-    LossWeights,
-    Rates,
-    Training,
 )
 from mptk.config.setting import COUNT, SEED, Choices, Record, numbers_in, record, setting
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
 from mptk.ir.alignment import HARDWARE, KERNEL_BLOCK, read_alignment
-
-__all__ = [
-    "FREE",
-    "INPUTS",
-    "IN_MEMORY",
-    "MINUTES",
-    "MOST_SPARSITY",
-    "MOST_STEPS",
-    "SEARCH_MINUTES",
-    "UNIFORM",
-    "Learning",
-    "LossWeights",
-    "Rates",
-    "Settings",
-    "Training",
-]
-
-IN_MEMORY = "samples given in Python"
-"""What settings and reports call samples that were given in memory."""
-INPUTS = ".safetensors"
-"""Suffix of a file of inputs."""
-UNIFORM, FREE = LAYERS = ("uniform", "free")
-"""Whether all cut layers share their widths, or each has its own."""
-METHODS = Choices(
-    ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
-    plugins=("mptk.methods", "mptk.criteria"),
-)
-TARGET_CHOICES = Choices(("stock", "nemotron-nas", "graph"), plugins=("mptk.targets",))
-SCHEMES = Choices(("int8", "int4", "fp16"))
-GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-"""Types of the matrices in a GGUF file. auto: as the folder has them."""
-DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
-COMPUTE_DTYPES = Choices(("float32", "bfloat16"))
-ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfloat16 kernels for the CPU
-DEVICES = Choices(("auto", "cpu", "cuda", "mps", "xpu"), numbered=("cuda", "xpu"))
-MOST_SPARSITY = 0.99
-"""The largest sparsity."""
-SAMPLES = 32
-"""Calibration windows of a run whose minutes do not count."""
-TRIAL_TOKENS = 131_072
-"""Tokens on which a search trains, if minutes do not count."""
 
 
 @record

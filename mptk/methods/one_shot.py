@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mptk.config.settings import FREE, Settings
+from mptk.config.choices import FREE
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.distributed.processes import leads
 from mptk.ir.families import Analysis

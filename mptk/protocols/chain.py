@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Learning, Settings
+from mptk.config.learning import Learning
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import replica

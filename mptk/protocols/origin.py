@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.choices import IN_MEMORY
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import json_text, path_of
 from mptk.io import data

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.choices import IN_MEMORY
+from mptk.config.settings import Settings
 from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded

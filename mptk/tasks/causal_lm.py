@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import IN_MEMORY
+from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs, perplexities
 from mptk.io.models import Loaded

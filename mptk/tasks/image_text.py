@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mptk.config.settings import IN_MEMORY
+from mptk.config.choices import IN_MEMORY
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples, next_tokens

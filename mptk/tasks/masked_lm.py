@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mptk.config.settings import IN_MEMORY
+from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import IN_MEMORY, INPUTS, Settings
+from mptk.config.choices import IN_MEMORY, INPUTS
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, exhausted, first_line
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded

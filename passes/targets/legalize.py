@@ -94,7 +94,6 @@ def stock_widths(
     together = tuple(stock.together)
     refused = {n: r.about(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused |= stock.derived
-
     depths = {family.name: family for family in analysis.depths}
 
     @functools.cache
@@ -116,8 +115,8 @@ def stock_widths(
 
     ladders, rows = {}, grouped_rows(analysis)
     for family in analysis.families:
-        widths = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
-        widths = [w for w in widths if _whole(family, w, rows)]
+        narrower = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
+        widths = [w for w in narrower if _whole(family, w, rows)]
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)

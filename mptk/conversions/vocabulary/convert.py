@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.config.settings import IN_MEMORY, Settings
+from mptk.config.choices import IN_MEMORY
+from mptk.config.settings import Settings
 from mptk.conversions.vocabulary.ids import named_ids, renumbered
 from mptk.conversions.vocabulary.tokens import Choice, check_reading, trimmed_tokenizer, used_ids
 from mptk.errors import MptkError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from mptk.config.settings import FREE, MOST_SPARSITY, Settings
+from mptk.config.choices import FREE, MOST_SPARSITY
+from mptk.config.settings import Settings
 from mptk.cost.budgets import CACHED, KV_CACHE, LATENCY, VOCABULARY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 
 from mptk.compile.cut import compile_plan, small_model
 from mptk.compile.dense_outputs import with_outputs
-from mptk.config.settings import Learning, Settings
+from mptk.config.learning import Learning
+from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
 from mptk.files import write_json

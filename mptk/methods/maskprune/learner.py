@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
-from mptk.config.settings import FREE, Learning, Settings
+from mptk.config.choices import FREE
+from mptk.config.learning import Learning
+from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mptk.config.settings import LossWeights
+from mptk.config.learning import LossWeights
 from mptk.distributed.processes import widest
 from mptk.ir.samples import IGNORED
 

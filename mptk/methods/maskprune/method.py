@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mptk.config.settings import FREE, Settings
+from mptk.config.choices import FREE
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mptk.config.settings import Rates
+from mptk.config.learning import Rates
 from mptk.distributed.processes import widest
 from mptk.errors import MptkError
 from mptk.methods.criteria.fisher import beyond_noise, tempered

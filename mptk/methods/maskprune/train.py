@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mptk.config.settings import Training
+from mptk.config.learning import Training
 from mptk.distributed.processes import full, gathered, prepare, shard_like, widest
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined

@@ -7,7 +7,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 from transformers import PreTrainedConfig
 
-from mptk.config.settings import GgufType
+from mptk.config.choices import GgufType
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.ir.plan import Plan

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from mptk.config.settings import GgufType
+from mptk.config.choices import GgufType
 from mptk.errors import MptkError, ProofError
 from mptk.ir.weights import Weights
 from mptk.targets.gguf.architectures import Architecture, shifted

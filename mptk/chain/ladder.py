@@ -1,7 +1,7 @@
 """ladder: models of several sizes in one run. Each is cut further from the next larger one and begins with its weights.
 
 Each rung is a run of its own (``mptk/chain/larger.py``), with a folder, a proof and a report. They share the dense
-model, its analysis, the text and a cached teacher. Steps and minutes are those of the whole ladder, in equal parts.
+model, its analysis and a cached teacher. Steps and minutes are those of the whole ladder, in equal parts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mptk.chain.amounts import in_time, resumed, settled
-from mptk.chain.job import Finished, Given, Job
+from mptk.chain.job import Finished, Job
 from mptk.chain.prune import FOUND, described, run
-from mptk.config.choices import MOST_SPARSITY, UNIFORM
+from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conform import Made
@@ -23,11 +23,10 @@ from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
 from mptk.files import discard
-from mptk.ir.samples import concatenated
-from mptk.protocols.chain import Prepared
+from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.protocols.report import Report
 from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_settings
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
 
@@ -122,10 +121,16 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
     if (learning := each.learning).teacher == "cached" and learning.teacher_cache is None:
         each = with_keywords(each, {"teacher_cache": str(beside(out) / TEACHER)})
     found, larger = list[LadderRun](), None
-    for place, sparsity in zip(places, sparsities, strict=True):
-        found.append(LadderRun(place, replace(each, sparsity=sparsity, larger=larger, minutes=None)))
+    for i, (place, sparsity) in enumerate(zip(places, sparsities, strict=True)):
+        seed = each.seed + i if selects(each) else each.seed
+        found.append(LadderRun(place, replace(each, sparsity=sparsity, larger=larger, minutes=None, seed=seed)))
         larger = str(place.resolve())
     return found
+
+
+def selects(settings: Settings) -> bool:
+    """Whether the seed selects windows of a text: those of the next rung are others, so that the ladder reads more."""
+    return settings.data not in (SELF, RANDOM_DATA, IN_MEMORY)
 
 
 def _earlier(place: Path) -> Mapping[str, Any]:
@@ -146,13 +151,11 @@ def climb(
     done = once(lambda: finished(job, steps))
     yield from ((rung, None) for rung in steps[:done])
     left = steps[done:]
-    job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()))
+    given = None if job.samples is None else first_only(job.samples)
+    job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()), samples=given)
     for i, rung in enumerate(left, 1):
         further = [each.settings.sparsity for each in left[i:]]
-        found = run(replace(job, out=rung.out, further=further), rung.settings, context(rung))
-        if found is not None:
-            job = replace(job, samples=same(found.sets))
-        yield rung, found
+        yield rung, run(replace(job, out=rung.out, further=further), rung.settings, context(rung))
     if beside(out).is_dir() and leads():
         discard(beside(out))
 
@@ -176,9 +179,3 @@ def first_only(make: Callable[..., Made]) -> Callable[..., Made]:
         return made[0]
 
     return ask
-
-
-def same(sets: SampleSets) -> Callable[[Prepared], Given]:
-    """Gives a run the samples of another."""
-    training = sets.training if sets.held_out is None else concatenated([sets.training, sets.held_out])
-    return lambda prepared: Given(training, sets.evaluation)

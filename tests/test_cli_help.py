@@ -31,6 +31,16 @@ from passes import pipelines
 NAMES = sorted(typer.main.get_command(commands).commands)
 
 
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_help_fits_80_columns_and_cuts_no_name(command: str) -> None:
+    said = CliRunner().invoke(commands, [command, "--help"], env={"COLUMNS": "80"}).stdout
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
 # ---- choices ----
 
 

@@ -29,7 +29,11 @@ def advise(
     model: ModelArgument,
     settings: Settings,
     sparsities: Annotated[
-        str, typer.Option(help="Shares of the budget to remove; the nearest legal cuts are measured.")
+        str,
+        typer.Option(
+            help="Shares of the budget to remove; the nearest legal cuts are measured.",
+            show_default=f"{len(SPARSITIES)} from {SPARSITIES[0]:.0%} to {SPARSITIES[-1]:.0%}",
+        ),
     ] = ",".join(f"{share:.0%}" for share in SPARSITIES),
     tolerance: Annotated[
         str,

@@ -17,7 +17,7 @@ from typer.models import OptionInfo
 
 from mptk.cli.parse import names, parse_share, parse_size, parse_width
 from mptk.cli.places import file_to_write, folder_to_write
-from mptk.config.cases import CUT, RUNS
+from mptk.config.cases import CUT, READING
 from mptk.config.setting import (
     COUNT,
     AnyRecord,
@@ -78,6 +78,12 @@ JsonOption = Annotated[
 ]
 
 
+SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}
+"""Kind of a setting → how help names its value: short, so that 80 columns hold the longest option."""
+WIDEST, CHOICE = 14, "NAME"
+"""Most characters of choices beside an option in help. More are listed in its text, and it takes a ``CHOICE``."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How a setting is typed: typer's type, the conversion to the setting's value, and back for the default."""
@@ -105,12 +111,13 @@ def form(each: Declared) -> Form:
 
 def parameters(command: str, base: Record) -> list[inspect.Parameter]:
     """The parameters of a command that are settings. ``base``: the command's defaults."""
+    panelled = command in READING
     return [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=form(each).typed(each.of(base)),
-            annotation=Annotated[form(each).kind, option(name, each, each.setting.panel if command in RUNS else None)],
+            annotation=Annotated[form(each).kind, option(name, each, each.setting.panel if panelled else None)],
         )
         for name, each in taken(type(base), command).items()
     ]
@@ -121,10 +128,14 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
     more = {} if bounds is None or form(each).kind != each.kind else within(*bounds)
+    more["metavar"] = SHORT.get(form(each).kind)
     if each.setting.form == "share":
         more = {"parser": _share, "callback": more["callback"], "metavar": "SHARE"}
     more |= {} if choices is None else chosen(choices, several=get_origin(each.kind) is tuple)
-    made: OptionInfo = typer.Option(*flags, help=each.setting.help, rich_help_panel=panel, **more)
+    help = each.setting.help
+    if choices is not None and more["metavar"] == CHOICE:
+        help = f"{help} One of {', '.join(choices.shown)}."
+    made: OptionInfo = typer.Option(*flags, help=help, rich_help_panel=panel, **more)
     return made
 
 
@@ -158,7 +169,7 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
-    return {"parser": parse, "autocompletion": complete, "metavar": metavar}
+    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= WIDEST else CHOICE}
 
 
 # ---- options that would do nothing ----

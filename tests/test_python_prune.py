@@ -374,3 +374,8 @@ def test_help_and_completion_know_the_arguments() -> None:
     assert {"example_inputs", "data", "tokenizer"} <= set(names)
     assert "sparsity" in (inspect.getdoc(mptk.prune) or "")
     assert {"Pruned", "Samples", "load", "fetch", "recover", "evaluate", "generate", "export", "show"} <= set(dir(mptk))
+
+
+def test_a_path_of_data_that_is_not_there_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match=r"'nonsuch\.txt' is not a file or folder"):
+        mptk.prune("no-such-model", tmp_path / "out", data="nonsuch.txt", method="wanda")

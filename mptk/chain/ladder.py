@@ -33,8 +33,6 @@ from mptk.publish.manifest import MARKER, check_manifest, is_ours
 Needs = Callable[[Settings], Estimate]
 TEACHER = "teacher"
 """Name of the folder of a cached teacher, within the folder of the unfinished ladder."""
-EXPANDED = ("families", "keep")
-"""Settings of which a run may store other names: those of the families in a part of the model."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class LadderRun:
         report = Report.read(self.out)
         check_manifest(self.out)
         before, now = described(source, report.settings), described(source, self.settings)
-        may_differ = {*FOUND, *EXPANDED} - {"sparsity"}
+        may_differ = {*FOUND} - {"sparsity"}
         if changed := sorted(name for name in now.keys() - may_differ if before[name] != now[name]):
             raise MptkError(
                 f"{self.out} was made with other settings ({', '.join(changed)}); give the same, or remove it"

@@ -61,7 +61,11 @@ def given_plan(settings: Settings) -> Plan | None:
 
 
 def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
-    """Raise MptkError for settings that no model can meet. ``plan``, ``texts``: a job's plan and vocabulary."""
+    """Raise MptkError for settings that no model can meet, and paths of data that are not there, before any work.
+
+    ``plan``, ``texts``: a job's plan and vocabulary.
+    """
+    data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
     method = find_method(settings.method)
     target = find_target(settings.target)
     if not settings.fixed:

@@ -56,8 +56,8 @@ from passes.verify import Difference
 
 WorkResult = TypeVar("WorkResult")
 
-FOUND = ("sparsity", "length", "eval_length")
-"""Settings that the run itself fills in: from a latency, or from a trace of one length."""
+FOUND = ("sparsity", "length", "eval_length", "families", "keep")
+"""Settings that the run itself fills in: from a latency, a trace of one length, or the families in a part."""
 
 REMEDY = "nothing was published. Please report this model"
 

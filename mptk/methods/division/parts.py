@@ -11,6 +11,7 @@ from mptk.cost.model import is_layered
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from passes.targets.legalize import LegalWidths
+from passes.targets.width_choices import partners
 
 Parts = Mapping[str, Sequence[str]]
 """Part → the names of its modules."""
@@ -29,7 +30,8 @@ def families_in(analysis: Analysis, parts: Parts, part: str) -> list[str]:
 def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts: Parts) -> tuple[str, ...]:
     """Names of families, in which a part stands for its families with a group in each layer that have legal widths.
 
-    A part without such families stands for all that have legal widths.
+    A part without such families stands for all that have legal widths. Families that can only be cut together with one
+    outside of these are left out.
 
     Raises:
         MptkError: nothing in a part can be cut.
@@ -41,10 +43,19 @@ def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts
             continue
         legals = [f for f in families_in(analysis, parts, name) if len(legal.ladders.get(f, ())) > 1]
         channels = [f for f in legals if analysis.family(f).kind == "channels"]
-        if not channels:
+        layered = [f for f in channels if is_layered(analysis.family(f))]
+        if not (cut := _together(layered, legal) or _together(channels, legal)):
             raise MptkError(f"no family of {name} has another legal width; see mptk analyze, or use --target graph")
-        found += [f for f in channels if is_layered(analysis.family(f))] or channels
+        found += cut
     return tuple(dict.fromkeys(found))
+
+
+def _together(families: Sequence[str], legal: LegalWidths) -> list[str]:
+    """Those of ``families`` that can be cut without another one."""
+    left = list(families)
+    while without := [f for f in left if partners(f, left, legal.together)]:
+        left = [f for f in left if f not in without]
+    return left
 
 
 def part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[str, Any]]:

@@ -12,12 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mptk.api.advice import advise
+    from mptk.api.advice import advise, shapes
     from mptk.api.compiler import analyze, rewrite, rule, show, trace
     from mptk.api.graphs import bench, export
     from mptk.api.ladder import ladder
     from mptk.api.pruned import Pruned, prune, recover
-    from mptk.api.shapes import shapes
     from mptk.api.use import evaluate, generate
     from mptk.config.settings import Settings
     from mptk.errors import MptkError, ProofError
@@ -59,11 +58,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "mptk.api.advice": ("advise",),
+    "mptk.api.advice": ("advise", "shapes"),
     "mptk.api.graphs": ("bench", "export"),
     "mptk.api.ladder": ("ladder",),
     "mptk.api.pruned": ("Pruned", "prune", "recover"),
-    "mptk.api.shapes": ("shapes",),
     "mptk.api.use": ("evaluate", "generate"),
     "mptk.config.settings": ("Settings",),
     "mptk.errors": ("MptkError", "ProofError"),

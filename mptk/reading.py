@@ -1,16 +1,71 @@
-"""reading: read files of unknown origin within bounds of time and memory, and never outside of their folder."""
+"""reading: read files of unknown origin: within bounds of time and memory, in their folder, of the expected types."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mptk.conform import Made, made
 from mptk.errors import MptkError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Made = TypeVar("Made")
+KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
+LONGEST = 80
+"""Letters of a value or of a name in a message."""
+
+
+def made(kind: type[Made], values: object, where: str = "") -> Made:
+    """Make a dataclass or a typed dict of values read from JSON. A dataclass ignores names that it lacks.
+
+    No value is converted (``"3"`` is not a number, ``true`` not an integer), but an int may stand for a float.
+
+    Raises:
+        ValueError: a field is missing or not of its type; the message names it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        held = _holding(kind)  # type: ignore[arg-type]
+        found = held.model_validate_json(json.dumps({"content": values}, default=asdict))
+    except ValidationError as error:
+        raise ValueError(_said(error.errors()[0], where)) from error
+    content: Made = found.content  # type: ignore[attr-defined]
+    return content
+
+
+@functools.cache
+def _holding(kind: Any) -> type[BaseModel]:
+    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's rules."""
+    from pydantic import ConfigDict, create_model
+
+    return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
+
+
+def _said(error: Mapping[str, Any], where: str) -> str:
+    """Say in mptk's words what pydantic's ``error`` describes."""
+    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
+    kind, value, message = error["type"], error["input"], error["msg"]
+    if kind in ("missing", "extra_forbidden"):
+        return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
+    if kind == "value_error":
+        return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
+    plain = isinstance(value, int | float | str | None)
+    shown = json.dumps(value, ensure_ascii=False) if plain else KINDS_IN_WORDS[type(value)]
+    return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
+
+
+def brief(text: str, most: int = LONGEST) -> str:
+    """``text``, cut to ``most`` letters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
 
 MOST_BYTES = 1 << 26
 """Largest JSON file that is read, in bytes: a large model's report or plan has a hundredth of it."""
@@ -50,7 +105,7 @@ def read_json(path: Path, damaged: Damaged) -> Any:
 
 
 def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
-    """The content of a JSON file as a ``kind`` (``conform.made``)."""
+    """The content of a JSON file as a ``kind`` (``made``)."""
     try:
         return made(kind, read_json(path, damaged))
     except ValueError as error:

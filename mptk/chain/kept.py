@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mptk.conform import Made
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import write_json
@@ -18,7 +17,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
-from mptk.reading import read_as
+from mptk.reading import Made, read_as
 from mptk.staged.spool import Spool
 
 KEPT_CHOICE, KEPT_FIT = "choice", "fitted"

@@ -18,7 +18,6 @@ from mptk.chain.prune import FOUND, described, run
 from mptk.config.choices import MOST_SPARSITY, UNIFORM
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conform import Made
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
@@ -30,6 +29,7 @@ from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_sett
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
+from mptk.reading import Made
 
 Needs = Callable[[Settings], Estimate]
 TEACHER = "teacher"

@@ -30,9 +30,8 @@ from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
-from mptk.methods.division.parts import expanded
 from mptk.methods.division.search import rungs
-from mptk.methods.division.selection import LayerSelection, selected
+from mptk.methods.division.selection import LayerSelection, expanded, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared, Target, stored_type

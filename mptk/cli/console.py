@@ -1,10 +1,14 @@
-"""console: where commands print, and how much. They print plain text: markup and control characters have no effect."""
+"""console: where commands print, how much, and the progress of a run.
+
+They print plain text: markup and control characters have no effect.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +16,10 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from mptk.api.display import bars, lines
+from mptk.cli.stopping import STOPPED
 from mptk.plain import plain
+from mptk.progress import Progress, silent
 
 WIDE_COLUMNS = 1000
 """Columns if the output is not a terminal: wide enough that no table is cut."""
@@ -66,3 +73,26 @@ def echo(text: str, end: str = "\n") -> None:
     """Print text without wrapping or colours; control characters are escaped."""
     sys.stdout.write(plain(text) + end)
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Progress]:
+    """Show the stages of a run: bars on a terminal; in a log, lines with the seconds since the start.
+
+    Each update also checks for a signal whose exception was dropped.
+    """
+    if VOICE.quiet:
+        yield _looking(silent)
+    elif not console.is_interactive:
+        yield _looking(lines(console))
+    else:
+        with bars(console) as progress:
+            yield _looking(progress)
+
+
+def _looking(progress: Progress) -> Progress:
+    def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
+        STOPPED.look()
+        progress(stage, done, total, figures)
+
+    return report

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mptk.cli.app import command, resumable, show
-from mptk.cli.console import VOICE, err, out
+from mptk.cli.console import VOICE, err, out, stages
 from mptk.cli.options import (
+    Config,
     DenseOption,
     Folder,
     JsonOption,
@@ -23,8 +24,6 @@ from mptk.cli.options import (
     with_latency,
 )
 from mptk.cli.parse import names, parse_share
-from mptk.cli.progress import stages
-from mptk.cli.recipes import Config
 from mptk.config.cases import CUT
 from mptk.config.setting import Asked, values
 from mptk.config.settings import Settings

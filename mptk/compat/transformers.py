@@ -1,4 +1,5 @@
-"""transformers: the classes behind its auto classes, GGUF options, missing config attributes, weights on disk."""
+"""transformers: the classes behind its auto classes, GGUF options, missing config attributes, fields of unlike layers,
+weights on disk."""
 
 from __future__ import annotations
 
@@ -123,3 +124,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def config_field(config: PreTrainedConfig, name: str) -> Any:
+    """The value of a field; None if it is missing, a list with one value for each layer if layers may differ.
+
+    transformers raises an error if such a field is read from the config itself.
+    """
+    held = getattr(config, "attribute_map", {}).get(name, name)
+    if held in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return getattr(config, name, None)

@@ -2,19 +2,23 @@
 
 accelerate knows FSDP on accelerators only, and meets over gloo only if it is told that there are none. Both are settled
 here, so that everything that runs on several devices can be run, and tested, on several processes of a CPU.
+
+Calibration is divided over the processes (``Sharing``): each takes consecutive batches and all get the same result, so
+that all choose alike. What is found are sums, so only the order of rounding depends on the number of processes.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, gather, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -188,3 +192,41 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many processes work on one thing, and which one this is."""
+
+    count: int = 1
+    index: int = 0
+
+    def own(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """This process's part of ``batches``."""
+        each, more = divmod(len(batches), self.count)
+        start = self.index * each + min(self.index, more)
+        return batches[start : start + each + (self.index < more)]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor. All must ask for it, in the same order."""
+        if self.count == 1:
+            return tensor
+        summed: Tensor = reduce(tensor, "sum")
+        return summed
+
+    def all(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, in their order. All must ask for it, in the same order."""
+        return [tensor] if self.count == 1 else list(gather(tensor[None].contiguous()))
+
+
+def sharing(batches: int) -> Sharing:
+    """The processes of this run, if there are enough ``batches`` for all; else each does everything.
+
+    The same holds if weights are in shards (FSDP2): some work is then done only by the first process.
+    """
+    there = processes()
+    alone = shards() or there.num_processes > batches
+    return Sharing() if alone else Sharing(there.num_processes, there.process_index)

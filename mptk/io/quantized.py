@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptk.conform import brief
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import SMALL_FILES
@@ -26,6 +25,7 @@ from mptk.io.resident import Resident, stored_weight
 from mptk.io.tensors import likes_in, write_weights
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
+from mptk.reading import brief
 
 WORD = 32
 """Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.conform import brief
+from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
-from mptk.io.fields import field
-from mptk.reading import Damaged, check_inside, read_json
+from mptk.reading import Damaged, brief, check_inside, read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -97,7 +96,7 @@ def check_sizes(model: str, config: PreTrainedConfig) -> None:
     """Raise MptkError if a size of a config is below 1. What its class computes is not the config's: XLNet's has -1."""
     text = config.get_text_config()
     for name in SIZES:
-        value = None if isinstance(getattr(type(text), name, None), property) else field(text, name)
+        value = None if isinstance(getattr(type(text), name, None), property) else config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
                 raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")

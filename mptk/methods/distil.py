@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
 from mptk.ir.axis_facts import Dims

@@ -21,8 +21,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
-from mptk.methods.division.ends import ends_note
-from mptk.methods.division.layers import divided
+from mptk.methods.division.layers import divided, ends_note
 from mptk.methods.division.trial import best, plan_of
 from mptk.protocols.chain import Chosen, Method, Prepared
 from mptk.protocols.run_folder import RunFolder

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, renumbering

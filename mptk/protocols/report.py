@@ -15,11 +15,10 @@ from typing_extensions import TypedDict  # pydantic takes no other before Python
 
 from mptk.config.setting import from_json
 from mptk.config.settings import Settings
-from mptk.conform import brief, made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.protocols.shapes import Shapes
-from mptk.reading import read_json
+from mptk.reading import brief, made, read_json
 
 REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"

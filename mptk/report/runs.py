@@ -10,12 +10,11 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
 from mptk.protocols.report import REPORT_FILE, Report, Row
-from mptk.reading import Damaged, json_of, read_as, read_text
+from mptk.reading import Damaged, json_of, made, read_as, read_text
 from mptk.report.view import ranges
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
 from mptk.compat.torch import build_exported, quiet_exporter
-from mptk.conform import brief, made
 from mptk.errors import MptkError, first_line
 from mptk.files import json_text
 from mptk.io.archive import EXTRA, arithmetic, read_archive
@@ -26,7 +25,7 @@ from mptk.io.untrusted import damaged
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.program import Program, stateful
 from mptk.ir.weights import Weights
-from mptk.reading import Damaged, json_of
+from mptk.reading import Damaged, brief, json_of, made
 from passes.frontend.trace import own_state
 
 ARCHIVE = "model.pt2"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import vmap_opens
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves, resolve
 from mptk.ir.axis_facts import Dims

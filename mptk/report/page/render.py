@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mptk.conform import made
 from mptk.ir.families import Analysis
 from mptk.plain import plain
 from mptk.protocols.advice import Advice
 from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
+from mptk.reading import made
 from mptk.report import sections
 from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, advice_view
 from mptk.report.analysis import analysis_view

@@ -90,4 +90,4 @@ def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prep
     likes, spool = prepared.analysis.program.state.likes, Spool(prepared.executor.borders)
     for i, weight in enumerate(weights):
         spool.add(weight, folder.tensor(f"{name}-{i}", weight).to(likes[weight].dtype))
-    return spool.weights({weight: likes[weight] for weight in weights})
+    return spool.weights

@@ -231,9 +231,10 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
     program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
-        made = Projections(executor)
+        made = Spool(executor.borders)
         for layer in merged.layers:
-            made.add(merged_heads(layer, program.state, count, None, keys, values))
+            for name, tensor in merged_heads(layer, program.state, count, None, keys, values).items():
+                made.add(name, tensor)
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
@@ -242,33 +243,15 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
 
 def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers in their new shapes, made layer by layer."""
-    program, count, made = merged.before.analysis.program, merged.count, Projections(executor)
+    program, count, made = merged.before.analysis.program, merged.count, Spool(executor.borders)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
         places = first_heads(layer, count)
-        found = merged_heads(layer, program.state, count, products.__getitem__, keys, values)
-        made.add({name: _slice(*places[name], tensor) if name in places else tensor for name, tensor in found.items()})
+        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
+            made.add(name, _slice(*places[name], tensor) if name in places else tensor)
 
     with_products(merged, samples, executor, make)
     return made.weights
-
-
-class Projections:
-    """Collected projections. If they exceed the executor's memory, they are stored in files."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._shelf, self._likes = Spool(executor.borders), dict[str, Tensor]()
-
-    def add(self, projections: Mapping[str, Tensor]) -> None:
-        """Add the projections of a layer."""
-        for name, tensor in projections.items():
-            self._likes[name] = tensor.to("meta")
-            self._shelf.add(name, tensor)
-
-    @property
-    def weights(self) -> Weights:
-        """All projections, by name."""
-        return self._shelf.weights(self._likes)
 
 
 def with_products(

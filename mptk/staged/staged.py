@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from mptk.compat.torch import samples_last, schema, tree_leaves, tree_map
 from mptk.ir.program import DeviceInterpreter, Program
-from mptk.ir.weights import Weights
+from mptk.ir.weights import Lazy, Weights
 from mptk.progress import Count
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.spool import Spool, Values
@@ -129,7 +129,9 @@ class Executor:
                 if wanted[node]:
                     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                     kept.add(program.weights[node.name], total(gradient))
-        return kept.weights({name: program.state.like(name) for name in names})
+        likes = {name: program.state.like(name).to("meta") for name in names}
+        unused = {name: Lazy(like, partial(torch.zeros_like, like, device="cpu")) for name, like in likes.items()}
+        return Weights(unused).updated(kept.weights)
 
 
 EXECUTOR = Executor()

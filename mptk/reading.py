@@ -79,7 +79,7 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(_mode(file.fileno())):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise damaged("it is not a regular file")
             content = file.read(most + 1)
     except OSError as error:
@@ -161,10 +161,6 @@ def _inside(value: object) -> Iterable[object]:
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file. A named pipe opens at once, without waiting for its other end."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _mode(descriptor: int) -> int:
-    return os.fstat(descriptor).st_mode
 
 
 # ---- what leads out of a folder ----

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, reporting
-from mptk.api.sources import Data, GivenInputs, Model, given, in_memory, names_of, source_for
+from mptk.api.samples import Data, given, in_memory, names_of
+from mptk.api.sources import GivenInputs, Model, source_for
 from mptk.api.words import public
 from mptk.chain.job import Job
 from mptk.chain.prune import started

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, reporting
-from mptk.api.sources import (
-    Data,
-    GivenInputs,
-    Model,
-    check_fits,
-    collected,
-    in_memory,
-    names_of,
-    source_of,
-)
+from mptk.api.samples import Data, check_fits, collected, in_memory, names_of
+from mptk.api.sources import GivenInputs, Model, source_of
 from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import LONGEST_TRACE, fitting, traced

@@ -85,7 +85,7 @@ def shapes(
     """
     from mptk.api.advice import shapes as find_shapes
     from mptk.chain.amounts import settled
-    from mptk.chain.prepare import check_settings
+    from mptk.chain.checks import check_settings
     from mptk.report.sections import shapes_view
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)

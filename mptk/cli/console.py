@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -20,6 +20,9 @@ from mptk.api.display import bars, lines
 from mptk.cli.stopping import STOPPED
 from mptk.plain import plain
 from mptk.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from mptk.ir.passes import PassRecord
 
 WIDE_COLUMNS = 1000
 """Columns if the output is not a terminal: wide enough that no table is cut."""
@@ -96,3 +99,8 @@ def _looking(progress: Progress) -> Progress:
         progress(stage, done, total, figures)
 
     return report
+
+
+def printed() -> Callable[[PassRecord], None] | None:
+    """With ``-v``, a function that prints the record of a stage, with the difference if it is a pass; else None."""
+    return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None

@@ -18,8 +18,8 @@ from torch.nn import Parameter
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
+from mptk.ir.ops import example_size, is_open
 from mptk.ir.samples import is_tokens
-from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
 TracedInputs = tuple[tuple[object, ...], dict[str, object]]

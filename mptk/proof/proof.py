@@ -57,7 +57,7 @@ def prove_folder(
         MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.
     """
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
-    sequences = task.sequences and _tokens(samples)
+    sequences = task.sequences and any(map(is_tokens, samples.tensors))
     longer = sequences and task.only_length(program) is None
     reached = find_reach(compiled) if longer else Reach((), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
@@ -165,10 +165,6 @@ def _takes(program: Program, samples: Samples) -> bool:
     except MptkError:
         return False
     return True
-
-
-def _tokens(samples: Samples) -> bool:
-    return any(map(is_tokens, samples.tensors))
 
 
 def _length(samples: Samples) -> int:

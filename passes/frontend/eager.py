@@ -18,8 +18,8 @@ from torch import Tensor
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError, first_line
 from mptk.ir.copies import attributes, copied
+from mptk.ir.ops import example_size
 from mptk.ir.program import Program, ProgramModule
-from mptk.ir.sizes import example_size
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types."""

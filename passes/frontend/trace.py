@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import sympy
 import torch
+from mptk.ir.ops import is_open
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -30,7 +31,6 @@ from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.ops import storage, written
 from mptk.ir.program import STATE_COPY, Program, ProgramModule
-from mptk.ir.sizes import is_open
 from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights
 from passes.frontend.inline import inline

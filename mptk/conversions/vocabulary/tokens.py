@@ -57,7 +57,7 @@ def spelling(tokenizer: Json) -> set[str]:
         return {model["unk_token"]} & tokens.keys()
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     spelled = {token for token in tokens if _BYTE.fullmatch(token)} if model.get("byte_fallback") else set[str]()
-    letters: Iterable[str] = [] if spelled else {_bare(token, prefix, suffix) for token in tokens}
+    letters: Iterable[str] = [] if spelled else {token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
     if _is_byte_level(tokenizer):
         letters = ByteLevel.alphabet()
     single = [letter for letter in letters if len(letter) == 1]
@@ -68,10 +68,6 @@ def spelling(tokenizer: Json) -> set[str]:
     else:
         unknown = [model["unk_token"]] if model.get("unk_token") in tokens else []
     return spelled.union(unknown)
-
-
-def _bare(token: str, prefix: str, suffix: str) -> str:
-    return token.removeprefix(prefix).removesuffix(suffix)
 
 
 def _is_byte_level(tokenizer: Json) -> bool:

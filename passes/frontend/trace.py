@@ -10,7 +10,6 @@ from typing import TypeGuard
 
 import sympy
 import torch
-from mptk.ir.ops import is_open
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -29,7 +28,7 @@ from mptk.compat.torch import (
 from mptk.errors import MptkError, first_line
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
-from mptk.ir.ops import storage, written
+from mptk.ir.ops import is_open, storage, written
 from mptk.ir.program import STATE_COPY, Program, ProgramModule
 from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights

@@ -135,3 +135,14 @@ def config_field(config: PreTrainedConfig, name: str) -> Any:
     if held in (getattr(config, "per_layer_attributes", None) or ()):
         return [getattr(layer, name, None) for layer in config.per_layer_config]
     return getattr(config, name, None)
+
+
+ConfigPair = tuple[PreTrainedConfig, PreTrainedConfig]
+
+
+def paired_configs(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[ConfigPair]:
+    """A config and those within it, each with its counterpart in ``like``."""
+    yield config, like
+    for name, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
+            yield from paired_configs(inner, other)

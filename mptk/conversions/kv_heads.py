@@ -8,7 +8,7 @@ trained weights. The model before the merge stays the reference for training and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.compat.transformers import paired_configs
 from mptk.config.settings import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
@@ -157,17 +158,9 @@ def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
 def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with the types of weights that ``stored`` names."""
     made = copy.deepcopy(config)
-    for own, like in _parts(made, stored):
+    for own, like in paired_configs(made, stored):
         own.dtype = like.dtype
     return made
-
-
-def _parts(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
-    """A config and those within it, each with its counterpart in ``like``."""
-    yield config, like
-    for name, inner in vars(config).items():
-        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
-            yield from _parts(inner, other)
 
 
 # ---- which heads ----

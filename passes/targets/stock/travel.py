@@ -19,7 +19,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from mptk.compat.transformers import config_field
+from mptk.compat.transformers import config_field, paired_configs
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
@@ -150,7 +150,7 @@ def broken(cut: StockConfig, dense: PreTrainedConfig) -> list[str]:
     """The programs that do not read the config of a cut rightly, each named by what it derives."""
     reasons = [
         f"programs that derive {HEAD_DIM} from {HIDDEN_SIZE} and {HEADS}, as {deriving('head_dim')}"
-        for before, after in _inner(dense, cut.config)
+        for before, after in paired_configs(dense, cut.config)
         if _derivable(before) and not _derivable(after)
     ]
     implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != HEAD_DIM]
@@ -169,14 +169,6 @@ def _cuts(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> Iterator[tuple[
             if all(size * width % ladder[-1] == 0 for size in sizes.values()):
                 yield name, {partner: size * width // ladder[-1] for partner, size in sizes.items()}
                 break
-
-
-def _inner(dense: PreTrainedConfig, cut: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
-    """Both configs, and the configs within them in pairs."""
-    yield dense, cut
-    for key, value in vars(dense).items():
-        if isinstance(value, PreTrainedConfig) and isinstance(other := getattr(cut, key, None), PreTrainedConfig):
-            yield from _inner(value, other)
 
 
 def _derivable(config: PreTrainedConfig) -> bool:

@@ -104,6 +104,14 @@ def read_json(path: Path, damaged: Damaged) -> Any:
     return json_of(read_text(path, damaged), damaged)
 
 
+def json_object(path: Path, damaged: Damaged) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
+    content = read_json(path, damaged)
+    if not isinstance(content, dict):
+        raise damaged("it is not an object")
+    return content
+
+
 def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
     """The content of a JSON file as a ``kind`` (``made``)."""
     try:

@@ -78,8 +78,6 @@ def advise(
     chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
     source, chosen = source_for(model, chosen, tokenizer, example_inputs)
-    if source.plain and chosen.target == "stock":
-        chosen = replace(chosen, target="graph")
     said = partial(command, str(model)) if isinstance(model, str | Path) else None
     work = partial(_measured, said, sorted(set(sparsities)), tolerance)
     kept = scratch()
@@ -156,8 +154,6 @@ def shapes(
     base = settings or Settings(method="wanda", reconstruct=True)
     chosen = with_keywords(base, {**names_of(data=data), **keywords, "search": True, "onnx": False})
     source, chosen = source_for(model, chosen, tokenizer, example_inputs)
-    if source.plain and chosen.target == "stock":
-        chosen = replace(chosen, target="graph")
     kept = scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else Path(str(out))
     job = source.job(place, given(data, None))

@@ -184,7 +184,8 @@ def job_of(
     """
     named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
     source, chosen = source_for(model, with_keywords(base, {**named, **keywords}), tokenizer, example_inputs)
-    chosen = _for_plain(chosen) if source.plain else chosen
+    if source.plain:
+        _check_plain(chosen)
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
         check_texts(data=data, eval_data=eval_data)
@@ -232,12 +233,8 @@ def defaults(
     return replace(settings, data=IN_MEMORY) if own else settings
 
 
-def _for_plain(settings: Settings) -> Settings:
-    """The settings for an ``nn.Module``, which has no stock class.
-
-    Raises:
-        MptkError: the settings ask for training.
-    """
+def _check_plain(settings: Settings) -> None:
+    """Raise MptkError if the settings for an ``nn.Module`` ask for training."""
     if find_method(settings.method).learns and not settings.fixed:
         raise MptkError(
             f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
@@ -247,4 +244,3 @@ def _for_plain(settings: Settings) -> Settings:
         raise MptkError(
             "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
         )
-    return replace(settings, target="graph" if settings.target == "stock" else settings.target)

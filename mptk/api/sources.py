@@ -84,6 +84,8 @@ def source_for(
 ) -> tuple[Source, Settings]:
     """What a run starts from, and its settings. By default a file of example inputs is also the data.
 
+    A module that has no stock class is written as a graph.
+
     Raises:
         MptkError: as ``source_of``; the file cannot be read; or example inputs are also given in memory.
     """
@@ -95,7 +97,8 @@ def source_for(
         example_inputs = read_inputs(settings.inputs)
         settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
     trust = settings.trust_remote_code
-    return source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs), settings
+    source = source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs)
+    return source, replace(settings, target="graph") if source.plain and settings.target == "stock" else settings
 
 
 def _task(loaded: Loaded, example_inputs: GivenInputs | None) -> Task:

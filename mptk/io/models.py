@@ -77,7 +77,7 @@ class Loaded:
         return program if self.weights is None else filled(program, self.model, self.weights)
 
     def changed(self, changes: Weights, aliases: Mapping[str, str]) -> Loaded:
-        """The model with ``changes`` of its weights. ``aliases``: other name of a tied weight → the one in ``changes``."""
+        """The model with ``changes`` of its weights. ``aliases``: other name of a tied weight → name in ``changes``."""
         own = self.weights or Weights({})
         names = {name: owner for name in own if (owner := aliases.get(name, name)) in changes}
         return replace(self, weights=own.updated(changes.selected(names)))

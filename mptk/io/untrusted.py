@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
-from mptk.reading import Damaged, brief, check_inside, read_json
+from mptk.reading import Damaged, brief, check_inside, json_object
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -86,10 +86,7 @@ def check_config(file: Path) -> dict[str, Any]:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The content of a JSON file of a model. Raises MptkError if it is not an object."""
-    content = read_json(file, damaged(file))
-    if not isinstance(content, dict):
-        raise damaged(file)("it is not an object")
-    return content
+    return json_object(file, damaged(file))
 
 
 def check_sizes(model: str, config: PreTrainedConfig) -> None:

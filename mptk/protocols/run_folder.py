@@ -21,7 +21,7 @@ from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.protocols.origin import differing
-from mptk.reading import Damaged, read_json
+from mptk.reading import Damaged, json_object
 
 CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
@@ -160,7 +160,7 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
             )
     if not any(path.glob("*.safetensors")):
         return False
-    before = _object(file) if os.path.lexists(file) else None
+    before = json_object(file, _damaged(file)) if os.path.lexists(file) else None
     if not resume and (before is None or _trains(before)):
         raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
@@ -184,8 +184,8 @@ def kept_settings(out: Path) -> dict[str, Any]:
     Raises:
         MptkError: they are damaged.
     """
-    path = beside(out)
-    return _object(path / SETTINGS) if any(path.glob("*.safetensors")) and (path / SETTINGS).is_file() else {}
+    path, file = beside(out), beside(out) / SETTINGS
+    return json_object(file, _damaged(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
 
 
 def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
@@ -215,13 +215,6 @@ def _name(phase: str, step: int) -> str:
 def beside(out: Path) -> Path:
     """The folder of an unfinished run with this output."""
     return out.with_name(out.name + ".run")
-
-
-def _object(file: Path) -> dict[str, Any]:
-    content = read_json(file, _damaged(file))
-    if not isinstance(content, dict):
-        raise _damaged(file)("it is not an object")
-    return content
 
 
 def _damaged(file: Path) -> Damaged:

@@ -15,8 +15,11 @@ from mptk.errors import MptkError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
 
 Made = TypeVar("Made")
+Json = dict[str, Any]
+"""An object of a JSON file."""
 KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
 LONGEST = 80
 """Letters of a value or of a name in a message."""
@@ -49,7 +52,7 @@ def _holding(kind: Any) -> type[BaseModel]:
     return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
-def _said(error: Mapping[str, Any], where: str) -> str:
+def _said(error: ErrorDetails, where: str) -> str:
     """Say in mptk's words what pydantic's ``error`` describes."""
     place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]
@@ -104,7 +107,7 @@ def read_json(path: Path, damaged: Damaged) -> Any:
     return json_of(read_text(path, damaged), damaged)
 
 
-def json_object(path: Path, damaged: Damaged) -> dict[str, Any]:
+def json_object(path: Path, damaged: Damaged) -> Json:
     """The content of a JSON file that holds an object."""
     content = read_json(path, damaged)
     if not isinstance(content, dict):

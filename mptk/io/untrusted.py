@@ -9,7 +9,6 @@ from __future__ import annotations
 import stat
 import struct
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
-from mptk.reading import Damaged, brief, check_inside, json_object
+from mptk.reading import Damaged, Json, brief, check_inside, json_object
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -64,7 +63,7 @@ def check_folder(folder: Path) -> None:
             raise damaged(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
-def check_config(file: Path) -> dict[str, Any]:
+def check_config(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     content = read_object(file)
     classes = content.get("architectures")
@@ -84,7 +83,7 @@ def check_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> Json:
     """The content of a JSON file of a model. Raises MptkError if it is not an object."""
     return json_object(file, damaged(file))
 

@@ -28,9 +28,8 @@ from mptk.errors import MptkError
 from mptk.files import json_text, scratch
 from mptk.io.text.files import Document
 from mptk.io.text.tokens import pieces
-from mptk.reading import read_json
+from mptk.reading import Json, read_json
 
-Json = Mapping[str, Any]
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -119,7 +118,7 @@ class Merges:
         return [*marked[:-1], marked[-1] + (end or "")] if marked else []
 
 
-def trimmed_model(model: Json, kept: Mapping[str, int]) -> dict[str, Any]:
+def trimmed_model(model: Json, kept: Mapping[str, int]) -> Json:
     """The model of a ``tokenizer.json`` with the tokens ``kept`` under their new ids."""
     small = {**model, "vocab": {token: kept[token] for token in token_ids(model) if token in kept}}
     if model["type"] == "BPE":
@@ -194,7 +193,7 @@ class Choice:
         return {number, *(self.ids[part] for part in (self.merges.built_of(token) if token is not None else ()))}
 
 
-def content_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def content_of(tokenizer: PreTrainedTokenizerBase) -> Json:
     """The content of a tokenizer's ``tokenizer.json``. Raises MptkError if there is none, or its kind is unknown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -202,7 +201,7 @@ def content_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             f"{type(tokenizer).__name__} is not a fast tokenizer, so its vocabulary cannot be trimmed; convert it to "
             "a tokenizer.json, or leave out --vocabulary"
         )
-    content: dict[str, Any] = json.loads(backend.to_str())
+    content: Json = json.loads(backend.to_str())
     check_kind(content)
     return content
 
@@ -244,7 +243,7 @@ def _read_back(kind: type[PreTrainedTokenizerBase], folder: Path) -> PreTrainedT
     return found
 
 
-def trimmed_content(content: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+def trimmed_content(content: Json, new: Mapping[int, int]) -> Json:
     """The content of a ``tokenizer.json`` with only the ids in ``new``, renumbered."""
     tokens = token_ids(content["model"])
     kept = {token: new[i] for token, i in sorted(tokens.items(), key=lambda entry: entry[1]) if i in new}

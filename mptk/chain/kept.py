@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -66,7 +65,7 @@ class KeptFit(TypedDict):
 class KeptChoice(KeptFit):
     """The content of ``choice.json``."""
 
-    plan: Mapping[str, Any]
+    plan: Mapping[str, object]
     trained: Sequence[str]
     losses: Mapping[str, float | None]
     notes: Sequence[str]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
 from mptk.chain.amounts import in_time, resumed, settled
 from mptk.chain.job import Finished, Given, Job
@@ -128,7 +127,7 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
     return found
 
 
-def _earlier(place: Path) -> Mapping[str, Any]:
+def _earlier(place: Path) -> Mapping[str, object]:
     """The settings of a rung that was begun or finished; empty if there is none."""
     kept = kept_settings(place)
     return kept if kept or not (place / MARKER).is_file() else asdict(Report.read(place).settings)
@@ -170,7 +169,7 @@ def first_only(make: Callable[..., Made]) -> Callable[..., Made]:
     """A function that makes a value at its first call, and gives the same at the next ones."""
     made = list[Made]()
 
-    def ask(*arguments: Any) -> Made:
+    def ask(*arguments: object) -> Made:
         if not made:
             made.append(make(*arguments))
         return made[0]

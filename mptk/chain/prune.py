@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mptk.chain.amounts import in_time, note, resumed, settled
 from mptk.chain.checks import check_settings, given_plan
@@ -175,7 +175,7 @@ def keeps_stages(settings: Settings) -> bool:
     return not settings.fixed or settings.steps > 0
 
 
-def described(source: str, settings: Settings) -> dict[str, Any]:
+def described(source: str, settings: Settings) -> dict[str, object]:
     """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
     return {"model": source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}

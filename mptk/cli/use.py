@@ -213,7 +213,7 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
 
 
-def quality_view(found: Mapping[str, Any]) -> Text:
+def quality_view(found: Mapping[str, object]) -> Text:
     """Print the quality of models, with metric and protocol."""
     values = [(name, value) for name, value in found.items() if isinstance(value, float)]
     said = ", ".join(f"{value:.4f} {name}" for name, value in values)

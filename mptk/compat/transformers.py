@@ -54,7 +54,7 @@ def precomputed(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
     """
     from transformers.exporters.utils import precompute_export_inputs
 
-    inputs: dict[str, Any] = {"grid_thw": grids}
+    inputs: dict[str, object] = {"grid_thw": grids}
     precompute_export_inputs(encoder, inputs)
     return {name: value for name, value in inputs.items() if name != "grid_thw"}
 
@@ -95,7 +95,7 @@ def without_generation() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
+def opened_by(opened: Callable[..., object]) -> Iterator[None]:
     """Within it ``from_pretrained`` opens safetensors files with ``opened``, in place of ``safe_open``.
 
     It would read all weights. An argument would replace this.
@@ -105,7 +105,7 @@ def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saved_by(split: Callable[..., Any], save: Callable[..., None]) -> Iterator[None]:
+def saved_by(split: Callable[..., object], save: Callable[..., None]) -> Iterator[None]:
     """Within it ``save_pretrained`` has weights divided into files by ``split``, and each file written by ``save``.
 
     They take what the functions of huggingface_hub and safetensors take, which want the numbers of a whole file at
@@ -117,7 +117,7 @@ def saved_by(split: Callable[..., Any], save: Callable[..., None]) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -126,7 +126,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def config_field(config: PreTrainedConfig, name: str) -> Any:
+def config_field(config: PreTrainedConfig, name: str) -> object:
     """The value of a field; None if it is missing, a list with one value for each layer if layers may differ.
 
     transformers raises an error if such a field is read from the config itself.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, fx
@@ -127,7 +127,7 @@ class MergedHeads(Conversion):
             f"keys merged {ways[self.keys]}; values {ways[self.values]}"
         )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         return {"of": self.of, "kept": self.count, **self.config_row}
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:

@@ -42,7 +42,7 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
-def accelerator(precision: str, **options: Any) -> Accelerator:
+def accelerator(precision: str, **options: object) -> Accelerator:
     """An Accelerator for the processes as they were launched, with FSDP2 if they were launched for it.
 
     Runs of one process with different precisions each need ``compat.accelerate.own_state`` around them.
@@ -107,7 +107,7 @@ def replica(model: AnyModule, weights: bool = True) -> AnyModule:
 
     ``weights``: if False, parameters are memory that was never written, which takes none.
     """
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo: dict[int, object] = {id(b): b for b in model.buffers()}
     for p in model.parameters():
         data = p.detach() if weights else torch.empty_like(p, device="cpu")
         memo[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
@@ -123,7 +123,7 @@ def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
-def placed(acc: Accelerator, model: nn.Module) -> Any:
+def placed(acc: Accelerator, model: nn.Module) -> object:
     """``model`` on its device, only for its outputs; with FSDP2 in shards of the first process's parameters."""
     model.requires_grad_(False)
     if not acc.is_fsdp2:

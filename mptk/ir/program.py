@@ -224,12 +224,12 @@ class DeviceInterpreter(fx.Interpreter):
 
     device: torch.device = torch.device("cpu")
 
-    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, object]) -> object:
         if self.device.type != "cpu":  # where the graph was traced
             args, kwargs = tree_map(lambda a: self.device if isinstance(a, torch.device) else a, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, object]) -> object:
         found = super().get_attr(target, args, kwargs)
         return found.to(self.device) if isinstance(found, Tensor) else found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -93,7 +92,7 @@ class OneShotMethod(Method):
 
 def scored(
     prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
-) -> tuple[Scores, Any]:
+) -> tuple[Scores, object]:
     """The scores of the cut families, and the evidence behind them.
 
     ``folder`` stores the scores; if they were stored before, there is no evidence.

@@ -27,8 +27,8 @@ class Spool:
 
     def __init__(self, bound: float) -> None:
         self._bound, self._bytes = bound, 0.0
-        self._kept: dict[Any, dict[Any, Any]] = {}
-        self._files: dict[Any, dict[Any, tuple[Path, Layout]]] = {}
+        self._kept: dict[object, dict[object, object]] = {}
+        self._files: dict[object, dict[object, tuple[Path, Layout]]] = {}
         self._likes: dict[str, Tensor] = {}
         self._staging: Staging | None = None
         self._count = 0

@@ -212,7 +212,7 @@ class StagedRun(DeviceInterpreter):
         """Bytes of the last stage's weights."""
         return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
 
-    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> Any:
+    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
         """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
         loaded = self.load(k) if weights is None else weights
@@ -226,7 +226,7 @@ class StagedRun(DeviceInterpreter):
         leaves: Mapping[fx.Node, Tensor],
         i: int,
         above: Mapping[fx.Node, Any],
-        loss: Callable[[Any, int], Tensor],
+        loss: Callable[[object, int], Tensor],
     ) -> Values:
         """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
 
@@ -281,14 +281,14 @@ class StagedRun(DeviceInterpreter):
             beside = [self.env[other] for other in others]
             value.register_hook(partial(_seen, see, value.detach(), beside))
 
-    def _result(self, values: Values) -> Any:
+    def _result(self, values: Values) -> object:
         node = self.program.graph.graph.output_node()
-        outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
+        outputs: object = fx.map_arg(node.args[0], lambda source: values[source])
         if self.narrow is not None:
             outputs = widened(outputs)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[object, ...], dict[str, object]]:
         found = super().fetch_args_kwargs_from_env(n)
         return found if self.narrow is None else self.narrow.operands(n, found)
 
@@ -324,7 +324,7 @@ class Autocast:
                 reached.add(node)
         return Autocast(dtype, frozenset(reached))
 
-    def value(self, node: fx.Node, value: Any) -> Any:
+    def value(self, node: fx.Node, value: object) -> object:
         """A weight, or a value that crosses a border."""
         return self._cast(value, self.dtype) if node in self.reached else value
 
@@ -349,6 +349,6 @@ class Autocast:
         return value.to(dtype) if ours else value
 
 
-def widened(value: Any) -> Any:
+def widened(value: object) -> object:
     """A result in float32: losses and whatever else is made of it are computed in that."""
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 
@@ -202,7 +201,7 @@ def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts
     return tuple(dict.fromkeys(found))
 
 
-def part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[str, Any]]:
+def part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[str, object]]:
     """A row for each part: ``name``, ``modules``, ``parameters``, ``families``."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
 

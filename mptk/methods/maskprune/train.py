@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +58,7 @@ class Watch:
         if STATE in state:
             self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
 
-    def row(self, source: str, every: int) -> dict[str, Any]:
+    def row(self, source: str, every: int) -> dict[str, object]:
         """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
         when = f"before training, every {every} steps and at the end"
         return {

@@ -76,7 +76,7 @@ SHIFTED = {r"norm\.weight$": shifted}
 LLAMA = Architecture("llama", changes=PAIRED)
 
 
-def _always(value: object) -> Callable[[Any], object]:
+def _always(value: object) -> Callable[[object], object]:
     return lambda config: value
 
 
@@ -161,7 +161,7 @@ FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_lo
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
 """Divisors of the rotary frequencies: tensors that the file has and the model has not."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
-GgufSetting = tuple[str, Any]
+GgufSetting = tuple[str, object]
 AnyConfig = Any
 """A transformers config, whose fields depend on its class."""
 

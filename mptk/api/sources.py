@@ -103,6 +103,3 @@ def source_for(
 
 def _task(loaded: Loaded, example_inputs: GivenInputs | None) -> Task:
     return task_of(loaded) if example_inputs is None else Module(example_samples(loaded.model, example_inputs))
-
-
-# ---- samples ----

@@ -341,6 +341,3 @@ def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None
     """Progress over batches as progress over their samples."""
     done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
-
-
-# ---- losses and gradients ----

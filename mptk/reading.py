@@ -78,6 +78,11 @@ Damaged = Callable[[str], MptkError]
 """Text that says what is wrong with a file → the error to raise."""
 
 
+def damaged(file: Path, remedy: str = "download or export the model again") -> Damaged:
+    """The error of a file, for what is wrong with it."""
+    return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
+
+
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
     try:
@@ -211,15 +216,13 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_shards(index: Path) -> None:
-    def damaged(why: str) -> MptkError:
-        return MptkError(f"{index} is damaged: {why}; download the model again")
-
-    content = read_json(index, damaged)
+    wrong = damaged(index, "download the model again")
+    content = read_json(index, wrong)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise damaged("it lacks weight_map, which maps weights to files")
+        raise wrong("it lacks weight_map, which maps weights to files")
     for name in sorted(set(shards.values())):
         if name != Path(name).name or name in ("", ".", ".."):
             raise MptkError(f"{index} names {name}, which is outside of its folder; do not use this model")
         if not _is_file(index.parent / name):
-            raise damaged(f"it names {name[:80]}, which does not exist")
+            raise wrong(f"it names {name[:80]}, which does not exist")

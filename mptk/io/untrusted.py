@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
-from mptk.reading import Damaged, Json, brief, check_inside, json_object
+from mptk.reading import Damaged, Json, brief, check_inside, damaged, json_object
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -131,11 +131,6 @@ def check_gguf(file: Path) -> None:
     tensors, fields = struct.unpack("<QQ", start[8:])
     if max(tensors, fields) > GGUF_COUNTS:
         raise damaged(file)(f"it claims {tensors} tensors and {fields} fields")
-
-
-def damaged(file: Path) -> Damaged:
-    """The error of a model's file, with what is wrong with it."""
-    return lambda why: MptkError(f"{file} is damaged: {why}; download or export the model again")
 
 
 def _check_ordinary(file: Path, most: int | None = None) -> None:

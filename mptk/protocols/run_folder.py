@@ -20,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.protocols.origin import differing
-from mptk.reading import Damaged, Json, json_object
+from mptk.reading import Damaged, Json, damaged, json_object
 
 CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
@@ -219,7 +219,7 @@ def beside(out: Path) -> Path:
 def _damaged(file: Path) -> Damaged:
     """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
-    return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+    return damaged(file, f"remove {what}, and start again with --resume")
 
 
 def _state(file: Path) -> dict[str, Tensor]:

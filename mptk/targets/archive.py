@@ -21,11 +21,10 @@ from mptk.compat.torch import build_exported, quiet_exporter
 from mptk.errors import MptkError, first_line
 from mptk.files import json_text
 from mptk.io.archive import EXTRA, arithmetic, read_archive
-from mptk.io.untrusted import damaged
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.program import Program, stateful
 from mptk.ir.weights import Weights
-from mptk.reading import Damaged, brief, json_of, made
+from mptk.reading import Damaged, brief, damaged, json_of, made
 from passes.frontend.trace import own_state
 
 ARCHIVE = "model.pt2"

@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig
 from mptk.config.choices import GgufType
 from mptk.errors import MptkError, first_line
 from mptk.io import models
-from mptk.io.untrusted import check_gguf, damaged
+from mptk.io.untrusted import check_gguf
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
+from mptk.reading import damaged
 from mptk.targets.gguf.architectures import (
     ARCHITECTURES,
     DIVISORS,

@@ -9,8 +9,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io.untrusted import damaged
-from mptk.reading import Json, read_json
+from mptk.reading import Json, damaged, read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

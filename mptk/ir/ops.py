@@ -122,11 +122,7 @@ def result_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def example_size(size: int | torch.SymInt) -> int:
-    """One size as an integer.
-
-    Raises:
-        MptkError: the size depends on data.
-    """
+    """One size as an integer. Raises MptkError if the size depends on data."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     hint = size_hint(size)

@@ -53,11 +53,7 @@ def saved_names(program: Program) -> list[str]:
 
 
 def write_archive(file: Path, program: Program) -> None:
-    """Write a program's graph and constants.
-
-    Raises:
-        MptkError: torch cannot write one of its calls.
-    """
+    """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
     graph, signature = _untied(program)
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
     saved = saved_names(program)

@@ -184,11 +184,7 @@ class GgufFolder:
         return [*self.weights.notes, *([ignored] if window else [])]
 
     def write(self, out: Path) -> None:
-        """Write the file and read it back.
-
-        Raises:
-            ProofError: a tensor that was read back differs.
-        """
+        """Write the file and read it back. Raises ProofError if a tensor that was read back differs."""
         self.weights.write(out, self._describe)
 
     def _describe(self, writer: GGUFWriter) -> None:

@@ -26,7 +26,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
 from mptk.methods import criteria
-from mptk.methods.criteria.observe import summed_losses
+from mptk.methods.criteria.gradients import summed_losses
 from mptk.methods.reconstruct import gather_products
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM

@@ -73,7 +73,7 @@ def depth_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
     def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
 
-    stock = Stock.discover(tiny.model, {}, [], shapes)  # type: ignore[arg-type]
+    stock = Stock(tiny.model, {}, [], shapes)  # type: ignore[arg-type]
     return {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
 
 
@@ -136,7 +136,7 @@ def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
     families = {f.name: f.size for f in analysis.families}
     norms = {f.name: {n.removeprefix(PREFIX): e for n, e in epsilons(analysis, f).items()} for f in analysis.families}
     derived = derived_families(analysis)
-    return Stock.discover(tiny.model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)  # type: ignore[arg-type]
+    return Stock(tiny.model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)  # type: ignore[arg-type]
 
 
 def _cuts(family: Family, partners: list[Family]) -> Iterator[dict[str, int]]:

@@ -1,5 +1,5 @@
 """Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and the
-tables of docs/deploy.md from ``passes/targets/stock/consumers.py``.
+tables of docs/deploy.md from ``passes/targets/stock/travel.py``.
 
     python docs/tables.py
 
@@ -19,7 +19,7 @@ from mptk.cli.main import app
 from mptk.config.cases import READING
 from mptk.config.setting import Declared, taken
 from mptk.config.settings import Settings
-from passes.targets.stock.consumers import CONSUMERS, Derived, deriving
+from passes.targets.stock.travel import CONSUMERS, Derived, deriving
 
 PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)

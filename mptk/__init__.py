@@ -12,58 +12,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mptk.api.advice import advise
-    from mptk.api.compiler import analyze, rewrite, rule, show, trace
-    from mptk.api.graphs import bench, export
-    from mptk.api.ladder import ladder
-    from mptk.api.pruned import Pruned, prune, recover
-    from mptk.api.shapes import shapes
-    from mptk.api.use import evaluate, generate
-    from mptk.config.settings import Settings
-    from mptk.errors import MptkError, ProofError
-    from mptk.io.models import load
-    from mptk.io.packaged import fetch
-    from mptk.ir.plan import FamilyPlan, Plan
-    from mptk.ir.samples import Samples
-    from mptk.proof.verification import verify
-    from mptk.protocols.report import Report
-    from mptk.version import __version__
-
-__all__ = [
-    "FamilyPlan",
-    "MptkError",
-    "Plan",
-    "ProofError",
-    "Pruned",
-    "Report",
-    "Samples",
-    "Settings",
-    "__version__",
-    "advise",
-    "analyze",
-    "bench",
-    "evaluate",
-    "export",
-    "fetch",
-    "generate",
-    "ladder",
-    "load",
-    "prune",
-    "recover",
-    "rewrite",
-    "rule",
-    "shapes",
-    "show",
-    "trace",
-    "verify",
-]
+    from mptk.api.advice import advise as advise
+    from mptk.api.advice import shapes as shapes
+    from mptk.api.compiler import analyze as analyze
+    from mptk.api.compiler import rewrite as rewrite
+    from mptk.api.compiler import rule as rule
+    from mptk.api.compiler import show as show
+    from mptk.api.compiler import trace as trace
+    from mptk.api.graphs import bench as bench
+    from mptk.api.graphs import export as export
+    from mptk.api.ladder import ladder as ladder
+    from mptk.api.pruned import Pruned as Pruned
+    from mptk.api.pruned import prune as prune
+    from mptk.api.recovery import recover as recover
+    from mptk.api.use import evaluate as evaluate
+    from mptk.api.use import generate as generate
+    from mptk.config.settings import Settings as Settings
+    from mptk.errors import MptkError as MptkError
+    from mptk.errors import ProofError as ProofError
+    from mptk.io.models import load as load
+    from mptk.io.packaged import fetch as fetch
+    from mptk.ir.plan import FamilyPlan as FamilyPlan
+    from mptk.ir.plan import Plan as Plan
+    from mptk.ir.samples import Samples as Samples
+    from mptk.proof.verification import verify as verify
+    from mptk.protocols.report import Report as Report
+    from mptk.version import __version__ as __version__
 
 _HOMES = {
-    "mptk.api.advice": ("advise",),
+    "mptk.api.advice": ("advise", "shapes"),
+    "mptk.api.compiler": ("analyze", "rewrite", "rule", "show", "trace"),
     "mptk.api.graphs": ("bench", "export"),
     "mptk.api.ladder": ("ladder",),
-    "mptk.api.pruned": ("Pruned", "prune", "recover"),
-    "mptk.api.shapes": ("shapes",),
+    "mptk.api.pruned": ("Pruned", "prune"),
+    "mptk.api.recovery": ("recover",),
     "mptk.api.use": ("evaluate", "generate"),
     "mptk.config.settings": ("Settings",),
     "mptk.errors": ("MptkError", "ProofError"),
@@ -76,13 +58,14 @@ _HOMES = {
     "mptk.version": ("__version__",),
 }
 
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
 
 def __getattr__(name: str) -> object:
     """The public names, imported at first use, so that ``import mptk`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
-    home = next((module for module, names in _HOMES.items() if name in names), "mptk.api.compiler")
-    return getattr(import_module(home), name)
+    return getattr(import_module(next(module for module, names in _HOMES.items() if name in names)), name)
 
 
 def __dir__() -> list[str]:

@@ -76,14 +76,12 @@ def exhausted(error: BaseException) -> MptkError | None:
         number = _number(cause)
         if number in _FILES or _TOO_MANY in str(cause):
             return Exhausted(NO_MORE_FILES)
-        if number in _FULL and not isinstance(error, MptkError):  # an MptkError knows what it could not write
-            where = getattr(cause, "filename", None)
-            said = _FULL[number] + (f" ({where})" if where else "")
-            return Exhausted(f"{said}; free some space, or give a place on another disk")
-        if number in _REFUSED and not isinstance(error, MptkError):
-            where = getattr(cause, "filename", None)
-            said = _REFUSED[number] + (f" ({where})" if where else "")
-            return MptkError(f"{said}; check the permissions of the files, or give another place")
+        silent = not isinstance(error, MptkError)  # an MptkError knows what it could not write
+        where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
+        if number in _FULL and silent:
+            return Exhausted(f"{_FULL[number]}{where}; free some space, or give a place on another disk")
+        if number in _REFUSED and silent:
+            return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
             return Exhausted(_out_of_memory(str(cause)))
         cause = cause.__cause__

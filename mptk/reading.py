@@ -1,16 +1,74 @@
-"""reading: read files of unknown origin within bounds of time and memory, and never outside of their folder."""
+"""reading: read files of unknown origin: within bounds of time and memory, in their folder, of the expected types."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mptk.conform import Made, made
 from mptk.errors import MptkError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
+
+Made = TypeVar("Made")
+Json = dict[str, Any]
+"""An object of a JSON file."""
+KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
+LONGEST = 80
+"""Letters of a value or of a name in a message."""
+
+
+def made(kind: type[Made], values: object, where: str = "") -> Made:
+    """Make a dataclass or a typed dict of values read from JSON. A dataclass ignores names that it lacks.
+
+    No value is converted (``"3"`` is not a number, ``true`` not an integer), but an int may stand for a float.
+
+    Raises:
+        ValueError: a field is missing or not of its type; the message names it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        held = _holding(kind)  # type: ignore[arg-type]
+        found = held.model_validate_json(json.dumps({"content": values}, default=asdict))
+    except ValidationError as error:
+        raise ValueError(_said(error.errors()[0], where)) from error
+    content: Made = found.content  # type: ignore[attr-defined]
+    return content
+
+
+@functools.cache
+def _holding(kind: Any) -> type[BaseModel]:
+    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's rules."""
+    from pydantic import ConfigDict, create_model
+
+    return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
+
+
+def _said(error: ErrorDetails, where: str) -> str:
+    """Say in mptk's words what pydantic's ``error`` describes."""
+    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
+    kind, value, message = error["type"], error["input"], error["msg"]
+    if kind in ("missing", "extra_forbidden"):
+        return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
+    if kind == "value_error":
+        return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
+    plain = isinstance(value, int | float | str | None)
+    shown = json.dumps(value, ensure_ascii=False) if plain else KINDS_IN_WORDS[type(value)]
+    return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
+
+
+def brief(text: str, most: int = LONGEST) -> str:
+    """``text``, cut to ``most`` letters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
 
 MOST_BYTES = 1 << 26
 """Largest JSON file that is read, in bytes: a large model's report or plan has a hundredth of it."""
@@ -20,11 +78,16 @@ Damaged = Callable[[str], MptkError]
 """Text that says what is wrong with a file → the error to raise."""
 
 
+def damaged(file: Path, remedy: str = "download or export the model again") -> Damaged:
+    """The error of a file, for what is wrong with it."""
+    return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
+
+
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(_mode(file.fileno())):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise damaged("it is not a regular file")
             content = file.read(most + 1)
     except OSError as error:
@@ -49,8 +112,16 @@ def read_json(path: Path, damaged: Damaged) -> Any:
     return json_of(read_text(path, damaged), damaged)
 
 
+def json_object(path: Path, damaged: Damaged) -> Json:
+    """The content of a JSON file that holds an object."""
+    content = read_json(path, damaged)
+    if not isinstance(content, dict):
+        raise damaged("it is not an object")
+    return content
+
+
 def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
-    """The content of a JSON file as a ``kind`` (``conform.made``)."""
+    """The content of a JSON file as a ``kind`` (``made``)."""
     try:
         return made(kind, read_json(path, damaged))
     except ValueError as error:
@@ -108,10 +179,6 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _mode(descriptor: int) -> int:
-    return os.fstat(descriptor).st_mode
-
-
 # ---- what leads out of a folder ----
 
 
@@ -149,15 +216,13 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_shards(index: Path) -> None:
-    def damaged(why: str) -> MptkError:
-        return MptkError(f"{index} is damaged: {why}; download the model again")
-
-    content = read_json(index, damaged)
+    wrong = damaged(index, "download the model again")
+    content = read_json(index, wrong)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise damaged("it lacks weight_map, which maps weights to files")
+        raise wrong("it lacks weight_map, which maps weights to files")
     for name in sorted(set(shards.values())):
         if name != Path(name).name or name in ("", ".", ".."):
             raise MptkError(f"{index} names {name}, which is outside of its folder; do not use this model")
         if not _is_file(index.parent / name):
-            raise damaged(f"it names {name[:80]}, which does not exist")
+            raise wrong(f"it names {name[:80]}, which does not exist")

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
+from mptk.ir.ops import shape_of
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
-from mptk.ir.sizes import shape_of
 from passes.analysis.vocabulary import tables_of
 from passes.transforms.masked_reference import mask
 from passes.transforms.retype import Retype

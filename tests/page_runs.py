@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mptk import FamilyPlan, Plan, Report, Settings, conform
+from mptk import FamilyPlan, Plan, Report, Settings, reading
 from mptk.ort.bench import Bench
 from mptk.report.runs import Run
 
@@ -118,4 +118,4 @@ def timed(graph: str) -> Bench:
             )
     graphs = [{"name": name, "file": "", "bytes": 1, "memory": 1} for name in (graph, "pruned")]
     peaks = {"1": {"flops": 1e9, "bandwidth": 1e9}}
-    return conform.made(Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows})
+    return reading.made(Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows})

@@ -111,7 +111,7 @@ class Spec:
         return probe_config(model_class, self.model.config, target, grown, pairs, fixed, **options)
 
     def discover(self, **options: Any) -> Stock:
-        return Stock.discover(self.model, self.families, self.fixed, self.shapes, **options)
+        return Stock(self.model, self.families, self.fixed, self.shapes, **options)
 
 
 def sizes(hidden: int, **more: Any) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from mptk.chain.amounts import settled
 from mptk.config.learning import Learning
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
-from mptk.methods.criteria.observe import Calibration, gradients
+from mptk.methods.criteria.gradients import gradients
+from mptk.methods.criteria.observe import Calibration
 from mptk.progress import Progress
 from mptk.staged.staged import Executor
 

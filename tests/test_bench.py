@@ -8,10 +8,10 @@ import pytest
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk import MptkError
-from mptk.conform import made
 from mptk.ort.bench import Bench, alternate, bench_decoders
 from mptk.ort.roofline import graph_work
 from mptk.ort.unaligned import unaligned_weights
+from mptk.reading import made
 from mptk.report.markdown import rendered
 from mptk.report.page.charts import plot_bench
 from mptk.report.sections import bench_view

@@ -1,6 +1,6 @@
 """Progress of a run on stderr: lines in a log, bars on a terminal.
 
-It reaches for mptk.cli.progress: its clock is the test's own.
+It reaches for mptk.cli.console: its clock is the test's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mptk.api import display
 from mptk.api.graphs import export
-from mptk.cli import progress
+from mptk.cli import console
 from mptk.progress import silent, step, steps, within
 
 
@@ -42,7 +42,7 @@ def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
 
 def test_terminals_get_a_bar_for_each_stage():
     file = io.StringIO()
-    with progress.stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
+    with console.stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
         report("trace", 0, 0)
         report("score", 3, 9)
         report("score", 9, 9)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mptk.conform import LONGEST, made
+from mptk.reading import LONGEST, made
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
-        "mptk/conform.py",
+        "mptk/reading.py",
         "mptk/files/replace.py",
         "mptk/files/staging.py",
         "mptk/reading.py",

@@ -24,7 +24,7 @@ from mptk.api import graphs as api
 from mptk.compile.changes import stored_weights
 from mptk.config.choices import GgufType
 from mptk.io import models
-from mptk.targets.gguf import settings, tokenizer
+from mptk.targets.gguf import architectures, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from mptk.targets.gguf.folder import GgufFolder
 
@@ -154,7 +154,7 @@ def test_a_config_that_llama_cpp_does_not_compute(name: str, changes: dict[str, 
     for field, value in changes.items():
         setattr(config, field, value)
     with pytest.raises(MptkError, match=said):
-        settings.architecture_of(config)
+        architectures.architecture_of(config)
 
 
 def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:

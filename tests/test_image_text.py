@@ -37,8 +37,8 @@ from mptk.io.models import Loaded, load
 from mptk.ir.alignment import read_alignment
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import IGNORED
-from mptk.methods.division.parts import expanded
-from mptk.proof.further import transferred
+from mptk.methods.division.selection import expanded
+from mptk.proof.proof import transferred
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
 from mptk.tasks import task_of

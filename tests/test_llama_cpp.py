@@ -17,8 +17,7 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
 from mptk.api import graphs as api
 from mptk.ir.weights import Weights
-from mptk.targets.gguf.folder import GgufFolder
-from mptk.targets.gguf.pattern import Pattern
+from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import LayerWidths
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}

@@ -147,7 +147,7 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
     said: list[str] = []
     settings = replace(TINY, data=str(text), minutes=minutes_of(llama, TINY, steps=6, samples=16))
     with remembered():
-        inside.stop("mptk.chain.prune.reconstruct_consumers")
+        inside.stop("mptk.chain.fit.reconstruct_consumers")
         with pytest.raises(Stopped):
             mptk.prune(llama, tmp_path / "out", settings, progress=lambda stage, *_: said.append(stage))
         inside.undo()

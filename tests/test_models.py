@@ -42,8 +42,8 @@ from transformers import (
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError
+from mptk.compat.transformers import config_field
 from mptk.io import models
-from mptk.io.fields import field
 from mptk.io.resident import Resident
 
 ROOT = Path(__file__).parents[1]
@@ -393,7 +393,7 @@ def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> N
     """dots3.note has more heads in layers of a window. transformers refuses to read the number of the whole model."""
     model: Any = tiny_model("causal-lm", "dots3_note").model
     model.save_pretrained(tmp_path)
-    assert field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
+    assert config_field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
 
 
 def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
 from mptk import MptkError, Samples
-from mptk.api.sources import collected
+from mptk.api.samples import collected
 from mptk.io.live import open_live
 from mptk.ir.samples import next_tokens
 from mptk.targets.graph import WEIGHTS

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Samples, Settings
-from mptk.api.sources import collected
+from mptk.api.samples import collected
 from mptk.config.choices import IN_MEMORY
 from mptk.config.learning import Learning, Training
 from mptk.config.setting import with_keywords

@@ -45,7 +45,7 @@ TEXT, SCORE, WIDTHS = (
     "mptk.methods.one_shot.best",
 )
 FIT, CUT, WRITE = (
-    "mptk.chain.prune.reconstruct_consumers",
+    "mptk.chain.fit.reconstruct_consumers",
     "mptk.compile.cut.cut_program",
     "mptk.targets.stock.write_checkpoint",
 )

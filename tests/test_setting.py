@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from mptk import MptkError
 from mptk.cli.app import app, command
-from mptk.cli.options import refuse_idle
-from mptk.cli.recipes import Config
+from mptk.cli.options import Config, refuse_idle
 from mptk.config.recipe import recorded
 from mptk.config.setting import Asked, Choices, Idle, Record, from_json, record, setting, taken, with_keywords
 

@@ -25,10 +25,10 @@ from typer.testing import CliRunner
 import mptk
 from mptk import MptkError
 from mptk.cli.main import app
-from mptk.conform import made
 from mptk.methods.division.search import finalists, rungs
 from mptk.methods.maskprune.learner import Learner
 from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
+from mptk.reading import made
 
 SETTINGS = mptk.Settings(
     method="wanda",

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sharing_worker import found
 
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 
 HERE = Path(__file__).parent
 

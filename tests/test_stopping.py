@@ -19,8 +19,7 @@ from inside import Inside
 
 from mptk import MptkError
 from mptk.cli.app import app, command
-from mptk.cli.console import err
-from mptk.cli.progress import stages
+from mptk.cli.console import err, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -184,7 +183,7 @@ import contextlib, os, sys
 from pathlib import Path
 from mptk.cli.app import command, main
 from mptk.cli.console import err, out
-from mptk.cli.progress import stages
+from mptk.cli.console import stages
 
 @command("work")
 def work():

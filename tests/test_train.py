@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mptk.config.learning import LossWeights, Training
 from mptk.distributed.processes import accelerator
 from mptk.ir.samples import next_tokens
-from mptk.methods.maskprune.train import Loop
-from mptk.methods.maskprune.watch import Watch
+from mptk.methods.maskprune.train import Loop, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 

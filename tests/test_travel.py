@@ -23,8 +23,7 @@ from mptk.targets import find_target
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.consumers import deriving
-from passes.targets.stock.travel import broken
+from passes.targets.stock.travel import broken, deriving
 
 SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
 HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "align": 2, **SMALL}

@@ -12,9 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
-from mptk.conversions.vocabulary.ids import named_ids, renumbered
-from mptk.conversions.vocabulary.pieces import Merges
-from mptk.conversions.vocabulary.tokens import Choice, check_reading, trimmed_content, trimmed_tokenizer, used_ids
+from mptk.conversions.vocabulary.convert import named_ids, renumbered
+from mptk.conversions.vocabulary.tokens import (
+    Choice,
+    Merges,
+    check_reading,
+    trimmed_content,
+    trimmed_tokenizer,
+    used_ids,
+)
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
 RANDOM = random.Random(0)

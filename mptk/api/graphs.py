@@ -47,8 +47,7 @@ from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
 from mptk.staged.staged import EXECUTOR
-from mptk.targets.gguf.folder import GgufFolder
-from mptk.targets.gguf.pattern import Pattern
+from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
-from mptk.api.sources import Data, GivenInputs, Model
+from mptk.api.samples import Data
+from mptk.api.sources import GivenInputs, Model
 from mptk.api.words import public
 from mptk.chain.estimate import estimator
 from mptk.chain.job import Finished

@@ -1,4 +1,4 @@
-"""pruned: ``mptk.prune`` and ``mptk.recover``, and their result ``Pruned``: a model, its plan and its report."""
+"""pruned: ``mptk.prune``, and its result ``Pruned``: a model, its plan and its report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from mptk.api import recovery
 from mptk.api.display import shown
-from mptk.api.sources import Data, GivenInputs, Model, check_texts, given, names_of, source_for
+from mptk.api.samples import Data, check_texts, given, names_of
+from mptk.api.sources import GivenInputs, Model, source_for
 from mptk.api.words import public
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
@@ -165,7 +165,7 @@ def prune(
     base = defaults(settings, out, model, example_inputs)
     inputs = tokenizer, example_inputs, data, eval_data, vocabulary
     job, chosen = job_of(model, base, keywords, *inputs)
-    return _finished(lambda place: (job(place), chosen), out, progress, on_stage)
+    return finished(lambda place: (job(place), chosen), out, progress, on_stage)
 
 
 def job_of(
@@ -184,57 +184,15 @@ def job_of(
     """
     named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
     source, chosen = source_for(model, with_keywords(base, {**named, **keywords}), tokenizer, example_inputs)
-    chosen = _for_plain(chosen) if source.plain else chosen
+    if source.plain:
+        _check_plain(chosen)
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
         check_texts(data=data, eval_data=eval_data)
     return lambda place: source.job(place, given(data, eval_data), texts), chosen
 
 
-@public
-def recover(
-    pruned: Pruned | str | Path,
-    out: str | Path | None = None,
-    settings: Settings | None = None,
-    *,
-    model: Model | None = None,
-    progress: Shown = "auto",
-    on_stage: Callable[[PassRecord], None] | None = None,
-    data: Data | None = None,
-    eval_data: Data | None = None,
-    **keywords: Any,
-) -> Pruned | None:
-    """Train a pruned model against its dense model and prove the result.
-
-    Args:
-        pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
-        out, progress, on_stage, data, eval_data: as in ``prune``.
-        settings: only fields that do not decide what is cut count: ``learning``, ``length``, ``device``, …
-        model: the dense model, if it has moved since the report was written. A ``Pruned`` from ``prune`` knows it.
-        keywords: as in ``prune``.
-
-    Raises:
-        MptkError: as ``prune``; the folder was changed; or the dense model is missing or was changed.
-    """
-    settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
-    if refused := sorted(settled & keywords.keys()):
-        raise MptkError(
-            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
-        )
-    base = settings or Settings(onnx=out is not None)
-    chosen = with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords})
-    start = pruned.place if isinstance(pruned, Pruned) else pruned
-    dense = None
-    if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
-        prepared = pruned.compiled.prepared
-        dense = prepared.given, prepared.task
-    there, samples = str(model) if isinstance(model, Path) else model, given(data, eval_data)
-    return _finished(
-        lambda place: recovery.recovery(start, place, chosen, there, dense, samples), out, progress, on_stage
-    )
-
-
-def _finished(
+def finished(
     job: Callable[[Path], tuple[Job, Settings]],
     out: str | Path | None,
     progress: Shown,
@@ -275,12 +233,8 @@ def defaults(
     return replace(settings, data=IN_MEMORY) if own else settings
 
 
-def _for_plain(settings: Settings) -> Settings:
-    """The settings for an ``nn.Module``, which has no stock class.
-
-    Raises:
-        MptkError: the settings ask for training.
-    """
+def _check_plain(settings: Settings) -> None:
+    """Raise MptkError if the settings for an ``nn.Module`` ask for training."""
     if find_method(settings.method).learns and not settings.fixed:
         raise MptkError(
             f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
@@ -290,4 +244,3 @@ def _for_plain(settings: Settings) -> Settings:
         raise MptkError(
             "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
         )
-    return replace(settings, target="graph" if settings.target == "stock" else settings.target)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptk.api.pruned import prune, recover
+from mptk.api.pruned import prune
+from mptk.api.recovery import recover
 from mptk.chain.describe import PACKAGES
 from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE, read_recipe

@@ -1,4 +1,4 @@
-"""use: ``mptk.evaluate`` and ``mptk.generate``, for a pruned or dense model in a folder or in memory."""
+"""use: ``mptk.evaluate`` and ``mptk.generate``, for a pruned or dense model in a folder or in memory; `mptk eval`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, reporting
-from mptk.api.sources import (
-    Data,
-    GivenInputs,
-    Model,
-    check_fits,
-    collected,
-    in_memory,
-    names_of,
-    source_of,
-)
+from mptk.api.samples import Data, check_fits, collected, in_memory, names_of
+from mptk.api.sources import GivenInputs, Model, source_of
 from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import LONGEST_TRACE, fitting, traced
@@ -30,24 +22,26 @@ from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conversions import converted, planned
 from mptk.errors import MptkError, explained
-from mptk.io import models
+from mptk.io import data as text
+from mptk.io import evaluation, models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
+from mptk.io.evaluation import LogitsFn, Perplexity
 from mptk.io.live import unwrapped
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room
-from mptk.progress import Count, silent
+from mptk.progress import Count, Progress, silent
 from mptk.proof.verification import plan_of
 from mptk.protocols.conversion import Analysed
-from mptk.protocols.execution import execution, session_device
+from mptk.protocols.execution import execution, find_device, session_device
 from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.staged.staged import Executor
-from mptk.tasks import CAUSAL_LM, kind_of
+from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 from mptk.tasks.module import Module
 from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
 from passes.analysis import group
@@ -290,3 +284,53 @@ def _written(
         torch.manual_seed(seed)
         written = module.generate(given, max_new_tokens=limit, **how)
     return str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True))
+
+
+def of_model(
+    model: str,
+    data: str | None,
+    settings: Settings,
+    progress: Progress,
+    length: int,
+    windows: int | None,
+    tasks: Sequence[str],
+    include_path: Path | None,
+    limit: int | None,
+) -> tuple[Perplexity | None, dict[str, Any] | None]:
+    """The perplexity of a decoder in torch on ``data``, and its results in ``tasks``; None if not asked for."""
+    trust, measured, scores = settings.trust_remote_code, None, None
+    evaluation.check_trusted(include_path, trust)
+    progress("load", 0, 0)
+    there = find_device(settings.device)
+    loaded = load_decoder(model, trust_remote_code=trust)
+    module: Any = loaded.model.to(there)  # type: ignore[arg-type]
+    if data is not None:
+        text.check_length(loaded.model, length)
+        held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+        text.check_ids(loaded.model, held_out)
+        measured = _measured(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
+    if tasks:
+        progress("lm-eval", 0, 0)
+        scores = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit, trust_remote_code=trust)
+    return measured, scores
+
+
+def of_graph(
+    model: str, data: str, settings: Settings, progress: Progress, length: int, windows: int | None
+) -> Perplexity:
+    """The perplexity of an exported graph, plain or quantised, in ONNX Runtime."""
+    progress("load", 0, 0)
+    runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
+    text.check_positions(runner.positions, length, f"windows of {length} tokens")
+    held_out = text.evaluation_windows(runner.tokenizer, data, length, windows)
+    runner.check_ids(held_out.flatten().tolist())
+    return _measured(runner.decoder.torch_logits, held_out, data, progress)
+
+
+def _measured(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
+    return evaluation.perplexity(
+        logits,
+        windows,
+        data=text.protocol_name(data),
+        progress=lambda done, total: progress("perplexity", done, total),
+    )

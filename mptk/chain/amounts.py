@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
-from typing import Any
 
 from mptk.config.choices import SAMPLES, TRIAL_TOKENS
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES
@@ -161,7 +160,7 @@ def too_short(least: Settings, needs: Estimate) -> str:
     )
 
 
-def resumed(asked: Settings, kept: Mapping[str, Any]) -> Settings:
+def resumed(asked: Settings, kept: Mapping[str, object]) -> Settings:
     """``asked`` with the numbers that the unfinished run chose: the rates of another moment give others."""
     learning = kept.get("learning")
     known = {**kept, **(learning if isinstance(learning, dict) else {})}

@@ -77,7 +77,7 @@ def describe(
     )
 
 
-def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
+def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
     """The data of a run: source and hash of each set of samples, and of the files."""
     found: dict[str, Any] = {}
     for name, samples, source in (

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mptk.chain import describe
 from mptk.chain.amounts import in_time, learns, said, written
+from mptk.compat.transformers import config_field
 from mptk.config.settings import Settings
 from mptk.conversions import dense_models
 from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine
@@ -22,7 +23,6 @@ from mptk.errors import MptkError
 from mptk.files import path_of
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
-from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
 from mptk.io.text.sampled import rows_at_once
 from mptk.methods import distil, find_method, reconstruct
@@ -76,7 +76,7 @@ def estimated_for(
     config = model.config.get_text_config()
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
     names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
-    heads, vocab, experts = (_number(field(config, name)) for name in names)
+    heads, vocab, experts = (_number(config_field(config, name)) for name in names)
     sizes = ModelSizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
     device = find_device(settings.device)

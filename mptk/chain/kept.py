@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mptk.conform import Made
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import write_json
@@ -18,7 +16,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
-from mptk.reading import read_as
+from mptk.reading import Made, read_as
 from mptk.staged.spool import Spool
 
 KEPT_CHOICE, KEPT_FIT = "choice", "fitted"
@@ -67,7 +65,7 @@ class KeptFit(TypedDict):
 class KeptChoice(KeptFit):
     """The content of ``choice.json``."""
 
-    plan: Mapping[str, Any]
+    plan: Mapping[str, object]
     trained: Sequence[str]
     losses: Mapping[str, float | None]
     notes: Sequence[str]
@@ -91,4 +89,4 @@ def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prep
     likes, spool = prepared.analysis.program.state.likes, Spool(prepared.executor.borders)
     for i, weight in enumerate(weights):
         spool.add(weight, folder.tensor(f"{name}-{i}", weight).to(likes[weight].dtype))
-    return spool.weights({weight: likes[weight] for weight in weights})
+    return spool.weights

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
 from mptk.chain.amounts import in_time, resumed, settled
 from mptk.chain.job import Finished, Job
@@ -18,7 +17,6 @@ from mptk.chain.prune import FOUND, described, run
 from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conform import Made
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
@@ -29,6 +27,7 @@ from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_sett
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
+from mptk.reading import Made
 
 Needs = Callable[[Settings], Estimate]
 TEACHER = "teacher"
@@ -131,7 +130,7 @@ def selects(settings: Settings) -> bool:
     return settings.data not in (SELF, RANDOM_DATA, IN_MEMORY)
 
 
-def _earlier(place: Path) -> Mapping[str, Any]:
+def _earlier(place: Path) -> Mapping[str, object]:
     """The settings of a rung that was begun or finished; empty if there is none."""
     kept = kept_settings(place)
     return kept if kept or not (place / MARKER).is_file() else asdict(Report.read(place).settings)
@@ -171,7 +170,7 @@ def first_only(make: Callable[..., Made]) -> Callable[..., Made]:
     """A function that makes a value at its first call, and gives the same at the next ones."""
     made = list[Made]()
 
-    def ask(*arguments: Any) -> Made:
+    def ask(*arguments: object) -> Made:
         if not made:
             made.append(make(*arguments))
         return made[0]

@@ -112,10 +112,8 @@ def begun(prepared: Prepared) -> Prepared:
         return prepared
     changed = analysis.with_weights(start.changes)
     weights = Weights(start.changes).updated(without(changed, start.cut))
-    own, aliases = loaded.weights or Weights({}), analysis.program.aliases
-    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
     bare: PreTrainedModel = without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
-    model = replace(loaded, model=bare, weights=own.updated(weights.selected(names)))
+    model = replace(loaded, model=bare).changed(weights, analysis.program.aliases)
     dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
     fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
     return replace(prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense)

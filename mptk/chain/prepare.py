@@ -1,23 +1,23 @@
-"""prepare: the first stage of a run: check settings, open model and data, trace, analyse, find legal widths."""
+"""prepare: the first stage of a run: open model and data, trace, analyse, find legal widths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from mptk.chain import larger
+from mptk.chain.checks import check_divides, check_ragged
 from mptk.chain.estimate import check_fits
 from mptk.chain.job import AnalysedDense, Job
 from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
-from mptk.config.choices import FREE, IN_MEMORY, UNIFORM
+from mptk.config.choices import FREE, IN_MEMORY
 from mptk.config.settings import Settings
 from mptk.conversions import converted, wanted
-from mptk.cost.budgets import CACHED, LATENCY
+from mptk.cost.budgets import CACHED
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
-from mptk.distributed.processes import once, processes, shards
+from mptk.distributed.processes import once
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.models import Loaded
@@ -30,12 +30,10 @@ from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
-from mptk.methods.division.parts import expanded
-from mptk.methods.division.search import rungs
-from mptk.methods.division.selection import LayerSelection, selected
+from mptk.methods.division.selection import LayerSelection, expanded, selected
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Chosen, Prepared, Target, stored_type
+from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
@@ -44,7 +42,7 @@ from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
 from mptk.staged.staged import Executor
-from mptk.targets import find_target, targets
+from mptk.targets import find_target
 from passes.analysis import group
 from passes.targets.legalize import portable
 
@@ -53,67 +51,6 @@ def announce(needs: Estimate, job: Job, context: Context) -> None:
     """Estimate what the run needs. Raises MptkError if the machine has less."""
     context.progress(str(needs), 0, 0)
     check_fits(needs, job.out)
-
-
-def given_plan(settings: Settings) -> Plan | None:
-    """The plan that the settings name. A run reads the file only once, so later changes of the file have no effect."""
-    return None if settings.plan is None else Plan.load(settings.plan)
-
-
-def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
-    """Raise MptkError for settings that no model can meet, and paths of data that are not there, before any work.
-
-    ``plan``, ``texts``: a job's plan and vocabulary.
-    """
-    data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
-    method = find_method(settings.method)
-    target = find_target(settings.target)
-    if not settings.fixed:
-        method.check(settings)
-        if settings.layers != UNIFORM:
-            check_divides(settings, f"--layers {settings.layers}")
-    wanted(settings, plan, texts)
-    if settings.trains and not target.classed:
-        check_graph_training(settings)
-    if settings.search:
-        rungs(settings, settings.search_finalists)
-        if processes().num_processes > 1:
-            raise MptkError(
-                "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
-            )
-
-
-def check_graph_training(settings: Settings) -> None:
-    """Raise MptkError for ways of training that a graph's module does not support: it can only train all weights."""
-    learning = settings.learning
-    if learning.rank:
-        raise MptkError("--rank: LoRA needs the layers of a class; leave it out to train all weights")
-    if learning.gradient_checkpointing:
-        raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
-    if shards():
-        raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
-
-
-def check_divides(settings: Settings, asked: str) -> None:
-    """Raise MptkError if layers cannot have different widths. ``asked``: what asks for them."""
-    check_ragged(find_target(settings.target), asked)
-    method = find_method(settings.method)
-    if settings.layers == FREE and not method.divides:
-        raise MptkError(f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda")
-    if settings.budget == LATENCY:
-        raise MptkError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget")
-    if settings.search:
-        raise MptkError(f"--search only ranks shapes whose layers are alike; leave out --search or {asked}")
-
-
-def check_ragged(target: Target, asked: str) -> None:
-    """Raise MptkError, which names the targets that can, unless layers may have different widths in ``target``."""
-    if not target.ragged:
-        able = " or ".join(f"--target {each.name}" for each in targets().values() if each.ragged)
-        raise MptkError(
-            f"{asked}: a {target.name} checkpoint has one width for all layers; use {able}, from which `mptk gguf` "
-            "makes a file for llama.cpp if the model is a LLaMA"
-        )
 
 
 def prepare(job: Job, settings: Settings, context: Context) -> Prepared:

@@ -8,50 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mptk.chain.amounts import in_time, note, resumed, settled
+from mptk.chain.checks import check_settings, given_plan
 from mptk.chain.describe import describe, measured
+from mptk.chain.fit import distilled, reconstructed, recovered
 from mptk.chain.job import Finished, Job, held
-from mptk.chain.kept import kept_choice, kept_fit
+from mptk.chain.kept import kept_choice
 from mptk.chain.larger import begun, joined
-from mptk.chain.prepare import announce, check_settings, given_plan, prepare
+from mptk.chain.prepare import announce, prepare
 from mptk.chain.samples import KEPT_SAMPLES, compared, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
-from mptk.compile.changes import COMPENSATION, widened
-from mptk.compile.cut import changed, compile_plan, cut_to, small_model
+from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import changed, compile_plan
 from mptk.compile.trace import fixed_sizes, one_length
 from mptk.config.recipe import write_recipe
 from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
-from mptk.distributed.processes import holds, leads, once, processes
+from mptk.distributed.processes import leads, once, processes
 from mptk.errors import ProofError, explained
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import removed_blocks, renumbering
 from mptk.ir.weights import Weights
-from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole, nearest
 from mptk.methods.division.search import search_shapes, winner
 from mptk.methods.drafter import with_drafter
-from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.reconstruct import consumers, reconstruct_consumers
+from mptk.methods.maskprune.learner import start_training
 from mptk.progress import silent
 from mptk.proof.proof import check_proof, check_witness, prove_folder
-from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.execution import find_device
 from mptk.protocols.origin import origin_of
-from mptk.protocols.report import Report, Row
+from mptk.protocols.report import Report
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
 from mptk.report.card import write_card
 from mptk.targets import written
-from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
 WorkResult = TypeVar("WorkResult")
@@ -178,7 +175,7 @@ def keeps_stages(settings: Settings) -> bool:
     return not settings.fixed or settings.steps > 0
 
 
-def described(source: str, settings: Settings) -> dict[str, Any]:
+def described(source: str, settings: Settings) -> dict[str, object]:
     """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
     return {"model": source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
@@ -197,79 +194,7 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
     return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
 
 
-def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
-    """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
-    if not reconstructs(prepared.settings, prepared.method) or not holds():
-        return chosen
-
-    def fit() -> Weights:
-        analysis, sites, say = prepared.analysis, sites_of(prepared, chosen), partial(context.progress, "reconstruct")
-        cut, samples = chosen.cut, sets.calibration
-        return reconstruct_consumers(analysis, sites, cut, chosen.changes, samples, say, prepared.calibrator)
-
-    with context.stage("reconstruct"):
-        found = kept_fit(prepared, context.folder, fit)
-    return chosen.with_weights(found)
-
-
-def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
-    """The mask sites of the families that are cut."""
-    return [site for site in prepared.mask_sites if site.family in chosen.plan.families]
-
-
-def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
-    """The choice with every block trained to give the dense block's outputs, if the settings ask for it."""
-    s = prepared.settings
-    if not s.distil_epochs or not holds():
-        return chosen
-    blocks_go = removed_blocks(prepared.analysis, chosen.cut)
-    sites = prepared.mask_sites if blocks_go else sites_of(prepared, chosen)  # all that stays makes up for blocks
-    with context.stage("distil"):
-        found = distil_blocks(
-            prepared.analysis,
-            chosen.cut,
-            consumers(sites),
-            chosen.changes,
-            sets.calibration,
-            Schedule(s.distil_epochs, s.distil_lr, s.seed),
-            partial(context.progress, "distil"),
-            prepared.calibrator,
-            context.folder,
-        )
-    chosen = replace(chosen, notes=(*chosen.notes, found.note))
-    return chosen.with_weights(widened(changed(prepared, chosen), chosen.cut, found.weights))
-
-
 # ---- cutting, training, writing ----
-
-
-def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
-    """Train the small model with the remaining steps and adopt its weights. Also returns the witness's difference."""
-    if context.folder is None or context.accelerator is None:
-        return compiled, []
-    prepared, chosen = compiled.prepared, compiled.chosen
-    s = prepared.recovery
-    learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
-    with context.stage("recover"):
-        weights = compiled.exact.state_dict() if learner.keeps else {}
-        small = small_model(compiled, weights, shared=learner.rank > 0)
-        steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
-        found = learner.recover(small, steps, sets.proof, used, held_out)
-    if found is None:
-        return compiled, []
-    program = prepared.analysis.program
-    old = renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
-    owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
-    named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
-    chosen = chosen.with_weights(widened(compiled.analysis, chosen.cut, Weights(named)))
-    row: Row = {"rank": learner.rank, "lr": s.training.lr}
-    if found.watch is not None:
-        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
-        chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
-    held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
-    difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
-    return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
 
 
 def written_folder(

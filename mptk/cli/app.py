@@ -21,10 +21,9 @@ from rich.console import RenderableType
 
 from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, echo, out
-from mptk.cli.failure import Interrupted, ended, unprinted
+from mptk.cli.failure import Interrupted, ended, lasting, lost, unprinted
 from mptk.cli.options import TYPED, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
-from mptk.cli.streams import lasting, lost
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained

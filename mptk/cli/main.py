@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mptk.cli import advise, models, prune, shapes, use
+from mptk.cli import advise, models, prune, use, verify
 from mptk.cli.app import app, main
 
-__all__ = ["advise", "app", "main", "models", "prune", "shapes", "use"]
+__all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]

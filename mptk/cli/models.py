@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mptk.cli.app import command, show
-from mptk.cli.console import echo, err, out
+from mptk.cli.console import echo, err, out, stages
 from mptk.cli.options import JsonOption, ModelArgument, out_file
-from mptk.cli.progress import stages
 from mptk.config.settings import Settings
 from mptk.files import write_text
 
@@ -105,8 +104,7 @@ def analyze(
     from mptk.api import compiler as api
     from mptk.io import models
     from mptk.methods.division.budget import alignment
-    from mptk.methods.division.parts import part_rows
-    from mptk.methods.division.selection import check_aligned
+    from mptk.methods.division.selection import check_aligned, part_rows
     from mptk.report.analysis import analysis_json, analysis_view
     from mptk.targets import find_target
     from mptk.tasks import known_task

@@ -1,11 +1,15 @@
 """options: the options of the commands. Options of settings are made from the declarations in ``mptk/config/``.
 
 A command with a parameter ``settings: Settings`` has the options that are declared for it, and gets their values.
+``--config`` reads options from a YAML file (``mptk/config/recipe.py``). Options that name a file or a folder to write
+refuse a path that cannot be written, before any work.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,7 +20,6 @@ import typer
 from typer.models import OptionInfo
 
 from mptk.cli.parse import names, parse_share, parse_size, parse_width
-from mptk.cli.places import file_to_write, folder_to_write
 from mptk.config.cases import CUT, READING
 from mptk.config.setting import (
     COUNT,
@@ -32,7 +35,7 @@ from mptk.config.setting import (
     with_keywords,
 )
 from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk.errors import MptkError, did_you_mean
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the running command's options that the user typed, without the recipe's."""
@@ -40,6 +43,56 @@ TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
 DenseOption = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
+
+
+# ---- files and folders to write ----
+
+
+def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
+    """The callback of an option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is None or (dash and path == Path("-")):
+            return path
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise typer.BadParameter(f"{path} ends in none of {', '.join(suffixes)}. Give another name.")
+        mode = _mode(path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise typer.BadParameter(f"{path} is a folder. Give the name of a file.")
+        if mode is not None and not stat.S_ISREG(mode):
+            raise typer.BadParameter(f"{path} is not an ordinary file. Give the name of a file.")
+        _check_above(path)
+        return path
+
+    return check
+
+
+def folder_to_write(path: Path | None) -> Path | None:
+    """The callback of an option for a folder."""
+    if path is not None:
+        _mode(path)
+        _check_above(path)
+    return path
+
+
+def _mode(path: Path) -> int | None:
+    """The kind of file at ``path``; None if there is none."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be used: {error.strerror}. Give another name.") from error
+    except ValueError as error:  # a null character
+        raise typer.BadParameter(f"{path} cannot be used: {error}. Give another name.") from error
+
+
+def _check_above(path: Path) -> None:
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")
 
 
 def out_folder(help: str) -> OptionInfo:
@@ -206,3 +259,59 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
         if ms is not None:
             return replace(settings, budget="latency", objective=objective, max_ms=ms)
     return settings
+
+
+# ---- options from a recipe ----
+
+
+def configured(context: typer.Context, file: Path | None) -> Path | None:
+    """Make the options of a recipe file the defaults of this call.
+
+    Raises:
+        MptkError: the file cannot be read, or names an option that the command lacks or that a recipe may not set.
+    """
+    if file is None:
+        return None
+    from mptk.config.recipe import read_recipe, refused
+
+    known: dict[str, Any] = {}
+    for parameter in context.command.params:
+        flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]
+        known |= dict.fromkeys(flags or [parameter.name], parameter)
+    known = {name: found for name, found in known.items() if name not in ("config", "help")}
+    values: dict[str, Any] = {}
+    never = refused(Settings)
+    for name, value in read_recipe(file).items():
+        if name not in known:
+            hint = did_you_mean(name, known, f"there are {', '.join(known)}")
+            raise MptkError(f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}")
+        if name in never:
+            raise MptkError(f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_flag(name)}")
+        if value is not None:
+            values[known[name].name] = _as_typed(value, known[name])
+    context.default_map = values
+    return file
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _as_typed(value: object, parameter: Any) -> object:
+    """A value of a recipe as one would type it: lists with commas, pairs as A=B."""
+    if isinstance(value, Mapping):
+        value = [f"{name}={each}" for name, each in value.items()]
+    many = getattr(parameter, "multiple", False)
+    if isinstance(value, list):
+        return list(map(str, value)) if many else ",".join(map(str, value))
+    if isinstance(value, bool):  # YAML reads a bare `no` as false
+        return value if getattr(parameter, "is_flag", False) else "yes" if value else "no"
+    return [str(value)] if many else str(value)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", is_eager=True, callback=configured, help="Options from this YAML file; typed options win."
+    ),
+]

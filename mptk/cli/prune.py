@@ -1,4 +1,4 @@
-"""prune: commands that write or read pruned folders: prune, recover, verify, report."""
+"""prune: commands that write pruned folders: prune, recover."""
 
 from __future__ import annotations
 
@@ -9,33 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import command, resumable, show
-from mptk.cli.console import VOICE, err, out
+from mptk.cli.app import command, resumable
+from mptk.cli.console import err, out, printed, stages
 from mptk.cli.options import (
+    Config,
     DenseOption,
     Folder,
-    JsonOption,
     MaxMs,
     ModelArgument,
-    out_file,
     out_folder,
     refuse_idle,
     with_latency,
 )
 from mptk.cli.parse import names, parse_share
-from mptk.cli.progress import stages
-from mptk.cli.recipes import Config
 from mptk.config.cases import CUT
-from mptk.config.setting import Asked, values
+from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.files import write_text
-from mptk.progress import within
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
     from mptk.cost.estimate import Estimate
-    from mptk.ir.passes import PassRecord
 
 EstimateOption = Annotated[
     bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
@@ -72,9 +66,9 @@ def prune(
     """
     from mptk.api.pruned import prune
     from mptk.chain.amounts import learns, settled, undecided
+    from mptk.chain.checks import check_settings, given_plan
     from mptk.chain.estimate import estimated
     from mptk.chain.ladder import divided
-    from mptk.chain.prepare import check_settings, given_plan
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
@@ -101,8 +95,7 @@ def recover(
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api.pruned import recover
-    from mptk.api.recovery import needed
+    from mptk.api.recovery import needed, recover
     from mptk.chain.amounts import settled
 
     if (steps := settings.learning.steps) == 0:
@@ -159,84 +152,3 @@ def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] |
     if result is not None:
         out.print(report.prune_view(result.report))
         out.print(f"written to {place}", soft_wrap=True)
-
-
-def printed() -> Callable[[PassRecord], None] | None:
-    """With ``-v``, a function that prints the record of a stage, with the difference if it is a pass; else None."""
-    return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None
-
-
-@command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
-def verify(
-    folder: Folder,
-    settings: Settings,
-    model: DenseOption = None,
-) -> None:
-    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
-    from mptk.proof import verification
-    from mptk.report import sections as report
-
-    with stages(err) as progress, within(progress, "prove"):
-        progress("prove", 0, 0)
-        proof = verification.verify(
-            folder,
-            model=model,
-            **values(settings, "verify"),
-        )
-    out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
-
-
-@command(examples=("rerun runs/m30 --out runs/again",))
-def rerun(
-    folder: Folder,
-    destination: Annotated[Path, out_folder("Folder for the new result.")],
-    settings: Settings,
-    model: DenseOption = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
-    from mptk.api.rerun import rerun, results_differing
-    from mptk.report import sections as report
-
-    with resumable(destination), stages(err) as progress:
-        found = rerun(
-            folder,
-            destination,
-            progress,
-            model=model,
-            on_stage=printed(),
-            **values(settings, "rerun"),
-        )
-    if found is not None:
-        show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
-        if differ := results_differing(found):
-            raise MptkError(
-                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
-            )
-
-
-@command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
-def show_report(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
-    ],
-    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
-) -> None:
-    """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
-    from mptk.protocols.report import Report
-    from mptk.report import sections as report
-    from mptk.report.runs import Run, read_bench, read_runs, short_names, with_rungs
-
-    folders = with_rungs(folders)
-    if html is not None:
-        from mptk.report.page.render import report_page
-
-        write_text(html, report_page(read_runs(folders)))
-        out.print(f"written to {html}", soft_wrap=True)
-        return
-    folder, results = folders[0], [Report.read(each) for each in folders]
-    out.print(report.prune_view(results[0], read_bench(folder)))
-    if len(results) > 1:
-        out.print(report.comparison_view(list(map(Run, short_names(folders), results))))
-    out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

@@ -12,10 +12,9 @@ from rich.json import JSON
 from rich.text import Text
 
 from mptk.cli.app import command, show
-from mptk.cli.console import echo, err, out
+from mptk.cli.console import echo, err, out, stages
 from mptk.cli.options import JsonOption, ModelArgument, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
-from mptk.cli.progress import stages
 from mptk.config.choices import GgufType
 from mptk.config.setting import SEED, Choices
 from mptk.config.settings import Settings
@@ -164,7 +163,7 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure a model's quality by its kind, as a decoder's perplexity in torch or ONNX Runtime, and lm-eval tasks."""
-    from mptk.api import perplexity, use
+    from mptk.api import use
 
     check_eval(data, tasks, runtime)
     trust, views = settings.trust_remote_code, list[RenderableType]()
@@ -172,9 +171,9 @@ def evaluate(
     measured, scores = None, None
     with stages(err) as progress:
         if runtime == "onnx":
-            measured = perplexity.of_graph(model, str(data), settings, progress, length, windows)
+            measured = use.of_graph(model, str(data), settings, progress, length, windows)
         elif tasks or use.reads_text(model, trust_remote_code=trust):
-            measured, scores = perplexity.of_model(
+            measured, scores = use.of_model(
                 model, data, settings, progress, length, windows, names(tasks), include_path, limit
             )
         else:
@@ -214,7 +213,7 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
 
 
-def quality_view(found: Mapping[str, Any]) -> Text:
+def quality_view(found: Mapping[str, object]) -> Text:
     """Print the quality of models, with metric and protocol."""
     values = [(name, value) for name, value in found.items() if isinstance(value, float)]
     said = ", ".join(f"{value:.4f} {name}" for name, value in values)

@@ -1,4 +1,5 @@
-"""transformers: the classes behind its auto classes, GGUF options, missing config attributes, weights on disk."""
+"""transformers: the classes behind its auto classes, GGUF options, missing config attributes, fields of unlike layers,
+weights on disk."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def precomputed(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
     """
     from transformers.exporters.utils import precompute_export_inputs
 
-    inputs: dict[str, Any] = {"grid_thw": grids}
+    inputs: dict[str, object] = {"grid_thw": grids}
     precompute_export_inputs(encoder, inputs)
     return {name: value for name, value in inputs.items() if name != "grid_thw"}
 
@@ -94,7 +95,7 @@ def without_generation() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
+def opened_by(opened: Callable[..., object]) -> Iterator[None]:
     """Within it ``from_pretrained`` opens safetensors files with ``opened``, in place of ``safe_open``.
 
     It would read all weights. An argument would replace this.
@@ -104,7 +105,7 @@ def opened_by(opened: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saved_by(split: Callable[..., Any], save: Callable[..., None]) -> Iterator[None]:
+def saved_by(split: Callable[..., object], save: Callable[..., None]) -> Iterator[None]:
     """Within it ``save_pretrained`` has weights divided into files by ``split``, and each file written by ``save``.
 
     They take what the functions of huggingface_hub and safetensors take, which want the numbers of a whole file at
@@ -116,10 +117,32 @@ def saved_by(split: Callable[..., Any], save: Callable[..., None]) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def config_field(config: PreTrainedConfig, name: str) -> object:
+    """The value of a field; None if it is missing, a list with one value for each layer if layers may differ.
+
+    transformers raises an error if such a field is read from the config itself.
+    """
+    held = getattr(config, "attribute_map", {}).get(name, name)
+    if held in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return getattr(config, name, None)
+
+
+ConfigPair = tuple[PreTrainedConfig, PreTrainedConfig]
+
+
+def paired_configs(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[ConfigPair]:
+    """A config and those within it, each with its counterpart in ``like``."""
+    yield config, like
+    for name, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
+            yield from paired_configs(inner, other)

@@ -11,12 +11,13 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.resident import Resident
-from mptk.io.untrusted import damaged, load_tensors
+from mptk.io.untrusted import load_tensors
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut, renumbering
 from mptk.ir.weights import Lazy, Weights
 from mptk.protocols.report import Report
+from mptk.reading import damaged
 from mptk.targets.graph import WEIGHTS, GraphTarget
 from passes.transforms.masked_reference import keep_along
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mptk.config.cases import NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
 from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
@@ -27,7 +26,7 @@ MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
 """Peak learning rates: while masks are learned; in recovery, of adapters and of all weights (``docs/recovery.md``)."""
 
 
-def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: Any) -> Default:
+def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: object) -> Default:
     """Declare a setting that needs training: without training it does nothing."""
     return setting(default, help, TRAIN, on, UNTRAINED, **more)
 

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -28,15 +27,15 @@ def refused(kind: type[Record]) -> set[str]:
     return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
 
 
-def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, Any]:
+def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
     """Option → value of a command's run, without options that are None or that a recipe may not set."""
-    found: dict[str, Any] = {"model": model, **recorded(settings, command)}
+    found: dict[str, object] = {"model": model, **recorded(settings, command)}
     if settings.max_ms is not None and command == "prune":
         found[f"max_{settings.objective}_ms"] = settings.max_ms
     return found
 
 
-def recorded(record: Record, command: str) -> dict[str, Any]:
+def recorded(record: Record, command: str) -> dict[str, object]:
     """Option → value of a record's settings that a command's recipe keeps."""
     found = {}
     for name, each in taken(type(record), command).items():
@@ -73,7 +72,7 @@ def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
     return shlex.join([*found, "--out", f"{Path(model).stem}-pruned"])
 
 
-def _typed(flag: str, value: Any) -> list[str]:
+def _typed(flag: str, value: object) -> list[str]:
     """An option as the user types it."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
@@ -85,13 +84,13 @@ def _typed(flag: str, value: Any) -> list[str]:
 class _Recipe(yaml.SafeLoader):  # type: ignore[misc]
     """A YAML loader of plain values. It refuses aliases (``*name``), which could expand to more than memory holds."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: object, index: object) -> object:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has a YAML alias, which a recipe may not have")
         return super().compose_node(parent, index)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, object]:
     """Option → value of a recipe file; names may have ``-`` or ``_``.
 
     Raises:

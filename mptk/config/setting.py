@@ -125,8 +125,8 @@ class Declared:
     """A setting and its field: the dotted ``path`` to it, its type and its default."""
 
     path: str
-    kind: Any
-    default: Any
+    kind: object
+    default: object
     setting: Setting
 
     @property
@@ -138,7 +138,7 @@ class Declared:
         """The option's name in a command."""
         return self.setting.renamed.get(command) or self.setting.option or self.name
 
-    def of(self, record: Record) -> Any:
+    def of(self, record: Record) -> object:
         """The setting's value in a record."""
         return attrgetter(self.path)(record)
 
@@ -220,7 +220,7 @@ def keywords(kind: type[Record]) -> list[str]:
     return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
 
 
-def with_keywords(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
+def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     """Copy the record with some values replaced. Keywords are names of its fields, or of fields of the records in it.
 
     A name that several records share, as ``seed``, is set in all of them. One name may stand for a list of one.
@@ -235,7 +235,7 @@ def with_keywords(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
     return _replaced(record, values)
 
 
-def _replaced(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
+def _replaced(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     kept = {each.path: each.kept for each in record.declared}
     changes = {}
     for name, inner in vars(record).items():
@@ -255,7 +255,7 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is not an object")
     known, hints = {each.path: each for each in kind.declared}, get_type_hints(kind)
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for name in (each.name for each in fields(kind)):
         if isinstance(hints[name], type) and issubclass(hints[name], Record):
             given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")

@@ -93,12 +93,10 @@ def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
             continue
         with context.stage(each.fits):
             made = each.fitted(samples, short(samples, prepared.task.sequences), prepared.executor)
-        loaded, weights = prepared.loaded, Weights(made.weights)
-        own, aliases = loaded.weights or Weights({}), each.before.analysis.program.aliases
-        names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+        weights = Weights(made.weights)
         prepared = replace(
             prepared,
-            loaded=replace(loaded, weights=own.updated(weights.selected(names))),
+            loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),
             analysis=prepared.analysis.with_weights(weights),
             conversions=tuple(made if other is each else other for other in prepared.conversions),
         )

@@ -8,16 +8,17 @@ trained weights. The model before the merge stays the reference for training and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.compat.transformers import paired_configs
 from mptk.config.settings import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
@@ -126,7 +127,7 @@ class MergedHeads(Conversion):
             f"keys merged {ways[self.keys]}; values {ways[self.values]}"
         )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         return {"of": self.of, "kept": self.count, **self.config_row}
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
@@ -157,17 +158,9 @@ def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
 def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with the types of weights that ``stored`` names."""
     made = copy.deepcopy(config)
-    for own, like in _parts(made, stored):
+    for own, like in paired_configs(made, stored):
         own.dtype = like.dtype
     return made
-
-
-def _parts(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
-    """A config and those within it, each with its counterpart in ``like``."""
-    yield config, like
-    for name, inner in vars(config).items():
-        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
-            yield from _parts(inner, other)
 
 
 # ---- which heads ----
@@ -231,9 +224,10 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
     program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
-        made = Projections(executor)
+        made = Spool(executor.borders)
         for layer in merged.layers:
-            made.add(merged_heads(layer, program.state, count, None, keys, values))
+            for name, tensor in merged_heads(layer, program.state, count, None, keys, values).items():
+                made.add(name, tensor)
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
@@ -242,33 +236,15 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
 
 def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers in their new shapes, made layer by layer."""
-    program, count, made = merged.before.analysis.program, merged.count, Projections(executor)
+    program, count, made = merged.before.analysis.program, merged.count, Spool(executor.borders)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
         places = first_heads(layer, count)
-        found = merged_heads(layer, program.state, count, products.__getitem__, keys, values)
-        made.add({name: _slice(*places[name], tensor) if name in places else tensor for name, tensor in found.items()})
+        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
+            made.add(name, _slice(*places[name], tensor) if name in places else tensor)
 
     with_products(merged, samples, executor, make)
     return made.weights
-
-
-class Projections:
-    """Collected projections. If they exceed the executor's memory, they are stored in files."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._shelf, self._likes = Spool(executor.borders), dict[str, Tensor]()
-
-    def add(self, projections: Mapping[str, Tensor]) -> None:
-        """Add the projections of a layer."""
-        for name, tensor in projections.items():
-            self._likes[name] = tensor.to("meta")
-            self._shelf.add(name, tensor)
-
-    @property
-    def weights(self) -> Weights:
-        """All projections, by name."""
-        return self._shelf.weights(self._likes)
 
 
 def with_products(

@@ -9,8 +9,7 @@ from torch import fx
 
 from mptk.ir.axes import Term
 from mptk.ir.families import Analysis
-from mptk.ir.ops import aliased_arguments, named_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import aliased_arguments, named_argument, result_shape
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
 from mptk.ir.blocks import numbered, units_of
 from mptk.ir.families import Analysis, Family
+from mptk.ir.ops import result_shape
 from mptk.ir.plan import Plan
-from mptk.ir.sizes import result_shape
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ def time_once(operator: Operator, threads: int) -> float:
     return GRAPHS[operator.kind](threads, *operator.sizes)
 
 
-def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:
-    """Milliseconds of ``run``: the median of at least ``runs`` runs, after a warm-up run.
+def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS) -> float:
+    """Milliseconds of ``run``: the median of at least three runs, after a warm-up run.
 
     If it uses one thread, its processor time is measured, which other processes do not affect.
     """
@@ -126,7 +126,7 @@ def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < runs or time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         start = clock()
         run()
         times.append(clock() - start)

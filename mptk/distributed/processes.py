@@ -2,19 +2,23 @@
 
 accelerate knows FSDP on accelerators only, and meets over gloo only if it is told that there are none. Both are settled
 here, so that everything that runs on several devices can be run, and tested, on several processes of a CPU.
+
+Calibration is divided over the processes (``Sharing``): each takes consecutive batches and all get the same result, so
+that all choose alike. What is found are sums, so only the order of rounding depends on the number of processes.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, gather, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -38,7 +42,7 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
-def accelerator(precision: str, **options: Any) -> Accelerator:
+def accelerator(precision: str, **options: object) -> Accelerator:
     """An Accelerator for the processes as they were launched, with FSDP2 if they were launched for it.
 
     Runs of one process with different precisions each need ``compat.accelerate.own_state`` around them.
@@ -103,7 +107,7 @@ def replica(model: AnyModule, weights: bool = True) -> AnyModule:
 
     ``weights``: if False, parameters are memory that was never written, which takes none.
     """
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo: dict[int, object] = {id(b): b for b in model.buffers()}
     for p in model.parameters():
         data = p.detach() if weights else torch.empty_like(p, device="cpu")
         memo[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
@@ -119,7 +123,7 @@ def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
-def placed(acc: Accelerator, model: nn.Module) -> Any:
+def placed(acc: Accelerator, model: nn.Module) -> object:
     """``model`` on its device, only for its outputs; with FSDP2 in shards of the first process's parameters."""
     model.requires_grad_(False)
     if not acc.is_fsdp2:
@@ -188,3 +192,41 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many processes work on one thing, and which one this is."""
+
+    count: int = 1
+    index: int = 0
+
+    def own(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """This process's part of ``batches``."""
+        each, more = divmod(len(batches), self.count)
+        start = self.index * each + min(self.index, more)
+        return batches[start : start + each + (self.index < more)]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor. All must ask for it, in the same order."""
+        if self.count == 1:
+            return tensor
+        summed: Tensor = reduce(tensor, "sum")
+        return summed
+
+    def all(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, in their order. All must ask for it, in the same order."""
+        return [tensor] if self.count == 1 else list(gather(tensor[None].contiguous()))
+
+
+def sharing(batches: int) -> Sharing:
+    """The processes of this run, if there are enough ``batches`` for all; else each does everything.
+
+    The same holds if weights are in shards (FSDP2): some work is then done only by the first process.
+    """
+    there = processes()
+    alone = shards() or there.num_processes > batches
+    return Sharing() if alone else Sharing(there.num_processes, there.process_index)

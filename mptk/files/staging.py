@@ -145,7 +145,7 @@ def holder() -> str:
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]})
 
 
-def held_by(path: Path) -> dict[str, Any]:
+def held_by(path: Path) -> dict[str, object]:
     """What the lock of a staging folder says of its owner; empty while nobody, or somebody who tidies, has it."""
     try:
         with open(path / LOCK, encoding="utf-8") as file:

@@ -18,11 +18,10 @@ import torch
 from torch.export import ExportedProgram
 
 from mptk.compat.torch import quiet_exporter
-from mptk.conform import brief
 from mptk.errors import first_line
 from mptk.files import json_text
-from mptk.io.untrusted import MOST_JSON, damaged
-from mptk.reading import Damaged, json_of, read_bytes
+from mptk.io.untrusted import MOST_JSON
+from mptk.reading import Damaged, brief, damaged, json_of, read_bytes
 
 MOST_ARCHIVE_BYTES = 1 << 31
 """Bytes of the largest archive: it holds a graph and constants, and no weights."""

@@ -24,7 +24,7 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    ) -> object:
         if func is Tensor.to:  # it stays on the meta device
             kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
         found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from transformers.modeling_layers import MtpModel
 from mptk.compat.transformers import ignored_on_load
 from mptk.errors import MptkError, first_line
 from mptk.io.deferred import Deferred, itself, sources
-from mptk.io.models import Loaded
+from mptk.io.models import Loaded, filled
 from mptk.io.opening import Files
 from mptk.io.resident import Resident, stored_weight
 from mptk.io.tensors import likes_in
@@ -80,10 +80,7 @@ class OpenDrafter:
 
     def with_weights(self, program: Program, model: Weights) -> Program:
         """A program traced from ``module``, with the weights of the model and of the layers."""
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        known = model.updated(self.weights)
-        found = {name: known.entry(name) for name in program.state if name in known}
-        return program.with_state({n: b for n, b in buffers.items() if n in program.state} | found)
+        return filled(program, self.module, model.updated(self.weights))
 
 
 def stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:

@@ -66,63 +66,46 @@ def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Cou
         progress: called with (windows done, all windows).
 
     Raises:
-        MptkError: there is no window, or windows have one token.
+        MptkError: there is no window, windows have one token, or logits are not finite.
     """
-    _check(windows)
-    total, dtype = 0.0, torch.float32
-    for done, ids in enumerate(windows.split(1), 1):
-        logits = logits_fn(ids)
-        dtype = logits.dtype
-        total += _summed_loss(logits, ids)
-        if progress is not None:
-            progress(done, len(windows))
-    if not math.isfinite(total):
+
+    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+        for i, batch in enumerate(batches):
+            yield "", i, logits_fn(batch.tensors[0])
+            progress(i + 1, len(batches))
+
+    (found,) = _measured(runs, windows, data, progress or (lambda done, total: None)).values()
+    if not math.isfinite(found.nll):
         raise MptkError(
-            f"the logits on {data} are not finite; the model's weights are damaged, or too large for {dtype}"
+            f"the logits on {data} are not finite; the model's weights are damaged, or too large for "
+            f"torch.{found.dtype}"
         )
-    return _measured(total, windows, dtype, data)
-
-
-def _check(windows: Tensor) -> None:
-    count, length = windows.shape
-    if count == 0 or length < 2:
-        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
-
-
-def _measured(total: float, windows: Tensor, dtype: torch.dtype, data: str) -> Perplexity:
-    """The perplexity of a ``total`` negative log-likelihood, in nats."""
-    count, length = windows.shape
-    nll = total / (count * (length - 1))
-    return Perplexity(
-        value=torch.tensor(nll, dtype=torch.float64).exp().item(),
-        nll=nll,
-        tokens=count * (length - 1),
-        windows=count,
-        length=length,
-        dtype=str(dtype).removeprefix("torch."),
-        data=data,
-    )
-
-
-def _summed_loss(logits: Tensor, ids: Tensor) -> float:
-    """Sum of the next-token cross entropies of ``logits`` [B, T, V] on ``ids`` [B, T], in nats."""
-    predicted, target = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device)
-    return F.cross_entropy(predicted, target, reduction="sum").item()
+    return found
 
 
 def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
     """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``. ``windows``: int64 [n, T]."""
-    _check(windows)
-    rows, totals, dtype = windows.split(1), dict[str, float](), torch.float32
+    found = _measured(runs, windows, data, progress)
+    protocol = next(iter(found.values())).protocol
+    values = {name: round(each.value, 4) for name, each in found.items()}
+    return {**values, "metric": "perplexity", "protocol": protocol}
+
+
+def _measured(runs: Runs, windows: Tensor, data: str, progress: Count) -> dict[str, Perplexity]:
+    """Name → perplexity of each of ``runs``."""
+    count, length = windows.shape
+    if count == 0 or length < 2:
+        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+    rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
     for name, i, logits in runs([next_tokens(row) for row in rows], progress):
-        totals[name] = totals.get(name, 0.0) + _summed_loss(logits, rows[i])
-        dtype = logits.dtype
-    measured = {name: _measured(total, windows, dtype, data) for name, total in totals.items()}
-    protocol = _measured(0.0, windows, dtype, data).protocol
+        predicted, target = logits[:, :-1].flatten(0, 1).float(), rows[i][:, 1:].flatten().to(logits.device)
+        loss = F.cross_entropy(predicted, target, reduction="sum").item()
+        totals[name], dtype = totals.get(name, 0.0) + loss, logits.dtype
+    kind = str(dtype).removeprefix("torch.")
+    values = {name: torch.tensor(total / tokens, dtype=torch.float64).exp().item() for name, total in totals.items()}
     return {
-        **{name: round(found.value, 4) for name, found in measured.items()},
-        "metric": "perplexity",
-        "protocol": protocol,
+        name: Perplexity(values[name], total / tokens, tokens, count, length, kind, data)
+        for name, total in totals.items()
     }
 
 

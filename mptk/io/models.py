@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.arguments import checked
@@ -73,11 +74,20 @@ class Loaded:
 
     def with_weights(self, program: Program) -> Program:
         """A program that was traced from ``model``, with the checkpoint's weights."""
-        if self.weights is None:
-            return program
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        known = {name: self.weights.entry(name) for name in program.state if name in self.weights}
-        return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
+        return program if self.weights is None else filled(program, self.model, self.weights)
+
+    def changed(self, changes: Weights, aliases: Mapping[str, str]) -> Loaded:
+        """The model with ``changes`` of its weights. ``aliases``: other name of a tied weight → name in ``changes``."""
+        own = self.weights or Weights({})
+        names = {name: owner for name in own if (owner := aliases.get(name, name)) in changes}
+        return replace(self, weights=own.updated(changes.selected(names)))
+
+
+def filled(program: Program, module: nn.Module, weights: Weights) -> Program:
+    """A program that was traced from ``module``, with ``weights``; buffers that they lack are the module's."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    known = {name: weights.entry(name) for name in program.state if name in weights}
+    return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
 
 
 @checked

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -91,7 +91,7 @@ class _Opened:
         """The names of its tensors."""
         return list(self._likes)
 
-    def metadata(self) -> Any:
+    def metadata(self) -> object:
         """What the file says beside them."""
         return self._metadata
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptk.conform import brief
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import SMALL_FILES
@@ -26,6 +25,7 @@ from mptk.io.resident import Resident, stored_weight
 from mptk.io.tensors import likes_in, write_weights
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
+from mptk.reading import brief
 
 WORD = 32
 """Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
@@ -187,7 +187,7 @@ def _bits4_state(parts: Parts) -> dict[str, Any]:
     found = next((parts[name] for name in _STATES if name in parts), None)
     if found is None:
         raise MptkError(f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again")
-    state: dict[str, Any] = json.loads(bytes(found.tolist()))
+    state: dict[str, object] = json.loads(bytes(found.tolist()))
     return state
 
 
@@ -274,7 +274,7 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
 """``quant_method`` → how its matrices are stored."""
 
 
-def quantization(folder: Path) -> dict[str, Any] | None:
+def quantization(folder: Path) -> dict[str, object] | None:
     """The ``quantization_config`` of a checkpoint; None if it has none.
 
     Raises:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import stat
 import struct
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.conform import brief
+from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
-from mptk.io.fields import field
-from mptk.reading import Damaged, check_inside, read_json
+from mptk.reading import Damaged, Json, brief, check_inside, damaged, json_object
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -65,7 +63,7 @@ def check_folder(folder: Path) -> None:
             raise damaged(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
-def check_config(file: Path) -> dict[str, Any]:
+def check_config(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     content = read_object(file)
     classes = content.get("architectures")
@@ -85,19 +83,16 @@ def check_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> Json:
     """The content of a JSON file of a model. Raises MptkError if it is not an object."""
-    content = read_json(file, damaged(file))
-    if not isinstance(content, dict):
-        raise damaged(file)("it is not an object")
-    return content
+    return json_object(file, damaged(file))
 
 
 def check_sizes(model: str, config: PreTrainedConfig) -> None:
     """Raise MptkError if a size of a config is below 1. What its class computes is not the config's: XLNet's has -1."""
     text = config.get_text_config()
     for name in SIZES:
-        value = None if isinstance(getattr(type(text), name, None), property) else field(text, name)
+        value = None if isinstance(getattr(type(text), name, None), property) else config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
                 raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
@@ -136,11 +131,6 @@ def check_gguf(file: Path) -> None:
     tensors, fields = struct.unpack("<QQ", start[8:])
     if max(tensors, fields) > GGUF_COUNTS:
         raise damaged(file)(f"it claims {tensors} tensors and {fields} fields")
-
-
-def damaged(file: Path) -> Damaged:
-    """The error of a model's file, with what is wrong with it."""
-    return lambda why: MptkError(f"{file} is damaged: {why}; download or export the model again")
 
 
 def _check_ordinary(file: Path, most: int | None = None) -> None:

@@ -174,7 +174,7 @@ def _decode(value: Any, width: int, of: int, where: str) -> Keep:
     return rows
 
 
-def _scoped(value: Any) -> bool:
+def _scoped(value: object) -> bool:
     """Whether a layer has several rows of units."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
 

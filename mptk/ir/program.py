@@ -18,8 +18,8 @@ from torch.nn import Parameter
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
+from mptk.ir.ops import example_size, is_open
 from mptk.ir.samples import is_tokens
-from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
 TracedInputs = tuple[tuple[object, ...], dict[str, object]]
@@ -224,12 +224,12 @@ class DeviceInterpreter(fx.Interpreter):
 
     device: torch.device = torch.device("cpu")
 
-    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, object]) -> object:
         if self.device.type != "cpu":  # where the graph was traced
             args, kwargs = tree_map(lambda a: self.device if isinstance(a, torch.device) else a, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, object]) -> object:
         found = super().get_attr(target, args, kwargs)
         return found.to(self.device) if isinstance(found, Tensor) else found
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
 from mptk.ir.axis_facts import Dims
@@ -118,7 +118,7 @@ def distil_blocks(
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
     runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
-    shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
+    shelf, errors = Spool(executor.borders), list[tuple[float, float]]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
@@ -130,10 +130,9 @@ def distil_blocks(
         errors.append((before, after))
         for name, weight in found.items():
             shelf.add(name, weight)
-            likes[name] = small.state.like(name)
         if progress is not None:
             progress(k + 1, count)
-    return Distilled(shelf.weights(likes), errors)
+    return Distilled(shelf.weights, errors)
 
 
 def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:

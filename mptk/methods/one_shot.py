@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -21,8 +20,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
-from mptk.methods.division.ends import ends_note
-from mptk.methods.division.layers import divided
+from mptk.methods.division.layers import divided, ends_note
 from mptk.methods.division.trial import best, plan_of
 from mptk.protocols.chain import Chosen, Method, Prepared
 from mptk.protocols.run_folder import RunFolder
@@ -94,7 +92,7 @@ class OneShotMethod(Method):
 
 def scored(
     prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
-) -> tuple[Scores, Any]:
+) -> tuple[Scores, object]:
     """The scores of the cut families, and the evidence behind them.
 
     ``folder`` stores the scores; if they were stored before, there is no evidence.

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, renumbering
@@ -74,16 +74,15 @@ def reconstruct_consumers(
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
-    shelf, rows, found = Spool(executor.borders), len(samples) * samples.positions, dict[str, Tensor]()
+    shelf, rows = Spool(executor.borders), len(samples) * samples.positions
     layers = {layer.weight: layer for layer in _layers(analysis, sites, cut)}
 
     def solve(name: str, fit: _Fit) -> None:
-        found[name] = dense.state.like(name)
         shelf.add(name, fit.solved(dense.state[name], changed.state[name]).cpu())
 
     fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
     _observe(analysis, layers, fits, samples, solve, progress, executor)
-    return Weights(changes).updated(shelf.weights(found))
+    return Weights(changes).updated(shelf.weights)
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,17 @@ def gather_products(
     executor: Executor = EXECUTOR,
 ) -> Products:
     """Run the dense model once on ``samples`` and keep the sums that fit the layers of each of ``cuts``."""
-    shelf, counts, likes = Spool(executor.borders), dict[str, int](), dict[str, Tensor]()
+    shelf, counts = Spool(executor.borders), dict[str, int]()
     layers = {layer.key: layer for cut in cuts for layer in _layers(analysis, sites, cut)}
     fits = {key: replace(layer, keep=torch.ones_like(layer.keep)).fit() for key, layer in layers.items()}
 
     def keep(key: str, fit: _Fit) -> None:
         assert fit.products is not None
-        counts[key], likes[key] = fit.count, fit.products.to("meta")
+        counts[key] = fit.count
         shelf.add(key, fit.products)
 
     _observe(analysis, layers, fits, samples, keep, progress, executor)
-    return Products(analysis, sites, shelf.weights(likes), counts)
+    return Products(analysis, sites, shelf.weights, counts)
 
 
 def _observe(

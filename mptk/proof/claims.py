@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -171,12 +170,12 @@ def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
     return found
 
 
-def require_same(name: str, said: Any, true: Any) -> None:
+def require_same(name: str, said: object, true: object) -> None:
     """Check one claim: the report's value ``said`` must equal ``true``, both as JSON."""
     _require(name, said, json.loads(json_text(true)))
 
 
-def _require(name: str, said: Any, true: Any) -> None:
+def _require(name: str, said: object, true: object) -> None:
     if not _same(said, true):
         raise MptkError(
             f"{name} in report.json is wrong: it says {_short(said)}, but the folder and its plan give "
@@ -184,7 +183,7 @@ def _require(name: str, said: Any, true: Any) -> None:
         )
 
 
-def _same(said: Any, true: Any) -> bool:
+def _same(said: object, true: object) -> bool:
     if isinstance(true, Mapping):
         return isinstance(said, Mapping) and said.keys() == true.keys() and all(_same(said[k], true[k]) for k in true)
     if isinstance(true, float) and isinstance(said, int | float):
@@ -192,6 +191,6 @@ def _same(said: Any, true: Any) -> bool:
     return bool(said == true)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json_text(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,29 +2,33 @@
 
 The stages are in the order in which a user of the folder would notice a fault: config, weights, then the outputs of
     each conversion, of the rewritten graph, of the reloaded checkpoint and of ONNX Runtime.
+A written class is also proven on inputs of other kinds than the run's, which need a trace of their own. The cut is the
+same: its axes are found again through the weights, which both programs have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from mptk.compile.trace import traced_as_example
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
+from mptk.ir.axes import Axis, leaves
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, KeptUnits
 from mptk.ir.samples import Samples, is_tokens
-from mptk.proof.further import prove_further
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
+from passes.analysis import group
 from passes.analysis.borders import Reach, reach
 from passes.check_cut import awake
 from passes.pipelines import cut_program
@@ -53,7 +57,7 @@ def prove_folder(
         MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.
     """
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
-    sequences = task.sequences and _tokens(samples)
+    sequences = task.sequences and any(map(is_tokens, samples.tensors))
     longer = sequences and task.only_length(program) is None
     reached = find_reach(compiled) if longer else Reach((), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
@@ -163,10 +167,6 @@ def _takes(program: Program, samples: Samples) -> bool:
     return True
 
 
-def _tokens(samples: Samples) -> bool:
-    return any(map(is_tokens, samples.tensors))
-
-
 def _length(samples: Samples) -> int:
     """Tokens of the longest input; 0 if there are no token ids."""
     return max((tensor.shape[1] for tensor in samples.tensors if is_tokens(tensor)), default=0)
@@ -197,3 +197,35 @@ def check_proof(proof: Sequence[Difference], remedy: str) -> None:
                 f"the proof fails at '{d.stage}': {what} by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
                 f"tolerance {d.tolerance:.0e}); {remedy}"
             )
+
+
+def prove_further(compiled: Compiled, model: nn.Module, cases: Mapping[str, Samples]) -> list[Difference]:
+    """The difference of ``model``, which the folder holds, from the masked dense model on each of ``cases``.
+
+    ``cases``: stage → samples of other inputs than the run's.
+    """
+    prepared = compiled.prepared
+    found: list[Difference] = []
+    for stage, samples in cases.items():
+        program = traced_as_example(prepared.loaded, prepared.task, samples)
+        analysis = group.analyze(program.with_state(compiled.analysis.program.state))
+        masked = mask(analysis, transferred(compiled.chosen.cut, compiled.analysis, analysis))
+        run = partial(prepared.task.output, model)
+        found += prove(masked, {stage: (run, TOLERANCE)}, samples, executor=prepared.executor)
+    return found
+
+
+def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
+    """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks."""
+    same = dict[Axis, Axis]()
+    for name, dims in target.weights.items():
+        for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
+            same.update(zip(leaves(theirs), leaves(own), strict=False))
+    blocks = {stack.module: stack.axis for stack in target.stacks}
+    same.update({stack.axis: blocks[stack.module] for stack in source.stacks if stack.module in blocks})
+    choices = {
+        same[axis]: KeptUnits(tuple(same[outer] for outer in kept.scope), kept.table)
+        for axis, kept in cut.choices.items()
+        if axis in same
+    }
+    return Cut(choices, {axis: int(kept.table[0].sum()) for axis, kept in choices.items()})

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ class Compiled:
     exact: Program
     epsilons: Mapping[float, float]
     written: Written | None = None
-    recovery: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def masked(self) -> Program:

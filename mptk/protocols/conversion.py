@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Conversion(ABC):
 
     before: Analysed
     after: Analysed
-    config_changes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    config_changes: Mapping[str, Sequence[object]] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -88,12 +88,12 @@ class Conversion(ABC):
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         """Two programs that must give the same outputs."""
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Its row in a report, under its name; empty if the report has no field for it."""
         return {}
 
     @property
-    def config_row(self) -> dict[str, Any]:
+    def config_row(self) -> dict[str, object]:
         """The changes of the config, as in a report's row."""
         return {"config_changes": {name: list(values) for name, values in self.config_changes.items()}}
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def named(settings: Settings) -> Sequence[str]:
     return [source for source in sources if source not in (None, IN_MEMORY)]
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """The names whose values differ, as words for a sentence; empty if all are equal."""
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 

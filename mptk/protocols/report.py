@@ -15,11 +15,10 @@ from typing_extensions import TypedDict  # pydantic takes no other before Python
 
 from mptk.config.setting import from_json
 from mptk.config.settings import Settings
-from mptk.conform import brief, made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.protocols.shapes import Shapes
-from mptk.reading import read_json
+from mptk.reading import brief, damaged, made, read_json
 
 REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"
@@ -246,7 +245,7 @@ class Report:
         tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")
-        data = read_json(path, lambda why: MptkError(f"{path} is damaged: {why}; prune the model again"))
+        data = read_json(path, damaged(path, "prune the model again"))
         if not isinstance(data, dict) or data.get("format") != REPORT_FORMAT:
             raise MptkError(f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it")
         try:

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.protocols.origin import differing
-from mptk.reading import Damaged, read_json
+from mptk.reading import Damaged, Json, damaged, json_object
 
 CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
@@ -44,7 +43,7 @@ class RunFolder:
             settings.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, out: Path, settings: Json, resume: bool) -> None:
         self.path = beside(out)
         self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, processes()
@@ -143,7 +142,7 @@ class RunFolder:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
-def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: Sequence[str] = ()) -> bool:
+def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str] = ()) -> bool:
     """Whether an unfinished run is beside ``out``. ``but``: settings that may differ when it is resumed.
 
     Raises:
@@ -160,7 +159,7 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
             )
     if not any(path.glob("*.safetensors")):
         return False
-    before = _object(file) if os.path.lexists(file) else None
+    before = json_object(file, _damaged(file)) if os.path.lexists(file) else None
     if not resume and (before is None or _trains(before)):
         raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
@@ -178,14 +177,14 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
     return True
 
 
-def kept_settings(out: Path) -> dict[str, Any]:
+def kept_settings(out: Path) -> Json:
     """The settings of the unfinished run beside ``out``; empty if there is none.
 
     Raises:
         MptkError: they are damaged.
     """
-    path = beside(out)
-    return _object(path / SETTINGS) if any(path.glob("*.safetensors")) and (path / SETTINGS).is_file() else {}
+    path, file = beside(out), beside(out) / SETTINGS
+    return json_object(file, _damaged(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
 
 
 def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
@@ -217,17 +216,10 @@ def beside(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-def _object(file: Path) -> dict[str, Any]:
-    content = read_json(file, _damaged(file))
-    if not isinstance(content, dict):
-        raise _damaged(file)("it is not an object")
-    return content
-
-
 def _damaged(file: Path) -> Damaged:
     """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
-    return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+    return damaged(file, f"remove {what}, and start again with --resume")
 
 
 def _state(file: Path) -> dict[str, Tensor]:
@@ -238,7 +230,7 @@ def _state(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def _trains(settings: Mapping[str, Any]) -> bool:
+def _trains(settings: Json) -> bool:
     """Whether the settings of an unfinished run ask for training or a search, which take long."""
     learning = settings.get("learning")
     return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0

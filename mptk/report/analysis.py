@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis, Family, Member
@@ -20,8 +19,8 @@ ANALYSIS = "mptk-analysis/1"
 
 
 def analysis_json(
-    analysis: Analysis, legal: LegalWidths, model: str, parts: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
+    analysis: Analysis, legal: LegalWidths, model: str, parts: Sequence[Mapping[str, object]] = ()
+) -> dict[str, object]:
     """The JSON of ``mptk analyze --json`` (``docs/analysis.md``): the families, and the axes that cannot be cut.
 
     ``parts``: a row for each part of the model.
@@ -43,7 +42,7 @@ def analysis_json(
     }
 
 
-def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, Any]:
+def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, object]:
     name = family.name
     return {
         "name": name,
@@ -65,7 +64,7 @@ def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[st
     }
 
 
-def _member_json(member: Member) -> dict[str, Any]:
+def _member_json(member: Member) -> dict[str, object]:
     return {"weight": member.weight, "dim": member.dim, "role": member.role, "layout": repr(member.term)}
 
 

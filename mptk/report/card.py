@@ -117,7 +117,7 @@ def sizes(report: Report, folder: Path, graphs: Sequence[Path]) -> Table:
 # ---- how a folder is loaded ----
 
 
-def loading(compiled: Compiled, folder: Path) -> dict[str, Any]:
+def loading(compiled: Compiled, folder: Path) -> dict[str, object]:
     """What of transformers loads a folder: the class of the model (``auto``), and of what makes its inputs."""
     other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     text = (folder / "tokenizer_config.json").is_file()

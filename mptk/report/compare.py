@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mptk.files import json_text
 from mptk.report.runs import Run
@@ -44,7 +43,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
     return found, [run for run in runs if not run.measured]
 
 
-def terms(run: Run) -> list[tuple[str, Any]]:
+def terms(run: Run) -> list[tuple[str, object]]:
     """All values that must be equal in two runs to compare their quality, each with a description."""
     report = run.report
     windows = report.data.get("evaluation", {}).get("inputs")

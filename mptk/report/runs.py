@@ -10,13 +10,13 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from mptk.conform import made
-from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
 from mptk.protocols.report import REPORT_FILE, Report, Row
-from mptk.reading import Damaged, json_of, read_as, read_text
+from mptk.reading import damaged, json_of, made, read_as, read_text
 from mptk.report.view import ranges
+
+_REMEDY = "remove that file, or prune again"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_run(folder: Path, name: str) -> Run:
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
     file = folder / "bench.json"
-    return read_as(Bench, file, _damaged(file)) if os.path.lexists(file) else None
+    return read_as(Bench, file, damaged(file, _REMEDY)) if os.path.lexists(file) else None
 
 
 def _metrics(file: Path) -> dict[str, list[Row]]:
@@ -75,19 +75,15 @@ def _metrics(file: Path) -> dict[str, list[Row]]:
     phases: dict[str, list[Row]] = {}
     if not os.path.lexists(file):
         return phases
-    damaged = _damaged(file)
-    for number, line in enumerate(read_text(file, damaged).splitlines(), 1):
+    wrong = damaged(file, _REMEDY)
+    for number, line in enumerate(read_text(file, wrong).splitlines(), 1):
         try:
             if line:
-                row = json_of(line, damaged)
+                row = json_of(line, wrong)
                 phases.setdefault(made(MetricsLine, row)["phase"], []).append(row)
         except ValueError as error:
-            raise damaged(f"line {number} is not a step of training ({error})") from error
+            raise wrong(f"line {number} is not a step of training ({error})") from error
     return phases
-
-
-def _damaged(file: Path) -> Damaged:
-    return lambda why: MptkError(f"{file} is damaged: {why}; remove that file, or prune again")
 
 
 class MetricsLine(TypedDict):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mptk.config.settings import Settings
-from mptk.conform import made
 from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.ir.alignment import KERNEL_BLOCK
 from mptk.ort.bench import Bench
 from mptk.protocols.report import Report, Row
 from mptk.protocols.shapes import Shapes
+from mptk.reading import made
 from mptk.report.compare import Comparable, front, grouped, heading
 from mptk.report.runs import Run, legal_widths, model_name, whole
 from mptk.report.view import (

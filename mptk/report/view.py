@@ -1,6 +1,6 @@
 """view: a result as plain values for renderers: sections with tables and sentences.
 
-``terminal``, ``markdown`` and ``page/`` render a view; ``sections`` and ``analysis`` make views.
+``sections`` and ``analysis`` make views. A console prints a view as it is; ``markdown`` and ``page/`` render it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.table import Table as Drawn
+from rich.text import Text
+
+from mptk.plain import plain
 
 
 class Name(str):
@@ -61,8 +65,6 @@ class View:
     title: str = ""
 
     def __rich__(self) -> RenderableType:
-        from mptk.report.terminal import rendered
-
         return rendered(self)
 
 
@@ -109,3 +111,31 @@ def ranges(widths: Sequence[int]) -> str:
             step = steps.pop()
             return f"{widths[0]}…{widths[-1]}" + (f" step {step}" if step > 1 else "")
     return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"
+
+
+# ---- a view on a terminal ----
+
+
+def rendered(view: View) -> Group:
+    """The sections in order, as tables and lines of text."""
+    title = [_text(view.title, "bold")] if view.title else []
+    return Group(*title, *(part for section in view.sections for part in _lines(section)))
+
+
+def _lines(section: Section) -> list[RenderableType]:
+    title = [_text(section.title, "bold")] if section.title else []
+    return [*title, *(_text(part) if isinstance(part, str) else _table(part) for part in section.parts)]
+
+
+def _table(table: Table) -> Drawn:
+    drawn = Drawn(show_header=any(table.columns))
+    for column, align in zip(table.columns, table.align, strict=True):
+        drawn.add_column(_text(column), justify="right" if align == "r" else "left")
+    for number, row in enumerate(table.rows):
+        cells = (_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
+        drawn.add_row(*cells, end_section=number in table.ends)
+    return drawn
+
+
+def _text(said: str, style: str = "") -> Text:
+    return Text(plain(said), style)  # before rich drops control characters

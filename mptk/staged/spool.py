@@ -27,8 +27,9 @@ class Spool:
 
     def __init__(self, bound: float) -> None:
         self._bound, self._bytes = bound, 0.0
-        self._kept: dict[Any, dict[Any, Any]] = {}
-        self._files: dict[Any, dict[Any, tuple[Path, Layout]]] = {}
+        self._kept: dict[object, dict[object, object]] = {}
+        self._files: dict[object, dict[object, tuple[Path, Layout]]] = {}
+        self._likes: dict[str, Tensor] = {}
         self._staging: Staging | None = None
         self._count = 0
 
@@ -58,14 +59,14 @@ class Spool:
         """Keep a tensor under ``name``, added to one that is there already."""
         before = self.take(name).get(name) if name in self._kept else None
         self.put(name, {name: tensor if before is None else before + tensor})
+        self._likes[name] = tensor.to("meta")
 
-    def weights(self, likes: Mapping[str, Tensor]) -> Weights:
-        """What was added, by name; zeros like ``likes`` if nothing was."""
-        return Weights({name: Lazy(like.to("meta"), partial(self._one, name, like)) for name, like in likes.items()})
+    @property
+    def weights(self) -> Weights:
+        """What was added, by name."""
+        return Weights({name: Lazy(like, partial(self._one, name)) for name, like in self._likes.items()})
 
-    def _one(self, name: str, like: Tensor) -> Tensor:
-        if name not in self._kept:
-            return like.new_zeros(like.shape, device="cpu")
+    def _one(self, name: str) -> Tensor:
         tensor: Tensor = self.take(name, keep=True)[name]
         return tensor
 

@@ -3,6 +3,12 @@
 A stage's weights are made when it starts and dropped when it ends, so memory follows the largest stage and not the
 model. Values that cross a border are kept for all inputs. Dense, masked and cut programs run side by side: a stage of
 each, then the next stage, so that they share what they read. Gradients are made by running a stage again.
+
+A program's products may run in a narrower type, as with torch's autocast: on any device, and backward, too. Parameters
+are rounded to the type. A call that joins several float values and is not elementwise (a product, a convolution,
+attention, a norm with weights) takes all of them in that type. Elementwise calls promote, and casts to float32 in the
+model's source stay. What no parameter reaches, such as rotary angles, keeps its own type: a position of four digits has
+no place in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import samples_last
+from mptk.compat.torch import samples_last, schema, tree_leaves, tree_map
 from mptk.ir.program import DeviceInterpreter, Program
-from mptk.ir.weights import Weights
+from mptk.ir.weights import Lazy, Weights
 from mptk.progress import Count
-from mptk.staged.autocast import Autocast, widened
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.spool import Spool, Values
 
@@ -124,7 +129,9 @@ class Executor:
                 if wanted[node]:
                     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                     kept.add(program.weights[node.name], total(gradient))
-        return kept.weights({name: program.state.like(name) for name in names})
+        likes = {name: program.state.like(name).to("meta") for name in names}
+        unused = {name: Lazy(like, partial(torch.zeros_like, like, device="cpu")) for name, like in likes.items()}
+        return Weights(unused).updated(kept.weights)
 
 
 EXECUTOR = Executor()
@@ -205,7 +212,7 @@ class StagedRun(DeviceInterpreter):
         """Bytes of the last stage's weights."""
         return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
 
-    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> Any:
+    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
         """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
         loaded = self.load(k) if weights is None else weights
@@ -219,7 +226,7 @@ class StagedRun(DeviceInterpreter):
         leaves: Mapping[fx.Node, Tensor],
         i: int,
         above: Mapping[fx.Node, Any],
-        loss: Callable[[Any, int], Tensor],
+        loss: Callable[[object, int], Tensor],
     ) -> Values:
         """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
 
@@ -274,14 +281,14 @@ class StagedRun(DeviceInterpreter):
             beside = [self.env[other] for other in others]
             value.register_hook(partial(_seen, see, value.detach(), beside))
 
-    def _result(self, values: Values) -> Any:
+    def _result(self, values: Values) -> object:
         node = self.program.graph.graph.output_node()
-        outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
+        outputs: object = fx.map_arg(node.args[0], lambda source: values[source])
         if self.narrow is not None:
             outputs = widened(outputs)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[object, ...], dict[str, object]]:
         found = super().fetch_args_kwargs_from_env(n)
         return found if self.narrow is None else self.narrow.operands(n, found)
 
@@ -293,3 +300,55 @@ def _seen(see: Callable[..., None], value: Tensor, beside: Sequence[Tensor], gra
 
 def _learns(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+CHECK = torch.ops.aten._assert_tensor_metadata.default
+"""The trace's own note of a value's type, which is another one here."""
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """``reached``: the values that depend on a parameter."""
+
+    dtype: torch.dtype
+    reached: frozenset[fx.Node]
+
+    @staticmethod
+    def of(program: Program, dtype: torch.dtype) -> Autocast | None:
+        """How ``program`` runs in ``dtype``; None if that is float32, in which it runs as it is."""
+        if dtype is torch.float32:
+            return None
+        learned, reached = set(program.parameters), set[fx.Node]()
+        for node in program.graph.graph.nodes:
+            if program.weights.get(node.name) in learned or not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
+        return Autocast(dtype, frozenset(reached))
+
+    def value(self, node: fx.Node, value: object) -> object:
+        """A weight, or a value that crosses a border."""
+        return self._cast(value, self.dtype) if node in self.reached else value
+
+    def skips(self, node: fx.Node) -> bool:
+        """Whether the call would only check the type that the trace had."""
+        return node.target is CHECK and node in self.reached
+
+    def operands(self, node: fx.Node, operands: Any) -> Any:
+        """The arguments of a call. One that writes keeps the type of what it writes into."""
+        target = node.target
+        if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
+            return operands
+        floats = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.is_floating_point()]
+        if len(floats) < 2:
+            return operands
+        declared = schema(target)
+        dtype = floats[0].dtype if declared is not None and declared.is_mutable else self.dtype
+        return tree_map(lambda value: self._cast(value, dtype), operands)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        ours = isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype)
+        return value.to(dtype) if ours else value
+
+
+def widened(value: object) -> object:
+    """A result in float32: losses and whatever else is made of it are computed in that."""
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, value)

@@ -18,15 +18,13 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
 from mptk.compat.torch import build_exported, quiet_exporter
-from mptk.conform import brief, made
 from mptk.errors import MptkError, first_line
 from mptk.files import json_text
 from mptk.io.archive import EXTRA, arithmetic, read_archive
-from mptk.io.untrusted import damaged
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.program import Program, stateful
 from mptk.ir.weights import Weights
-from mptk.reading import Damaged, json_of
+from mptk.reading import Damaged, brief, damaged, json_of, made
 from passes.frontend.trace import own_state
 
 ARCHIVE = "model.pt2"
@@ -55,11 +53,7 @@ def saved_names(program: Program) -> list[str]:
 
 
 def write_archive(file: Path, program: Program) -> None:
-    """Write a program's graph and constants.
-
-    Raises:
-        MptkError: torch cannot write one of its calls.
-    """
+    """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
     graph, signature = _untied(program)
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
     saved = saved_names(program)

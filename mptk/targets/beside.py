@@ -6,7 +6,7 @@ import filecmp
 import json
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mptk.errors import ProofError
 from mptk.files import scratch
@@ -99,7 +99,7 @@ def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
-def _inner(value: Any) -> JsonObject:
+def _inner(value: object) -> JsonObject:
     """The fields of an object, and of a long list or a list of objects; empty for other values."""
     if isinstance(value, Mapping):
         return value

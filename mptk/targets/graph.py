@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
-from mptk.io.untrusted import damaged, load_tensors
+from mptk.io.untrusted import load_tensors
 from mptk.ir.passes import Log
 from mptk.ir.program import Program, ProgramModule
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
+from mptk.reading import damaged
 from mptk.targets.archive import ARCHIVE, open_archive, saved_names, write_archive
 from passes.transforms.retype import Retype, restored
 from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, difference, prove, widen

@@ -80,7 +80,7 @@ class StockTarget(Target):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
         if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = logits_check(compiled.program, sample.inputs["input_ids"])
-            other = rehome(found.config, cut_shapes(analysis, widths), check, tolerance=TOLERANCE)
+            other = rehome(found.config, cut_shapes(analysis, widths), check)
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, dtype, note)

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mptk.compat.transformers import config_field
 from mptk.files import json_text, write_text
-from mptk.io.fields import field
 
 GENAI_FILE = "genai_config.json"
 TYPE = "decoder"
@@ -28,7 +28,7 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
     shapes = {value.name: _shape(value) for value in (*file.graph.input, *file.graph.output)}
     past = [shape for name, shape in shapes.items() if name.startswith("past_key_values.")]
     config = config.get_text_config()
-    query_heads = field(config, "num_attention_heads")
+    query_heads = config_field(config, "num_attention_heads")
     if any(shape != past[0] for shape in past) or isinstance(query_heads, list):
         return
     _, heads, _, size = past[0]

@@ -13,8 +13,7 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import Axis, axes_in
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.ops import base_name, named_argument, reached
-from mptk.ir.sizes import result_shape, shape_of
+from mptk.ir.ops import base_name, named_argument, reached, result_shape, shape_of
 
 
 def live_axes(facts: AxisFacts) -> set[Axis]:

@@ -16,9 +16,8 @@ from torch.fx.node import Argument
 from mptk.errors import MptkError
 from mptk.ir.axes import axis
 from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, argument_at
-from mptk.ir.ops import op_name
+from mptk.ir.ops import example_size, op_name, result_shape, shape_of
 from mptk.ir.program import Program
-from mptk.ir.sizes import example_size, result_shape, shape_of
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.aliasing import find_writes, nodes_in
 from passes.analysis.dependence import find_dependence

@@ -7,7 +7,7 @@ call. Each case has a copy of the module, so that the user's stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError, first_line
 from mptk.ir.copies import attributes, copied
+from mptk.ir.ops import example_size
 from mptk.ir.program import Program, ProgramModule
-from mptk.ir.sizes import example_size
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types."""
@@ -138,12 +138,12 @@ class Pair:
                 "in a buffer, with tensors"
             )
 
-    def kept(self) -> Any:
+    def kept(self) -> Callable[..., object]:
         """The program as it keeps its state: itself if it has none."""
         return ProgramModule(self.program) if self.program.keeps_state else self.program
 
 
-def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
+def apart_of(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:
     """How a program differs from a module on these inputs, ``BOTH_FAIL`` if neither runs; empty if they are equal."""
     try:
         expected = flat(module, inputs)
@@ -158,7 +158,7 @@ def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
     return difference(found, expected, inputs)
 
 
-def flat(module: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+def flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor]:
     """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -28,9 +28,8 @@ from mptk.compat.torch import (
 from mptk.errors import MptkError, first_line
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
-from mptk.ir.ops import storage, written
+from mptk.ir.ops import is_open, storage, written
 from mptk.ir.program import STATE_COPY, Program, ProgramModule
-from mptk.ir.sizes import is_open
 from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights
 from passes.frontend.inline import inline

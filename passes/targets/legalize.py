@@ -175,7 +175,7 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
         given, _ = analysis.program.exported.example_inputs or ((), {})
         Flat(built, analysis.program.inputs)(*(tensor.to("meta") for tensor in given))
 
-    return Stock.discover(model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)
+    return Stock(model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)
 
 
 def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

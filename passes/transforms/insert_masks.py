@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
@@ -232,7 +231,7 @@ class _Placed:
 
 
 class InsertedMasks:
-    """Active masks of a module. ``values`` gives them at each forward pass; ``remove`` takes them out again.
+    """Active masks of a module. ``values`` gives them at each forward pass.
 
     Masks and activations must be on one device. ``watch`` is called in the backward pass for blocks, and for families
     that mask activations at one site a layer.
@@ -255,8 +254,6 @@ class InsertedMasks:
             for name, dim in site.weights:
                 self.weights.setdefault(name, []).append((i, dim))
         self._placed = [_Placed.of(site, values(site.family, site.layer).detach()) for site in sites]
-        self._handles: list[RemovableHandle] = []
-        self._parametrized: list[tuple[nn.Module, str]] = []
         for i, site in enumerate(sites):
             self._insert(i, site)
 
@@ -279,19 +276,15 @@ class InsertedMasks:
                 parameter = name.rpartition(".")[2]
                 ndim = called.get_parameter(parameter).ndim
                 shape = [-1 if d == dim else 1 for d in range(ndim)]
-                self._parametrize(called, parameter, partial(masked, shape=shape))
+                _parametrize(called, parameter, partial(masked, shape=shape))
         elif site.where == "input":
-            self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
+            called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:]))
         elif site.where == "output":
-            self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
+            called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
-            self._handles.append(called.register_forward_hook(self._added(site.module, masked), with_kwargs=True))
+            called.register_forward_hook(self._added(site.module, masked), with_kwargs=True)
         else:
-            self._parametrize(called, site.where, masked)
-
-    def _parametrize(self, module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
-        parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)
-        self._parametrized.append((module, parameter))
+            _parametrize(called, site.where, masked)
 
     def _added(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         """A hook that masks what a block adds to its input: the first argument that is like its first result."""
@@ -337,16 +330,6 @@ class InsertedMasks:
             weight = weight * factor.reshape(shape)
         return weight
 
-    def remove(self) -> None:
-        """Remove hooks and parametrisations; the module is unchanged after that."""
-        for handle in self._handles:
-            handle.remove()
-        for module, name in self._parametrized:
-            if parametrize.is_parametrized(module, name):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        self._handles.clear()
-        self._parametrized.clear()
-
 
 class _Masked(nn.Module):
     """A parametrisation that multiplies by a mask."""
@@ -357,3 +340,7 @@ class _Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self._masked(weight)
+
+
+def _parametrize(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+    parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)

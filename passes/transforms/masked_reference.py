@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from mptk.ir.axes import ONE, Term, leaves
 from mptk.ir.axis_facts import AxisFacts, Reduction
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name, named_argument, op_name
+from mptk.ir.ops import base_name, named_argument
 from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks
@@ -132,7 +132,7 @@ def _fill(x: Tensor, keep: KeepMask, neutral: float) -> Tensor:
 
 def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
     """Make ``node`` the same call with its mean and variance over kept channels."""
-    op = op_name(node).split(".")[1]
+    op = base_name(node.target)
     if op == "layer_norm":
         reduced = list(range(len(dims) - len(named_argument(node, "normalized_shape")), len(dims)))
         node.target, node.args = masked_layer_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)

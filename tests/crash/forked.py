@@ -26,7 +26,7 @@ import torch.onnx  # noqa: F401
 import mptk.api.compiler
 import mptk.api.graphs
 import mptk.api.pruned
-import mptk.cli.progress
+import mptk.cli.console
 import mptk.proof.verification
 import mptk.report.page.render
 import passes.frontend.trace
@@ -161,7 +161,7 @@ def _set(trap: Trap, events: Path) -> None:
 
     os.rename, os.replace = watched(os.rename), watched(os.replace)
     replace._exchanged = watched(replace._exchanged) if trap.exchange else lambda one, two: False
-    lines = mptk.cli.progress.lines
+    lines = mptk.cli.console.lines
 
     def told(*given: Any) -> Progress:
         report = lines(*given)
@@ -172,4 +172,4 @@ def _set(trap: Trap, events: Path) -> None:
 
         return say
 
-    mptk.cli.progress.lines = told
+    mptk.cli.console.lines = told

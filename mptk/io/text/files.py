@@ -13,7 +13,7 @@ import random
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +52,7 @@ def file_documents(
 
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
-        rows: Iterable[Mapping[str, Any]]
+        rows: Iterable[Mapping[str, object]]
         if _TABLES[suffix] == "json":
             rows = json_rows(path)
         else:
@@ -192,7 +192,7 @@ LONGEST_LINE = 1 << 28
 """Bytes of the longest line, and of the largest list of objects."""
 
 
-def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def json_rows(path: Path) -> Iterator[Mapping[str, object]]:
     """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
 
     The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
@@ -222,12 +222,12 @@ def _opened(path: Path) -> BinaryIO:
     suffix = path.suffix.lower()
     if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
         raise MptkError(f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard")
-    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    openers: dict[str, Callable[[Path, str], object]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     opener = importlib.import_module("zstandard").open if suffix == ".zst" else openers.get(suffix, open)
     return cast("BinaryIO", opener(path, "rb"))
 
 
-def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, Any]]:
+def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, object]]:
     """The rows of a file that is a list."""
     content = start + read(LONGEST_LINE + 1 - len(start))
     if len(content) > LONGEST_LINE:
@@ -237,14 +237,14 @@ def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Ite
         yield _object(row, damaged)
 
 
-def _decoded(content: bytes, damaged: Damaged) -> Any:
+def _decoded(content: bytes, damaged: Damaged) -> object:
     try:
         return json_of(content.decode("utf-8"), damaged)
     except UnicodeDecodeError as error:
         raise damaged("it is not UTF-8") from error
 
 
-def _object(row: object, damaged: Damaged) -> Mapping[str, Any]:
+def _object(row: object, damaged: Damaged) -> Mapping[str, object]:
     if not isinstance(row, Mapping):
         raise damaged(f"it holds {type(row).__name__}, and no object with columns")
     return row

@@ -44,7 +44,7 @@ def row_texts(
             )
 
 
-def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:
+def _column(row: Mapping[str, object], source: str, column: str | None) -> str:
     if column is not None:
         if column not in row:
             raise MptkError(f"{source} has no column {column!r}; it has {', '.join(row)}")

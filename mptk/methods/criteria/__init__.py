@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +88,7 @@ def score(
     return measured(criterion, given)[0]
 
 
-def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
+def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
     """Scores of all families of ``given``, as in ``score``; and the criterion's measurement, None if unused.
 
     If the criterion does not score blocks, their influence does.

@@ -32,16 +32,8 @@ from torch import Tensor
 from mptk.ir.families import Family, Group, unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
-from mptk.methods.criteria.observe import (
-    Calibration,
-    Observation,
-    Site,
-    Stream,
-    activations,
-    find_sites,
-    gradients,
-    uses,
-)
+from mptk.methods.criteria.gradients import gradients
+from mptk.methods.criteria.observe import Calibration, Observation, Site, Stream, activations, find_sites, uses
 from mptk.staged.partition import levels
 from mptk.staged.staged import Tap
 

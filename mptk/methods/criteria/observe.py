@@ -1,4 +1,4 @@
-"""observe: the input of criteria, and shared measurements: moments of activations, gradients of the loss.
+"""observe: the input of criteria, and shared measurements: moments of activations.
 
 Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
 transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
@@ -6,7 +6,7 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -16,24 +16,21 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import vmap_opens
-from mptk.distributed.sharing import Sharing, sharing
+from mptk.distributed.processes import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves, resolve
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis, Family, Group
-from mptk.ir.ops import named_argument
+from mptk.ir.ops import example_size, is_open, named_argument
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ir.sizes import example_size, is_open
 from mptk.progress import Count
 from mptk.protocols.task import Task
-from mptk.staged.staged import EXECUTOR, Executor, Tap
+from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. It bounds memory; results change only by rounding."""
-GRADIENT_TOKENS = 512
-"""Tokens in a batch whose activations autograd keeps."""
 
 
 @dataclass(frozen=True)
@@ -344,44 +341,3 @@ def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None
     """Progress over batches as progress over their samples."""
     done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
-
-
-# ---- losses and gradients ----
-
-
-def summed_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
-    """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
-
-    The processes of a run share the batches.
-    """
-    share = sharing(len(given))
-    own = share.own(given)
-    sums = torch.zeros(len(programs), dtype=torch.float64)
-    results = executor.outputs(programs, [batch.tensors for batch in own])
-    for batch in own:
-        for i in range(len(programs)):
-            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-    return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
-
-
-def gradients(
-    given: Calibration, scaled: Callable[[Tensor], Tensor], names: Collection[str] = (), taps: Sequence[Tap] = ()
-) -> tuple[Mapping[str, Tensor], Sharing]:
-    """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
-
-    ``taps`` see gradients in activations. The processes of a run share the batches; the second result sums what their
-    taps saw.
-
-    Raises:
-        MptkError: the objective has no loss for the program's outputs; or as ``watch``.
-    """
-    program, executor = given.analysis.program, given.executor
-    found = batches(program, given.samples, GRADIENT_TOKENS)
-    share = sharing(len(found))
-    own = share.own(found)
-
-    def loss(output: Tensor, i: int) -> Tensor:
-        return scaled(given.objective.sensitivity(output, own[i].to(executor.device)))
-
-    inputs, progress = [batch.tensors for batch in own], in_samples(given.progress, own)
-    return executor.gradients(program, names, inputs, loss, progress, share.total, taps), share

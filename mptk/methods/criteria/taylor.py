@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mptk.ir.families import Analysis, Family
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
-from mptk.methods.criteria.observe import Calibration, gradients
+from mptk.methods.criteria.gradients import gradients
+from mptk.methods.criteria.observe import Calibration
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,7 @@ class Cuts:
 
 
 def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
-    """The legal cuts nearest to each sparsity.
-
-    Raises:
-        MptkError: no family can be cut.
-    """
+    """The legal cuts nearest to each sparsity. Raises MptkError if no family can be cut."""
     p = prepared
     channels, blocks = (able(p, p.legal, blocks=each) for each in (False, True))
     names = list(p.settings.families) or channels or blocks

@@ -39,7 +39,7 @@ from mptk.protocols.chain import Compiled, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
 from mptk.protocols.values import Context, SampleSets
-from mptk.reading import read_as
+from mptk.reading import damaged, read_as
 from passes.targets.legalize import Candidate, describe
 
 JUDGED = 8
@@ -261,8 +261,7 @@ class Search(Trials):
         path = self._file(number)
         if not path.is_file():
             return None
-        remedy = "remove it, and start again with --resume"
-        shape = read_as(Shape, path, lambda why: MptkError(f"{path} is damaged: {why}; {remedy}"))
+        shape = read_as(Shape, path, damaged(path, "remove it, and start again with --resume"))
         return shape if dict(shape.widths) == dict(self.prepared.candidates[number].widths) else None
 
     def keep(self, number: int, shape: Shape) -> Shape:

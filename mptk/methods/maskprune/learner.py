@@ -30,13 +30,12 @@ from mptk.ir.resolved_plan import kept_units, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, score, select
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.ends import ends_note
+from mptk.methods.division.layers import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, run_module
-from mptk.methods.maskprune.watch import Watch
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import TRACKER, RunFolder

@@ -2,7 +2,7 @@
 
 accelerate handles devices, precision, gradient synchronisation and trackers. The seed and the number of a step
 determine its windows and its learning rate. So a resumed run needs no sampler or scheduler state, and the global batch
-does not depend on the number of processes.
+does not depend on the number of processes. ``Watch`` has the losses on held-out samples, and finds the best step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +23,67 @@ from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined
 from mptk.methods.maskprune.losses import distilled, hidden_error
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
-from mptk.methods.maskprune.watch import NAME, STATE, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
 from passes.frontend.trace import results, uncached
+
+NAME = "held-out"
+"""The metric in the log of a phase."""
+STATE = "watched"
+"""The losses in a checkpoint."""
+
+
+@dataclass
+class Watch:
+    """``losses``: number of steps → the training loss on ``samples``, which are never trained on."""
+
+    samples: Samples
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def add(self, step: int, loss: float) -> None:
+        """Record the loss after ``step`` steps. NaN counts as infinite."""
+        self.losses[step] = math.inf if math.isnan(loss) else loss
+
+    @property
+    def best(self) -> int:
+        """The step with the lowest loss, the first of equal ones."""
+        return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    def state(self) -> Tensor:
+        """The losses for a checkpoint, float64 [n, 2]."""
+        return torch.tensor(list(self.losses.items()), dtype=torch.float64)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue with the losses of a checkpoint, if it has some."""
+        if STATE in state:
+            self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
+
+    def row(self, source: str, every: int) -> dict[str, object]:
+        """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
+        when = f"before training, every {every} steps and at the end"
+        return {
+            "metric": "training loss",
+            "protocol": f"{len(self.samples)} samples of {source}, never trained on; {when}",
+            "losses": {str(step): loss for step, loss in self.losses.items()},
+            "kept": self.best,
+        }
+
+    def note(self) -> str:
+        """One line if training ended worse than an earlier step; else empty."""
+        first, last, best = 0, max(self.losses), self.best
+        if best == last:
+            return ""
+        worse = f"{self.losses[best]:.4g} → {self.losses[last]:.4g}"
+        if best == first:
+            return (
+                f"recovery made the model worse on held-out samples (loss {worse} in {last} steps), and the weights "
+                "from before it were kept; try a lower --lr or more text"
+            )
+        return (
+            f"recovery got worse on held-out samples after step {best} of {last} (loss {worse}); the weights of step "
+            f"{best} were kept"
+        )
+
 
 Teacher = Callable[[Samples], TeacherOutputs]
 """Samples on the host → the dense model's outputs, on the device."""

@@ -1,14 +1,18 @@
-"""advice: the charts of ``mptk advise``."""
+"""advice: the charts of what is measured before a cut: of ``mptk advise``, and of a search of the shape."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mptk.protocols.advice import Advice, Point
+from mptk.protocols.shapes import WORST, Shape, Shapes
 from mptk.report.advice import short
 from mptk.report.page.svg import BAD, QUIET, SERIES, Svg, chart
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -99,3 +103,73 @@ def layers_chart(rises: tuple[float, ...], name: str) -> Svg:
         axes.grid(axis="y", linewidth=0.6)
 
     return chart(draw, f"rise of the loss if one layer of {name} has half of its units", 2.6)
+
+
+def front_chart(found: Shapes) -> Svg:
+    """The metric over the cost. Rings: before training. Dots: after. The line is the Pareto front."""
+    best = sorted(found.front, key=lambda shape: shape.cost)
+
+    def draw(axes: Axes) -> None:
+        points = [(_cost(shape), _figure(found, shape.loss)) for shape in best if shape.loss < WORST]
+        axes.plot(*zip(*points, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
+        for number, shape in _drawn(found):
+            x, (first, *_, last) = _cost(shape), (*_figures(found, shape), _figure(found, shape.loss))
+            axes.plot([x, x], [first, last], color=SERIES[0], linewidth=1)
+            axes.plot(x, first, "o", color=QUIET, markerfacecolor="none", markersize=6)
+            if shape.rungs:
+                axes.plot(x, last, "o", color=SERIES[0], markersize=6)
+            if shape.rungs or shape in best:
+                axes.annotate(f"{number}", (x, last), (6, 5), textcoords="offset points", size=9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel(cost_name(found))
+        axes.set_ylabel(f"{found.metric} (less is better)")
+        axes.grid(linewidth=0.6)
+
+    return chart(draw, f"{found.metric} over {cost_name(found)} of {len(found.shapes)} shapes", 3.2)
+
+
+def training_chart(found: Shapes) -> Svg | None:
+    """The metric of each trained shape over its training tokens; None if no shape was trained."""
+    trained = [(number, shape) for number, shape in _drawn(found) if shape.rungs]
+    if not trained:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, shape in trained:
+            tokens = [0, *(rung.tokens for rung in shape.rungs)]
+            colour = SERIES[(number - 1) % len(SERIES)]
+            axes.plot(tokens, _figures(found, shape), "o-", color=colour, markersize=4, label=f"{number}")
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel(found.metric)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.figure.legend(loc="outside right upper", title="shape", handlelength=1.4)
+
+    return chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
+
+
+def cost_name(found: Shapes) -> str:
+    """What ``Shape.cost`` counts."""
+    return "parameters (millions)" if found.dense.latency_ms is None else "predicted milliseconds"
+
+
+def _cost(shape: Shape) -> float:
+    return shape.cost if shape.latency_ms is not None else shape.cost / 1e6
+
+
+def _drawn(found: Shapes) -> list[tuple[int, Shape]]:
+    """The shapes whose losses are finite, with their numbers."""
+    return [(n, shape) for n, shape in enumerate(found.shapes, 1) if max(shape.stages) < WORST]
+
+
+def _figures(found: Shapes, shape: Shape) -> Sequence[float]:
+    return [_figure(found, loss) for loss in shape.stages]
+
+
+def _figure(found: Shapes, loss: float) -> float:
+    value = found.figure(loss)
+    assert value is not None
+    return value

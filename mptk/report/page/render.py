@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mptk.conform import made
 from mptk.ir.families import Analysis
 from mptk.plain import plain
 from mptk.protocols.advice import Advice
 from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
+from mptk.reading import made
 from mptk.report import sections
 from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, advice_view
 from mptk.report.analysis import analysis_view
 from mptk.report.compare import grouped, heading
-from mptk.report.page import advice, charts, shapes
+from mptk.report.page import advice, charts
 from mptk.report.page.coupling import coupled, coupling_chart
 from mptk.report.page.svg import Svg
 from mptk.report.runs import Run
@@ -172,7 +172,7 @@ def advice_page(found: Advice) -> str:
 def ranking_figures(found: Shapes) -> list[Figure]:
     """The charts of a search."""
     caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT_LINE}"
-    front, training = shapes.front_chart(found), shapes.training_chart(found)
+    front, training = advice.front_chart(found), advice.training_chart(found)
     more = "After each rung the better half of the shapes is trained for twice as long."
     trained = [] if training is None else [Figure("Training", training, more)]
     return [Figure("Cost and quality of each shape", front, caption), *trained]

@@ -36,7 +36,7 @@ CSS = {
 }
 """Colours of a light page → variables of the style sheet, so that a dark page has its own."""
 
-STYLE: dict[Any, Any] = {
+STYLE: dict[object, object] = {
     "axes.edgecolor": QUIET,
     "axes.facecolor": "none",
     "axes.labelcolor": QUIET,

@@ -1,15 +1,21 @@
-"""architectures: what llama.cpp expects of each kind of model: how tensors are stored, and what its code has built in.
+"""architectures: what llama.cpp expects of each kind of model: how tensors are stored, what its code has built in, and
+a config's numbers as fields of a file.
 
 The key of a row is the ``model_type`` of a transformers config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mptk.errors import MptkError
 
 WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
@@ -70,7 +76,7 @@ SHIFTED = {r"norm\.weight$": shifted}
 LLAMA = Architecture("llama", changes=PAIRED)
 
 
-def _always(value: object) -> Callable[[Any], object]:
+def _always(value: object) -> Callable[[object], object]:
     return lambda config: value
 
 
@@ -128,3 +134,146 @@ ARCHITECTURES = {
     "glm4": Architecture("glm4"),
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
 }
+
+
+COPIED = {
+    "context_length": ("max_position_embeddings",),
+    "layer_norm_rms_eps": ("rms_norm_eps",),
+    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention_scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "parallel_residual": ("use_parallel_residual",),
+    "clamp_kqv": ("clip_qkv",),
+}
+"""GgufSetting → its names in a config."""
+YARN = {
+    "rope_scaling_yarn_ext_factor": "extrapolation_factor",
+    "rope_scaling_yarn_attn_factor": "attention_factor",
+    "rope_scaling_yarn_beta_fast": "beta_fast",
+    "rope_scaling_yarn_beta_slow": "beta_slow",
+}
+FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
+"""Divisors of the rotary frequencies: tensors that the file has and the model has not."""
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
+GgufSetting = tuple[str, object]
+AnyConfig = Any
+"""A transformers config, whose fields depend on its class."""
+
+
+def architecture_of(config: AnyConfig) -> Architecture:
+    """What llama.cpp expects of the model.
+
+    Raises:
+        MptkError: mptk does not know, or llama.cpp computes the model with other numbers than the config's.
+    """
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise MptkError(
+            f"mptk cannot write {config.model_type} models as GGUF, only {', '.join(ARCHITECTURES)}; use llama.cpp's "
+            "converter"
+        )
+    for name, wanted in found.fixed.items():
+        if (has := getattr(config, name, wanted(config))) != wanted(config):
+            raise _other(config, f"{name} {has}", f"{wanted(config)}")
+    activation = next((getattr(config, name) for name in ACTIVATIONS if getattr(config, name, None)), None)
+    if activation not in found.activations:
+        raise _other(config, f"the activation {activation}", " or ".join(found.activations))
+    if found.period and _windows(config) != [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)]:
+        raise _other(config, "other sliding layers", f"a full layer after each {found.period - 1} sliding ones")
+    return found
+
+
+def head_dim(config: AnyConfig) -> int:
+    """The size of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def write_settings(writer: GGUFWriter, config: AnyConfig, architecture: Architecture) -> None:
+    """Write what a cut does not change. The widths come from the weights."""
+    for name, value in (*_copied(config), *_rope(config), *architecture.written.items()):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_rope_dimension_count(rope_dim(config))
+    if architecture.period:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(architecture.period)
+
+
+def ignored_window(config: AnyConfig, architecture: Architecture) -> int | None:
+    """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
+    window = getattr(config, "sliding_window", None)
+    if architecture.period or not window or not getattr(config, "use_sliding_window", True):
+        return None
+    return int(window) if window < config.max_position_embeddings else None
+
+
+def rope_dim(config: AnyConfig) -> int:
+    """How many channels of a head are rotated."""
+    return int(head_dim(config) * _rope_parameters(config).get("partial_rotary_factor", 1.0))
+
+
+def rope_divisors(config: AnyConfig) -> dict[str, Tensor]:
+    """The tensors that scale rotary frequencies, by name."""
+    rope = _rope_parameters(config)
+    if rope.get("rope_type") == "longrope":
+        return {
+            name: torch.tensor(rope[key])
+            for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor"))
+        }
+    if rope.get("rope_type") != "llama3":
+        return {}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    size = rope_dim(config)
+    return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
+
+
+def _copied(config: AnyConfig) -> Iterator[GgufSetting]:
+    for key, names in COPIED.items():
+        value = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+        if value is not None:
+            yield key, value
+
+
+def _rope(config: AnyConfig) -> Iterator[GgufSetting]:
+    rope, sliding = _rope_parameters(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+    if not rope:
+        return
+    yield "rope_freq_base", rope["rope_theta"]
+    if sliding is not None:
+        yield "rope_freq_base_swa", sliding["rope_theta"]
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        yield from (("rope_scaling_type", RopeScalingType.LINEAR), ("rope_scaling_factor", rope["factor"]))
+    elif kind == "yarn":
+        yield from (("rope_scaling_type", RopeScalingType.YARN), ("rope_scaling_factor", rope["factor"]))
+        yield from ((field, rope[name]) for field, name in YARN.items() if rope.get(name) is not None)
+    elif kind == "longrope":
+        yield "rope_scaling_type", RopeScalingType.LONGROPE
+        yield "rope_scaling_attn_factors", ROPE_INIT_FUNCTIONS["longrope"](config)[1]
+    elif kind not in ("default", "llama3"):
+        raise _other(config, f"rotary embeddings of type {kind}", "default, linear, llama3, longrope or yarn")
+    if rope.get("original_max_position_embeddings") and kind in ("yarn", "longrope"):
+        yield "rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]
+
+
+def _rope_parameters(config: AnyConfig) -> dict[str, Any]:
+    """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return dict(found.get("full_attention", found))
+
+
+def _windows(config: AnyConfig) -> list[bool]:
+    """Whether each layer attends to a window."""
+    return [kind == "sliding_attention" for kind in config.layer_types]
+
+
+def _other(config: AnyConfig, has: str, wanted: str) -> MptkError:
+    return MptkError(
+        f"this {config.model_type} model has {has}, and llama.cpp computes such models with {wanted}; use the folder "
+        "in another program"
+    )

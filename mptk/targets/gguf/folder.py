@@ -1,22 +1,32 @@
-"""folder: a pruned folder, and the dense model's GGUF file if one is given, as the content of a GGUF file."""
+"""folder: a pruned folder as the content of a GGUF file, with the dense model's GGUF file if one is given.
+
+Vocabulary and settings of that file, the ``Pattern``, also hold for the cut model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gguf import GGUFWriter
+import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.config.choices import GgufType
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.io import models
+from mptk.io.untrusted import check_gguf
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
-from mptk.targets.gguf.architectures import ARCHITECTURES, Architecture
-from mptk.targets.gguf.pattern import Pattern
-from mptk.targets.gguf.settings import (
+from mptk.reading import damaged
+from mptk.targets.gguf.architectures import (
+    ARCHITECTURES,
     DIVISORS,
     FREQUENCIES,
+    Architecture,
     architecture_of,
     head_dim,
     ignored_window,
@@ -25,6 +35,101 @@ from mptk.targets.gguf.settings import (
 )
 from mptk.targets.gguf.tokenizer import write_tokenizer
 from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
+
+DROPPED = (
+    "GGUF.",
+    "general.architecture",
+    "general.file_type",
+    "general.quantization",
+    "general.size_label",
+    "quantize.",
+)
+"""Prefixes of fields that describe the pattern's own weights."""
+TOKENS = "tokenizer.ggml.tokens"
+
+
+@dataclass(frozen=True)
+class GgufField:
+    """A field of a file: value, type and, for a list, the type of its items."""
+
+    value: Any
+    type: GGUFValueType
+    items: GGUFValueType | None
+
+
+def _field(field: ReaderField) -> GgufField:
+    items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
+    return GgufField(field.contents(), field.types[0], items)
+
+
+class Pattern:
+    """The dense model's GGUF file: its fields, its tensors' shapes.
+
+    Raises:
+        MptkError: it cannot be read, or is not a language model's.
+    """
+
+    def __init__(self, file: Path) -> None:
+        check_gguf(file)
+        self.file = file
+        try:
+            self.reader = GGUFReader(file)
+            self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
+            self.architecture = str(self._value("general.architecture"))
+            hidden, heads = (int(self._own(name)) for name in ("embedding_length", "attention.head_count"))
+            length = self.fields.get(f"{self.architecture}.attention.key_length")
+            self.head_dim = hidden // heads if length is None else int(length.value)
+            self.tokens = len(self._value(TOKENS))
+            self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
+        except MptkError:
+            raise
+        except Exception as error:  # the reader checks little of what it reads: any error may come
+            raise damaged(file)(first_line(error)) from error
+
+    def _own(self, name: str) -> Any:
+        return self._value(f"{self.architecture}.{name}")
+
+    def _value(self, name: str) -> Any:
+        if name not in self.fields:
+            raise MptkError(
+                f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
+            )
+        return self.fields[name].value
+
+    def fill(self, writer: GGUFWriter) -> None:
+        """Write the fields that the writer does not have yet and that do not describe single layers."""
+        own = f"{self.architecture}."
+        for name, field in self._kept():
+            key = f"{writer.arch}.{name.removeprefix(own)}" if name.startswith(own) else name
+            if key not in writer.kv_data[0] and not (name.startswith(own) and field.items is not None):
+                writer.add_key_value(key, field.value, field.type, sub_type=field.items)
+
+    def _kept(self) -> Iterator[tuple[str, GgufField]]:
+        return ((name, field) for name, field in self.fields.items() if not name.startswith(DROPPED))
+
+    def tensor(self, name: str) -> dict[str, Tensor]:
+        """The float32 tensor ``name`` by its name, if the file has it."""
+        return {each.name: torch.from_numpy(each.data.copy()) for each in self.reader.tensors if each.name == name}
+
+    def check(self, names: set[str], table: tuple[int, int], free: set[str]) -> None:
+        """Raise MptkError if a model with these tensors and this embedding table was not cut from the pattern's model.
+
+        ``free``: tensors that may be in only one of both.
+        """
+        dense = self.shapes.get("token_embd.weight", (0, 0))
+        if table[0] != dense[0] or table[0] != self.tokens or table[1] > dense[1]:
+            raise MptkError(
+                f"{self.file} has another vocabulary or hidden size than the folder; give the GGUF file of its dense "
+                "model, or leave --like out"
+            )
+        blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
+        wanted = {name for name in self.shapes if not name.startswith("blk.") or name.split(".")[1] in blocks}
+        if apart := (wanted ^ names) - free:
+            raise MptkError(
+                f"{min(apart)} is only in one of the folder and {self.file}, so they belong to different models; give "
+                "the GGUF file of the folder's dense model"
+            )
+
 
 GGUF_FAMILIES = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
 """The families of a graph that a GGUF file can hold cut."""
@@ -79,11 +184,7 @@ class GgufFolder:
         return [*self.weights.notes, *([ignored] if window else [])]
 
     def write(self, out: Path) -> None:
-        """Write the file and read it back.
-
-        Raises:
-            ProofError: a tensor that was read back differs.
-        """
+        """Write the file and read it back. Raises ProofError if a tensor that was read back differs."""
         self.weights.write(out, self._describe)
 
     def _describe(self, writer: GGUFWriter) -> None:

@@ -9,8 +9,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io.untrusted import damaged
-from mptk.reading import read_json
+from mptk.reading import Json, damaged, read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,7 +56,7 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedToken
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(spec: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
+def _tokens(spec: Json, rows: int) -> tuple[list[str], list[TokenType]]:
     """The token of each row, and its type. A token without a row, which some classes add, is left out."""
     added = {token["id"]: token for token in spec["added_tokens"]}
     words = {number: word for word, number in spec["model"]["vocab"].items()}
@@ -77,7 +76,7 @@ def _tokens(spec: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]
     return tokens, types
 
 
-def _scores(spec: dict[str, Any], tokens: list[str]) -> list[float]:
+def _scores(spec: Json, tokens: list[str]) -> list[float]:
     """Less for a token that is merged later."""
     merges: list[Any] = spec["model"]["merges"]
     ranks: dict[str, int] = {}
@@ -86,14 +85,14 @@ def _scores(spec: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _parts(spec: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+def _parts(spec: Json, name: str, inner: str) -> list[Json]:
     """The steps of a normalizer or of a pre-tokenizer."""
     part = spec.get(name)
-    steps: list[dict[str, Any]] = [] if part is None else part.get(inner, [part])
+    steps: list[Json] = [] if part is None else part.get(inner, [part])
     return steps
 
 
-def _splitting(spec: dict[str, Any]) -> str:
+def _splitting(spec: Json) -> str:
     """llama.cpp's name for how the tokenizer splits text."""
     steps = _parts(spec, "pre_tokenizer", "pretokenizers")
     kinds = [step["type"] for step in steps]
@@ -110,7 +109,7 @@ def _splitting(spec: dict[str, Any]) -> str:
     raise _unknown(f"a pre-tokenizer of type {', '.join(kinds) or 'none'} that mptk does not know")
 
 
-def _prefixed(spec: dict[str, Any]) -> bool:
+def _prefixed(spec: Json) -> bool:
     """Whether a space is put before the text."""
     steps = [*_parts(spec, "normalizer", "normalizers"), *_parts(spec, "pre_tokenizer", "pretokenizers")]
     return any(

@@ -10,8 +10,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Axis, Term, axes_in, axis, product, require_multiple
 from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import base_name, named_argument, op_name
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import base_name, named_argument, op_name, result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Counted, Resizer
 from passes.analysis.rules.table import Result, ZeroOf, align, rule

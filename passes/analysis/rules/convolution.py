@@ -9,8 +9,7 @@ from torch import fx
 
 from mptk.ir.axes import Axis, Term, axes_in, axis, product
 from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import named_argument
-from mptk.ir.sizes import result_shape, shape_of
+from mptk.ir.ops import named_argument, result_shape, shape_of
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Counted, counted_argument
 from passes.analysis.rules.table import Result, ZeroOf, meet, rule, zero_of_first

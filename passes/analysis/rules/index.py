@@ -9,8 +9,7 @@ from torch import fx
 
 from mptk.ir.axes import Axis, Term, axes_in, axis, concat
 from mptk.ir.axis_facts import AxisFacts, Dims, Results
-from mptk.ir.ops import argument_names, base_name, named_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import argument_names, base_name, named_argument, result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast

@@ -9,8 +9,7 @@ from torch import fx
 from mptk.compat.torch import vmap_closes, vmap_opens
 from mptk.ir.axes import ONE, concat
 from mptk.ir.axis_facts import Dims
-from mptk.ir.ops import base_name, target_name
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import base_name, result_shape, target_name
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.pointwise import broadcast
 from passes.analysis.rules.resizer import Resizer, Squeezed

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, fx
 
 from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.sizes import shape_of
+from mptk.ir.ops import shape_of
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule
 

@@ -11,8 +11,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Term, concat
 from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import base_name, named_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import base_name, named_argument, result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.table import meet, normalize, normalize_all, rule, zero_of_first

@@ -6,8 +6,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Axis, Term, axes_in, axis
 from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import named_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import named_argument, result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import shape_argument
 from passes.analysis.rules.shape import cut

@@ -6,8 +6,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Term, axes_in, axis, require_size
 from mptk.ir.axis_facts import Dims, ReductionKind, Results
-from mptk.ir.ops import base_name, named_argument, set_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import base_name, named_argument, result_shape, set_argument
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast, zero_of_clamp

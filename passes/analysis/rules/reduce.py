@@ -16,8 +16,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Axis, axes_in, require_size
 from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
-from mptk.ir.ops import base_name, named_argument, op_name, set_argument
-from mptk.ir.sizes import result_shape
+from mptk.ir.ops import base_name, named_argument, op_name, result_shape, set_argument
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product
 from passes.analysis.rules.context import RuleContext, Value

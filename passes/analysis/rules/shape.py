@@ -8,8 +8,7 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Axis, Term, axis, concat, product, resolve
 from mptk.ir.axis_facts import AxisFacts, Dims, Results
-from mptk.ir.ops import named_argument, set_argument
-from mptk.ir.sizes import result_shape, shape_of
+from mptk.ir.ops import named_argument, result_shape, set_argument, shape_of
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product, split_sum
 from passes.analysis.rules.context import RuleContext, Value

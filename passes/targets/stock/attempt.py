@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.torch import FakeTensorMode
@@ -57,6 +58,11 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
             return refusal(error, model_class)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in the state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def failure(forward: Forward, model: PreTrainedModel) -> Refusal | None:

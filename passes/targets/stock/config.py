@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from passes.targets.stock.attempt import Refusal, configured, on_meta
+from passes.targets.stock.attempt import Refusal, configured, on_meta, shapes_of
 from passes.targets.stock.equations import Grown, Law, WidthProducts
 from passes.targets.stock.symbolic import Assignment, Field, Reading, Unread, WeightShapes
 
@@ -127,8 +127,7 @@ def finished(
         return model
     if refused is not None:
         return replace(refused, config=with_scalars(config, scalars))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if (wrong := misfit(shapes, target)) is not None:
+    if (wrong := misfit(shapes_of(model), target)) is not None:
         return wrong
     changes = _changes(template, assignment) | _scalar_changes(config, scalars)
     return StockConfig(model_class, with_scalars(config, scalars), changes)

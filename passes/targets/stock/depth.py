@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.ir.blocks import Renumbering, numbered, prefix
-from passes.targets.stock.attempt import Refusal, configured, on_meta
+from passes.targets.stock.attempt import Refusal, configured, on_meta, shapes_of
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.symbolic import WeightShapes
 
@@ -57,9 +57,10 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Built
     model = on_meta(model_class, config)
     if isinstance(model, Refusal):
         return model
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.eval()
-    return Built(config, shapes, {n: _traits(module) for n, module in model.named_modules() if not _is_idle(module)})
+    return Built(
+        config, shapes_of(model), {n: _traits(module) for n, module in model.named_modules() if not _is_idle(module)}
+    )
 
 
 def _is_idle(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from mptk.io.checkpoint import portable, save_tokenizer
 from mptk.io.deferred import deferred
 from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
+from passes.targets.stock.attempt import shapes_of
 from passes.targets.stock.config import StockConfig
 
 NONE = Weights({})
@@ -54,7 +55,7 @@ def write_checkpoint(
     likes = weights.likes
     dtype = next((like.dtype for like in likes.values() if like.is_floating_point()), torch.float32)
     shell = _shell(stock, dtype)
-    _check_shapes(likes, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
+    _check_shapes(likes, shapes_of(shell))
     _check_tied(shell, weights)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)

@@ -35,21 +35,24 @@ class Stock:
         refusals: family → why it cannot be cut alone in the stock class.
         together: sets of families that the class can only cut together because they share a field, e.g. the heads of
             an encoder and of its decoder.
-        derived: as given to ``discover``.
+        derived: as given.
+
+    Args:
+        model: a transformers model on any device. Only its class and config are used.
+        families: name → width before the cut.
+        fixed: sizes of the leaf axes that belong to no family.
+        shapes: the shapes of a cut.
+        derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
+        norms: family → weight → the epsilon of its norm, which a cut changes.
+        forward: what must run with the class after a cut, if it runs before: a number that no weight shows (the size of
+            a recurrence's heads) may be wrong though all shapes fit.
+
+    Raises:
+        MptkError: the class cannot be built from the model's config.
     """
 
-    def __init__(self, model: PreTrainedModel, families: Mapping[str, int], shapes: CutShapes) -> None:
-        self._class, self.dense = type(model), model.config
-        self._families, self._shapes = families, shapes
-        self.refusals: dict[str, Refusal] = {}
-        self.together: list[frozenset[str]] = []
-        self._law: Law | None = None
-        self.derived: Mapping[str, str] = {}
-        self._norms: Mapping[str, Mapping[str, float]] = {}
-        self._forward: Forward | None = None
-
-    @staticmethod
-    def discover(
+    def __init__(
+        self,
         model: PreTrainedModel,
         families: Mapping[str, int],
         fixed: Sequence[int],
@@ -58,27 +61,15 @@ class Stock:
         derived: Mapping[str, str] = MappingProxyType({}),
         norms: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
         forward: Forward | None = None,
-    ) -> Stock:
-        """Learn which of ``families`` the class of ``model`` can express, alone or together with others.
-
-        Args:
-            model: a transformers model on any device. Only its class and config are used.
-            families: name → width before the cut.
-            fixed: sizes of the leaf axes that belong to no family.
-            shapes: the shapes of a cut.
-            derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
-            norms: family → weight → the epsilon of its norm, which a cut changes.
-            forward: what must run with the class after a cut, if it runs before: a number that no weight shows (the
-                size of a recurrence's heads) may be wrong though all shapes fit.
-
-        Raises:
-            MptkError: the class cannot be built from the model's config.
-        """
-        stock = Stock(model, dict(families), shapes)
-        stock.derived, stock._norms, stock._forward = derived, norms, forward
+    ) -> None:
+        self._class, self.dense = type(model), model.config
+        self._families, self._shapes = dict(families), shapes
+        self.derived, self._norms, self._forward = derived, norms, forward
+        self.refusals: dict[str, Refusal] = {}
+        self.together: list[frozenset[str]] = []
+        self._law: Law | None = None
         if families:
-            stock._learn(fixed, derived)
-        return stock
+            self._learn(fixed)
 
     def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
@@ -144,7 +135,7 @@ class Stock:
         """The widths that change."""
         return {name: width for name, width in widths.items() if width != self._families.get(name, width)}
 
-    def _learn(self, fixed: Sequence[int], derived: Mapping[str, str]) -> None:
+    def _learn(self, fixed: Sequence[int]) -> None:
         """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
         try:
             reading = Reading(self._class, self.dense)
@@ -155,13 +146,13 @@ class Stock:
             self.refusals = dict.fromkeys(self._families, wrong)
             return
         grown = growing(reading.dense.shapes, self._families, self._shapes)
-        self._law = Law(reading, WidthProducts(self._families, fixed), grown, derived)
+        self._law = Law(reading, WidthProducts(self._families, fixed), grown, self.derived)
         trials = dict[frozenset[str], list[Widths]]()
         for name in self._families:
             self._try(frozenset((name,)), trials)
-        for name in [name for name in self.refusals if name not in derived]:
+        for name in [name for name in self.refusals if name not in self.derived]:
             if not any(name in group for group in self.together):
-                self._join(name, derived, trials)
+                self._join(name, trials)
         self._confirm(trials)
 
     def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
@@ -192,14 +183,14 @@ class Stock:
         wrong = misfit(sizes.shapes, self._shapes(widths))
         return wrong or self._law.products.strange(self._law.reading.dense, sizes, widths)
 
-    def _join(self, name: str, derived: Mapping[str, str], trials: dict[frozenset[str], list[Widths]]) -> None:
+    def _join(self, name: str, trials: dict[frozenset[str], list[Widths]]) -> None:
         """Find the families with which a refused one can be cut in proportion."""
         assert self._law is not None
         group = self._law.group(name)
         if group is None:
-            group = self._law.free.group(name, [*derived]) or frozenset()
-        if fixed := sorted(group & derived.keys()):
-            what = f"it can only be cut together with {fixed[0]}, which must stay: {derived[fixed[0]]}"
+            group = self._law.free.group(name, [*self.derived]) or frozenset()
+        if fixed := sorted(group & self.derived.keys()):
+            what = f"it can only be cut together with {fixed[0]}, which must stay: {self.derived[fixed[0]]}"
             self.refusals[name] = Refusal("numeric", name, what)
         elif len(group) > 1:
             why = self._try(group, trials)

@@ -23,7 +23,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from passes.targets.legalize import cut_shapes
-from passes.targets.stock.attempt import Refusal, quiet
+from passes.targets.stock.attempt import Refusal, on_meta, quiet, shapes_of
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.symbolic import WeightShapes
@@ -36,11 +36,7 @@ TRIAL_LENGTH = 64
 
 
 def rehome(
-    config: PreTrainedConfig,
-    target_shapes: WeightShapes,
-    check: Callable[[StockConfig], float],
-    *,
-    tolerance: float = 1e-6,
+    config: PreTrainedConfig, target_shapes: WeightShapes, check: Callable[[StockConfig], float]
 ) -> StockConfig | Refusal:
     """Find a stock class other than ``config``'s own that can hold the cut model.
 
@@ -49,8 +45,7 @@ def rehome(
         target_shapes: state-dict name → shape after the cut, tied names included.
         check: the largest logit difference between the class with the cut weights and the cut model
             (``logits_check``). It is called for every candidate that fits. Its inputs should be as long as the caller
-            can afford.
-        tolerance: the largest difference that counts as equal.
+            can afford. Differences up to ``TOLERANCE`` count as equal.
 
     Returns:
         The class and its config. ``changes`` holds every field that differs from ``config``, ``model_type`` included.
@@ -61,7 +56,7 @@ def rehome(
     for candidate in _candidates(config):
         result = _fits(config, candidate, target_shapes)
         if isinstance(result, StockConfig):
-            objection = _objection(result, check, tolerance)
+            objection = _objection(result, check)
             if objection is None:
                 return result
             refusals.append(f"{result.model_class.__name__} fits but {objection}")
@@ -88,9 +83,7 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
         return None
     embeddings = cast("nn.Embedding", model.get_input_embeddings())
     tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
-    found = rehome(
-        refusal.config, cut_shapes(analysis, widths), logits_check(folded.program, tokens), tolerance=TOLERANCE
-    )
+    found = rehome(refusal.config, cut_shapes(analysis, widths), logits_check(folded.program, tokens))
     return found.model_class.__name__ if isinstance(found, StockConfig) else None
 
 
@@ -124,12 +117,12 @@ def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], fl
     return check
 
 
-def _objection(stock: StockConfig, check: Callable[[StockConfig], float], tolerance: float) -> str | None:
+def _objection(stock: StockConfig, check: Callable[[StockConfig], float]) -> str | None:
     try:
         difference = check(stock)
     except Exception as error:  # noqa: BLE001 (a model that takes these shapes may still fail to run)
         return f"does not run ({type(error).__name__}: {error})"
-    return None if difference <= tolerance else f"its logits differ by {difference:.2g}"
+    return None if difference <= TOLERANCE else f"its logits differ by {difference:.2g}"
 
 
 def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
@@ -189,18 +182,12 @@ def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: W
         if found is None:
             continue
         model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[candidate])
-        if _shapes(model_class, found) == {name: tuple(shape) for name, shape in target.items()}:
+        built = on_meta(model_class, found)
+        if not isinstance(built, Refusal) and shapes_of(built) == {
+            name: tuple(shape) for name, shape in target.items()
+        }:
             return StockConfig(model_class, found, _changes(config, found))
     return None
-
-
-def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> WeightShapes | None:
-    with quiet(), torch.device("meta"):
-        try:
-            model = model_class(copy.deepcopy(config))
-        except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
-            return None
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[object, object]]:

@@ -1,0 +1,99 @@
+"""verify: commands that read pruned folders: verify, rerun, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptk.cli.app import command, resumable, show
+from mptk.cli.console import err, out, printed, stages
+from mptk.cli.options import (
+    DenseOption,
+    Folder,
+    JsonOption,
+    out_file,
+    out_folder,
+)
+from mptk.config.setting import values
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.files import write_text
+from mptk.progress import within
+
+
+@command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
+def verify(
+    folder: Folder,
+    settings: Settings,
+    model: DenseOption = None,
+) -> None:
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
+    from mptk.proof import verification
+    from mptk.report import sections as report
+
+    with stages(err) as progress, within(progress, "prove"):
+        progress("prove", 0, 0)
+        proof = verification.verify(
+            folder,
+            model=model,
+            **values(settings, "verify"),
+        )
+    out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
+
+
+@command(examples=("rerun runs/m30 --out runs/again",))
+def rerun(
+    folder: Folder,
+    destination: Annotated[Path, out_folder("Folder for the new result.")],
+    settings: Settings,
+    model: DenseOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
+    from mptk.api.rerun import rerun, results_differing
+    from mptk.report import sections as report
+
+    with resumable(destination), stages(err) as progress:
+        found = rerun(
+            folder,
+            destination,
+            progress,
+            model=model,
+            on_stage=printed(),
+            **values(settings, "rerun"),
+        )
+    if found is not None:
+        show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+        if differ := results_differing(found):
+            raise MptkError(
+                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
+            )
+
+
+@command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
+def show_report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
+    ],
+    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
+) -> None:
+    """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
+    from mptk.protocols.report import Report
+    from mptk.report import sections as report
+    from mptk.report.runs import Run, read_bench, read_runs, short_names, with_rungs
+
+    folders = with_rungs(folders)
+    if html is not None:
+        from mptk.report.page.render import report_page
+
+        write_text(html, report_page(read_runs(folders)))
+        out.print(f"written to {html}", soft_wrap=True)
+        return
+    folder, results = folders[0], [Report.read(each) for each in folders]
+    out.print(report.prune_view(results[0], read_bench(folder)))
+    if len(results) > 1:
+        out.print(report.comparison_view(list(map(Run, short_names(folders), results))))
+    out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

@@ -133,8 +133,8 @@ JsonOption = Annotated[
 
 SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}
 """Kind of a setting → how help names its value: short, so that 80 columns hold the longest option."""
-WIDEST, CHOICE = 14, "NAME"
-"""Most characters of choices beside an option in help. More are listed in its text, and it takes a ``CHOICE``."""
+WIDEST, ANY_NAME = 14, "NAME"
+"""Most characters of choices beside an option in help. More are listed in its text, and it takes a ``NAME``."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
         more = {"parser": _share, "callback": more["callback"], "metavar": "SHARE"}
     more |= {} if choices is None else chosen(choices, several=get_origin(each.kind) is tuple)
     help = each.setting.help
-    if choices is not None and more["metavar"] == CHOICE:
+    if choices is not None and more["metavar"] == ANY_NAME:
         help = f"{help} One of {', '.join(choices.shown)}."
     made: OptionInfo = typer.Option(*flags, help=help, rich_help_panel=panel, **more)
     return made
@@ -222,7 +222,7 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
-    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= WIDEST else CHOICE}
+    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= WIDEST else ANY_NAME}
 
 
 # ---- options that would do nothing ----

@@ -133,7 +133,7 @@ JsonOption = Annotated[
 
 SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}
 """Kind of a setting → how help names its value: short, so that 80 columns hold the longest option."""
-WIDEST, ANY_NAME = 14, "NAME"
+SHOWN_BESIDE, ANY_NAME = 14, "NAME"
 """Most characters of choices beside an option in help. More are listed in its text, and it takes a ``NAME``."""
 
 
@@ -222,7 +222,7 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
-    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= WIDEST else ANY_NAME}
+    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= SHOWN_BESIDE else ANY_NAME}
 
 
 # ---- options that would do nothing ----

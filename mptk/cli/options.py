@@ -222,7 +222,8 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
-    return {"parser": parse, "autocompletion": complete, "metavar": metavar if len(metavar) <= SHOWN_BESIDE else ANY_NAME}
+    metavar = metavar if len(metavar) <= SHOWN_BESIDE else ANY_NAME
+    return {"parser": parse, "autocompletion": complete, "metavar": metavar}
 
 
 # ---- options that would do nothing ----

@@ -8,7 +8,9 @@ import queue
 import re
 import shutil
 import subprocess
+import sysconfig
 import threading
+import venv
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -279,6 +281,49 @@ def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: li
         start = len(words(prompt).input_ids)
         text = words.decode(expected[start : start + 16])
         assert writer.generate(prompt, settings) == text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
+def environment(place: Path, *packages: str) -> Path:
+    """The Python of an environment with ``packages``, which come before those that the tests have."""
+    venv.create(place, with_pip=True)
+    python, (own,) = place / "bin" / "python", place.glob("lib/python*/site-packages")
+    (own / "tests.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    return python
+
+
+@pytest.mark.long
+def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
+    """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
+    model = architectures.spread(toys.llama(head_dim=8, max_position_embeddings=96), 0.3)
+    model.model.embed_tokens.weight.data[1] = 0  # no text ends early
+    dense, out = toys.saved(model, tmp_path / "dense", toys.tokenizer()), tmp_path / "out"
+    mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",)))
+    code = f"""
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+inputs = AutoTokenizer.from_pretrained({str(out)!r})({PROMPTS[2]!r}, return_tensors="pt")
+for model in (
+    AutoModelForCausalLM.from_pretrained({str(out)!r}),
+    ORTModelForCausalLM.from_pretrained({str(out)!r}, subfolder="onnx", file_name="model.onnx"),
+):
+    print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist())
+"""
+    python = environment(tmp_path / "env", "optimum-onnx==0.1.0", "transformers<4.58")
+    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    expected, found = run.stdout.splitlines()[-2:]
+    assert found == expected
+    assert found.count(",") > NEW
+
+
+@pytest.mark.long
+def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
+    """In an environment with lm-eval the tests of it are run."""
+    python = environment(tmp_path / "env", "lm_eval")
+    test = f"{Path(__file__).with_name('test_evaluation.py')}::TestZeroShot::test_local_task"
+    run = subprocess.run([python, "-m", "pytest", "-q", test], capture_output=True, text=True)
+    assert "1 passed" in run.stdout, run.stdout
 
 
 @pytest.mark.long

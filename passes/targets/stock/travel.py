@@ -57,7 +57,7 @@ CONSUMERS = (
         "MiniLM at 30 %: embeddings are transformers' to the last digit; a long test",
         section="sentence-transformers",
     ),
-    Consumer("lm-eval", "0.4.13", "log-likelihoods; a whole task was not tried here", section="lm-eval"),
+    Consumer("lm-eval", "0.4.13", "the score of a task; a long test", section="lm-eval"),
     Consumer("ONNX Runtime", "1.32.0", "part of the proof", section="onnx-runtime"),
     Consumer(
         "onnxruntime-genai",
@@ -80,8 +80,8 @@ CONSUMERS = (
     Consumer(
         "optimum-onnx",
         "0.1.0",
-        "greedy tokens are transformers' in float32; int8 and int4 run by `file_name`, with other text. A cut of heads "
-        "fails",
+        "greedy tokens are transformers' in float32 (a long test); int8 and int4 run by `file_name`, with other text. "
+        "A cut of heads fails",
         section="optimum",
         derives={"head_dim": ""},
     ),

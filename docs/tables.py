@@ -75,7 +75,7 @@ def commands() -> Iterator[str]:
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
             if flag is not None and flag not in shared:
-                row = flag, _default(option.default), str(option.help)
+                row = flag, _default(option.default), str(option.help).partition(" One of ")[0]
                 if row in above:
                     again.setdefault(name, []).append(f"`{flag}`")
                 else:

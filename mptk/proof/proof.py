@@ -75,7 +75,7 @@ def prove_folder(
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
         cases = task.further(compiled.prepared.loaded.model, batches[0])
-        found += [d for check in checks if check.model for d in prove_further(compiled, check.model, cases)]
+        found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):

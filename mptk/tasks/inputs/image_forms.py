@@ -94,6 +94,37 @@ class NoBlankImages(TorchFunctionMode):
         return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == states.shape[:2]
 
 
+ALL_IMAGES = object()
+"""In a trace: the numbers of images in samples, if their sum is open."""
+
+
+class AnyImages(TorchFunctionMode):
+    """Within it, images stay one tensor, so that a trace holds for any number of them. None is blank.
+
+    Classes make lists of images, or divide them among samples; both need their number.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is None or first.ndim == 0 or not isinstance(first.shape[0], torch.SymInt):
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.item:
+            return ALL_IMAGES
+        if func is Tensor.__len__:
+            return 1
+        listed = func is Tensor.unbind and args[1:] in ((), (0,))
+        if listed or (func is Tensor.split and args[1] == [ALL_IMAGES]):
+            return (first,)
+        if func is Tensor.__getitem__ and _is_images_mask(args[1], first):
+            return first
+        return func(*args, **(kwargs or {}))
+
+
+def _is_images_mask(index: object, images: Tensor) -> bool:
+    """Whether an index says of each image [images, …] whether it is not blank."""
+    return isinstance(index, Tensor) and index.dtype is torch.bool and index.ndim == 1 and images.ndim > 2
+
+
 def image_inputs(model: Any) -> Named:
     """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
 

@@ -59,8 +59,13 @@ def decoder_interface(program: Program) -> Interface:
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
+    return step_interface(layers)
+
+
+def step_interface(layers: int, positions: Axes = TOKEN_AXES) -> Interface:
+    """``decoder_interface`` of a decoder of ``layers`` layers. ``positions``: the axes of position_ids."""
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": TOKEN_AXES}
+    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     past = {f"past_key_values.{part}": PAST_AXES for part in parts}
     return Interface({**tokens, **past}, ["logits", *(f"present.{part}" for part in parts)])
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
@@ -25,7 +26,7 @@ from mptk.proof.further import prove_further
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
-from passes.analysis.borders import Reach, reach
+from passes.analysis.borders import Reach, config_borders, reach
 from passes.check_cut import awake
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
@@ -55,7 +56,7 @@ def prove_folder(
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and _tokens(samples)
     longer = sequences and task.only_length(program) is None
-    reached = find_reach(compiled) if longer else Reach((), (), 0)
+    reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
@@ -134,6 +135,15 @@ def find_reach(compiled: Compiled) -> Reach:
     prepared = compiled.prepared
     configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
     return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length, least=LONG)
+
+
+def windows_within(compiled: Compiled, samples: Samples) -> tuple[int, ...]:
+    """The borders in the config of a text model that samples of images with text cross, ascending."""
+    model, length = compiled.prepared.loaded.model, _length(samples)
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    found = config_borders(model.config.get_text_config().to_dict())
+    return tuple(sorted({border for border in found if 1 < border < length}))
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:

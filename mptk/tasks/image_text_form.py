@@ -31,7 +31,7 @@ from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import CASES, DecodingCase, decoded
 from mptk.tasks.encoder_decoder_form import output_names, with_outputs
 from mptk.tasks.exporting import HALF, about, cut, equal
-from mptk.tasks.inputs.image_forms import KNOWN_SIZES, POSITIONS, AnyImages, arguments
+from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
 from mptk.tasks.inputs.image_text import ImagesWithText, image_token
 from mptk.tasks.padding import IDS
 from passes.frontend.trace_decoder import (
@@ -45,18 +45,23 @@ from passes.frontend.trace_decoder import (
     zeros,
 )
 from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import Axes, Interface, step_interface
+from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, step_interface
 from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 FEATURES, MERGED = "image_features", "merged_embeds"
 TRACED_IMAGES = 3
 """Images to trace with."""
+SEVERAL = 5
+"""The rank of ``pixel_values`` if samples may have several images."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
+GRID_AXES: Axes = ("num_images", None)
+AXES_FIRST: Axes = (None, *TOKEN_AXES)
 IMAGE_AXES: Mapping[int, Axes] = {
+    2: ("num_patches", None),
     4: ("num_images", "num_channels", "height", "width"),
-    5: ("image_batch_size", "num_images", "num_channels", "height", "width"),
+    SEVERAL: ("image_batch_size", "num_images", "num_channels", "height", "width"),
 }
 """Rank of ``pixel_values`` → the names of its axes."""
 
@@ -68,13 +73,14 @@ class PicturedStep(DecoderStep):
     images [tokens, hidden], the embeddings [B, S, hidden], and the embeddings with the features in them.
     """
 
-    def __init__(self, module: PreTrainedModel, names: Sequence[str], logits: LogitsScope = "all") -> None:
+    def __init__(self, module: PreTrainedModel, images: Mapping[str, Tensor], logits: LogitsScope = "all") -> None:
         super().__init__(module, logits)
-        self.names, self.token = tuple(names), image_token(module)
+        self.names, self.token = tuple(images), image_token(module)
+        self.computed = computed(module, images[GRIDS]) if GRIDS in images else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
-        features = self.features(arguments(dict(zip(self.names, images, strict=True))))
+        features = self.features(dict(zip(self.names, images, strict=True)))
         embedding = self.module.get_input_embeddings()
         known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
         embeds = embedding(known)
@@ -83,8 +89,11 @@ class PicturedStep(DecoderStep):
 
     def features(self, images: Mapping[str, Tensor]) -> Tensor:
         """A row for each token of an image, [tokens, hidden]."""
+        more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
         with AnyImages():
-            output = self.module.get_image_features(**images, return_dict=True)
+            output = self.module.get_image_features(**images, **more, return_dict=True)
+            if getattr(output, "deepstack_features", None):
+                raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
             found = getattr(output, "pooler_output", output)
             joined = found if isinstance(found, Tensor) else torch.cat(list(found))
             return joined.flatten(0, -2)
@@ -105,18 +114,18 @@ class ImageTextForm(OnnxForm):
         model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
         given = Samples(ImagesWithText().example(model)) if samples is None else samples.shortened(2, sys.maxsize)
         step(0, 0, "trace a decoding step")
-        images = {name: x for name, x in given.inputs.items() if name not in (IDS, POSITIONS)}
-        whole = stepped(dense, images, given, shapes)
+        whole, images = stepped(dense, given, shapes)
         *outputs, features, embeds, merged = output_names(whole)
         program = cut(with_outputs(whole, outputs), dense, plan, log, dense.program)
         step(0, 0, "translate the graph")
-        decoder = step_interface(len(shapes))
+        decoder = step_interface(len(shapes), AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES)
         read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
         emit_onnx(
             with_outputs(program, [*output_names(program), features, embeds, merged]),
             folder,
             Interface(
-                {name: IMAGE_AXES[x.ndim] for name, x in images.items()} | decoder.inputs,
+                {name: GRID_AXES if name == GRIDS else IMAGE_AXES[x.ndim] for name, x in images.items()}
+                | decoder.inputs,
                 (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED),
             ),
             parts={
@@ -167,33 +176,37 @@ def taken(decoder: OrtDecoder, samples: Samples) -> bool:
     return not images or decoder.embeddings.takes(images)
 
 
-def stepped(dense: Dense, images: Mapping[str, Tensor], samples: Samples, shapes: Sequence[CacheLayerShape]) -> Program:
-    """The program of a ``PicturedStep``, with the weights of the dense model.
+def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
+    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
 
     Raises:
         MptkError: the model cannot be traced so for any number of images; or a step computes other logits than
             ``dense.program`` does for the same ``samples``.
     """
     model = dense.loaded.model
-    name = type(model).__name__
-    if sizes := images.keys() & KNOWN_SIZES:
-        raise MptkError(f"{name} divides images by {min(sizes)}, which a graph would hold as numbers")
-    made = PicturedStep(model, list(images), dense.settings.logits)
-    several = {name: several_images(x) for name, x in images.items()}
+    name, images = type(model).__name__, images_in(several_images(samples))
+    if IMAGE_SIZES in images:
+        raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
+    made = PicturedStep(model, images, dense.settings.logits)
+    inputs = step_inputs(shapes)
+    if POSITIONS in samples.inputs:
+        axes = samples.inputs[POSITIONS].shape[1]
+        inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
+    opened = [(x, (0, 1) if x.ndim == SEVERAL else (0,)) for x in images.values()]
     expected = dense.first(samples)[:, -1:]
     for first in first_positions(made):
         made.first_position = first
-        program = dense.weighted(export_step(made, step_inputs(shapes), several))
+        program = dense.weighted(export_step(made, inputs, opened))
         check_open(program, name)
-        if equal(last_logits(program, dense.executor, images, samples.inputs[IDS], shapes), expected):
-            return program
+        if equal(last_logits(program, dense.executor, samples, shapes), expected):
+            return program, images
     raise MptkError(f"one decoding step of {name} with its own cache computes other logits than the whole sequence")
 
 
-def several_images(example: Tensor) -> Tensor:
-    """An example to trace with, of another number of images than there are rows; in several samples if it has these."""
-    count = torch.arange(TRACED_IMAGES) % len(example)
-    return example[count] if example.ndim < 5 else torch.cat([example[count]] * TRACED_IMAGES, 1)
+def several_images(samples: Samples) -> Samples:
+    """``TRACED_IMAGES`` of the samples, to trace with; several images in each if samples may have several."""
+    few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
+    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == SEVERAL else x)
 
 
 def check_open(program: Program, name: str) -> None:
@@ -204,19 +217,15 @@ def check_open(program: Program, name: str) -> None:
         raise MptkError(f"the trace of {name} runs only on {count} images")
 
 
-def last_logits(
-    program: Program,
-    executor: Executor,
-    images: Mapping[str, Tensor],
-    ids: Tensor,
-    shapes: Sequence[CacheLayerShape],
-) -> Tensor:
+def last_logits(program: Program, executor: Executor, samples: Samples, shapes: Sequence[CacheLayerShape]) -> Tensor:
     """The last position's logits [rows, 1, vocab] of a step, in two calls."""
+    ids, images = samples.inputs[IDS], images_in(samples)
     rows, length = ids.shape
-    positions = torch.arange(length).expand(rows, -1)
+    counted = torch.arange(length).expand(rows, -1)
+    positions = arguments(samples.inputs).get(POSITIONS, counted)
     cache, logits = zeros(shapes, rows, 0), ids
     for new in (slice(0, length - LAST), slice(length - LAST, length)):
-        given = (*images.values(), ids[:, new], torch.ones_like(ids[:, : new.stop]), positions[:, new], *cache)
+        given = (*images.values(), ids[:, new], torch.ones_like(ids[:, : new.stop]), positions[..., new], *cache)
         logits, *found = next(executor.outputs([program], [given]))
         cache = found[: len(cache)]
     return logits[:, -1:]

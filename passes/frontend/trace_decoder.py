@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -137,33 +137,34 @@ def trace_decoder(
     )
 
 
-def export_step(step: DecoderStep, inputs: tuple[Tensor, ...], before: Mapping[str, Tensor] | None = None) -> Program:
+def export_step(
+    step: DecoderStep, inputs: tuple[Tensor, ...], before: Sequence[tuple[Tensor, Collection[int]]] = ()
+) -> Program:
     """Export for all lengths. If the model slices a table of positions, export for the lengths of that table.
 
-    ``before``: inputs that the step takes before those of ``inputs``; their sizes are open if the model allows it.
+    ``before``: inputs that the step takes before ``inputs``, each with the dimensions whose sizes are open.
     """
     longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
-    others = tuple((before or {}).values())
+    given = (*(tensor for tensor, _ in before), *inputs)
+    others = [dict.fromkeys(dims, Dim.AUTO) for _, dims in before]
     try:
-        return export_program(step, (*others, *inputs), dynamic=_dynamic(inputs, others))
+        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs))})
     except MptkError:
         if not isinstance(longest, int) or longest - 2 <= PAST:
             raise
-        return export_program(step, (*others, *inputs), dynamic=_dynamic(inputs, others, longest - 2))
+        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs, longest - 2))})
 
 
-def _dynamic(inputs: Sequence[Tensor], before: Sequence[Tensor], longest: int | None = None) -> dict[str, object]:
-    """The inputs' ``dynamic_shapes``. ``longest``: the largest number of new tokens and of past tokens; None: any."""
+def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
+    """The open sizes of a step's inputs. ``longest``: most new tokens, and most past tokens; None: any number."""
     batch, sequence, past = (
         Dim("batch_size"),
         Dim("sequence_length", max=longest),
         Dim("past_sequence_length", max=longest),
     )
     ids, _, positions, *cache = inputs
-    others = ({d: Dim.AUTO for d, size in enumerate(x.shape) if size > 1} for x in before)
-    tokens = [{x.ndim - 2: batch, x.ndim - 1: sequence} for x in (ids, positions)]
-    mask = {0: batch, 1: Dim.AUTO}
-    return {"inputs": (*others, tokens[0], mask, tokens[1], *({0: batch, 2: past} for _ in cache))}
+    tokens, numbers = ({x.ndim - 2: batch, x.ndim - 1: sequence} for x in (ids, positions))
+    return [tokens, {0: batch, 1: Dim.AUTO}, numbers, *({0: batch, 2: past} for _ in cache)]
 
 
 def first_positions(step: DecoderStep) -> list[int | None]:

@@ -30,7 +30,7 @@ def prove_further(compiled: Compiled, written: Mapping[str, Further], cases: Map
         if not runs:
             continue
         program = traced_as_example(prepared.loaded, prepared.task, samples)
-        analysis = group.analyze(program.with_state(compiled.analysis.program.state))
+        analysis = group.analyze(program.with_state(compiled.analysis.program.module_state()))
         masked = mask(analysis, transferred(compiled.chosen.cut, compiled.analysis, analysis))
         stages = {stage: (each.run, each.tolerance) for stage, each in runs.items()}
         differences = prove(masked, stages, samples, executor=prepared.executor)

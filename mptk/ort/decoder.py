@@ -45,15 +45,20 @@ class Cache:
         return int(self.mask.shape[1])
 
 
-def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the decoder's graph in ``path`` or ``path/onnx``. Raises MptkError if it is missing."""
+def found_graph(path: str | Path) -> Path | None:
+    """``path`` itself, or the decoder's graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
-    names = (GRAPH_FILE, MERGED_FILE)
-    places = [folder / name for folder in (path, path / "onnx") for name in names] if path.is_dir() else [path]
-    for file in places:
-        if file.is_file():
-            return file
-    raise MptkError(f"there is no {places[0]}; make one with `mptk export MODEL --out DIR`")
+    folders = (path, path / "onnx") if path.is_dir() else ()
+    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE)] or [path]
+    return next((file for file in places if file.is_file()), None)
+
+
+def onnx_file(path: str | Path) -> Path:
+    """``found_graph``. Raises MptkError if there is none."""
+    if (file := found_graph(path)) is not None:
+        return file
+    missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
+    raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
 
 
 def model_folder(path: str | Path) -> Path:

@@ -136,8 +136,8 @@ def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], sam
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
     mask = (places[0] >= 0).long()
-    given = [_at(tokens, places[0]).numpy(), mask.numpy()]
-    found, cache = decoder.prefill(*given, positions=_numbers(numbered, places[0]))
+    first, positions = _at(tokens, places[0]).numpy(), _numbers(numbered, places[0])
+    found, cache = decoder.prefill(first, mask.numpy(), positions)
     logits = [torch.from_numpy(found.copy())]
     done = torch.tensor(prompts)[:, None]
     for count in calls:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class PicturedStep(DecoderStep):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
         features = self.features(dict(zip(self.names, images, strict=True)))
-        embedding = self.module.get_input_embeddings()
+        embedding: Any = self.module.get_input_embeddings()
         known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
         embeds = embedding(known)
         merged = embeds.masked_scatter((ids == self.token)[..., None], features.to(embeds.dtype))
@@ -89,9 +90,10 @@ class PicturedStep(DecoderStep):
 
     def features(self, images: Mapping[str, Tensor]) -> Tensor:
         """A row for each token of an image, [tokens, hidden]."""
+        module: Any = self.module
         more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
         with AnyImages():
-            output = self.module.get_image_features(**images, **more, return_dict=True)
+            output = module.get_image_features(**images, **more, return_dict=True)
             if getattr(output, "deepstack_features", None):
                 raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
             found = getattr(output, "pooler_output", output)

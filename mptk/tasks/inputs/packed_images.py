@@ -54,9 +54,9 @@ def ends(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
 
 def _windows(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
     """The number of the window in which each token is, int64 [P / patches of a token]."""
-    merged = encoder.spatial_merge_size
-    side = encoder.window_size // merged // encoder.patch_size
+    merged: int = encoder.spatial_merge_size
     packed = Packed.of(grids, patches // merged**2, merged)
+    side: int = encoder.window_size // merged // encoder.patch_size
     down, across = packed.heights // side + 1, packed.widths // side + 1
     before = F.pad((down * across).cumsum(0), (1, 0))[packed.image]
     width = packed.widths[packed.image]

@@ -57,14 +57,9 @@ SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
-GRID_AXES: Axes = ("num_images", None)
+IMAGE_AXES: Axes = ("num_images", "num_channels", "height", "width")
 AXES_FIRST: Axes = (None, *TOKEN_AXES)
-IMAGE_AXES: Mapping[int, Axes] = {
-    2: ("num_patches", None),
-    4: ("num_images", "num_channels", "height", "width"),
-    SEVERAL: ("image_batch_size", "num_images", "num_channels", "height", "width"),
-}
-"""Rank of ``pixel_values`` → the names of its axes."""
+"""The axes of positions that are on several axes."""
 
 
 class PicturedStep(DecoderStep):
@@ -125,11 +120,7 @@ class ImageTextForm(OnnxForm):
         emit_onnx(
             with_outputs(program, [*output_names(program), features, embeds, merged]),
             folder,
-            Interface(
-                {name: GRID_AXES if name == GRIDS else IMAGE_AXES[x.ndim] for name, x in images.items()}
-                | decoder.inputs,
-                (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED),
-            ),
+            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED)),
             parts={
                 VISION_FILE: GraphPart({name: name for name in images}, (FEATURES,)),
                 EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
@@ -159,8 +150,8 @@ class ImageTextForm(OnnxForm):
 
 
 def images_in(samples: Samples) -> dict[str, Tensor]:
-    """The inputs of images, as the class takes them."""
-    return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS)}
+    """The inputs of images, as the class takes them. Sizes in pixels are left out: a graph would hold them."""
+    return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
 def pictured(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
@@ -178,6 +169,14 @@ def taken(decoder: OrtDecoder, samples: Samples) -> bool:
     return not images or decoder.embeddings.takes(images)
 
 
+def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
+    """The names of the axes of the inputs of images."""
+    rank = images[PIXELS].ndim
+    if GRIDS in images:
+        return {PIXELS: ("num_patches", *[None] * (rank - 1)), GRIDS: ("num_images", None)}
+    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == SEVERAL else IMAGE_AXES}
+
+
 def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
     """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
 
@@ -187,8 +186,6 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
     """
     model = dense.loaded.model
     name, images = type(model).__name__, images_in(several_images(samples))
-    if IMAGE_SIZES in images:
-        raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
     made = PicturedStep(model, images, dense.settings.logits)
     inputs = step_inputs(shapes)
     if POSITIONS in samples.inputs:
@@ -208,6 +205,8 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
 def several_images(samples: Samples) -> Samples:
     """``TRACED_IMAGES`` of the samples, to trace with; several images in each if samples may have several."""
     few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
+    if GRIDS in few.inputs:
+        return few
     return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == SEVERAL else x)
 
 

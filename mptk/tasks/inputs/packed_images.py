@@ -29,7 +29,7 @@ class Packed:
     local: Tensor
 
     @classmethod
-    def of(cls, grids: Tensor, count: int | torch.SymInt, size: int = 1) -> Packed:
+    def of(cls, grids: Tensor, count: int, size: int = 1) -> Packed:
         """``grids``: int64 [N, 3]; ``size``: patches in each direction that are one unit; ``count``: of all units."""
         heights, widths = grids[:, 1] // size, grids[:, 2] // size
         ends = (heights * widths).cumsum(0)
@@ -38,7 +38,7 @@ class Packed:
         return cls(heights, widths, image, units - F.pad(ends, (1, 0))[image])
 
 
-def positions(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
+def positions(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     """Row and column of each patch, int64 [P, 2]; patches of a block follow each other."""
     merged, packed = encoder.spatial_merge_size, Packed.of(grids, patches)
     block, within = packed.local // merged**2, packed.local % merged**2
@@ -47,12 +47,12 @@ def positions(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tenso
     return torch.stack([rows, columns], 1)
 
 
-def ends(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
+def ends(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     """The patches before the end of each image, after a zero: int64 [N + 1]."""
     return F.pad((grids[:, 1] * grids[:, 2]).cumsum(0), (1, 0))
 
 
-def _windows(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
+def _windows(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     """The number of the window in which each token is, int64 [P / patches of a token]."""
     merged: int = encoder.spatial_merge_size
     packed = Packed.of(grids, patches // merged**2, merged)
@@ -63,21 +63,21 @@ def _windows(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor
     return before + packed.local // width // side * across[packed.image] + packed.local % width // side
 
 
-def window_order(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
+def window_order(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     """The tokens window by window, int64 [tokens]."""
     windows = _windows(encoder, grids, patches)
     count = windows.shape[0]
     return torch.argsort(windows * count + torch.arange(count))
 
 
-def window_ends(encoder: Any, grids: Tensor, patches: int | torch.SymInt) -> Tensor:
+def window_ends(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     """For each token in ``window_order`` the patches before the end of its window, after a zero: int64 [tokens + 1]."""
     ordered = _windows(encoder, grids, patches).sort().values
     before = (ordered[None] <= ordered[:, None]).sum(1)
     return F.pad(before * encoder.spatial_merge_size**2, (1, 0))
 
 
-FORMULAS: Mapping[str, Callable[[Any, Tensor, int | torch.SymInt], Tensor]] = {
+FORMULAS: Mapping[str, Callable[[Any, Tensor, int], Tensor]] = {
     "position_ids": positions,
     "cu_seqlens": ends,
     "window_index": window_order,

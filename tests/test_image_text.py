@@ -35,10 +35,9 @@ from mptk.compile.trace import traced, traced_as_example
 from mptk.config.settings import Settings
 from mptk.io.models import Loaded, load
 from mptk.ir.alignment import read_alignment
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.resolved_plan import resolve_plan, transferred
 from mptk.ir.samples import IGNORED
 from mptk.methods.division.selection import expanded
-from mptk.proof.proof import transferred
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
 from mptk.tasks import task_of

@@ -36,7 +36,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.ort.bench import LENGTHS, Bench, bench_decoders
-from mptk.ort.decoder import model_folder
+from mptk.ort.decoder import found_graph, model_folder, onnx_file
 from mptk.progress import Progress, silent, within
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
@@ -287,7 +287,7 @@ def bench(
     for model in map(str, models):
         check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / ONNX_FILE
+        file = Path(model) if model.endswith(".onnx") else onnx_file(onnx_folder(model, progress))
         graphs[model] = file
         if file.name == ONNX_FILE:
             graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
@@ -297,7 +297,7 @@ def bench(
 def positions_named(model: str) -> int | None:
     """The positions of a model, or of the model that a graph was made from, by its config; None if unknown."""
     there = Path(model)
-    if not model.endswith(".onnx") and not any((folder / ONNX_FILE).is_file() for folder in (there, there / "onnx")):
+    if not model.endswith(".onnx") and found_graph(there) is None:
         check_decoder(model)
         return positions_of(models.load_config(model))
     folder = model_folder(there)
@@ -305,14 +305,13 @@ def positions_named(model: str) -> int | None:
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export in the cache folder.
+    """``MODEL`` or ``MODEL/onnx`` if it holds a decoder's graph, else an export in the cache folder.
 
     The export's name comes from the content of the model's files, so a changed model is exported again. A changed
     export is replaced, too.
     """
-    for own in (Path(model), Path(model) / "onnx"):
-        if (own / "model.onnx").is_file():
-            return own
+    if (own := found_graph(model)) is not None:
+        return own.parent
     say = progress or silent
 
     def build(folder: Path) -> None:

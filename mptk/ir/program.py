@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
@@ -148,13 +148,23 @@ class Program:
 
     def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
-        saved = {
+        return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
+
+    def module_state(self) -> Weights:
+        """``state_dict`` and the other buffers: what another trace of the module has as well.
+
+        Constants of a trace are not in it: those of another trace have the same names.
+        """
+        return self._named(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
+
+    def _named(self, wanted: Callable[[InputSpec], bool]) -> Weights:
+        """The wanted weights, tied names included."""
+        found = {
             spec.target: self.aliases.get(spec.target, spec.target)
             for spec in self.signature.input_specs
-            if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
-            if spec.target is not None
+            if spec.target is not None and wanted(spec)
         }
-        return self.state.selected(saved | {alias: name for alias, name in self.aliases.items() if name in saved})
+        return self.state.selected(found | {alias: name for alias, name in self.aliases.items() if name in found})
 
     def module(self) -> ProgramModule:
         """An ``nn.Module`` with these weights under the traced module's names, ready for training.

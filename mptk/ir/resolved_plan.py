@@ -211,3 +211,19 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
     for stays, units in zip(table, rows, strict=True):
         stays[list(units)] = True
     return table
+
+
+def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
+    """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks."""
+    same = dict[Axis, Axis]()
+    for name, dims in target.weights.items():
+        for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
+            same.update(zip(leaves(theirs), leaves(own), strict=False))
+    blocks = {stack.module: stack.axis for stack in target.stacks}
+    same.update({stack.axis: blocks[stack.module] for stack in source.stacks if stack.module in blocks})
+    choices = {
+        same[axis]: KeptUnits(tuple(same[outer] for outer in kept.scope), kept.table)
+        for axis, kept in cut.choices.items()
+        if axis in same
+    }
+    return Cut(choices, {axis: int(kept.table[0].sum()) for axis, kept in choices.items()})

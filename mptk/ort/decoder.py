@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,16 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
+from mptk.ort.embeddings import Embeddings
 from mptk.ort.sessions import CPU, memory_of, open_file
 
 GRAPH_FILE = "model.onnx"
+MERGED_FILE = "decoder_model_merged.onnx"
+"""A decoder that reads embeddings, of a model that reads more than text."""
+EMBEDDINGS = "inputs_embeds"
 Ids = npt.NDArray[np.int64]
+Tokens = npt.NDArray[Any]
+"""Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
 LogitsArray = npt.NDArray[np.float32]
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -38,14 +45,20 @@ class Cache:
         return int(self.mask.shape[1])
 
 
-def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if it is missing."""
+def found_graph(path: str | Path) -> Path | None:
+    """``path`` itself, or the decoder's graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
-    places = [path / GRAPH_FILE, path / "onnx" / GRAPH_FILE] if path.is_dir() else [path]
-    for file in places:
-        if file.is_file():
-            return file
-    raise MptkError(f"there is no {places[0]}; make one with `mptk export MODEL --out DIR`")
+    folders = (path, path / "onnx") if path.is_dir() else ()
+    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE)] or [path]
+    return next((file for file in places if file.is_file()), None)
+
+
+def onnx_file(path: str | Path) -> Path:
+    """``found_graph``. Raises MptkError if there is none."""
+    if (file := found_graph(path)) is not None:
+        return file
+    missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
+    raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
 
 
 def model_folder(path: str | Path) -> Path:
@@ -57,8 +70,10 @@ def model_folder(path: str | Path) -> Path:
 class OrtDecoder:
     """An ONNX decoder with the inputs and outputs of ``passes/targets/onnx/emit.py``.
 
+    A decoder that reads embeddings also takes token ids: ``embed_tokens.onnx`` beside it looks them up.
+
     Args:
-        path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
+        path: a folder with the graph in it or in ``onnx``, or the file.
         threads: threads of one operator; 0: one for each core.
         device: where it runs, if ONNX Runtime has an execution provider for it; else it runs on the CPU (``sessions``).
             On a CUDA device the cache stays there.
@@ -72,11 +87,14 @@ class OrtDecoder:
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
-        if not self.past or "input_ids" not in self.inputs:
+        reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
+        if not self.past or len(reads) != 1:
             raise MptkError(
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
                 "mptk"
             )
+        self.reads = reads[0]
+        self.embeddings = Embeddings(file.parent, device) if self.reads == EMBEDDINGS else None
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
         self.memory = memory_of(self.session, device)
@@ -91,16 +109,20 @@ class OrtDecoder:
         """The exporter's metadata (plan hash, versions)."""
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[LogitsArray, Cache]:
-        """Run a prompt. ``ids`` [batch, sequence]; ``mask`` the same shape, 0 for padding on either side.
+    def prefill(
+        self, tokens: Tokens, mask: Ids | None = None, positions: Ids | None = None
+    ) -> tuple[LogitsArray, Cache]:
+        """Run a prompt. ``mask`` [batch, sequence]: 0 for padding on either side.
 
-        Returns the logits, [batch, sequence or 1, vocab], and the cache. Positions count tokens, not padding.
+        Returns the logits, [batch, sequence or 1, vocab], and the cache. ``positions``: [batch, sequence], or [axes,
+        batch, sequence] for a model whose positions have several axes; by default they count tokens, not padding.
         """
-        return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
+        mask = np.ones(tokens.shape[:2], dtype=np.int64) if mask is None else mask
+        return self._run(tokens, mask, self.empty(len(tokens)), positions)
 
-    def decode(self, ids: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
-        """Run the next tokens, [batch, n], after those in ``cache``, which stays usable."""
-        return self._run(ids, np.ones_like(ids), cache)
+    def decode(self, tokens: Tokens, cache: Cache, positions: Ids | None = None) -> tuple[LogitsArray, Cache]:
+        """Run the next tokens, n in each row, after those in ``cache``, which stays usable."""
+        return self._run(tokens, np.ones(tokens.shape[:2], dtype=np.int64), cache, positions)
 
     def logits(self, ids: Ids) -> LogitsArray:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
@@ -143,27 +165,39 @@ class OrtDecoder:
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
-    def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
+    def feeds(self, tokens: Tokens, mask: Ids, cache: Cache, positions: Ids | None = None) -> dict[str, ort.OrtValue]:
         """The inputs of one step by name. The cache is not copied.
 
-        ``ids``: the new tokens, [batch, n]. ``mask``: [batch, cache.length + n], for the cache and the new tokens.
+        ``tokens``: n new ones in each row. ``mask``: [batch, cache.length + n], for the cache and the new tokens.
         """
-        arrays = {"input_ids": ids, "attention_mask": mask}
+        arrays: dict[str, Tokens] = {self.reads: self._read(tokens), "attention_mask": mask}
         if "position_ids" in self.inputs:
-            arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-            for name, array in arrays.items()
-        }
+            arrays["position_ids"] = self._counted(mask, tokens.shape[1]) if positions is None else positions
+        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return {**values, **cache.values}
 
-    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> ort.IOBinding:
-        """Inputs (``feeds``) and outputs, bound for a step that runs many times.
+    def _read(self, tokens: Tokens) -> Tokens:
+        """Tokens as the graph reads them."""
+        if tokens.ndim > 2:
+            return tokens
+        ids = tokens.astype(np.int64, copy=False)
+        if self.embeddings is None:
+            return ids
+        return self.embeddings(torch.from_numpy(ids)).numpy()
+
+    def _counted(self, mask: Ids, count: int) -> Ids:
+        """The positions of the last ``count`` tokens, if these count tokens and not padding."""
+        found = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -count:]
+        shape = self.inputs["position_ids"].shape
+        return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
+
+    def binding(self, tokens: Tokens, mask: Ids, cache: Cache) -> ort.IOBinding:
+        """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
         binding = self.session.io_binding()
-        for name, value in self.feeds(ids, mask, cache).items():
+        for name, value in self.feeds(tokens, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
         for name, place in zip(self.outputs, self._places(), strict=True):
             binding.bind_output(name, *place)
@@ -173,10 +207,10 @@ class OrtDecoder:
         """Where each output goes: logits to the CPU, and the cache to where it is read."""
         return [("cpu", 0), *[self.memory] * len(self.presents)]
 
-    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
-        if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
-            raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
+    def _run(self, tokens: Tokens, mask: Ids, cache: Cache, positions: Ids | None) -> tuple[LogitsArray, Cache]:
+        if tokens.ndim < 2 or mask.shape != tokens.shape[:2] or len(cache.mask) != len(tokens):
+            raise ValueError(f"tokens {tokens.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        feeds = self.feeds(ids, mask, cache)
+        feeds = self.feeds(tokens, mask, cache, positions)
         logits, *present = run_on_values(self.session, feeds, self.outputs, self._places())
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -13,23 +13,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mptk.compile.trace import traced_as_example
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
-from mptk.ir.axes import Axis, leaves
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, KeptUnits
+from mptk.ir.resolved_plan import Cut, transferred
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Compiled, Proven, Target
-from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
+from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, left_out, short
 from mptk.staged.staged import Executor
 from passes.analysis import group
-from passes.analysis.borders import Reach, reach
+from passes.analysis.borders import Reach, config_borders, reach
 from passes.check_cut import awake
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
@@ -59,7 +59,7 @@ def prove_folder(
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and any(map(is_tokens, samples.tensors))
     longer = sequences and task.only_length(program) is None
-    reached = find_reach(compiled) if longer else Reach((), (), 0)
+    reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
@@ -79,7 +79,7 @@ def prove_folder(
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
         cases = task.further(compiled.prepared.loaded.model, batches[0])
-        found += [d for check in checks if check.model for d in prove_further(compiled, check.model, cases)]
+        found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
@@ -138,6 +138,15 @@ def find_reach(compiled: Compiled) -> Reach:
     prepared = compiled.prepared
     configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
     return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length, least=LONG)
+
+
+def windows_within(compiled: Compiled, samples: Samples) -> tuple[int, ...]:
+    """The borders in the config of a text model that samples of images with text cross, ascending."""
+    model, length = compiled.prepared.loaded.model, _length(samples)
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    found = config_borders(model.config.get_text_config().to_dict())
+    return tuple(sorted({border for border in found if 1 < border < length}))
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
@@ -199,33 +208,21 @@ def check_proof(proof: Sequence[Difference], remedy: str) -> None:
             )
 
 
-def prove_further(compiled: Compiled, model: nn.Module, cases: Mapping[str, Samples]) -> list[Difference]:
-    """The difference of ``model``, which the folder holds, from the masked dense model on each of ``cases``.
+def prove_further(compiled: Compiled, written: Mapping[str, Further], cases: Mapping[str, Samples]) -> list[Difference]:
+    """The difference of what was written from the masked dense model on each of ``cases`` that it takes.
 
-    ``cases``: stage → samples of other inputs than the run's.
+    ``written``, ``cases``: start and end of a stage's name → what is run, and samples of other inputs than the run's.
     """
     prepared = compiled.prepared
     found: list[Difference] = []
-    for stage, samples in cases.items():
+    for case, samples in cases.items():
+        runs = {f"{name} {case}": each for name, each in written.items() if each.takes(samples)}
+        if not runs:
+            continue
         program = traced_as_example(prepared.loaded, prepared.task, samples)
-        analysis = group.analyze(program.with_state(compiled.analysis.program.state))
+        analysis = group.analyze(program.with_state(compiled.analysis.program.module_state()))
         masked = mask(analysis, transferred(compiled.chosen.cut, compiled.analysis, analysis))
-        run = partial(prepared.task.output, model)
-        found += prove(masked, {stage: (run, TOLERANCE)}, samples, executor=prepared.executor)
+        stages = {stage: (each.run, each.tolerance) for stage, each in runs.items()}
+        differences = prove(masked, stages, samples, executor=prepared.executor)
+        found += [replace(d, ran=runs[d.stage].ran) for d in differences]
     return found
-
-
-def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
-    """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks."""
-    same = dict[Axis, Axis]()
-    for name, dims in target.weights.items():
-        for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
-            same.update(zip(leaves(theirs), leaves(own), strict=False))
-    blocks = {stack.module: stack.axis for stack in target.stacks}
-    same.update({stack.axis: blocks[stack.module] for stack in source.stacks if stack.module in blocks})
-    choices = {
-        same[axis]: KeptUnits(tuple(same[outer] for outer in kept.scope), kept.table)
-        for axis, kept in cut.choices.items()
-        if axis in same
-    }
-    return Cut(choices, {axis: int(kept.table[0].sum()) for axis, kept in choices.items()})

@@ -40,8 +40,7 @@ class Dense:
         """Another trace of the same model, with the weights of this one."""
         if self.program is None:
             return self.loaded.with_weights(program)
-        own = self.program.state_dict().updated(self.program.state)  # tied weights by all their names
-        return self.loaded.with_weights(program).with_state(own)
+        return self.loaded.with_weights(program).with_state(self.program.module_state())
 
     def first(self, samples: Samples) -> Tensor:
         """The program's first output."""

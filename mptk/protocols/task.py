@@ -67,7 +67,7 @@ class Task(Protocol):
         return True
 
     def further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
-        """Inputs of other kinds that the class takes, made of ``samples``, by the stage of the proof on them."""
+        """Inputs of other kinds that the class takes, made of ``samples``, by the end of their stage's name."""
         return {}
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
@@ -123,18 +123,32 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A function for the logits of what a target wrote, which also runs on inputs of other kinds than the run's.
+
+    ``takes``: whether it runs on such samples. ``ran``: as in ``Checks``.
+    """
+
+    run: StageOutputs
+    tolerance: float
+    takes: Callable[[Samples], bool] = lambda _: True
+    ran: str = ""
+
+
+@dataclass(frozen=True)
 class Checks:
     """The parts of a target that are proven.
 
     ``exact``: differences of parts that are compared without a run: configs, stored weights. ``stages``: stage of the
     proof → a function for its logits, and the largest allowed difference relative to the largest logit. ``ran``: stage
-    → its execution provider, if ONNX Runtime runs it. ``model``: the class as the folder holds it, if it is in memory.
+    → its execution provider, if ONNX Runtime runs it. ``further``: the start of a stage's name → what is also proven on
+    inputs of other kinds.
     """
 
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
     ran: Mapping[str, str] = field(default_factory=dict)
-    model: nn.Module | None = None
+    further: Mapping[str, Further] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.task import Task
-from mptk.protocols.values import Checks, CutDrafter, SampleSets, Written
+from mptk.protocols.values import Checks, CutDrafter, Further, SampleSets, Written
 from mptk.staged.staged import Executor
 from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
@@ -131,10 +131,11 @@ class StockTarget(Target):
         reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
         assert reloaded.weights is not None
         weights = stored_weights(reloaded.weights, compiled.program.state_dict())
-        model: nn.Module | None = None
+        further: dict[str, Further] = {}
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
             model = reloaded.whole()
             run: Program | StageOutputs = partial(task.output, model)
+            further = {"reloaded": Further(partial(task.output, model), TOLERANCE)}
         elif not task.sequences:
             run = traced_like(reloaded, task, executor)
         else:  # stage by stage, as the class computes
@@ -143,7 +144,7 @@ class StockTarget(Target):
                 example = example.of_length(length)
             dynamic = True if length is None else (0,)
             run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
-        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, model=model)
+        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, further=further)
 
 
 def traced_like(loaded: models.Loaded, task: Task, executor: Executor) -> StageOutputs:

@@ -18,12 +18,13 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
-from mptk.ort.decoder import GRAPH_FILE, OrtDecoder
+from mptk.ort.decoder import GRAPH_FILE, Ids, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks
 from mptk.tasks.exporting import about, cut, logits_apart, quantised
 from mptk.tasks.genai import GENAI_FILE, write_genai_config
+from mptk.tasks.inputs.image_forms import POSITIONS
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
@@ -126,22 +127,37 @@ class DecoderForm(OnnxForm):
 
 
 def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
-    """The logits of the prompts and of all calls after them, with their positions."""
-    ids = samples.inputs["input_ids"]
-    prompts, calls = case.calls(len(ids), ids.shape[1], crossed)
+    """The logits of the prompts and of all calls after them, with their positions.
+
+    ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens.
+    """
+    tokens, numbered = samples.inputs[decoder.reads], samples.inputs.get(POSITIONS)
+    prompts, calls = case.calls(len(tokens), tokens.shape[1], crossed)
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
     mask = (places[0] >= 0).long()
-    found, cache = decoder.prefill((ids.gather(1, places[0].clamp(min=0)) * mask).numpy(), mask.numpy())
+    first, positions = _at(tokens, places[0]).numpy(), _numbers(numbered, places[0])
+    found, cache = decoder.prefill(first, mask.numpy(), positions)
     logits = [torch.from_numpy(found.copy())]
     done = torch.tensor(prompts)[:, None]
     for count in calls:
         places.append(done + torch.arange(count))
-        found, cache = decoder.decode(ids.gather(1, places[-1]).numpy(), cache)
+        found, cache = decoder.decode(_at(tokens, places[-1]).numpy(), cache, _numbers(numbered, places[-1]))
         logits.append(torch.from_numpy(found.copy()))
         done = done + count
     told = [place[:, -1:] for place in places] if decoder.last_only else places
     return Placed(torch.cat(logits, 1), torch.cat(told, 1))
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """The values [rows, length, …] at some positions of each row, zeros at padding: [rows, n, …]."""
+    found = values[torch.arange(len(values))[:, None], places.clamp(min=0)]
+    return found.masked_fill((places < 0).reshape(*places.shape, *[1] * (values.ndim - 2)), 0)
+
+
+def _numbers(positions: Tensor | None, places: Tensor) -> Ids | None:
+    """The numbers of the positions [rows, axes, length] at some places, [axes, rows, n], if there are any."""
+    return None if positions is None else _at(positions.transpose(1, 2), places).permute(2, 0, 1).numpy()
 
 
 def _place(count: int, width: int, side: str) -> Tensor:

@@ -12,7 +12,7 @@ from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.resolved_plan import resolve_plan, transferred
 from mptk.ir.samples import Samples, is_tokens
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
@@ -120,13 +120,18 @@ def equal(found: Tensor, expected: Tensor) -> bool:
     return difference("trace", found.to(expected.device), expected, RUNTIME_TOLERANCE).ok
 
 
-def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
-    """The program, cut to the plan. Raises MptkError if the plan does not fit."""
+def cut(program: Program, dense: Dense, plan: Plan | None, log: Log, whole: Program | None = None) -> Program:
+    """The program, cut to the plan. Raises MptkError if the plan does not fit.
+
+    ``whole``: another program of the same model, whose families the plan names. None: ``program`` has them.
+    """
     if plan is None:
         return program
     analysis = group.analyze(program)
-    dtype = stored_type(dense.settings, dense.loaded)
-    return cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
+    source = analysis if whole is None else group.analyze(whole)
+    found = resolve_plan(source, plan)
+    found = found if whole is None else transferred(found, source, analysis)
+    return cut_program(analysis, found, log, stored_type(dense.settings, dense.loaded)).program
 
 
 def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[str]:

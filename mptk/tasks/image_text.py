@@ -24,6 +24,7 @@ from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
+from mptk.tasks.image_text_form import ImageTextForm
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES
 from mptk.tasks.inputs.image_forms import (
@@ -69,6 +70,7 @@ class ImageText(TokenTask):
     name = "image-text-to-text"
     summary = "vision-language model"
     sequences = False
+    onnx = ImageTextForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
@@ -100,10 +102,10 @@ class ImageText(TokenTask):
         """The text without images, and with images of another size if the class takes several."""
         ids = samples.inputs[IDS]
         text = torch.where(ids == image_token(model), others(model, ids), ids)
-        cases = {"reloaded without images": Samples({IDS: text})}
+        cases = {"without images": Samples({IDS: text})}
         if (resized := other_size(model)) is not None:
             found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1), resized)
-            cases["reloaded with images of another size"] = Samples(found)
+            cases["with images of another size"] = Samples(found)
         return cases
 
     def parts(self, model: Any) -> Mapping[str, Sequence[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -65,13 +65,20 @@ class DecoderStep(nn.Module):
         self.train(module.training)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        input_ids, attention_mask, position_ids, *past = inputs
-        check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
+        input_ids, *others = inputs
+        return self.step({"input_ids": input_ids}, *others)
+
+    def step(
+        self, tokens: Mapping[str, Tensor], attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The outputs for new ``tokens``, by the argument: ids [B, S] or embeddings [B, S, hidden]."""
+        (new,) = tokens.values()
+        check(attention_mask.shape[1] == past[0].shape[2] + new.shape[1])
         cache = filled_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:
             keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
-        logits: Tensor = self.module(input_ids=input_ids, **keywords).logits
+        logits: Tensor = self.module(**tokens, **keywords).logits
         if self.slice_last:
             logits = logits[:, -1:]
         return (logits, *(tensor for key_value in cache for tensor in key_value[:2]))
@@ -117,11 +124,11 @@ def trace_decoder(
             plain forward.
     """
     shapes = cache_shapes(model)
-    inputs = _example_inputs(shapes)
+    inputs = step_inputs(shapes)
     step = DecoderStep(model, logits)
     for first in first_positions(step):
         step.first_position = first
-        program = weights(_export_step(step, inputs))
+        program = weights(export_step(step, inputs))
         if not program.has_values or _agrees(program, model, shapes, dense, executor):
             return program
     raise MptkError(
@@ -130,26 +137,34 @@ def trace_decoder(
     )
 
 
-def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
-    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table."""
+def export_step(
+    step: DecoderStep, inputs: tuple[Tensor, ...], before: Sequence[tuple[Tensor, Collection[int]]] = ()
+) -> Program:
+    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table.
+
+    ``before``: inputs that the step takes before ``inputs``, each with the dimensions whose sizes are open.
+    """
     longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
+    given = (*(tensor for tensor, _ in before), *inputs)
+    others = [dict.fromkeys(dims, Dim.AUTO) for _, dims in before]
     try:
-        return export_program(step, inputs, dynamic=_dynamic(inputs))
+        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs))})
     except MptkError:
         if not isinstance(longest, int) or longest - 2 <= PAST:
             raise
-        return export_program(step, inputs, dynamic=_dynamic(inputs, longest - 2))
+        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs, longest - 2))})
 
 
-def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, object]:
-    """The inputs' ``dynamic_shapes``. ``longest``: the largest number of new tokens and of past tokens; None: any."""
+def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
+    """The open sizes of a step's inputs. ``longest``: most new tokens, and most past tokens; None: any number."""
     batch, sequence, past = (
         Dim("batch_size"),
         Dim("sequence_length", max=longest),
         Dim("past_sequence_length", max=longest),
     )
-    token = {0: batch, 1: sequence}
-    return {"inputs": (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))}
+    ids, _, positions, *cache = inputs
+    tokens, numbers = ({x.ndim - 2: batch, x.ndim - 1: sequence} for x in (ids, positions))
+    return [tokens, {0: batch, 1: Dim.AUTO}, numbers, *({0: batch, 2: past} for _ in cache)]
 
 
 def first_positions(step: DecoderStep) -> list[int | None]:
@@ -172,11 +187,7 @@ def _agrees(
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]])
     positions = torch.arange(ids.shape[1])[None]
-    cache = [
-        torch.zeros(1, shape.heads, 0, dim, dtype=shape.dtype)
-        for shape in shapes
-        for dim in (shape.key_dim, shape.value_dim)
-    ]
+    cache = zeros(shapes, 1, 0)
     if dense is None:
         with evaluating(model):
             expected = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
@@ -255,13 +266,18 @@ def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
     return cache
 
 
-def _example_inputs(shapes: list[CacheLayerShape]) -> tuple[Tensor, ...]:
-    input_ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1
-    attention_mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long)
-    position_ids = torch.arange(PAST, PAST + SEQUENCE).expand(BATCH, -1).contiguous()
-    past = [
-        torch.zeros(BATCH, shape.heads, PAST, dim, dtype=shape.dtype)
+def zeros(shapes: Iterable[CacheLayerShape], batch: int, length: int) -> list[Tensor]:
+    """A cache of zeros: key, value, key, value, ..., each [batch, heads, length, dim]."""
+    return [
+        torch.zeros(batch, shape.heads, length, dim, dtype=shape.dtype)
         for shape in shapes
         for dim in (shape.key_dim, shape.value_dim)
     ]
-    return input_ids, attention_mask, position_ids, *past
+
+
+def step_inputs(shapes: Iterable[CacheLayerShape]) -> tuple[Tensor, ...]:
+    """Inputs of a :class:`DecoderStep` to trace it with."""
+    input_ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1
+    attention_mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long)
+    position_ids = torch.arange(PAST, PAST + SEQUENCE).expand(BATCH, -1).contiguous()
+    return input_ids, attention_mask, position_ids, *zeros(shapes, BATCH, PAST)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +23,7 @@ from mptk.compat.transformers import precomputed
 from mptk.errors import MptkError, first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
+from mptk.tasks.inputs.packed_images import FORMULAS
 from passes.frontend.trace import evaluating, fake_weights
 
 PIXELS, POSITIONS = "pixel_values", "position_ids"
@@ -92,6 +95,77 @@ class NoBlankImages(TorchFunctionMode):
             return False
         mask = index[0]
         return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == states.shape[:2]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """In a trace: numbers whose count is open, as one number. A list that is divided by it stays whole."""
+
+    of: Tensor
+
+
+class AnyImages(TorchFunctionMode):
+    """Within it, images stay one tensor, so that a trace holds for any number of them. None is blank.
+
+    Classes make lists of images, or divide a sequence among them; both need their number. If the sequence of an
+    attention was to be divided, a mask does it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if func in (torch.split, Tensor.split) and isinstance(args[1], list) and isinstance(args[1][0], Lengths):
+            self.lengths = args[1][0].of
+            return (args[0],)
+        if func is F.scaled_dot_product_attention and self.lengths is not None and named.get("attn_mask") is None:
+            return func(*args, **named | {"attn_mask": _within(self.lengths, args[0].shape[-2])})
+        if not _is_open(args):
+            return func(*args, **named)
+        if func is Tensor.item:
+            return Lengths(args[0])
+        if func is Tensor.__len__:
+            return 1
+        if func is Tensor.unbind and args[1:] in ((), (0,)):
+            return (args[0],)
+        if func is Tensor.__getitem__ and _is_images_mask(args[1], args[0]):
+            return args[0]
+        return func(*args, **named)
+
+
+def _is_open(args: Sequence[object]) -> bool:
+    """Whether the first argument is a tensor of any number of parts."""
+    first = args[0] if args else None
+    return isinstance(first, Tensor) and first.ndim > 0 and isinstance(first.shape[0], torch.SymInt)
+
+
+def _within(lengths: Tensor, count: int) -> Tensor:
+    """Whether two of ``count`` positions are in the same part of a sequence: bool [1, 1, count, count]."""
+    part = (torch.arange(count)[:, None] >= lengths.cumsum(0)[None]).sum(1)
+    return (part[:, None] == part[None])[None, None]
+
+
+def _is_images_mask(index: object, images: Tensor) -> bool:
+    """Whether an index says of each image [images, …] whether it is not blank."""
+    return isinstance(index, Tensor) and index.dtype is torch.bool and index.ndim == 1 and images.ndim > 2
+
+
+def computed(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """A function of sizes [images, 3] and packed patches: what the vision encoder makes of these with loops, by name.
+
+    ``grids``: an example. Raises MptkError if the encoder makes something else of sizes.
+    """
+    encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
+    wanted = precomputed(encoders[0], grids) if encoders else {}
+    names = [name for name, value in wanted.items() if isinstance(value, Tensor)]
+    if not encoders or (unknown := [name for name in names if name not in FORMULAS]):
+        what = unknown[0] if encoders else "something"
+        raise MptkError(f"{type(model).__name__} makes {what} of the sizes of images, which a graph cannot yet")
+    return lambda sizes, patches: {
+        f"image_{name}": FORMULAS[name](encoders[0], sizes, patches.shape[0]) for name in names
+    }
 
 
 def image_inputs(model: Any) -> Named:

@@ -59,8 +59,13 @@ def decoder_interface(program: Program) -> Interface:
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
+    return step_interface(layers)
+
+
+def step_interface(layers: int, positions: Axes = TOKEN_AXES) -> Interface:
+    """``decoder_interface`` of a decoder of ``layers`` layers. ``positions``: the axes of position_ids."""
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": TOKEN_AXES}
+    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     past = {f"past_key_values.{part}": PAST_AXES for part in parts}
     return Interface({**tokens, **past}, ["logits", *(f"present.{part}" for part in parts)])
 
@@ -230,8 +235,26 @@ def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: o
     return whole
 
 
+def conv3d(
+    x: object,
+    weight: object,
+    bias: object = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> object:
+    """A convolution over three dimensions. Without a bias, the exporter's own makes one of a wrong shape."""
+    given = [x, weight] if bias is None else [x, weight, bias]
+    sizes = {"strides": [*stride], "pads": [*padding, *padding], "dilations": [*dilation]}
+    return op.Conv(*given, group=groups, **sizes)
+
+
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    own: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.diff.default: diff}
+    own: dict[Callable[..., object], Callable[..., object]] = {
+        torch.ops.aten.diff.default: diff,
+        torch.ops.aten.conv3d.default: conv3d,
+    }
     return own if fallback is None else {**own, fallback.default: grouped_mm}

@@ -1,0 +1,53 @@
+"""embeddings: the graphs whose results a decoder reads in place of token ids: of tokens, and of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mptk.ort.sessions import CPU, OrtGraph
+
+EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
+IMAGE_TOKEN = "image_token"
+"""The key in a graph's metadata of the token in whose places the features of images stand."""
+
+
+class Embeddings:
+    """The graphs beside a decoder that reads embeddings.
+
+    Raises:
+        MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        self.folder, self.device = folder, device
+        self.tokens = OrtGraph(folder / EMBEDDING_FILE, device)
+
+    @cached_property
+    def images(self) -> OrtGraph:
+        """The vision encoder. Raises MptkError if there is none."""
+        return OrtGraph(self.folder / VISION_FILE, self.device)
+
+    def __call__(self, ids: Tensor, images: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The embeddings [batch, n, hidden] of token ids [batch, n], with the features of ``images`` at their tokens.
+
+        ``images``: the inputs of the vision encoder by name. Others are ignored.
+        """
+        found = self.tokens({"input_ids": ids})
+        if not images:
+            return found
+        marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
+        return found.masked_scatter(marks[..., None], self.images(images))
+
+    def takes(self, images: Mapping[str, Tensor]) -> bool:
+        """Whether the vision encoder runs on images of these sizes."""
+        wanted = {value.name: value.shape for value in self.images.session.get_inputs()}
+        return all(
+            isinstance(size, str) or size == given
+            for name, shape in wanted.items()
+            for size, given in zip(shape, images[name].shape, strict=True)
+        )

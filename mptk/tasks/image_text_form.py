@@ -1,0 +1,232 @@
+"""image_text_form: a vision-language model as ONNX, in the three graphs that transformers.js reads.
+
+A program of one decoding step takes images, token ids and the cache. Its graph is divided at three values: the features
+of the images, the embeddings of the tokens, and these with the features at the tokens of images. Who runs the graphs
+puts them there. As all are of one program, they follow one plan, which may cut the channels of these values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.ort.decoder import EMBEDDINGS, MERGED_FILE, OrtDecoder
+from mptk.ort.embeddings import EMBEDDING_FILE, IMAGE_TOKEN, VISION_FILE
+from mptk.progress import step
+from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.values import Checks, Further
+from mptk.staged.staged import Executor
+from mptk.tasks.decoder_form import CASES, DecodingCase, decoded
+from mptk.tasks.encoder_decoder_form import output_names, with_outputs
+from mptk.tasks.exporting import HALF, about, cut, equal
+from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
+from mptk.tasks.inputs.image_text import ImagesWithText, image_token
+from mptk.tasks.padding import IDS
+from passes.frontend.trace_decoder import (
+    CacheLayerShape,
+    DecoderStep,
+    LogitsScope,
+    cache_shapes,
+    export_step,
+    first_positions,
+    step_inputs,
+    zeros,
+)
+from passes.pipelines import emit_onnx
+from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, step_interface
+from passes.targets.onnx.extract import GraphPart
+from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
+
+FEATURES, MERGED = "image_features", "merged_embeds"
+TRACED_IMAGES = 3
+"""Images to trace with."""
+SEVERAL = 5
+"""The rank of ``pixel_values`` if samples may have several images."""
+LAST = 2
+"""Tokens of the second call with which a trace is checked."""
+IMAGE_AXES: Axes = ("num_images", "num_channels", "height", "width")
+AXES_FIRST: Axes = (None, *TOKEN_AXES)
+"""The axes of positions that are on several axes."""
+
+
+class PicturedStep(DecoderStep):
+    """One decoding step of a model that reads images.
+
+    Inputs: those of images, by ``names``, then a ``DecoderStep``'s. Returns its outputs, then the features of all
+    images [tokens, hidden], the embeddings [B, S, hidden], and the embeddings with the features in them.
+    """
+
+    def __init__(self, module: PreTrainedModel, images: Mapping[str, Tensor], logits: LogitsScope = "all") -> None:
+        super().__init__(module, logits)
+        self.names, self.token = tuple(images), image_token(module)
+        self.computed = computed(module, images[GRIDS]) if GRIDS in images else None
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
+        features = self.features(dict(zip(self.names, images, strict=True)))
+        embedding: Any = self.module.get_input_embeddings()
+        known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
+        embeds = embedding(known)
+        merged = embeds.masked_scatter((ids == self.token)[..., None], features.to(embeds.dtype))
+        return (*self.step({EMBEDDINGS: merged}, *others), features, embeds, merged)
+
+    def features(self, images: Mapping[str, Tensor]) -> Tensor:
+        """A row for each token of an image, [tokens, hidden]."""
+        module: Any = self.module
+        more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
+        with AnyImages():
+            output = module.get_image_features(**images, **more, return_dict=True)
+            if getattr(output, "deepstack_features", None):
+                raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
+            found = getattr(output, "pooler_output", output)
+            joined = found if isinstance(found, Tensor) else torch.cat(list(found))
+            return joined.flatten(0, -2)
+
+
+class ImageTextForm(OnnxForm):
+    """``vision_encoder.onnx``, ``embed_tokens.onnx``, and ``decoder_model_merged.onnx`` with its KV cache."""
+
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
+        if settings.quantize or settings.onnx_dtype == HALF:
+            raise MptkError(
+                "the graphs of a vision-language model are written in float32 only; leave out --quantize and "
+                "--onnx-dtype"
+            )
+
+    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
+        settings = dense.settings
+        model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
+        given = Samples(ImagesWithText().example(model)) if samples is None else samples.shortened(2, sys.maxsize)
+        step(0, 0, "trace a decoding step")
+        whole, images = stepped(dense, given, shapes)
+        *outputs, features, embeds, merged = output_names(whole)
+        program = cut(with_outputs(whole, outputs), dense, plan, log, dense.program)
+        step(0, 0, "translate the graph")
+        decoder = step_interface(len(shapes), AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES)
+        read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
+        emit_onnx(
+            with_outputs(program, [*output_names(program), features, embeds, merged]),
+            folder,
+            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED)),
+            parts={
+                VISION_FILE: GraphPart({name: name for name in images}, (FEATURES,)),
+                EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
+                MERGED_FILE: GraphPart(read, tuple(decoder.outputs)),
+            },
+            objective=settings.objective,
+            metadata={"objective": settings.objective, IMAGE_TOKEN: str(image_token(model)), **about(dense, plan)},
+            log=log,
+        )
+        return []
+
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
+        decoder = OrtDecoder(folder / MERGED_FILE, device=device)
+        stages: dict[str, tuple[Program | StageOutputs, float]] = {
+            case.stage: (partial(pictured, decoder, case, crossed), RUNTIME_TOLERANCE) for case in CASES
+        }
+        run, ran = partial(pictured, decoder, CASES[-1], ()), decoder.providers[0]
+        further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(taken, decoder), ran)}
+        return Checks(stages=stages, ran=dict.fromkeys(stages, ran), further=further)
+
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+        decoder = OrtDecoder(file, device=device)
+        return lambda samples: pictured(decoder, CASES[0], (), samples).outputs
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        raise MptkError(f"a vision-language model has no {scheme} graph; remove it from the folder")
+
+
+def images_in(samples: Samples) -> dict[str, Tensor]:
+    """The inputs of images, as the class takes them. Sizes in pixels are left out: a graph would hold them."""
+    return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
+
+
+def pictured(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
+    """``decoded`` for samples with images."""
+    assert decoder.embeddings is not None
+    read = {EMBEDDINGS: decoder.embeddings(samples.inputs[IDS], images_in(samples))}
+    numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
+    return decoded(decoder, case, crossed, Samples(read | numbered))
+
+
+def taken(decoder: OrtDecoder, samples: Samples) -> bool:
+    """Whether the vision encoder runs on the images of samples, if these have any."""
+    assert decoder.embeddings is not None
+    images = images_in(samples)
+    return not images or decoder.embeddings.takes(images)
+
+
+def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
+    """The names of the axes of the inputs of images."""
+    rank = images[PIXELS].ndim
+    if GRIDS in images:
+        return {PIXELS: ("num_patches", *[None] * (rank - 1)), GRIDS: ("num_images", None)}
+    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == SEVERAL else IMAGE_AXES}
+
+
+def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
+    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
+
+    Raises:
+        MptkError: the model cannot be traced so for any number of images; or a step computes other logits than
+            ``dense.program`` does for the same ``samples``.
+    """
+    model = dense.loaded.model
+    name, images = type(model).__name__, images_in(several_images(samples))
+    made = PicturedStep(model, images, dense.settings.logits)
+    inputs = step_inputs(shapes)
+    if POSITIONS in samples.inputs:
+        axes = samples.inputs[POSITIONS].shape[1]
+        inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
+    opened = [(x, (0, 1) if x.ndim == SEVERAL else (0,)) for x in images.values()]
+    expected = dense.first(samples)[:, -1:]
+    for first in first_positions(made):
+        made.first_position = first
+        program = dense.weighted(export_step(made, inputs, opened))
+        check_open(program, name)
+        if equal(last_logits(program, dense.executor, samples, shapes), expected):
+            return program, images
+    raise MptkError(f"one decoding step of {name} with its own cache computes other logits than the whole sequence")
+
+
+def several_images(samples: Samples) -> Samples:
+    """``TRACED_IMAGES`` of the samples, to trace with; several images in each if samples may have several."""
+    few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
+    if GRIDS in few.inputs:
+        return few
+    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == SEVERAL else x)
+
+
+def check_open(program: Program, name: str) -> None:
+    """Raise MptkError if a step takes only one number of images."""
+    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    count = str(values[program.user_inputs[0]].shape[0])
+    if count.isdigit():
+        raise MptkError(f"the trace of {name} runs only on {count} images")
+
+
+def last_logits(program: Program, executor: Executor, samples: Samples, shapes: Sequence[CacheLayerShape]) -> Tensor:
+    """The last position's logits [rows, 1, vocab] of a step, in two calls."""
+    ids, images = samples.inputs[IDS], images_in(samples)
+    rows, length = ids.shape
+    counted = torch.arange(length).expand(rows, -1)
+    positions = arguments(samples.inputs).get(POSITIONS, counted)
+    cache, logits = zeros(shapes, rows, 0), ids
+    for new in (slice(0, length - LAST), slice(length - LAST, length)):
+        given = (*images.values(), ids[:, new], torch.ones_like(ids[:, : new.stop]), positions[..., new], *cache)
+        logits, *found = next(executor.outputs([program], [given]))
+        cache = found[: len(cache)]
+    return logits[:, -1:]

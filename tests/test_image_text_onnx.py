@@ -1,0 +1,253 @@
+"""Vision-language models as ONNX: three graphs that give, put together as others put them, what the stock class gives.
+
+It reaches for mptk.tasks: what a graph computes of the sizes of images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from pictures import IMAGE, PATCHES, llava, processor, write_captions
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import mptk
+from benchmarks.tiny_models import PICTURED, tiny_model
+from mptk import MptkError, ProofError, Settings
+from mptk.compat.transformers import precomputed
+from mptk.publish.manifest import write_manifest
+from mptk.tasks.image_text_form import ImageTextForm
+from mptk.tasks.inputs.image_forms import AnyImages, computed
+from mptk.tasks.inputs.packed_images import FORMULAS
+from passes.frontend.trace import trace
+
+NODE = shutil.which("node")
+TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
+ASKED = {"method": "magnitude", "samples": 4, "length": 12, "eval_windows": 2, "eval_length": 12, "align": 1}
+ROWS = ["batch_size", "sequence_length"]
+PAST = ["batch_size", 2, "past_sequence_length", 16]
+GRAPHS = {
+    "vision_encoder.onnx": ({"pixel_values": ["num_images", 3, 32, 32]}, "image_features"),
+    "embed_tokens.onnx": ({"input_ids": ROWS}, "inputs_embeds"),
+    "decoder_model_merged.onnx": (
+        {
+            "inputs_embeds": [*ROWS, 64],
+            "attention_mask": ["batch_size", "total_sequence_length"],
+            "position_ids": ROWS,
+            **{f"past_key_values.{layer}.{part}": PAST for layer in (0, 1) for part in ("key", "value")},
+        },
+        "logits",
+    ),
+}
+STAGES = ["prefill", "padded left", "padded right", "decode", "without images"]
+
+
+@dataclass
+class Graphs:
+    """The graphs of a folder, put together as transformers.js does it."""
+
+    folder: Path
+
+    @cached_property
+    def sessions(self) -> dict[str, ort.InferenceSession]:
+        return {name: ort.InferenceSession(self.folder / "onnx" / name) for name in GRAPHS}
+
+    def __call__(self, name: str, **inputs: Any) -> list[Any]:
+        found: list[Any] = self.sessions[name].run(None, {n: np.asarray(x) for n, x in inputs.items()})
+        return found
+
+    def embeddings(self, ids: Tensor, pixels: Tensor | None) -> Any:
+        (embeds,) = self("embed_tokens.onnx", input_ids=ids)
+        if pixels is not None:
+            (features,) = self("vision_encoder.onnx", pixel_values=pixels)
+            embeds[ids.numpy() == IMAGE] = features
+        return embeds
+
+    def logits(self, ids: Tensor, mask: Tensor, pixels: Tensor | None, steps: int) -> Tensor:
+        """The last position's logits after a prompt of all tokens but ``steps``, and after each of these."""
+        past = {f"past_key_values.{i}.{part}": (len(ids), 2, 0, 16) for i in (0, 1) for part in ("key", "value")}
+        cache = {name: np.zeros(shape, np.float32) for name, shape in past.items()}
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        embeds, found, start = self.embeddings(ids, pixels), [], 0
+        for end in range(ids.shape[1] - steps, ids.shape[1] + 1):
+            given = {"inputs_embeds": embeds[:, start:end], "attention_mask": mask[:, :end]}
+            logits, *present = self("decoder_model_merged.onnx", **given, position_ids=positions[:, start:end], **cache)
+            cache, start = dict(zip(past, present, strict=True)), end
+            found.append(torch.from_numpy(logits[:, -1]))
+        return torch.stack(found, 1)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA whose language model and vision tower are cut."""
+    root = tmp_path_factory.mktemp("vision")
+    llava().save_pretrained(root / "llava")
+    processor().save_pretrained(root / "llava")
+    widths = {"ffn.1": 60, "ffn.2": 70}
+    asked = Settings(data=str(write_captions(root / "pictures")), widths=widths, families=tuple(widths), **ASKED)
+    mptk.prune(str(root / "llava"), root / "out", asked)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def stock(pruned: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(pruned).eval()
+
+
+def prompts() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and pictures: three rows, of which the last has padding on the left and no picture."""
+    text = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10], [4, 3, 6, 5, 8, 7, 10, 9]])
+    pictured = torch.cat([text[:, :1], torch.full((2, PATCHES), IMAGE), text[:, 1:]], 1)
+    plain = torch.cat([torch.full((1, 5), 1), torch.arange(3, 22)[None] % 13 + 3], 1)
+    mask = torch.ones(3, pictured.shape[1], dtype=torch.long)
+    mask[2, :5] = 0
+    return torch.cat([pictured, plain]), mask, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_graphs_have_the_names_that_transformers_js_reads(pruned: Path, stock: Any) -> None:
+    assert (stock.config.vision_config.intermediate_size, stock.config.text_config.intermediate_size) == (60, 70)
+    for name, session in Graphs(pruned).sessions.items():
+        inputs, output = GRAPHS[name]
+        assert {value.name: value.shape for value in session.get_inputs()} == inputs
+        assert session.get_outputs()[0].name == output
+        assert (pruned / "onnx" / f"{name}_data").is_file()
+    presents = [value.name for value in Graphs(pruned).sessions["decoder_model_merged.onnx"].get_outputs()[1:]]
+    assert presents == [f"present.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+
+
+def test_the_report_proves_the_graphs_with_and_without_images(pruned: Path) -> None:
+    proof = mptk.Report.read(pruned).proof
+    assert [row["stage"] for row in proof if "ONNX" in row["stage"]] == [f"ONNX Runtime {stage}" for stage in STAGES]
+    assert all(row["ok"] for row in proof)
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_the_graphs_compute_what_the_stock_class_does(pruned: Path, stock: Any, pictures: bool) -> None:
+    """Rows with a picture and one without, padding, then steps with the cache."""
+    ids, mask, pixels = prompts()
+    if not pictures:
+        ids = ids.masked_fill(ids == IMAGE, 5)
+    given = {"pixel_values": pixels} if pictures else {}
+    with torch.no_grad():
+        expected = stock(input_ids=ids, attention_mask=mask, **given).logits[:, -4:]
+    found = Graphs(pruned).logits(ids, mask, given.get("pixel_values"), steps=3)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_generate_continues_text_as_the_stock_class_does(pruned: Path, stock: Any) -> None:
+    words = AutoTokenizer.from_pretrained(pruned)
+    given = words("a picture that", return_tensors="pt")
+    written = stock.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert mptk.generate(pruned, "a picture that", max_new_tokens=4) == [
+        words.decode(written, skip_special_tokens=True)
+    ]
+
+
+def test_verify_finds_a_wrong_vision_encoder(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "out")
+    data = tmp_path / "out" / "onnx" / "vision_encoder.onnx_data"
+    (np.fromfile(data, np.float32) * 0.9).tofile(data)
+    write_manifest(tmp_path / "out")
+    with pytest.raises(ProofError, match="fails at 'ONNX Runtime prefill': outputs differ"):
+        mptk.verify(tmp_path / "out")
+
+
+@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+def test_transformers_js_writes_what_transformers_writes(pruned: Path, stock: Any, tmp_path: Path) -> None:
+    ids, mask, pixels = (x[:2] for x in prompts())
+    written = stock.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=6, do_sample=False)
+    asked = {"ids": ids.tolist(), "pixels": pixels.flatten().tolist(), "dims": [*pixels.shape], "tokens": 6}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    script = Path(__file__).with_name("transformers_js_images.mjs")
+    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(tmp_path / "asked.json")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == written.tolist()
+
+
+def test_quantised_graphs_are_refused_in_one_line() -> None:
+    with pytest.raises(MptkError, match="written in float32 only; leave out --quantize"):
+        ImageTextForm().check(llava(), Settings(quantize=("int8",)))
+
+
+def packed(grids: Tensor, width: int) -> Tensor:
+    return torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
+def test_a_vision_encoder_takes_several_images_of_any_size_at_once(model_type: str, tmp_path: Path) -> None:
+    model: Any = tiny_model(PICTURED, model_type).model
+    mptk.export(model, tmp_path)
+    encoder = ort.InferenceSession(tmp_path / "vision_encoder.onnx")
+    for sizes in ([[1, 4, 4]], [[1, 2, 6], [1, 12, 10], [1, 4, 2]]):
+        grids = torch.tensor(sizes)
+        pixels = packed(grids, encoder.get_inputs()[0].shape[1] or 384)
+        with torch.no_grad():
+            expected = torch.cat(list(model.get_image_features(pixels, grids, return_dict=True).pooler_output))
+        found = encoder.run(None, {"pixel_values": pixels.numpy(), "image_grid_thw": grids.numpy()})[0]
+        assert np.abs(found - expected.numpy()).max() < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str) -> None:
+    model: Any = tiny_model(PICTURED, model_type).model
+    encoder = model.model.visual
+    for sizes in ([[1, 4, 4]], [[1, 2, 6], [1, 12, 10], [1, 30, 26]], [[1, 8, 8], [1, 8, 8]]):
+        grids = torch.tensor(sizes)
+        wanted = {n: x for n, x in precomputed(encoder, grids).items() if isinstance(x, Tensor)}
+        assert {"position_ids", "cu_seqlens"} <= wanted.keys()
+        for name, expected in wanted.items():
+            found = FORMULAS[name](encoder, grids, int(grids.prod(1).sum()))
+            lengths = found.unique_consecutive() if name.startswith("cu_") else found
+            assert torch.equal(lengths, expected.long()), name
+
+
+def test_an_encoder_that_makes_something_else_of_sizes_is_refused() -> None:
+    model: Any = tiny_model(PICTURED, "qwen3_vl").model
+    with pytest.raises(MptkError, match="Qwen3VLForConditionalGeneration makes interp_indices of the sizes of images"):
+        computed(model, torch.tensor([[1, 4, 4]]))
+
+
+class Listed(nn.Module):
+    """Divides images as classes do: by a list of them, and by numbers that depend on which are blank."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        with AnyImages():
+            real = (images == 0).sum((-1, -2, -3)) != images.shape[1:].numel()
+            kept = images[real]
+            parts = kept.flatten(1).split(real[:, None].sum(1).tolist())
+            return torch.cat(list(torch.cat(parts)))
+
+
+def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
+    program = trace(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
+    images = torch.randn(7, 2, 4, 4)
+    assert torch.equal(program(images).flatten(), images.flatten())
+
+
+class Stated(nn.Module):
+    """Adds a weight, a buffer that no checkpoint holds, and a constant of the trace."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), weight))
+        self.register_buffer("plain", torch.full((3,), 10 * weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight + self.plain + torch.tensor([float(x.shape[0])] * 3)
+
+
+def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
+    one, other = (trace(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
+    assert other.with_state(one.module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3

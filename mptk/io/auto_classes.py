@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from mptk.compat.transformers import model_classes
 from mptk.errors import MptkError
 from mptk.io import modeling_nemotron_nas as nas
+from mptk.io.diffusion import DiffusersConfig, class_of
 
 OWN_CODE = Path(nas.__file__)
 """The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
@@ -44,8 +46,15 @@ def loader(config: PreTrainedConfig) -> str:
     return named[0]
 
 
+def opener(config: PreTrainedConfig) -> Any:
+    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``loader``."""
+    return class_of(config) if isinstance(config, DiffusersConfig) else getattr(transformers, loader(config))
+
+
 def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers has for ``config``; empty if the model brings its own."""
+    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own."""
+    if isinstance(config, DiffusersConfig):
+        return {class_of(config)}
     name = loader(config)
     if (found := _class_named(name)) is not None:
         return {found}

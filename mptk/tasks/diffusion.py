@@ -1,0 +1,47 @@
+"""diffusion: models of diffusers: the denoiser of a pipeline (a transformer or a UNet), and its autoencoder.
+
+What counts is how far they move from the dense model. No labels are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.io.diffusion import DiffusersConfig
+from mptk.ir.samples import Samples
+from mptk.tasks.model_form import ModelForm
+from mptk.tasks.numbers import Numbers
+
+OUTPUT = "out_sample"
+"""Optimum's name of what these models give."""
+
+
+@dataclass(frozen=True)
+class Diffusion(Numbers):
+    """Fields as of ``Numbers``. ``main``: the input by which the kind is known."""
+
+    main: str = "timestep"
+    sequences = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        if isinstance(config, DiffusersConfig) and all(each.main_input_name == self.main for each in classes):
+            return None
+        return f"{type(config).__name__} is not of diffusers"
+
+    def open_sizes(self, example: Samples) -> tuple[int, ...]:
+        """Only the number of samples: height, width and text are as in the example."""
+        return (0,)
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        few = Samples(samples.inputs)
+        return few[: len(example)] if len(few) >= len(example) else few.repeated(len(example))
+
+
+DENOISING = Diffusion(
+    "denoising", "denoiser of diffusers", (), "the predicted noise, over the schedule's timesteps,", ModelForm(OUTPUT)
+)
+AUTOENCODING = Diffusion(
+    "autoencoding", "autoencoder of diffusers", (), "the images that are decoded again", ModelForm(OUTPUT), main="sample"
+)

@@ -24,7 +24,7 @@ _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMa
 
 
 def loader(config: PreTrainedConfig) -> str:
-    """Name of what in transformers loads a checkpoint with ``config``.
+    """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
 
     It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
     class itself: no auto class knows decoders such as ``MusicgenForCausalLM``. A class with a head (``…For…``) comes
@@ -33,6 +33,8 @@ def loader(config: PreTrainedConfig) -> str:
     Raises:
         MptkError: transformers has no class for it.
     """
+    if isinstance(config, DiffusersConfig):
+        return class_of(config).__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]

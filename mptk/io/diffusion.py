@@ -215,4 +215,5 @@ def others(folder: Path) -> Mapping[str, Path]:
     listed = [name for name, said in read_object(pipeline / PIPELINE).items() if isinstance(said, list)]
     places = [pipeline / name for name in listed if (pipeline / name).is_dir() and pipeline / name != folder]
     files = [pipeline / PIPELINE, *notices(pipeline), *(file for place in places for file in sorted(place.rglob("*")))]
-    return {file.relative_to(pipeline).as_posix(): file for file in files if file.is_file()}
+    kept = (file for file in files if file.is_file() and file.suffix != ".py")  # code of others is not passed on
+    return {file.relative_to(pipeline).as_posix(): file for file in kept}

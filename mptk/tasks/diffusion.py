@@ -5,6 +5,7 @@ What counts is how far they move from the dense model. No labels are needed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,9 +31,9 @@ class Diffusion(Numbers):
             return None
         return f"{type(config).__name__} is not of diffusers"
 
-    def open_sizes(self, example: Samples) -> tuple[int, ...]:
-        """Only the number of samples: height, width and text are as in the example."""
-        return (0,)
+    def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
+        """The number of samples, of tokens of text and of packed patches. Height and width are as in the example."""
+        return {name: (0, 1) if tensor.ndim == 3 else (0,) for name, tensor in example.inputs.items()}
 
     def like(self, example: Samples, samples: Samples) -> Samples:
         few = Samples(samples.inputs)

@@ -365,7 +365,7 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder has files of a tokenizer."""
-    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

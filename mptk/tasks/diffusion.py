@@ -18,6 +18,8 @@ from mptk.tasks.numbers import Numbers
 OUTPUT = "out_sample"
 """Optimum's name of what these models give."""
 
+MASK = "encoder_attention_mask"
+
 
 @dataclass(frozen=True)
 class Diffusion(Numbers):
@@ -33,7 +35,7 @@ class Diffusion(Numbers):
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """The number of samples, of tokens of text and of packed patches. Height and width are as in the example."""
-        return {name: (0, 1) if tensor.ndim == 3 else (0,) for name, tensor in example.inputs.items()}
+        return {name: (0, 1) if tensor.ndim == 3 or name == MASK else (0,) for name, tensor in example.inputs.items()}
 
     def like(self, example: Samples, samples: Samples) -> Samples:
         few = Samples(samples.inputs)

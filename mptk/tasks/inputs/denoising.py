@@ -77,6 +77,7 @@ def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator
 def _make_image(pipeline: Any, condition: Mapping[str, Any], steps: int, generator: torch.Generator) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
     options = {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
+    options["use_resolution_binning"] = False  # the model's own size
     known = {name: value for name, value in options.items() if name in arguments}
     try:
         with torch.no_grad():

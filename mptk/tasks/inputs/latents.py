@@ -68,6 +68,8 @@ def random_latents(model: Any, count: int, seed: int) -> Named:
         made["class_labels"] = torch.randint(classes, (count,), generator=generator)
     if getattr(config, "guidance_embeds", False):
         made["guidance"] = torch.full((count,), 3.5)
+    if getattr(config, "caption_channels", None) and "encoder_attention_mask" in parameters:
+        made["encoder_attention_mask"] = torch.ones(count, TOKENS)  # of PixArt's padded captions
     needs = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if lacking := sorted(needs - made.keys()):
         raise MptkError(

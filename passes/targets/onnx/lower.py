@@ -49,6 +49,7 @@ RETURN_THEIR_INPUT = {
     aten.lift_fresh_copy,
     aten.reshape,
     aten.slice,
+    aten.squeeze,
     aten.to,
     aten.view,
 }

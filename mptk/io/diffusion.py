@@ -23,6 +23,7 @@ from mptk.errors import MptkError, first_line
 from mptk.files import json_text
 from mptk.io.untrusted import CONFIG, damaged, read_object
 from mptk.publish.licence import notices
+from mptk.reading import Damaged, check_inside
 
 PIPELINE = "model_index.json"
 CLASS, VERSION = "_class_name", "_diffusers_version"
@@ -94,7 +95,7 @@ def read_config(folder: Path) -> DiffusersConfig:
     return DiffusersConfig(**known | given)
 
 
-def _class_named(name: object, wrong: Any) -> type[nn.Module]:
+def _class_named(name: object, wrong: Damaged) -> Any:
     diffusers = library()
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
@@ -120,17 +121,19 @@ def part_class(kind: Any) -> type[PreTrainedModel]:
 
     class Part(PreTrainedModel, _Start, kind):  # type: ignore[misc]
         config: Any = None  # hides the property of diffusers
-        to = nn.Module.to  # diffusers would warn
+        to = nn.Module.to  # type: ignore[assignment]  # diffusers would warn
         config_class = DiffusersConfig
         main_input_name = "timestep" if "timestep" in inspect.signature(kind.forward).parameters else "sample"
 
         def __init__(self, config: DiffusersConfig) -> None:
             PreTrainedModel.__init__(self, config)
             kind.__init__(self, **config.arguments)
-            self.post_init()
+            self.post_init()  # type: ignore[no-untyped-call]
 
         @functools.wraps(kind.forward)
-        def forward(self, *args: Any, **given: Any) -> Any:
+        def forward(  # type: ignore[override]
+            self, *args: Any, **given: Any
+        ) -> Any:
             nested = {name: given.pop(name) for name in NESTED if name in given}
             shared = {name: given[name][0] for name in SHARED if name in given and given[name].ndim == 3}
             more = {"added_cond_kwargs": nested} if nested else {}
@@ -172,21 +175,39 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
     """The pipeline of the part in ``folder``, with ``part`` in its place.
 
     Raises:
-        MptkError: the part has no pipeline, or diffusers cannot load it.
+        MptkError: the part has no pipeline, this one would run code of its own, or diffusers cannot load it.
     """
     pipeline = pipeline_of(folder)
     if pipeline is None:
         raise MptkError(
             f"{folder} is no part of a pipeline, which would make its samples; put it into one, or give --data random"
         )
-    listed = (name for name, said in read_object(pipeline / PIPELINE).items() if isinstance(said, list))
-    name = folder.name if folder != pipeline else next(name for name in listed if not (pipeline / name).is_dir())
+    check_inside(pipeline)
+    listed = _listed(pipeline)
+    known = library()
+    foreign = [name for name, (package, *_) in listed.items() if not _is_known(package, known)]
+    if foreign or any(pipeline.rglob("*.py")) or not isinstance(read_object(pipeline / PIPELINE).get(CLASS), str):
+        raise MptkError(f"{pipeline} brings code of its own, which mptk never runs; give --data random")
+    own = folder.name if folder != pipeline else next(name for name in listed if not (pipeline / name).is_dir())
     try:
-        return library().DiffusionPipeline.from_pretrained(
-            pipeline, use_safetensors=True, local_files_only=True, **{name: part}
+        return known.DiffusionPipeline.from_pretrained(
+            pipeline, use_safetensors=True, local_files_only=True, **{own: part}
         )
     except Exception as error:  # of any part's own library
         raise MptkError(f"diffusers cannot load {pipeline} ({first_line(error)}); check its files") from error
+
+
+def _is_known(package: object, diffusers: ModuleType) -> bool:
+    """Whether a part's class is of diffusers, of one of its pipelines, or of transformers."""
+    return package in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(package))
+
+
+def _listed(pipeline: Path) -> dict[str, list[Any]]:
+    """The parts of a pipeline, each with its package and class."""
+    said = read_object(pipeline / PIPELINE)
+    return {
+        name: value for name, value in said.items() if isinstance(value, list) and len(value) == 2 and name != CLASS
+    }
 
 
 def pipeline_of(folder: Path) -> Path | None:
@@ -199,21 +220,14 @@ def pipeline_of(folder: Path) -> Path | None:
 
 def parts(pipeline: Path) -> list[str]:
     """The names of a pipeline's parts that are models."""
-    listed = read_object(pipeline / PIPELINE)
-    return sorted(name for name, said in listed.items() if isinstance(said, list) and _has_weights(pipeline / name))
-
-
-def _has_weights(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
+    return sorted(name for name in _listed(pipeline) if any((pipeline / name).glob("*.safetensors")))
 
 
 def others(folder: Path) -> Mapping[str, Path]:
-    """The files of the pipeline beside the part in ``folder``: name in the pipeline → file."""
+    """The files of the pipeline beside the part in ``folder``: name in the pipeline → file. Code is not among them."""
     pipeline = pipeline_of(folder)
     if pipeline is None:
         return {}
-    listed = [name for name, said in read_object(pipeline / PIPELINE).items() if isinstance(said, list)]
-    places = [pipeline / name for name in listed if (pipeline / name).is_dir() and pipeline / name != folder]
+    places = [pipeline / name for name in _listed(pipeline) if pipeline / name != folder]
     files = [pipeline / PIPELINE, *notices(pipeline), *(file for place in places for file in sorted(place.rglob("*")))]
-    kept = (file for file in files if file.is_file() and file.suffix != ".py")  # code of others is not passed on
-    return {file.relative_to(pipeline).as_posix(): file for file in kept}
+    return {file.relative_to(pipeline).as_posix(): file for file in files if file.is_file() and file.suffix != ".py"}

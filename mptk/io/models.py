@@ -211,7 +211,8 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
     if path.is_dir():
         if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
             if (path / PIPELINE).is_file():
-                raise MptkError(f"{model} is a pipeline; give one of its parts: {', '.join(f'{model}/{part}' for part in parts(path))}")
+                named = ", ".join(f"{model}/{part}" for part in parts(path))
+                raise MptkError(f"{model} is a whole pipeline; give one of its parts: {named}")
             raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")
         check_folder(path)
         return path

@@ -26,7 +26,8 @@ from mptk.tasks.seq2seq import Seq2Seq
 CAUSAL_LM = CausalLM()
 HEAD_TASKS: tuple[Task, ...] = (Classifier(), TOKEN_CLASSES, CTC, SEGMENTATION, ANSWERS, DETECTION, DEPTH, FORECASTS)
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEAD_TASKS, Encoder(), DENOISING, AUTOENCODING)
+    task.name: task
+    for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEAD_TASKS, Encoder(), DENOISING, AUTOENCODING)
 }
 
 

@@ -46,5 +46,10 @@ DENOISING = Diffusion(
     "denoising", "denoiser of diffusers", (), "the predicted noise, over the schedule's timesteps,", ModelForm(OUTPUT)
 )
 AUTOENCODING = Diffusion(
-    "autoencoding", "autoencoder of diffusers", (), "the images that are decoded again", ModelForm(OUTPUT), main="sample"
+    "autoencoding",
+    "autoencoder of diffusers",
+    (),
+    "the images that are decoded again",
+    ModelForm(OUTPUT),
+    main="sample",
 )

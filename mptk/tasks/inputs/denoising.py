@@ -20,10 +20,12 @@ STEPS = 20
 """Timesteps in which an image is made here, spread over the schedule."""
 
 
-def recorded(loaded: Loaded, like: Mapping[str, Tensor], data: str, count: int, seed: int, progress: Count) -> dict[str, Tensor]:
+def recorded(
+    loaded: Loaded, like: Mapping[str, Tensor], data: str, count: int, seed: int, progress: Count
+) -> dict[str, Tensor]:
     """``count`` samples that the model's pipeline gives it, in a random order of images and timesteps.
 
-    ``like``: examples of the inputs. ``data``: text with a prompt on each line; ``self`` for a pipeline that reads none.
+    ``like``: examples of the inputs. ``data``: text with a prompt on each line; ``self`` if the pipeline reads none.
 
     Raises:
         MptkError: the model has no pipeline, or it needs prompts; or the pipeline does not run.
@@ -62,7 +64,9 @@ def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator
     arguments = inspect.signature(pipeline.__call__).parameters
     if "prompt" in arguments:
         if data == text.SELF:
-            raise MptkError("this pipeline makes images of prompts; give a file with one on each line with --data, or random")
+            raise MptkError(
+                "this pipeline makes images of prompts; give a file with one on each line with --data, or random"
+            )
         pieces = ("".join(document) for document in text.documents(data, None))
         prompts = [line.strip() for piece in pieces for line in piece.splitlines() if line.strip()]
         yield from ({"prompt": prompt} for prompt in itertools.cycle(prompts))
@@ -83,7 +87,9 @@ def _make_image(pipeline: Any, condition: Mapping[str, Any], steps: int, generat
         with torch.no_grad():
             pipeline(**condition, **known)
     except Exception as error:  # any part may raise anything
-        raise MptkError(f"the pipeline {type(pipeline).__name__} does not run ({first_line(error)}); try it in diffusers") from error
+        raise MptkError(
+            f"the pipeline {type(pipeline).__name__} does not run ({first_line(error)}); try it in diffusers"
+        ) from error
 
 
 def _inputs(given: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ def random_latents(model: Any, count: int, seed: int) -> Named:
     parameters = inspect.signature(model.forward).parameters
     size = getattr(config, "sample_size", None)
     order = [*parameters, *NESTED]
-    shapes = {n: shape for n, shape in _shapes(model, size).items() if n in order and None not in shape}
-    made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes.items()}
+    shapes = ((n, [size for size in shape if size]) for n, shape in _shapes(model, size).items() if None not in shape)
+    made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes if name in order}
     spread = (torch.randperm(count, generator=generator) + 0.5) / count
     made["timestep"] = spread * (1 if size is None else TIMES)  # packed latents come with times from 0 to 1
     if classes := _first(config, "num_embeds_ada_norm", "num_class_embeds"):

@@ -203,11 +203,9 @@ def _is_known(package: object, diffusers: ModuleType) -> bool:
 
 
 def _listed(pipeline: Path) -> dict[str, list[Any]]:
-    """The parts of a pipeline, each with its package and class."""
+    """The parts of a pipeline, each with its package and class; not those that it does without."""
     said = read_object(pipeline / PIPELINE)
-    return {
-        name: value for name, value in said.items() if isinstance(value, list) and len(value) == 2 and name != CLASS
-    }
+    return {name: value for name, value in said.items() if isinstance(value, list) and value[:1] != [None]}
 
 
 def pipeline_of(folder: Path) -> Path | None:

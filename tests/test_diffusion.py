@@ -20,6 +20,7 @@ from mptk import MptkError, ProofError
 from mptk.cli.main import app
 from mptk.io.models import load
 from mptk.io.text.sources import SELF
+from mptk.ir.samples import joined
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import task_of
 from mptk.tasks.inputs.denoising import STEPS, recorded
@@ -234,6 +235,20 @@ def test_a_stock_autoencoder_keeps_its_groups_of_channels(pipelines: Path) -> No
     assert joint, "channels in each group of the first stage, together"
 
 
+def test_no_cut_of_an_autoencoder_touches_the_latents(pipelines: Path) -> None:
+    model = load(str(pipelines / "classes/vae")).model
+    analysis = mptk.analyze(model)
+    cut = {
+        member.weight
+        for family in analysis.families
+        for group in family.groups
+        for member in group.members
+        if member.role == "producer"
+    }
+    assert "encoder.conv_in.weight" in cut
+    assert cut.isdisjoint({"quant_conv.weight", "decoder.conv_out.weight"})
+
+
 def analysed(folder: Path) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["analyze", str(folder), "--json", "-"])
     assert result.exit_code == 0, result.output
@@ -260,7 +275,7 @@ def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, An
     samples = task_of(loaded).example(loaded.model)
     with torch.no_grad():
         output = task_of(loaded).output(loaded.model, samples)
-    assert output.isfinite().all()
+    assert joined(output).isfinite().all()
     if "timestep" in samples.inputs:
         apart = samples.map(lambda tensor: tensor.flip(0)).inputs["timestep"] != samples.inputs["timestep"]
         assert apart.all(), "the timesteps are spread"

@@ -5,15 +5,18 @@ What counts is how far they move from the dense model. No labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io.diffusion import DiffusersConfig
 from mptk.ir.samples import Samples
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers
+from passes.frontend.trace import Flat
 
 OUTPUT = "out_sample"
 """Optimum's name of what these models give."""
@@ -42,14 +45,39 @@ class Diffusion(Numbers):
         return few[: len(example)] if len(few) >= len(example) else few.repeated(len(example))
 
 
+def encoded_and_decoded(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What an autoencoder makes of images, and the latents' mean and log variance: so no cut may touch the latents."""
+    latents = module.encode(images).latent_dist
+    return module.decode(latents.mode())[0], latents.parameters
+
+
+class Encoded(Flat):
+    """An autoencoder called with images, which also gives the latents."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return encoded_and_decoded(self.module, *inputs)
+
+
+@dataclass(frozen=True)
+class Autoencoding(Diffusion):
+    """An autoencoder of images, whose latents other parts of its pipeline read."""
+
+    main: str = "sample"
+
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        return Encoded
+
+    def output(self, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
+        return encoded_and_decoded(module, *samples.tensors)
+
+
 DENOISING = Diffusion(
     "denoising", "denoiser of diffusers", (), "the predicted noise, over the schedule's timesteps,", ModelForm(OUTPUT)
 )
-AUTOENCODING = Diffusion(
+AUTOENCODING = Autoencoding(
     "autoencoding",
     "autoencoder of diffusers",
     (),
-    "the images that are decoded again",
-    ModelForm(OUTPUT),
-    main="sample",
+    "the decoded images and their latents",
+    ModelForm(OUTPUT, ("latent_parameters",)),
 )

@@ -17,7 +17,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.diffusion import NESTED
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
+from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 from mptk.tasks.inputs.denoising import recorded
@@ -43,6 +43,9 @@ class Latents(Inputs):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         source = settings.eval_data or settings.data
         return self._samples(loaded, source, settings.eval_windows, settings.seed + 1, lambda done, total: None)
+
+    def named(self, data: str) -> str:
+        return "images of its own pipeline" if data == SELF else super().named(data)
 
     def _samples(self, loaded: Loaded, data: str, count: int, seed: int, progress: Count) -> Named:
         if data == RANDOM_DATA:

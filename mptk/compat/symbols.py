@@ -29,7 +29,7 @@ from mptk.compat.torch import uncached_operators
 Symbol: TypeAlias = sympy.Symbol
 SymbolicNumber: TypeAlias = Any
 """A sympy expression, an int or a float."""
-CODE = re.compile(r"\.(modeling|configuration)_")
+CODE = re.compile(r"\.(modeling|configuration)_|^diffusers\.models\.")
 """In the names of modules with the code of models."""
 MOST = 10**6
 """The largest denominator of an exponent, which floats tell apart."""

@@ -117,6 +117,17 @@ def saved_by(split: Callable[..., object], save: Callable[..., None]) -> Iterato
 
 
 @contextlib.contextmanager
+def weights_named(file: str) -> Iterator[None]:
+    """Within it ``from_pretrained`` and ``save_pretrained`` have weights in ``file``, or in shards named after it.
+
+    An argument would replace this.
+    """
+    one = _replaced(modeling_utils, "SAFE_WEIGHTS_NAME", file)
+    with one, _replaced(modeling_utils, "SAFE_WEIGHTS_INDEX_NAME", f"{file}.index.json"):
+        yield
+
+
+@contextlib.contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)

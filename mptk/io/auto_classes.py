@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from mptk.compat.transformers import model_classes
 from mptk.errors import MptkError
 from mptk.io import modeling_nemotron_nas as nas
+from mptk.io.diffusion import DiffusersConfig, class_of
 
 OWN_CODE = Path(nas.__file__)
 """The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
@@ -22,7 +24,7 @@ _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMa
 
 
 def loader(config: PreTrainedConfig) -> str:
-    """Name of what in transformers loads a checkpoint with ``config``.
+    """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
 
     It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
     class itself: no auto class knows decoders such as ``MusicgenForCausalLM``. A class with a head (``…For…``) comes
@@ -31,6 +33,8 @@ def loader(config: PreTrainedConfig) -> str:
     Raises:
         MptkError: transformers has no class for it.
     """
+    if isinstance(config, DiffusersConfig):
+        return class_of(config).__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
@@ -44,8 +48,15 @@ def loader(config: PreTrainedConfig) -> str:
     return named[0]
 
 
+def opener(config: PreTrainedConfig) -> Any:
+    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``loader``."""
+    return class_of(config) if isinstance(config, DiffusersConfig) else getattr(transformers, loader(config))
+
+
 def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers has for ``config``; empty if the model brings its own."""
+    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own."""
+    if isinstance(config, DiffusersConfig):
+        return {class_of(config)}
     name = loader(config)
     if (found := _class_named(name)) is not None:
         return {found}

@@ -27,9 +27,10 @@ from mptk.arguments import checked
 from mptk.compat.transformers import dequantize_gguf, forget_source
 from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
-from mptk.io.auto_classes import loader
+from mptk.io.auto_classes import opener
 from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import SMALL_FILES, dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.diffusion import PIPELINE, is_diffusers, parts, read_config
 from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.quantized import quantization, write_float
@@ -127,7 +128,7 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
 def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
     folder = _checkpoint(model, local=local)
     with _explained(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        config = _config(folder, trust)
     check_sizes(model, config)
     _refuse_pickles(folder, config)
     settings, note = quantization(folder), ""
@@ -154,11 +155,11 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        kind = getattr(transformers, loader(config))
-        if hasattr(kind, "from_config"):
-            module = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        else:  # no auto class
+        kind = opener(config)
+        if issubclass(kind, PreTrainedModel):
             module = kind(config).to(dtype)
+        else:  # an auto class
+            module = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     made: PreTrainedModel = module.eval()
     if (count := sum(p.numel() for p in made.parameters())) > PARAMETERS:
         raise MptkError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json")
@@ -173,7 +174,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
             return _gguf_config(gguf)
     folder = _checkpoint(model, weights=False)
     with _explained(model):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = _config(folder, trust_remote_code)
     check_sizes(model, config)
     return config
 
@@ -193,7 +194,13 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 def config_in(loaded: Loaded) -> PreTrainedConfig:
     """The config in a loaded model's folder. The model's own config has the dtype of loading."""
     with _explained(loaded.source):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+        return _config(loaded.path, loaded.trusted)
+
+
+def _config(folder: Path, trust: bool) -> PreTrainedConfig:
+    if is_diffusers(folder):
+        return read_config(folder)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     return config
 
 
@@ -213,6 +220,9 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
     tidy(path.parent)
     if path.is_dir():
         if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
+            if (path / PIPELINE).is_file():
+                named = ", ".join(f"{model}/{part}" for part in parts(path))
+                raise MptkError(f"{model} is a whole pipeline; give one of its parts: {named}")
             raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")
         check_folder(path)
         return path
@@ -324,7 +334,7 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
 def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
-        module, report = getattr(transformers, loader(config)).from_pretrained(
+        module, report = opener(config).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -366,7 +376,7 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder has files of a tokenizer."""
-    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

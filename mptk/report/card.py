@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.files import write_text
 from mptk.io.auto_classes import loader
+from mptk.io.diffusion import PIPELINE, DiffusersConfig
 from mptk.io.packaged import ALIASES
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
@@ -71,7 +72,7 @@ def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
     if any((folder / "onnx").glob("*.onnx")):
         tags.append("onnx")
     sentences = (folder / "modules.json").is_file()
-    known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else "transformers"}
+    known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else library_of(compiled)}
     if compiled.written is None:
         known = {}
     elif tag := "sentence-similarity" if sentences else pipeline_tag(compiled.written.stock):
@@ -118,18 +119,25 @@ def sizes(report: Report, folder: Path, graphs: Sequence[Path]) -> Table:
 
 
 def loading(compiled: Compiled, folder: Path) -> dict[str, object]:
-    """What of transformers loads a folder: the class of the model (``auto``), and of what makes its inputs."""
+    """What loads a folder: a ``library``, its class of the model (``auto``), and its class of what makes inputs."""
     other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     text = (folder / "tokenizer_config.json").is_file()
     trusts = any(folder.glob("*.py"))
     stock = None if compiled.written is None else compiled.written.stock
+    whole = (folder / PIPELINE).is_file()
     return {
-        "auto": None if stock is None else auto_of(stock),
+        "library": library_of(compiled),
+        "auto": None if stock is None else "DiffusionPipeline" if whole else auto_of(stock),
         "generates": stock is not None and stock.model_class.can_generate(),
         "reader": "AutoProcessor" if other else "AutoTokenizer" if text else None,
         "sentences": (folder / "modules.json").is_file(),
         "trust": ", trust_remote_code=True" if trusts else "",
     }
+
+
+def library_of(compiled: Compiled) -> str:
+    """The library whose class the written checkpoint has."""
+    return "diffusers" if isinstance(compiled.prepared.loaded.model.config, DiffusersConfig) else "transformers"
 
 
 def auto_of(stock: StockConfig) -> str:

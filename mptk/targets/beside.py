@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import NoReturn
@@ -11,9 +12,10 @@ from typing import NoReturn
 from mptk.errors import ProofError
 from mptk.files import scratch
 from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.diffusion import others
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
-from mptk.publish.manifest import listed
+from mptk.publish.manifest import file_digests, listed
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
 """Files that a tokenizer or a processor reads if they exist."""
@@ -55,6 +57,26 @@ def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
     if loaded.tokenizer is not None:
         save_tokenizer(loaded.tokenizer, folder)
     copy_processors(loaded.path, folder, same_features=same_features)
+
+
+def write_pipeline(loaded: Loaded, folder: Path) -> None:
+    """Copy the other parts of a diffusers model's pipeline, if it has one: ``folder`` is then a whole pipeline."""
+    for name, file in others(loaded.path).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def check_pipeline(loaded: Loaded, folder: Path) -> None:
+    """Raise ProofError unless the other parts are as in the dense model's pipeline."""
+    known = others(loaded.path)
+    for name in known:
+        if not (folder / name).is_file():
+            fail(f"{name} is missing")
+    digests = file_digests([*known.values(), *(folder / name for name in known)])
+    for name, one, other in zip(known, digests, digests[len(known) :], strict=False):
+        if one != other:
+            fail(f"{name} is not the dense pipeline's")
 
 
 CONFIG_STAGE = "config"

@@ -25,7 +25,7 @@ from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, CutDrafter, Further, SampleSets, Written
 from mptk.staged.staged import Executor
-from mptk.targets.beside import check_beside, write_beside
+from mptk.targets.beside import check_beside, check_pipeline, write_beside, write_pipeline
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.frontend.trace import trace
@@ -106,6 +106,7 @@ class StockTarget(Target):
             beside=heads.weights.cast(compiled.prepared.dtype),
         )
         copy_processors(loaded.path, folder, same_features=same_features(compiled))
+        write_pipeline(loaded, folder)
         return [written.note, heads.note, *self.limits(compiled)]
 
     def limits(self, compiled: Compiled) -> list[str]:
@@ -125,6 +126,7 @@ class StockTarget(Target):
         config = check_config(compiled.written, folder, trust)
         beside = partial(write_beside, loaded, same_features=same_features(compiled))
         check_beside(folder, beside, all_known=loaded.tokenizer is not None)
+        check_pipeline(loaded, folder)
         check_reading(compiled, folder)
         heads = check_heads(compiled, folder)
         executor = compiled.prepared.executor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 from torch import fx
 
@@ -30,7 +30,8 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
     2. channels along which the graph reads a constant of more than one number: rotary tables, position biases;
     3. channels under a mean whose scale no weight can take (``passes/transforms/fold_norms.py``);
     4. groups of experts: no weight shows how many there are, so the class would divide the experts that stay anew;
-    5. channels that are multiplied by a power of their number, as T5's before its head.
+    5. channels that are multiplied by a power of their number, as T5's before its head;
+    6. groups of channels that are normalised together: no weight shows how many there are, either.
     """
     facts = analysis.facts
     scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
@@ -39,12 +40,15 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
     tables = axes_in(term for constant, dims in uses if not of_one_number(constant, written) for term in dims)
     experts = [term for route in facts.routes if isinstance(term := resolve(route.expert), Product)]
     grouping = axes_in(factor for term in experts for factor in term.factors[:-1])
+    normed = axes_in(factor for term in normed_channels(analysis) for factor in term.factors[:-1])
     powers = multiplied_by_their_number(analysis)
     reasons = {}
     for family in analysis.families:
         axis = family.groups[0].axis
         if axis in grouping:
             reasons[family.name] = "the stock class would divide the experts that stay into as many groups as before"
+        elif axis in normed:
+            reasons[family.name] = "the stock class would normalise the channels that stay in as many groups as before"
         elif axis in tables:
             reasons[family.name] = "the stock class would compute its rotary tables or biases anew"
         elif axis in scaled:
@@ -56,6 +60,15 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
                 f"the stock class would take a mean over fewer channels, with no weight to make up for it ({place})"
             )
     return reasons
+
+
+def normed_channels(analysis: Analysis) -> Iterator[Product]:
+    """The channels of each norm over groups of them, as a product: groups times channels in each."""
+    for node in analysis.program.graph.graph.nodes:
+        if node.op == "call_function" and base_name(node.target) == "group_norm":
+            dims = analysis.facts.results.get(node.args[0])
+            if isinstance(dims, tuple) and isinstance(term := resolve(dims[1]), Product):
+                yield term
 
 
 def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:

@@ -10,6 +10,8 @@ from mptk.errors import MptkError
 from mptk.tasks.inputs.audio import Audio
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images
+from mptk.tasks.inputs.latents import Latents
+from mptk.tasks.inputs.pictures import Pictures
 from mptk.tasks.inputs.series import Series
 from mptk.tasks.inputs.text import TextWindows
 from mptk.tasks.inputs.videos import Videos, frames_of
@@ -20,6 +22,8 @@ INPUT_KINDS: dict[str, Inputs] = {
     "input_features": Audio("input_features"),
     "input_values": Audio("input_values"),
     "past_values": Series(),
+    "timestep": Latents(),
+    "sample": Pictures(),
 }
 
 VIDEOS = Videos()

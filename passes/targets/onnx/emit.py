@@ -250,11 +250,19 @@ def conv3d(
     return op.Conv(*given, group=groups, **sizes)
 
 
+def rsub(x: object, other: float, alpha: float = 1.0) -> object:
+    """``other - alpha * x``."""
+    scaled = x if alpha == 1.0 else op.Mul(x, op.CastLike(op.Constant(value_float=float(alpha)), x))
+    return op.Sub(op.CastLike(op.Constant(value_float=float(other)), x), scaled)
+
+
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    aten = torch.ops.aten
     own: dict[Callable[..., object], Callable[..., object]] = {
-        torch.ops.aten.diff.default: diff,
-        torch.ops.aten.conv3d.default: conv3d,
+        aten.diff.default: diff,
+        aten.conv3d.default: conv3d,
+        aten.rsub.Scalar: rsub,
     }
     return own if fallback is None else {**own, fallback.default: grouped_mm}

@@ -12,7 +12,8 @@ enough:
 5. an op that writes in place (``x = linear(...); x += y``) becomes the op without the write, if the tensor is fresh,
    has no view, and is read after the write only through the op's result. For any other write, the graph is left to
    torch's own decomposition, which makes it functional, and only case 1 applies;
-6. attention with one key head for all query heads sets ``enable_gqa``, since the exporter does not broadcast the head.
+6. attention with one key head for all query heads sets ``enable_gqa``, since the exporter does not broadcast the head;
+   and a mask with one row for all queries gets a row for each, since ONNX Runtime does not broadcast the row.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ RETURN_THEIR_INPUT = {
     aten.lift_fresh_copy,
     aten.reshape,
     aten.slice,
+    aten.squeeze,
     aten.to,
     aten.view,
 }
@@ -148,9 +150,7 @@ def _lower(node: fx.Node) -> None:
     elif node.target in SYNONYMS:
         node.target = SYNONYMS[node.target]
     elif packet is aten.scaled_dot_product_attention:
-        query, key = (operand.meta["val"].shape[1] for operand in node.args[:2] if isinstance(operand, fx.Node))
-        if key == 1 != query:
-            node.kwargs = {**node.kwargs, "enable_gqa": True}
+        _lower_attention(node)
     elif packet is aten.square:
         node.target, node.args = aten.mul.Tensor, (source, source)
     elif packet is aten.numpy_T:
@@ -163,6 +163,24 @@ def _lower(node: fx.Node) -> None:
         elif packet is aten.to:
             node.target = aten._to_copy.default
             node.args, node.kwargs = (source,), {"dtype": node.meta["val"].dtype}
+
+
+def _lower_attention(node: fx.Node) -> None:
+    """Case 6."""
+    query, key = (operand.meta["val"] for operand in node.args[:2] if isinstance(operand, fx.Node))
+    if key.shape[1] == 1 != query.shape[1]:
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    rows_of_mask = mask.meta["val"].shape[-2]
+    if isinstance(rows_of_mask, int) and rows_of_mask == 1:
+        sizes = [-1] * (mask.meta["val"].ndim - 2)
+        with node.graph.inserting_before(node):
+            rows = node.graph.call_function(aten.sym_size.int, (node.args[0], 2))
+            wide = node.graph.call_function(aten.expand.default, (mask, [*sizes, rows, -1]))
+        rows.meta["val"], wide.meta["val"] = query.shape[2], mask.meta["val"].expand(*sizes, query.shape[2], -1)
+        node.replace_input_with(mask, wide)
 
 
 def _type(node: fx.Node) -> tuple[torch.dtype, list[object]]:

@@ -1,0 +1,83 @@
+"""diffusion: models of diffusers: the denoiser of a pipeline (a transformer or a UNet), and its autoencoder.
+
+What counts is how far they move from the dense model. No labels are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.io.diffusion import DiffusersConfig
+from mptk.ir.samples import Samples
+from mptk.tasks.model_form import ModelForm
+from mptk.tasks.numbers import Numbers
+from passes.frontend.trace import Flat
+
+OUTPUT = "out_sample"
+"""Optimum's name of what these models give."""
+
+MASK = "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class Diffusion(Numbers):
+    """Fields as of ``Numbers``. ``main``: the input by which the kind is known."""
+
+    main: str = "timestep"
+    sequences = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        if isinstance(config, DiffusersConfig) and all(each.main_input_name == self.main for each in classes):
+            return None
+        return f"{type(config).__name__} is not of diffusers"
+
+    def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
+        """The number of samples, of tokens of text and of packed patches. Height and width are as in the example."""
+        return {name: (0, 1) if tensor.ndim == 3 or name == MASK else (0,) for name, tensor in example.inputs.items()}
+
+    def like(self, example: Samples, samples: Samples) -> Samples:
+        few = Samples(samples.inputs)
+        return few[: len(example)] if len(few) >= len(example) else few.repeated(len(example))
+
+
+def encoded_and_decoded(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What an autoencoder makes of images, and the latents' mean and log variance: so no cut may touch the latents."""
+    latents = module.encode(images).latent_dist
+    return module.decode(latents.mode())[0], latents.parameters
+
+
+class Encoded(Flat):
+    """An autoencoder called with images, which also gives the latents."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return encoded_and_decoded(self.module, *inputs)
+
+
+@dataclass(frozen=True)
+class Autoencoding(Diffusion):
+    """An autoencoder of images, whose latents other parts of its pipeline read."""
+
+    main: str = "sample"
+
+    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        return Encoded
+
+    def output(self, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
+        return encoded_and_decoded(module, *samples.tensors)
+
+
+DENOISING = Diffusion(
+    "denoising", "denoiser of diffusers", (), "the predicted noise, over the schedule's timesteps,", ModelForm(OUTPUT)
+)
+AUTOENCODING = Autoencoding(
+    "autoencoding",
+    "autoencoder of diffusers",
+    (),
+    "the decoded images and their latents",
+    ModelForm(OUTPUT, ("latent_parameters",)),
+)

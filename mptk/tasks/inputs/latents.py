@@ -1,0 +1,110 @@
+"""latents: what a denoiser of diffusers reads: latents, timesteps, and what they are conditioned on.
+
+Samples are the calls that the model's own pipeline makes while it denoises (``denoising.py``). Random samples need only
+the config.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.io.diffusion import NESTED
+from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM_DATA, SELF
+from mptk.progress import Count
+from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
+from mptk.tasks.inputs.denoising import recorded
+
+TIMES = 1000
+"""Timesteps that a denoiser is trained on."""
+TOKENS, PATCHES = 16, 16
+"""Tokens of random text embeddings, and patches of random packed latents."""
+
+
+class Latents(Inputs):
+    """Latents float32 [n, channels, height, width], or packed [n, patches, channels]; timesteps float32 [n]; and more.
+
+    The timesteps are spread evenly over the schedule.
+    """
+
+    def example(self, model: nn.Module) -> Named:
+        return random_latents(model, EXAMPLES, 0)
+
+    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+        return self._samples(loaded, settings.data, count, settings.seed, progress)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        source = settings.eval_data or settings.data
+        return self._samples(loaded, source, settings.eval_windows, settings.seed + 1, lambda done, total: None)
+
+    def named(self, data: str) -> str:
+        return "images of its own pipeline" if data == SELF else super().named(data)
+
+    def _samples(self, loaded: Loaded, data: str, count: int, seed: int, progress: Count) -> Named:
+        if data == RANDOM_DATA:
+            return random_latents(loaded.model, count, seed)
+        return recorded(loaded, self.example(loaded.model), data, count, seed, progress)
+
+
+def random_latents(model: Any, count: int, seed: int) -> Named:
+    """``count`` random samples of what a denoiser reads.
+
+    Raises:
+        MptkError: its ``forward`` needs more.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    parameters = inspect.signature(model.forward).parameters
+    size = getattr(config, "sample_size", None)
+    order = [*parameters, *NESTED]
+    shapes = ((n, [size for size in shape if size]) for n, shape in _shapes(model, size).items() if None not in shape)
+    made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes if name in order}
+    spread = (torch.randperm(count, generator=generator) + 0.5) / count
+    made["timestep"] = spread * (1 if size is None else TIMES)  # packed latents come with times from 0 to 1
+    if classes := _first(config, "num_embeds_ada_norm", "num_class_embeds"):
+        made["class_labels"] = torch.randint(classes, (count,), generator=generator)
+    if getattr(config, "guidance_embeds", False):
+        made["guidance"] = torch.full((count,), 3.5)
+    if getattr(config, "caption_channels", None) and "encoder_attention_mask" in parameters:
+        made["encoder_attention_mask"] = torch.ones(count, TOKENS)  # of PixArt's padded captions
+    needs = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if lacking := sorted(needs - made.keys()):
+        raise MptkError(
+            f"{type(model).__name__} reads {lacking[0]}, which mptk cannot make; cut it in Python with example_inputs "
+            "(docs/python.md)"
+        )
+    return {name: made[name] for name in order if name in made}
+
+
+def _shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int | None, ...]]:
+    """Input → its shape without the samples' dimension; None in it: the class does not read it."""
+    config = model.config
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    latents = (PATCHES, config.in_channels) if size is None else (config.in_channels, height, width)
+    text = _first(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "sample": latents,
+        "hidden_states": latents,
+        "encoder_hidden_states": (TOKENS, text),
+        "pooled_projections": (_first(config, "pooled_projection_dim"),),
+        "img_ids": (PATCHES, 3),
+        "txt_ids": (TOKENS, 3),
+    }
+    if getattr(config, "addition_embed_type", None) == "text_time":  # Stable Diffusion XL: sizes of image and crop
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        shapes |= {"text_embeds": (width,), "time_ids": (6,)}
+    if getattr(model, "use_additional_conditions", False):  # PixArt
+        shapes |= {"resolution": (2,), "aspect_ratio": (1,)}
+    return shapes
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """The first of these numbers that a config has; of one for each block, the first block's."""
+    found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    return found[0] if isinstance(found, list | tuple) else found

@@ -250,11 +250,18 @@ def conv3d(
     return op.Conv(*given, group=groups, **sizes)
 
 
+def argsort(x: object, dim: int = -1, descending: bool = False) -> object:
+    """The places of numbers along ``dim``, the lowest first or, if ``descending``, the highest."""
+    count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, count, axis=dim, largest=int(descending))[1]
+
+
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     own: dict[Callable[..., object], Callable[..., object]] = {
         torch.ops.aten.diff.default: diff,
         torch.ops.aten.conv3d.default: conv3d,
+        torch.ops.aten.argsort.default: argsort,
     }
     return own if fallback is None else {**own, fallback.default: grouped_mm}

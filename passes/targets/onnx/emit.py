@@ -256,6 +256,12 @@ def rsub(x: object, other: float, alpha: float = 1.0) -> object:
     return op.Sub(op.CastLike(op.Constant(value_float=float(other)), x), scaled)
 
 
+def argsort(x: object, dim: int = -1, descending: bool = False) -> object:
+    """The places of numbers along ``dim``, the lowest first or, if ``descending``, the highest."""
+    count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, count, axis=dim, largest=int(descending))[1]
+
+
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
@@ -264,5 +270,6 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
         aten.diff.default: diff,
         aten.conv3d.default: conv3d,
         aten.rsub.Scalar: rsub,
+        aten.argsort.default: argsort,
     }
     return own if fallback is None else {**own, fallback.default: grouped_mm}

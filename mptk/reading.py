@@ -15,7 +15,6 @@ from mptk.errors import MptkError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from pydantic_core import ErrorDetails
 
 Made = TypeVar("Made")
 Json = dict[str, Any]
@@ -52,7 +51,7 @@ def _holding(kind: Any) -> type[BaseModel]:
     return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
-def _said(error: ErrorDetails, where: str) -> str:
+def _said(error: Mapping[str, Any], where: str) -> str:
     """Say in mptk's words what pydantic's ``error`` describes."""
     place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]

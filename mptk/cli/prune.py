@@ -139,7 +139,7 @@ def show_needs(found: Estimate, place: Path | None) -> None:
 
 
 def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
-    """Run ``start`` into a folder and show its report. If ``needs`` is given, only show what the run needs."""
+    """Do ``run`` for a folder and show its report. If ``needs`` is given, only show what the run needs."""
     from mptk.report import sections as report
 
     if needs is not None:

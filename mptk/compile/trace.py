@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
+from mptk.compile.trace_module import compared_if_it_fits, trace_module
 from mptk.errors import MptkError
-from mptk.io.live import wide_type
 from mptk.io.models import Loaded
-from mptk.io.resident import free_memory
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
-from passes.frontend.bound import bounded
-from passes.frontend.eager import compared
 from passes.frontend.trace import OpenSizes
-from passes.transforms.retype import Retype
 
-TRACE_SECONDS = 120.0
-"""Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
 LONGEST_TRACE = 31
 """Most tokens of a program that holds one length: its graph may unroll a loop over them. A prime, as a model's sizes
 are hardly multiples of it."""
@@ -54,7 +45,7 @@ def traced(
     example = task.example(loaded.model)
     example = example if like is None else task.like(example, like)
     if not isinstance(loaded.model, PreTrainedModel):
-        program = _plain(loaded, example)
+        program = trace_module(loaded, example)
     else:
         sizes = (0,) if _holds_one_size(loaded, example, like) else task.open_sizes(example)
         program = _trace(loaded, task, example, sizes)
@@ -79,7 +70,7 @@ def traced(
     if not ran:
         run(example)
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
-        program = _compared_if_it_fits(program, loaded, example)
+        program = compared_if_it_fits(program, loaded, example)
     return program
 
 
@@ -91,53 +82,6 @@ def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None
             "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
             "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
         )
-
-
-def _compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
-    """Compare the program with its class if all weights fit in memory; else add a note."""
-    if 4 * sum(p.numel() for p in loaded.model.parameters()) > free_memory() / 2:
-        return replace(program, limits=replace(program.limits, note="the class itself was not run, as it is too large"))
-    return compared(program, _all_weights(loaded), example.tensors)
-
-
-def _plain(loaded: Loaded, example: Samples) -> Program:
-    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible.
-
-    Raises:
-        MptkError: no trace equals the module.
-    """
-    causes: list[MptkError] = []
-    name = type(loaded.model).__name__
-    dynamic: bool | tuple[int, ...]
-    for dynamic in (True, (0,), False):
-        try:
-            with (
-                bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
-                if dynamic is True
-                else nullcontext()
-            ):
-                traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
-            wide = loaded.with_weights(traced)
-            own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
-            exact = replace(wide, state=wide.state.changed(own))
-            found = compared(exact, _all_weights(loaded), example.tensors)
-        except MptkError as error:
-            causes.append(error)
-            continue
-        if causes:
-            cause = str(causes[0]).partition(";")[0]
-            kept = "batch size" if dynamic else "no size"
-            found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
-        types = {like.dtype for like in exact.state.likes.values() if like.is_floating_point()}
-        if types <= {wide_type(loaded.model)}:
-            return found
-        retyped = Retype(wide_type(loaded.model))(found).program
-        return loaded.with_weights(retyped)
-    raise causes[0]
-
-
-def _all_weights(loaded: Loaded) -> Mapping[str, Tensor]:
-    return {} if loaded.weights is None else loaded.weights
 
 
 def fixed_sizes(prepared: Prepared) -> str:

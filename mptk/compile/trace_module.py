@@ -1,0 +1,71 @@
+"""trace_module: trace a plain module, and compare a program with the module whose place it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+import passes.frontend.trace
+from mptk.errors import MptkError
+from mptk.io.live import wide_type
+from mptk.io.models import Loaded
+from mptk.io.resident import free_memory
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from passes.frontend.bound import bounded
+from passes.frontend.eager import compared
+from passes.transforms.retype import Retype
+
+TRACE_SECONDS = 120.0
+"""Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
+
+
+def compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
+    """Compare the program with its class if all weights fit in memory; else add a note."""
+    if 4 * sum(p.numel() for p in loaded.model.parameters()) > free_memory() / 2:
+        return replace(program, limits=replace(program.limits, note="the class itself was not run, as it is too large"))
+    return compared(program, _all_weights(loaded), example.tensors)
+
+
+def trace_module(loaded: Loaded, example: Samples) -> Program:
+    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible.
+
+    Raises:
+        MptkError: no trace equals the module.
+    """
+    causes: list[MptkError] = []
+    name = type(loaded.model).__name__
+    dynamic: bool | tuple[int, ...]
+    for dynamic in (True, (0,), False):
+        try:
+            with (
+                bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
+                if dynamic is True
+                else nullcontext()
+            ):
+                traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
+            wide = loaded.with_weights(traced)
+            own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
+            exact = replace(wide, state=wide.state.changed(own))
+            found = compared(exact, _all_weights(loaded), example.tensors)
+        except MptkError as error:
+            causes.append(error)
+            continue
+        if causes:
+            cause = str(causes[0]).partition(";")[0]
+            kept = "batch size" if dynamic else "no size"
+            found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
+        types = {like.dtype for like in exact.state.likes.values() if like.is_floating_point()}
+        if types <= {wide_type(loaded.model)}:
+            return found
+        retyped = Retype(wide_type(loaded.model))(found).program
+        return loaded.with_weights(retyped)
+    raise causes[0]
+
+
+def _all_weights(loaded: Loaded) -> Mapping[str, Tensor]:
+    return {} if loaded.weights is None else loaded.weights

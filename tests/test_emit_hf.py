@@ -237,40 +237,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("irreplaceable")
-    model = llama()
-    with pytest.raises(MptkError, match="was not made by mptk"):
-        written(model.state_dict(), stock_of(model), model, None, folder)
-    file = tmp_path / "file"
-    file.write_text("also mine")
-    with pytest.raises(MptkError, match="was not made by mptk"), publish(file):
-        pass
-    assert (folder / "thesis.txt").read_text() == "irreplaceable"
-    assert file.read_text() == "also mine"
-
-
-def test_an_earlier_output_is_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()  # an empty folder may be used
-    with publish(folder) as temporary:
-        (temporary / "first").write_text("1")
-    with publish(folder) as temporary:
-        assert (folder / "first").read_text() == "1"
-        (temporary / "second").write_text("2")
-    assert {path.name for path in folder.iterdir()} == {"second", "mptk.json"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MptkError, match="cannot write") as raised, publish(tmp_path / "file" / "out"):
-        pass
-    assert "\n" not in str(raised.value)
-
-
 def test_the_former_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path: Path, inside: Inside) -> None:
     folder = tmp_path / "out"
     with publish(folder) as temporary:

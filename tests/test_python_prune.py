@@ -21,15 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Samples, Settings
-from mptk.api.sources import collected
+from mptk import MptkError, Settings
 from mptk.config.choices import IN_MEMORY
 from mptk.config.learning import Learning, Training
 from mptk.config.setting import with_keywords
-from mptk.io.live import open_live
 from mptk.ir.passes import PassResult
 from mptk.ir.program import ProgramModule
-from mptk.tasks import task_of
 
 SMALL = {"sparsity": 0.3, "align": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None}
@@ -158,12 +155,6 @@ def test_keywords_reach_every_setting() -> None:
     assert (found.learning.training.lr, found.learning.training.losses.kl) == (0.1, 0.5)
     kept = with_keywords(found, {"learning": Learning(steps=5), "training": Training(batch=2), "lm": 0.0})
     assert (kept.learning.steps, kept.learning.training.batch, kept.learning.training.losses.lm) == (5, 2, 0.0)
-
-
-@pytest.mark.parametrize(("given", "said"), [("sparsty", "did you mean 'sparsity'"), ("qqq", "help")])
-def test_an_unknown_keyword_is_refused(given: str, said: str) -> None:
-    with pytest.raises(MptkError, match=f"there is no setting '{given}'; .*{said}"):
-        mptk.prune(toys.llama(), **{given: 1})
 
 
 def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> None:
@@ -324,48 +315,6 @@ def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
     assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
     measured = mptk.evaluate(second.model, dense=net, example_inputs=EXAMPLE, progress=None)
     assert measured["pruned"] > first.report.quality["pruned"]
-
-
-def samples(data: object) -> Samples:
-    """``data`` as a run on a small LLaMA collects it."""
-    loaded = open_live(toys.llama())
-    return collected(data, loaded, task_of(loaded), 4, 24)
-
-
-class Names(nn.Module):
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return tensors[0]
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: mptk.prune(Net()), "not a transformers model.*give example_inputs"),
-        (
-            lambda: mptk.prune(Net(), example_inputs=EXAMPLE, method="maskprune"),
-            "maskprune trains only transformers models",
-        ),
-        (
-            lambda: mptk.prune(Net(), example_inputs=EXAMPLE, steps=3),
-            "leave out steps and minutes, and train Pruned.model yourself",
-        ),
-        (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "not a tensor but int"),
-        (lambda: samples({"x": torch.ones(2, 3)}), "lack the input 'in"),
-        (lambda: samples(torch.arange(9)), r"input_ids in data is \[9\]"),
-        (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),
-        (
-            lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", align=4),
-            "no tokenizer to read texts with",
-        ),
-        (lambda: mptk.prune(toys.llama().to("meta")), "not in memory"),
-        (lambda: mptk.evaluate(Net(), example_inputs=EXAMPLE), "give the dense model as dense"),
-    ],
-)
-def test_what_cannot_be_done_is_said(call, said: str) -> None:
-    with pytest.raises(MptkError, match=said):
-        call()
 
 
 def test_help_and_completion_know_the_arguments() -> None:

@@ -83,6 +83,7 @@ TEXTS = [
     Row("width that is not legal", f"{ONCE} --width ffn=7", ("ffn cannot have width 7", "nearest legal")),
     Row("align of no family", "analyze {model} --align wings=8", ("no family 'wings'", "there are")),
     Row("hardware unknown", f"{ONCE} --align h10", ("align: 'h10' is not known", "a100, h100")),
+    Row("sparsity out of reach, in percent", f"{ONCE} --align 8 --sparsity 97%", ("sparsity 0.970; nearest: 0.804",)),
     Row("families unknown", f"{ONCE} --families wings", ("no family 'wings'",)),
     Row("keep unknown", f"{ONCE} --keep wings", ("no family 'wings'",)),
     Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is in --keep and in --",)),
@@ -98,6 +99,9 @@ TEXTS = [
     Row("lengths of 400 digits", f"bench {{gpt2}} --lengths {'9' * 400}", ("as 128,512",)),
     Row("lengths twice", "bench {gpt2} --lengths 8,8", ("is repeated",)),
     Row("batches negative", "bench {gpt2} --batches -1", ("--batches -1", "as 128,512")),
+    Row(
+        "threads of bench that are words", "bench {gpt2} --threads 1,many", ("--threads 1,many", "numbers of at least")
+    ),
     Row("threads of bench zero", "bench {gpt2} --threads 0", ("--threads 0", "as 128,512")),
     Row("plot of no known kind", "bench {gpt2} --plot {x.foo}", ("x.foo", ".png", ".svg"), code=2),
     Row("plot without a suffix", "bench {gpt2} --plot {x}", (".png", ".svg"), code=2),

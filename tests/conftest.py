@@ -45,9 +45,10 @@ def _same_numbers(request):
 
 
 def pytest_collection_finish():
-    """What the imports made stays: the garbage collector need not look through it again and again."""
+    """What the imports made stays: the garbage collector need not look through it again and again, nor often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import architectures
@@ -49,6 +50,9 @@ def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside
     hooked.model.register_forward_hook(lambda *_: None)
     other.model.layers[0].mlp.forward = lambda x: x
     models = [tiny(), tiny(intermediate_size=84), tiny(attention="eager"), tiny(tie_word_embeddings=True)]
+    models += [architectures.model("gptneox") for _ in range(3)]
+    models[-2].gpt_neox.layers[0].mlp.act.act = torch.sigmoid
+    models[-1].gpt_neox.layers[0].mlp.act.act = partial(torch.nn.functional.gelu, approximate="tanh")
     with traces.remembered():
         for model in (*models, tiny().bfloat16(), tiny(meta=True), hooked, other, nn.Sequential(tiny())):
             mptk.trace(model, (ids,))
@@ -56,14 +60,28 @@ def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside
         mptk.trace(tiny(), (ids,), dynamic=True)
         inside.around("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda forward, mlp, x: x)
         mptk.trace(tiny(), (ids,))
-    assert len(exports) == 12
+    assert len(exports) == 15
 
 
-def test_a_model_of_another_folder_is_the_same_model(exports: list[nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gptneox", "gemma3"])
+def test_a_model_of_another_folder_is_the_same_model(
+    architecture: str, exports: list[nn.Module], tmp_path: Path
+) -> None:
+    """Gemma 3 has an activation with arguments, and GPT-NeoX one that is a function, and other names in its file."""
+    model = architectures.model(architecture)
     with traces.remembered():
         for name in ("one", "two"):
-            tiny().save_pretrained(tmp_path / name)
-            mptk.trace(type(tiny()).from_pretrained(tmp_path / name), (architectures.tokens(),))
+            model.save_pretrained(tmp_path / name)
+            mptk.trace(type(model).from_pretrained(tmp_path / name), (architectures.tokens(),))
+    assert len(exports) == 1
+
+
+def test_what_has_returned_hidden_states_is_traced_once(exports: list[nn.Module]) -> None:
+    models, ids = [tiny(), tiny()], architectures.tokens()
+    with traces.remembered():
+        for model in models:
+            model(ids, output_hidden_states=True)
+            mptk.trace(model, (ids,))
     assert len(exports) == 1
 
 

@@ -12,6 +12,8 @@ import json
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import onnx_ir as ir
@@ -33,8 +35,9 @@ LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, type)
 LEFT_OUT = (
     *("_parameters", "_buffers", "training"),  # told by ``_tensors``; a trace is made in evaluation mode
-    *("_forward_hooks", "_forward_pre_hooks", "_backward", "_state_dict", "_load_state_dict"),  # hooks: there are none
-    *("generation_config", "name_or_path"),  # of no effect on a forward pass
+    *("_forward_hooks", "_forward_pre_hooks"),  # told by ``_plain``
+    *("_backward", "_state_dict", "_load_state_dict"),  # hooks: there are none
+    *("generation_config", "name_or_path", "_weight_conversions"),  # of no effect on a forward pass
 )
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
@@ -80,7 +83,8 @@ def _copied(program: Program, wrapper: nn.Module) -> Program:
     named = dict([*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)])
     own = {name.removeprefix("module."): tensor for name, tensor in named.items()}
     fake = any(tensor.is_meta for tensor in named.values())
-    state = program.state if fake else Weights({name: own.get(name, like) for name, like in program.state.items()})
+    constants = {name: like for name, like in program.state.items() if "lifted_tensor" in name}
+    state = program.state if fake else Weights({name: (own | constants)[name] for name in program.state})
     return replace(program, graph=program.copy_graph(), state=state)
 
 
@@ -102,14 +106,27 @@ def _key(wrapper: nn.Module, inputs: tuple[Tensor, ...], dynamic: object) -> Has
 
 def _plain(module: nn.Module) -> Hashable:
     """The attributes of a module itself."""
-    if not type(module).__module__.startswith(LIBRARIES) or module._forward_hooks or module._forward_pre_hooks:
+    if not type(module).__module__.startswith(LIBRARIES) or module._forward_pre_hooks:
         raise Unknown
-    return tuple((name, _value(value)) for name, value in vars(module).items() if not name.startswith(LEFT_OUT))
+    values = tuple((name, _value(value)) for name, value in vars(module).items() if not name.startswith(LEFT_OUT))
+    return values, tuple(map(_hook, module._forward_hooks.values()))
+
+
+def _hook(hook: Any) -> Hashable:
+    """One that transformers installs to return hidden states: what it looks for. There is none of another kind."""
+    if hook.__module__ != "transformers.utils.output_capturing":
+        raise Unknown
+    known = [cell.cell_contents for cell in hook.__closure__]
+    return hook.__qualname__, tuple(_value(value) for value in known if not callable(value))
 
 
 def _value(value: object) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value), value
+    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, (ModuleType, type(None))):
+        return value
+    if isinstance(value, partial):
+        return partial, _value(value.func), _value(value.args), _value(value.keywords)
     if isinstance(value, PreTrainedConfig):
         return (
             type(value),

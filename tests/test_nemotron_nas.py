@@ -195,22 +195,23 @@ def test_a_ragged_cut_is_proven_and_says_its_widths(ragged: mptk.Pruned) -> None
 
 OUTSIDE = """
 import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "mptk" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.arange(24)[None]).logits, sys.argv[2])
-model.save_pretrained(sys.argv[3])
+for read, written in (sys.argv[1:3], sys.argv[2:4]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(read, trust_remote_code=True)
+    assert "mptk" not in sys.modules
+    model.save_pretrained(written)
+    with torch.no_grad():
+        torch.save(model(torch.arange(24)[None]).logits, written + "/logits")
 """
 
 
 def test_transformers_reads_it_without_mptk(ragged: mptk.Pruned, tmp_path: Path) -> None:
     """Also after it is saved from there."""
-    for folder in (ragged.place, tmp_path / "saved"):
-        command = [sys.executable, "-c", OUTSIDE, folder, tmp_path / "logits", tmp_path / "saved"]
-        modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-        subprocess.run(command, check=True, cwd=tmp_path, env=modules)
-        with torch.no_grad():
-            assert torch.allclose(torch.load(tmp_path / "logits"), ragged.model(IDS).logits, atol=1e-6)
+    saved = [tmp_path / "saved", tmp_path / "saved again"]
+    modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", OUTSIDE, ragged.place, *saved], check=True, cwd=tmp_path, env=modules)
+    with torch.no_grad():
+        expected = ragged.model(IDS).logits
+    assert all(torch.allclose(torch.load(folder / "logits"), expected, atol=1e-6) for folder in saved)
 
 
 def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:

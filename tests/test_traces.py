@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mptk
+from mptk.ir.program import Program
 from mptk.ir.text import program_text
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
@@ -83,6 +84,24 @@ def test_what_has_returned_hidden_states_is_traced_once(exports: list[nn.Module]
             model(ids, output_hidden_states=True)
             mptk.trace(model, (ids,))
     assert len(exports) == 1
+
+
+def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(inside: Inside) -> None:
+    ids, made_anew = architectures.tokens(), inside.calls("traces.PROPAGATE")
+
+    def cut(seed: int, width: int) -> Program:
+        keep = {"model.layers.0.mlp": (tuple(range(width)),)}
+        analysis = mptk.analyze(mptk.trace(tiny(seed), (ids,), dynamic=True))
+        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, architectures.FFN, keep)}))
+
+    with traces.remembered():
+        first, second, other = cut(0, 40), cut(1, 40), cut(0, 48)
+    assert len(made_anew) == 2
+    assert program_text(first) == program_text(second) != program_text(other)
+    assert not torch.equal(first(ids), second(ids))
+    with traces.remembered():
+        anew = cut(0, 40)
+    assert program_text(first) == program_text(anew)
 
 
 def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:

@@ -1,15 +1,16 @@
-"""Traces and ONNX translations that tests ask for again: each is made once in a process.
+"""Traces, sizes of cut graphs and ONNX translations that tests ask for again: each is made once in a process.
 
 Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
 class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
 graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
-of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone.
+of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone, and the sizes
+in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from mptk.compat.torch import FakeTensor
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.targets.onnx import emit
+from passes.transforms import rewrite
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, type)
@@ -42,6 +44,7 @@ LEFT_OUT = (
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
+PROPAGATE = rewrite.propagate_shapes
 
 
 class Unknown(Exception):
@@ -50,9 +53,10 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it ``export_program`` and the translation to ONNX work once for the same."""
+    """Within it ``export_program``, ``propagate_shapes`` and the translation to ONNX work once for the same."""
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
+    sizes: dict[Hashable, list[object]] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -71,10 +75,23 @@ def remembered() -> Iterator[None]:
             translations[key] = TRANSLATE(program)
         return translations[key].clone()
 
+    def propagate(program: Program, *names: Collection[str]) -> None:
+        nodes = list(program.graph.graph.nodes)
+        if any(node.op == "get_attr" for node in nodes):  # a graph in the graph
+            PROPAGATE(program, *names)
+            return
+        key = (_graph(program), tuple(map(frozenset, names)))
+        if key not in sizes:
+            PROPAGATE(program, *names)
+            sizes[key] = [node.meta.get("val") for node in nodes]
+        for node, value in zip(nodes, sizes[key], strict=True):
+            node.meta["val"] = value
+
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._exported", translate)
+        inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)
         yield
 
 
@@ -180,3 +197,21 @@ def _text(program: ExportedProgram) -> str:
     ]
     said = (program.graph_signature, program.range_constraints, program.example_inputs, type(program))
     return "\n".join([*nodes, *map(str, said)])
+
+
+def _graph(program: Program) -> Hashable:
+    """The cut graph with its weights' shapes and the sizes that it had; a symbol is one of the trace's (its mode)."""
+    nodes = program.graph.graph.nodes
+    modes = {value.fake_mode for node in nodes if hasattr(value := node.meta.get("val"), "fake_mode")}
+    weights = tuple((name, tuple(like.shape)) for name, like in program.state.likes.items())
+    return (
+        frozenset(modes),
+        weights,
+        tuple((n.op, n.name, n.target, str(n.args), str(n.kwargs), _size(n.meta.get("val"))) for n in nodes),
+    )
+
+
+def _size(value: object) -> Hashable:
+    if isinstance(value, Tensor):
+        return str(value.shape), str(value.stride()), value.dtype
+    return tuple(map(_size, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -18,6 +18,7 @@ from mptk.ir.program import Program
 from mptk.ir.text import program_text
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
+from passes.targets.legalize import discover, stock_widths
 
 
 @pytest.fixture
@@ -102,6 +103,20 @@ def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(insid
     with traces.remembered():
         anew = cut(0, 40)
     assert program_text(first) == program_text(anew)
+
+
+def test_a_class_is_read_again_with_another_config(inside: Inside) -> None:
+    made_anew = inside.calls("traces.READ")
+
+    def legal(**changes: object) -> object:
+        model = tiny(**changes)
+        return stock_widths(analysis := mptk.analyze(model), discover(analysis, model)).ladders
+
+    with traces.remembered():
+        first, second, other = legal(), legal(), legal(intermediate_size=84)
+    assert len(made_anew) == 2
+    assert first == second == legal()
+    assert first != other
 
 
 def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:

@@ -1,10 +1,10 @@
-"""Traces, sizes of cut graphs and ONNX translations that tests ask for again: each is made once in a process.
+"""What tests ask for again is made once in a process: traces, sizes of cut graphs, readings of classes, ONNX graphs.
 
 Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
 class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
 graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
 of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone, and the sizes
-in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``).
+in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``). A stock class is read with its config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from inside import changed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import mptk.tasks.exporting
 import passes.frontend.trace
@@ -31,6 +31,7 @@ from mptk.compat.torch import FakeTensor
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.targets.onnx import emit
+from passes.targets.stock import learn
 from passes.transforms import rewrite
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
@@ -44,7 +45,7 @@ LEFT_OUT = (
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
-PROPAGATE = rewrite.propagate_shapes
+PROPAGATE, READ = rewrite.propagate_shapes, learn.Reading
 
 
 class Unknown(Exception):
@@ -53,10 +54,11 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it ``export_program``, ``propagate_shapes`` and the translation to ONNX work once for the same."""
+    """Within it ``export_program``, ``propagate_shapes``, ``Reading`` and the translation to ONNX work once for the same."""
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
     sizes: dict[Hashable, list[object]] = {}
+    readings: dict[Hashable, learn.Reading] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -87,11 +89,21 @@ def remembered() -> Iterator[None]:
         for node, value in zip(nodes, sizes[key], strict=True):
             node.meta["val"] = value
 
+    def read(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> learn.Reading:
+        try:
+            key = model_class, model_class.__init__, type(config), _entries(config)
+        except Unknown:
+            return READ(model_class, config)
+        if key not in readings:
+            readings[key] = READ(model_class, config)
+        return readings[key]
+
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._exported", translate)
         inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)
+        inside.bound("passes.targets.stock.learn.Reading", read)
         yield
 
 

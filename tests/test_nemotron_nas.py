@@ -242,7 +242,6 @@ def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) ->
     write_json(tmp_path / "plan.json", {"format": "mptk-plan/1", "families": {**heads, "ffn.1": keep}})
     how = {"plan": str(tmp_path / "plan.json"), "target": TARGET, "onnx": False, **HOW}
     found = mptk.prune(dense, tmp_path / "out", **how)
-    assert found is not None
     assert found.model.config.block_configs[1].ffn.intermediate_size == 1000
     assert [note.partition(" by ")[2].partition(",")[0] for note in found.report.notes if "not read" in note] == [
         "SGLang",
@@ -253,7 +252,6 @@ def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) ->
 def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path) -> None:
     how = {"method": "wanda", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.2, "onnx": False}
     found = mptk.prune(dense, tmp_path / "out", **how, **HOW)
-    assert found is not None
     widths = {name: row["width"] for name, row in found.report.families.items() if row["width"] < row["of"]}
     assert {name.partition(".")[0] for name in widths} == {"ffn"}
     assert not any(width % 256 for width in widths.values())
@@ -275,7 +273,6 @@ def test_legal_widths_are_shown_without_weights(dense: str) -> None:
 def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
     how = {"method": "wanda", "widths": {"ffn": 512}, "target": TARGET, "tolerance": 1.0, "onnx": False, **HOW}
     found = mptk.prune(dense, tmp_path / "out", steps=2, batch=2, micro=2, rank=2, **how)
-    assert found is not None
     assert mptk.verify(tmp_path / "out")
     assert type(found.model).__name__ == "DeciLMForCausalLM"
 
@@ -283,7 +280,6 @@ def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
 def test_its_folder_is_cut_again(ragged: mptk.Pruned, tmp_path: Path) -> None:
     how = {"method": "wanda", "target": TARGET, "sparsity": 0.3, "tolerance": 0.3, "onnx": False, **HOW}
     again = mptk.prune(ragged.place, tmp_path / "out", **how)
-    assert again is not None
     assert [each.ffn.ffn_mult for each in again.model.config.block_configs] == [8.0, 8.0]
 
 

@@ -231,7 +231,6 @@ def test_timm(name: str) -> None:
 def test_what_is_written_of_them_is_the_small_model(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     pruned = mptk.prune(make(), tmp_path / "out", sparsity=0.3, tolerance=0.3, example_inputs=IMAGE, progress=None)
-    assert pruned is not None
     assert {row["stage"] for row in pruned.report.proof} >= {"model.pt2", "ONNX Runtime"}
     x = torch.randn(3, *IMAGE.shape[1:])
     expected = pruned.model(x).detach()

@@ -203,7 +203,6 @@ def test_a_map_shows_the_kept_units_and_many_units_only_if_layers_differ() -> No
     report = SimpleNamespace(families={n: {"width": f.width, "of": 500} for n, f in unlike.items()})
     assert kept_chart(Run("run", report, Plan({"ffn": alike})), "ffn") is None
     drawn = kept_chart(Run("run", report, Plan(unlike)), "ffn")
-    assert drawn is not None
     assert "share of ffn that each layer keeps" in drawn.text
 
 

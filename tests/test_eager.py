@@ -109,17 +109,9 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 # ---- sizes ----
 
 
-@pytest.mark.parametrize(
-    ("body", "example", "refused", "taken", "noted", "said"), FIXED, ids=lambda v: getattr(v, "__name__", "")
-)
-def test_what_the_trace_fixed_is_said_and_refused_at_the_call(
-    body: Callable[..., Tensor],
-    example: tuple[int, ...],
-    refused: tuple[int, ...],
-    taken: tuple[int, ...],
-    noted: str,
-    said: str,
-) -> None:
+@pytest.mark.parametrize("fixed", FIXED, ids=lambda fixed: fixed[0].__name__)
+def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: tuple[Any, ...]) -> None:
+    body, example, refused, taken, noted, said = fixed
     net, x = Net(body), made(*example)
     pruned = pruned_of(net, x)
     (note,) = (note for note in pruned.report.notes if note.startswith("fixed: "))
@@ -132,17 +124,9 @@ def test_what_the_trace_fixed_is_said_and_refused_at_the_call(
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("body", "example", "refused", "taken", "noted", "said"), FIXED[:4], ids=lambda v: getattr(v, "__name__", "")
-)
-def test_a_program_that_is_rewritten_by_hand_refuses_the_same(
-    body: Callable[..., Tensor],
-    example: tuple[int, ...],
-    refused: tuple[int, ...],
-    taken: tuple[int, ...],
-    noted: str,
-    said: str,
-) -> None:
+@pytest.mark.parametrize("fixed", FIXED[:4], ids=lambda fixed: fixed[0].__name__)
+def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: tuple[Any, ...]) -> None:
+    body, example, refused, taken, _, said = fixed
     net = Net(body).eval()
     analysis = mptk.analyze(mptk.trace(net, made(*example), dynamic=True))
     plan = random_plan(analysis)

@@ -19,10 +19,6 @@ from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_s
 from passes.transforms.masked_reference import mask
 
 
-def insert_masks(module, analysis, families, values, watch=None) -> InsertedMasks:
-    return InsertedMasks(module, find_mask_sites(analysis, module, families), values, watch)
-
-
 def families(analysis: Analysis) -> list[str]:
     return [f.name for f in analysis.families if disturbed(analysis, f.name) is None]
 

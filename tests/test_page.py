@@ -33,8 +33,6 @@ from mptk.report.view import Table
 from tests.page_runs import HOSTILE, WORDS, made
 from tests.toy_checkpoints import save
 
-VOID = {"meta", "link", "br", "img"}
-
 
 class Parsed(HTMLParser):
     """Tags, attributes and texts of a page, as a browser reads them."""

@@ -45,9 +45,10 @@ def _same_numbers(request):
 
 
 def pytest_collection_finish():
-    """What the imports made stays: the garbage collector need not look through it again and again."""
+    """What the imports made stays: the garbage collector need not look through it again and again, nor often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -152,3 +153,25 @@ def tiny_folders(shared, _own_cache):
     from tests.bad_inputs.shared import write_folders
 
     return {path.name: path for path in kinds.made_once(shared, "tiny", write_folders).iterdir()}
+
+
+@pytest.fixture(scope="session")
+def gqa():
+    """A model with the inputs and gradients of its layers (criteria_cases.py); here and below."""
+    import criteria_cases
+
+    return criteria_cases.grouped_queries()
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    import criteria_cases
+
+    return criteria_cases.fused_heads()
+
+
+@pytest.fixture(scope="session")
+def moe():
+    import criteria_cases
+
+    return criteria_cases.packed_experts()

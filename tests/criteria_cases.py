@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import architectures
 import torch
+from architectures import HEAD, KV, LAYERS, VOCAB
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
 
-LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
-KV, Q, HEAD = 2, 3, 10  # query heads: KV · Q = 6
-EXPERTS = 5
+Q, EXPERTS = 3, 5  # query heads: KV · Q = 6
 WINDOWS = torch.randint(3, VOCAB, (7, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -60,27 +60,15 @@ def make_case(build: Callable[[], Any]) -> Case:
 
 
 def grouped_queries() -> Case:
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
-        num_key_value_heads=KV, head_dim=HEAD, vocab_size=VOCAB,
-    )  # fmt: skip
-    return make_case(lambda: LlamaForCausalLM(config))
+    return make_case(lambda: LlamaForCausalLM(architectures.config("llama")))
 
 
 def fused_heads() -> Case:
-    config = GPT2Config(
-        n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=6, vocab_size=VOCAB, n_positions=64,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return make_case(lambda: GPT2LMHeadModel(config))
+    return make_case(lambda: GPT2LMHeadModel(architectures.config("gpt2")))
 
 
 def packed_experts() -> Case:
-    config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
-        num_key_value_heads=KV, vocab_size=VOCAB, num_local_experts=EXPERTS,
-    )  # fmt: skip
-    return make_case(lambda: MixtralForCausalLM(config))
+    return make_case(lambda: MixtralForCausalLM(architectures.config("mixtral")))
 
 
 def norm(x: Tensor) -> Tensor:

@@ -326,8 +326,6 @@ def check(d: Description) -> Outcome:
         return Outcome(REFUSED, str(error))
     if any(not torch.equal(before[name], tensor) for name, tensor in module.state_dict().items()):
         return Outcome("wrong", "the module that was given has changed")
-    assert pruned is not None
-    assert pruned.compiled is not None
     analysis = pruned.compiled.prepared.analysis
     assert not disturbed(analysis, pruned.plan)
     eager, small = zeroed(module, analysis, pruned.plan).eval(), pruned.model

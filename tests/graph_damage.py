@@ -22,7 +22,6 @@ def damaged(file: Path, ending: str, damage: Damage) -> Path:
     ir.external_data.load_to_model(model)
     name = next(n for n in model.graph.initializers if n.endswith(ending))
     value = model.graph.initializers[name]
-    assert value.const_value is not None
     array = damage(value.const_value.numpy())
     assert array.shape == tuple(value.const_value.shape.numpy())
     value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)

@@ -66,6 +66,5 @@ def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(inside: Insi
     inside.bound("mptk.compile.trace_module.TRACE_SECONDS", 0.2)
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
-    assert pruned is not None
     assert asked == [True, (0,)]
     assert pruned.model(torch.randn(3, 5, 8)).shape == (3, 5, 4)

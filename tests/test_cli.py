@@ -22,8 +22,6 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
-from mptk import MptkError
-from mptk.files import write_json
 from mptk.publish.manifest import check_manifest
 from mptk.report.view import figure
 from passes.analysis.rules import RULES
@@ -189,10 +187,6 @@ def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_a_run_needs_a_place(files, mptk):
-    assert mptk("prune", files.model).error == "error: the result needs a folder; give --out FOLDER"
-
-
 def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     lines = pruned[1].stderr.splitlines()
     assert all(re.match(r" *\d+ s  \w", line) for line in lines), pruned[1].stderr
@@ -306,74 +300,3 @@ def test_show_prints_the_program_before_and_after_a_cut(files, pruned, mptk):
 
 
 # ---- errors ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--families", "fnn"], "no family 'fnn'; there are "),
-        (
-            ["--sparsity", "0.97"],
-            r"no legal widths give sparsity 0.970; nearest: 0\.804 with kv_groups=1, q_heads=1, ffn=8; ",
-        ),
-        (["--width", "ffn:40"], "--width ffn:40: write FAMILY=UNITS"),
-        (["--sparsity", "97%"], "no legal widths give sparsity 0.970"),
-    ],
-)
-def test_what_cannot_be_pruned_is_said_before_any_work(files, tmp_path, mptk, arguments, message):
-    result = mptk("prune", files.model, "--out", tmp_path / "out", "--data", files.text, *SHORT, *arguments)
-    assert result.code == 1
-    assert re.match(f"error: {message}", result.error)
-    assert "calibration data" not in result.stderr
-    assert result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_folder_of_somebody_else_is_not_replaced(files, tmp_path, mptk):
-    (tmp_path / "thesis.tex").write_text("mine")
-    result = mptk("prune", files.model, "--out", tmp_path, "--data", files.text, *SHORT)
-    assert result.code == 1
-    assert "was not made by mptk; give another --out" in result.error
-    assert "load" not in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["analyze", "./none"], "'./none' is no packaged alias"),
-        (["prune", "none.gguf", "--out", "out"], "there is no file none.gguf"),
-        (["verify", "./none"], "none holds no plan.json; give the --out folder"),
-        (["report", "./none"], "none holds no report.json; give the --out folder"),
-        (["eval", "MODEL"], "nothing to evaluate; give --data TEXT"),
-        (["eval", "MODEL", "--data", "TEXT", "--length", "71"], "longer than the model's 70 positions"),
-        (["bench", "MODEL", "MODEL", "--threads", "1,many"], "--threads 1,many: write numbers of at least 1"),
-        (["fetch", "none"], "none"),
-        (["show", "MODEL", "--after", "rewrite"], "give both --after and --plan"),
-        (["show", "MODEL", "--after", "rewrite", "--plan", "none.json"], "none.json"),
-    ],
-)
-def test_errors_are_one_line(files, tmp_path, monkeypatch, mptk, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    result = mptk(*(a.replace("MODEL", files.model).replace("TEXT", files.text) for a in arguments))
-    assert result.code == 1
-    assert re.search(f"error: .*{message}", result.error)
-    assert result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_json_file_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    for path in ("file/a.json", "folder"):
-        with pytest.raises(MptkError, match="cannot write"):
-            write_json(tmp_path / path, {"a": 1})
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
-
-
-@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is not a mptk-report/1")])
-def test_report_of_another_kind(tmp_path, mptk, content, message):
-    (tmp_path / "report.json").write_text(content)
-    result = mptk("report", tmp_path)
-    assert result.code == 1
-    assert f"report.json {message}" in result.error

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -176,34 +175,12 @@ def test_brackets_in_a_name_are_no_markup(mptk) -> None:  # noqa: F811
 # ---- Ctrl-C ----
 
 
-def interrupted(command: list[str], ready, folder: Path) -> subprocess.CompletedProcess:
-    """Run mptk in ``folder`` and press Ctrl-C as soon as ``ready()``."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mptk", *command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell started with &
-    )
-    for _ in range(30_000):  # ten minutes: a busy machine imports slowly
-        if ready() or process.poll() is not None:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(files, tmp_path: Path) -> None:  # noqa: F811
-    command = ["prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx"]
-    kept = tmp_path / "out.run" / "settings.json"
-    run = interrupted(command, lambda: any(kept.parent.glob("*.safetensors")), tmp_path)
-    assert run.returncode == 130, run.stderr
-    last = run.stderr.splitlines()[-1]
-    assert last == (
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    inside.stop("mptk.targets.stock.write_checkpoint", error=KeyboardInterrupt)
+    result = mptk("prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx")
+    assert result.code == 130
+    assert result.error == (
         "interrupted; nothing was published. out.run keeps the finished stages and the same command with --resume goes on"
     )
 

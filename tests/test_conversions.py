@@ -48,7 +48,6 @@ class ScaledValues(Conversion):
     @classmethod
     def scale(cls, by: float, back: float, model: Analysed, analyse: Analyse) -> Conversion:
         weights = model.loaded.weights
-        assert weights is not None
         changes = {name: partial(torch.mul, other=by) for name in weights if "v_proj" in name}
         changes |= {name: partial(torch.mul, other=1 / back) for name in weights if "o_proj" in name}
         return cls(model, analyse(replace(model.loaded, weights=weights.changed(changes))), by=by)
@@ -76,7 +75,6 @@ def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> N
     dense = toys.llama(layers=2)
     Plan({}, conversions={"values": {"by": 4.0}}).save(tmp_path / "plan.json")
     found = mptk.prune(dense, tmp_path / "out", plan=str(tmp_path / "plan.json"), onnx=False, **MEASURED)
-    assert found is not None
     assert "values are 4.0 times as large" in found.report.notes
     assert [stage["stage"] for stage in found.report.proof].count("scaled values") == 1
     layer, before = found.model.model.layers[0].self_attn, dense.model.layers[0].self_attn

@@ -12,24 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import FFN, HEAD, HIDDEN, KV, VOCAB
 from criteria_cases import (
     EXPERTS,
-    FFN,
-    HEAD,
-    HIDDEN,
-    KV,
-    VOCAB,
     WINDOWS,
     Case,
     Q,
     SharedLayer,
     assert_scores,
-    fused_heads,
-    grouped_queries,
     heads_of,
     layers,
     norm,
-    packed_experts,
     position_slopes,
     pull,
     saliency,
@@ -44,21 +37,6 @@ from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria import fisher
 from mptk.methods.criteria.observe import Calibration, find_sites
-
-
-@pytest.fixture(scope="module")
-def gqa() -> Case:
-    return grouped_queries()
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> Case:
-    return fused_heads()
-
-
-@pytest.fixture(scope="module")
-def moe() -> Case:
-    return packed_experts()
 
 
 def given(case: Case, *families: str) -> Calibration:

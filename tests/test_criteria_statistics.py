@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import FFN, LAYERS, WINDOWS, Case, grouped_queries, packed_experts
+from architectures import FFN, LAYERS
+from criteria_cases import WINDOWS, Case
 from inside import Inside
 
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import observe
-
-
-@pytest.fixture(scope="module")
-def gqa() -> Case:
-    return grouped_queries()
-
-
-@pytest.fixture(scope="module")
-def moe() -> Case:
-    return packed_experts()
 
 
 def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:

@@ -104,7 +104,7 @@ def _bert() -> BertModel:
 
 def _texts(folder: Path) -> None:
     """The files that commands name; ``run.yaml`` is the recipe of docs/command-line.md."""
-    text = " ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(4000))
+    text = " ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(1200))
     for name in (
         "TEXT",
         "OTHER",
@@ -163,7 +163,8 @@ def _command(line: str, page: str, folder: Path) -> str:
 
 @cache
 def _runs(*words: str) -> str:
-    """Run a command; the same one on another page is not run again."""
+    """Run a command, in two steps of training; the same one on another page is not run again."""
+    words = tuple("2" if option == "--steps" else word for option, word in zip(("", *words), words, strict=False))
     if words[0] in ("prune", "recover") and words[-1] not in _read() and "--quantize" not in words:
         words = (*words, "--no-onnx")
     done = CliRunner().invoke(app, list(words))

@@ -117,7 +117,7 @@ def test_the_layers_are_cut_as_the_model_and_transformers_drafts_with_them(glm: 
     ("kind", "widths"),
     [
         ("glm", {"ffn.2": 16, "ffn.3": 16}),
-        ("deepseek", {"ffn.4": 16, "ffn.5": 16}),
+        pytest.param("deepseek", {"ffn.4": 16, "ffn.5": 16}, marks=pytest.mark.long),
     ],
     ids=["glm", "deepseek"],
 )

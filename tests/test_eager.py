@@ -98,7 +98,6 @@ def pruned_of(net: nn.Module, x: Tensor, **options: Any) -> mptk.Pruned:
 
 def oracle(net: nn.Module, pruned: mptk.Pruned) -> nn.Module:
     """The eager module whose removed weights are zero."""
-    assert pruned.compiled is not None
     return zeroed(net, pruned.compiled.prepared.analysis, pruned.plan).eval()
 
 
@@ -110,17 +109,9 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 # ---- sizes ----
 
 
-@pytest.mark.parametrize(
-    ("body", "example", "refused", "taken", "noted", "said"), FIXED, ids=lambda v: getattr(v, "__name__", "")
-)
-def test_what_the_trace_fixed_is_said_and_refused_at_the_call(
-    body: Callable[..., Tensor],
-    example: tuple[int, ...],
-    refused: tuple[int, ...],
-    taken: tuple[int, ...],
-    noted: str,
-    said: str,
-) -> None:
+@pytest.mark.parametrize("fixed", FIXED, ids=lambda fixed: fixed[0].__name__)
+def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: tuple[Any, ...]) -> None:
+    body, example, refused, taken, noted, said = fixed
     net, x = Net(body), made(*example)
     pruned = pruned_of(net, x)
     (note,) = (note for note in pruned.report.notes if note.startswith("fixed: "))
@@ -133,17 +124,9 @@ def test_what_the_trace_fixed_is_said_and_refused_at_the_call(
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("body", "example", "refused", "taken", "noted", "said"), FIXED[:4], ids=lambda v: getattr(v, "__name__", "")
-)
-def test_a_program_that_is_rewritten_by_hand_refuses_the_same(
-    body: Callable[..., Tensor],
-    example: tuple[int, ...],
-    refused: tuple[int, ...],
-    taken: tuple[int, ...],
-    noted: str,
-    said: str,
-) -> None:
+@pytest.mark.parametrize("fixed", FIXED[:4], ids=lambda fixed: fixed[0].__name__)
+def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: tuple[Any, ...]) -> None:
+    body, example, refused, taken, _, said = fixed
     net = Net(body).eval()
     analysis = mptk.analyze(mptk.trace(net, made(*example), dynamic=True))
     plan = random_plan(analysis)
@@ -191,7 +174,6 @@ def test_two_inputs_of_one_length_must_agree() -> None:
             return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
 
     pruned = mptk.prune(Two(), example_inputs=(made(2, 6), made(2, 6)), **QUICK)
-    assert pruned is not None
     assert pruned.model(made(3, 5), made(3, 5)).shape == (3, 5, WIDTH)
     with pytest.raises(MptkError, match=r"y.shape\[1\] must be 5, and it is 1"):
         pruned.model(made(3, 5), made(3, 1))

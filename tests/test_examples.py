@@ -1,30 +1,31 @@
-"""The examples run: the script as a program, the notebook cell by cell in a kernel of its own."""
+"""The examples run: the script in a folder of its own, the notebook cell by cell in a kernel of its own."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from runpy import run_path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def test_the_script_prunes_both_kinds_of_models(tmp_path: Path) -> None:
-    script = EXAMPLES / "prune_in_python.py"
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-    ran = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "Pruned(LlamaForCausalLM, sparsity 0." in ran.stdout
-    dense, small = map(int, re.findall(r"(\d+) -> (\d+) channels", ran.stdout)[0])
+def test_the_script_prunes_both_kinds_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_path(str(EXAMPLES / "prune_in_python.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "Pruned(LlamaForCausalLM, sparsity 0." in said
+    dense, small = map(int, re.findall(r"(\d+) -> (\d+) channels", said)[0])
     assert 0 < small < dense
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_notebook_runs_and_shows_its_progress() -> None:
     notebook = nbformat.read(EXAMPLES / "prune_in_a_notebook.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import torch
 from inside import Inside
 from onnx import TensorProto, helper
+from test_cli import surroundings  # noqa: F401 (a fixture)
 from toy_checkpoints import TEXT, llama, saved
 
 import mptk
@@ -28,7 +27,6 @@ from mptk.errors import Exhausted, explained
 from mptk.ir.samples import next_tokens
 from passes.verify import prove
 
-ROOT = Path(__file__).resolve().parents[1]
 TOO_MANY = 10**14
 
 
@@ -114,17 +112,24 @@ def test_too_many_open_files(error: Exception) -> None:
 
 
 @contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """Within it the kernel gives this process no more than ``limit`` of something."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+@contextmanager
 def free_descriptors(number: int) -> Iterator[None]:
     """Within it this process may open only ``number`` more files."""
     taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(number + 1)]
     for descriptor in taken:
         os.close(descriptor)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[number], hard))
-    try:
+    with limited(resource.RLIMIT_NOFILE, taken[number]):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("number", [1, 2, 15])
@@ -181,20 +186,17 @@ def test_the_command_line_prints_one_line(
     assert line.startswith("error: out of memory (4e+05 GB more were asked for); ")
 
 
-def test_a_run_that_fills_the_disk_ends_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_fills_the_disk_ends_with_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: Callable[..., int]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     saved(llama(), tmp_path / "model")
     (tmp_path / "text").write_text(TEXT)
     short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --align 8 --data text --no-onnx"
-    command = [sys.executable, "-m", "mptk", "prune", "model", "--method", "magnitude", "--out", "out", *short.split()]
-    ended = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1, ended.stderr
-    (line,) = [line for line in ended.stderr.splitlines() if " s  " not in line]
+    with limited(resource.RLIMIT_FSIZE, 20_000):
+        code = typed("prune", "model", "--method", "magnitude", "--out", "out", *short.split())
+    said = capsys.readouterr().err
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if " s  " not in line]
     assert line == "error: a file is too large; free some space, or give a place on another disk"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["model", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text"]

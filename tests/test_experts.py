@@ -11,7 +11,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers, packed_experts
+from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers
 from test_criteria import routed
 from torch import Tensor
 from transformers import (
@@ -35,11 +35,6 @@ from passes.targets.derived import derived_families
 
 PLANTED = 3
 SIZES = architectures.GROUPED
-
-
-@pytest.fixture(scope="module")
-def moe() -> Case:
-    return packed_experts()
 
 
 def planted(model: torch.nn.Module) -> torch.nn.Module:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
-from criteria_cases import FFN, LAYERS, WINDOWS, Case, SharedLayer, fused_heads, grouped_queries
+from architectures import FFN, LAYERS
+from criteria_cases import WINDOWS, Case, SharedLayer
 from torch import Tensor
 
 import mptk
@@ -19,16 +19,6 @@ from mptk.methods import criteria
 from mptk.methods.criteria import Calibration, Compensation
 from mptk.methods.criteria.flap import FLAP, compensate
 from passes.transforms.masked_reference import mask
-
-
-@pytest.fixture(scope="module")
-def gqa() -> Case:
-    return grouped_queries()
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> Case:
-    return fused_heads()
 
 
 def error(case: Case, program: Any, plan: Any) -> float:

@@ -55,7 +55,6 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     with changed() as inside:
         inside.around("mptk.methods.division.trial.losses", falling)
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
-    assert found is not None
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 
@@ -63,7 +62,6 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
 def test_the_layer_that_matters_least_loses_most() -> None:
     samples = torch.randn(16, 24)
     found = mptk.prune(Residual({0, 2}, 3, 64), settings=SETTINGS, example_inputs=(samples,), onnx=False)
-    assert found is not None
     widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
     assert len(widths) == 3
     assert widths.pop(next(name for name in widths if name.endswith(".1"))) < min(widths.values())
@@ -83,7 +81,6 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
 def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, tmp_path: Path) -> None:
     more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "align": 2, "widths": {"ffn": 64}}
     found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT] * 8, onnx=False, **more)
-    assert found is not None
     assert found.report.families["ffn"] == {"of": 64, "width": 64, "layers": 3}
     assert {"v_dim.0", "v_dim.1", "v_dim.2"} <= found.report.families.keys()
     assert mptk.verify(tmp_path / "out")
@@ -102,7 +99,6 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
     assert pruned.folder is not None
     plan = str(pruned.folder / "plan.json")
     again = mptk.prune(checkpoint, tmp_path / "again", target="graph", plan=plan, data=[toys.TEXT] * 8, onnx=False)
-    assert again is not None
     assert again.report.families == pruned.report.families
     assert again.report.plan_sha256 == pruned.report.plan_sha256
 
@@ -136,7 +132,6 @@ def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(
 def test_a_graph_is_trained_again(learned: mptk.Pruned, tmp_path: Path) -> None:
     assert learned.folder is not None
     found = mptk.recover(learned.folder, tmp_path / "more", data=[toys.TEXT] * 16, steps=2, batch=2, micro=2, lr=1e-3)
-    assert found is not None
     assert found.report.families == learned.report.families
     moved = found.model.state_dict()
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
@@ -166,7 +161,6 @@ def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path
 
 def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path) -> None:
     found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, widths={"q_heads": 2}, data=[toys.TEXT] * 8, onnx=False)
-    assert found is not None
     assert {f["width"] for name, f in found.report.families.items() if name.startswith("q_heads.")} == {2}
 
 

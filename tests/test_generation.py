@@ -155,20 +155,3 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
         found.append((tmp_path / name / "onnx" / "model_q4.onnx_data").read_bytes())
     assert len(found[0]) == len(found[1])
     assert found[0] != found[1]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["generate", "FOLDER", ""], "empty prompt"),
-        (["generate", "FOLDER", "a", "--chat"], "no chat template"),
-        (["generate", "SOURCE", "a"], "mptk export MODEL"),
-        (["eval", "FOLDER", "--runtime", "onnx", "--tasks", "arc"], "tasks run in torch"),
-    ],
-)
-def test_errors_name_the_way_out(folder, source, tmp_path, words, message):
-    places = {"FOLDER": str(folder), "SOURCE": str(source), "OUT": str(tmp_path / "out")}
-    run = CliRunner().invoke(app, [places.get(word, word) for word in words])
-    assert isinstance(run.exception, MptkError)
-    assert message in str(run.exception)
-    assert not (tmp_path / "out").exists()

@@ -122,7 +122,6 @@ def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
     task = task_of(loaded)
     samples = task.samples(loaded, settings(world), 2, lambda done, total: None)
     ids, targets = samples.inputs["input_ids"], samples.targets
-    assert targets is not None
     assert ids.shape[1] == PATCHES + 12
     caption = ids[0, PATCHES : PATCHES + 6]
     assert targets[0].tolist() == [IGNORED] * (PATCHES - 1) + [*caption.tolist()] + [IGNORED] * 7

@@ -64,7 +64,6 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     assert "the same result" in said("rerun", small, "--out", folder / "again")
     loaded = AutoModelForCausalLM.from_pretrained(small)
     found = mptk.prune(str(dense), plan=str(small / "plan.json"), inputs=str(inputs), progress=None)
-    assert found is not None
     torch.testing.assert_close(loaded(IDS).logits, found.model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -72,7 +71,6 @@ def test_masks_are_learned_on_it(folder: Path) -> None:
     learned = {"steps": 4, "batch": 4, "samples": 8, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
     given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
     found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
-    assert found is not None
     assert found.report.settings.steps == 4
     assert found.report.families["ffn.3"]["width"] < 40
 
@@ -120,5 +118,4 @@ def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path: Path) -> None:
     model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None, "onnx": True}
     found = mptk.prune(model.eval(), tmp_path / "small", example_inputs=IDS[:2], data=IDS, **how)
-    assert found is not None
     assert "ONNX Runtime" in {row["stage"] for row in found.report.proof}

@@ -268,7 +268,6 @@ def test_a_size_is_repeated_from_its_report(trained: list[Pruned], tmp_path: Pat
 def test_a_size_is_trained_further(trained: list[Pruned], text: str, tmp_path: Path) -> None:
     more = {name: TRAINED[name] for name in ("length", "onnx", "eval_length", "eval_windows", "progress", "batch")}
     found = mptk.recover(trained[1].place, tmp_path / "more", data=text, steps=2, **more)
-    assert found is not None
     assert found.plan.digest == trained[1].plan.digest
     assert all(stage.ok for stage in mptk.verify(tmp_path / "more"))
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
 import torch
 from test_pruning import llama  # noqa: F401 (a fixture)
 from toy_checkpoints import llama_config
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
@@ -275,16 +276,6 @@ def test_command_line_says_what_is_budgeted(inside, options, wanted):
 
 
 def test_routed_experts_have_no_latency_by_shape():
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        vocab_size=97,
-    )
-    with torch.device("meta"):
-        experts = MixtralForCausalLM(config)
+    experts = architectures.model("mixtral", meta=True)
     with pytest.raises(MptkError, match=r"no latency can be predicted: .* in model\.layers\.0\..*; use --budget flops"):
         Latency(analyze(trace(experts)), {}, "decode", times)

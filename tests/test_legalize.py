@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Settings, analyze, trace
@@ -22,18 +23,9 @@ from passes.targets import legalize
 from passes.targets.derived import derived_families
 
 
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        vocab_size=97,
-    )
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
+def llama(**changes: int) -> LlamaForCausalLM:
+    sizes = {"intermediate_size": 160, "num_hidden_layers": 3, "num_key_value_heads": 3, **changes}
+    return architectures.model("llama", meta=True, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +52,7 @@ def test_cost_counts_what_the_module_holds(small):
 
 def test_cost_of_a_cut_is_that_of_a_model_built_so(small):
     _, cost, _ = small
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        vocab_size=97,
-    )
-    with torch.device("meta"):
-        cut = LlamaForCausalLM(config)
+    cut = llama(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
     assert cost({"kv_groups": 2, "ffn": 64}).parameters == sum(p.numel() for p in cut.parameters())
 
 
@@ -198,18 +180,7 @@ def test_a_family_has_a_divisor_of_its_own(small):
 
 
 def test_heads_stay_divisible_by_the_devices_that_share_them():
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=10,
-        vocab_size=97,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    analysis = analyze(trace(model))
+    analysis = analyze(trace(llama(num_attention_heads=24, num_key_value_heads=8)))
 
     def widths(devices: int, every: int = 1) -> dict[str, tuple[int, ...]]:
         return dict(legalize.graph_widths(analysis, Alignment(every, devices=devices)).ladders)

@@ -86,7 +86,6 @@ def redundant(model: PreTrainedModel) -> PreTrainedModel:
 def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path) -> None:
     dense = redundant(architectures.model(name, vocab_size=300))
     found = mptk.prune(toys.saved(dense, tmp_path / "dense"), **ALONE)
-    assert found is not None
     small = found.model
     assert small.config.num_key_value_heads == 1
     assert small.config.num_attention_heads == dense.config.num_attention_heads
@@ -111,7 +110,6 @@ def test_principal_components_lose_less_than_means(
         if ways is not None:
             inside.gives(f"{merging.__name__}.ways_of", ways)
         found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
-        assert found is not None
         assert found.model.config.num_key_value_heads == kv_heads
         far.append(float((logits(found.model) - logits(dense)).square().mean()))
     assert far[0] < 0.9 * far[1]
@@ -119,7 +117,6 @@ def test_principal_components_lose_less_than_means(
 
 def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> None:
     found = mptk.prune(toys.saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
-    assert found is not None
     (note,) = (note for note in found.report.notes if "KV heads" in note)
     assert "keys merged by their mean" in note
     assert "values by principal components" in note
@@ -180,7 +177,6 @@ def test_the_model_before_the_merge_is_imitated(method: str, dense: str, tmp_pat
     inside.spoil("mptk.protocols.chain.Prepared.teacher", lambda model: imitated.append(model) or model)
     more = {"method": method, "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
     found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
-    assert found is not None
     assert {model.config.num_key_value_heads for model in imitated} == {2}
     assert len(imitated) == (2 if method == "maskprune" else 1)
     assert found.model.config.num_key_value_heads == 1
@@ -190,12 +186,10 @@ def test_the_model_before_the_merge_is_imitated(method: str, dense: str, tmp_pat
 def test_it_is_recovered_and_cut_again_by_its_plan(cut: Path, dense: str, tmp_path: Path) -> None:
     training = {"steps": 4, "batch": 2, "micro": 2, "data": TEXTS, "progress": None, "onnx": False}
     trained = mptk.recover(cut, tmp_path / "trained", **training)
-    assert trained is not None
     assert trained.plan == Plan.load(cut / "plan.json")
     assert trained.report.kv_heads == mptk.Pruned.open(cut).report.kv_heads
     assert mptk.verify(tmp_path / "trained")
     again = mptk.prune(dense, plan=str(cut / "plan.json"), data=TEXTS, **MEASURED)
-    assert again is not None
     assert again.report.plan_sha256 == trained.report.plan_sha256
     assert again.report.cost == trained.report.cost
 
@@ -211,7 +205,6 @@ def test_it_is_recovered_and_cut_again_by_its_plan(cut: Path, dense: str, tmp_pa
 )
 def test_other_choices_start_from_the_merged_model(more: Mapping[str, Any], dense: str, tmp_path: Path) -> None:
     found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
-    assert found is not None
     assert found.plan.conversions["kv_heads"] == ONE
     assert found.report.sparsity == pytest.approx(0.2, abs=0.01)
     assert [d.stage for d in mptk.verify(tmp_path / "out")].count("KV heads") == 1

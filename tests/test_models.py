@@ -191,7 +191,6 @@ class TestGguf:
         assert torch.equal(logits(loaded.model), logits(toys.llama(tied=tied)))
         head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
         assert (head is embedding) == tied
-        assert loaded.tokenizer is not None
         ids = loaded.tokenizer("brown fox", add_special_tokens=False).input_ids
         assert ids == toys.tokenizer()("brown fox").input_ids
         assert loaded.tokenizer.model_max_length == 70
@@ -270,7 +269,6 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
     model = architectures.model("mixtral")
     model.save_pretrained(tmp_path)
     loaded = models.open_weights(str(tmp_path), Resident(0))
-    assert loaded.weights is not None
     name = next(name for name in loaded.weights if "experts" in name)
     some = loaded.weights.selected({name: name})
     del loaded
@@ -354,7 +352,6 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
         save_file({f"model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     opened = models.open_weights(str(tmp_path), Resident(0))
     buffers = dict(opened.model.named_buffers())
-    assert opened.weights is not None
     for name, tensor in model.state_dict().items():
         found = opened.weights[name] if name in opened.weights else buffers[name]
         assert torch.equal(found, tensor), name
@@ -400,7 +397,6 @@ def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path
     """Its weights are mapped: to touch what is no longer there is a SIGBUS."""
     toys.llama().save_pretrained(tmp_path)
     weights = models.open_weights(str(tmp_path), Resident(1 << 30)).weights
-    assert weights is not None
     name = "model.embed_tokens.weight"
     assert weights[name].isfinite().all()
     os.truncate(tmp_path / "model.safetensors", 1000)

@@ -195,22 +195,23 @@ def test_a_ragged_cut_is_proven_and_says_its_widths(ragged: mptk.Pruned) -> None
 
 OUTSIDE = """
 import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "mptk" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.arange(24)[None]).logits, sys.argv[2])
-model.save_pretrained(sys.argv[3])
+for read, written in (sys.argv[1:3], sys.argv[2:4]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(read, trust_remote_code=True)
+    assert "mptk" not in sys.modules
+    model.save_pretrained(written)
+    with torch.no_grad():
+        torch.save(model(torch.arange(24)[None]).logits, written + "/logits")
 """
 
 
 def test_transformers_reads_it_without_mptk(ragged: mptk.Pruned, tmp_path: Path) -> None:
     """Also after it is saved from there."""
-    for folder in (ragged.place, tmp_path / "saved"):
-        command = [sys.executable, "-c", OUTSIDE, folder, tmp_path / "logits", tmp_path / "saved"]
-        modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-        subprocess.run(command, check=True, cwd=tmp_path, env=modules)
-        with torch.no_grad():
-            assert torch.allclose(torch.load(tmp_path / "logits"), ragged.model(IDS).logits, atol=1e-6)
+    saved = [tmp_path / "saved", tmp_path / "saved again"]
+    modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", OUTSIDE, ragged.place, *saved], check=True, cwd=tmp_path, env=modules)
+    with torch.no_grad():
+        expected = ragged.model(IDS).logits
+    assert all(torch.allclose(torch.load(folder / "logits"), expected, atol=1e-6) for folder in saved)
 
 
 def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:
@@ -241,7 +242,6 @@ def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) ->
     write_json(tmp_path / "plan.json", {"format": "mptk-plan/1", "families": {**heads, "ffn.1": keep}})
     how = {"plan": str(tmp_path / "plan.json"), "target": TARGET, "onnx": False, **HOW}
     found = mptk.prune(dense, tmp_path / "out", **how)
-    assert found is not None
     assert found.model.config.block_configs[1].ffn.intermediate_size == 1000
     assert [note.partition(" by ")[2].partition(",")[0] for note in found.report.notes if "not read" in note] == [
         "SGLang",
@@ -252,7 +252,6 @@ def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) ->
 def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path) -> None:
     how = {"method": "wanda", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.2, "onnx": False}
     found = mptk.prune(dense, tmp_path / "out", **how, **HOW)
-    assert found is not None
     widths = {name: row["width"] for name, row in found.report.families.items() if row["width"] < row["of"]}
     assert {name.partition(".")[0] for name in widths} == {"ffn"}
     assert not any(width % 256 for width in widths.values())
@@ -274,7 +273,6 @@ def test_legal_widths_are_shown_without_weights(dense: str) -> None:
 def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
     how = {"method": "wanda", "widths": {"ffn": 512}, "target": TARGET, "tolerance": 1.0, "onnx": False, **HOW}
     found = mptk.prune(dense, tmp_path / "out", steps=2, batch=2, micro=2, rank=2, **how)
-    assert found is not None
     assert mptk.verify(tmp_path / "out")
     assert type(found.model).__name__ == "DeciLMForCausalLM"
 
@@ -282,7 +280,6 @@ def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
 def test_its_folder_is_cut_again(ragged: mptk.Pruned, tmp_path: Path) -> None:
     how = {"method": "wanda", "target": TARGET, "sparsity": 0.3, "tolerance": 0.3, "onnx": False, **HOW}
     again = mptk.prune(ragged.place, tmp_path / "out", **how)
-    assert again is not None
     assert [each.ffn.ffn_mult for each in again.model.config.block_configs] == [8.0, 8.0]
 
 

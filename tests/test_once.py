@@ -47,7 +47,6 @@ def counted(inside: Inside, function: Callable[..., Any]) -> list[tuple[Any, ...
 def test_learned_plan_is_resolved_once_for_each_analysis(model: str, tmp_path: Path, inside: Inside) -> None:
     resolved, discovered, sites = (counted(inside, f) for f in (resolve_plan, discover, find_mask_sites))
     report = mptk.prune(model, tmp_path / "out", SETTINGS).report
-    assert report is not None
     assert report.trained
     assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
     analyses = [id(analysis) for analysis, _ in resolved]

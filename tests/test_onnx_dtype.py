@@ -61,7 +61,6 @@ def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path)
     assert OrtDecoder(tmp_path / "out", threads=1).half
     cases = {f"ONNX Runtime {case}" for case in ("prefill", "padded left", "padded right", "decode")}
     stages = {*cases, "fp16 weights", "fp16 logits"}
-    assert report is not None
     assert stages <= {d["stage"] for d in report.proof}
     verified = mptk.verify(tmp_path / "out")
     assert stages <= {d.stage for d in verified}

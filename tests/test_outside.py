@@ -220,11 +220,17 @@ def test_timm(name: str) -> None:
     analysed(TIMM[name](), IMAGE)
 
 
-@pytest.mark.parametrize("make", [TORCHVISION["resnet18"], TORCHVISION["convnext"], TIMM["conv_mixer"]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        TORCHVISION["resnet18"],
+        *(pytest.param(make, marks=pytest.mark.long) for make in (TORCHVISION["convnext"], TIMM["conv_mixer"])),
+    ],
+    ids=["resnet18", "convnext", "conv_mixer"],
+)
 def test_what_is_written_of_them_is_the_small_model(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     pruned = mptk.prune(make(), tmp_path / "out", sparsity=0.3, tolerance=0.3, example_inputs=IMAGE, progress=None)
-    assert pruned is not None
     assert {row["stage"] for row in pruned.report.proof} >= {"model.pt2", "ONNX Runtime"}
     x = torch.randn(3, *IMAGE.shape[1:])
     expected = pruned.model(x).detach()

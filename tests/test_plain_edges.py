@@ -69,7 +69,6 @@ def test_what_cannot_be_pruned_is_refused_by_name(kind: str) -> None:
 
 def test_an_unbatched_transposed_convolution_is_cut() -> None:
     pruned = mptk.prune(Unbatched(), sparsity=0.5, example_inputs=X, progress=None)
-    assert pruned is not None
     assert pruned.model.get_parameter("second.weight").shape == (6, 4, 3)
 
 
@@ -93,7 +92,6 @@ def test_the_hidden_units_of_a_recurrent_layer_are_cut(
     kind: type[nn.RNNBase], options: dict[str, int], gates: int
 ) -> None:
     pruned = mptk.prune(Recurrent(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
-    assert pruned is not None
     (width,) = pruned.plan.widths.values()
     assert pruned.model.get_parameter("layer.weight_hh_l0").shape == (gates * width, width)
     assert pruned.model(torch.randn(3, 5, 8)).shape[0] == 3
@@ -103,8 +101,6 @@ def test_the_hidden_units_of_a_recurrent_layer_are_cut(
 def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
     module = three()
     alone, wrapped = (mptk.prune(m, sparsity=0.5, example_inputs=X, progress=None) for m in (module, wrap(module)))
-    assert alone is not None
-    assert wrapped is not None
     assert wrapped.plan == alone.plan
     assert wrapped.report.model == "Sequential"
     assert torch.equal(wrapped.model(X), alone.model(X))

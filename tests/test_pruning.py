@@ -218,28 +218,6 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
     assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sparsity": 0.97}, "no legal widths give sparsity"),
-        ({"method": "best"}, "no method 'best'; choose one of maskprune, random"),
-        ({"families": ("fnn",)}, "no family 'fnn'"),
-        ({"widths": {"ffn": 37}}, "ffn cannot have width 37; the nearest legal ones are"),
-        ({"target": "tpu"}, "no target 'tpu'"),
-        ({"data": "/nowhere.txt"}, "'/nowhere.txt' is not a file or folder; check the path"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, change, message):
-    with pytest.raises(MptkError, match=message) as error:
-        mptk.prune(
-            llama,
-            tmp_path / "out",
-            mptk.Settings(**{"method": "wanda", "samples": 4, "length": 48, "align": 8, **change}),
-        )
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.long
 def test_example_script_does_the_main_job(llama, tmp_path, inside, capsys):
     script = Path(__file__).parents[1] / "examples" / "prune.py"

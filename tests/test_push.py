@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from inside import Inside
+from test_replacing import code_of, forked
 from typer.testing import CliRunner
 
 from mptk import MptkError
@@ -157,13 +157,11 @@ def test_a_name_that_no_hub_takes(hub: Hub, folder: Path) -> None:
 
 def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
     hub.stalls = True
-    code = f"import huggingface_hub.constants as c; c.ENDPOINT = {hub.url!r}\n"
-    code += f"from mptk.publish.push import push; push({str(folder)!r}, 'me/small')"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with subprocess.Popen([sys.executable, "-c", code]) as sending:
-        assert hub.stalled.wait(60)
-        sending.kill()
-    assert sending.returncode == -signal.SIGKILL
+    sending = forked(lambda: push(folder, "me/small"))
+    assert hub.stalled.wait(60)
+    os.kill(sending, signal.SIGKILL)
+    assert code_of(sending) == -signal.SIGKILL
     assert not hub.files
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     hub.stalls = False

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import mptk
 from mptk import MptkError, Report
 from mptk.cli.main import app
-from mptk.publish.manifest import write_manifest
 
 REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, align=8)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
@@ -67,22 +66,10 @@ def test_the_folder_loads_as_another_class_with_the_cut_shapes(rehomed):
     assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report.notes)
 
 
-def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
+def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed):
     stages = [d["stage"] for d in Report.read(rehomed).proof]
     assert "reloaded checkpoint" in stages
     assert [d.stage for d in mptk.verify(rehomed)] == stages
-    broken = tmp_path / "broken"
-    shutil.copytree(rehomed, broken)
-    state = load_file(broken / "model.safetensors")
-    state["model.layers.1.self_attn.o_proj.weight"][3] += 0.5
-    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    write_manifest(broken)
-    with pytest.raises(MptkError, match=r"weights_sha256 in report.json is wrong"):
-        mptk.verify(broken)
 
 
 def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_path):

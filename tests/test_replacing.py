@@ -459,12 +459,15 @@ def test_a_changed_file_of_mptk_is_the_users_work_too(output: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize("marker", ['{"format": "mptk-output/1"}', '{"format": "mptk-output/1", "files": []}', "{}"])
-def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str, overwrite: bool) -> None:
+@pytest.mark.parametrize(
+    "marker", ['{"format": "mptk-output/1"}', '{"format": "mptk-output/1", "files": []}', "{}", None]
+)
+def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str | None, overwrite: bool) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.txt").write_text("irreplaceable")
-    (folder / "mptk.json").write_text(marker)
+    if marker is not None:
+        (folder / "mptk.json").write_text(marker)
     with pytest.raises(MptkError, match=r"exists and was not made by mptk; give another --out, or remove it yourself"):
         again(folder, overwrite=overwrite)
     assert (folder / "thesis.txt").read_text() == "irreplaceable"

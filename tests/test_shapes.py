@@ -112,7 +112,6 @@ def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
 ) -> None:
     given = {"data": "self", "search": True, "search_shapes": 3, "eval_windows": 1, "progress": None, **searching}
     found = mptk.prune(llama, settings=SETTINGS, **given, **training)
-    assert found is not None
     ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
     assert found.report.search["shapes"] == ranked.to_json()["shapes"]
 
@@ -259,7 +258,6 @@ def report_width(report: mptk.Report, name: str) -> int:
 def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
     short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **short)
-    assert found is not None
     assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.search["shapes"])
     assert any(note.startswith("local distillation made") for note in found.report.notes)
     best = found.report.search["shapes"][0]
@@ -297,7 +295,6 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
 def test_maskprune_learns_units_at_the_widths_of_the_best_shape(llama: str, settings: mptk.Settings) -> None:
     asked = {"method": "maskprune", "steps": 5, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
-    assert found is not None
     best = found.report.search["shapes"][0]["widths"]
     assert "layers" in best
     assert {name: report_width(found.report, name) for name in best} == best

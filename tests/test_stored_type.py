@@ -47,7 +47,6 @@ def bytes_of(folder: Path) -> int:
 @pytest.mark.parametrize("target", ["stock", "graph"])
 def test_bfloat16_stays_and_the_report_counts_its_bytes(half: str, tmp_path: Path, target: str) -> None:
     report = mptk.prune(half, tmp_path / "out", replace(SETTINGS, target=target)).report
-    assert report is not None
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     assert "dtype" not in report.config_changes
     assert report.cost["dense"]["bytes"] == bytes_of(Path(half))
@@ -62,7 +61,6 @@ def test_trained_weights_are_rounded_before_the_proof(half: str, tmp_path: Path)
     learning = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2, lr=1e-2))
     settings = replace(SETTINGS, method="maskprune", learning=learning, onnx=True, quantize=("int8",), sparsity=0.286)
     report = mptk.prune(half, tmp_path / "out", settings).report
-    assert report is not None
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     stages = {row["stage"]: row for row in report.proof}
     assert stages["reloaded checkpoint"]["relative"] <= 5e-5
@@ -75,7 +73,6 @@ def test_folded_norms_are_rounded_and_what_is_written_equals_that(half: str, tmp
     report = mptk.prune(
         half, tmp_path / "out", replace(SETTINGS, families=("hidden",), widths={"hidden": 36}, onnx=True)
     ).report
-    assert report is not None
     assert any(row["name"] == "store" and row["notes"] for row in report.stages)
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     mptk.verify(tmp_path / "out")
@@ -93,7 +90,6 @@ def test_training_starts_before_folded_norms_are_rounded(half: str, tmp_path: Pa
 def test_another_type_is_stored_if_it_is_asked_for(tmp_path: Path, dtype: str, onnx: bool) -> None:
     dense = checkpoint(tmp_path / "dense", torch.float32)
     report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, dtype=dtype, onnx=onnx)).report
-    assert report is not None
     assert Report.read(tmp_path / "out").settings.dtype == dtype
     assert kinds(tmp_path / "out") == {getattr(torch, dtype)}
     changed = {} if dtype == "float32" else {"dtype": ["float32", dtype]}

@@ -75,7 +75,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path) -> None:
     settings = mptk.Settings(method="wanda", data=text, **SETTINGS)
     report = mptk.prune(str(bert), tmp_path / "out", settings).report
-    assert report is not None
     assert report.task == "masked-lm"
     assert report.families["ffn"]["width"] < 40
     assert all(row["ok"] for row in report.proof)
@@ -91,7 +90,6 @@ def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, t
 def test_it_is_pruned_by_gradients_of_its_loss_and_with_biases(bert: Path, text: str, method: str) -> None:
     settings = mptk.Settings(method=method, data=text, onnx=False, **SETTINGS)
     report = mptk.prune(str(bert), settings=settings).report
-    assert report is not None
     assert report.families["ffn"]["width"] < 40
     assert all(row["ok"] for row in report.proof)
 
@@ -119,7 +117,6 @@ def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_pat
     learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     settings = mptk.Settings(data=text, learning=learning, onnx=False, **SETTINGS)
     report = mptk.prune(str(bert), tmp_path / "out", settings).report
-    assert report is not None
     assert {"learned masks", "trained model"} <= {row["stage"] for row in report.proof}
     assert report.trained
 

@@ -19,7 +19,7 @@ from mptk import MptkError
 from mptk.io import data
 from mptk.io.text import files, tokens
 from mptk.io.text.files import PIECE
-from mptk.io.text.sources import PRESETS, parse, shared
+from mptk.io.text.sources import PRESETS, shared
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
@@ -53,11 +53,6 @@ class TestColumns:
         assert texts(f"{tmp_path / 'a.csv'}:body") == ["two, and", "four"]
         assert texts(f"{tmp_path / 'a.tsv'}:title") == ["one"]
         assert texts(str(tmp_path / "a.jsonl.gz")) == ["packed"]
-
-    def test_plain_text_has_no_columns(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text("x")
-        with pytest.raises(MptkError, match="plain text and has no column 'text'"):
-            texts(f"{tmp_path / 'a.txt'}:text")
 
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -133,19 +128,6 @@ class TestWeights:
         assert shared(10, [0.7, 0.3]) == [7, 3]
         assert shared(2, [1, 1, 1]) == [1, 1, 0]
         assert shared(7, [3, 1, 1]) == [4, 2, 1]
-
-    @pytest.mark.parametrize(
-        ("written", "message"),
-        [
-            ("a.txt=0,b.txt", "with a weight above 0"),
-            ("a.txt=much,b.txt", "with a weight above 0"),
-            ("a.txt=nan,b.txt", "with a weight above 0"),
-            ("self=0.5,a.txt", "give only self"),
-        ],
-    )
-    def test_what_is_wrong_with_weights(self, written: str, message: str) -> None:
-        with pytest.raises(MptkError, match=message):
-            parse(written)
 
     def test_a_path_that_is_there_is_one_source(self, tmp_path: Path) -> None:
         (tmp_path / "a=1,b:c.txt").write_text("odd name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import architectures
@@ -13,9 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mptk
+from mptk.ir.program import Program
 from mptk.ir.text import program_text
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
+from passes.targets.legalize import discover, stock_widths
 
 
 @pytest.fixture
@@ -49,6 +52,9 @@ def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside
     hooked.model.register_forward_hook(lambda *_: None)
     other.model.layers[0].mlp.forward = lambda x: x
     models = [tiny(), tiny(intermediate_size=84), tiny(attention="eager"), tiny(tie_word_embeddings=True)]
+    models += [architectures.model("gptneox") for _ in range(3)]
+    models[-2].gpt_neox.layers[0].mlp.act.act = torch.sigmoid
+    models[-1].gpt_neox.layers[0].mlp.act.act = partial(torch.nn.functional.gelu, approximate="tanh")
     with traces.remembered():
         for model in (*models, tiny().bfloat16(), tiny(meta=True), hooked, other, nn.Sequential(tiny())):
             mptk.trace(model, (ids,))
@@ -56,15 +62,61 @@ def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside
         mptk.trace(tiny(), (ids,), dynamic=True)
         inside.around("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda forward, mlp, x: x)
         mptk.trace(tiny(), (ids,))
-    assert len(exports) == 12
+    assert len(exports) == 15
 
 
-def test_a_model_of_another_folder_is_the_same_model(exports: list[nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gptneox", "gemma3"])
+def test_a_model_of_another_folder_is_the_same_model(
+    architecture: str, exports: list[nn.Module], tmp_path: Path
+) -> None:
+    """Gemma 3 has an activation with arguments, and GPT-NeoX one that is a function, and other names in its file."""
+    model = architectures.model(architecture)
     with traces.remembered():
         for name in ("one", "two"):
-            tiny().save_pretrained(tmp_path / name)
-            mptk.trace(type(tiny()).from_pretrained(tmp_path / name), (architectures.tokens(),))
+            model.save_pretrained(tmp_path / name)
+            mptk.trace(type(model).from_pretrained(tmp_path / name), (architectures.tokens(),))
     assert len(exports) == 1
+
+
+def test_what_has_returned_hidden_states_is_traced_once(exports: list[nn.Module]) -> None:
+    models, ids = [tiny(), tiny()], architectures.tokens()
+    with traces.remembered():
+        for model in models:
+            model(ids, output_hidden_states=True)
+            mptk.trace(model, (ids,))
+    assert len(exports) == 1
+
+
+def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(inside: Inside) -> None:
+    ids, made_anew = architectures.tokens(), inside.calls("traces.PROPAGATE")
+
+    def cut(seed: int, width: int) -> Program:
+        keep = {"model.layers.0.mlp": (tuple(range(width)),)}
+        analysis = mptk.analyze(mptk.trace(tiny(seed), (ids,), dynamic=True))
+        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, architectures.FFN, keep)}))
+
+    with traces.remembered():
+        first, second, other = cut(0, 40), cut(1, 40), cut(0, 48)
+    assert len(made_anew) == 2
+    assert program_text(first) == program_text(second) != program_text(other)
+    assert not torch.equal(first(ids), second(ids))
+    with traces.remembered():
+        anew = cut(0, 40)
+    assert program_text(first) == program_text(anew)
+
+
+def test_a_class_is_read_again_with_another_config(inside: Inside) -> None:
+    made_anew = inside.calls("traces.READ")
+
+    def legal(**changes: object) -> object:
+        model = tiny(**changes)
+        return stock_widths(analysis := mptk.analyze(model), discover(analysis, model)).ladders
+
+    with traces.remembered():
+        first, second, other = legal(), legal(), legal(intermediate_size=84)
+    assert len(made_anew) == 2
+    assert first == second == legal()
+    assert first != other
 
 
 def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:

@@ -37,6 +37,11 @@ class Two(nn.Module):
         return self.net(x + self.table(ids))
 
 
+class Unnamed(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return tensors[0]
+
+
 class Parts:
     """What calls are made with. Each is made once; none may be changed by a call."""
 
@@ -130,6 +135,7 @@ MODELS = [
     Call("an empty name", lambda p: mptk.prune("", progress=None), ("model",)),
     Call("a module without parameters", lambda p: prune(p, nn.ReLU()), ("it has no weights",)),
     Call("a module on the meta device", lambda p: prune(p, three(device="meta")), ("not in memory",)),
+    Call("a model on the meta device", lambda p: mptk.prune(toy_checkpoints.llama().to("meta")), ("not in memory",)),
     Call("a module that raises", lambda p: prune(p, nn.Sequential(nn.Linear(3, 4))), ("cannot trace Sequential",)),
     Call("a quantised module", lambda p: prune(p, quantized_module()), ("quantised",)),
     Call("a module with NaN", lambda p: prune(p, _filled(float("nan"))), ("0.weight", "not finite")),
@@ -175,6 +181,7 @@ INPUTS = [
     Call("example inputs on the meta device", inputs(X.to("meta")), ("input", "meta")),
     Call("example inputs that are sparse", inputs(X.to_sparse()), ("input", "sparse")),
     Call("example inputs that are quantized", inputs(quantized()), ("input", "quantized")),
+    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), ("give them by name",)),
     Call("example inputs twice", settings(inputs="x.safetensors"), ("twice",)),
     Call("an inputs file that is not there", settings(example_inputs=None, inputs="no.safetensors"), ("cannot read",)),
 ]
@@ -206,6 +213,11 @@ DATA = [
     Call("text of a file that is not there", texts(lambda: Path("no.txt")), ("no.txt",)),
     Call("text that is empty", texts(lambda: ["", ""]), ("text",)),
     Call("text that is bytes", texts(lambda: [b"some text"]), ("holds bytes",)),
+    Call(
+        "text without a tokenizer",
+        lambda p: lm(p, tokenizer=None, data=["a text"]),
+        ("no tokenizer to read texts with",),
+    ),
     Call("text beside a number", texts(lambda: ["some text", 7]), ("mixes strings with other values",)),
     Call("text that is too short", texts(lambda: ["a b"]), ("too few",)),
     Call("ids beyond the vocabulary", texts(lambda: IDS + 300), ("input_ids", "300")),
@@ -217,6 +229,7 @@ DATA = [
 ]
 SETTINGS = [
     Call("an unknown keyword", settings(sparcity=0.5), ("sparcity", "'sparsity'")),
+    Call("a keyword like no other", settings(qqq=1), ("'qqq'", "help")),
     Call("a negative sparsity", settings(sparsity=-0.1), ("sparsity", "less than 0")),
     Call("a sparsity of one", settings(sparsity=1), ("sparsity", "0.99")),
     Call("a huge sparsity", settings(sparsity=10**400), ("sparsity", "many digits")),
@@ -248,6 +261,7 @@ SETTINGS = [
     Call("a width that is too large", settings(widths={"channels": 99}), ("channels cannot have width 99",)),
     Call("a flag that is a string", settings(portable="no"), ("portable is 'no'",)),
     Call("a flag that is a number", settings(onnx=3), ("onnx is 3",)),
+    Call("masks for a module", settings(method="maskprune"), ("maskprune trains only transformers models",)),
     Call("steps for a module", settings(steps=3), ("train Pruned.model yourself",)),
     Call("a learning rate that is a string", settings(lr="1e-4"), ("lr is '1e-4'",)),
     Call("settings that are a dict", settings(settings={"sparsity": 0.5}), ("settings is a dict",)),
@@ -293,6 +307,7 @@ COMPILER = [
     Call("rewrite a plan of another width", _rewrite(of=20), ("channels", "12")),
     Call("rewrite a plan of no units", _rewrite(width=0), ("channels",)),
     Call("rewrite a plan of a unit twice", _rewrite(width=2, keep=((3, 3),)), ("channels",)),
+    Call("rewrite a plan of units in another order", _rewrite(width=2, keep=((3, 1),)), ("channels",)),
     Call("rewrite a plan of units beyond", _rewrite(width=2, keep=((3, 30),)), ("channels",)),
     Call("rewrite a plan of units below", _rewrite(width=2, keep=((-1, 3),)), ("channels",)),
     Call("rewrite a plan of words", _rewrite(width=2, keep=(("a", "b"),)), ("channels",)),

@@ -87,6 +87,8 @@ SOURCES = [
     Row("text of weight infinite", f"{EVAL}{{text.raw}}=inf", ("weight above 0",)),
     Row("text of negative weight", f"{EVAL}{{text.raw}}=-1", ("weight above 0",)),
     Row("text of too many colons", f"{EVAL}a:b:c:d:e:f", ("too many colons",)),
+    Row("text of its own beside a file", f"{EVAL}self=0.5,a.txt", ("give only self",)),
+    Row("text of a weight in words", f"{EVAL}{{text.raw}}=much", ("weight above 0",)),
     Row("text of markup", f"{EVAL}[/x]", ("[/x]",)),
     Row("text the model writes, to measure on", f"{EVAL}self", ("no model to write the text",)),
 ]

@@ -16,6 +16,8 @@ from tests.bad_inputs.table import Prepare, Row, fifo, folder, link, remove, wri
 PRUNE = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
 ANALYZE = "analyze {model}"
 AS_GGUF = "gguf {pruned} --like {toy.gguf} --out {out.gguf}"
+EXPORT = "export {model} --out {out}"
+MEASURE = "eval {model} --data {text.raw} --windows 2 --length 16"
 WEIGHTS = "model/model.safetensors"
 
 
@@ -103,6 +105,7 @@ DAMAGED = {
     "a pickle": b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00.",
 }
 
+TRUNCATED = write(WEIGHTS, DAMAGED["truncated"])
 FILES = [
     *(
         Row(f"weights {name}", PRUNE, ("model.safetensors",), (write(WEIGHTS, content),))
@@ -132,27 +135,12 @@ FILES = [
     Row("weights times 1e30", PRUNE, ("are all zero",), (write(WEIGHTS, each(lambda t: t * 1e30)),)),
     Row("weights with infinity", PRUNE, ("finite", FIRST), (write(WEIGHTS, each(one_value(float("inf")), FIRST)),)),
     Row(
-        "weights with NaN, exported",
-        "export {model} --out {out}",
-        ("finite", FIRST),
-        (write(WEIGHTS, each(one_value(float("nan")), FIRST)),),
+        "weights with NaN, exported", EXPORT, ("finite", FIRST), (write(WEIGHTS, each(one_value(float("nan")), FIRST)),)
     ),
-    Row(
-        "weights with NaN, measured",
-        "eval {model} --data {text.raw} --windows 2 --length 16",
-        ("finite",),
-        (write(WEIGHTS, each(one_value(float("nan")), FIRST)),),
-    ),
-    Row(
-        "weights truncated, measured",
-        "eval {model} --data {text.raw} --windows 2 --length 16",
-        ("model",),
-        (write(WEIGHTS, DAMAGED["truncated"]),),
-    ),
-    Row("weights truncated, timed", "bench {model}", ("model",), (write(WEIGHTS, DAMAGED["truncated"]),)),
-    Row(
-        "weights truncated, exported", "export {model} --out {out}", ("model",), (write(WEIGHTS, DAMAGED["truncated"]),)
-    ),
+    Row("weights with NaN, measured", MEASURE, ("finite",), (write(WEIGHTS, each(one_value(float("nan")), FIRST)),)),
+    Row("weights truncated, measured", MEASURE, ("model",), (TRUNCATED,)),
+    Row("weights truncated, timed", "bench {model}", ("model",), (TRUNCATED,)),
+    Row("weights truncated, exported", EXPORT, ("model",), (TRUNCATED,)),
     Row(
         "weights truncated, as GGUF",
         AS_GGUF,
@@ -178,7 +166,7 @@ FILES = [
     Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
     Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),
     Row("output named otherwise", "gguf {pruned} --like {toy.gguf} --out {out.bin}", (".gguf",), code=2),
-    Row("weights truncated, estimated", f"{PRUNE} --estimate", ("model",), (write(WEIGHTS, DAMAGED["truncated"]),)),
+    Row("weights truncated, estimated", f"{PRUNE} --estimate", ("model",), (TRUNCATED,)),
     Row("weights of whole numbers", PRUNE, ("model",), (write(WEIGHTS, each(lambda t: t.to(torch.int32))),)),
     Row(
         "no tokenizer",
@@ -226,6 +214,10 @@ def of_config(name: str, value: object) -> Row:
     )
 
 
+def adapter(content: str) -> Prepare:
+    return write("model/adapter_config.json", content)
+
+
 WEIGHED = ("quantization_config", "transformers_weights", "torch_dtype", "tie_word_embeddings")
 CONFIGS = [
     *(of_config(name, value) for name, values in NUMBERS.items() for value in values),
@@ -264,20 +256,10 @@ CONFIGS = [
         "adapter beside the model",
         PRUNE,
         ("adapter_config.json",),
-        (write("model/adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x"}'),),
+        (adapter('{"peft_type": "LORA", "base_model_name_or_path": "x"}'),),
     ),
-    Row(
-        "adapter beside the model, measured",
-        "eval {model} --data {text.raw} --windows 2 --length 16",
-        ("adapter_config.json",),
-        (write("model/adapter_config.json", '{"peft_type": "LORA"}'),),
-    ),
-    Row(
-        "adapter beside the model, analysed",
-        ANALYZE,
-        ("adapter_config.json",),
-        (write("model/adapter_config.json", "{}"),),
-    ),
+    Row("adapter beside the model, measured", MEASURE, ("adapter_config.json",), (adapter('{"peft_type": "LORA"}'),)),
+    Row("adapter beside the model, analysed", ANALYZE, ("adapter_config.json",), (adapter("{}"),)),
 ]
 
 
@@ -299,12 +281,7 @@ def beyond(content: dict) -> None:
 
 TOKENIZERS = [
     Row("tokenizer ids beyond the vocabulary", PRUNE, ("vocabulary", "300"), (tokens(beyond),)),
-    Row(
-        "tokenizer ids beyond the vocabulary, measured",
-        "eval {model} --data {text.raw} --windows 2 --length 16",
-        ("vocabulary", "300"),
-        (tokens(beyond),),
-    ),
+    Row("tokenizer ids beyond the vocabulary, measured", MEASURE, ("vocabulary", "300"), (tokens(beyond),)),
     Row("tokenizer empty", PRUNE, ("model",), (write("model/tokenizer.json", ""),)),
     Row("tokenizer no JSON", PRUNE, ("model",), (write("model/tokenizer.json", "{"),)),
     Row("tokenizer a list", PRUNE, ("model",), (write("model/tokenizer.json", "[]"),)),

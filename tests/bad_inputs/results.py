@@ -17,6 +17,8 @@ REPORT = "report {pruned}"
 HTML = "report {pruned} --html {page.html}"
 VERIFY = "verify {pruned}"
 RECOVER = "recover {pruned} --data {text.raw} --steps 2 --out {out}"
+UNREADABLE = "ONNX Runtime cannot load"
+GENERATE = "generate {gpt2} hello"
 RERUN = "rerun {pruned} --out {out}"
 
 
@@ -29,6 +31,11 @@ def changed(name: str, edit: Callable[[dict], object]) -> Prepare:
         return json.dumps(content)
 
     return write(name, made)
+
+
+def reported(edit: Callable[[dict], object]) -> Prepare:
+    """A report whose content ``edit`` changes."""
+    return changed("pruned/report.json", edit)
 
 
 def sealed(place: Place) -> None:
@@ -71,20 +78,10 @@ REPORTS = [
     ),
     Row("report.json a folder", REPORT, ("report.json",), (remove("pruned/report.json"), folder("pruned/report.json"))),
     Row("report.json missing", REPORT, ("holds no report.json",), (remove("pruned/report.json"),)),
-    Row(
-        "report.json another format",
-        REPORT,
-        ("mptk-report/1",),
-        (changed("pruned/report.json", put("mptk-report/9", "format")),),
-    ),
-    Row("report.json notes deep", REPORT, ("nested too deep",), (changed("pruned/report.json", deep),)),
+    Row("report.json another format", REPORT, ("mptk-report/1",), (reported(put("mptk-report/9", "format")),)),
+    Row("report.json notes deep", REPORT, ("nested too deep",), (reported(deep),)),
     *(
-        Row(
-            f"report.json without {'.'.join(names)}",
-            REPORT,
-            ("report.json", names[-1]),
-            (changed("pruned/report.json", without(*names)),),
-        )
+        Row(f"report.json without {'.'.join(names)}", REPORT, ("report.json", names[-1]), (reported(without(*names)),))
         for names in (
             ("settings",),
             ("settings", "learning"),
@@ -111,7 +108,7 @@ REPORTS = [
             f"report.json {'.'.join(map(str, names))} {str(value)[:16]}",
             REPORT,
             ("report.json", str(names[-1])),
-            (changed("pruned/report.json", put(value, *names)),),
+            (reported(put(value, *names)),),
         )
         for names, value in (
             (("families",), []),
@@ -149,9 +146,7 @@ REPORTS = [
             (("versions",), [1]),
         )
     ),
-    Row(
-        "report.json keys missing, as a page", HTML, ("report.json",), (changed("pruned/report.json", without("cost")),)
-    ),
+    Row("report.json keys missing, as a page", HTML, ("report.json",), (reported(without("cost")),)),
     Row("report.json as a list, verified", VERIFY, ("report.json",), (write("pruned/report.json", "[]"),)),
     Row("report.json as a list, recovered", RECOVER, ("report.json",), (write("pruned/report.json", "[]"),)),
     Row("report.json as a list, repeated", RERUN, ("report.json",), (write("pruned/report.json", "[]"),)),
@@ -160,34 +155,16 @@ REPORTS = [
     Row("report of a model", "report {model}", ("holds no report.json",)),
 ]
 
+BENCH = {"graphs": [], "onnxruntime": "1", "rounds": 2, "peaks": {}, "rows": []}
 BENCHES = [
     *(Row(f"bench.json {n}", REPORT, ("bench.json",), (write("pruned/bench.json", c),)) for n, c in BODIES.items()),
-    Row(
-        "bench.json of a string for a number",
-        REPORT,
-        ("bench.json",),
-        (
-            write(
-                "pruned/bench.json",
-                '{"graphs": [{"name": 7}], "onnxruntime": "1", "rounds": 2, "peaks": {}, "rows": []}',
-            ),
-        ),
-    ),
-    Row(
-        "bench.json without rows",
-        REPORT,
-        ("bench.json",),
-        (write("pruned/bench.json", '{"graphs": [], "onnxruntime": "1", "rounds": 2, "peaks": {}, "rows": []}'),),
-    ),
-    Row(
-        "bench.json of threads no number",
-        REPORT,
-        ("bench.json",),
-        (
-            write(
-                "pruned/bench.json", '{"graphs": [], "onnxruntime": "1", "rounds": 2, "peaks": {"x": {}}, "rows": []}'
-            ),
-        ),
+    *(
+        Row(f"bench.json {name}", REPORT, ("bench.json",), (write("pruned/bench.json", json.dumps({**BENCH, **part})),))
+        for name, part in {
+            "of a string for a number": {"graphs": [{"name": 7}]},
+            "without rows": {},
+            "of threads no number": {"peaks": {"x": {}}},
+        }.items()
     ),
     Row("metrics.jsonl no JSON", HTML, ("metrics.jsonl",), (write("pruned/metrics.jsonl", "{"),)),
     Row("metrics.jsonl a list", HTML, ("metrics.jsonl", "line 1"), (write("pruned/metrics.jsonl", "[]\n"),)),
@@ -229,13 +206,8 @@ FOLDERS = [
         ("README.md", "is a link"),
         (link("pruned/README.md", "/etc/hostname"), sealed),
     ),
-    Row(
-        "sparsity of 400 digits",
-        VERIFY,
-        ("sparsity",),
-        (changed("pruned/report.json", put(10**400, "sparsity")), sealed),
-    ),
-    Row("another task", VERIFY, ("task", "evil"), (changed("pruned/report.json", put("evil", "task")), sealed)),
+    Row("sparsity of 400 digits", VERIFY, ("sparsity",), (reported(put(10**400, "sparsity")), sealed)),
+    Row("another task", VERIFY, ("task", "evil"), (reported(put("evil", "task")), sealed)),
     Row("no manifest", VERIFY, ("no mptk.json",), (remove("pruned/mptk.json"),)),
     *(Row(f"mptk.json {n}", VERIFY, ("mptk.json",), (write("pruned/mptk.json", c),)) for n, c in BODIES.items()),
     Row(
@@ -266,34 +238,27 @@ FOLDERS = [
     Row("run.yaml missing", RERUN, ("run.yaml",), (remove("pruned/run.yaml"), sealed)),
     Row(
         "graph truncated, run",
-        "generate {gpt2} hello",
-        ("ONNX Runtime cannot load",),
+        GENERATE,
+        (UNREADABLE,),
         (write("gpt2/onnx/model.onnx", lambda path: path.read_bytes()[:-500]),),
     ),
-    Row(
-        "graph empty, run",
-        "generate {gpt2} hello",
-        ("ONNX Runtime cannot load",),
-        (write("gpt2/onnx/model.onnx", b""),),
-    ),
+    Row("graph empty, run", GENERATE, (UNREADABLE,), (write("gpt2/onnx/model.onnx", b""),)),
     Row(
         "graph no graph, timed",
         "bench {gpt2} --lengths 8",
-        ("ONNX Runtime cannot load",),
+        (UNREADABLE,),
         (write("gpt2/onnx/model.onnx", b"\x00\x01" * 400),),
     ),
-    Row("graph missing", "generate {gpt2} hello", ("there is no", "mptk export"), (remove("gpt2/onnx/model.onnx"),)),
+    Row("graph missing", GENERATE, ("there is no", "mptk export"), (remove("gpt2/onnx/model.onnx"),)),
     Row(
         "graph without a tokenizer",
-        "generate {gpt2} hello",
+        GENERATE,
         ("no tokenizer",),
         (remove("gpt2/tokenizer.json"), remove("gpt2/tokenizer_config.json")),
     ),
-    Row("graph without a config", "generate {gpt2} hello", ("no config.json",), (remove("gpt2/config.json"),)),
-    Row(
-        "weights of the graph missing", "generate {gpt2} hello", ("ONNX Runtime cannot load",), (external("none.data"),)
-    ),
-    Row("weights of the graph outside", "generate {gpt2} hello", ("ONNX Runtime cannot load",), (external("../../x"),)),
+    Row("graph without a config", GENERATE, ("no config.json",), (remove("gpt2/config.json"),)),
+    Row("weights of the graph missing", GENERATE, (UNREADABLE,), (external("none.data"),)),
+    Row("weights of the graph outside", GENERATE, (UNREADABLE,), (external("../../x"),)),
 ]
 
 ROWS = [*REPORTS, *BENCHES, *FOLDERS]

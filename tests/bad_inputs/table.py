@@ -89,6 +89,14 @@ class Row:
         return [re.sub(r"\{(\w[\w./-]*)\}", path, word) for word in self.line.split(" ")]
 
 
+def rows(
+    line: str, ends: Mapping[str, tuple[str, ...]], *prepare: Prepare, code: int = 1, done: bool = False
+) -> list[Row]:
+    """A line with each of several ends → the words that it says. The name is that of the command, and the end."""
+    named = {f"{line.split(' ')[0]} {end[:200]}".strip(): end for end in ends}
+    return [Row(name, f"{line} {end}".strip(), ends[end], prepare, code, done) for name, end in named.items()]
+
+
 @dataclass(frozen=True)
 class Outcome:
     code: int

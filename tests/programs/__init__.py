@@ -6,24 +6,9 @@ descriptions with hypothesis, ``oracles`` checks one. A new step is a function i
 
 from __future__ import annotations
 
-from . import (
-    attention,
-    convolution,
-    gates,
-    heads,
-    layout,
-    linear,
-    mixtures,
-    modules,
-    norms,
-    orders,
-    pointwise,
-    reductions,
-    routing,
-    variants,
-    weights,
-    writes,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .catalogue import CATALOGUE, Step
 from .oracles import FAILURES, Outcome, check
 from .program import Program, build, inputs_of
@@ -44,21 +29,5 @@ __all__ = [
     "reduced",
     "seeded",
 ]
-_FAMILIES = (
-    attention,
-    convolution,
-    gates,
-    heads,
-    layout,
-    linear,
-    mixtures,
-    modules,
-    norms,
-    orders,
-    pointwise,
-    reductions,
-    routing,
-    variants,
-    weights,
-    writes,
-)
+for part in iter_modules(__path__):
+    import_module(f"{__name__}.{part.name}")  # each puts its steps into the catalogue

@@ -200,6 +200,9 @@ def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> No
     times = found["timestep"].unique()
     assert len(times) == IMAGE_STEPS  # one image takes as many steps, each with the prompt and without
     assert times.diff().unique().numel() == 1
+    for time in times:
+        with_prompt, without = found["sample"][found["timestep"] == time]
+        assert with_prompt.equal(without), "both are called with the same latents"
     pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines / "text")
     prompt, empty = pipeline.encode_prompt("a cat", "cpu", 1, True)
     rows = found["encoder_hidden_states"]

@@ -23,7 +23,7 @@ from mptk.io.text.sources import SELF
 from mptk.ir.samples import joined
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import task_of
-from mptk.tasks.inputs.denoising import STEPS, recorded
+from mptk.tasks.inputs.denoising import IMAGE_STEPS, recorded
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -191,19 +191,22 @@ def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> No
     loaded = load(str(pipelines / "text/unet"))
     task = task_of(loaded)
     like = task.example(loaded.model).inputs
-    found = recorded(loaded, like, str(pipelines / "prompts.txt"), 2 * STEPS, 0, lambda done, total: None)
+    found = recorded(loaded, like, str(pipelines / "prompts.txt"), 2 * IMAGE_STEPS, 0, lambda done, total: None)
     assert {name: tuple(x.shape) for name, x in found.items()} == {
-        "sample": (2 * STEPS, 4, 8, 8),
-        "timestep": (2 * STEPS,),
-        "encoder_hidden_states": (2 * STEPS, TOKENS, WIDTH),
+        "sample": (2 * IMAGE_STEPS, 4, 8, 8),
+        "timestep": (2 * IMAGE_STEPS,),
+        "encoder_hidden_states": (2 * IMAGE_STEPS, TOKENS, WIDTH),
     }
     times = found["timestep"].unique()
-    assert len(times) == STEPS  # one image takes as many steps, each with the prompt and without
+    assert len(times) == IMAGE_STEPS  # one image takes as many steps, each with the prompt and without
     assert times.diff().unique().numel() == 1
+    for time in times:
+        with_prompt, without = found["sample"][found["timestep"] == time]
+        assert with_prompt.equal(without), "both are called with the same latents"
     pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines / "text")
     prompt, empty = pipeline.encode_prompt("a cat", "cpu", 1, True)
     rows = found["encoder_hidden_states"]
-    assert sorted(int((rows == text).flatten(1).all(1).sum()) for text in (prompt, empty)) == [STEPS, STEPS]
+    assert sorted(int((rows == text).flatten(1).all(1).sum()) for text in (prompt, empty)) == [IMAGE_STEPS, IMAGE_STEPS]
 
 
 def test_heads_and_feed_forward_are_cut_together_where_one_field_sets_them(tmp_path: Path) -> None:

@@ -26,12 +26,11 @@ from mptk.publish.licence import notices
 from mptk.reading import Damaged, check_inside, damaged
 
 PIPELINE = "model_index.json"
-CLASS, VERSION = "_class_name", "_diffusers_version"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-QUANTIZED = "quantization_config"
-NESTED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+CLASS_NAME, DIFFUSERS_VERSION = "_class_name", "_diffusers_version"
+PART_WEIGHTS = "diffusion_pytorch_model.safetensors"
+ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Inputs that a class reads in the dictionary ``added_cond_kwargs``; here each is an argument of its own."""
-SHARED = ("img_ids", "txt_ids")
+ONE_FOR_ALL = ("img_ids", "txt_ids")
 """Inputs that all samples share, so that a class reads them without the samples' dimension."""
 
 
@@ -56,7 +55,7 @@ class DiffusersConfig(PreTrainedConfig):
         self.fields = tuple(fields)
         for name, value in fields.items():
             setattr(self, name, value)
-        self.architectures = [fields[CLASS]] if CLASS in fields else None
+        self.architectures = [fields[CLASS_NAME]] if CLASS_NAME in fields else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class DiffusersConfig(PreTrainedConfig):
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder holds a model of diffusers."""
-    return CLASS in read_object(folder / CONFIG)
+    return CLASS_NAME in read_object(folder / CONFIG)
 
 
 def read_config(folder: Path) -> DiffusersConfig:
@@ -84,14 +83,14 @@ def read_config(folder: Path) -> DiffusersConfig:
         MptkError: diffusers is missing or has no such class, or the weights are quantised.
     """
     said = read_object(folder / CONFIG)
-    if QUANTIZED in said:
+    if "quantization_config" in said:
         raise MptkError(f"{folder} has quantised weights; give the float model of diffusers")
     wrong = damaged(folder / CONFIG)
-    kind = _class_named(said[CLASS], wrong)
+    kind = _class_named(said[CLASS_NAME], wrong)
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     known: dict[str, Any] = json.loads(json_text(defaults))  # lists in place of tuples, as a file has
-    given = {name: value for name, value in said.items() if name in known or name in (CLASS, VERSION)}
+    given = {name: value for name, value in said.items() if name in known or name in (CLASS_NAME, DIFFUSERS_VERSION)}
     return DiffusersConfig(**known | given)
 
 
@@ -99,13 +98,13 @@ def _class_named(name: object, wrong: Damaged) -> Any:
     diffusers = library()
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise wrong(f"{CLASS} is {name!r}, which is no model of diffusers {diffusers.__version__}")
+        raise wrong(f"{CLASS_NAME} is {name!r}, which is no model of diffusers {diffusers.__version__}")
     return found
 
 
 def class_of(config: DiffusersConfig) -> type[PreTrainedModel]:
     """The class of a config."""
-    return part_class(_class_named(getattr(config, CLASS), MptkError))
+    return part_class(_class_named(getattr(config, CLASS_NAME), MptkError))
 
 
 class _Start:
@@ -134,8 +133,8 @@ def part_class(kind: Any) -> type[PreTrainedModel]:
         def forward(  # type: ignore[override]
             self, *args: Any, **given: Any
         ) -> Any:
-            nested = {name: given.pop(name) for name in NESTED if name in given}
-            shared = {name: given[name][0] for name in SHARED if name in given and given[name].ndim == 3}
+            nested = {name: given.pop(name) for name in ADDED_CONDITIONS if name in given}
+            shared = {name: given[name][0] for name in ONE_FOR_ALL if name in given and given[name].ndim == 3}
             more = {"added_cond_kwargs": nested} if nested else {}
             return kind.forward(self, *args, **given | shared | more)
 
@@ -144,13 +143,13 @@ def part_class(kind: Any) -> type[PreTrainedModel]:
 
         @classmethod
         def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-            with weights_named(WEIGHTS):
+            with weights_named(PART_WEIGHTS):
                 model, report = super().from_pretrained(*args, **{**options, "output_loading_info": True})
             _restore_tables(model)
             return (model, report) if options.get("output_loading_info") else model
 
         def save_pretrained(self, *args: Any, **options: Any) -> None:
-            with weights_named(WEIGHTS):
+            with weights_named(PART_WEIGHTS):
                 super().save_pretrained(*args, **options)
 
     Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
@@ -186,7 +185,7 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
     listed = _listed(pipeline)
     known = library()
     foreign = [name for name, (package, *_) in listed.items() if not _is_known(package, known)]
-    if foreign or any(pipeline.rglob("*.py")) or not isinstance(read_object(pipeline / PIPELINE).get(CLASS), str):
+    if foreign or any(pipeline.rglob("*.py")) or not isinstance(read_object(pipeline / PIPELINE).get(CLASS_NAME), str):
         raise MptkError(f"{pipeline} brings code of its own, which mptk never runs; give --data random")
     own = folder.name if folder != pipeline else next(name for name in listed if not (pipeline / name).is_dir())
     try:

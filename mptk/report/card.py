@@ -136,8 +136,9 @@ def loading(compiled: Compiled, folder: Path) -> dict[str, object]:
 
 
 def library_of(compiled: Compiled) -> str:
-    """The library whose class the written checkpoint has."""
-    return "diffusers" if isinstance(compiled.prepared.loaded.model.config, DiffusersConfig) else "transformers"
+    """The library whose class the written checkpoint has, if it has one."""
+    written = compiled.written
+    return "diffusers" if written is not None and isinstance(written.cut, DiffusersConfig) else "transformers"
 
 
 def auto_of(stock: StockConfig) -> str:

@@ -18,10 +18,10 @@ from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers
 from passes.frontend.trace import Flat
 
-OUTPUT = "out_sample"
+OUT_SAMPLE = "out_sample"
 """Optimum's name of what these models give."""
 
-MASK = "encoder_attention_mask"
+CAPTION_MASK = "encoder_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Diffusion(Numbers):
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """The number of samples, of tokens of text and of packed patches. Height and width are as in the example."""
-        return {name: (0, 1) if tensor.ndim == 3 or name == MASK else (0,) for name, tensor in example.inputs.items()}
+        return {
+            name: (0, 1) if tensor.ndim == 3 or name == CAPTION_MASK else (0,)
+            for name, tensor in example.inputs.items()
+        }
 
     def like(self, example: Samples, samples: Samples) -> Samples:
         few = Samples(samples.inputs)
@@ -72,12 +75,16 @@ class Autoencoding(Diffusion):
 
 
 DENOISING = Diffusion(
-    "denoising", "denoiser of diffusers", (), "the predicted noise, over the schedule's timesteps,", ModelForm(OUTPUT)
+    "denoising",
+    "denoiser of diffusers",
+    (),
+    "the predicted noise, over the schedule's timesteps,",
+    ModelForm(OUT_SAMPLE),
 )
 AUTOENCODING = Autoencoding(
     "autoencoding",
     "autoencoder of diffusers",
     (),
     "the decoded images and their latents",
-    ModelForm(OUTPUT, ("latent_parameters",)),
+    ModelForm(OUT_SAMPLE, ("latent_parameters",)),
 )

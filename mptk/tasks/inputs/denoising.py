@@ -16,7 +16,7 @@ from mptk.io.diffusion import open_pipeline
 from mptk.io.models import Loaded
 from mptk.progress import Count
 
-STEPS = 20
+IMAGE_STEPS = 20
 """Timesteps in which an image is made here, spread over the schedule."""
 
 
@@ -43,7 +43,7 @@ def recorded(
     generator = torch.Generator().manual_seed(seed)
     try:
         for condition in conditions(pipeline, data, generator):
-            _make_image(pipeline, condition, min(STEPS, count), generator)
+            _make_image(pipeline, condition, min(IMAGE_STEPS, count), generator)
             found = sum(len(call["timestep"]) for call in calls)
             progress(min(found, count), count)
             if found >= count:

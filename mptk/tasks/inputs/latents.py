@@ -15,16 +15,16 @@ from torch import nn
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.io.diffusion import NESTED
+from mptk.io.diffusion import ADDED_CONDITIONS
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 from mptk.tasks.inputs.denoising import recorded
 
-TIMES = 1000
+TRAINED_TIMESTEPS = 1000
 """Timesteps that a denoiser is trained on."""
-TOKENS, PATCHES = 16, 16
+TEXT_TOKENS, LATENT_PATCHES = 16, 16
 """Tokens of random text embeddings, and patches of random packed latents."""
 
 
@@ -62,17 +62,17 @@ def random_latents(model: Any, count: int, seed: int) -> Named:
     config, generator = model.config, torch.Generator().manual_seed(seed)
     parameters = inspect.signature(model.forward).parameters
     size = getattr(config, "sample_size", None)
-    order = [*parameters, *NESTED]
+    order = [*parameters, *ADDED_CONDITIONS]
     shapes = ((n, [size for size in shape if size]) for n, shape in _shapes(model, size).items() if None not in shape)
     made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes if name in order}
     spread = (torch.randperm(count, generator=generator) + 0.5) / count
-    made["timestep"] = spread * (1 if size is None else TIMES)  # packed latents come with times from 0 to 1
+    made["timestep"] = spread * (1 if size is None else TRAINED_TIMESTEPS)  # packed latents come with times from 0 to 1
     if classes := _first(config, "num_embeds_ada_norm", "num_class_embeds"):
         made["class_labels"] = torch.randint(classes, (count,), generator=generator)
     if getattr(config, "guidance_embeds", False):
         made["guidance"] = torch.full((count,), 3.5)
     if getattr(config, "caption_channels", None) and "encoder_attention_mask" in parameters:
-        made["encoder_attention_mask"] = torch.ones(count, TOKENS)  # of PixArt's padded captions
+        made["encoder_attention_mask"] = torch.ones(count, TEXT_TOKENS)  # of PixArt's padded captions
     needs = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if lacking := sorted(needs - made.keys()):
         raise MptkError(
@@ -86,15 +86,15 @@ def _shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int
     """Input → its shape without the samples' dimension; None in it: the class does not read it."""
     config = model.config
     height, width = size if isinstance(size, Sequence) else (size, size)
-    latents = (PATCHES, config.in_channels) if size is None else (config.in_channels, height, width)
+    latents = (LATENT_PATCHES, config.in_channels) if size is None else (config.in_channels, height, width)
     text = _first(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
     shapes: dict[str, tuple[int | None, ...]] = {
         "sample": latents,
         "hidden_states": latents,
-        "encoder_hidden_states": (TOKENS, text),
+        "encoder_hidden_states": (TEXT_TOKENS, text),
         "pooled_projections": (_first(config, "pooled_projection_dim"),),
-        "img_ids": (PATCHES, 3),
-        "txt_ids": (TOKENS, 3),
+        "img_ids": (LATENT_PATCHES, 3),
+        "txt_ids": (TEXT_TOKENS, 3),
     }
     if getattr(config, "addition_embed_type", None) == "text_time":  # Stable Diffusion XL: sizes of image and crop
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

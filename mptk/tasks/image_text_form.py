@@ -50,10 +50,10 @@ from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, step_interface
 from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
-FEATURES, MERGED = "image_features", "merged_embeds"
+IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
 TRACED_IMAGES = 3
 """Images to trace with."""
-SEVERAL = 5
+WITH_SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
@@ -120,9 +120,9 @@ class ImageTextForm(OnnxForm):
         emit_onnx(
             with_outputs(program, [*output_names(program), features, embeds, merged]),
             folder,
-            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED)),
+            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, IMAGE_FEATURES, EMBEDDINGS, MERGED)),
             parts={
-                VISION_FILE: GraphPart({name: name for name in images}, (FEATURES,)),
+                VISION_FILE: GraphPart({name: name for name in images}, (IMAGE_FEATURES,)),
                 EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
                 MERGED_FILE: GraphPart(read, tuple(decoder.outputs)),
             },
@@ -174,7 +174,7 @@ def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
     rank = images[PIXELS].ndim
     if GRIDS in images:
         return {PIXELS: ("num_patches", *[None] * (rank - 1)), GRIDS: ("num_images", None)}
-    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == SEVERAL else IMAGE_AXES}
+    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == WITH_SEVERAL else IMAGE_AXES}
 
 
 def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
@@ -191,7 +191,7 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
     if POSITIONS in samples.inputs:
         axes = samples.inputs[POSITIONS].shape[1]
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
-    opened = [(x, (0, 1) if x.ndim == SEVERAL else (0,)) for x in images.values()]
+    opened = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     expected = dense.first(samples)[:, -1:]
     for first in first_positions(made):
         made.first_position = first
@@ -207,7 +207,7 @@ def several_images(samples: Samples) -> Samples:
     few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
     if GRIDS in few.inputs:
         return few
-    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == SEVERAL else x)
+    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == WITH_SEVERAL else x)
 
 
 def check_open(program: Program, name: str) -> None:

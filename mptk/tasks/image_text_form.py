@@ -29,7 +29,7 @@ from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import CASES, DecodingCase, decoded
+from mptk.tasks.decoder_form import CASES, DecodingCase, decoded, opened
 from mptk.tasks.encoder_decoder_form import output_names, with_outputs
 from mptk.tasks.exporting import HALF, about, cut, equal
 from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
@@ -133,7 +133,7 @@ class ImageTextForm(OnnxForm):
         return []
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        decoder = OrtDecoder(folder / MERGED_FILE, device=device)
+        decoder = opened(folder / MERGED_FILE, device, settings)
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             case.stage: (partial(pictured, decoder, case, crossed), RUNTIME_TOLERANCE) for case in CASES
         }
@@ -191,11 +191,11 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
     if POSITIONS in samples.inputs:
         axes = samples.inputs[POSITIONS].shape[1]
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
-    opened = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
+    sizes = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     expected = dense.first(samples)[:, -1:]
     for first in first_positions(made):
         made.first_position = first
-        program = dense.weighted(export_step(made, inputs, opened))
+        program = dense.weighted(export_step(made, inputs, sizes))
         check_open(program, name)
         if equal(last_logits(program, dense.executor, samples, shapes), expected):
             return program, images

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,20 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
     """
     model = dense.loaded.model
     name, images = type(model).__name__, images_in(several_images(samples))
+    reads: Any = model
+    sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
+    if sizes is not None and sizes.default is Parameter.empty:
+        raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
     made = PicturedStep(model, images, dense.settings.logits)
     inputs = step_inputs(shapes)
     if POSITIONS in samples.inputs:
         axes = samples.inputs[POSITIONS].shape[1]
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
-    sizes = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
+    given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     expected = dense.first(samples)[:, -1:]
     for first in first_positions(made):
         made.first_position = first
-        program = dense.weighted(export_step(made, inputs, sizes))
+        program = dense.weighted(export_step(made, inputs, given))
         check_open(program, name)
         if equal(last_logits(program, dense.executor, samples, shapes), expected):
             return program, images

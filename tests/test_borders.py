@@ -110,15 +110,15 @@ def test_there_are_three_short_rows_and_one_row_whatever_the_samples_are() -> No
 class Counting:
     """A decoder whose logits are the position, and which keeps what it was asked."""
 
-    last_only = False
+    last_only, reads = False, "input_ids"
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def prefill(self, ids: object, mask: object) -> tuple[object, int]:
-        return self.decode(ids, 0)
+    def prefill(self, ids: object, mask: object, positions: None) -> tuple[object, int]:
+        return self.decode(ids, 0, positions)
 
-    def decode(self, ids: object, cache: int) -> tuple[object, int]:
+    def decode(self, ids: object, cache: int, positions: None) -> tuple[object, int]:
         many = ids.shape[1]  # type: ignore[attr-defined]
         self.asked.append((cache, many))
         return torch.arange(cache, cache + many).float().reshape(1, -1, 1).numpy(), cache + many

@@ -1,6 +1,6 @@
 """Vision-language models as ONNX: three graphs that give, put together as others put them, what the stock class gives.
 
-It reaches for mptk.tasks: what a graph computes of the sizes of images.
+It reaches for mptk.tasks, for what a graph computes of the sizes of images, and for the windows of mptk.proof.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import mptk
 from benchmarks.tiny_models import PICTURED, tiny_model
-from mptk import MptkError, ProofError, Settings
+from mptk import MptkError, ProofError, Samples, Settings
 from mptk.compat.transformers import precomputed
+from mptk.proof.proof import windows_within
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.image_text_form import ImageTextForm
 from mptk.tasks.inputs.image_forms import AnyImages, computed
@@ -217,6 +219,15 @@ def test_an_encoder_that_makes_something_else_of_sizes_is_refused() -> None:
     model: Any = tiny_model(PICTURED, "qwen3_vl").model
     with pytest.raises(MptkError, match="Qwen3VLForConditionalGeneration makes interp_indices of the sizes of images"):
         computed(model, torch.tensor([[1, 4, 4]]))
+
+
+def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach() -> None:
+    """Padding between prompt and answer counts in a window: only the prompt of such rows can be compared."""
+    model: Any = tiny_model(PICTURED, "aya_vision").model
+    model.config.text_config.sliding_window = 20
+    compiled: Any = SimpleNamespace(prepared=SimpleNamespace(loaded=SimpleNamespace(model=model)))
+    found = {n: windows_within(compiled, Samples({"input_ids": torch.ones(1, n).long()})) for n in (12, 17, 30)}
+    assert found == {12: (), 17: (20,), 30: (20,)}
 
 
 class Listed(nn.Module):

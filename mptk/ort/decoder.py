@@ -23,7 +23,7 @@ MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, of a model that reads more than text."""
 EMBEDDINGS = "inputs_embeds"
 Ids = npt.NDArray[np.int64]
-Tokens = npt.NDArray[Any]
+TokensArray = npt.NDArray[Any]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
 LogitsArray = npt.NDArray[np.float32]
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -110,7 +110,7 @@ class OrtDecoder:
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     def prefill(
-        self, tokens: Tokens, mask: Ids | None = None, positions: Ids | None = None
+        self, tokens: TokensArray, mask: Ids | None = None, positions: Ids | None = None
     ) -> tuple[LogitsArray, Cache]:
         """Run a prompt. ``mask`` [batch, sequence]: 0 for padding on either side.
 
@@ -120,7 +120,7 @@ class OrtDecoder:
         mask = np.ones(tokens.shape[:2], dtype=np.int64) if mask is None else mask
         return self._run(tokens, mask, self.empty(len(tokens)), positions)
 
-    def decode(self, tokens: Tokens, cache: Cache, positions: Ids | None = None) -> tuple[LogitsArray, Cache]:
+    def decode(self, tokens: TokensArray, cache: Cache, positions: Ids | None = None) -> tuple[LogitsArray, Cache]:
         """Run the next tokens, n in each row, after those in ``cache``, which stays usable."""
         return self._run(tokens, np.ones(tokens.shape[:2], dtype=np.int64), cache, positions)
 
@@ -165,19 +165,21 @@ class OrtDecoder:
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
-    def feeds(self, tokens: Tokens, mask: Ids, cache: Cache, positions: Ids | None = None) -> dict[str, ort.OrtValue]:
+    def feeds(
+        self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None = None
+    ) -> dict[str, ort.OrtValue]:
         """The inputs of one step by name. The cache is not copied.
 
         ``tokens``: n new ones in each row. ``mask``: [batch, cache.length + n], for the cache and the new tokens.
         """
-        arrays: dict[str, Tokens] = {self.reads: self._read(tokens), "attention_mask": mask}
+        arrays: dict[str, TokensArray] = {self.reads: self._read(tokens), "attention_mask": mask}
         if "position_ids" in self.inputs:
             arrays["position_ids"] = self._counted(mask, tokens.shape[1]) if positions is None else positions
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return {**values, **cache.values}
 
-    def _read(self, tokens: Tokens) -> Tokens:
-        """Tokens as the graph reads them."""
+    def _read(self, tokens: TokensArray) -> TokensArray:
+        """TokensArray as the graph reads them."""
         if tokens.ndim > 2:
             return tokens
         ids = tokens.astype(np.int64, copy=False)
@@ -191,7 +193,7 @@ class OrtDecoder:
         shape = self.inputs["position_ids"].shape
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
 
-    def binding(self, tokens: Tokens, mask: Ids, cache: Cache) -> ort.IOBinding:
+    def binding(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
         """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
@@ -207,7 +209,7 @@ class OrtDecoder:
         """Where each output goes: logits to the CPU, and the cache to where it is read."""
         return [("cpu", 0), *[self.memory] * len(self.presents)]
 
-    def _run(self, tokens: Tokens, mask: Ids, cache: Cache, positions: Ids | None) -> tuple[LogitsArray, Cache]:
+    def _run(self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None) -> tuple[LogitsArray, Cache]:
         if tokens.ndim < 2 or mask.shape != tokens.shape[:2] or len(cache.mask) != len(tokens):
             raise ValueError(f"tokens {tokens.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)

@@ -29,7 +29,7 @@ from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, left_out, short
 from mptk.staged.staged import Executor
 from passes.analysis import group
-from passes.analysis.borders import Reach, config_borders, reach
+from passes.analysis.borders import MARGIN, Reach, config_borders, reach
 from passes.check_cut import awake
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
@@ -141,12 +141,12 @@ def find_reach(compiled: Compiled) -> Reach:
 
 
 def windows_within(compiled: Compiled, samples: Samples) -> tuple[int, ...]:
-    """The borders in the config of a text model that samples of images with text cross, ascending."""
+    """The borders in the config of a text model that samples, which cannot be made longer, cross with some padding."""
     model, length = compiled.prepared.loaded.model, _length(samples)
     if not isinstance(model, PreTrainedModel):
         return ()
     found = config_borders(model.config.get_text_config().to_dict())
-    return tuple(sorted({border for border in found if 1 < border < length}))
+    return tuple(sorted({border for border in found if 1 < border < length + MARGIN}))
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:

@@ -98,12 +98,7 @@ class DecoderForm(OnnxForm):
         return quantised(dense, file, text, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        decoder = OrtDecoder(folder, device=device)
-        if decoder.last_only != (settings.logits == "last"):
-            raise ProofError(
-                f"the proof fails at '{CASES[0].stage}': {GRAPH_FILE} does not give the logits of {settings.logits} "
-                "positions; do not use it, and export the model again"
-            )
+        decoder = opened(folder / GRAPH_FILE, device, settings)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             case.stage: (partial(decoded, decoder, case, crossed), tolerance) for case in CASES
@@ -124,6 +119,17 @@ class DecoderForm(OnnxForm):
 
     def half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half
+
+
+def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
+    """A decoder to prove. Raises ProofError if it has logits of other positions than the settings ask for."""
+    decoder = OrtDecoder(file, device=device)
+    if decoder.last_only != (settings.logits == "last"):
+        raise ProofError(
+            f"the proof fails at '{CASES[0].stage}': {file.name} does not give the logits of {settings.logits} "
+            "positions; do not use it, and export the model again"
+        )
+    return decoder
 
 
 def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:

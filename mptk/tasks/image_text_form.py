@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import CASES, DecodingCase, decoded
+from mptk.tasks.decoder_form import CASES, DecodingCase, decoded, opened
 from mptk.tasks.encoder_decoder_form import output_names, with_outputs
 from mptk.tasks.exporting import HALF, about, cut, equal
 from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
@@ -50,10 +51,10 @@ from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, step_interface
 from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
-FEATURES, MERGED = "image_features", "merged_embeds"
+IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
 TRACED_IMAGES = 3
 """Images to trace with."""
-SEVERAL = 5
+WITH_SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
@@ -120,9 +121,9 @@ class ImageTextForm(OnnxForm):
         emit_onnx(
             with_outputs(program, [*output_names(program), features, embeds, merged]),
             folder,
-            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, FEATURES, EMBEDDINGS, MERGED)),
+            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, IMAGE_FEATURES, EMBEDDINGS, MERGED)),
             parts={
-                VISION_FILE: GraphPart({name: name for name in images}, (FEATURES,)),
+                VISION_FILE: GraphPart({name: name for name in images}, (IMAGE_FEATURES,)),
                 EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
                 MERGED_FILE: GraphPart(read, tuple(decoder.outputs)),
             },
@@ -133,7 +134,7 @@ class ImageTextForm(OnnxForm):
         return []
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        decoder = OrtDecoder(folder / MERGED_FILE, device=device)
+        decoder = opened(folder / MERGED_FILE, device, settings)
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             case.stage: (partial(pictured, decoder, case, crossed), RUNTIME_TOLERANCE) for case in CASES
         }
@@ -174,7 +175,7 @@ def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
     rank = images[PIXELS].ndim
     if GRIDS in images:
         return {PIXELS: ("num_patches", *[None] * (rank - 1)), GRIDS: ("num_images", None)}
-    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == SEVERAL else IMAGE_AXES}
+    return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == WITH_SEVERAL else IMAGE_AXES}
 
 
 def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
@@ -186,16 +187,20 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
     """
     model = dense.loaded.model
     name, images = type(model).__name__, images_in(several_images(samples))
+    reads: Any = model
+    sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
+    if sizes is not None and sizes.default is Parameter.empty:
+        raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
     made = PicturedStep(model, images, dense.settings.logits)
     inputs = step_inputs(shapes)
     if POSITIONS in samples.inputs:
         axes = samples.inputs[POSITIONS].shape[1]
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
-    opened = [(x, (0, 1) if x.ndim == SEVERAL else (0,)) for x in images.values()]
+    given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     expected = dense.first(samples)[:, -1:]
     for first in first_positions(made):
         made.first_position = first
-        program = dense.weighted(export_step(made, inputs, opened))
+        program = dense.weighted(export_step(made, inputs, given))
         check_open(program, name)
         if equal(last_logits(program, dense.executor, samples, shapes), expected):
             return program, images
@@ -207,7 +212,7 @@ def several_images(samples: Samples) -> Samples:
     few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
     if GRIDS in few.inputs:
         return few
-    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == SEVERAL else x)
+    return few.map(lambda x: torch.cat([x] * TRACED_IMAGES, 1) if x.ndim == WITH_SEVERAL else x)
 
 
 def check_open(program: Program, name: str) -> None:

@@ -117,6 +117,7 @@ def test_every_session_of_a_command_is_on_the_device(
     inside.gives("mptk.protocols.execution.find_device", torch.device("cuda", 1))
     inside.around("mptk.ort.roofline.torch.ones", lambda ones, n, device: torch.zeros(n))
     inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.bound("mptk.ort.bench.ROUND_S", 0.0)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS))
     table = tmp_path / "bench.md"

@@ -339,8 +339,8 @@ def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, insid
 def test_decoding_with_positions_that_are_one_too_far(lab: Lab, inside: Inside, from_position: int, stage: str) -> None:
     """Also if they are so from the window on alone."""
 
-    def shifted(feeds: Callable[..., Any], self: OrtDecoder, ids: Any, mask: Any, cache: Any) -> Any:
-        given = feeds(self, ids, mask, cache)
+    def shifted(feeds: Callable[..., Any], self: OrtDecoder, ids: Any, mask: Any, cache: Any, positions: Any) -> Any:
+        given = feeds(self, ids, mask, cache, positions)
         if cache.length >= from_position:
             positions = given["position_ids"].numpy() + 1
             given["position_ids"] = type(given["position_ids"]).ortvalue_from_numpy(positions)

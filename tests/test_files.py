@@ -39,7 +39,6 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
-        "mptk/reading.py",
         "mptk/files/replace.py",
         "mptk/files/staging.py",
         "mptk/reading.py",

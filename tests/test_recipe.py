@@ -50,8 +50,11 @@ OTHER = api.Settings(
 
 
 @pytest.fixture
-def asked(inside: Inside) -> list[Any]:
-    """Collects what `prune` is asked for, in place of a run."""
+def asked(inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects what `prune` is asked for, in place of a run, in a folder with the data that recipes here name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "a.txt", "b.txt"):
+        (tmp_path / name).touch()
     return inside.asked("mptk.api.pruned.prune")
 
 

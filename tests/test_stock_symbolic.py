@@ -39,6 +39,11 @@ class Toy(PreTrainedModel):
         return self.up(values).view(-1, 2, self.part)
 
 
+def toy(inner: Callable[[ToyConfig], int]) -> type[Toy]:
+    """A class of its own, as what is known of a class is kept."""
+    return type("Toy", (Toy,), {"inner": staticmethod(inner)})
+
+
 class HeadsConfig(PreTrainedConfig):
     model_type = "heads"
     channels: int = 12
@@ -99,9 +104,9 @@ def test_what_a_class_decides_by_a_size_is_found_by_a_build(monkeypatch: pytest.
     assert spec.discover().refusals == {"half": refusal}
 
 
-def test_a_number_that_cannot_be_a_symbol_stays_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half))
-    spec = Spec(Toy(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
+def test_a_number_that_cannot_be_a_symbol_stays_a_number() -> None:
+    kind = toy(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half)
+    spec = Spec(kind(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert changed(stock.config({"half": 4})) == {"half": 4}
 
@@ -120,7 +125,7 @@ def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
     assert spec.discover(forward=never).accepts({"half": 4}) is None, "the class before the cut does not run, either"
 
 
-def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None:
     """The class takes a half of three channels, but not of four, for six parts, which may be the channels."""
 
     def inner(config: ToyConfig) -> int:
@@ -128,27 +133,27 @@ def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is(monkeypat
             raise ValueError("no whole parts")
         return 2 * config.half
 
-    monkeypatch.setattr(Toy, "inner", staticmethod(inner))
+    kind = toy(inner)
     for part, ok in ((6, False), (7, True)):
-        spec = Spec(Toy(ToyConfig(half=6, part=part)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
+        spec = Spec(kind(ToyConfig(half=6, part=part)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
         assert (spec.discover().accepts({"half": 3}) is None) == ok
 
 
-def test_a_width_that_the_class_rounds_is_refused_without_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: (config.half + 1) // 2 * 4))
-    spec = Spec(Toy(ToyConfig(half=6)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
+def test_a_width_that_the_class_rounds_is_refused_without_a_build() -> None:
+    kind = toy(lambda config: (config.half + 1) // 2 * 4)
+    spec = Spec(kind(ToyConfig(half=6)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert [width for width in range(1, 6) if stock.accepts({"half": width}) is None] == [2, 4]
 
 
-def test_a_class_that_takes_no_symbols_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
     def inner(config: ToyConfig) -> int:
         if type(config.width) is not int:
             raise TypeError("a plain number, please")
         return 2 * config.width
 
-    monkeypatch.setattr(Toy, "inner", staticmethod(inner))
-    spec = Spec(Toy(ToyConfig()), {"width": 12}, [2], {"up": ((2, "width"), "width")})
+    kind = toy(inner)
+    spec = Spec(kind(ToyConfig()), {"width": 12}, [2], {"up": ((2, "width"), "width")})
     refusal = refused(spec.discover().accepts({"width": 8}))
     assert refusal.kind == "constructor"
     assert refusal.reason == "TypeError: a plain number, please"

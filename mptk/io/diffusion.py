@@ -46,7 +46,7 @@ def library() -> ModuleType:
 
 
 class DiffusersConfig(PreTrainedConfig):
-    """The arguments of a diffusers class, with the defaults of those that its file leaves out, under their names."""
+    """The arguments of a diffusers class, with the defaults of arguments that its file leaves out, by name."""
 
     model_type = "diffusers"
 
@@ -202,7 +202,7 @@ def _is_known(package: object, diffusers: ModuleType) -> bool:
 
 
 def _listed(pipeline: Path) -> dict[str, list[Any]]:
-    """The parts of a pipeline, each with its package and class; not those that it does without."""
+    """The parts of a pipeline, each with its package and class, if it has the part."""
     said = read_object(pipeline / PIPELINE)
     return {name: value for name, value in said.items() if isinstance(value, list) and value[:1] != [None]}
 

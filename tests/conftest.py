@@ -45,7 +45,7 @@ def _same_numbers(request):
 
 
 def pytest_collection_finish():
-    """What the imports made stays: the garbage collector need not look through it again and again, nor often."""
+    """Keep the objects of the imports out of garbage collection, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -284,7 +284,7 @@ def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: li
 
 
 def environment(place: Path, *packages: str) -> Path:
-    """The Python of an environment with ``packages``, which come before those that the tests have."""
+    """Make an environment with ``packages`` and return its Python. What it lacks is imported from the tests' environment."""
     venv.create(place, with_pip=True)
     python, (own,) = place / "bin" / "python", place.glob("lib/python*/site-packages")
     (own / "tests.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})")

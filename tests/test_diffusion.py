@@ -320,6 +320,6 @@ def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_p
     finally:
         code.unlink()
     loaded.model.save_pretrained(tmp_path)
-    alone = load(str(tmp_path))
+    without_pipeline = load(str(tmp_path))
     with pytest.raises(MptkError, match="no part of a pipeline"):
-        recorded(alone, like, SELF, 1, 0, lambda done, total: None)
+        recorded(without_pipeline, like, SELF, 1, 0, lambda done, total: None)

@@ -58,8 +58,8 @@ SIZES = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in which the reader works, and a cache with tiny models in it.
 
-    Minutes choose two steps, not up to 200. Each graph's memory, which is measured in a new process, is that of no graph,
-    and a turn of ``bench`` is one run of it.
+    To be quick, ``--minutes`` chooses two steps instead of up to 200, ``bench`` runs each graph once a turn, and no process
+    is started to measure a graph's memory.
     """
     folder = tmp_path_factory.mktemp("reader")
     words, model = toys.tokenizer(), toys.llama(layers=1, **SIZES)

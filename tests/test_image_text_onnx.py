@@ -201,6 +201,19 @@ def test_a_vision_encoder_takes_several_images_of_any_size_at_once(model_type: s
         assert np.abs(found - expected.numpy()).max() < 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "model_type", ["smolvlm", "idefics3", "gemma3", "internvl", "aya_vision", "qwen2_vl", "qwen2_5_vl"]
+)
+def test_the_graphs_of_each_type_that_the_page_names_are_proven(model_type: str, tmp_path: Path) -> None:
+    tiny_model(PICTURED, model_type).model.save_pretrained(tmp_path / "dense")
+    asked = {**ASKED, "sparsity": 0.1, "tolerance": 0.1, "data": "random", "portable": False}
+    mptk.prune(str(tmp_path / "dense"), tmp_path / "out", **asked)
+    proven = [row for row in mptk.Report.read(tmp_path / "out").proof if row["stage"].startswith("ONNX Runtime")]
+    assert {row["stage"].removeprefix("ONNX Runtime ") for row in proven} >= {*STAGES}
+    assert all(row["ok"] for row in proven)
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str) -> None:
     model: Any = tiny_model(PICTURED, model_type).model

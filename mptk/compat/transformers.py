@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
 
 
 def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -36,6 +38,19 @@ def forget_source(config: PreTrainedConfig) -> None:
     The attribute has no public name, and no option turns it off.
     """
     vars(config).pop("_model_name_or_path", None)
+
+
+def gguf_config(gguf: Path) -> PreTrainedConfig:
+    """The config in a GGUF file's metadata, without the model's title and with rounded numbers.
+
+    GGUF stores float32: an epsilon of 1e-05 is read as 9.999999747378752e-06, and rounded to 1e-05 here.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    forget_source(config)
+    for name, value in vars(config).items():
+        if isinstance(value, float):
+            setattr(config, name, float(str(np.float32(value))))
+    return config
 
 
 def dequantize_gguf() -> dict[str, object]:

@@ -223,10 +223,11 @@ class Sharing:
 
 
 def sharing(batches: int) -> Sharing:
-    """The processes of this run, if there are enough ``batches`` for all; else each does everything.
+    """How the processes share ``batches``. If there are fewer batches than processes, each process does everything.
 
-    The same holds if weights are in shards (FSDP2): some work is then done only by the first process.
+    Each does so, too, if weights are in shards (FSDP2), since the first process then does some work by itself.
     """
     there = processes()
-    alone = shards() or there.num_processes > batches
-    return Sharing() if alone else Sharing(there.num_processes, there.process_index)
+    if shards() or batches < there.num_processes:
+        return Sharing()
+    return Sharing(there.num_processes, there.process_index)

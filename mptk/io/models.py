@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from gguf import GGUFReader
@@ -24,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.arguments import checked
-from mptk.compat.transformers import dequantize_gguf, forget_source
+from mptk.compat.transformers import dequantize_gguf, gguf_config
 from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
 from mptk.io.auto_classes import opener
@@ -171,7 +170,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     gguf = _gguf(model)
     if gguf is not None and not _converted(gguf).is_dir():
         with _explained(model):
-            return _gguf_config(gguf)
+            return gguf_config(gguf)
     folder = _checkpoint(model, weights=False)
     with _explained(model):
         config = _config(folder, trust_remote_code)
@@ -300,7 +299,7 @@ def _converted(source: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise ``gguf`` to float32 and save it as a checkpoint without traces of GGUF."""
     with _explained(str(gguf)):
-        config = _gguf_config(gguf)
+        config = gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
     options = {"gguf_file": gguf.name, **dequantize_gguf()}
     module = _from_pretrained(gguf.parent, str(gguf), config=config, dtype=torch.float32, **options)
@@ -316,19 +315,6 @@ def _gguf_licence(gguf: Path) -> str:
     with _explained(str(gguf)):
         field = GGUFReader(gguf).get_field("general.license")
         return "" if field is None else str(field.contents())
-
-
-def _gguf_config(gguf: Path) -> PreTrainedConfig:
-    """The config in a GGUF file's metadata, without the model's title and with rounded numbers.
-
-    GGUF stores float32: an epsilon of 1e-05 is read as 9.999999747378752e-06, and rounded to 1e-05 here.
-    """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    forget_source(config)
-    for name, value in vars(config).items():
-        if isinstance(value, float):
-            setattr(config, name, float(str(np.float32(value))))
-    return config
 
 
 def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:

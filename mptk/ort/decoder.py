@@ -179,7 +179,7 @@ class OrtDecoder:
         return {**values, **cache.values}
 
     def _read(self, tokens: TokensArray) -> TokensArray:
-        """TokensArray as the graph reads them."""
+        """The tokens as the graph reads them: ids, or their embeddings."""
         if tokens.ndim > 2:
             return tokens
         ids = tokens.astype(np.int64, copy=False)

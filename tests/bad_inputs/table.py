@@ -92,7 +92,7 @@ class Row:
 def rows(
     line: str, ends: Mapping[str, tuple[str, ...]], *prepare: Prepare, code: int = 1, done: bool = False
 ) -> list[Row]:
-    """A line with each of several ends → the words that it says. The name is that of the command, and the end."""
+    """A row for ``line`` with each of ``ends``: end → the words that the error has. The command and the end name the row."""
     named = {f"{line.split(' ')[0]} {end[:200]}".strip(): end for end in ends}
     return [Row(name, f"{line} {end}".strip(), ends[end], prepare, code, done) for name, end in named.items()]
 

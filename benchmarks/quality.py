@@ -1,7 +1,7 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens or at equal time.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--minutes 5]
+        [--minutes 5] [--model smollm2-135m]
         [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--batch 8] [--widths kv_groups=2,ffn=672]
         [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
@@ -52,6 +52,7 @@ ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor", "fisher")
 
 
 def settings(
+    model: str,
     method: str,
     sparsity: float,
     seed: int,
@@ -65,7 +66,11 @@ def settings(
     training = Training(seed=seed, save_every=40 * 8 // trains["batch"], lr=trains["lr"], batch=trains["batch"])
     steps = steps_of(tokens, training.batch) if minutes is None else None
     learning = Learning(
-        steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
+        steps=steps,
+        rank=trains["rank"],
+        training=training,
+        teacher="cached",
+        teacher_cache=str(work / f"teacher-{Path(model).name}"),
     )
     for share in (addition.removeprefix("share") for addition in additions if addition.startswith("share")):
         learning = replace(learning, mask_share=int(share) / 100)
@@ -85,7 +90,7 @@ def settings(
         learning=learning,
         resume=True,
     )
-    return replace(in_time(found, estimator(MODEL)), eval_windows=1, onnx=False)
+    return replace(in_time(found, estimator(model)), eval_windows=1, onnx=False)
 
 
 def steps_of(tokens: int, batch: int) -> int:
@@ -117,6 +122,7 @@ def score(values: dict[str, float]) -> tuple[float, float]:
 
 
 def row_of(
+    model: str,
     method: str,
     sparsity: float,
     seed: int,
@@ -128,11 +134,12 @@ def row_of(
     shape = [f"{family}{width}" for family, width in widths.items()]
     trained_by = [f"{name}{value}" for name, value in trains.items() if value is not None]
     sizes = [f"steps{chosen.steps}", f"samples{chosen.windows}"]
-    folder = work / "-".join(["row", method, str(sparsity), str(seed), *sizes, *shape, *trained_by])
+    folder = work / "-".join(["row", Path(model).name, method, str(sparsity), str(seed), *sizes, *shape, *trained_by])
     began, used = time.perf_counter(), time.process_time()
-    report = Report.read(folder) if folder.is_dir() else prune(MODEL, folder, chosen).report
+    report = Report.read(folder) if folder.is_dir() else prune(model, folder, chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
+        "model": model,
         "method": method,
         "sparsity": sparsity,
         "seed": seed,
@@ -155,6 +162,11 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
+def rows_of(file: Path, model: str) -> list[dict[str, Any]]:
+    """The file's rows of a model. Older rows name none: they are of ``MODEL``."""
+    return [row for row in rows_in(file) if row.get("model", MODEL) == model]
+
+
 def add(file: Path, row: dict[str, Any]) -> None:
     """Add a row to the file, which other processes may be filling."""
     with FileLock(f"{file}.lock"):
@@ -165,6 +177,7 @@ def main(
     train: Annotated[str, typer.Option(help="Files and folders of training text, comma-separated.")],
     wikitext: Annotated[str, typer.Option(help="WikiText-2 test.")],
     c4: Annotated[Path, typer.Option(help="C4 as JSON lines: the last documents are not trained on.")],
+    model: Annotated[str, typer.Option(help="What is pruned.")] = MODEL,
     tokens: int = 500_000,
     minutes: Annotated[float | None, typer.Option(help="Time of each run, as estimated, instead of --tokens.")] = None,
     sparsities: str = "0.2,0.3,0.5",
@@ -190,9 +203,9 @@ def main(
     _, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
     texts = {"wikitext2": wikitext, "c4": str(held_out)}
     zero = {"tasks": [task for task in tasks.split(",") if task], "include_path": include_path, "limit": limit}
-    if not any(r["method"] == "dense" for r in rows_in(json_file)):
-        dense = {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
-        add(json_file, {**dense, **measure(MODEL, texts, windows, zero)})
+    if not any(r["method"] == "dense" for r in rows_of(json_file, model)):
+        dense = {"model": model, "method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
+        add(json_file, {**dense, **measure(model, texts, windows, zero)})
     trains = {"rank": rank, "lr": lr, "batch": batch}
     learning = Learning(rank=rank, training=Training(lr=lr)).of_recovery(frozen=False)
     counted = steps_of(tokens, batch) * batch * Settings.length
@@ -202,7 +215,7 @@ def main(
             for method in methods.split(","):
                 rows = [
                     r
-                    for r in rows_in(json_file)
+                    for r in rows_of(json_file, model)
                     if (r["sparsity"], r["seed"], r.get("allowed")) == (sparsity, seed, minutes)
                     and (r["tokens"] == counted or minutes is not None)
                     and (r.get("rank"), r.get("lr"), r.get("batch", 8)) == (*recovery, batch)
@@ -210,15 +223,15 @@ def main(
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any((r["method"], r["given"]) == (method, given) for r in rows):
                     continue
-                chosen = settings(method, sparsity, seed, counted, work, given, trains, minutes)
-                row, folder = row_of(method, sparsity, seed, work, given, trains, chosen)
+                chosen = settings(model, method, sparsity, seed, counted, work, given, trains, minutes)
+                row, folder = row_of(model, method, sparsity, seed, work, given, trains, chosen)
                 row |= measure(str(folder), texts, windows, zero)
                 shutil.rmtree(folder)
                 print(row, flush=True)
                 add(json_file, row)
-    print(table(rows_in(json_file)))
+    print(table(rows_of(json_file, model)))
     if plot is not None:
-        draw(rows_in(json_file), plot)
+        draw(rows_of(json_file, model), plot)
 
 
 def given_widths(method: str, rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -41,16 +41,16 @@ def settings_of(row: dict[str, Any]) -> Settings:
 def main(
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality_all_weights.json"),
 ) -> None:
-    needs = estimator(MODEL)
     print(f"minutes at {this_machine().flops / 1e9:.0f} GFLOP/s in a matrix product")
-    print("| removed | minutes | tokens | windows | method | seed | widths | WikiText-2 | C4 |")
-    print("|---:|---:|---:|---:|---|---:|---|---:|---:|")
+    print("| model | removed | minutes | tokens | windows | method | seed | widths | WikiText-2 | C4 |")
+    print("|---|---:|---:|---:|---:|---|---:|---|---:|---:|")
     rows = [row for row in rows_in(json_file) if row["method"] != "dense"]
-    times = [sum(needs(settings_of(row)).seconds.values()) / 60 for row in rows]
+    needs = {model: estimator(model) for model in {row.get("model", MODEL) for row in rows}}
+    times = [sum(needs[row.get("model", MODEL)](settings_of(row)).seconds.values()) / 60 for row in rows]
     for minutes, row in sorted(zip(times, rows, strict=True), key=lambda pair: (pair[1]["sparsity"], pair[0])):
         widths = ", ".join(f"{name} {width}" for name, width in row["widths"].items())
         print(
-            f"| {row['sparsity']:.0%} | {minutes:.1f} | {row['tokens']:,} | {row.get('samples', SAMPLES)} "
+            f"| {row.get('model', MODEL)} | {row['sparsity']:.0%} | {minutes:.1f} | {row['tokens']:,} | {row.get('samples', SAMPLES)} "
             f"| {row['method']} | {row['seed']} | {widths} | {row['wikitext2']:.1f} | {row['c4']:.1f} |"
         )
 

@@ -36,7 +36,6 @@ def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) ->
 def place(tmp_path: Path, inside: Inside) -> Path:
     """A folder with the text of a benchmark of a toy model."""
     toys.saved(toys.llama(max_position_embeddings=600), tmp_path / "dense")
-    inside.bound("benchmarks.quality.MODEL", str(tmp_path / "dense"))
     text = "the quick brown fox jumps over a lazy dog. " * 40
     (tmp_path / "train.txt").write_text(text * 40)
     (tmp_path / "wiki.test.raw").write_text(text * 10)
@@ -51,6 +50,7 @@ def rows(place: Path, methods: str, widths: str = "", tokens: int = 0) -> list[d
         train=str(place / "train.txt"),
         wikitext=str(place / "wiki.test.raw"),
         c4=place / "c4.jsonl",
+        model=str(place / "dense"),
         tokens=tokens,
         sparsities="0.357",
         methods=methods,

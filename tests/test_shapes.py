@@ -27,6 +27,7 @@ from mptk import MptkError
 from mptk.cli.main import app
 from mptk.methods.division.search import finalists, rungs
 from mptk.methods.maskprune.learner import Learner
+from mptk.protocols.chain import Chosen
 from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
 from mptk.reading import made
 
@@ -292,9 +293,24 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
         mptk.Report.read(folder)
 
 
-def test_maskprune_learns_units_at_the_widths_of_the_best_shape(llama: str, settings: mptk.Settings) -> None:
-    asked = {"method": "maskprune", "steps": 5, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
+def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings, inside: Inside) -> None:
+    """Each trial learns the units that a run of as many steps learns at these widths, and the best shape is cut."""
+    asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
+    asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
+    scored = inside.calls("mptk.methods.maskprune.learner.Learner._saliency")
+    plans: list[mptk.Plan] = []
+
+    def noted(learn: Callable[..., Chosen], *given: object) -> Chosen:
+        plans.append((chosen := learn(*given)).plan)
+        return chosen
+
+    inside.around("mptk.methods.maskprune.learner.Learner.learn", noted)
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
+    first, second, last = plans
+    assert first != second
+    assert last in (first, second)
+    assert len(scored) == 1  # what is scored before training depends on no widths
+    assert [rung["tokens"] for shape in found.report.search["shapes"] for rung in shape["rungs"]] == [192, 192]
     best = found.report.search["shapes"][0]["widths"]
     assert "layers" in best
     assert {name: report_width(found.report, name) for name in best} == best

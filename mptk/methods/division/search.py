@@ -4,9 +4,10 @@
    units are chosen, masked and fitted in closed form; losses are measured on samples that no fit used.
 2. Good and different candidates are trained for a while, the better half for twice as long, and so on: successive
    halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best division
-   (``docs/shapes.md``), so this decides. A shape continues from its weights of the previous rung, with new text and a
-   learning rate that falls from its peak again. If a rung makes it worse on the held-out samples, the earlier weights
-   and loss stay.
+   (``docs/shapes.md``), so this decides. A method that learns begins with a short mask phase of its own at the shape's
+   widths, so its first rung is a short run of the method itself. A shape continues from its weights of the previous
+   rung, with new text and a learning rate that falls from its peak again. If a rung makes it worse on the held-out
+   samples, the earlier weights and loss stay.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
+from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import losses
 from mptk.methods.division.trials import Trials
 from mptk.methods.maskprune.learner import Learner, memory, start_training
+from mptk.methods.reconstruct import reconstruct_consumers
 from mptk.progress import Progress, silent
-from mptk.protocols.chain import Compiled, Prepared
+from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import damaged, read_as
+from mptk.staged.spool import Spool
 from passes.targets.legalize import Candidate, describe
 
 JUDGED = 8
@@ -86,6 +90,8 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
         return {}
     measured = s.search_shapes * 2 * kept * judged(s.windows) * s.length
     fits = s.search_shapes * sizes.fit * bool(s.reconstruct)
+    learns = find_method(s.method).learns and s.trial_tokens > 0
+    fits += s.search_finalists * sizes.fit * learns
     trains = memory(s, sizes, kept) if s.trial_tokens else 0
     return {
         "shapes": Pass(s.windows * s.length + measured, s.length, flops=fits),
@@ -113,13 +119,19 @@ def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
             f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch"
         )
-    return [(count, (tokens << rung) // least) for rung, count in enumerate(alive)]
+    return [(count, (tokens * least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]
 
 
 def least_tokens(settings: Settings, shapes: int | None = None) -> int:
-    """Tokens with which the first rung has one step for each of its shapes. ``shapes``: the number of all shapes."""
+    """Tokens with which the first rung has ``least_steps`` for each of its shapes. ``shapes``: the number of all."""
     alive = _alive(settings, settings.search_finalists if shapes is None else shapes)
-    return sum(n << rung for rung, n in enumerate(alive)) * settings.learning.training.batch * settings.length
+    steps = sum(n << rung for rung, n in enumerate(alive)) * least_steps(settings)
+    return steps * settings.learning.training.batch * settings.length
+
+
+def least_steps(settings: Settings) -> int:
+    """Fewest steps of a shape in the first rung: one, or two of masks and one of recovery."""
+    return 3 if find_method(settings.method).learns else 1
 
 
 def _alive(settings: Settings, shapes: int) -> list[int]:
@@ -226,7 +238,7 @@ class Search(Trials):
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
         """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""
         if number not in self.compiled:
-            chosen, calibration = self.chosen(shape.widths), self.sets.calibration
+            chosen, calibration = self.units(number, say), self.sets.calibration
             self.compiled[number] = compile_plan(self.prepared, chosen, calibration, Context(Log(), silent))
         compiled, sets, learning = self.compiled[number], self.sets, self.learning
         before = self.folder.tensors(_name(number, rung - 1)) or {}
@@ -234,7 +246,9 @@ class Search(Trials):
         place = RunFolder(self.folder.path / _name(number, rung), {}, resume=True)
         learner = Learner(self.accelerator, self.prepared, sets.training, learning, place, say)
         seen, positions = shape.rungs[-1].tokens if shape.rungs else 0, sets.training.positions
-        found = learner.recover(small, steps, sets.proof, seen // positions)
+        taken = 0 if shape.rungs else compiled.chosen.steps
+        used = seen // positions + taken * learning.training.batch
+        found = learner.recover(small, steps - taken, sets.proof, used)
         assert found is not None
         weights, aliases = {**before, **found.weights}, compiled.program.aliases
         named = Weights({aliases.get(name, name): weight for name, weight in weights.items()})
@@ -244,6 +258,28 @@ class Search(Trials):
             self.folder.save(_name(number, rung), weights)
         place.remove()
         return replace(shape, rungs=(*shape.rungs, Rung(seen + steps * learning.training.batch * positions, loss)))
+
+    def units(self, number: int, say: Progress) -> Chosen:
+        """The units of a shape that is trained: learned in a short phase of masks, if the method learns, and fitted.
+
+        ``folder`` keeps the phase, so that a resumed search does not repeat it.
+        """
+        p, name, calibration = self.prepared, _name(number, 0), self.sets.calibration
+        if not p.method.learns:
+            return self.chosen(p.candidates[number].widths)
+        learning = replace(p.settings.learning, steps=rungs(p.settings, len(p.candidates))[0][1])
+        own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
+        place = RunFolder(self.folder.path / f"{name}-masks", {}, resume=True)
+        masks = replace(learning.of_masks(), tracker="none")
+        learner = Learner(self.accelerator, own, self.sets.training, masks, place, say, scored=self.folder)
+        chosen, spool = learner.learn(self.sets), Spool(p.executor.borders)
+        for weight, value in chosen.changes.items():
+            spool.add(weight, value)
+        if self.products is None:
+            return replace(chosen, changes=spool.weights)
+        sites, cut = [site for site in own.mask_sites if site.family in chosen.plan.families], chosen.cut
+        fitted = reconstruct_consumers(p.analysis, sites, cut, spool.weights, calibration, None, p.calibrator)
+        return replace(chosen, changes=fitted)
 
     def dense(self) -> Shape:
         """The dense model as a shape, for comparison."""

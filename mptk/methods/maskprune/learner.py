@@ -38,7 +38,7 @@ from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.run_folder import TRACKER, RunFolder
+from mptk.protocols.run_folder import TRACKER, RunFolder, kept
 from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
@@ -46,6 +46,10 @@ from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
 """Seconds for each layer to make and place the models that are trained, and to store what they start with."""
+
+
+SALIENCY = "saliency"
+"""Name of the scores from before training in the folder of an unfinished run."""
 
 
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
@@ -108,7 +112,8 @@ class Learner:
             need values only in the first process, which sends them to the others.
         samples: the training samples.
         settings: ``Learning.of_masks`` or ``of_recovery``.
-        folder: keeps checkpoints.
+        folder: keeps checkpoints. scored: keeps the scores from before training, which depend on no width; by default
+            that is ``folder``, too.
     """
 
     accelerator: Accelerator
@@ -117,6 +122,7 @@ class Learner:
     settings: Learning
     folder: RunFolder
     progress: Progress
+    scored: RunFolder | None = None
 
     @property
     def rank(self) -> int:
@@ -149,12 +155,10 @@ class Learner:
 
     def _learned(self, sets: SampleSets) -> Chosen:
         prepared, analysis = self.prepared, self.prepared.analysis
-        begins = self.folder.latest("masks") is None
-        prior = self._prior(sets.calibration) if begins else {}
         student, masks, solver, loop = self.begin()
-        if begins:
-            solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
-            self._saliency(student, solver, sets.calibration)
+        if self.folder.latest("masks") is None:
+            before = partial(self._scores, student, solver, sets.calibration)
+            solver.load(kept(self.scored or self.folder, SALIENCY, before))
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         scores = {family: solver.scores(family).cpu() for family in widths}
@@ -205,6 +209,12 @@ class Learner:
         extra = (solver.state, solver.load)
         loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
+
+    def _scores(self, student: PeftModel, solver: Solver, calibration: Samples) -> dict[str, Tensor]:
+        """The state of the solver before any training: with the prior and the saliency."""
+        solver.prior = {family: values.to(solver.device) for family, values in self._prior(calibration).items()}
+        self._saliency(student, solver, calibration)
+        return solver.state()
 
     def _prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""

@@ -25,7 +25,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB, Recipe, recipes, tiny_config
+from benchmarks.tiny_config import tiny_config
+from benchmarks.tiny_recipe import Recipe, recipes
+from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB
 from benchmarks.tiny_weights import calibrate, randomise
 from mptk.ir.samples import Samples
 from mptk.tasks.image_text import ImageText
@@ -252,13 +254,17 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         inputs[model.main_input_name] = torch.randn(shape, generator=generator)
     if "spatial_shapes" in accepted:
         inputs |= _patches(config.vision_config, generator)
-    elif mapping not in ("causal-lm", "masked-lm", "seq2seq") and "pixel_values" in accepted:
+    elif mapping not in ("causal-lm", "masked-lm", "seq2seq") and {"pixel_values", "pixel_values_videos"} & set(
+        accepted
+    ):
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", STAGED_IMAGE)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(vision, "num_channels", 3)
-        frames = [config.num_frames] if mapping == "video-classification" else []
-        inputs["pixel_values"] = torch.randn(BATCH, *frames, channels, height, width, generator=generator)
+        length = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+        frames = [length] if mapping == "video-classification" else []
+        name = "pixel_values_videos" if "pixel_values_videos" in accepted else "pixel_values"
+        inputs[name] = torch.randn(BATCH, *frames, channels, height, width, generator=generator)
         if "input_ids" in inputs:
             inputs["input_ids"][:, :IMAGE_TOKENS] = config.image_token_index
     return inputs

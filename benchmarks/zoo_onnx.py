@@ -23,8 +23,8 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.tiny_models import model_types, tiny_model
+from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, difference, saved_rows, sweep
 from benchmarks.zoo_plans import draw, legal_width
 from mptk.ir.families import Analysis

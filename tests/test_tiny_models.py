@@ -15,8 +15,10 @@ from inside import Inside
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.tiny_config import Recipe, recipes, role, tiny_config
+from benchmarks.tiny_config import tiny_config
 from benchmarks.tiny_models import BATCH, LABELS, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
+from benchmarks.tiny_recipe import Recipe, recipes
+from benchmarks.tiny_roles import role
 
 
 def test_every_type_of_the_mappings_is_listed() -> None:

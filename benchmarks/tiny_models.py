@@ -29,9 +29,12 @@ from benchmarks.tiny_config import tiny_config
 from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB
 from benchmarks.tiny_weights import calibrate, randomise
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, joined
+from mptk.tasks.dual_encoder import gives
+from mptk.tasks.dual_encoder_form import EMBEDS
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.inputs.image_text import with_images
+from mptk.tasks.inputs.pairs import Pairs, ended
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -39,6 +42,11 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
     "image-text-to-text": dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    "zero-shot-image-classification": {
+        **modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "aimv2": "Aimv2Model",
+        "groupvit": "GroupViTModel",
+    },
     "ctc": dict(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
     "semantic-segmentation": dict(modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
     "depth-estimation": dict(modeling_auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
@@ -48,7 +56,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "patchtsmixer": "PatchTSMixerForPrediction",
     },
 }
-PICTURED = "image-text-to-text"
+PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"
 BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
 FRAMES, WAVE = 48, 6400
 MAX_PARAMETERS = 5_000_000
@@ -93,6 +101,15 @@ class Logits(nn.Module):
         if isinstance(logits, torch.Tensor):
             return logits
         return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+
+class Embeddings(Logits):
+    """Returns the embeddings of texts and images in one row."""
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tensors in the order of `names`."""
+        out = self.model(**dict(zip(self.names, tensors, strict=True)))
+        return joined([out[name] for name in EMBEDS])
 
 
 def model_types(mapping: str) -> list[str]:
@@ -184,6 +201,8 @@ def _attempt(
 
 def _wrapper(mapping: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Module:
     names = tuple(inputs)
+    if mapping == PAIRED and gives(type(model)):
+        return Embeddings(model, names)
     return ImageText().wrapped(model, Samples(inputs))(model, names) if mapping == PICTURED else Logits(model, names)
 
 
@@ -225,6 +244,9 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         return with_images(
             model, torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator), generator
         )
+    if mapping == PAIRED and gives(type(model)):
+        ids = torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator)
+        return Pairs().example(model) | {"input_ids": ended(model, ids)}
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     rows = BATCH * getattr(config, "num_codebooks", 1)

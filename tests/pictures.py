@@ -1,4 +1,4 @@
-"""A tiny LLaVA and a tiny Qwen2-VL with their processors, and pictures with captions."""
+"""A tiny LLaVA, a tiny Qwen2-VL and a tiny CLIP with their processors, and pictures with captions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -69,6 +72,46 @@ def processor(additional: int = 1) -> LlavaProcessor:
         num_additional_image_tokens=additional,
         vision_feature_select_strategy="default",
     )
+
+
+START, END = 16, 17
+"""The tokens around a text of ``clip_processor``."""
+
+
+def clip() -> CLIPModel:
+    """Text: hidden 40, 5 heads, ffn 72, 2 layers. Vision: hidden 48, 4 heads, ffn 80, 3 layers. Embeddings of 28."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(WORDS) + 2,
+        "hidden_size": 40,
+        "num_attention_heads": 5,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 20,
+        "bos_token_id": START,
+        "eos_token_id": END,
+    }
+    vision = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=28)).eval()
+
+
+def clip_processor() -> CLIPProcessor:
+    words = {**{word: i for i, word in enumerate(WORDS)}, "<s>": START, "</s>": END}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("<s>", START), ("</s>", END)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=20, **special)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return CLIPProcessor(images, made)
 
 
 TEMPLATE = (

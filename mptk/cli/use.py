@@ -214,10 +214,12 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
 
 
 def quality_view(found: Mapping[str, object]) -> Text:
-    """Print the quality of models, with metric and protocol."""
+    """The quality of models, with metric, protocol and further figures."""
+    from mptk.report.sections import further_figures
+
     values = [(name, value) for name, value in found.items() if isinstance(value, float)]
     said = ", ".join(f"{value:.4f} {name}" for name, value in values)
-    return Text(f"{found['metric']} {said}  ({found['protocol']})")
+    return Text("\n".join([f"{found['metric']} {said}  ({found['protocol']})", *further_figures(found)]))
 
 
 @command(examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))

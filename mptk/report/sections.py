@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, duration, size_text
@@ -123,6 +124,16 @@ def quality(report: Report) -> list[Table | str]:
     return [
         Table("lrrrr", ["model", Name(found["metric"]), "change", "size", "change"], said),
         Name(f"{found['metric']}: {found['protocol']}"),
+        *further_figures(found),
+    ]
+
+
+def further_figures(found: Mapping[str, Any]) -> list[str]:
+    """A line for each figure beside the metric: its value for each model."""
+    return [
+        Name(f"{name}: {', '.join(f'{figure(value)} {model}' for model, value in values.items())}")
+        for name, values in found.items()
+        if isinstance(values, Mapping)
     ]
 
 

@@ -17,6 +17,7 @@ from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
 from mptk.tasks.diffusion import AUTOENCODING, DENOISING
+from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
@@ -27,7 +28,17 @@ CAUSAL_LM = CausalLM()
 HEAD_TASKS: tuple[Task, ...] = (Classifier(), TOKEN_CLASSES, CTC, SEGMENTATION, ANSWERS, DETECTION, DEPTH, FORECASTS)
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (ImageText(), CAUSAL_LM, Seq2Seq(), MaskedLM(), *HEAD_TASKS, Encoder(), DENOISING, AUTOENCODING)
+    for task in (
+        ImageText(),
+        CAUSAL_LM,
+        Seq2Seq(),
+        MaskedLM(),
+        *HEAD_TASKS,
+        DUAL_ENCODER,
+        Encoder(),
+        DENOISING,
+        AUTOENCODING,
+    )
 }
 
 

@@ -34,6 +34,11 @@ class Chat:
     images: list[Path]
     where: str
 
+    @property
+    def caption(self) -> str:
+        """The texts of all turns."""
+        return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
+
     def text(self, processor: Any) -> str:
         """The chat as the processor's template writes it; without one its texts, after the token of each image."""
         if getattr(processor, "chat_template", None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, accepted, prepro
 
 IMAGE_SIZE, IMAGE_CHANNELS = 224, 3
 """Size of an image if neither processor nor config says one."""
+SHAPES = "spatial_shapes"
+"""The input with the height and the width of each image in patches, of classes that read patches."""
 
 
 class Images(FileInputs):
@@ -27,6 +31,8 @@ class Images(FileInputs):
 
     def example(self, model: nn.Module) -> Named:
         vision = getattr(model.config, "vision_config", model.config)
+        if SHAPES in inspect.signature(model.forward).parameters:
+            return patches(vision)
         size = getattr(vision, "image_size", None) or IMAGE_SIZE
         channels = getattr(vision, "num_channels", None) or IMAGE_CHANNELS
         height, width = size if isinstance(size, Sequence) else (size, size)
@@ -52,6 +58,18 @@ class Images(FileInputs):
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
             raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
         return {name: torch.cat([one[name] for one in made]) for name in names}
+
+
+def patches(vision: Any) -> Named:
+    """Square images of normal noise as patches float32 [n, patches, numbers], a mask, and their shapes int64 [n, 2]."""
+    side = math.isqrt(vision.num_patches)
+    width = vision.num_channels * vision.patch_size**2
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.randn(EXAMPLES, side * side, width, generator=generator),
+        "pixel_attention_mask": torch.ones(EXAMPLES, side * side, dtype=torch.int64),
+        SHAPES: torch.full((EXAMPLES, 2), side),
+    }
 
 
 def open_image(path: Path) -> Any:

@@ -1,0 +1,247 @@
+"""Dual encoders (CLIP, SigLIP), from a folder of captions to a proven smaller folder and its graph.
+
+It reaches for mptk.tasks: what captions become, what the quality is, and which classes are of this kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from pictures import COLOURS, clip, clip_processor, write_captions, write_chats
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    Blip2ForImageTextRetrieval,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    GroupViTModel,
+    OwlViTForObjectDetection,
+    SiglipConfig,
+    SiglipModel,
+)
+from typer.testing import CliRunner
+
+import mptk
+from benchmarks.tiny_models import PAIRED, tiny_model
+from mptk import MptkError, Samples, Settings
+from mptk.cli.main import app
+from mptk.io.models import Loaded, load
+from mptk.progress import Count, silent
+from mptk.protocols.values import SampleSets
+from mptk.tasks import task_of
+from mptk.tasks.dual_encoder import DUAL_ENCODER
+from mptk.tasks.inputs.pairs import encoded
+
+ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
+EMBEDS, LOGITS = ["text_embeds", "image_embeds"], ["logits_per_image", "logits_per_text"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``clip``, ``pictures`` and ``chats.jsonl``."""
+    root = tmp_path_factory.mktemp("pairs")
+    clip().save_pretrained(root / "clip")
+    clip_processor().save_pretrained(root / "clip")
+    write_captions(root / "pictures")
+    write_chats(root / "chats.jsonl", root / "pictures")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pruned(world: Path) -> Path:
+    """The model with a smaller vision tower."""
+    asked = {**ASKED, "data": str(world / "pictures"), "families": ("vision_tower",), "quantize": ("fp16",)}
+    mptk.prune(str(world / "clip"), world / "out", **asked)
+    return world / "out"
+
+
+def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(world: Path, pruned: Path) -> None:
+    report = mptk.Report.read(pruned)
+    assert report.task == "dual-encoder"
+    small = AutoModel.from_pretrained(pruned)
+    assert type(small) is CLIPModel
+    assert small.config.vision_config.intermediate_size < 80
+    assert small.config.text_config.intermediate_size == 72
+    assert torch.equal(small.logit_scale, clip().logit_scale)
+    stages = [row["stage"] for row in report.proof]
+    assert stages[3:6] == ["reloaded checkpoint", "ONNX Runtime", "ONNX Runtime padded"]
+    assert [d.stage for d in mptk.verify(pruned)] == stages
+    measured = mptk.evaluate(pruned, str(world / "pictures"), windows=6)
+    assert measured["pruned"] == pytest.approx(report.quality["pruned"], abs=1e-5)
+    assert measured["dense"] == 1
+
+
+def test_captions_are_padded_as_the_processor_pads_them(world: Path) -> None:
+    """And the tokenizer that was read with is not changed: the folder gets its file."""
+    loaded = load(str(world / "clip"))
+    found = task_of(loaded).evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
+    texts = [f"is a all {colour}" for colour in COLOURS]
+    pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
+    expected = clip_processor()(text=texts, images=pictures, padding=True, return_tensors="pt")
+    assert {*found} == {*expected}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    before = json.loads((world / "clip" / "tokenizer.json").read_text())
+    loaded.tokenizer.save_pretrained(world / "again")  # type: ignore[union-attr]
+    assert json.loads((world / "again" / "tokenizer.json").read_text()) == before
+
+
+def test_a_tokenizer_without_a_mask_fills_captions_up() -> None:
+    """SigLIP reads its padding as text, and was trained on texts of one length."""
+    tokenizer = clip_processor().tokenizer
+    with_mask = encoded(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
+    assert with_mask["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    tokenizer.model_input_names = ["input_ids"]
+    filled = encoded(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
+    assert filled["input_ids"].shape == (2, 12)
+    assert filled["attention_mask"].min() == 1
+
+
+def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
+    """The second image moves: its cosine with the dense model's becomes 0.6, and another text is nearest."""
+    texts = torch.eye(3)
+    images, moved = torch.eye(3) + 0.1, torch.eye(3) + 0.1
+    moved[1] = torch.tensor([0.9, 0.3, 0.0])
+    outputs = {"dense": (texts, images), "pruned": (2 * texts, moved)}
+
+    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Any]]:
+        for i in range(len(batches)):
+            for name, each in outputs.items():
+                yield name, i, tuple(x[i : i + 1] for x in each)
+
+    samples = Samples({"input_ids": torch.zeros(3, 4).long()})
+    found = DUAL_ENCODER.quality(runs, SampleSets(samples, samples, samples, "pictures"), silent)
+    assert found["retrieval"] == {"dense": 1.0, "pruned": round(2 / 3, 6)}
+    apart = float(F.cosine_similarity(images[1], moved[1], dim=0))
+    assert found["pruned"] == pytest.approx((5 + apart) / 6, abs=1e-5)
+
+
+def test_eval_and_report_show_the_retrieval(world: Path, pruned: Path) -> None:
+    for words in (["report", str(pruned)], ["eval", str(pruned), "--data", str(world / "pictures")]):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert "retrieval: 1.0000 dense, 1.0000 pruned" in result.output
+
+
+def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world: Path, pruned: Path) -> None:
+    """As transformers gives them, in optimum's names, with padded texts."""
+    graph = ort.InferenceSession(pruned / "onnx" / "model.onnx")
+    assert {x.name: x.shape for x in graph.get_inputs()} == {
+        "input_ids": ["text_batch_size", "sequence_length"],
+        "attention_mask": ["text_batch_size", "sequence_length"],
+        "pixel_values": ["image_batch_size", 3, 32, 32],
+    }
+    assert [x.name for x in graph.get_outputs()] == [*LOGITS, *EMBEDS]
+    texts = ["a picture that is all red", "a", "grey picture"]
+    for colours in (["red"], ["red", "blue", "white", "black"]):
+        images = [Image.open(world / "pictures" / f"{colour}.png") for colour in colours]
+        asked = AutoProcessor.from_pretrained(pruned)(text=texts, images=images, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = AutoModel.from_pretrained(pruned)(**asked)
+        found = graph.run(None, {name: x.numpy() for name, x in asked.items()})
+        for name, x in zip([*LOGITS, *EMBEDS], found, strict=True):
+            assert np.abs(x - expected[name].numpy()).max() < 1e-5 * float(expected[name].abs().max()), name
+
+
+def siglip() -> SiglipModel:
+    """Text: hidden 40, 5 heads, ffn 72. Vision: hidden 48, 4 heads, ffn 80. It reads padding as text."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 72, "hidden_size": 40, "num_attention_heads": 5}
+    text = {**sizes, "vocab_size": 30, "max_position_embeddings": 20, "projection_size": 48}
+    vision = {**sizes, "hidden_size": 48, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 1}
+    return SiglipModel(SiglipConfig(text_config={**text, **ends}, vision_config=vision)).eval()
+
+
+def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path: Path, pruned: Path) -> None:
+    siglip().save_pretrained(tmp_path / "siglip")
+    mptk.prune(str(tmp_path / "siglip"), tmp_path / "out", **ASKED, data="random", families=("text_tower",))
+    said = [folder / "onnx" / "model.onnx" for folder in (tmp_path / "out", pruned)]
+    keys = ["padding_token" in ort.InferenceSession(file).get_modelmeta().custom_metadata_map for file in said]
+    assert keys == [False, True]
+    report = mptk.Report.read(tmp_path / "out")
+    assert [row["stage"] for row in report.proof][-1] == "ONNX Runtime"
+    assert any(note.startswith("padding changes what the model computes") for note in report.notes)
+
+
+def test_images_come_as_patches_if_the_class_reads_these() -> None:
+    """SigLIP 2: images of any shape, in a sequence of patches with a mask."""
+    model: Any = tiny_model(PAIRED, "siglip2").model
+    example = DUAL_ENCODER.example(model).inputs
+    assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
+    found = DUAL_ENCODER.output(model, Samples(example))
+    assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
+
+
+def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["analyze", str(world / "clip"), "--json", str(tmp_path / "a.json"), "-q"])
+    assert result.exit_code == 0, result.output
+    parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
+    model = clip()
+    assert parts["vision_tower"]["parameters"] == sum(p.numel() for p in model.vision_model.parameters())
+    assert parts["text_tower"]["parameters"] == sum(p.numel() for p in model.text_model.parameters())
+    assert {"ffn.1", "text_model_layers"} <= set(parts["text_tower"]["families"])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "taken"),
+    [
+        (CLIPModel, True),
+        (GroupViTModel, True),
+        (CLIPTextModelWithProjection, False),
+        (OwlViTForObjectDetection, False),
+        (Blip2ForImageTextRetrieval, False),
+    ],
+)
+def test_a_class_is_taken_by_what_it_gives(model_class: Any, taken: bool) -> None:
+    assert (DUAL_ENCODER.refusal(CLIPConfig(), {model_class}) is None) == taken
+
+
+def _itself(folder: Path) -> str:
+    return "self"
+
+
+def _two_images(folder: Path) -> str:
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "red"}]}]
+    images = [str(folder / "pictures" / f"{colour}.png") for colour in COLOURS[:2]]
+    (folder / "two.jsonl").write_text(json.dumps({"messages": turns, "images": images}))
+    return str(folder / "two.jsonl")
+
+
+def _no_pad(folder: Path) -> str:
+    file = folder / "clip" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+    return str(folder / "pictures")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (_itself, "this model cannot write text; give a folder of images with captions"),
+        (_two_images, "row 1 of .* has 2 images, and this model embeds one"),
+        (_no_pad, "does not take the captions: .*; give it a pad_token"),
+    ],
+)
+def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], str], line: str) -> None:
+    clip().save_pretrained(tmp_path / "clip")
+    clip_processor().save_pretrained(tmp_path / "clip")
+    write_captions(tmp_path / "pictures")
+    data = spoil(tmp_path)
+    loaded = load(str(tmp_path / "clip"))
+    with pytest.raises(MptkError, match=line):
+        task_of(loaded).samples(loaded, Settings(data=data), 6, lambda done, total: None)
+
+
+def test_blocks_of_a_graph_with_images_are_not_quantised(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match="int8 is for models that read only tokens, not images; use fp16"):
+        mptk.prune(str(world / "clip"), tmp_path / "out", **ASKED, data="random", quantize=("int8",))

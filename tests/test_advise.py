@@ -259,6 +259,13 @@ def test_without_a_perplexity_shares_are_of_the_change() -> None:
     cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
     found = trained(cuts, (0.4, {"a": figures(0.1)}))
     assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), 0.2)
+    noisy = trained(cuts, (0.4, {"a": figures(0.0, 0.1)}))
+    assert noisy.after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
+
+
+def test_a_module_of_no_class_is_not_trained() -> None:
+    with pytest.raises(MptkError, match="trains only transformers models; leave out calibrate"):
+        mptk.advise(torch.nn.Linear(4, 4), example_inputs=torch.ones(4, 4), calibrate=True, progress=None)
 
 
 def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path: Path) -> None:

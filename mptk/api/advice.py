@@ -74,7 +74,7 @@ def advise(
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
-            such keyword; or there is too little text.
+            such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
     check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
@@ -83,6 +83,8 @@ def advise(
         steps = chosen.steps or CALIBRATION_STEPS
         chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
     source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    if calibrate and source.plain:
+        raise MptkError("mptk trains only transformers models; leave out calibrate")
     said = partial(command, str(model)) if isinstance(model, str | Path) else None
     work = partial(_measured, said, sorted(set(sparsities)), tolerance)
     kept = scratch()

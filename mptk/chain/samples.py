@@ -86,11 +86,11 @@ def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets,
         MptkError: a source has fewer than two samples.
     """
     s, task, program = replace(prepared.settings, search=False), prepared.task, prepared.analysis.program
-    plain = replace(s.learning, steps=0)
-    both = replace(s, samples=wanted(s) + s.eval_windows, learning=plain)
+    total, plain = wanted(s, own=s.data == data.SELF), replace(s.learning, steps=0)
+    both = replace(s, samples=total + s.eval_windows, learning=plain)
     own = None if job.samples is None else job.samples(replace(prepared, settings=both)).training
     names = [IN_MEMORY] if own is not None else data.source_names(s.data)
-    count, fitted, held_out, measured = -(-wanted(s) // len(names)), [], list[Samples](), dict[str, Samples]()
+    count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
     with context.stage("calibration data"):
         for name in names:
             say = partial(context.progress, "calibration data")

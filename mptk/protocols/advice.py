@@ -189,7 +189,7 @@ class Advice:
         return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
 
     def _change(self, rise: float) -> float:
-        return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else rise
+        return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else max(rise, 0.0)
 
     @property
     def knee(self) -> Point | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk import MptkError
 from mptk.cli.main import app
-from mptk.protocols.advice import Advice, Figures, Point
+from mptk.protocols.advice import Advice, Figures, Point, Range, Recovery
 
 llama, prepared_once = test_shapes.llama, test_shapes.prepared_once
 FIT, MEASURED = 8, 4
@@ -204,3 +205,116 @@ def test_a_share_is_a_number_or_a_percentage(llama: str) -> None:
     run = CliRunner().invoke(app, ["advise", llama, "--sparsities", "0.1,half", "-q"])
     assert run.exit_code == 1
     assert "--sparsities half: write a share, as 0.3 or 30%" in str(run.exception)
+
+
+# ---- after training ----
+
+
+def trained(found: Advice, *rows: tuple[float, dict[str, Figures]]) -> Advice:
+    """The advice with cuts after training: sparsity → text → figures."""
+    cuts = {point.sparsity: point for point in found.division}
+    points = [replace(cuts[sparsity], texts=figures) for sparsity, figures in rows]
+    return replace(found, recovery=Recovery(16, 8192, tuple(points)))
+
+
+def nats(rise: float, error: float = 0.0) -> Figures:
+    """Figures of a rise of the loss. ``error``: of the rise."""
+    return Figures(1 + rise, rise, 0.9, math.expm1(rise), math.exp(rise) * error)
+
+
+RISES = {0.1: 0.1, 0.2: 0.2, 0.3: 0.4, 0.4: 0.8, 0.5: 1.6}
+
+
+def test_a_cut_between_two_trained_ones_gets_back_a_share_between_theirs() -> None:
+    found = trained(
+        advice(*((s, {"a": nats(r)}) for s, r in RISES.items())), (0.2, {"a": nats(0.15)}), (0.4, {"a": nats(0.4)})
+    )
+    shares = [found.given_back(point, "a") for point in found.recovery.points]
+    assert shares == pytest.approx([0.25, 0.5])
+    after = {point.sparsity: found.after(point, "a") for point in found.division}
+    rises = {s: (math.log1p(each.least), math.log1p(each.most)) for s, each in after.items()}
+    assert rises[0.2] == pytest.approx((0.15, 0.15)), "measured"
+    assert rises[0.3] == pytest.approx((0.4 * 0.5, 0.4 * 0.75))
+    assert rises[0.1] == pytest.approx((0.1 * 0.75, 0.1)), "a smaller cut may get back nothing"
+    assert rises[0.5] == pytest.approx((1.6 * 0.5, 1.6 * 0.5)), "a larger cut gets back what the largest does"
+
+
+def test_a_range_has_two_standard_errors() -> None:
+    found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
+    after = found.after(found.division[0], "a")
+    assert math.log1p(after.least) == pytest.approx((0.4 - 0.1) * 0.5)
+    assert math.log1p(after.most) == pytest.approx(0.4 + 0.1)
+
+
+def test_after_training_more_is_safe_and_the_most_decides() -> None:
+    cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()), tolerance=math.expm1(0.31))
+    found = trained(cuts, (0.3, {"a": nats(0.3)}), (0.5, {"a": nats(0.4)}))
+    assert cuts.recommended_after is None
+    assert (found.recommended.sparsity, found.recommended_after.sparsity) == (0.2, 0.3)
+    assert found.to_json()["recovery"]["recommended"]["sparsity"] == 0.3
+    assert found.to_json()["recovery"]["after"]["a"][3]["most"] == pytest.approx(math.expm1(0.8 * 0.75))
+
+
+def test_without_a_perplexity_shares_are_of_the_change() -> None:
+    cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
+    found = trained(cuts, (0.4, {"a": figures(0.1)}))
+    assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), 0.2)
+    noisy = trained(cuts, (0.4, {"a": figures(0.0, 0.1)}))
+    assert noisy.after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
+
+
+def test_a_module_of_no_class_is_not_trained() -> None:
+    with pytest.raises(MptkError, match="trains only transformers models; leave out calibrate"):
+        mptk.advise(torch.nn.Linear(4, 4), example_inputs=torch.ones(4, 4), calibrate=True, progress=None)
+
+
+def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path: Path) -> None:
+    ids = (torch.arange(22)[:, None] + torch.arange(32)) % 7 + 3  # which training learns
+    how = {
+        "data": ids,
+        "families": ("ffn",),
+        "samples": 8,
+        "length": 32,
+        "align": 8,
+        "steps": 4,
+        "batch": 4,
+        "lr": 1e-2,
+    }
+    found = mptk.advise(llama, sparsities=[0.3], calibrate=True, eval_windows=4, progress=None, **how)
+    (before,), (after,), (text,) = found.division, found.recovery.points, found.texts
+    assert (found.recovery.steps, found.recovery.tokens) == (4, 4 * 4 * 32)
+    pruned = mptk.prune(
+        llama,
+        tmp_path / "cut",
+        method="wanda",
+        reconstruct=True,
+        onnx=False,
+        progress=None,
+        widths={"ffn": before.widths["ffn"]},
+        **{**how, "data": ids[:18]},
+    )
+    cut, _ = losses(pruned.model, ids[18:])
+    assert after.texts[text].loss == pytest.approx(float(cut.mean()), rel=1e-4)
+    assert after.texts[text].loss != pytest.approx(before.texts[text].loss, rel=1e-3)
+
+
+def test_calibrate_says_its_cost_before_and_prints_two_commands(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside.bound("mptk.cli.console.out.width", 2000)
+    (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
+    typed = "--data prose.txt --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 0.2,0.3 --tolerance 900%"
+    run = CliRunner().invoke(
+        app, ["advise", llama, *typed.split(), "--calibrate", "--steps", "2", "--html", "page.html"]
+    )
+    assert run.exit_code == 0, run.output
+    assert "8 calibration windows and 2 trainings of 2 steps on 512 tokens" in " ".join(run.stderr.split())
+    *said, plain, trained = run.stdout.strip().splitlines()
+    assert "after training" in " ".join(said)
+    assert "--steps 2" not in plain
+    assert "--steps 2" in trained
+    assert "Shaded: after training" in (tmp_path / "page.html").read_text()
+    run = CliRunner().invoke(app, ["advise", llama, *typed.split(), "--steps", "2", "-q"])
+    assert run.exit_code == 1
+    assert "only --calibrate trains" in str(run.exception)

@@ -28,7 +28,7 @@ from mptk.io.data import source_names
 from mptk.ir.passes import Log
 from mptk.methods.division.advice import advised
 from mptk.methods.division.search import search_shapes
-from mptk.protocols.advice import ADVICE, SPARSITIES, Advice
+from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
 from mptk.protocols.chain import Prepared
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
@@ -47,6 +47,7 @@ def advise(
     *,
     sparsities: Sequence[float] = SPARSITIES,
     tolerance: float = 0.05,
+    calibrate: bool = False,
     progress: Shown = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
@@ -58,7 +59,7 @@ def advise(
         advice = mptk.advise("smollm2-135m", data="code.jsonl,prose.txt", tolerance=0.1)
         print(advice.recommended, advice.command)
 
-    Units are scored once, consumers are fitted, nothing is trained and nothing is written.
+    Units are scored once, consumers are fitted, and nothing is written. Only ``calibrate`` trains.
 
     Args:
         model, progress, tokenizer, example_inputs: as in ``mptk.prune``.
@@ -66,18 +67,24 @@ def advise(
         sparsities: shares of the budget to remove; the nearest legal cuts are measured.
         tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
             with another top-1 class, or the largest mean loss.
+        calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
         data: as in ``mptk.prune``. Each source of a name with several, as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
-            such keyword; or there is too little text.
+            such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
     check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
+    if calibrate:
+        steps = chosen.steps or CALIBRATION_STEPS
+        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
     source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    if calibrate and source.plain:
+        raise MptkError("mptk trains only transformers models; leave out calibrate")
     said = partial(command, str(model)) if isinstance(model, str | Path) else None
     work = partial(_measured, said, sorted(set(sparsities)), tolerance)
     kept = scratch()
@@ -86,7 +93,7 @@ def advise(
         texts = 1 if in_memory(data) else len(source_names(chosen.data))
         job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
     with reporting(progress) as say:
-        return started(work, job, chosen, Context(Log(), say), trains=False)
+        return started(work, job, chosen, Context(Log(), say), trains=calibrate)
 
 
 def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
@@ -111,10 +118,19 @@ def _measured(
     found = advised(prepared, sets, texts, sparsities, tolerance, context)
     assert context.folder is not None
     context.folder.remove()
-    best = found.recommended
-    if said is None or best is None:
+    if said is None:
         return found
-    return replace(found, command=said(replace(prepared.settings, sparsity=round(best.sparsity, 4)), best.widths))
+    trained = prepared.settings
+    plain = replace(trained, learning=replace(trained.learning, steps=0))
+    if found.recovery is not None:
+        recovery = replace(found.recovery, command=_command(said, trained, found.recommended_after))
+        found = replace(found, recovery=recovery)
+    return replace(found, command=_command(said, plain, found.recommended))
+
+
+def _command(said: Callable[[Settings, Mapping[str, int]], str], settings: Settings, best: Point | None) -> str:
+    """The command that cuts to ``best``; empty if there is none."""
+    return "" if best is None else said(replace(settings, sparsity=round(best.sparsity, 4)), best.widths)
 
 
 SHAPES_FILE = "shapes.json"

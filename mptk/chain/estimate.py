@@ -84,7 +84,7 @@ def estimated_for(
     advises = advice_work(settings, sizes, cuts, texts) if cuts else None
     work = advises or work_of(settings, sizes, bool(borders), kept)
     found = estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
-    return replace(found, does=said(settings))
+    return replace(found, does=advice.said(settings) if cuts else said(settings))
 
 
 def _number(value: object) -> int:

@@ -74,7 +74,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
     if settings.trains and across and (settings.learning.rank == 0 or not prepared.target.classed):
-        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or leave out --steps"
+        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
 

@@ -80,16 +80,17 @@ def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSe
 
 
 def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets, dict[str, Samples]]:
-    """Samples to fit to, of all sources of ``data`` alike; and source → samples of it that nothing is fitted to.
+    """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it.
 
     Raises:
         MptkError: a source has fewer than two samples.
     """
-    s, task, program = prepared.settings, prepared.task, prepared.analysis.program
-    both = replace(s, samples=s.windows + s.eval_windows, search=False)
+    s, task, program = replace(prepared.settings, search=False), prepared.task, prepared.analysis.program
+    total, plain = wanted(s, own=s.data == data.SELF), replace(s.learning, steps=0)
+    both = replace(s, samples=total + s.eval_windows, learning=plain)
     own = None if job.samples is None else job.samples(replace(prepared, settings=both)).training
     names = [IN_MEMORY] if own is not None else data.source_names(s.data)
-    count, fitted, measured = -(-s.windows // len(names)), [], dict[str, Samples]()
+    count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
     with context.stage("calibration data"):
         for name in names:
             say = partial(context.progress, "calibration data")
@@ -99,10 +100,13 @@ def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets,
             last = min(s.eval_windows, len(found) // 2)
             if not last:
                 raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
-            fitted.append(found[: min(count, len(found) - last)])
+            used, guard = apart(found[: min(count, len(found) - last)], s)
+            fitted.append(used)
+            held_out += [] if guard is None else [guard]
             measured[name] = found[-last:]
-    calibration = concatenated(fitted)
-    sets = SampleSets(calibration, calibration, calibration, s.data, task.sequences)
+    calibration = concatenated([each[: -(-s.windows // len(names))] for each in fitted])
+    guards = concatenated(held_out) if held_out else None
+    sets = SampleSets(concatenated(fitted), calibration, calibration, s.data, task.sequences, guards)
     if not task.compares:
         return sets, measured
     with context.stage("dense outputs"):

@@ -10,18 +10,19 @@ import typer
 
 from mptk.cli.app import command, resumable, show
 from mptk.cli.console import err, out, stages
-from mptk.cli.options import JsonOption, MaxMs, ModelArgument, out_file, out_folder, refuse_idle, with_latency
+from mptk.cli.options import JsonOption, MaxMs, ModelArgument, out_file, out_folder, refuse, refuse_idle, with_latency
 from mptk.cli.parse import names, parse_share
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.files import write_text
-from mptk.protocols.advice import ADVICE, SPARSITIES
+from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
 @command(
     examples=(
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
+        "advise smollm2-135m --data c4.jsonl --tolerance 50% --calibrate --steps 32",
     ),
     base=ADVICE,
 )
@@ -41,12 +42,20 @@ def advise(
             help="Largest safe rise of the perplexity; of a model without one, largest share of other predictions."
         ),
     ] = "5%",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help=f"Also train two of the cuts, each for --steps ({CALIBRATION_STEPS}): what do cuts cost then?",
+        ),
+    ] = False,
     json_file: JsonOption = None,
     html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
-    Consumers are fitted; nothing is trained and nothing is written. Prints the command of the recommended cut.
+    Consumers are fitted, and nothing is written. Only --calibrate trains. Prints the command of the recommended cut,
+    and with --calibrate that of the recommended cut with training.
     """
     from mptk.api.advice import advise as measure
     from mptk.report.advice import advice_view
@@ -54,15 +63,18 @@ def advise(
     cuts = [parse_share(share, "--sparsities") for share in names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
+    if not calibrate:
+        refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
     with stages(err) as progress:
-        found = measure(model, settings, sparsities=cuts, tolerance=most, progress=progress)
+        found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
     if html is not None:
         from mptk.report.page.render import advice_page
 
         write_text(html, advice_page(found))
     show(json_file, found.to_json(), advice_view(found))
-    if json_file != Path("-") and found.command:
-        out.print(found.command, soft_wrap=True, highlight=False)
+    if json_file != Path("-"):
+        for line in found.commands:
+            out.print(line, soft_wrap=True, highlight=False)
 
 
 @command(

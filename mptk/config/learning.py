@@ -104,7 +104,7 @@ class Learning(Record):
         None,
         "Training steps in total; default: as --minutes choose, else 0.",
         TRAIN,
-        TRAINING,
+        (*TRAINING, "advise"),
         within=(0, COUNT),
     )
     mask_share: float | None = setting(

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -157,6 +157,11 @@ class Pass:
     gradients: bool = False
     training: float = 0
     fixed: float = 0
+
+    def times(self, count: int) -> Pass:
+        """The same stage ``count`` times."""
+        more = {name: count * getattr(self, name) for name in ("tokens", "reads", "flops", "fixed")}
+        return replace(self, **more)
 
 
 @dataclass(frozen=True)

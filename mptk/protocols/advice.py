@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,6 +16,10 @@ SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 ADVICE_FORMAT = "mptk-advice/1"
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance."""
+CALIBRATION_STEPS = 16
+"""Default training steps of each cut that an advice trains."""
+TRAINED = 2
+"""Most cuts that an advice trains."""
 
 KNEE = 0.05
 """Least distance of a knee below the chord, as a share of the curve's height."""
@@ -65,6 +70,26 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What training gave back. ``points``: the cuts that were trained, by rising sparsity, after ``steps`` steps on
+    ``tokens`` tokens each. ``command``: as in ``Advice``, with this training.
+    """
+
+    steps: int
+    tokens: int
+    points: tuple[Point, ...]
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least and the most that a change may be."""
+
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Advice:
     """What cuts cost, and which are safe.
 
@@ -72,7 +97,7 @@ class Advice:
     samples with another top-1 class. loss: the mean loss, which compares outputs. ``tolerance``: the largest change
     that is safe. ``division``: cuts of rising sparsity as `mptk prune` makes them. ``families``: cuts of one family, or
     of families that are only cut together. ``layers``: family → rise of the loss if one layer has half of its units.
-    ``command``: the command for the recommended cut; empty if there is none.
+    ``command``: the command for the recommended cut; empty if there is none. ``recovery``: None if nothing was trained.
     """
 
     model: str
@@ -84,17 +109,27 @@ class Advice:
     families: Mapping[str, tuple[Point, ...]]
     layers: Mapping[str, tuple[float, ...]]
     command: str = ""
+    recovery: Recovery | None = None
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of the recommended cuts: without training, and with it."""
+        return list(filter(None, [self.command, self.recovery.command if self.recovery else ""]))
 
     @property
     def texts(self) -> list[str]:
         """The names of the texts."""
         return list(self.dense.texts)
 
-    def safe(self, text: str) -> Point | None:
-        """The largest cut that is safe on ``text``, as all smaller ones are; None if the smallest is not."""
+    def safe(self, text: str, *, recovered: bool = False) -> Point | None:
+        """The largest cut that is safe on ``text``, as all smaller ones are; None if the smallest is not.
+
+        ``recovered``: after training, by the most that the change may then be.
+        """
         found = None
         for point in self.division:
-            if point.texts[text].most > self.tolerance:
+            most = self.after(point, text).most if recovered else point.texts[text].most
+            if most > self.tolerance:
                 break
             found = point
         return found
@@ -102,9 +137,59 @@ class Advice:
     @property
     def recommended(self) -> Point | None:
         """The largest cut that is safe on every text; None if there is none."""
-        safe = [self.safe(text) for text in self.texts]
+        return self._weakest([self.safe(text) for text in self.texts])
+
+    @property
+    def recommended_after(self) -> Point | None:
+        """The same after training; None if nothing was trained."""
+        if self.recovery is None:
+            return None
+        return self._weakest([self.safe(text, recovered=True) for text in self.texts])
+
+    def _weakest(self, safe: Sequence[Point | None]) -> Point | None:
         found = [point for point in safe if point is not None]
         return min(found, key=lambda point: point.sparsity) if len(found) == len(safe) else None
+
+    # ---- after training ----
+
+    def trained(self, point: Point) -> Point | None:
+        """A cut after its training; None if it was not trained."""
+        points = () if self.recovery is None else self.recovery.points
+        return next((each for each in points if each.widths == point.widths), None)
+
+    def given_back(self, trained: Point, text: str) -> float:
+        """The share of the rise on ``text`` that the training of a cut gave back; 0 without a rise."""
+        before = next(point for point in self.division if point.widths == trained.widths)
+        rise = self._rise(before.texts[text])
+        return 1 - self._rise(trained.texts[text]) / rise if rise > 0 else 0.0
+
+    def after(self, point: Point, text: str) -> Range:
+        """The change of a cut on ``text`` after training: measured with its standard errors, else estimated.
+
+        Training is taken to give back the larger a share of the rise, the larger the cut: a share between those of the
+        next trained cuts; of a smaller cut than all of these, none or more; of a larger one, their largest.
+        """
+        assert self.recovery is not None
+        if (own := self.trained(point)) is not None:
+            figures, shares = own.texts[text], [0.0]
+        else:
+            figures = point.texts[text]
+            smaller = [each for each in self.recovery.points if each.sparsity < point.sparsity][-1:]
+            larger = [each for each in self.recovery.points if each.sparsity > point.sparsity][:1]
+            shares = [self.given_back(each, text) for each in (*smaller, *larger)] + [0.0] * (not smaller)
+        rise, error = self._rise(figures), STANDARD_ERRORS * self._rise_error(figures)
+        least = (rise - error) * (1 - max(shares))
+        return Range(self._change(least), self._change((rise + error) * (1 - min(shares))))
+
+    def _rise(self, figures: Figures) -> float:
+        """The change on the scale of its shares: of the perplexity its logarithm."""
+        return figures.rise if self.measure == "perplexity" else figures.change
+
+    def _rise_error(self, figures: Figures) -> float:
+        return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
+
+    def _change(self, rise: float) -> float:
+        return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else max(rise, 0.0)
 
     @property
     def knee(self) -> Point | None:
@@ -127,10 +212,18 @@ class Advice:
         return {
             "format": ADVICE_FORMAT,
             **asdict(self),
+            "recovery": self._recovery_json(),
             "safe": {text: None if point is None else point.sparsity for text, point in safe.items()},
             "recommended": None if best is None else asdict(best),
             "knee": None if self.knee is None else self.knee.sparsity,
         }
+
+    def _recovery_json(self) -> dict[str, Any] | None:
+        if self.recovery is None:
+            return None
+        after = {text: [asdict(self.after(point, text)) for point in self.division] for text in self.texts}
+        best = self.recommended_after
+        return {**asdict(self.recovery), "after": after, "recommended": None if best is None else asdict(best)}
 
 
 def distinct(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point
+from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point, Recovery
 from mptk.report.runs import model_name
-from mptk.report.view import Bad, Good, Name, Section, Table, View, figure, large, megabytes
+from mptk.report.view import Bad, Good, Name, Section, Table, View, figure, large, megabytes, plural
 
 SAFE, CUTS, BY_FAMILY, SENSITIVE, UNKNOWN = (
     "What is safe",
@@ -42,11 +42,18 @@ HALVED = (
 def safe(found: Advice) -> Table:
     """The largest safe cut of each text."""
     own, rows = _columns(found), []
+    trained = found.recovery is not None
     for text in found.texts:
         point = found.safe(text)
-        shown = Bad("none") if point is None else Good(share(point))
-        rows.append([Name(short(text)), shown, *([""] * len(own) if point is None else _measured(found, point, text))])
-    return Table("l" + "r" * (1 + len(own)), ["text", "safe", *own], rows)
+        after = [_limit(found.safe(text, recovered=True))] if trained else []
+        figures = [""] * len(own) if point is None else _measured(found, point, text)
+        rows.append([Name(short(text)), _limit(point), *after, *figures])
+    columns = ["text", "safe", *["after training"] * trained, *own]
+    return Table("l" + "r" * (len(columns) - 1), columns, rows)
+
+
+def _limit(point: Point | None) -> str:
+    return Bad("none") if point is None else Good(share(point))
 
 
 def sentences(found: Advice) -> list[str]:
@@ -66,9 +73,25 @@ def sentences(found: Advice) -> list[str]:
             f"Without training no measured cut is safe for {', '.join(map(short, bad))}: the smallest, {share(first)}, "
             f"already costs {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
         )
+    if found.recovery is not None:
+        said += trained(found, found.recovery)
     if found.knee is not None:
         said.append(f"Beyond {share(found.knee)} each further cut costs more than the ones before.")
     return said
+
+
+def trained(found: Advice, recovery: Recovery) -> list[str]:
+    """What training gave back, in words, and the advice after it."""
+    about = f"{plural(recovery.steps, 'step')} on {recovery.tokens:,} tokens"
+    said = [f"With a training of {about}, part of the rise of the loss comes back:"]
+    for point in recovery.points:
+        shares = ", ".join(f"{found.given_back(point, text):.0%} on {short(text)}" for text in found.texts)
+        said.append(f"{share(point)} removed: {shares}.")
+    best = found.recommended_after
+    if best is None:
+        return [*said, "With this training no measured cut is safe on every text."]
+    how = "which was trained and measured" if found.trained(best) is not None else "as estimated"
+    return [*said, f"Recommended with this training: remove {share(best)}, {how}."]
 
 
 MEASURED = {
@@ -80,8 +103,14 @@ MEASURED = {
 
 def unknown(found: Advice) -> Sequence[str]:
     """What the advice does not say."""
+    training = (
+        "Recovery: training brings back part of the loss, more of it for larger cuts. `--calibrate` measures it."
+        if found.recovery is None
+        else "Recovery: a longer training gives back more. The range of a cut that was not trained assumes that a "
+        "larger cut gets back a larger share."
+    )
     return (
-        "Recovery: training brings back part of the loss, more of it for larger cuts. `mptk prune --minutes` trains.",
+        training,
         "Tasks: perplexity and agreement say little of how well a model answers; `mptk eval --tasks` measures that.",
         "Other texts: a text unlike these may lose more.",
         *(["Latency: `--budget latency` predicts it."] if found.dense.latency_ms is None else []),
@@ -108,9 +137,20 @@ def figures(found: Advice) -> Table:
     for text in found.texts:
         for number, point in enumerate((found.dense, *found.division)):
             removed = share(point) if number else "dense"
-            rows.append([Name("" if number else short(text)), removed, *_measured(found, point, text)])
+            after = [] if found.recovery is None else [recovered(found, point, text) if number else ""]
+            rows.append([Name("" if number else short(text)), removed, *_measured(found, point, text), *after])
         ends.append(len(rows) - 1)
-    return Table("lr" + "r" * len(own), ["text", "removed", *own], rows, ends)
+    columns = ["text", "removed", *own, *["after training"] * (found.recovery is not None)]
+    return Table("lr" + "r" * (len(columns) - 2), columns, rows, ends)
+
+
+def recovered(found: Advice, point: Point, text: str) -> str:
+    """The change of a cut after training: as measured, or as a range."""
+    own = found.trained(point)
+    if own is not None:
+        return f"{own.texts[text].change:+.1%} ±{own.texts[text].error:.1%}"
+    after = found.after(point, text)
+    return f"{after.least:+.0%} to {after.most:+.0%}"
 
 
 def by_family(found: Advice) -> Table:

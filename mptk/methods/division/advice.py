@@ -3,6 +3,8 @@
 Units are scored once, and second moments are gathered once (``trials``). Each cut then costs one pass over the measured
 windows. Cuts of one family by itself come first. If the default division has several families, their curves predict
 which division of each size loses least: the effects of families are taken as additive (``layers``).
+
+With training steps two of the cuts are trained (``to_train``), and say how much training gives back.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.methods.division.budget import able
 from mptk.methods.division.layers import measured
-from mptk.methods.division.trials import Trials
-from mptk.protocols.advice import Advice, Figures, JudgedBy, Point, distinct
+from mptk.methods.division.trials import Trials, as_part
+from mptk.methods.maskprune import learner
+from mptk.protocols.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, distinct
 from mptk.protocols.chain import Prepared
+from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
+from mptk.report.view import plural
 from passes.targets.legalize import Candidate, choose_candidates, describe, find_candidates, finest_families
 from passes.targets.width_choices import closed
 
@@ -105,17 +110,35 @@ def advised(
     assert context.folder is not None
     cuts = find_cuts(prepared, sparsities)
     trials = Trials(replace(prepared, candidates=cuts.candidates), sets, context, context.folder)
-    return Advising(trials, texts, tolerance).advice(cuts)
+    advising = Advising(trials, texts, tolerance)
+    found = advising.advice(cuts)
+    return replace(found, recovery=advising.recovery(to_train(found))) if prepared.settings.steps else found
+
+
+def to_train(found: Advice) -> list[Point]:
+    """The cuts to train: the smallest that is not safe, and the largest."""
+    safe = 0.0 if found.recommended is None else found.recommended.sparsity
+    unsafe = [point for point in found.division if point.sparsity > safe]
+    return list(distinct([*unsafe[:1], found.division[-1]]))
 
 
 def work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
     """The cost of measuring ``cuts`` on ``texts``: each is a pass over the measured windows, and a fit."""
     s, rows = settings, settings.eval_windows * texts
+    training = [each.times(TRAINED) for each in learner.work(s, sizes, 1.0).values()]
     return {
         "moments": Pass(s.windows * s.length, s.length),
         "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
         "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
+        **dict.fromkeys(["recover"][: len(training)], *training),
     }
+
+
+def said(settings: Settings) -> str:
+    """The numbers of an advice in words."""
+    s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
+    trains = f" and {TRAINED} trainings of {plural(s.steps, 'step')} on {tokens:,} tokens" if s.steps else ""
+    return f"{plural(s.windows, 'calibration window')}{trains}"
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,20 @@ class Advising:
         )
         dense = self._point({}, 0.0, self.dense)
         return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
+
+    def recovery(self, points: Sequence[Point]) -> Recovery:
+        """Train each of the cuts by itself, and measure it again."""
+        context, sets, found = self.trials.context, self.trials.sets, list[Point]()
+        steps, training = self.prepared.settings.steps, self.trials.learning.training
+        with context.stage(stage := "recover"):
+            for done, point in enumerate(points):
+                say = partial(as_part, context.progress, stage, done, len(points), describe(point.widths))
+                place = RunFolder(self.trials.folder.path / stage, {}, resume=False)
+                compiled = self.trials.cut(self.trials.chosen(point.widths))
+                _, program = self.trials.recovered(compiled, steps, place, say, held_out=sets.held_out)
+                place.remove()
+                found.append(self._point(point.widths, point.sparsity, self.windows(program)))
+        return Recovery(steps, steps * training.batch * sets.training.positions, tuple(found))
 
     @property
     def measure(self) -> JudgedBy:

@@ -18,26 +18,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from accelerate import Accelerator
-
-from mptk.compile.cut import compile_plan, small_model
 from mptk.compile.dense_outputs import with_outputs
-from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import losses
-from mptk.methods.division.trials import Trials
-from mptk.methods.maskprune.learner import Learner, memory, start_training
+from mptk.methods.division.trials import Trials, as_part
+from mptk.methods.maskprune.learner import Learner, memory
 from mptk.methods.reconstruct import reconstruct_consumers
-from mptk.progress import Progress, silent
+from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
@@ -199,7 +193,8 @@ class Search(Trials):
             alive = sorted(alive, key=lambda i: shapes[i].stages[rung])[:count]
             for i in alive:
                 if len(shapes[i].rungs) <= rung:
-                    say = partial(_say, self.context.progress, done, total, describe(shapes[i].widths))
+                    what = describe(shapes[i].widths)
+                    say = partial(as_part, self.context.progress, "train shapes", done, total, what)
                     shapes[i] = self.keep(i, self.trained(i, shapes[i], rung, steps, say))
                     (self.folder.path / f"{_name(i, rung - 1)}.safetensors").unlink(missing_ok=True)
                 done += 1
@@ -211,16 +206,6 @@ class Search(Trials):
         assert self.sets.held_out is not None
         held_out = self.sets.held_out[:JUDGED]  # training may hold out more
         return with_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
-
-    @cached_property
-    def accelerator(self) -> Accelerator:
-        """The process that trains."""
-        return start_training(self.learning, self.folder)
-
-    @property
-    def learning(self) -> Learning:
-        """The settings for training shapes."""
-        return replace(self.prepared.recovery, tracker="none")
 
     def measured(self, candidate: Candidate) -> Shape:
         """A candidate's losses before training: masked and, if consumers are fitted, with fitted consumers."""
@@ -238,26 +223,20 @@ class Search(Trials):
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
         """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""
         if number not in self.compiled:
-            chosen, calibration = self.units(number, say), self.sets.calibration
-            self.compiled[number] = compile_plan(self.prepared, chosen, calibration, Context(Log(), silent))
-        compiled, sets, learning = self.compiled[number], self.sets, self.learning
+            self.compiled[number] = self.cut(self.units(number, say))
         before = self.folder.tensors(_name(number, rung - 1)) or {}
-        small = small_model(compiled, compiled.program.state_dict().updated(before))
         place = RunFolder(self.folder.path / _name(number, rung), {}, resume=True)
-        learner = Learner(self.accelerator, self.prepared, sets.training, learning, place, say)
-        seen, positions = shape.rungs[-1].tokens if shape.rungs else 0, sets.training.positions
+        training, positions, compiled = self.learning.training, self.sets.training.positions, self.compiled[number]
+        seen = shape.rungs[-1].tokens if shape.rungs else 0
         taken = 0 if shape.rungs else compiled.chosen.steps
-        used = seen // positions + taken * learning.training.batch
-        found = learner.recover(small, steps - taken, sets.proof, used)
-        assert found is not None
-        weights, aliases = {**before, **found.weights}, compiled.program.aliases
-        named = Weights({aliases.get(name, name): weight for name, weight in weights.items()})
-        loss = self._loss(compiled.program.with_state(named))
+        used = seen // positions + taken * training.batch
+        weights, program = self.recovered(compiled, steps - taken, place, say, before=before, used=used)
+        loss = self._loss(program)
         weights, loss = (before, shape.loss) if loss > shape.loss else (weights, loss)
         if weights:
             self.folder.save(_name(number, rung), weights)
         place.remove()
-        return replace(shape, rungs=(*shape.rungs, Rung(seen + steps * learning.training.batch * positions, loss)))
+        return replace(shape, rungs=(*shape.rungs, Rung(seen + steps * training.batch * positions, loss)))
 
     def units(self, number: int, say: Progress) -> Chosen:
         """The units of a shape that is trained: learned in a short phase of masks, if the method learns, and fitted.
@@ -312,10 +291,3 @@ class Search(Trials):
 def _name(number: int, rung: int) -> str:
     """The name under which a shape's weights after a rung are stored."""
     return f"shape-{number:05d}-{rung}"
-
-
-def _say(
-    progress: Progress, done: int, total: int, widths: str, phase: str, step: int, steps: int, figures: str = "", /
-) -> None:
-    """Report a step of ``phase`` as part of the stage that trains all shapes."""
-    progress("train shapes", done, total, f"{widths}, step {step}/{steps}  {figures}")

@@ -7,19 +7,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from mptk.compile.cut import compile_plan, small_model
+from mptk.config.learning import Learning
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.trial import plan_of
+from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.one_shot import scored
 from mptk.methods.reconstruct import Products, gather_products
-from mptk.protocols.chain import Chosen, Prepared, reconstructs
+from mptk.progress import Progress, silent
+from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
 from passes.pipelines import cut_program
@@ -84,3 +90,59 @@ class Trials:
         if self.products is not None:
             now = chosen.changes
             yield program
+
+    # ---- training ----
+
+    @property
+    def learning(self) -> Learning:
+        """The settings for training cut models."""
+        return replace(self.prepared.recovery, tracker="none")
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """The process that trains."""
+        return start_training(self.learning, self.folder)
+
+    def cut(self, chosen: Chosen) -> Compiled:
+        """The model cut to a choice, in the form of the target."""
+        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), silent))
+
+    def recovered(
+        self,
+        compiled: Compiled,
+        steps: int,
+        place: RunFolder,
+        say: Progress,
+        *,
+        before: Mapping[str, Tensor] | None = None,
+        used: int = 0,
+        held_out: Samples | None = None,
+    ) -> tuple[dict[str, Tensor], Program]:
+        """Train a cut model: the changed weights, in its shapes, and its program with them.
+
+        ``place`` keeps checkpoints. ``before``: weights that an earlier training changed. ``used``, ``held_out``: as in
+        ``Learner.recover``.
+        """
+        small = small_model(compiled, compiled.program.state_dict().updated(before or {}))
+        learner = Learner(self.accelerator, self.prepared, self.sets.training, self.learning, place, say)
+        found = learner.recover(small, steps, self.sets.proof, used, held_out)
+        assert found is not None
+        weights, aliases = {**(before or {}), **found.weights}, compiled.program.aliases
+        named = Weights({aliases.get(name, name): weight for name, weight in weights.items()})
+        return weights, compiled.program.with_state(named)
+
+
+def as_part(
+    progress: Progress,
+    stage: str,
+    done: int,
+    total: int,
+    cut: str,
+    phase: str,
+    step: int,
+    steps: int,
+    said: str = "",
+    /,
+) -> None:
+    """Report a step of a phase of training as part of a stage that trains several models. ``cut``: the one's widths."""
+    progress(stage, done, total, f"{cut}, step {step}/{steps}  {said}")

@@ -32,13 +32,24 @@ def change_chart(found: Advice) -> Svg:
             ys = [100 * point.texts[text].change for point in found.division]
             errors = [100 * (point.texts[text].most - point.texts[text].change) for point in found.division]
             axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=short(text))
+            if found.recovery is not None:
+                after = [found.after(point, text) for point in found.division]
+                least, most = [100 * each.least for each in after], [100 * each.most for each in after]
+                axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
-        axes.set_ylim(bottom=min(0.0, *(100 * p.texts[text].change for p in found.division for text in found.texts)))
+        axes.set_ylim(bottom=100 * lowest(found))
         axes.yaxis.set_major_formatter(percent)
         over_removed(axes, RISES[found.measure])
 
     return chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+
+
+def lowest(found: Advice) -> float:
+    """The lowest change before and after training, at most 0."""
+    cuts = [(point, text) for point in found.division for text in found.texts]
+    after = [] if found.recovery is None else [found.after(point, text).least for point, text in cuts]
+    return min([0.0, *(point.texts[text].change for point, text in cuts), *after])
 
 
 def over_removed(axes: Axes, what: str) -> None:

@@ -157,6 +157,7 @@ def advice_page(found: Advice) -> str:
     """One page about an advice."""
     view = advice_view(found)
     bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
+    bars += "" if found.recovery is None else " Shaded: after training."
     same = advice.agreement_chart(found)
     drawn = {
         SAFE: [Figure("", advice.change_chart(found), bars)],
@@ -164,7 +165,7 @@ def advice_page(found: Advice) -> str:
         BY_FAMILY: [Figure("", advice.families_chart(found))],
         SENSITIVE: [Figure(name, advice.layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
-    best = [Section("The command", [found.command])] if found.command else []
+    best = [Section("The command", list(found.commands))] if found.commands else []
     first, *others = view.sections
     return _filled([Chapter(View([first, *best, *others], view.title), drawn)])
 

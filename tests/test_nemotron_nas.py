@@ -214,6 +214,19 @@ def test_transformers_reads_it_without_mptk(ragged: mptk.Pruned, tmp_path: Path)
     assert all(torch.allclose(torch.load(folder / "logits"), expected, atol=1e-6) for folder in saved)
 
 
+def test_onnxruntime_genai_runs_its_graph(ragged: mptk.Pruned) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(ragged.place))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=20, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(IDS[0, 3:12].numpy())
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(i) for i in generator.get_sequence(0)]
+    assert found == ragged.model.generate(IDS[:, 3:12], max_length=20, do_sample=False)[0].tolist()
+
+
 def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:
     """4 query heads everywhere: 2 KV heads with 2, 4 KV heads with 1."""
     model = toys.llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)

@@ -80,7 +80,7 @@ CONSUMERS = (
     Consumer(
         "onnxruntime-genai",
         "0.18.0",
-        "greedy tokens are transformers', also in a second turn; a test",
+        "greedy tokens are transformers', also in further turns and after going back; a test",
         section="onnxruntime-genai",
         engine="onnxruntime-genai",
         reads=(STOCK, NAS),

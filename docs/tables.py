@@ -1,5 +1,5 @@
 """Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and the
-tables of docs/deploy.md from ``passes/targets/stock/travel.py``.
+tables of docs/deploy.md from ``mptk/ir/consumers.py``.
 
     python docs/tables.py
 
@@ -19,7 +19,7 @@ from mptk.cli.main import app
 from mptk.config.cases import READING
 from mptk.config.setting import Declared, taken
 from mptk.config.settings import Settings
-from passes.targets.stock.travel import CONSUMERS, Derived, deriving
+from mptk.ir.consumers import CONSUMERS, LIMITS
 
 PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -88,25 +88,22 @@ def commands() -> Iterator[str]:
 
 def consumers() -> Iterator[str]:
     """The programs that read a pruned folder."""
-    yield from _head("program", "tried with version", "result")
+    yield from _head("program", "`--engines`", "tried with version", "result")
     for each in CONSUMERS:
         name = f"[{each.name}](#{each.section})" if each.section else each.name
-        yield _row(name, each.version or "not tried", each.result)
+        yield _row(name, f"`{each.engine}`" if each.engine else "", each.version or "not tried", each.result)
 
 
-def breaks() -> Iterator[str]:
-    """The cuts that break programs, and which."""
-    yield from _head("a cut", "breaks programs that", "as")
-    said: dict[Derived, tuple[str, str]] = {
-        "head_dim": ("after which `head_dim` is not `hidden_size / num_attention_heads`, if it was", "derive it"),
-        "open": ("that needs a field which the dense config leaves open", "derive the field as the class does"),
-    }
-    for derived, (cut, what) in said.items():
-        yield _row(cut, what, deriving(derived))
-    yield _row("of other fields, as `intermediate_size` or the number of experts", "", "")
+def limits() -> Iterator[str]:
+    """What programs need of a cut, and which."""
+    yield from _head("need", "programs")
+    for limit, words in LIMITS.items():
+        found = [(each, each.limits[limit]) for each in CONSUMERS if limit in each.limits]
+        names = ((each.name.partition(",")[0], ", ".join(types)) for each, types in found)
+        yield _row(words, "; ".join(f"{name} (not for {types})" if types else name for name, types in names))
 
 
-TABLES = {"runs": runs, "python": python, "commands": commands, "consumers": consumers, "breaks": breaks}
+TABLES = {"runs": runs, "python": python, "commands": commands, "consumers": consumers, "limits": limits}
 
 
 def _leaves(declared: Iterable[Declared]) -> Iterator[Declared]:

@@ -170,19 +170,26 @@ def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[i
 
 
 def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[int]]) -> None:
-    """By the lines of docs/deploy.md. The first turn ends in the middle of what transformers writes."""
+    """By the lines of docs/deploy.md: three turns, then back into the first. Each says what transformers says."""
     genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(pruned))
+    tiny, model = AutoModelForCausalLM.from_pretrained(pruned), genai.Model(str(pruned))
     words, params = genai.Tokenizer(model), genai.GeneratorParams(model)
     params.set_search_options(max_length=96, do_sample=False)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(words.encode(PROMPTS[0]))
-    for _ in range(9):
-        generator.generate_next_token()
-    said = generator.get_sequence(0)
-    more = greedy[0][len(said) : len(said) + 5]
-    generator.rewind_to(len(said) - 2)
-    generator.append_tokens([*said[-2:], *more])
+    generator, said = genai.Generator(model, params), [int(i) for i in words.encode(PROMPTS[0])]
+    generator.append_tokens(said)
+    turns = []
+    for more in (words.encode(PROMPTS[1]), words.encode(PROMPTS[3]), None):
+        expected = tiny.generate(torch.tensor([said]), max_new_tokens=9, do_sample=False)[0].tolist()
+        while generator.token_count() < len(expected):
+            generator.generate_next_token()
+        assert [int(i) for i in generator.get_sequence(0)] == expected
+        turns.append(expected)
+        if more is not None:
+            generator.rewind_to(len(expected) - 2)
+            generator.append_tokens([*expected[-2:], *more])
+            said = [*expected, *(int(i) for i in more)]
+    assert turns[0] == greedy[0][: len(turns[0])]
+    generator.rewind_to(len(turns[0]) - 4)
     while generator.token_count() < len(greedy[0]):
         generator.generate_next_token()
     assert [int(i) for i in generator.get_sequence(0)] == greedy[0]

@@ -214,6 +214,19 @@ def test_transformers_reads_it_without_mptk(ragged: mptk.Pruned, tmp_path: Path)
     assert all(torch.allclose(torch.load(folder / "logits"), expected, atol=1e-6) for folder in saved)
 
 
+def test_onnxruntime_genai_runs_its_graph(ragged: mptk.Pruned) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(ragged.place))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=20, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(IDS[0, 3:12].numpy())
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(i) for i in generator.get_sequence(0)]
+    assert found == ragged.model.generate(IDS[:, 3:12], max_length=20, do_sample=False)[0].tolist()
+
+
 def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:
     """4 query heads everywhere: 2 KV heads with 2, 4 KV heads with 1."""
     model = toys.llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)
@@ -224,7 +237,10 @@ def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: P
     groups = [b["attention"]["n_heads_in_group"] for b in pruned.model.config.block_configs]
     assert (pruned.model.config.num_attention_heads, groups) == (4, [2, 1])
     assert all(row["ok"] for row in pruned.report.proof)
-    assert not [note for note in pruned.report.notes if "not read by" in note]  # 4 heads of 16 are the hidden size
+    said = "this folder is not read by onnxruntime-genai: all layers must have the same number of KV heads"
+    assert [note for note in pruned.report.notes if "not read by" in note] == [
+        said
+    ]  # 4 heads of 16 are the hidden size
 
 
 def test_query_heads_that_differ_are_refused(dense: str, tmp_path: Path) -> None:
@@ -243,10 +259,29 @@ def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) ->
     how = {"plan": str(tmp_path / "plan.json"), "target": TARGET, "onnx": False, **HOW}
     found = mptk.prune(dense, tmp_path / "out", **how)
     assert found.model.config.block_configs[1].ffn.intermediate_size == 1000
-    assert [note.partition(" by ")[2].partition(",")[0] for note in found.report.notes if "not read" in note] == [
-        "SGLang",
-        "mlx-lm",
+    assert [note.partition(" by ")[2] for note in found.report.notes if "not read" in note] == [
+        "SGLang and mlx-lm and TensorRT-LLM: feed-forward widths must be multiples of 256",
+        "mlx-lm: the size of a head must be hidden_size / num_attention_heads",
     ]
+    with pytest.raises(MptkError, match=r"not read by SGLang: .*; of engines only llama.cpp, .*, transformers, vllm"):
+        mptk.prune(dense, tmp_path / "other", **how, engines=("vllm", "sglang"))
+
+
+def test_the_programs_that_must_read_it_decide_the_widths(dense: str, tmp_path: Path) -> None:
+    how = {"method": "wanda", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.02, "onnx": False}
+    found = mptk.prune(dense, tmp_path / "out", engines=("vllm", "llama.cpp"), **how, **HOW)
+    widths = {row["width"] for name, row in found.report.families.items() if name.startswith("ffn")}
+    assert any(width % 256 for width in widths)
+    assert not any(width % 32 for width in widths)
+    assert mptk.verify(tmp_path / "out")
+    assert any("not read by SGLang and mlx-lm" in note for note in found.report.notes)
+
+
+def test_a_program_that_reads_no_cut_of_the_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    wide = toys.saved(small(LlamaForCausalLM, LlamaConfig), tmp_path / "wide")  # 8 heads of 16 in hidden 64
+    said = "not read by mlx-lm: the size of a head must be .*; of engines only llama.cpp, .*, vllm read it"
+    with pytest.raises(MptkError, match=said):
+        mptk.prune(wide, tmp_path / "out", target=TARGET, method="wanda", engines=("mlx-lm", "vllm"), **HOW)
 
 
 def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path) -> None:
@@ -257,7 +292,7 @@ def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path
     assert not any(width % 256 for width in widths.values())
     with pytest.raises(
         MptkError,
-        match="q_heads cannot be cut for target nemotron-nas: all engines read only cuts of feed-forward channels",
+        match="q_heads cannot be cut for target nemotron-nas: only feed-forward channels and blocks are cut for it",
     ):
         mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **how, **HOW)
 
@@ -268,6 +303,9 @@ def test_legal_widths_are_shown_without_weights(dense: str) -> None:
     found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
     assert found["ffn"] == [256, 512, 768, 1024]
     assert found["q_heads"] == [3]
+    result = CliRunner().invoke(app, ["analyze", dense, "--target", TARGET, "--engines", "vllm", "--json", "-"])
+    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
+    assert found["ffn"] == [*range(32, 1025, 32)]
 
 
 def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
@@ -319,7 +357,7 @@ def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel
             LlamaForCausalLM,
             LlamaConfig,
             {"attention_bias": True, "rope_parameters": ROPE},
-            ["this folder is not read by TensorRT-LLM, which has no biases in attention"],
+            ["this folder is not read by TensorRT-LLM: attention must have no biases"],
         ),
     ],
 )

@@ -10,24 +10,28 @@ from typing import Any
 
 import pytest
 import toy_checkpoints as toys
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
+from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError
 from mptk.api import compiler as api
+from mptk.cli.main import app
 from mptk.ir.alignment import Alignment
+from mptk.ir.consumers import CONSUMERS
 from mptk.ir.families import Analysis
 from mptk.report.analysis import analysis_json, breaking
 from mptk.report.runs import whole
 from mptk.targets import find_target
+from mptk.targets.gguf.architectures import ARCHITECTURES
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.travel import broken, deriving
+from passes.targets.stock.travel import broken
 
 SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
 HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "align": 2, **SMALL}
-HEADS = f"programs that derive head_dim from hidden_size and num_attention_heads, as {deriving('head_dim')}"
+HEADS = "programs that derive head_dim from hidden_size and num_attention_heads, as optimum-onnx"
 
 
 def derivable() -> LlamaForCausalLM:
@@ -66,8 +70,21 @@ def test_a_size_that_programs_derive() -> None:
 def test_a_number_that_the_dense_config_leaves_open() -> None:
     config = GPT2Config(n_embd=48, n_head=4)
     assert broken(cut(config, n_inner=100), config) == [
-        f"programs that derive n_inner, which the dense config leaves open, as {deriving('open')}"
+        "programs that derive n_inner, which the dense config leaves open, as llama.cpp's converter"
     ]
+
+
+def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
+    config = Qwen2Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    fewer = cut(config, num_attention_heads=4)
+    assert broken(fewer, config) == [f"{HEADS}, llama.cpp, vLLM"]
+    assert broken(fewer, config, ("vllm", "transformers")) == [HEADS.replace("optimum-onnx", "vLLM")]
+    assert broken(fewer, config, ("transformers",)) == []
+
+
+def test_llama_cpp_reads_the_size_of_a_head_where_its_writer_says_so() -> None:
+    (found,) = (each for each in CONSUMERS if each.engine == "llama.cpp")
+    assert {*found.limits["head_dim"]} == {name for name, base in ARCHITECTURES.items() if not base.square}
 
 
 def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, LegalWidths]) -> None:
@@ -117,3 +134,36 @@ def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> No
     legal = find_target("stock").legal(analysis, model, Alignment(2))
     assert "ffn" in legal.breaks
     assert legalize.default_families(analysis, legalize.portable(analysis, legal)) == ["ffn"]
+
+
+# ---- the programs that must read the result ----
+
+
+def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:
+    asked = {"sparsity": 0.75, "tolerance": 0.1, **HOW}
+    report = mptk.prune(derivable(), engines=("vllm", "llama.cpp"), **asked).report
+    cut = {name: f["width"] for name, f in report.families.items() if f["width"] < f["of"]}
+    assert cut.keys() & {"kv_groups", "q_heads"}
+    assert f"this cut breaks {HEADS}; see docs/deploy.md" in report.notes  # of the programs that were not named
+    for named in ({}, {"families": ("ffn", "q_heads")}, {"widths": {"q_heads": 2}}):
+        with pytest.raises(MptkError, match=r"nearest|cutting it breaks programs that derive head_dim .* optimum-onnx"):
+            mptk.prune(derivable(), engines=("vllm", "optimum-onnx"), **named, **asked)
+    mptk.prune(derivable(), widths={"q_heads": 2}, **asked | {"sparsity": 0.3}).plan.save(tmp_path / "plan.json")
+    with pytest.raises(MptkError, match=r"this cut breaks .*, as optimum-onnx; cut other units, or name other engines"):
+        mptk.prune(derivable(), engines=("optimum-onnx",), plan=str(tmp_path / "plan.json"), **HOW)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--engines vllm --target graph", "vllm: it does not read the target graph; use --target stock or --target"),
+        ("--engines sglang", "sglang: it does not read the target stock; use --target nemotron-nas, or name"),
+        ("--engines transformers.js --no-onnx", "--no-onnx writes no graph, and it names a program"),
+        ("--engines vlm", "'vlm' is not known; did you mean 'vllm'?"),
+        ("--engines vllm --no-portable", "--engines names the programs"),
+    ],
+)
+def test_a_program_that_cannot_read_the_result_is_refused_before_any_work(words: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["prune", "no/model", "--out", "nowhere", *words.split()])
+    assert result.exit_code != 0
+    assert said in " ".join(f"{result.exception} {result.stderr}".replace("│", " ").split())

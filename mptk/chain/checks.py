@@ -11,6 +11,7 @@ from mptk.cost.budgets import LATENCY
 from mptk.distributed.processes import processes, shards
 from mptk.errors import MptkError
 from mptk.io import data
+from mptk.ir.consumers import check_engines
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.methods.division.search import rungs
@@ -31,6 +32,7 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
     method = find_method(settings.method)
     target = find_target(settings.target)
+    check_engines(settings.engines, target.name)
     if not settings.fixed:
         method.check(settings)
         if settings.layers != UNIFORM:

@@ -182,7 +182,7 @@ def legalise(
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, alignment(settings))
-    if settings.portable and not (settings.families or settings.fixed):
+    if settings.portable and not (settings.families or settings.fixed or settings.engines):
         legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
     plan = plan or Plan({})

@@ -103,6 +103,7 @@ def analyze(
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
+    from mptk.ir.consumers import check_engines
     from mptk.methods.division.budget import alignment
     from mptk.methods.division.selection import check_aligned, part_rows
     from mptk.report.analysis import analysis_json, analysis_view
@@ -110,6 +111,7 @@ def analyze(
     from mptk.tasks import known_task
     from mptk.tasks.module import example_samples, read_inputs
 
+    check_engines(settings.engines, settings.target)
     with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mptk.config.setting import Idle
 from mptk.cost.budgets import CACHED, LATENCY
+from mptk.ir.consumers import only_graphs
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
@@ -57,6 +58,12 @@ DECIDED = Idle(
     lambda a: not a.undecided, "the numbers that it would choose are given", "leave it out, or leave out --steps"
 )
 NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
+ENGINED = Idle(lambda a: a.settings.engines, "--engines names the programs", "leave out one of both")
+UNREAD = Idle(
+    lambda a: a.writes and not a.settings.onnx and only_graphs(a.settings.engines),
+    "--no-onnx writes no graph, and it names a program that reads nothing else",
+    "leave out one of both",
+)
 NO_CLASS = Idle(lambda a: a.settings.target != "stock", "only the target stock needs a class")
 UNKEPT = (
     Idle(lambda a: a.estimate, "--estimate runs nothing", "leave out one of both"),

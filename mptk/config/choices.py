@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mptk.config.setting import Choices
+from mptk.ir.consumers import ENGINES, FORMS
 
 IN_MEMORY = "samples given in Python"
 """What settings and reports call samples that were given in memory."""
@@ -16,7 +17,8 @@ METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
 )
-TARGET_CHOICES = Choices(("stock", "nemotron-nas", "graph"), plugins=("mptk.targets",))
+TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",))
+ENGINE_CHOICES = Choices(ENGINES)
 SCHEMES = Choices(("int8", "int4", "fp16"))
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 """Types of the matrices in a GGUF file. auto: as the folder has them."""

@@ -10,6 +10,7 @@ from mptk.config.cases import (
     CHOOSES,
     CHOOSING,
     CUT,
+    ENGINED,
     LADDER,
     NO_CLASS,
     PHASED,
@@ -18,9 +19,11 @@ from mptk.config.cases import (
     SEARCH,
     TIMED,
     UNCACHED,
+    UNREAD,
     UNTIMED,
 )
 from mptk.config.choices import (
+    ENGINE_CHOICES,
     LAYERS,
     MOST_SPARSITY,
     UNIFORM,
@@ -123,7 +126,15 @@ class CutSettings(Record):
         "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
         CUT,
         CHOOSING,
-        (*CHOOSES, NO_CLASS),
+        (*CHOOSES, ENGINED, NO_CLASS),
+    )
+    engines: tuple[str, ...] = setting(
+        (),
+        "Programs that must read the result, comma-separated: only widths that all of them read are legal.",
+        CUT,
+        (*CHOOSING, "analyze"),
+        (UNREAD,),
+        choices=ENGINE_CHOICES,
     )
     align: int | str = setting(
         KERNEL_BLOCK,

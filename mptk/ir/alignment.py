@@ -22,13 +22,15 @@ class Alignment:
     If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
     ``KERNEL_BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further
     divisors, of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units,
-    and its part of a sum is a multiple, too.
+    and its part of a sum is a multiple, too. ``engines``: the programs that must read the result
+    (``consumers.ENGINES``); empty: as the target chooses.
     """
 
     every: int = KERNEL_BLOCK
     own: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[int, ...] = ()
     devices: int = 1
+    engines: tuple[str, ...] = ()
 
     def divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
         """The divisors for the sums over a family's units, which ``devices`` share."""
@@ -41,7 +43,9 @@ def halves(divisor: int) -> list[int]:
     return [divisor, *(halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
 
 
-def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int = 1) -> Alignment:
+def read_alignment(
+    text: int | str, blocks: tuple[int, ...] = (), devices: int = 1, engines: tuple[str, ...] = ()
+) -> Alignment:
     """``32``, ``h100``, ``ffn=512,hidden=256`` or ``h100,ffn=512``.
 
     Raises:
@@ -61,7 +65,7 @@ def read_alignment(text: int | str, blocks: tuple[int, ...] = (), devices: int =
             own[found["name"]] = divisor
         else:
             every = divisor
-    return Alignment(every, own, blocks, devices)
+    return Alignment(every, own, blocks, devices, engines)
 
 
 def _divisor(text: str) -> int:

@@ -2,15 +2,15 @@
 
 vLLM, SGLang, TensorRT-LLM and mlx-lm have code for it; stock transformers runs the file ``OWN_CODE`` that the folder
 brings (``trust_remote_code``). Cut by default is what all of them read: feed-forward channels, to multiples of 256, and
-whole blocks. A plan may say more: other widths, and heads, if all layers keep equally many query heads. A note then
-names the engines that do not read it.
+whole blocks. ``engines`` names the programs that must read it: then only their limits hold. A plan may say more: other
+widths, and heads, if all layers keep equally many query heads. A note then names the programs that do not read it.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from mptk.io.auto_classes import OWN_CODE
 from mptk.io.modeling_nemotron_nas import WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM
 from mptk.io.resident import free_memory
 from mptk.ir.alignment import Alignment
+from mptk.ir.consumers import LIMITS, NAS, Limit, needing, reading
 from mptk.ir.families import Analysis, Family
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
@@ -38,7 +39,6 @@ from passes.targets.stock.rehome import TRIAL_LENGTH, logits_check
 from passes.targets.stock.symbolic import WeightShapes
 from passes.verify import TOLERANCE
 
-NAS = DeciLMConfig.model_type
 AUTO_MAP = {
     auto: f"{OWN_CODE.stem}.{kind.__name__}"
     for auto, kind in (("AutoConfig", DeciLMConfig), ("AutoModelForCausalLM", DeciLMForCausalLM))
@@ -52,7 +52,7 @@ UNSHARED_FIELDS = ("architectures", "model_type", "transformers_version")
 DIGITS = 6
 """Decimals of ``ffn_mult``: mlx-lm rounds to them."""
 LAYER_WEIGHT, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
-WHOLE = "all engines read only cuts of feed-forward channels and blocks; a --plan may also cut whole heads"
+WHOLE = "only feed-forward channels and blocks are cut for it; a --plan may also cut whole heads"
 
 
 class NemotronNasTarget(StockTarget):
@@ -63,18 +63,20 @@ class NemotronNasTarget(StockTarget):
     ragged = True
 
     def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
-        """Widths that all engines read.
+        """Widths that all programs read, or those of ``alignment.engines``.
 
         Raises:
-            MptkError: the class does not hold the dense model, or computes something else.
+            MptkError: the class does not hold the dense model or computes something else, or one of the engines does
+                not read it.
         """
-        check_held(analysis, model)
+        check_read(check_held(analysis, model).config, alignment.engines)
+        step = WIDTH_STEP if needing("step", NAS, engines=alignment.engines) else 1
         cut = {family.name for family in analysis.families if _is_ffn(family)} | {f.name for f in analysis.depths}
         ladders = {
             family.name: tuple(
                 w
                 for w in aligned(family, alignment)
-                if w == family.size or (family.name in cut and (w % WIDTH_STEP == 0 or family.kind == "blocks"))
+                if w == family.size or (family.name in cut and (w % step == 0 or family.kind == "blocks"))
             )
             for family in analysis.all_families
         }
@@ -94,6 +96,7 @@ class NemotronNasTarget(StockTarget):
         found = held(dense, shapes)
         if isinstance(found, str):
             raise MptkError(f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph")
+        check_read(found.config, compiled.prepared.settings.engines)
         return Written(found, loaded, dense, compiled.prepared.dtype)
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
@@ -112,10 +115,13 @@ def _is_ffn(family: Family) -> bool:
     return all(FFN.match(member.weight) for group in family.groups for member in group.members)
 
 
-def check_held(analysis: Analysis, model: nn.Module) -> None:
-    """Raise MptkError unless ``DeciLMForCausalLM`` holds the dense model.
+def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
+    """The dense model as ``DeciLMForCausalLM``.
 
     Logits are compared, too, if there are weights and they fit in memory.
+
+    Raises:
+        MptkError: the class does not hold it, or computes something else.
     """
     remedy = f"use --target stock or graph, since {NAS} has LLaMA's block"
     if not isinstance(model, PreTrainedModel):
@@ -126,10 +132,11 @@ def check_held(analysis: Analysis, model: nn.Module) -> None:
     state = analysis.program.state_dict()
     empty = any(not isinstance(state.entry(name), Lazy) and state.in_memory(name) is None for name in state)
     if empty or 2 * sum(like.numel() * 4 for like in state.likes.values()) > free_memory():
-        return  # an analysis needs no weights; else the proof compares the logits, stage by stage
+        return found  # an analysis needs no weights; else the proof compares the logits, stage by stage
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     if (difference := logits_check(analysis.program, tokens)(found)) > TOLERANCE:
         raise MptkError(f"{NAS} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
+    return found
 
 
 def held(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
@@ -214,16 +221,32 @@ def ffn_said(width: int, hidden: int) -> dict[str, object]:
     return {"intermediate_size": width} if width % WIDTH_STEP else {"ffn_mult": round(1.5 * width / hidden, DIGITS)}
 
 
-def unread(config: PreTrainedConfig) -> list[str]:
-    """Which engines do not read ``config``, and why. docs/deploy.md says where each of them reads it."""
-    odd = any("intermediate_size" in block["ffn"] for block in config.block_configs)
-    derived = config.head_dim * config.num_attention_heads == config.hidden_size
-    idle = config.block_configs[0]["attention"]["no_op"]
-    reasons = {
-        f"SGLang, TensorRT-LLM and mlx-lm, which read feed-forward widths in multiples of {WIDTH_STEP}": odd,
-        "mlx-lm, which derives the size of a head from hidden_size and num_attention_heads": not derived,
-        "TensorRT-LLM, which has no biases in attention": config.attention_bias,
-        "SGLang and TensorRT-LLM, which have no biases in feed-forward layers": config.mlp_bias,
-        "vLLM and SGLang, whose first block has attention": idle,
+def unread(config: PreTrainedConfig, engines: Collection[str] = ()) -> list[str]:
+    """Which programs do not read ``config``, and why. ``engines``: only these; empty: all.
+
+    docs/deploy.md says where each of them reads it.
+    """
+    groups = {block["attention"].get("n_heads_in_group") for block in config.block_configs}
+    beyond: Mapping[Limit, bool] = {
+        "step": any("intermediate_size" in block["ffn"] for block in config.block_configs),
+        "head_dim": config.head_dim * config.num_attention_heads != config.hidden_size,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "first_attention": config.block_configs[0]["attention"]["no_op"],
+        "even_heads": len(groups) > 1,
     }
-    return [f"this folder is not read by {reason}" for reason, holds in reasons.items() if holds]
+    names = {
+        limit: " and ".join(
+            each.name.partition(",")[0] for each in needing(limit, NAS, LlamaConfig.model_type, engines)
+        )
+        for limit, holds in beyond.items()
+        if holds
+    }
+    return [f"this folder is not read by {who}: {LIMITS[limit]}" for limit, who in names.items() if who]
+
+
+def check_read(config: PreTrainedConfig, engines: Collection[str]) -> None:
+    """Raise MptkError unless each of ``engines`` reads ``config``. It names all other engines that do."""
+    if engines and (reasons := unread(config, engines)):
+        others = ", ".join(each for each in reading(NAS) if not unread(config, (each,)))
+        raise MptkError(f"{'; '.join(reasons)}; of --engines only {others} read it")

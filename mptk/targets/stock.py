@@ -75,6 +75,10 @@ class StockTarget(Target):
         found = stock.config(widths, scalars=compiled.epsilons, kept=kept)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
+            if unread := prepared.settings.engines and broken(
+                found, models.config_in(loaded), prepared.settings.engines
+            ):
+                raise MptkError(f"this cut breaks {'; '.join(unread)}; cut other units, or name other --engines")
             return Written(found, loaded, found.config, dtype)
         if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")

@@ -128,7 +128,16 @@ def stock_widths(
         counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
         ladders[family.name] = aligned(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
-    return LegalWidths(ladders, refused, accepts, stock, together=together)
+    found = LegalWidths(ladders, refused, accepts, stock, together=together)
+    return readable(found, alignment.engines) if alignment.engines else found
+
+
+def readable(target: LegalWidths, engines: Collection[str]) -> LegalWidths:
+    """Refuse the families whose cut breaks one of ``engines``."""
+    assert target.stock is not None
+    why = {name: f"cutting it breaks {what}" for name, what in breaks(target.stock, target.ladders, engines).items()}
+    whole = {name: target.ladders[name][-1:] for name in why}
+    return replace(target, ladders={**target.ladders, **whole}, refused={**target.refused, **why})
 
 
 def grouped_rows(analysis: Analysis) -> list[tuple[Term, int]]:

@@ -78,9 +78,9 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
 
 
 def alignment(settings: Settings) -> Alignment:
-    """The settings' alignment, with the block sizes of quantised graphs."""
+    """The settings' alignment, with the block sizes of quantised graphs and the programs that will read the result."""
     blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
-    return read_alignment(settings.align, blocks, settings.tensor_parallel)
+    return read_alignment(settings.align, blocks, settings.tensor_parallel, settings.engines)
 
 
 def left_whole(legal: LegalWidths) -> str:

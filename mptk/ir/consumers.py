@@ -1,0 +1,226 @@
+"""consumers: the programs that read a pruned folder, what was tried with each, and which cuts each reads.
+
+The legal widths, ``--engines``, the notes of a report and docs/deploy.md read this table. Imports no library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mptk.errors import MptkError
+
+STOCK, NAS = "stock", "nemotron-nas"
+FORMS = (STOCK, NAS, "graph")
+"""mptk's own targets."""
+
+Limit = Literal["head_dim", "open", "step", "attention_bias", "mlp_bias", "first_attention", "even_heads"]
+LIMITS: Mapping[Limit, str] = {
+    "head_dim": "the size of a head must be hidden_size / num_attention_heads",
+    "open": "fields that the dense config leaves open must stay open",
+    "step": "feed-forward widths must be multiples of 256",
+    "attention_bias": "attention must have no biases",
+    "mlp_bias": "feed-forward layers must have no biases",
+    "first_attention": "the first block must have attention",
+    "even_heads": "all layers must have the same number of KV heads",
+}
+"""What a program may need of a cut, since it derives a number or has no code for it."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program. ``version``: the one tried; empty if none was. ``result``: what was seen, as docs/deploy.md says it.
+
+    ``section``: its section there. ``engine``: its name in ``--engines``; empty if it has none, as a library that loads
+    the folder through another. ``reads``: the targets that it reads. ``graph``: it reads only the ONNX graphs.
+    ``limits``: what it needs of a cut → the ``model_type`` of models for which it does not.
+    """
+
+    name: str
+    version: str
+    result: str
+    section: str = ""
+    engine: str = ""
+    reads: tuple[str, ...] = (STOCK,)
+    graph: bool = False
+    limits: Mapping[Limit, tuple[str, ...]] = field(default_factory=dict)
+
+    def needs(self, limit: Limit, model_type: str) -> bool:
+        """Whether it needs this of a cut of such a model."""
+        return limit in self.limits and model_type not in self.limits[limit]
+
+
+CONSUMERS = (
+    Consumer(
+        "transformers",
+        "5.24.0, 4.57.6",
+        "greedy text, the same in both",
+        section="transformers-trainer-and-peft",
+        engine="transformers",
+        reads=(STOCK, NAS),
+    ),
+    Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded; a long test"),
+    Consumer(
+        "sentence-transformers",
+        "6.2.0",
+        "MiniLM at 30 %: embeddings are transformers' to the last digit; a long test",
+        section="sentence-transformers",
+    ),
+    Consumer("lm-eval", "0.4.13", "the score of a task; a long test", section="lm-eval"),
+    Consumer(
+        "ONNX Runtime",
+        "1.32.0",
+        "part of the proof",
+        section="onnx-runtime",
+        engine="onnxruntime",
+        reads=FORMS,
+        graph=True,
+    ),
+    Consumer(
+        "onnxruntime-genai",
+        "0.18.0",
+        "greedy tokens are transformers', also in further turns and after going back; a test",
+        section="onnxruntime-genai",
+        engine="onnxruntime-genai",
+        reads=(STOCK, NAS),
+        graph=True,
+        limits={"even_heads": ()},
+    ),
+    Consumer(
+        "transformers.js in Node",
+        "4.3.1 (Node 20)",
+        "greedy tokens are transformers' in float32, and `mptk generate`'s in int8, int4 and fp16. Chats, too; a test",
+        section="transformersjs",
+        engine="transformers.js",
+        graph=True,
+    ),
+    Consumer(
+        "transformers.js in a browser",
+        "4.3.1 (Chromium 156)",
+        "a chat in float32: the text is transformers'; a test",
+        section="transformersjs",
+        engine="transformers.js",
+        graph=True,
+    ),
+    Consumer(
+        "optimum-onnx",
+        "0.1.0",
+        "greedy tokens are transformers' in float32 (a long test); int8 and int4 run by `file_name`, with other text. "
+        "A cut of heads fails",
+        section="optimum",
+        engine="optimum-onnx",
+        graph=True,
+        limits={"head_dim": ()},
+    ),
+    Consumer(
+        "OpenVINO",
+        "2026.4.1",
+        "float32 logits within 3e-6 of ONNX Runtime's; int8 and int4: the same next tokens on one prompt; a long test",
+        section="openvino",
+        engine="openvino",
+        reads=FORMS,
+        graph=True,
+    ),
+    Consumer(
+        "openvino-genai",
+        "2026.4.1",
+        "GGUF by `mptk gguf` in f16, q8_0, q4_0: text; in f16 and q8_0 transformers' on one prompt; a long test of f16",
+        section="openvino",
+    ),
+    Consumer(
+        "llama.cpp",
+        "xllamacpp 2026.10.11549",
+        "GGUF by `mptk gguf`, of 30 kinds of models: log probabilities of the pruned folder; a test",
+        section="llamacpp",
+        engine="llama.cpp",
+        reads=FORMS,
+        limits={
+            "head_dim": (
+                *("arcee", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense"),
+                *("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+            )
+        },
+    ),
+    Consumer(
+        "llama.cpp's converter",
+        "llama-cpp-python 0.3.36",
+        "GGUF in q8_0: text. It takes 4 · n_embd for n_inner",
+        section="llamacpp",
+        limits={"open": ()},
+    ),
+    Consumer(
+        "vLLM",
+        "",
+        "read in the source of 0.33.0",
+        section="vllm",
+        engine="vllm",
+        limits={"head_dim": ("llama",)},
+    ),
+    Consumer(
+        "vLLM, a width for each layer",
+        "0.33.0",
+        "only its model files, on plain layers in place of its kernels: logits within 2.8e-05, relative to the largest",
+        section="a-width-for-each-layer",
+        engine="vllm",
+        reads=(NAS,),
+        limits={"first_attention": ()},
+    ),
+    Consumer(
+        "SGLang, a width for each layer",
+        "0.5.23",
+        "only its model files, on plain layers in place of its kernels: logits within 2.8e-05, relative to the largest",
+        section="a-width-for-each-layer",
+        engine="sglang",
+        reads=(NAS,),
+        limits={"step": (), "mlp_bias": (), "first_attention": ()},
+    ),
+    Consumer(
+        "mlx-lm, a width for each layer",
+        "0.32.2, mlx-cpu 0.32.4",
+        "logits within 8.4e-05 of ONNX Runtime's, relative to the largest",
+        section="a-width-for-each-layer",
+        engine="mlx-lm",
+        reads=(NAS,),
+        limits={"step": (), "head_dim": ()},
+    ),
+    Consumer(
+        "TensorRT-LLM, a width for each layer",
+        "",
+        "read in its source",
+        section="a-width-for-each-layer",
+        engine="tensorrt-llm",
+        reads=(NAS,),
+        limits={"step": (), "attention_bias": (), "mlp_bias": ()},
+    ),
+)
+ENGINES = tuple(sorted({each.engine for each in CONSUMERS} - {""}))
+"""The values of ``--engines``."""
+
+
+def needing(limit: Limit, target: str, model_type: str = "", engines: Collection[str] = ()) -> list[Consumer]:
+    """The programs that need this of a cut that ``target`` writes. ``engines``: only these; empty: all."""
+    return [
+        each
+        for each in CONSUMERS
+        if target in each.reads and each.needs(limit, model_type) and (not engines or each.engine in engines)
+    ]
+
+
+def reading(target: str) -> list[str]:
+    """The values of ``--engines`` that read ``target``."""
+    return sorted({each.engine for each in CONSUMERS if target in each.reads} - {""})
+
+
+def only_graphs(engines: Collection[str]) -> bool:
+    """Whether one of ``engines`` reads only ONNX graphs."""
+    return any(each.graph for each in CONSUMERS if each.engine in engines)
+
+
+def check_engines(engines: Collection[str], target: str) -> None:
+    """Raise MptkError unless each of ``engines`` reads ``target``."""
+    for engine in engines:
+        if engine not in reading(target):
+            where = " or ".join(f"--target {each}" for each in FORMS if engine in reading(each))
+            others = ", ".join(reading(target)) or "none"
+            raise MptkError(f"--engines {engine}: it does not read the target {target}; use {where}, or name {others}")

@@ -124,6 +124,15 @@ def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: tuple[Any, 
     assert said in str(error.value)
 
 
+def counted(net: Any, h: Tensor) -> Tensor:
+    return net.down(h * sum(2 if h.shape[1] > k else 3 for k in range(2, 6)))
+
+
+def test_a_line_that_fixed_several_conditions_is_said_once() -> None:
+    (note,) = (note for note in pruned_of(Net(counted), made(2, 9)).report.notes if note.startswith("fixed: "))
+    assert note.count("test_eager.py:") == 1
+
+
 @pytest.mark.parametrize("fixed", FIXED[:4], ids=lambda fixed: fixed[0].__name__)
 def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: tuple[Any, ...]) -> None:
     body, example, refused, taken, _, said = fixed

@@ -85,9 +85,13 @@ def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None
 
 
 def fixed_sizes(prepared: Prepared) -> str:
-    """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty."""
+    """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty.
+
+    It has the first condition of each source line: a loop over a size may give one a round.
+    """
     program = prepared.analysis.program
-    if prepared.target.classed or not (said := [*filter(None, [program.limits.note]), *program.sizes.fixed]):
+    lines = {each.rpartition(" (")[2]: each for each in reversed(program.sizes.fixed)}
+    if prepared.target.classed or not (said := [*filter(None, [program.limits.note]), *reversed(lines.values())]):
         return ""
     return f"fixed: {'; '.join(said)}: the pruned model refuses other sizes"
 

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.tiny_config import tiny_config
 from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB
-from benchmarks.tiny_weights import calibrate, randomise
+from benchmarks.tiny_weights import calibrate, randomise, revived
 from mptk.ir.samples import Samples, joined
 from mptk.tasks.dual_encoder import gives
 from mptk.tasks.dual_encoder_form import EMBEDS
@@ -190,7 +190,7 @@ def _attempt(
     try:
         calibrate(model, lambda: wrapper(*tensors), seed)
         with torch.no_grad():
-            out = wrapper(*tensors)
+            out = revived(model, lambda: wrapper(*tensors))
     except Exception as error:
         raise CannotBuild("forward", _line(error)) from error
     wrapper.train().eval()  # some attention layers keep, in eval mode, what they computed in the first forward

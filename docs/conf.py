@@ -10,8 +10,8 @@ from sphinx.application import Sphinx
 CONTENTS = {
     "Start": "docs/tutorial docs/command-line docs/python docs/troubleshooting",
     "How to": "docs/how-to/README docs/how-to/own-class docs/how-to/encoder docs/how-to/vit docs/how-to/kv-heads "
-    "docs/how-to/vision-language docs/how-to/dual-encoder docs/how-to/diffusion docs/how-to/how-far docs/how-to/budget docs/how-to/ladder "
-    "docs/how-to/pass docs/data "
+    "docs/how-to/vision-language docs/how-to/dual-encoder docs/how-to/diffusion docs/how-to/how-far "
+    "docs/how-to/budget docs/how-to/ladder docs/how-to/pass docs/data "
     "docs/kinds docs/latency docs/shapes docs/vocabulary docs/recovery docs/scale docs/onnx docs/deploy docs/plugins "
     "docs/adding-an-op docs/tracing",
     "Look up": "docs/glossary docs/settings docs/api docs/plan docs/report docs/architectures docs/python-versions",

@@ -39,11 +39,14 @@ class Chat:
         """The texts of all turns."""
         return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
 
-    def text(self, processor: Any) -> str:
-        """The chat as the processor's template writes it; without one its texts, after the token of each image."""
+    def text(self, processor: Any, *, asks: bool = False) -> str:
+        """The chat as the processor's template writes it; without one its texts, after the token of each image.
+
+        ``asks``: the template goes on to where the answer begins.
+        """
         if getattr(processor, "chat_template", None):
             try:
-                return str(processor.apply_chat_template(self.turns, tokenize=False))
+                return str(processor.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=asks))
             except (TemplateError, TypeError, ValueError) as error:
                 raise MptkError(f"the model's chat template refuses {self.where}: {error}; change the chat") from error
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")

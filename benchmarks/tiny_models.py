@@ -33,8 +33,8 @@ from mptk.ir.samples import Samples, joined
 from mptk.tasks.dual_encoder import gives
 from mptk.tasks.dual_encoder_form import EMBEDS
 from mptk.tasks.image_text import ImageText
+from mptk.tasks.inputs.captioned import Captioned, ended
 from mptk.tasks.inputs.image_text import with_images
-from mptk.tasks.inputs.pairs import Pairs, ended
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -246,7 +246,7 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         )
     if mapping == PAIRED and gives(type(model)):
         ids = torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator)
-        return Pairs().example(model) | {"input_ids": ended(model, ids)}
+        return Captioned().example(model) | {"input_ids": ended(model, ids)}
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     rows = BATCH * getattr(config, "num_codebooks", 1)

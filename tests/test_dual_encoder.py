@@ -41,7 +41,7 @@ from mptk.progress import Count, silent
 from mptk.protocols.values import SampleSets
 from mptk.tasks import task_of
 from mptk.tasks.dual_encoder import DUAL_ENCODER
-from mptk.tasks.inputs.pairs import encoded
+from mptk.tasks.inputs.captioned import encoded
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
 EMBEDS, LOGITS = ["text_embeds", "image_embeds"], ["logits_per_image", "logits_per_text"]

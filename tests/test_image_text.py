@@ -42,6 +42,7 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
 from mptk.tasks import task_of
 from mptk.tasks.image_text import ImageText
+from mptk.tasks.inputs.chats import has_images
 from passes.analysis.group import analyze
 from passes.verify import TOLERANCE, difference
 
@@ -209,6 +210,78 @@ def test_a_cut_is_found_again_in_a_program_without_images() -> None:
     assert [found.units(g.axis) for g in own.groups] == [list(range(i, 30 + i)) for i in range(len(own.groups))]
 
 
+@pytest.fixture(scope="module")
+def text(world: Path) -> str:
+    """A folder with text, and a picture."""
+    (world / "text").mkdir()
+    (world / "text" / "text.md").write_text("is a picture that is all blue of a grey or all black picture that " * 60)
+    Image.new("RGB", (8, 8)).save(world / "text" / "figure.png")
+    return str(world / "text")
+
+
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen", marks=pytest.mark.long)])
+def test_text_prunes_the_language_model_and_the_proof_shows_it_images(
+    world: Path, tmp_path: Path, text: str, name: str
+) -> None:
+    """The tower stays as it is, and the graphs of all parts are written."""
+    if name == "qwen":
+        write_qwen(world / name)
+    mptk.prune(str(world / name), tmp_path / "out", settings(world, data=text, onnx=True, strict=True))
+    report = mptk.Report.read(tmp_path / "out")
+    assert "perplexity of the text of 4 samples, without images, 44 tokens predicted" in report.quality["protocol"]
+    stages = [row["stage"] for row in report.proof]
+    assert stages[-2:] == ["reloaded with images", "ONNX Runtime with images"] or name == "qwen"
+    assert {"reloaded with images", "ONNX Runtime with images", "ONNX Runtime decode"} <= {*stages}
+    assert [d.stage for d in mptk.verify(tmp_path / "out")] == stages
+    dense, small = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (world / name, tmp_path / "out")
+    )
+    narrower = {name for name, weight in small.items() if weight.shape != dense[name].shape}
+    assert narrower
+    assert all("language_model" in name for name in narrower)
+    assert all(torch.equal(weight, dense[n]) for n, weight in small.items() if "language_model" not in n)
+    measured = mptk.evaluate(tmp_path / "out", text, windows=4, length=12)
+    assert measured["model"] == pytest.approx(report.quality["pruned"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [("pictures", True), ("empty", True), ("chats.jsonl", True), ("text", False), ("plain.jsonl", False)],
+)
+def test_data_are_images_if_they_have_captions_or_chats_name_them(
+    world: Path, text: str, data: str, found: bool
+) -> None:
+    (world / "empty").mkdir(exist_ok=True)
+    (world / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    assert has_images(str(world / data)) == found
+
+
+def test_a_run_on_text_goes_on_with_text() -> None:
+    examples = ImageText().examples(llava())
+    saved = examples[1].saved("training")
+    found = Samples.restored(saved, examples, "training")
+    assert found is not None
+    assert [*found.inputs] == ["input_ids"]
+    again = Samples.restored(examples[0].saved("training"), examples, "training")
+    assert again is not None
+    assert [*again.inputs] == ["input_ids", "pixel_values"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"families": ("vision_tower",)}, "the samples of data do not run vision_tower; give data that it reads"),
+        ({"eval_data": "pictures"}, "data and eval_data are samples of two kinds"),
+    ],
+)
+def test_text_reaches_no_tower_and_is_not_mixed_with_images(
+    world: Path, tmp_path: Path, text: str, asked: dict[str, Any], line: str
+) -> None:
+    given = {name: str(world / value) if name == "eval_data" else value for name, value in asked.items()}
+    with pytest.raises(MptkError, match=line):
+        mptk.prune(str(world / "llava"), tmp_path / "out", settings(world, data=text, **given))
+
+
 def _no_metadata(folder: Path) -> str:
     (folder / "pictures" / "metadata.csv").unlink()
     return "pictures"
@@ -220,12 +293,14 @@ def _lost_picture(folder: Path) -> str:
 
 
 def _no_image(folder: Path) -> str:
-    (folder / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
-    return "plain.jsonl"
+    write_chats(folder / "chats.jsonl", folder / "pictures")
+    with (folder / "chats.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    return "chats.jsonl"
 
 
-def _text(folder: Path) -> str:
-    (folder / "text.txt").write_text("a picture")
+def _marked_text(folder: Path) -> str:
+    (folder / "text.txt").write_text("a picture <image> that is all red " * 200)
     return "text.txt"
 
 
@@ -240,7 +315,7 @@ def _wrong_processor(folder: Path) -> str:
         (_no_metadata, "has no metadata.jsonl or metadata.csv with captions"),
         (_lost_picture, "names red.png, and there is no such file"),
         (_no_image, "has no image; put"),
-        (_text, "is neither a folder of images"),
+        (_marked_text, "the text holds the token of images, and there are none"),
         (_wrong_processor, "leaves 18 tokens for its images, and the class has 16 features"),
     ],
 )
@@ -252,7 +327,7 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
     loaded = load(str(tmp_path / "llava"))
     asked = replace(settings(tmp_path), data=str(tmp_path / data), samples=6)
     with pytest.raises(MptkError, match=line):
-        task_of(loaded).samples(loaded, asked, 6, lambda done, total: None)
+        task_of(loaded).samples(loaded, asked, 8, lambda done, total: None)
 
 
 def test_an_encoder_decoder_and_a_decoder_are_other_kinds() -> None:

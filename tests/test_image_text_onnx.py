@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +21,19 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from pictures import IMAGE, PATCHES, llava, processor, write_captions
+from pictures import IMAGE, PATCHES, llava, processor, write_captions, write_qwen
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from toy_checkpoints import llama
+from toy_checkpoints import tokenizer as toy_tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from typer.testing import CliRunner
 
 import mptk
 from benchmarks.tiny_models import PICTURED, tiny_model
 from mptk import MptkError, ProofError, Samples, Settings
+from mptk.api.graphs import export_folder
+from mptk.cli.main import app
 from mptk.compat.transformers import precomputed
 from mptk.proof.proof import windows_within
 from mptk.publish.manifest import write_manifest
@@ -277,3 +285,84 @@ class Stated(nn.Module):
 def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
     one, other = (trace(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
     assert other.with_state(one.module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-VL whose texts depend on the picture, its graphs, and pictures of two sizes."""
+    root = tmp_path_factory.mktemp("prompts")
+    write_qwen(root / "qwen")
+    export_folder(str(root / "qwen"), root / "out", Settings())
+    write_captions(root / "small")
+    write_captions(root / "wide", width=64)
+    return root
+
+
+@pytest.mark.parametrize("pictures", [("small/red.png",), ("wide/grey.png",), ("wide/blue.png", "small/white.png")])
+def test_generate_writes_after_images_what_transformers_writes(exported: Path, pictures: tuple[str, ...]) -> None:
+    """In the chat template, with positions on three axes, and images of several sizes."""
+    places = [exported / name for name in pictures]
+    options = [word for place in places for word in ("--image", str(place))]
+    words = ["generate", str(exported / "out"), "a picture", "--max-new-tokens", "8", *options]
+    run = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    reader = AutoProcessor.from_pretrained(exported / "qwen")
+    turn = {"role": "user", "content": [*({"type": "image"} for _ in places), {"type": "text", "text": "a picture"}]}
+    text = reader.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    asked = reader(text=[text], images=[Image.open(place) for place in places], return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(exported / "qwen")
+    found = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert run.stdout.strip() == reader.tokenizer.decode(found, skip_special_tokens=True).strip()
+    assert f"{asked['input_ids'].shape[1]} prompt tokens" in run.stderr
+
+
+def test_without_a_template_the_token_of_the_image_comes_first(pruned: Path, stock: Any) -> None:
+    picture = pruned.parent / "pictures" / "blue.png"
+    words = ["generate", str(pruned), "a picture", "--image", str(picture), "--max-new-tokens", "6"]
+    run = CliRunner().invoke(app, words, catch_exceptions=False)
+    asked = processor()(text="<image>\na picture", images=Image.open(picture), return_tensors="pt")
+    found = stock.generate(**asked, max_new_tokens=6, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert run.stdout.strip() == processor().decode(found, skip_special_tokens=True).strip()
+
+
+def _of_text(folder: Path) -> None:
+    """Put graphs of a decoder that reads token ids in place of the others."""
+    llama().save_pretrained(folder / "llama")
+    toy_tokenizer().save_pretrained(folder / "llama")
+    shutil.rmtree(folder / "onnx")
+    shutil.copytree(export_folder(str(folder / "llama"), folder / "text", Settings()), folder, dirs_exist_ok=True)
+
+
+def _without_processor(folder: Path) -> None:
+    (folder / "processor_config.json").unlink()
+
+
+def _of_other_places(folder: Path) -> None:
+    processor(additional=3).save_pretrained(folder)
+
+
+def _of_another_size(folder: Path) -> None:
+    file = folder / "processor_config.json"
+    said = json.loads(file.read_text())
+    said["image_processor"] |= {"crop_size": {"height": 48, "width": 48}}
+    file.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (_of_another_size, "the vision encoder takes no images of 48 x 48"),
+        (_of_text, "reads no images; leave out --image"),
+        (_without_processor, "does not take the prompt: .*; copy the files of the dense model's processor"),
+        (_of_other_places, "the text has 18 tokens for images, and the vision encoder makes 16"),
+    ],
+)
+def test_images_that_cannot_be_read_are_said_in_one_line(
+    pruned: Path, tmp_path: Path, spoil: Callable[[Path], None], line: str
+) -> None:
+    shutil.copytree(pruned, tmp_path / "out")
+    spoil(tmp_path / "out")
+    picture = pruned.parent / "pictures" / "blue.png"
+    run = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "a", "--image", str(picture)])
+    assert isinstance(run.exception, MptkError)
+    assert re.search(line, str(run.exception))

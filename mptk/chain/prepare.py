@@ -139,13 +139,15 @@ def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samp
         return None
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
     kept = kept_tensors(job.out, KEPT_SAMPLES) if settings.resume else None
-    like = None if kept is None else Samples.restored(kept, list(task.example(loaded.model).inputs), "training")
+    like = None if kept is None else Samples.restored(kept, task.examples(loaded.model), "training")
     if like is not None:
         like = like[:1]
     elif settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
         like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:
         other = task.evaluation(loaded, replace(settings, eval_windows=1))
+        if like is not None and like.inputs.keys() != other.inputs.keys():
+            raise MptkError("--data and --eval-data are samples of two kinds; give images with both, or with neither")
         like = like if like is not None and same_sizes(like, other) else None
     return like
 

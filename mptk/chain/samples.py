@@ -44,8 +44,8 @@ def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bo
                 folder.save(KEPT_SAMPLES, kept)
         elif given.training is not None and folder is not None:
             check_samples(kept, given.training[:count].saved("training"), folder.path)
-        names = list(task.example(prepared.loaded.model).inputs)
-        training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
+        examples = task.examples(prepared.loaded.model)
+        training, evaluation = (Samples.restored(kept, examples, what) for what in ("training", "evaluation"))
         assert training is not None
         if not measures:
             evaluation = training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -23,6 +23,8 @@ from mptk.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mptk.ort.generation import PromptImages, TextGenerator
 
 PLOTS = (".png", ".svg", ".pdf")
 GGUF_TYPES = chosen(Choices(get_args(GgufType)))
@@ -77,6 +79,7 @@ def write_gguf(
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
+        'generate runs/llava "What is it?" --image cat.png',
     ),
     base=Settings(threads=0),
 )
@@ -97,6 +100,10 @@ def generate(
         ),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image before the prompt (vision-language models); repeat it for several.", exists=True),
+    ] = None,
     seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
@@ -106,12 +113,14 @@ def generate(
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)
+    if image:
+        refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
     runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
-    encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+    encoded, images = read_prompts(runner, model, prompts, image or [], chat)
     sampling = Sampling(temperature, top_k, top_p)
     if cut:
         encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
-    steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
+    steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed, images=images)
     if len(prompts) == 1:
         stream(runner.tokenizer, (token for (token,) in steps))
     else:
@@ -124,6 +133,20 @@ def generate(
         f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s, {runner.decoder.providers[0]}",
         highlight=False,
     )
+
+
+def read_prompts(
+    runner: TextGenerator, model: str, prompts: Sequence[str], images: Sequence[Path], chat: bool
+) -> tuple[list[list[int]], PromptImages | None]:
+    """The token ids of each prompt, and the images of the only one, if there are any."""
+    from mptk.tasks.inputs.prompts import prompt_with_images
+
+    if not images:
+        return [runner.encode(prompt, chat=chat) for prompt in prompts], None
+    if len(prompts) > 1:
+        raise MptkError("--image is for one prompt; give the others in calls of their own")
+    ids, found = prompt_with_images(model, runner.decoder, prompts[0], images)
+    return [ids], found
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:

@@ -101,11 +101,13 @@ class Samples:
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
     @staticmethod
-    def restored(tensors: Mapping[str, Tensor], names: Sequence[str], prefix: str) -> Samples | None:
-        """What ``saved`` gave, with the inputs ``names`` in order; None if it is not there."""
-        if f"{prefix}.{names[0]}" not in tensors:
-            return None
-        return Samples({name: tensors[f"{prefix}.{name}"] for name in names}, tensors.get(f"{prefix}.{_TARGETS}"))
+    def restored(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
+        """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+        for names in (example.inputs for example in examples):
+            if all(f"{prefix}.{name}" in tensors for name in names):
+                inputs = {name: tensors[f"{prefix}.{name}"] for name in names}
+                return Samples(inputs, tensors.get(f"{prefix}.{_TARGETS}"))
+        return None
 
 
 def concatenated(parts: Sequence[Samples]) -> Samples:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mptk.errors import MptkError
 from mptk.ort.sessions import CPU, OrtGraph
 
 EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
@@ -36,12 +37,21 @@ class Embeddings:
         """The embeddings [batch, n, hidden] of token ids [batch, n], with the features of ``images`` at their tokens.
 
         ``images``: the inputs of the vision encoder by name. Others are ignored.
+
+        Raises:
+            MptkError: there are more or fewer tokens of images than rows of features.
         """
         found = self.tokens({"input_ids": ids})
         if not images:
             return found
         marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
-        return found.masked_scatter(marks[..., None], self.images(images))
+        features = self.images(images)
+        if int(marks.sum()) != len(features):
+            raise MptkError(
+                f"the text has {int(marks.sum())} tokens for images, and the vision encoder makes {len(features)} of "
+                "them; correct processor_config.json"
+            )
+        return found.masked_scatter(marks[..., None], features)
 
     def takes(self, images: Mapping[str, Tensor]) -> bool:
         """Whether the vision encoder runs on images of these sizes."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.data import positions_of
-from mptk.ort.decoder import LogitsArray, OrtDecoder, model_folder
+from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, model_folder
 from mptk.ort.sessions import CPU
 
 TokenIds = npt.NDArray[np.int64]
@@ -57,6 +58,23 @@ class Sampling:
         return int(best[rng.choice(len(share), p=share)])
 
 
+@dataclass(frozen=True)
+class PromptImages:
+    """The images of a prompt. ``inputs``: of the vision encoder by name.
+
+    ``positions``: of the prompt's tokens, int64 [axes, 1, length], if the decoder's have several axes.
+    """
+
+    inputs: Mapping[str, Tensor]
+    positions: TokenIds | None = None
+
+    def after(self, step: int) -> TokenIds | None:
+        """The positions of the token that is written in a step, [axes, 1, 1]."""
+        if self.positions is None:
+            return None
+        return np.full((len(self.positions), 1, 1), self.positions.max() + 1 + step)
+
+
 def generate(
     decoder: OrtDecoder,
     prompts: Sequence[Sequence[int]],
@@ -65,6 +83,7 @@ def generate(
     stop: Collection[int] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
+    images: PromptImages | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, step by step; None for a prompt that has ended.
 
@@ -77,9 +96,10 @@ def generate(
         stop: tokens that end a sequence. They are yielded, too.
         sampling: greedy if None.
         seed: seed of the sampling.
+        images: the images of the only prompt.
 
     Raises:
-        MptkError: a prompt is empty.
+        MptkError: a prompt is empty; or it has another number of tokens for images than these become.
     """
     if not prompts or not all(map(len, prompts)):
         raise MptkError("an empty prompt has no next token; give some text")
@@ -88,14 +108,24 @@ def generate(
     ids = np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
     mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
     ended = np.zeros(len(prompts), dtype=bool)
-    logits, cache = decoder.prefill(ids, mask)
+    logits, cache = decoder.prefill(*_read(decoder, ids, mask, images))
     for step in range(limit):
         tokens = chooser.choose(logits[:, -1], rng)
         yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
         ended |= np.array([int(token) in stop for token in tokens])
         if ended.all() or step + 1 == limit:
             return
-        logits, cache = decoder.decode(tokens[:, None], cache)
+        logits, cache = decoder.decode(tokens[:, None], cache, None if images is None else images.after(step))
+
+
+def _read(
+    decoder: OrtDecoder, ids: TokenIds, mask: TokenIds, images: PromptImages | None
+) -> tuple[TokensArray, TokenIds, TokenIds | None]:
+    """What a decoder reads of prompts: tokens, or embeddings if there are images; mask; positions."""
+    if images is None:
+        return ids, mask, None
+    assert decoder.embeddings is not None
+    return decoder.embeddings(torch.from_numpy(ids), images.inputs).numpy(), mask, images.positions
 
 
 @dataclass(frozen=True)
@@ -154,6 +184,7 @@ class TextGenerator:
         limit: int,
         sampling: Sampling | None = None,
         seed: int = 0,
+        images: PromptImages | None = None,
     ) -> Iterator[list[int | None]]:
         """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
 
@@ -166,7 +197,10 @@ class TextGenerator:
         self.check_ids(token for prompt in prompts for token in prompt)
         began = time.perf_counter()
         first, count = 0.0, 0
-        for tokens in generate(self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed):
+        steps = generate(
+            self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed, images=images
+        )
+        for tokens in steps:
             first = first or time.perf_counter() - began
             count += sum(token is not None for token in tokens)
             yield tokens

@@ -107,8 +107,8 @@ def check_numbers(
         _require(f"proof.{d['stage']}", d["ok"], True)
 
 
-def proof_samples(folder: Path, example: Samples) -> Samples:
-    """The samples of the proof, unchecked. ``example``: samples of the same kind.
+def proof_samples(folder: Path, examples: Sequence[Samples]) -> tuple[Samples, Samples]:
+    """The samples of the proof, unchecked, and the one of ``examples`` that is of their kind.
 
     Raises:
         MptkError: they are missing, or not inputs of this kind.
@@ -117,9 +117,10 @@ def proof_samples(folder: Path, example: Samples) -> Samples:
         tensors = load_file(folder / PROVEN_ON)
     except (OSError, SafetensorError) as error:
         raise _no_inputs(folder) from error
-    if tensors.keys() != example.inputs.keys():
+    example = next((each for each in examples if each.inputs.keys() == tensors.keys()), None)
+    if example is None:
         raise _no_inputs(folder)
-    return Samples({name: tensors[name] for name in example.inputs})
+    return Samples({name: tensors[name] for name in example.inputs}), example
 
 
 def check_samples(samples: Samples, folder: Path, program: Program, example: Samples) -> None:

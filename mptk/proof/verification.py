@@ -114,8 +114,7 @@ def _analysed(
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
     task = task_of_folder(folder, report, loaded)
     require_same("task", report.task, task.name)
-    example = task.example(loaded.model)
-    samples = proof_samples(folder, example)
+    samples, example = proof_samples(folder, task.examples(loaded.model))
     like = samples if find_target(report.settings.target).classed else None
     program = traced(loaded, task, executor, report.settings.length, like)
     samples = fitting(task, program, samples, PROVEN_ON)

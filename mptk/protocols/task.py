@@ -54,6 +54,10 @@ class Task(Protocol):
         """A few small samples to trace the model with. The model may have no weights."""
         ...
 
+    def examples(self, model: nn.Module) -> Sequence[Samples]:
+        """``example``, and one of each other kind of samples that data may give."""
+        return (self.example(model),)
+
     def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
         """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
         return Flat

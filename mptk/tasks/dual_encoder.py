@@ -22,14 +22,14 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.dual_encoder_form import EMBEDS, LOGITS, DualEncoderForm, NamedOutputs, open_sizes
+from mptk.tasks.dual_encoder_form import EMBEDS, SIMILARITIES, DualEncoderForm, NamedOutputs, open_sizes
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.pairs import Pairs
+from mptk.tasks.inputs.captioned import Captioned
 from mptk.tasks.numbers import Numbers
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import Flat, uncached
 
-FEATURES = ("get_text_features", "get_image_features")
+FEATURE_METHODS = ("get_text_features", "get_image_features")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DualEncoder(Numbers):
         return {part: names for part, names in parts.items() if names}
 
     def kind(self, model: nn.Module) -> Inputs:
-        return Pairs()
+        return Captioned()
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples, rows = sets.evaluation, dict[str, list[Tensor]]()
@@ -86,7 +86,7 @@ def gives(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class gives embeddings of texts and images, and their similarities."""
     named = get_type_hints(model_class.forward).get("return")
     fields = {name for each in (named, *get_args(named)) for name in getattr(each, "__dataclass_fields__", ())}
-    return {*EMBEDS, *LOGITS} <= fields and all(hasattr(model_class, name) for name in FEATURES)
+    return {*EMBEDS, *SIMILARITIES} <= fields and all(hasattr(model_class, name) for name in FEATURE_METHODS)
 
 
 def alike(embeds: Sequence[Tensor], dense: Sequence[Tensor]) -> float:

@@ -19,8 +19,8 @@ from mptk.progress import step
 from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import Traced, equal, stages_of
+from mptk.tasks.inputs.captioned import Captioned
 from mptk.tasks.inputs.images import SHAPES
-from mptk.tasks.inputs.pairs import Pairs
 from mptk.tasks.model_form import AXES, ModelForm
 from mptk.tasks.padding import IDS, MASK, about_padding, padded_as_said
 from passes.frontend.trace import Flat, trace
@@ -28,10 +28,10 @@ from passes.targets.onnx.emit import Axes
 from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 
-LOGITS = ("logits_per_image", "logits_per_text")
+SIMILARITIES = ("logits_per_image", "logits_per_text")
 EMBEDS = ("text_embeds", "image_embeds")
 """transformers' and optimum's names of the scaled similarities, and of the embeddings."""
-OUTPUTS = (*LOGITS, *EMBEDS)
+OUTPUTS = (*SIMILARITIES, *EMBEDS)
 
 
 class NamedOutputs(Flat):
@@ -61,7 +61,7 @@ class DualEncoderForm(ModelForm):
         """
         assert dense.program is not None
         step(0, 0, "trace with all outputs")
-        model, example = dense.loaded.model, Pairs().example(dense.loaded.model)
+        model, example = dense.loaded.model, Captioned().example(dense.loaded.model)
         apart = {name: torch.cat([x, x[:1]]) if is_text(name) else x for name, x in example.items()}
         program = trace(model, apart, dynamic=open_sizes(apart), wrap=partial(NamedOutputs, outputs=OUTPUTS))
         traced = Traced(dense.weighted(program), list(apart), OUTPUTS)
@@ -90,13 +90,13 @@ class DualEncoderForm(ModelForm):
 
 def embeddings(graph: OrtGraph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The embeddings of texts and of images."""
-    return graph.all(inputs)[len(LOGITS) :]
+    return graph.all(inputs)[len(SIMILARITIES) :]
 
 
 def run(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) -> Tensor:
     """The embeddings of the traced program, in one row for each sample."""
     found = next(dense.executor.outputs([traced.program], [[inputs[name] for name in traced.names]]))
-    return joined(found[len(LOGITS) :])
+    return joined(found[len(SIMILARITIES) :])
 
 
 def is_text(name: str) -> bool:

@@ -37,7 +37,7 @@ from mptk.tasks.inputs.image_forms import (
     other_size,
 )
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
-from mptk.tasks.inputs.text import TEXT_LENGTH
+from mptk.tasks.inputs.text import TEXT_LENGTH, example_ids
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import Flat, uncached
 
@@ -94,15 +94,19 @@ class ImageText(TokenTask):
         return logits
 
     def like(self, example: Samples, samples: Samples) -> Samples:
-        """Images of the size of the data's: the trace holds it."""
+        """Images of the size of the data's: the trace holds it. Text without images if the data has none."""
         few = Samples(samples.inputs)
         return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
 
     def further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
-        """The text without images, and with images of another size if the class takes several."""
+        """The text without images, or with images of noise if it has none; and with images of another size if the
+        class takes several."""
         ids = samples.inputs[IDS]
         text = torch.where(ids == image_token(model), others(model, ids), ids)
         cases = {"without images": Samples({IDS: text})}
+        if PIXELS not in samples.inputs:
+            found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1))
+            cases = {"with images": Samples(found)}
         if (resized := other_size(model)) is not None:
             found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1), resized)
             cases["with images of another size"] = Samples(found)
@@ -138,6 +142,10 @@ class ImageText(TokenTask):
     def example(self, model: nn.Module) -> Samples:
         return Samples(self.kind(model).example(model))
 
+    def examples(self, model: nn.Module) -> Sequence[Samples]:
+        """With images, and without."""
+        return self.example(model), Samples({IDS: example_ids()})
+
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
         """Each text token is to be predicted, but those that fill up a short text."""
         given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
@@ -150,9 +158,11 @@ class ImageText(TokenTask):
         return Samples(given, targets)
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        samples = sets.evaluation
+        samples, shown = sets.evaluation, "without images"
+        if (pixels := samples.inputs.get(PIXELS)) is not None:
+            shown = f"each with an image ({' x '.join(map(str, pixels.shape[1:]))})"
         protocol = (
-            f"{sets.source}: perplexity of the text of {len(samples)} samples, each with an image "
-            f"({' x '.join(map(str, samples.inputs[PIXELS].shape[1:]))}), {self.predicted(samples):,} tokens predicted"
+            f"{sets.source}: perplexity of the text of {len(samples)} samples, {shown}, {self.predicted(samples):,} "
+            "tokens predicted"
         )
         return self.perplexities(runs, samples, progress, "perplexity", protocol)

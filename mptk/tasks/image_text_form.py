@@ -110,7 +110,8 @@ class ImageTextForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
         model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
-        given = Samples(ImagesWithText().example(model)) if samples is None else samples.shortened(2, sys.maxsize)
+        shown = Samples(ImagesWithText().example(model))
+        given = shown if samples is None else beside(shown, samples.shortened(2, sys.maxsize))
         step(0, 0, "trace a decoding step")
         whole, images = stepped(dense, given, shapes)
         *outputs, features, embeds, merged = output_names(whole)
@@ -197,7 +198,8 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
         axes = samples.inputs[POSITIONS].shape[1]
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
     given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
-    expected = dense.first(samples)[:, -1:]
+    assert dense.program is not None
+    expected = dense.first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
     for first in first_positions(made):
         made.first_position = first
         program = dense.weighted(export_step(made, inputs, given))
@@ -205,6 +207,16 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
         if equal(last_logits(program, dense.executor, samples, shapes), expected):
             return program, images
     raise MptkError(f"one decoding step of {name} with its own cache computes other logits than the whole sequence")
+
+
+def beside(shown: Samples, samples: Samples) -> Samples:
+    """Samples with images: texts without any get those of ``shown``, and no token that stands for them."""
+    if PIXELS in samples.inputs:
+        return samples
+    ids, inputs = samples.inputs[IDS], dict(shown.inputs)
+    if POSITIONS in inputs:
+        inputs[POSITIONS] = torch.arange(ids.shape[1]).expand(len(ids), inputs[POSITIONS].shape[1], -1)
+    return Samples({**inputs, IDS: ids})
 
 
 def several_images(samples: Samples) -> Samples:

@@ -109,6 +109,11 @@ def text_files(folder: Path) -> list[Path]:
     return found
 
 
+def has_text(folder: Path) -> bool:
+    """Whether a folder has ``text_files``."""
+    return any(_suffix(file) in _TABLES or _is_text(file) for file in shown(folder))
+
+
 def shown(folder: Path) -> list[Path]:
     """The files in a folder and below that are not hidden, in the order of their paths."""
     inside = (file for file in sorted(folder.rglob("*")) if file.is_file())

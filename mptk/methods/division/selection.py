@@ -195,7 +195,10 @@ def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts
         if name not in parts:
             found.append(name)
             continue
-        legals = [f for f in families_in(analysis, parts, name) if len(legal.ladders.get(f, ())) > 1]
+        inside = families_in(analysis, parts, name)
+        if not inside:
+            raise MptkError(f"the samples of --data do not run {name}; give data that it reads, or other --families")
+        legals = [f for f in inside if len(legal.ladders.get(f, ())) > 1]
         channels = [f for f in legals if analysis.family(f).kind == "channels"]
         layered = [f for f in channels if is_layered(analysis.family(f))]
         if not (cut := _together(layered, legal) or _together(channels, legal)):

@@ -12,11 +12,13 @@ from jinja2 import TemplateError
 
 from mptk.errors import MptkError
 from mptk.files import path_of
-from mptk.io.text.files import json_rows
+from mptk.io.text.files import has_text, json_rows
 from mptk.io.text.rows import CHATS
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Names of the file of captions in a folder of images."""
+TABLES = (".jsonl", ".json")
+"""Suffixes of a table of chats."""
 FILE = "file_name"
 """Its column of images, relative to the folder."""
 IMAGES = "images"
@@ -39,11 +41,14 @@ class Chat:
         """The texts of all turns."""
         return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
 
-    def text(self, processor: Any) -> str:
-        """The chat as the processor's template writes it; without one its texts, after the token of each image."""
+    def text(self, processor: Any, *, asks: bool = False) -> str:
+        """The chat as the processor's template writes it; without one its texts, after the token of each image.
+
+        ``asks``: the template goes on to where the answer begins.
+        """
         if getattr(processor, "chat_template", None):
             try:
-                return str(processor.apply_chat_template(self.turns, tokenize=False))
+                return str(processor.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=asks))
             except (TemplateError, TypeError, ValueError) as error:
                 raise MptkError(f"the model's chat template refuses {self.where}: {error}; change the chat") from error
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
@@ -60,16 +65,33 @@ def read_chats(data: str) -> list[Chat]:
     place = path_of(data)
     if place.is_dir():
         found = list(_captions(place))
-    elif place.is_file() and place.suffix in (".jsonl", ".json"):
+    elif place.is_file() and place.suffix in TABLES:
         found = [_chat(row, place.parent, f"row {i} of {data}") for i, row in enumerate(json_rows(place), 1)]
     else:
         raise MptkError(
             f"this model reads images with text, and {data} is neither a folder of images with {' or '.join(METADATA)} "
-            "nor a .jsonl file of chats; give one with --data, or self or random"
+            "nor a .jsonl file of chats; give one with --data, or random"
         )
     if not found:
         raise MptkError(f"{data} holds no images with text; give a folder or a file with some")
     return found
+
+
+def has_images(data: str) -> bool:
+    """Whether ``data`` is images with text: a folder with captions or without any text, or a table of such chats."""
+    place = path_of(data)
+    if place.is_dir():
+        return any((place / name).is_file() for name in METADATA) or not has_text(place)
+    if not place.is_file() or place.suffix not in TABLES:
+        return False
+    row: Mapping[str, Any] = next(iter(json_rows(place)), {})
+    turns: list[object] = next((row[name] for name in CHATS if isinstance(row.get(name), list)), [])
+    parts = [part for turn in turns if isinstance(turn, Mapping) for part in _parts(turn.get("content"))]
+    return bool(row.get(IMAGES)) or any(part.get("type") == "image" for part in parts)
+
+
+def _parts(content: object) -> list[Mapping[str, Any]]:
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
 
 
 def _captions(folder: Path) -> Iterator[Chat]:

@@ -16,12 +16,12 @@ from transformers import AutoProcessor
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
-from mptk.io.data import SELF, check_ids, check_positions, positions_of
+from mptk.io.data import SELF, check_ids, check_positions, positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
 from mptk.progress import Count
 from mptk.tasks.inputs.base import Inputs, Named, preprocessor
-from mptk.tasks.inputs.chats import Chat, read_chats
+from mptk.tasks.inputs.chats import Chat, has_images, read_chats
 from mptk.tasks.inputs.image_forms import (
     GRIDS,
     KNOWN_SIZES,
@@ -52,6 +52,8 @@ class ImagesWithText(Inputs):
         if settings.data in (RANDOM_DATA, SELF):
             text = TextWindows().calibration(loaded, settings, count, progress)[IDS]
             return with_images(loaded.model, text, torch.Generator().manual_seed(seed))
+        if not has_images(settings.data):
+            return without_images(loaded, TextWindows().calibration(loaded, settings, count, progress))
         chats = read_chats(settings.data)
         order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
         return self.prepared(loaded, [chats[i] for i in order[:count]], settings.length, progress)
@@ -61,7 +63,12 @@ class ImagesWithText(Inputs):
         if data in (RANDOM_DATA, SELF):
             asked = replace(settings, data=data, length=length, seed=settings.seed + 1)
             return self.calibration(loaded, asked, count, lambda done, total: None)
+        if not has_images(data):
+            return without_images(loaded, TextWindows().evaluation(loaded, settings))
         return self.prepared(loaded, read_chats(data)[:count], length, lambda done, total: None)
+
+    def named(self, data: str) -> str:
+        return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else protocol_name(data)
 
     def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
         """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's.
@@ -125,6 +132,13 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator, example: N
     inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
     given = {IDS: ids, **inputs}
     return {**given, **positions(model, given, ids == token)}
+
+
+def without_images(loaded: Loaded, text: Named) -> Named:
+    """The text. Raises MptkError if a token in it stands for an image."""
+    if int((text[IDS] == image_token(loaded.model)).sum()):
+        raise MptkError("the text holds the token of images, and there are none; give a .jsonl of chats with images")
+    return text
 
 
 def _check_marks(loaded: Loaded, sample: Named) -> None:

@@ -1,4 +1,4 @@
-"""pairs: images with one text each, as models that embed both read them."""
+"""captioned: images with one text each, as models that embed both read them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAST_LENGTH = 4
 """Tokens of the shortest text: a trace takes a size of 1 for a constant."""
 
 
-class Pairs(Inputs):
+class Captioned(Inputs):
     """``input_ids``, ``attention_mask`` if the class reads it, and what ``Images`` makes: one image for each text."""
 
     def example(self, model: nn.Module) -> Named:
@@ -91,7 +91,7 @@ def encoded(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
 
 def random_pairs(model: Any, count: int, seed: int) -> Named:
     """Uniform token ids with the end token last, and images of normal noise."""
-    found = random_inputs(Pairs().example(model), count, {IDS: vocabulary(model)}, seed)
+    found = random_inputs(Captioned().example(model), count, {IDS: vocabulary(model)}, seed)
     return found | {IDS: ended(model, found[IDS])}
 
 

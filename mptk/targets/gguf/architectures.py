@@ -133,6 +133,24 @@ ARCHITECTURES = {
     "ernie4_5": Architecture("ernie4_5"),
     "glm4": Architecture("glm4"),
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "hunyuan_v1_moe": Architecture("hunyuan-moe"),
+    "internlm3": LLAMA,
+    "iquestcoder": LLAMA,
+    "cwm": LLAMA,
+    "ministral3": Architecture("mistral3", changes=PAIRED),
+    "exaone": Architecture("exaone"),
+    "exaone4": Architecture("exaone4", square=True, fixed={"sliding_window": _always(None)}),
+    "jais2": Architecture("jais2", RELU2),
+    "glm": Architecture("chatglm", square=True),
+    "olmo3": Architecture("olmo2", square=True, period=4),
+    "falcon": Architecture(
+        "falcon",
+        GELU,
+        square=True,
+        fixed={name: _always(name == "multi_query") for name in ("multi_query", "new_decoder_architecture", "alibi")},
+    ),
+    "granitemoe": Architecture("granitemoe", changes=PAIRED),
+    "granitemoeshared": Architecture("granitemoe", changes=PAIRED),
 }
 
 
@@ -156,11 +174,13 @@ YARN = {
     "rope_scaling_yarn_attn_factor": "attention_factor",
     "rope_scaling_yarn_beta_fast": "beta_fast",
     "rope_scaling_yarn_beta_slow": "beta_slow",
+    "rope_scaling_yarn_log_mul": "mscale_all_dim",
+    "attn_temperature_scale": "llama_4_scaling_beta",
 }
 FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
 """Divisors of the rotary frequencies: tensors that the file has and the model has not."""
-ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 GgufSetting = tuple[str, object]
 AnyConfig = Any
 """A transformers config, whose fields depend on its class."""

@@ -33,8 +33,15 @@ FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
 BUFFER = "inv_freq"
 """Suffix of a tensor that a graph holds among its weights and that llama.cpp computes."""
-GATE_UP = ".experts.gate_up_proj"
-"""Two matrices of each expert in one weight [experts, 2 · ffn, hidden], which a file has as two tensors."""
+GATE_UP = {".experts.gate_up_proj": ".experts.", ".shared_mlp.input_linear.weight": ".mlp.shared_expert."}
+"""Ends of names of weights […, 2 · ffn, hidden] that a file has as two tensors → where gguf's names have both."""
+RENAMED = {
+    ".block_sparse_moe.router.": ".mlp.gate.",
+    ".block_sparse_moe.": ".mlp.",
+    ".shared_mlp.output_linear.": ".mlp.shared_expert.down_proj.",
+    ".e_score_correction_bias": ".e_score_correction.bias",
+}
+"""Parts of names that transformers' classes have → as gguf's table of names has them."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +93,22 @@ def _unknown(architecture: Architecture, weight: str) -> MptkError:
 
 
 def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
-    """Each weight, the name of a part of it, and which half the part is; None: it is the whole."""
+    """Each weight, the name of a part of it for gguf, and which half the part is; None: it is the whole."""
     for weight in weights:
-        if weight.endswith(GATE_UP):
-            for half, name in enumerate(("gate_proj", "up_proj")):
-                yield weight, weight.replace("gate_up_proj", name), half
+        name = weight
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        end = next((end for end in GATE_UP if name.endswith(end)), None)
+        if end is not None:
+            suffix = ".weight" if end.endswith(".weight") else ""
+            for half, part in enumerate(("gate_proj", "up_proj")):
+                yield weight, f"{name.removesuffix(end)}{GATE_UP[end]}{part}{suffix}", half
         elif not weight.endswith(BUFFER):
-            yield weight, weight, None
+            yield weight, name, None
 
 
 def _half(half: int, weight: Tensor) -> Tensor:
-    return weight.chunk(2, dim=1)[half]
+    return weight.chunk(2, dim=-2)[half]
 
 
 def _with(change: Callable[[Tensor, int], Tensor], head_dim: int, weight: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ from mptk.reading import made
 
 SHARE = 10
 """One piece of text in this number is held out."""
+BEGINNING = 600
+"""Characters of a held-out piece that are measured on, so that the windows are of many documents."""
 MEASURED = 8
 """Windows of each text that the advice measures on."""
 TOLERANCES = (0.2, 0.5, 1.0, 2.0)
@@ -96,13 +98,13 @@ class Study:
 
 
 def split(texts: Mapping[str, Path], work: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Write the held-out pieces of each text, in random order, and its other pieces."""
+    """Write the beginnings of the held-out pieces of each text, in random order, and its other pieces."""
     work.mkdir(parents=True, exist_ok=True)
     held_out, rest = {}, {}
     for name, file in texts.items():
         found = [piece for text in documents(file) for piece in pieces(text)]
         count = max(1, len(found) // SHARE)
-        last = found[-count:]
+        last = [piece[:BEGINNING] for piece in found[-count:]]
         random.Random(0).shuffle(last)
         held_out[name] = _written(work / f"{name}-held-out.jsonl", last)
         rest[name] = _written(work / f"{name}.jsonl", found[:-count])

@@ -49,7 +49,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
-	$(BIN)/mptk report $(DEMO) --html $(DEMO).html
+	$(BIN)/mptk report $(DEMO) $(foreach prompt,$(PROMPTS),--prompt $(prompt)) --html $(DEMO).html
 
 test: check
 	$(call RUN_TESTS,$(VENV))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
@@ -278,6 +278,29 @@ def test_several_folders_are_compared_as_text_too(folders) -> None:
     run = CliRunner().invoke(app, ["report", *map(str, folders[1])])
     assert run.exit_code == 0, run.output
     assert "side by side" in run.output
+
+
+def test_a_report_shows_what_both_models_write_after_a_prompt(folders, tmp_path: Path) -> None:
+    dense, (folder, _) = folders
+    prompts = ["w3 w5 w8", "w9", "w40 w41", "w70"]
+    options = [word for prompt in prompts for word in ("--prompt", prompt)]
+    page = tmp_path / "page.html"
+    for more in ([], ["--html", str(page)]):
+        run = CliRunner().invoke(app, ["report", str(folder), *options, *more])
+        assert run.exit_code == 0, run.output
+    written = Parsed(page.read_text()).text
+    models = (AutoModelForCausalLM.from_pretrained(dense), mptk.Pruned.open(folder).model)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    differ = False
+    for prompt in prompts:
+        given = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = [m.generate(given, max_new_tokens=32, do_sample=False)[0, given.shape[1] :] for m in models]
+        texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+        assert re.sub(r"\s+", " ", " ".join([prompt, *texts])) in written
+        differ = differ or texts[0] != texts[1]
+    assert differ
+    run = CliRunner().invoke(app, ["report", str(folder), "--model", dense])
+    assert "give --prompt, or leave it out" in str(run.exception)
 
 
 def test_damaged_metrics_are_one_error(folders, tmp_path: Path) -> None:

@@ -253,6 +253,25 @@ def generate(
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
 
 
+def continuations(folder: Path, prompts: Sequence[str], tokens: int, dense: str | None = None) -> dict[str, list[str]]:
+    """What the dense and the pruned model of a folder write after each prompt, greedily.
+
+    Returns:
+        The texts of ``dense`` and of ``pruned``. The argument ``dense`` names the dense model, if it has moved.
+
+    Raises:
+        MptkError: as ``generate``; or the dense model is not found, or is another one.
+    """
+    pruned = Pruned.open(folder)
+    report = pruned.report
+    loaded = open_dense(report.model, report.model_sha256, dense, False, Resident(0), live=report.live)
+    whole, words = loaded.whole(), loaded.tokenizer
+    return {
+        "dense": generate(whole, prompts, tokenizer=words, max_new_tokens=tokens),
+        "pruned": generate(pruned, prompts, max_new_tokens=tokens),
+    }
+
+
 def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,9 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import within
+
+NEW_TOKENS = 32
+"""Tokens that models write after each prompt of a report."""
 
 
 @command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
@@ -72,28 +77,52 @@ def rerun(
             )
 
 
-@command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
+@command(
+    "report",
+    examples=(
+        "report runs/m30",
+        "report runs/m30 runs/w30 --html report.html",
+        'report runs/m30 --prompt "Once upon a time" --html report.html',
+    ),
+)
 def show_report(
     folders: Annotated[
         list[Path],
         typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
     ],
     html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Show what the dense and the pruned model write after this text; repeat it for several."),
+    ] = None,
+    model: DenseOption = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
-    from mptk.protocols.report import Report
     from mptk.report import sections as report
-    from mptk.report.runs import Run, read_bench, read_runs, short_names, with_rungs
+    from mptk.report.runs import read_runs, with_rungs
 
+    if model is not None and not prompt:
+        raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
     folders = with_rungs(folders)
+    runs = read_runs(folders)
+    if prompt:
+        runs = [replace(run, texts=texts(folder, prompt, model)) for folder, run in zip(folders, runs, strict=True)]
     if html is not None:
         from mptk.report.page.render import report_page
 
-        write_text(html, report_page(read_runs(folders)))
+        write_text(html, report_page(runs))
         out.print(f"written to {html}", soft_wrap=True)
         return
-    folder, results = folders[0], [Report.read(each) for each in folders]
-    out.print(report.prune_view(results[0], read_bench(folder)))
-    if len(results) > 1:
-        out.print(report.comparison_view(list(map(Run, short_names(folders), results))))
-    out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)
+    first = runs[0]
+    out.print(report.prune_view(first.report, first.bench, first.texts))
+    if len(runs) > 1:
+        out.print(report.comparison_view(runs))
+    out.print(f"files in {folders[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
+
+
+def texts(folder: Path, prompts: Sequence[str], model: str | None) -> dict[str, tuple[str, str]]:
+    """Prompt → what the dense and the pruned model write after it."""
+    from mptk.api.use import continuations
+
+    found = continuations(folder, prompts, NEW_TOKENS, model)
+    return dict(zip(prompts, zip(found["dense"], found["pruned"], strict=True), strict=True))

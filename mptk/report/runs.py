@@ -21,13 +21,18 @@ _REMEDY = "remove that file, or prune again"
 
 @dataclass(frozen=True)
 class Run:
-    """A pruned folder. ``metrics``: phase of training → its steps; empty if nothing was trained."""
+    """A pruned folder.
+
+    ``metrics``: phase of training → its steps; empty if nothing was trained. ``texts``: prompt → what the dense and
+    the pruned model write after it.
+    """
 
     name: str
     report: Report
     plan: Plan = field(default_factory=lambda: Plan({}))
     bench: Bench | None = None
     metrics: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    texts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:

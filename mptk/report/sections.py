@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mptk.config.settings import Settings
@@ -44,13 +45,21 @@ CUT_TITLE, SEARCH_TITLE, PROOF_TITLE = (
     "The search of the shape",
     "The proof, stage by stage",
 )
-QUALITY, TIMES, RUN = "Quality", "Latency in ONNX Runtime", "The run"
+QUALITY, WRITTEN, TIMES, RUN = "Quality", "What they write", "Latency in ONNX Runtime", "The run"
 FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
-def prune_view(report: Report, bench: Bench | None = None) -> View:
-    """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made."""
+def prune_view(
+    report: Report, bench: Bench | None = None, texts: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> View:
+    """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made.
+
+    ``texts``: as in ``Run``.
+    """
     found = [Section(CUT_TITLE, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
+    if texts:
+        said = [[Name(each) for each in (prompt, *written)] for prompt, written in texts.items()]
+        found.append(Section(WRITTEN, [Table("lll", ["prompt", "dense", "pruned"], said)]))
     if report.search:
         found.append(Section(SEARCH_TITLE, ranking(made(Shapes, report.search))))
     if report.splits:

@@ -76,7 +76,7 @@ def chapter(run: Run, name: str = "") -> Chapter:
         MptkError: its report is damaged or was changed.
     """
     try:
-        view, drawn = sections.prune_view(run.report, run.bench), figures(run)
+        view, drawn = sections.prune_view(run.report, run.bench, run.texts), figures(run)
         cut, *others = view.sections
         drawings = [Section(title, []) for title in drawn if title not in {section.title for section in view.sections}]
         about = f"{run.name} · {run.report.task} · written by mptk {run.report.mptk}"

@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 LOWEST := build/lowest
 MODEL := smollm2-135m
 DEMO := runs/demo
-PROMPTS := "To bake bread, you need" "The sun rises" "A list in Python is"
+PROMPT := "To bake bread, you need"
+PROMPTS := $(PROMPT) "The sun rises" "A list in Python is"
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
 # Files start in the order of tests/conftest.py: those that take longest first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
@@ -49,7 +50,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
-	$(BIN)/mptk report $(DEMO) $(foreach prompt,$(PROMPTS),--prompt $(prompt)) --html $(DEMO).html
+	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html
 
 test: check
 	$(call RUN_TESTS,$(VENV))

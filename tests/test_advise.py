@@ -225,40 +225,48 @@ def nats(rise: float, error: float = 0.0) -> Figures:
 RISES = {0.1: 0.1, 0.2: 0.2, 0.3: 0.4, 0.4: 0.8, 0.5: 1.6}
 
 
-def test_a_cut_between_two_trained_ones_gets_back_a_share_between_theirs() -> None:
-    found = trained(
-        advice(*((s, {"a": nats(r)}) for s, r in RISES.items())), (0.2, {"a": nats(0.15)}), (0.4, {"a": nats(0.4)})
-    )
+def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> None:
+    cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
+    found = trained(cuts, (0.2, {"a": nats(0.1)}), (0.4, {"a": nats(0.6)}))
     shares = [found.given_back(point, "a") for point in found.recovery.points]
-    assert shares == pytest.approx([0.25, 0.5])
+    assert shares == pytest.approx([0.5, 0.25])
     after = {point.sparsity: found.after(point, "a") for point in found.division}
     rises = {s: (math.log1p(each.least), math.log1p(each.most)) for s, each in after.items()}
-    assert rises[0.2] == pytest.approx((0.15, 0.15)), "measured"
-    assert rises[0.3] == pytest.approx((0.4 * 0.5, 0.4 * 0.75))
-    assert rises[0.1] == pytest.approx((0.1 * 0.75, 0.1)), "a smaller cut may get back nothing"
-    assert rises[0.5] == pytest.approx((1.6 * 0.5, 1.6 * 0.5)), "a larger cut gets back what the largest does"
+    assert rises[0.2] == pytest.approx((0.1, 0.1)), "measured"
+    assert rises[0.3] == pytest.approx((0.4 * 0.5, 0.4 * 0.75)), "the line is between the shares, at 0.27"
+    assert rises[0.1] == pytest.approx((0.1 - 0.1 * 5 / 6, 0.1 * 0.75)), (
+        "the line is below them: training taught the text"
+    )
+    assert rises[0.5] == pytest.approx((1.6 * 0.5, 0.6 + 0.8 * 5 / 6)), "and above them here"
+
+
+def test_training_is_not_taken_to_make_a_cut_worse() -> None:
+    cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
+    found = trained(cuts, (0.4, {"a": nats(0.6)}), (0.5, {"a": nats(0.7)}))
+    assert math.log1p(found.after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
 
 
 def test_a_range_has_two_standard_errors() -> None:
     found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
     after = found.after(found.division[0], "a")
-    assert math.log1p(after.least) == pytest.approx((0.4 - 0.1) * 0.5)
-    assert math.log1p(after.most) == pytest.approx(0.4 + 0.1)
+    assert math.log1p(after.least) == pytest.approx(0.2 - 0.1)
+    assert math.log1p(after.most) == pytest.approx(0.2 + 0.1)
 
 
 def test_after_training_more_is_safe_and_the_most_decides() -> None:
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()), tolerance=math.expm1(0.31))
-    found = trained(cuts, (0.3, {"a": nats(0.3)}), (0.5, {"a": nats(0.4)}))
+    found = trained(cuts, (0.3, {"a": nats(0.3)}), (0.5, {"a": nats(0.8)}))
     assert cuts.recommended_after is None
     assert (found.recommended.sparsity, found.recommended_after.sparsity) == (0.2, 0.3)
     assert found.to_json()["recovery"]["recommended"]["sparsity"] == 0.3
     assert found.to_json()["recovery"]["after"]["a"][3]["most"] == pytest.approx(math.expm1(0.8 * 0.75))
+    assert found.to_json()["recovery"]["after"]["a"][3]["least"] == pytest.approx(math.expm1(0.8 * 0.5))
 
 
 def test_without_a_perplexity_shares_are_of_the_change() -> None:
     cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
     found = trained(cuts, (0.4, {"a": figures(0.1)}))
-    assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), 0.2)
+    assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
     noisy = trained(cuts, (0.4, {"a": figures(0.0, 0.1)}))
     assert noisy.after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
 

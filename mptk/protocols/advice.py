@@ -159,27 +159,36 @@ class Advice:
 
     def given_back(self, trained: Point, text: str) -> float:
         """The share of the rise on ``text`` that the training of a cut gave back; 0 without a rise."""
-        before = next(point for point in self.division if point.widths == trained.widths)
-        rise = self._rise(before.texts[text])
+        rise = self._rise(self._untrained(trained).texts[text])
         return 1 - self._rise(trained.texts[text]) / rise if rise > 0 else 0.0
 
     def after(self, point: Point, text: str) -> Range:
-        """The change of a cut on ``text`` after training: measured with its standard errors, else estimated.
+        """The change of a cut on ``text`` after training, with standard errors: measured, or estimated by trained cuts.
 
-        Training is taken to give back the larger a share of the rise, the larger the cut: a share between those of the
-        next trained cuts; of a smaller cut than all of these, none or more; of a larger one, their largest.
+        A cut that was not trained is taken to lie between the share that each trained cut gets back and the line
+        through both. Training gives back part of what the cut costs, and teaches the text itself, which helps a small
+        cut as much as a large one: the line has an offset, a share has none.
         """
-        assert self.recovery is not None
-        if (own := self.trained(point)) is not None:
-            figures, shares = own.texts[text], [0.0]
-        else:
-            figures = point.texts[text]
-            smaller = [each for each in self.recovery.points if each.sparsity < point.sparsity][-1:]
-            larger = [each for each in self.recovery.points if each.sparsity > point.sparsity][:1]
-            shares = [self.given_back(each, text) for each in (*smaller, *larger)] + [0.0] * (not smaller)
+        own = self.trained(point)
+        figures = (own or point).texts[text]
         rise, error = self._rise(figures), STANDARD_ERRORS * self._rise_error(figures)
-        least = (rise - error) * (1 - max(shares))
-        return Range(self._change(least), self._change((rise + error) * (1 - min(shares))))
+        rises = [rise] if own is not None else self._estimates(rise, text)
+        return Range(self._change(min(rises) - error), self._change(max(rises) + error))
+
+    def _estimates(self, rise: float, text: str) -> list[float]:
+        """What is left of a rise after training; never more, as training that makes a model worse is dropped."""
+        assert self.recovery is not None
+        points = self.recovery.points
+        found = [rise * (1 - self.given_back(point, text)) for point in points]
+        after = [self._rise(point.texts[text]) for point in points]
+        before = [self._rise(self._untrained(point).texts[text]) for point in points]
+        if len(points) == TRAINED and before[0] != before[1]:
+            slope = (after[1] - after[0]) / (before[1] - before[0])
+            found.append(after[0] + slope * (rise - before[0]))
+        return [min(each, rise) for each in found]
+
+    def _untrained(self, trained: Point) -> Point:
+        return next(point for point in self.division if point.widths == trained.widths)
 
     def _rise(self, figures: Figures) -> float:
         """The change on the scale of its shares: of the perplexity its logarithm."""

@@ -106,8 +106,8 @@ def unknown(found: Advice) -> Sequence[str]:
     training = (
         "Recovery: training brings back part of the loss, more of it for larger cuts. `--calibrate` measures it."
         if found.recovery is None
-        else "Recovery: a longer training gives back more. The range of a cut that was not trained assumes that a "
-        "larger cut gets back a larger share."
+        else "Recovery: a longer training gives back more. The range of a cut that was not trained assumes that it "
+        "gets back about as much as the trained ones."
     )
     return (
         training,

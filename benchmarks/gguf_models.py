@@ -45,6 +45,10 @@ GROUPED = {**PLAIN, "num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
+ROUTED |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2}
+ERNIE |= {"moe_layer_start_index": 1}
 GPT = {"n_embd": HIDDEN, "n_inner": 128, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128, "vocab_size": VOCAB}
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 
@@ -119,6 +123,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", {**GROUPED, "head_dim": 16}),
     "olmo3": ("Olmo3Config", {**GROUPED, **_sliding(5, 4)}),
     "falcon": ("FalconConfig", {**PLAIN, "ffn_hidden_size": 128}),
+    "glm4_moe": ("Glm4MoeConfig", {**WIDE, **ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    "dots1": ("Dots1Config", {**PLAIN, "num_key_value_heads": HEADS, "head_dim": 32, **ROUTED}),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", {**WIDE, **ERNIE}),
     "granitemoe": ("GraniteMoeConfig", {**GROUPED, **SCALES, **LOCAL_EXPERTS}),
     "granitemoeshared": ("GraniteMoeSharedConfig", {**GROUPED, **LOCAL_EXPERTS, "shared_intermediate_size": 64}),
 }
@@ -132,6 +139,9 @@ def model(name: str) -> PreTrainedModel:
     made: PreTrainedModel = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields)).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    for name, bias in made.named_buffers():
+        if name.endswith("correction_bias"):
+            torch.nn.init.normal_(bias, std=0.1)
     return made
 
 

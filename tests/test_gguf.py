@@ -24,9 +24,11 @@ from mptk.api import graphs as api
 from mptk.compile.changes import stored_weights
 from mptk.config.choices import GgufType
 from mptk.io import models
+from mptk.ir.weights import Weights
 from mptk.targets.gguf import architectures, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from mptk.targets.gguf.folder import GgufFolder
+from mptk.targets.gguf.weights import GgufWeights, arranged
 
 CLOSE, ROUNDED = 2e-5, 1e-2
 """Largest difference of a log probability; where llama.cpp computes GELU by a table of half precision."""
@@ -65,7 +67,37 @@ def test_a_file_has_every_number_of_the_model(name: str, tmp_path: Path) -> None
     write(folder, tmp_path / "out.gguf")
     tensors = GGUFReader(tmp_path / "out.gguf").tensors
     own = sum(int(tensor.n_elements) for tensor in tensors if not tensor.name.startswith("rope_"))
-    assert own == sum(parameter.numel() for parameter in tiny.model(name).parameters())
+    stored = {tensor.data_ptr(): tensor.numel() for tensor in tiny.model(name).state_dict().values()}
+    assert own == sum(stored.values())
+
+
+def test_the_layers_before_those_with_experts_are_counted(tmp_path: Path) -> None:
+    made = write(tiny.save("glm4_moe", tmp_path / "model"), tmp_path / "out.gguf")
+    assert [(layer.ffn, layer.experts) for layer in made.layers] == [(128, 0), (64, 4), (64, 4)]
+    read = fields(tmp_path / "out.gguf")
+    names = ("feed_forward_length", "leading_dense_block_count", "expert_feed_forward_length", "expert_shared_count")
+    assert [read[f"glm4moe.{name}"] for name in names] == [128, 1, 64, 1]
+    assert read["glm4moe.expert_gating_func"] == library.ExpertGatingFuncType.SIGMOID
+
+
+def test_experts_that_llama_cpp_would_not_find_are_refused() -> None:
+    """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
+    base, dense = ARCHITECTURES["glm4_moe"], tiny.model("glm4_moe").state_dict()
+
+    def held(state: dict[str, torch.Tensor]) -> GgufWeights:
+        return GgufWeights(arranged(Weights(state), base, 32, tied=False), base, 32, "f32")
+
+    assert held(dense).leading == 1
+    narrow = {
+        name: weight[:, :40] if "down_proj" in name else weight[:40]
+        for name, weight in dense.items()
+        if ".shared_experts." in name
+    }
+    with pytest.raises(MptkError, match=r"40 shared channels are no multiple of an expert's 64, as llama\.cpp expects"):
+        held(dense | narrow)
+    swapped = {name.translate(str.maketrans("01", "10")) if ".mlp." in name else name: w for name, w in dense.items()}
+    with pytest.raises(MptkError, match="layers without experts only before the others"):
+        held(swapped)
 
 
 @pytest.fixture(scope="module")

@@ -131,24 +131,16 @@ CONSUMERS = (
     Consumer(
         "llama.cpp",
         "xllamacpp 2026.10.11549",
-        "GGUF by `mptk gguf`, of 43 kinds of models: log probabilities of the pruned folder; a test",
+        "GGUF by `mptk gguf`, of 46 kinds of models: log probabilities of the pruned folder; a test",
         section="llamacpp",
         engine="llama.cpp",
         reads=FORMS,
         limits={
             "head_dim": (
-                *("arcee", "cwm", "ernie4_5", "exaone", "gemma", "gemma2", "gemma3_text", "glm4"),
-                *(
-                    "granite",
-                    "granitemoe",
-                    "granitemoeshared",
-                    "hunyuan_v1_dense",
-                    "hunyuan_v1_moe",
-                    "internlm3",
-                    "iquestcoder",
-                    "jais2",
-                ),
-                *("llama", "ministral3", "mistral", "mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("arcee", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "gemma"),
+                *("gemma2", "gemma3_text", "glm4", "glm4_moe", "granite", "granitemoe", "granitemoeshared"),
+                *("hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "iquestcoder", "jais2", "llama", "ministral3"),
+                *("mistral", "mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             )
         },
     ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gguf import GGUFWriter, RopeScalingType
+from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -34,6 +34,7 @@ class Architecture:
         period: each ``period``-th layer attends to all tokens and the others to a window; 0: all layers to all tokens.
         fixed: fields of the config that it does not read → the value that it computes with.
         written: fields of the file that the transformers class has built in.
+        counted: whether its shared experts are so many experts of the others' width.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Architecture:
     period: int = 0
     fixed: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
     written: Mapping[str, float] = field(default_factory=dict)
+    counted: bool = False
 
 
 def paired(weight: Tensor, head_dim: int) -> Tensor:
@@ -85,6 +87,8 @@ def _every_fourth(config: Any) -> list[int]:
 
 
 ALL_EXPERTS = {"decoder_sparse_step": _always(1), "mlp_only_layers": _always([])}
+UNGROUPED = {"num_key_value_heads": lambda config: config.num_attention_heads}
+SIGMOID = {"expert_gating_func": ExpertGatingFuncType.SIGMOID}
 GEMMA_SCALE = {"query_pre_attn_scalar": lambda config: config.head_dim}
 
 ARCHITECTURES = {
@@ -121,7 +125,7 @@ ARCHITECTURES = {
     "olmoe": Architecture(
         "olmoe",
         square=True,
-        fixed={"norm_topk_prob": _always(False), "num_key_value_heads": lambda config: config.num_attention_heads},
+        fixed={"norm_topk_prob": _always(False), **UNGROUPED},
     ),
     "granite": Architecture("granite", changes=PAIRED),
     "cohere": Architecture("command-r", square=True, fixed={"use_qk_norm": _always(False)}),
@@ -149,6 +153,11 @@ ARCHITECTURES = {
         square=True,
         fixed={name: _always(name == "multi_query") for name in ("multi_query", "new_decoder_architecture", "alibi")},
     ),
+    "glm4_moe": Architecture("glm4moe", fixed={"n_group": _always(1)}, written=SIGMOID, counted=True),
+    "dots1": Architecture("dots1", fixed={"n_group": _always(1), **UNGROUPED}, written=SIGMOID, counted=True),
+    "ernie4_5_moe": Architecture(
+        "ernie4_5-moe", changes={"exp_probs_b": flat}, fixed={"moe_layer_interval": _always(1)}
+    ),
     "granitemoe": Architecture("granitemoe", changes=PAIRED),
     "granitemoeshared": Architecture("granitemoe", changes=PAIRED),
 }
@@ -158,7 +167,10 @@ COPIED = {
     "context_length": ("max_position_embeddings",),
     "layer_norm_rms_eps": ("rms_norm_eps",),
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
-    "expert_used_count": ("num_experts_per_tok",),
+    "expert_used_count": ("num_experts_per_tok", "moe_k"),
+    "expert_weights_scale": ("routed_scaling_factor",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "interleave_moe_layer_step": ("moe_layer_interval",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "attention_scale": ("attention_multiplier",),
@@ -227,7 +239,8 @@ def write_settings(writer: GGUFWriter, config: AnyConfig, architecture: Architec
 def ignored_window(config: AnyConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
-    if architecture.period or not window or not getattr(config, "use_sliding_window", True):
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if architecture.period or not window or "sliding_attention" not in kinds:
         return None
     return int(window) if window < config.max_position_embeddings else None
 

@@ -39,6 +39,7 @@ RENAMED = {
     ".block_sparse_moe.router.": ".mlp.gate.",
     ".block_sparse_moe.": ".mlp.",
     ".shared_mlp.output_linear.": ".mlp.shared_expert.down_proj.",
+    ".mlp.gate.moe_statics.": ".mlp.moe_statics.",
     ".e_score_correction_bias": ".e_score_correction.bias",
 }
 """Parts of names that transformers' classes have → as gguf's table of names has them."""
@@ -116,7 +117,8 @@ def _with(change: Callable[[Tensor, int], Tensor], head_dim: int, weight: Tensor
 
 
 class GgufWeights:
-    """The tensors of a GGUF file. ``layers``: the widths of each layer; ``notes``: what a user should know.
+    """The tensors of a GGUF file. ``layers``: the widths of each layer; ``leading``: how many of them come before the
+    first with experts; ``notes``: what a user should know.
 
     Args:
         tensors: the weights as the file has them (``arranged``).
@@ -132,12 +134,16 @@ class GgufWeights:
         self.tensors, self.base, self.head_dim, self.type = tensors, architecture, head_dim, kind
         self.kinds = {name: self._kind(name) for name in tensors}
         self.layers = self._layers()
+        self.leading = next((i for i, layer in enumerate(self.layers) if layer.experts), len(self.layers))
         self._check_widths()
 
     @property
     def architecture(self) -> str:
         """The name of the file's architecture."""
-        return self.base.name if len(set(self.layers)) == 1 else RAGGED
+        blocks = {(layer.ffn, layer.experts) for layer in self.layers}
+        heads = {(layer.heads, layer.groups) for layer in self.layers}
+        ragged = len(heads) > 1 or len(blocks) > len({experts > 0 for _, experts in blocks})
+        return RAGGED if ragged else self.base.name
 
     @property
     def table(self) -> tuple[int, int]:
@@ -204,12 +210,24 @@ class GgufWeights:
         ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
         return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
+    def _shared_width(self) -> int:
+        """Channels of the experts that all tokens use; 0 if there are none."""
+        name = f"blk.{self.leading}.ffn_down_shexp.weight"
+        return self.tensors.like(name).shape[1] if name in self.tensors else 0
+
     def _check_widths(self) -> None:
-        first, hidden = self.layers[0], self.table[1]
-        if self.architecture == RAGGED and (self.base.name != EQUAL or first.experts):
+        first, hidden, sparse = self.layers[0], self.table[1], self.layers[self.leading :]
+        if self.architecture == RAGGED and (self.base.name != EQUAL or sparse):
             raise MptkError(
                 f"the layers differ in width, which llama.cpp reads only in {EQUAL} models without experts; cut all "
                 "layers to one width"
+            )
+        if not all(layer.experts for layer in sparse):
+            raise MptkError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
+        if sparse and self.base.counted and self._shared_width() % sparse[0].ffn:
+            raise MptkError(
+                f"{self._shared_width()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
+                f"expects of {self.base.name} models; cut both by the same share"
             )
         if self.base.square and first.heads * self.head_dim != hidden:
             raise MptkError(
@@ -219,7 +237,7 @@ class GgufWeights:
 
     def _describe(self, writer: GGUFWriter) -> None:
         """Write the widths."""
-        first, (rows, hidden) = self.layers[0], self.table
+        rows, hidden = self.table
         for add, values in (
             (writer.add_head_count, [layer.heads for layer in self.layers]),
             (writer.add_head_count_kv, [layer.groups for layer in self.layers]),
@@ -231,11 +249,13 @@ class GgufWeights:
         writer.add_vocab_size(rows)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
-        if first.experts:
-            writer.add_expert_count(first.experts)
-            writer.add_expert_feed_forward_length(first.ffn)
-        if (shared := "blk.0.ffn_down_shexp.weight") in self.tensors:
-            writer.add_expert_shared_feed_forward_length(self.tensors.like(shared).shape[1])
+        for sparse in self.layers[self.leading : self.leading + 1]:
+            writer.add_expert_count(sparse.experts)
+            writer.add_expert_feed_forward_length(sparse.ffn)
+            writer.add_leading_dense_block_count(self.leading)
+            if shared := self._shared_width():
+                writer.add_expert_shared_feed_forward_length(shared)
+                writer.add_expert_shared_count(shared // sparse.ffn)
         kind = self.kinds[TABLE] if self.type == "auto" else Kind[self.type.upper()]
         writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -32,6 +32,7 @@ CAPS = {
     "codebook": 32,
     "image_tokens": IMAGE_TOKENS,
     "rate": 2,
+    "frames": 4,
 }
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
@@ -44,6 +45,7 @@ ROLES: tuple[tuple[str, str], ...] = (
         r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size",
     ),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
+    ("frames", r"frames_per_clip"),
     ("image_tokens", r"tokens_per_image|image_seq_length|resampler_n_latents"),
     ("rate", r"compress_rate"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),

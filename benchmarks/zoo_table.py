@@ -27,10 +27,10 @@ After this page you can say for each model type of transformers whether mptk cut
 whether it has ONNX. If it does not, you can say why.
 
 For each type of nine auto mappings of transformers {transformers} (with torch {torch}), for two forecasters and for two more dual encoders, a tiny
-random model is built, traced and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense model whose channels are masked. A family
-is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself moves them by more than 1e-4. This shows that the
-cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table` makes the page from `benchmarks/results`, where each row names
-its families and its commit.
+random model is built, traced and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense model whose
+channels are masked. A family is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself moves them by more
+than 1e-4. This shows that the cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table` makes the page from
+`benchmarks/results`, where each row names its families and its commit.
 """
 
 

@@ -25,6 +25,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModelWithProjection,
+    FlavaModel,
     GroupViTModel,
     OwlViTForObjectDetection,
     SiglipConfig,
@@ -201,6 +202,7 @@ def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
         (CLIPTextModelWithProjection, False),
         (OwlViTForObjectDetection, False),
         (Blip2ForImageTextRetrieval, False),
+        (FlavaModel, False),
     ],
 )
 def test_a_class_is_taken_by_what_it_gives(model_class: Any, taken: bool) -> None:

@@ -246,13 +246,22 @@ def test_text_prunes_the_language_model_and_the_proof_shows_it_images(
 
 @pytest.mark.parametrize(
     ("data", "found"),
-    [("pictures", True), ("empty", True), ("chats.jsonl", True), ("text", False), ("plain.jsonl", False)],
+    [
+        ("pictures", True),
+        ("empty", True),
+        ("chats.jsonl", True),
+        ("column.jsonl", True),
+        ("text", False),
+        ("plain.jsonl", False),
+    ],
 )
 def test_data_are_images_if_they_have_captions_or_chats_name_them(
     world: Path, text: str, data: str, found: bool
 ) -> None:
     (world / "empty").mkdir(exist_ok=True)
-    (world / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    row = {"messages": [{"role": "user", "content": "hello"}]}
+    (world / "plain.jsonl").write_text(json.dumps(row))
+    (world / "column.jsonl").write_text(json.dumps({**row, "images": ["red.png"]}))
     assert has_images(str(world / data)) == found
 
 

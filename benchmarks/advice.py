@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import torch
@@ -28,7 +29,7 @@ from benchmarks.quality import add, rows_in
 from benchmarks.quality_text import documents, pieces
 from mptk import advise, prune, recover
 from mptk.io import data, models
-from mptk.protocols.advice import Advice, Point
+from mptk.protocols.advice import STANDARD_ERRORS, Advice, Point, Range
 from mptk.reading import made
 
 SHARE = 10
@@ -150,10 +151,13 @@ def fill(study: Study, sparsities: Sequence[float], tolerance: float, file: Path
 
 @dataclass(frozen=True)
 class Compared:
-    """An advice beside full runs. ``changes``: (sparsity, steps, text) → change of the perplexity, on held-out text."""
+    """An advice beside full runs.
+
+    ``rises``: (sparsity, steps, text) → rise of the loss on held-out text and its standard error.
+    """
 
     advice: Advice
-    changes: Mapping[tuple[float, int, str], float]
+    rises: Mapping[tuple[float, int, str], tuple[float, float]]
     texts: Mapping[str, str]
     steps: int
 
@@ -164,39 +168,40 @@ class Compared:
         dense = next(r for r in rows if r["kind"] == "dense")["losses"]
         texts = {Path(text).stem: text for text in advice.texts}
 
-        def change(losses: Sequence[float], name: str) -> float:
-            return math.expm1(sum(a - b for a, b in zip(losses, dense[name], strict=True)) / len(losses))
+        def rise(losses: Sequence[float], name: str) -> tuple[float, float]:
+            rises = [a - b for a, b in zip(losses, dense[name], strict=True)]
+            return fmean(rises), stdev(rises) / math.sqrt(len(rises))
 
-        changes = {
-            (r["sparsity"], r["steps"], name): change(r["losses"][name], name)
-            for r in rows
-            if r["kind"] == "run"
-            for name in texts
-        }
-        return Compared(advice, changes, texts, row["steps"])
+        runs = [r for r in rows if r["kind"] == "run"]
+        rises = {(r["sparsity"], r["steps"], name): rise(r["losses"][name], name) for r in runs for name in texts}
+        return Compared(advice, rises, texts, row["steps"])
 
-    @property
-    def sparsities(self) -> list[float]:
-        return sorted({sparsity for sparsity, steps, _ in self.changes if steps})
+    def sparsities(self, steps: int) -> list[float]:
+        return sorted({sparsity for sparsity, trained, _ in self.rises if trained == steps})
 
     def point(self, sparsity: float) -> Point:
         return min(self.advice.division, key=lambda point: abs(point.sparsity - sparsity))
 
-    def cuts(self) -> Iterator[str]:
-        """A line a cut and text: the change of the perplexity as predicted and as in full runs."""
-        yield "| removed | text | advice | full run | advice, trained | full run, trained | within |"
-        yield "|---:|---|---:|---:|---:|---:|---|"
-        for sparsity in self.sparsities:
+    def change(self, sparsity: float, steps: int, name: str) -> Range:
+        """The change of the perplexity, less and more two standard errors."""
+        rise, error = self.rises[sparsity, steps, name]
+        return Range(math.expm1(rise - STANDARD_ERRORS * error), math.expm1(rise + STANDARD_ERRORS * error))
+
+    def cuts(self, steps: int) -> Iterator[str]:
+        """A line a cut and text: the change of the perplexity as the advice says and as in full runs."""
+        yield "| removed | text | advice | full run | do they overlap? |"
+        yield "|---:|---|---:|---:|---|"
+        for sparsity in self.sparsities(steps):
             point = self.point(sparsity)
-            trained = self.advice.trained(point) is not None
             for name, text in self.texts.items():
-                own, after = point.texts[text], self.advice.after(point, text)
-                plain, recovered = (self.changes[sparsity, steps, name] for steps in (0, self.steps))
-                within = after.least <= recovered <= after.most
+                own, run = point.texts[text], self.change(sparsity, steps, name)
+                error = STANDARD_ERRORS * own.error
+                said = self.advice.after(point, text) if steps else Range(own.change - error, own.change + error)
+                trained = ", trained" if steps and self.advice.trained(point) is not None else ""
+                over, under = said.least > run.most, said.most < run.least
                 yield (
-                    f"| {point.sparsity:.1%} | {name} | {own.change:+.0%} ± {2 * own.error:.0%} | {plain:+.0%} "
-                    f"| {after.least:+.0%} to {after.most:+.0%}{', measured' if trained else ''} | {recovered:+.0%} "
-                    f"| {'yes' if within else 'no'} |"
+                    f"| {point.sparsity:.1%} | {name} | {_shown(said)}{trained} | {_shown(run)} "
+                    f"| {'no, the advice says more' if over else 'no, the advice says less' if under else 'yes'} |"
                 )
 
     def recommendations(self) -> Iterator[str]:
@@ -209,14 +214,21 @@ class Compared:
             cells.append(self.largest(tolerance, self.steps))
             yield f"| {tolerance:.0%} | {' | '.join('none' if c is None else f'{c.sparsity:.1%}' for c in cells)} |"
 
+    def tables(self) -> list[list[str]]:
+        return [list(self.cuts(0)), list(self.cuts(self.steps)), list(self.recommendations())]
+
     def largest(self, tolerance: float, steps: int) -> Point | None:
         """The largest cut of which no smaller one exceeds the tolerance on any text."""
         found = None
-        for sparsity in self.sparsities:
-            if any(self.changes[sparsity, steps, name] > tolerance for name in self.texts):
+        for sparsity in self.sparsities(steps):
+            if any(math.expm1(self.rises[sparsity, steps, name][0]) > tolerance for name in self.texts):
                 break
             found = self.point(sparsity)
         return found
+
+
+def _shown(change: Range) -> str:
+    return f"{change.least:+.0%} to {change.most:+.0%}"
 
 
 def main(
@@ -240,7 +252,7 @@ def main(
     study = Study(model, held_out, rest, samples, length, windows, steps, batch, work)
     rows = fill(study, [float(share) for share in sparsities.split(",")], tolerance, json_file)
     found = Compared.of(rows)
-    print("\n".join([*found.cuts(), "", *found.recommendations()]))
+    print("\n\n".join("\n".join(lines) for lines in found.tables()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What `mptk advise` measures, what it calls safe, and what the command and the page say.
 
-It reaches for mptk.protocols.advice: verdicts on made-up figures.
+It reaches for mptk.protocols.advice, verdicts on made-up figures, and mptk.methods.division.advice, which cuts are trained.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk import MptkError
 from mptk.cli.main import app
+from mptk.methods.division.advice import to_train
 from mptk.protocols.advice import Advice, Figures, Point, Range, Recovery
 
 llama, prepared_once = test_shapes.llama, test_shapes.prepared_once
@@ -246,6 +247,13 @@ def test_training_is_not_taken_to_make_a_cut_worse() -> None:
     assert math.log1p(found.after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
 
 
+def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None:
+    cuts = [(s, {"a": nats(r)}) for s, r in RISES.items()]
+    assert [p.sparsity for p in to_train(advice(*cuts, tolerance=math.expm1(0.25)))] == [0.3, 0.5]
+    assert [p.sparsity for p in to_train(advice(*cuts, tolerance=math.expm1(0.05)))] == [0.1, 0.5]
+    assert [p.sparsity for p in to_train(advice(*cuts, tolerance=10.0))] == [0.5], "all are safe"
+
+
 def test_a_range_has_two_standard_errors() -> None:
     found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
     after = found.after(found.division[0], "a")
@@ -304,6 +312,13 @@ def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path
     cut, _ = losses(pruned.model, ids[18:])
     assert after.texts[text].loss == pytest.approx(float(cut.mean()), rel=1e-4)
     assert after.texts[text].loss != pytest.approx(before.texts[text].loss, rel=1e-3)
+
+
+def test_training_that_makes_a_cut_worse_is_dropped(llama: str, ids: torch.Tensor) -> None:
+    how = {**ASKED, "sparsities": [0.3], "steps": 2, "batch": 2, "lr": 0.1}
+    found = mptk.advise(llama, data=ids, families=("ffn",), calibrate=True, progress=None, **how)
+    (before,), (after,), (text,) = found.division, found.recovery.points, found.texts
+    assert after.texts[text].loss == pytest.approx(before.texts[text].loss, rel=1e-4)
 
 
 def test_calibrate_says_its_cost_before_and_prints_two_commands(

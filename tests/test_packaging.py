@@ -47,6 +47,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def test_badges_say_what_the_project_declares(project: dict[str, Any]) -> None:
+    mark = "Programming Language :: Python :: 3."
+    minors = sorted(int(each.removeprefix(mark)) for each in project["project"]["classifiers"] if each.startswith(mark))
+    said = {
+        "badge-python.svg": f"Python: 3.{minors[0]} to 3.{minors[-1]}",
+        "badge-licence.svg": f"licence: {project['project']['license']}",
+    }
+    for name, text in said.items():
+        assert f"<title>{text}</title>" in (ROOT / "docs" / name).read_text()
+
+
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run Python in ``cwd``, whose packages come before any installed ones."""
     environment = os.environ | {"PYTHONPATH": str(cwd)}

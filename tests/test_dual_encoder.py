@@ -6,6 +6,9 @@ It reaches for mptk.tasks: what captions become, what the quality is, and which 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,8 @@ from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.inputs.captioned import encoded
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
+NODE = shutil.which("node")
+TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
 EMBEDS, LOGITS = ["text_embeds", "image_embeds"], ["logits_per_image", "logits_per_text"]
 
 
@@ -54,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pairs")
     clip().save_pretrained(root / "clip")
     clip_processor().save_pretrained(root / "clip")
+    clip_processor().image_processor.save_pretrained(root / "clip")  # a file of its own, as transformers.js reads it
     write_captions(root / "pictures")
     write_chats(root / "chats.jsonl", root / "pictures")
     return root
@@ -152,6 +158,21 @@ def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world: Pa
         found = graph.run(None, {name: x.numpy() for name, x in asked.items()})
         for name, x in zip([*LOGITS, *EMBEDS], found, strict=True):
             assert np.abs(x - expected[name].numpy()).max() < 1e-5 * float(expected[name].abs().max()), name
+
+
+@pytest.mark.skipif(NODE is None or not TRANSFORMERS_JS.is_dir(), reason="Node and transformers.js are not installed")
+def test_transformers_js_classifies_as_transformers_does(world: Path, pruned: Path) -> None:
+    picture, texts = world / "pictures" / "red.png", ["a picture", "red", "blue grey a"]
+    script = Path(__file__).with_name("transformers_js_pairs.mjs")
+    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(picture), *texts]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    asked = AutoProcessor.from_pretrained(pruned)(
+        text=texts, images=Image.open(picture), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(pruned)(**asked).logits_per_image.softmax(1)[0]
+    assert json.loads(run.stdout) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def siglip() -> SiglipModel:

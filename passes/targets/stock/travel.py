@@ -26,7 +26,7 @@ HEAD_DIM, HIDDEN_SIZE, HEADS = "head_dim", "hidden_size", "num_attention_heads"
 
 
 def breaks(stock: Stock, ladders: Mapping[str, Sequence[int]], engines: Collection[str] = ()) -> dict[str, str]:
-    """Family → the programs that a cut of it alone breaks; families that travel everywhere have no entry.
+    """Family → the programs that a cut of only this family breaks; families that travel everywhere have no entry.
 
     ``ladders``: each family's legal widths, the dense one last. ``engines``: only these programs; empty: all.
     """

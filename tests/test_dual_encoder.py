@@ -31,6 +31,7 @@ from transformers import (
     FlavaModel,
     GroupViTModel,
     OwlViTForObjectDetection,
+    Siglip2ImageProcessor,
     SiglipConfig,
     SiglipModel,
 )
@@ -46,6 +47,7 @@ from mptk.protocols.values import SampleSets
 from mptk.tasks import task_of
 from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.inputs.captioned import encoded
+from mptk.tasks.inputs.images import Images
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
 NODE = shutil.which("node")
@@ -196,13 +198,19 @@ def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path:
     assert any(note.startswith("padding changes what the model computes") for note in report.notes)
 
 
-def test_images_come_as_patches_if_the_class_reads_these() -> None:
-    """SigLIP 2: images of any shape, in a sequence of patches with a mask."""
+def test_images_come_as_patches_if_the_class_reads_these(world: Path) -> None:
+    """SigLIP 2: images of any shape, in a sequence of patches with a mask, whose type is the graph's."""
     model: Any = tiny_model(PAIRED, "siglip2").model
     example = DUAL_ENCODER.example(model).inputs
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
     found = DUAL_ENCODER.output(model, Samples(example))
     assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(world / "patches")
+    read = Images().prepared(
+        Loaded(model, None, "siglip2", world / "patches"), [world / "pictures" / "red.png"], lambda done, total: None
+    )
+    assert read["pixel_attention_mask"].sum() == read["spatial_shapes"].prod()
+    assert {name: x.dtype for name, x in read.items()} == {name: example[name].dtype for name in read}
 
 
 def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:

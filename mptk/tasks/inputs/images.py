@@ -51,13 +51,14 @@ class Images(FileInputs):
             found = processor(images=open_image(file), return_tensors="pt")
             made.append(accepted(loaded.model, {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}))
             progress(done, len(files))
-        names = list(self.example(loaded.model))
+        example = self.example(loaded.model)
+        names = list(example)
         if any(set(names) != set(one) for one in made):
             extra = ", ".join(sorted(set(made[0]) ^ set(names)))
             raise MptkError(f"{loaded.source} reads {extra}, which mptk cannot make; give --inputs (docs/kinds.md)")
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
             raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
-        return {name: torch.cat([one[name] for one in made]) for name in names}
+        return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
 
 
 def patches(vision: Any) -> Named:

@@ -45,7 +45,7 @@ CUT_TITLE, SEARCH_TITLE, PROOF_TITLE = (
     "The search of the shape",
     "The proof, stage by stage",
 )
-QUALITY, WRITTEN, TIMES, RUN = "Quality", "What they write", "Latency in ONNX Runtime", "The run"
+QUALITY, CONTINUATIONS, TIMES, RUN = "Quality", "What they write", "Latency in ONNX Runtime", "The run"
 FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
@@ -59,7 +59,7 @@ def prune_view(
     found = [Section(CUT_TITLE, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
     if texts:
         said = [[Name(each) for each in (prompt, *written)] for prompt, written in texts.items()]
-        found.append(Section(WRITTEN, [Table("lll", ["prompt", "dense", "pruned"], said)]))
+        found.append(Section(CONTINUATIONS, [Table("lll", ["prompt", "dense", "pruned"], said)]))
     if report.search:
         found.append(Section(SEARCH_TITLE, ranking(made(Shapes, report.search))))
     if report.splits:

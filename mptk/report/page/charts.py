@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CELLS = 192
 """Most columns in a map of units."""
-STAGE = 26
+STAGE_NAME = 26
 """Most characters of the name of a stage of the proof."""
 FAINT = 1e-10
 """Position of a difference of zero on a scale of powers of ten."""
@@ -142,7 +142,7 @@ def proof_chart(run: Run) -> Svg:
     proof = run.report.proof
 
     def draw(axes: Axes) -> None:
-        axes.set_yticks(range(len(proof)), [short(stage["stage"], STAGE) for stage in proof])
+        axes.set_yticks(range(len(proof)), [short(stage["stage"], STAGE_NAME) for stage in proof])
         axes.set_ylim(len(proof) - 0.4, -0.6)
         axes.set_xscale("log")
         for row, stage in enumerate(proof):

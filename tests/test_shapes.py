@@ -137,7 +137,7 @@ def test_a_latency_is_a_budget_too(
 
 
 def test_tokens_are_halved_over_rungs() -> None:
-    settings = mptk.Settings(search=True, search_tokens=100_000, search_finalists=6, length=32)
+    settings = mptk.Settings(method="wanda", search=True, search_tokens=100_000, search_finalists=6, length=32)
     found = rungs(settings, 64)
     assert [count for count, _ in found] == [6, 3, 2]
     assert [steps for _, steps in found] == [19, 39, 78]
@@ -148,6 +148,8 @@ def test_tokens_are_halved_over_rungs() -> None:
         MptkError, match=r"5119 tokens are too few to train 6 shapes by successive halving: .* give 5120 or more"
     ):
         rungs(replace(settings, search_tokens=5119), 64)
+    with pytest.raises(MptkError, match="give 15360 or more"):  # two steps of masks and one of recovery
+        rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
 
 
 def test_finalists_are_good_and_unlike_each_other() -> None:

@@ -324,6 +324,42 @@ for model in (
     assert found.count(",") > NEW
 
 
+@pytest.mark.long
+def test_an_older_transformers_writes_the_same(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
+    code = f"""
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert transformers.__version__.startswith("4.57."), transformers.__version__
+inputs = AutoTokenizer.from_pretrained({str(pruned)!r})({PROMPTS[2]!r}, return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained({str(pruned)!r})
+print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist())
+"""
+    python = environment(tmp_path / "env", "transformers<4.58")
+    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert json.loads(run.stdout.splitlines()[-1]) == greedy[2]
+
+
+@pytest.mark.long
+def test_torchao_quantises_the_folder(pruned: Path, tmp_path: Path) -> None:
+    code = f"""
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({str(pruned)!r})
+ids = torch.arange(5, 29)[None]
+with torch.no_grad():
+    exact = model(ids).logits
+    quantize_(model, Int8WeightOnlyConfig())
+    found = model(ids).logits
+print(float((found - exact).abs().max() / exact.abs().max()))
+"""
+    python = environment(tmp_path / "env", "torchao")
+    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert 0 < float(run.stdout.splitlines()[-1]) < 0.05
+
+
 VLLM = """
 import json, os, sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -93,8 +93,8 @@ def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
     minutes = minutes_of(llama, search, steps=90, samples=90, search_tokens=90 * 2 * 32 // 3)
     assert chosen(llama, search, minutes=minutes) == (90, 90, 1920)
     assert chosen(llama, search, minutes=minutes, search_tokens=256)[0] > 90
-    least = minutes_of(llama, search, steps=5, samples=16, search_tokens=2 * 2 * 32)
-    assert chosen(llama, search, minutes=least)[2] == 128, "a step of each finalist"
+    least = minutes_of(llama, search, steps=5, samples=16, search_tokens=2 * 3 * 2 * 32)
+    assert chosen(llama, search, minutes=least)[2] == 384, "three steps of each finalist: two of masks, one of recovery"
 
 
 def test_text_that_the_model_writes_counts(llama: str) -> None:

@@ -357,7 +357,7 @@ print(float((found - exact).abs().max() / exact.abs().max()))
 """
     python = environment(tmp_path / "env", "torchao")
     run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert 0 < float(run.stdout.splitlines()[-1]) < 0.05
+    assert 0 < float(run.stdout.splitlines()[-1]) < 0.1
 
 
 VLLM = """

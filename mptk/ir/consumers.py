@@ -55,12 +55,13 @@ CONSUMERS = (
     Consumer(
         "transformers",
         "5.24.0, 4.57.6",
-        "greedy text, the same in both",
+        "greedy text, the same in both; the older one in a long test",
         section="transformers-trainer-and-peft",
         engine="transformers",
         reads=(STOCK, NAS),
     ),
     Consumer("Trainer and peft", "5.24.0, 0.21.2", "LoRA trained, merged, saved, loaded; a long test"),
+    Consumer("torchao", "0.18.0", "int8 weights of a tiny model: logits within 0.1 of the largest; a long test"),
     Consumer(
         "sentence-transformers",
         "6.2.0",

@@ -255,7 +255,7 @@ class _Shrinker:
             return value
         if kind == "image":
             return min(value, STAGED_IMAGE if self.staged else IMAGE)
-        if kind == "patch" and self.staged and BACKBONE not in self.fields:  # that of the backbone
+        if kind == "patch" and self.staged and BACKBONE not in self.fields:  # the backbone's
             return value
         if kind == "window" and self.staged:
             return 2

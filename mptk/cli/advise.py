@@ -55,7 +55,7 @@ def advise(
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
     Consumers are fitted, and nothing is written. Only --calibrate trains. Prints the command of the recommended cut,
-    and with --calibrate that of the recommended cut with training.
+    and with --calibrate the command of the cut recommended with training.
     """
     from mptk.api.advice import advise as measure
     from mptk.report.advice import advice_view

@@ -126,6 +126,18 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
     assert first != second
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Path:
+    """The current folder of a wide console, with ``prose.txt``."""
+    monkeypatch.chdir(tmp_path)
+    inside.bound("mptk.cli.console.out.width", 2000)
+    (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
+    return tmp_path
+
+
+TYPED = "--data prose.txt --samples 8 --length 32 --align 8 --eval-windows 4 --tolerance 900%"
+
+
 # ---- what is safe ----
 
 
@@ -166,20 +178,15 @@ def test_the_knee_is_below_the_chord() -> None:
 # ---- the command ----
 
 
-def test_the_command_says_what_is_safe_and_how_to_cut(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    inside.bound("mptk.cli.console.out.width", 2000)
-    (tmp_path / "prose.txt").write_text(" ".join(WORDS * 40))
-    typed = "--data prose.txt --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 10%,0.3 --tolerance 900%"
-    run = CliRunner().invoke(app, ["advise", llama, *typed.split(), "--html", "page.html", "--json", "a.json", "-q"])
+def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -> None:
+    typed = f"{TYPED} --sparsities 10%,0.3".split()
+    run = CliRunner().invoke(app, ["advise", llama, *typed, "--html", "page.html", "--json", "a.json", "-q"])
     assert run.exit_code == 0, run.output
     *said, command = run.stdout.strip().splitlines()
     assert "Recommended: remove 29.5%" in " ".join(said)
-    found = json.loads((tmp_path / "a.json").read_text())
+    found = json.loads((place / "a.json").read_text())
     assert found["recommended"]["sparsity"] == pytest.approx(0.3, abs=0.05)
-    page = (tmp_path / "page.html").read_text()
+    page = (place / "page.html").read_text()
     assert page.count("<svg") >= 4
     assert "How far can" in page
     assert shlex.split(command)[:3] == ["mptk", "prune", llama]
@@ -321,23 +328,16 @@ def test_training_that_makes_a_cut_worse_is_dropped(llama: str, ids: torch.Tenso
     assert after.texts[text].loss == pytest.approx(before.texts[text].loss, rel=1e-4)
 
 
-def test_calibrate_says_its_cost_before_and_prints_two_commands(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    inside.bound("mptk.cli.console.out.width", 2000)
-    (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
-    typed = "--data prose.txt --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 0.2,0.3 --tolerance 900%"
-    run = CliRunner().invoke(
-        app, ["advise", llama, *typed.split(), "--calibrate", "--steps", "2", "--html", "page.html"]
-    )
+def test_calibrate_says_its_cost_before_and_prints_two_commands(llama: str, place: Path) -> None:
+    typed = f"{TYPED} --sparsities 0.2,0.3".split()
+    run = CliRunner().invoke(app, ["advise", llama, *typed, "--calibrate", "--steps", "2", "--html", "page.html"])
     assert run.exit_code == 0, run.output
     assert "8 calibration windows and 2 trainings of 2 steps on 512 tokens" in " ".join(run.stderr.split())
     *said, plain, trained = run.stdout.strip().splitlines()
     assert "after training" in " ".join(said)
     assert "--steps 2" not in plain
     assert "--steps 2" in trained
-    assert "Shaded: after training" in (tmp_path / "page.html").read_text()
-    run = CliRunner().invoke(app, ["advise", llama, *typed.split(), "--steps", "2", "-q"])
+    assert "Shaded: after training" in (place / "page.html").read_text()
+    run = CliRunner().invoke(app, ["advise", llama, *typed, "--steps", "2", "-q"])
     assert run.exit_code == 1
     assert "only --calibrate trains" in str(run.exception)

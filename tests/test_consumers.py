@@ -34,6 +34,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 import mptk
@@ -246,13 +248,12 @@ def test_transformers_decodes_in_every_way(how: dict[str, Any], pruned: Path, gr
 
 
 @pytest.mark.long
-def test_peft_trains_and_merges_the_folder(pruned: Path, tmp_path: Path) -> None:
+def test_trainer_and_peft_tune_and_merge_the_folder(pruned: Path, tmp_path: Path) -> None:
     model, ids = AutoModelForCausalLM.from_pretrained(pruned), torch.arange(3, 23).reshape(2, 10)
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
-    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(2):
-        tuned(ids, labels=ids).loss.backward()
-        optimiser.step()
+    how = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(tuned, TrainingArguments(str(tmp_path / "trainer"), save_strategy="no", **how), train_dataset=rows).train()
     with torch.no_grad():
         expected = tuned.eval()(ids).logits
         tuned.merge_and_unload().save_pretrained(tmp_path)

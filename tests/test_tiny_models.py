@@ -143,6 +143,19 @@ def test_every_parameter_matters_and_the_logits_come_out(mapping: str, model_typ
     assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
 
 
+def test_a_last_relu_leaves_most_of_the_output() -> None:
+    """Without the other sign of its last convolution, most depths of this model are 0."""
+    tiny = tiny_model("depth-estimation", "depth_anything")
+    assert (tiny.wrapper(*tiny.inputs) > 0).float().mean() > 0.5
+
+
+def test_a_backbone_gives_as_many_states_as_the_head_takes() -> None:
+    config = tiny_config(CONFIG_MAPPING["depth_anything"], Recipe())
+    assert len(config.backbone_config.out_indices) == len(config.neck_hidden_sizes) == 4
+    assert config.backbone_config.num_hidden_layers == 4
+    assert config.reassemble_hidden_size == config.backbone_config.hidden_size
+
+
 def test_running_statistics_are_no_identity() -> None:
     tiny = tiny_model("image-classification", "resnet")
     statistics = {n: b for n, b in tiny.model.named_buffers() if "running" in n}

@@ -79,10 +79,7 @@ def advise(
     check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
-    if calibrate:
-        steps = chosen.steps or CALIBRATION_STEPS
-        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
-    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    source, chosen = source_for(model, training(chosen) if calibrate else chosen, tokenizer, example_inputs)
     if calibrate and source.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
     said = partial(command, str(model)) if isinstance(model, str | Path) else None
@@ -94,6 +91,12 @@ def advise(
         job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
     with reporting(progress) as say:
         return started(work, job, chosen, Context(Log(), say), trains=calibrate)
+
+
+def training(settings: Settings) -> Settings:
+    """The settings of an advice that trains."""
+    steps = settings.steps or CALIBRATION_STEPS
+    return with_keywords(settings, {"steps": steps, "samples": settings.windows, "minutes": None})
 
 
 def check_asked(sparsities: Sequence[float], tolerance: float) -> None:

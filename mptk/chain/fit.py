@@ -18,7 +18,6 @@ from mptk.proof.proof import check_witness
 from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.protocols.report import Row
 from mptk.protocols.values import Context, SampleSets
-from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
 
@@ -28,18 +27,13 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
         return chosen
 
     def fit() -> Weights:
-        analysis, sites, say = prepared.analysis, sites_of(prepared, chosen), partial(context.progress, "reconstruct")
+        sites, say = prepared.sites_of(chosen.plan), partial(context.progress, "reconstruct")
         cut, samples = chosen.cut, sets.calibration
-        return reconstruct_consumers(analysis, sites, cut, chosen.changes, samples, say, prepared.calibrator)
+        return reconstruct_consumers(prepared.analysis, sites, cut, chosen.changes, samples, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
         found = kept_fit(prepared, context.folder, fit)
     return chosen.with_weights(found)
-
-
-def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
-    """The mask sites of the families that are cut."""
-    return [site for site in prepared.mask_sites if site.family in chosen.plan.families]
 
 
 def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
@@ -48,7 +42,7 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
     if not s.distil_epochs or not holds():
         return chosen
     blocks_go = removed_blocks(prepared.analysis, chosen.cut)
-    sites = prepared.mask_sites if blocks_go else sites_of(prepared, chosen)  # all that stays makes up for blocks
+    sites = prepared.mask_sites if blocks_go else prepared.sites_of(chosen.plan)  # all that stays makes up for blocks
     with context.stage("distil"):
         found = distil_blocks(
             prepared.analysis,

@@ -17,7 +17,7 @@ from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.reading import Made, read_as
-from mptk.staged.spool import Spool
+from mptk.staged.spool import spooled
 
 KEPT_CHOICE, KEPT_FIT = "choice", "fitted"
 
@@ -86,7 +86,6 @@ def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Ma
 
 def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prepared) -> Weights:
     """The stored weights, in a spool: the result of a run outlives the run's folder."""
-    likes, spool = prepared.analysis.program.state.likes, Spool(prepared.executor.borders)
-    for i, weight in enumerate(weights):
-        spool.add(weight, folder.tensor(f"{name}-{i}", weight).to(likes[weight].dtype))
-    return spool.weights
+    likes = prepared.analysis.program.state.likes
+    read = ((each, folder.tensor(f"{name}-{i}", each).to(likes[each].dtype)) for i, each in enumerate(weights))
+    return spooled(read, prepared.executor.borders)

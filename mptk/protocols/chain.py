@@ -141,6 +141,10 @@ class Prepared:
         maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
 
+    def sites_of(self, plan: Plan) -> list[MaskSite]:
+        """The mask sites of the families that a plan cuts."""
+        return [site for site in self.mask_sites if site.family in plan.families]
+
 
 def reconstructs(settings: Settings, method: Method) -> bool:
     """Whether consumers are fitted to the dense layers' outputs."""

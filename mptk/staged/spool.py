@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ class Spool:
         flat, layout = _flattened(tensor.detach())
         save_file({"value": flat.cpu()}, file)
         return file, layout
+
+
+def spooled(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
+    """The weights, each with its name, in a spool of their own."""
+    spool = Spool(bound)
+    for name, weight in weights:
+        spool.add(name, weight)
+    return spool.weights
 
 
 def _flattened(tensor: Tensor) -> tuple[Tensor, Layout]:

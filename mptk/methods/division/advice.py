@@ -125,12 +125,11 @@ def to_train(found: Advice) -> list[Point]:
 def work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
     """The cost of measuring ``cuts`` on ``texts``: each is a pass over the measured windows, and a fit."""
     s, rows = settings, settings.eval_windows * texts
-    training = [each.times(TRAINED) for each in learner.work(s, sizes, 1.0).values()]
     return {
         "moments": Pass(s.windows * s.length, s.length),
         "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
         "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
-        **dict.fromkeys(["recover"][: len(training)], *training),
+        **({"recover": learner.work(s, sizes, 1.0)["train"].times(TRAINED)} if s.steps else {}),
     }
 
 

@@ -37,7 +37,7 @@ from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import damaged, read_as
-from mptk.staged.spool import Spool
+from mptk.staged.spool import spooled
 from passes.targets.legalize import Candidate, describe
 
 JUDGED = 8
@@ -243,22 +243,20 @@ class Search(Trials):
 
         ``folder`` keeps the phase, so that a resumed search does not repeat it.
         """
-        p, name, calibration = self.prepared, _name(number, 0), self.sets.calibration
+        p, sets = self.prepared, self.sets
         if not p.method.learns:
             return self.chosen(p.candidates[number].widths)
         learning = replace(p.settings.learning, steps=rungs(p.settings, len(p.candidates))[0][1])
         own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
-        place = RunFolder(self.folder.path / f"{name}-masks", {}, resume=True)
+        place = RunFolder(self.folder.path / f"{_name(number, 0)}-masks", {}, resume=True)
         masks = replace(learning.of_masks(), tracker="none")
-        learner = Learner(self.accelerator, own, self.sets.training, masks, place, say, scored=self.folder)
-        chosen, spool = learner.learn(self.sets), Spool(p.executor.borders)
-        for weight, value in chosen.changes.items():
-            spool.add(weight, value)
-        if self.products is None:
-            return replace(chosen, changes=spool.weights)
-        sites, cut = [site for site in own.mask_sites if site.family in chosen.plan.families], chosen.cut
-        fitted = reconstruct_consumers(p.analysis, sites, cut, spool.weights, calibration, None, p.calibrator)
-        return replace(chosen, changes=fitted)
+        learner = Learner(self.accelerator, own, sets.training, masks, place, say, scored=self.folder)
+        chosen = learner.learn(sets)
+        changes = spooled(chosen.changes.items(), p.executor.borders)
+        if self.products is not None:
+            sites, cut = own.sites_of(chosen.plan), chosen.cut
+            changes = reconstruct_consumers(p.analysis, sites, cut, changes, sets.calibration, None, p.calibrator)
+        return replace(chosen, changes=changes)
 
     def dense(self) -> Shape:
         """The dense model as a shape, for comparison."""

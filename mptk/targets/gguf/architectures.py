@@ -34,7 +34,7 @@ class Architecture:
         period: each ``period``-th layer attends to all tokens and the others to a window; 0: all layers to all tokens.
         fixed: fields of the config that it does not read → the value that it computes with.
         written: fields of the file that the transformers class has built in.
-        counted: whether its shared experts are so many experts of the others' width.
+        counted: whether the file says how many shared experts there are, each as wide as the others.
     """
 
     name: str

@@ -36,6 +36,7 @@ from benchmarks.tiny_roles import (
     OUTPUTS,
     POOLS,
     STAGED_IMAGE,
+    TAKEN,
     VOCAB,
     WINDOW,
     role,
@@ -189,7 +190,7 @@ class _Shrinker:
         if _repeats(value):
             return [[kinds, 1] for kinds, _ in value]
         if isinstance(value, list | tuple):
-            return None if derived and not self.recipe.filled else self._list(kind, value)
+            return None if derived and not self.recipe.filled else self._list(name, kind, value)
         if isinstance(value, bool) and value != self.fields[name].default:  # what the config around it asks for
             return value
         if isinstance(value, float) and re.search(MULTIPLIER, name):
@@ -224,7 +225,7 @@ class _Shrinker:
         kinds = [k for k in ALLOWED_ATTN_LAYER_TYPES if f'"{k}"' in source]
         return (kinds * 3)[:3]
 
-    def _list(self, kind: str, value: Any) -> Any:
+    def _list(self, name: str, kind: str, value: Any) -> Any:
         """Sizes of the stages of a hierarchical network, or parts of a width."""
         if not _is_ints(value):
             return None
@@ -238,7 +239,14 @@ class _Shrinker:
             return None
         if sum(value) == self.hidden:
             return [v * self.sizes["hidden"][self.hidden] // self.hidden for v in value]
-        return [self._scaled(v) for v in value]
+        if BACKBONE in self.fields and re.search(TAKEN, name):
+            return [self._taken(v) for v in value]
+        return [self.sizes.setdefault("stages", {}).setdefault(v, self._scaled(v)) for v in value]
+
+    def _taken(self, value: int) -> int:
+        """A width that layers around a backbone take from each other, or from the backbone."""
+        known = self.sizes["hidden" if value == self.hidden else "stages"]
+        return known.get(value) or self._scaled(value)
 
     def _scaled(self, value: int) -> int:
         """A width of a hierarchical network."""
@@ -249,6 +257,8 @@ class _Shrinker:
     def _item(self, name: str, value: Any) -> Any:
         """The toy value of one integer in the role that `name` tells."""
         kind = role(name)
+        if BACKBONE in self.fields and re.search(TAKEN, name):
+            return self._taken(value)
         if kind == "experts" and value == 1:
             return POOLS["experts"][0]
         if not _is_int(value) or value <= 1:

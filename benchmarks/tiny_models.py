@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import multiprocessing
 import resource
@@ -27,12 +28,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import tiny_config
 from benchmarks.tiny_recipe import Recipe, recipes
-from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB
+from benchmarks.tiny_roles import FEATURES, FIRST_PLAIN_TOKEN, IMAGE_TOKENS, LABELS, STAGED_IMAGE, VOCAB
 from benchmarks.tiny_weights import calibrate, randomise, revived
-from mptk.ir.samples import Samples, joined
+from benchmarks.tiny_wrappers import PAIRED, PICTURED, wrapper_of
 from mptk.tasks.dual_encoder import gives
-from mptk.tasks.dual_encoder_form import EMBEDS
-from mptk.tasks.image_text import ImageText
 from mptk.tasks.inputs.captioned import Captioned, ended
 from mptk.tasks.inputs.image_text import with_images
 
@@ -49,6 +48,8 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     },
     "ctc": dict(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
     "semantic-segmentation": dict(modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
+    "universal-segmentation": dict(modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES),
+    "object-detection": dict(modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES),
     "depth-estimation": dict(modeling_auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
     "video-classification": dict(modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
     "time-series-prediction": {
@@ -56,10 +57,9 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "patchtsmixer": "PatchTSMixerForPrediction",
     },
 }
-PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"
-BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
+BATCH, SEQ, TARGET_SEQ = 2, 7, 5
 FRAMES, WAVE = 48, 6400
-MAX_PARAMETERS = 5_000_000
+MAX_PARAMETERS = 6_000_000
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
 
 
@@ -82,34 +82,6 @@ class Tiny:
     inputs: tuple[torch.Tensor, ...]
     wrapper: nn.Module
     recipe: Recipe
-
-
-class Logits(nn.Module):
-    """Calls `model` with positional tensors under the given argument names; returns its logits."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-        accepted = inspect.signature(model.forward).parameters
-        self.flags = {"use_cache": False} if "use_cache" in accepted else {}
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Tensors in the order of `names`; returns the first floating tensor of the output."""
-        out = self.model(**dict(zip(self.names, tensors, strict=True)), **self.flags)
-        values = out.values() if hasattr(out, "values") else out
-        logits = getattr(out, "logits", None)
-        if isinstance(logits, torch.Tensor):
-            return logits
-        return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
-
-
-class Embeddings(Logits):
-    """Returns the embeddings of texts and images in one row."""
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Tensors in the order of `names`."""
-        out = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return joined([out[name] for name in EMBEDS])
 
 
 def model_types(mapping: str) -> list[str]:
@@ -149,15 +121,24 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         raise CannotBuild("config", _line(error)) from error
     config = _config_for(model_class, config)
     config.use_cache = False
-    if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):  # some defaults are of another text model
-        config.vision_config.out_hidden_size = config.get_text_config().hidden_size
-    if mapping.endswith(("classification", "segmentation")):
+    if mapping == PICTURED:
+        _fit_features(config)
+    if mapping.endswith(("classification", "segmentation", "detection")):
         config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
         config.is_decoder = True
     if mapping == "seq2seq" and hasattr(getattr(config, "decoder", None), "add_cross_attention"):
         config.decoder.is_decoder = config.decoder.add_cross_attention = True  # as the class's own constructor sets it
     return config
+
+
+def _fit_features(config: Any) -> None:
+    """Gives images' features the width of the text model that takes them; some defaults are of another text model."""
+    text = config.get_text_config()
+    towers = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig) and part is not text]
+    for part, name in [(config, "hidden_size"), *itertools.product(towers, FEATURES)]:
+        if hasattr(part, name) and part is not text:
+            setattr(part, name, text.hidden_size)
 
 
 def _config_for(model_class: Any, config: Any) -> Any:
@@ -183,7 +164,7 @@ def _attempt(
     randomise(model, seed)
     try:
         inputs = example_inputs(mapping, model, seed)
-        wrapper = _wrapper(mapping, model, inputs).eval()
+        wrapper = wrapper_of(mapping, model, inputs).eval()
     except Exception as error:
         raise CannotBuild("forward", _line(error)) from error
     tensors = tuple(inputs.values())
@@ -197,13 +178,6 @@ def _attempt(
     if not bool(torch.isfinite(out).all()):
         raise CannotBuild("forward", "the output is not finite")
     return model, tensors, wrapper
-
-
-def _wrapper(mapping: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Module:
-    names = tuple(inputs)
-    if mapping == PAIRED and gives(type(model)):
-        return Embeddings(model, names)
-    return ImageText().wrapped(model, Samples(inputs))(model, names) if mapping == PICTURED else Logits(model, names)
 
 
 def _construct(model_class: Any, config: Any) -> Any:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
-IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 128, 4
+IMAGE, STAGED_IMAGE, IMAGE_TOKENS, LABELS = 32, 128, 4, 13
 POOLS: dict[str, tuple[int, ...]] = {
     "hidden": (96, 72, 120, 144, 168, 48, 192),
     "ffn": (112, 40, 56, 88, 104, 136, 80, 64, 152),
@@ -30,9 +30,11 @@ CAPS = {
     "patch": 8,
     "vocab": VOCAB,
     "codebook": 32,
+    "normed": 32,
     "image_tokens": IMAGE_TOKENS,
     "rate": 2,
     "frames": 4,
+    "queries": 8,
 }
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
@@ -46,10 +48,12 @@ ROLES: tuple[tuple[str, str], ...] = (
     ),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
     ("frames", r"frames_per_clip"),
+    ("queries", r"^num_queries$"),
     ("image_tokens", r"tokens_per_image|image_seq_length|resampler_n_latents"),
     ("rate", r"compress_rate"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
-    ("codebook", r"codebook_size"),
+    ("codebook", r"codebook_size|^num_embeddings$"),
+    ("normed", r"^base_channels$"),
     ("vocab", r"vocab"),
     ("kv_heads", r"(kv|key_value)_(n_)?heads|query_groups"),
     ("heads", r"heads$|n_head$|heads_per_layer$"),
@@ -76,19 +80,31 @@ ROLES: tuple[tuple[str, str], ...] = (
 # The layers whose states a backbone gives.
 OUTPUTS = "out_indices"
 BACKBONE = "backbone_config"
+# The widths of states that others give.
+TAKEN = "in_channels$|feat_dim$"
+# The widths of the features that a tower gives.
+FEATURES = ("out_hidden_size", "projection_dim")
 # Factors on all widths or depths of a convolutional network.
-MULTIPLIER, LEAST_MULTIPLIER = "coefficient|depth_multiplier", 0.25
+MULTIPLIER, LEAST_MULTIPLIER = "^(width|depth)_coefficient|depth_multiplier", 0.25
 # Sizes that a model may need although its configuration class defaults them to None.
 FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads", "vocab", "token")
 # Values for fields of other types, by field name: the smallest network timm has, a language of the default list, and
 # the sizes to which an image is cut into parts.
 NAMED = {
     "architecture": "test_resnet",
+    "backbone": "test_resnet",
     "default_language": "en_XX",
+    "projector_patch_to_query_dict": {(IMAGE // 8) ** 2: IMAGE_TOKENS},
+    "projector_scale_factors": [1.0],
     "image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]],
 }
-# The same for fields that default to None and that the model needs: a clipping bound.
-NAMED_FILLED = {"clip_qkv": 4.0}
+# The same for fields that default to None and that the model needs.
+NAMED_FILLED = {
+    "clip_qkv": 4.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "class_thresholds": [0.5] * LABELS,
+    "class_order": [*range(LABELS)],
+}
 # The last resort: fields of one model type, each with the reason why no rule can find them.
 MODEL_HINTS: dict[str, dict[str, Any]] = {
     # LSH attention hashes with fresh random rotations at each call: the output is no function of the input.

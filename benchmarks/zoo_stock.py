@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.tiny_models import Logits, Tiny
+from benchmarks.tiny_models import Tiny
+from benchmarks.tiny_wrappers import Logits
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import zoo_depth
-from benchmarks.tiny_models import PICTURED
+from benchmarks.tiny_wrappers import PICTURED
 
 Row = dict[str, Any]
 HERE = Path(__file__).resolve().parent

@@ -26,7 +26,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from benchmarks.tiny_models import PICTURED, tiny_model
+from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_wrappers import PICTURED
 
 COLOURS = ("red", "green", "blue", "white", "grey", "black")
 WORDS = ("<unk>", "<pad>", "<image>", "a", "picture", "that", "is", "all", "user", "assistant", *COLOURS)

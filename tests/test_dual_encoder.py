@@ -38,7 +38,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
-from benchmarks.tiny_models import PAIRED, tiny_model
+from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_wrappers import PAIRED
 from mptk import MptkError, Samples, Settings
 from mptk.cli.main import app
 from mptk.io.models import Loaded, load

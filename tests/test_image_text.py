@@ -28,7 +28,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
-from benchmarks.tiny_models import PICTURED, tiny_model
+from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, Samples
 from mptk.cli.main import app
 from mptk.compile.trace import traced, traced_as_example

@@ -30,7 +30,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from typer.testing import CliRunner
 
 import mptk
-from benchmarks.tiny_models import PICTURED, tiny_model
+from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
 from mptk.cli.main import app

@@ -16,9 +16,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import tiny_config
-from benchmarks.tiny_models import BATCH, LABELS, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
+from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
 from benchmarks.tiny_recipe import Recipe, recipes
-from benchmarks.tiny_roles import role
+from benchmarks.tiny_roles import LABELS, role
 
 
 def test_every_type_of_the_mappings_is_listed() -> None:
@@ -114,6 +114,26 @@ def test_nested_configs_share_the_sizes_that_they_share_by_default() -> None:
     assert config.text_config.num_hidden_layers <= 4
     assert config.vision_config.num_hidden_layers <= 4
     assert config.image_token_index < config.text_config.vocab_size
+
+
+def test_features_of_images_get_the_width_of_the_text_model() -> None:
+    """Ovis2's default config has 1536 channels for them, and a text model of 4096."""
+    config = tiny_model("image-text-to-text", "ovis2").model.config
+    assert config.hidden_size == config.get_text_config().hidden_size
+
+
+@pytest.mark.long
+def test_patches_of_several_frames_are_known_by_either_name() -> None:
+    """This vision config has ``patch_temporal`` in place of ``temporal_patch_size``."""
+    tiny = tiny_model("image-text-to-text", "muse_glimmer")
+    assert tiny.inputs[1].shape == (BATCH, 16, 3 * 2 * 8 * 8)
+
+
+@pytest.mark.parametrize("model_type", ["rt_detr", pytest.param("detr", marks=pytest.mark.long)])
+def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes(model_type: str) -> None:
+    tiny = tiny_model("object-detection", model_type)
+    assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + (model_type == "detr") + 4))
+    assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
 
 
 @pytest.mark.parametrize(

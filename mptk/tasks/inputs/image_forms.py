@@ -222,7 +222,7 @@ def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[
     patch = patch[-1] if isinstance(patch, Sequence) else patch
     merged = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
     side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
-    frames = getattr(vision, "temporal_patch_size", None) or 1
+    frames = _first(vision, "temporal_patch_size", "patch_temporal") or 1
     grids = torch.tensor([[1, side, side]] * EXAMPLES)
     pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
     yield {PIXELS: pixels.flatten(2), GRIDS: grids}

@@ -23,6 +23,7 @@ from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
 from benchmarks.tiny_recipe import Recipe, several_axes
 from benchmarks.tiny_roles import (
+    AROUND,
     BACKBONE,
     CAPS,
     FILLED,
@@ -190,6 +191,8 @@ class _Shrinker:
         if _repeats(value):
             return [[kinds, 1] for kinds, _ in value]
         if isinstance(value, list | tuple):
+            if kind == "heads" and list(value) != list(self.fields[name].default or ()):  # as the config around it asks
+                return list(value)
             return None if derived and not self.recipe.filled else self._list(name, kind, value)
         if isinstance(value, bool) and value != self.fields[name].default:  # what the config around it asks for
             return value
@@ -259,6 +262,8 @@ class _Shrinker:
         kind = role(name)
         if BACKBONE in self.fields and re.search(TAKEN, name):
             return self._taken(value)
+        if BACKBONE in self.fields and re.search(AROUND, name):
+            return self._pooled("hidden", value)
         if kind == "experts" and value == 1:
             return POOLS["experts"][0]
         if not _is_int(value) or value <= 1:

@@ -230,6 +230,8 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         return torch.randint(FIRST_PLAIN_TOKEN, vocab, (rows, length), generator=generator)
 
     inputs = {"input_ids": tokens(SEQ)} if "input_ids" in accepted else {}
+    if "task_inputs" in accepted:  # the text that says what to segment
+        inputs["task_inputs"] = tokens(config.task_seq_len)
     if mapping == "seq2seq" and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = tokens(TARGET_SEQ)
     base = getattr(model, "base_model", model)

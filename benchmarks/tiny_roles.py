@@ -80,6 +80,8 @@ ROLES: tuple[tuple[str, str], ...] = (
 # The layers whose states a backbone gives.
 OUTPUTS = "out_indices"
 BACKBONE = "backbone_config"
+# The widths of the layers around a backbone that cuts masks out of its states.
+AROUND = "^(hidden|conv|mask)_dim$|feature_size$"
 # The widths of states that others give.
 TAKEN = "in_channels$|feat_dim$"
 # The widths of the features that a tower gives.

@@ -23,8 +23,9 @@ from mptk.ort.sessions import OrtGraph
 from mptk.protocols.task import Task
 from mptk.tasks import HEAD_TASKS, task_of
 from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, agreed, divergence
+from mptk.tasks.inputs.images import Images
 from mptk.tasks.inputs.series import read_series
-from mptk.tasks.numbers import DEPTH, FORECASTS
+from mptk.tasks.numbers import DEPTH, FORECASTS, MASKS
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
 WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
@@ -94,6 +95,24 @@ def files(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "frames" / f"{i}" / f"{frame}.png")
     return root
+
+
+def test_a_mask_of_images_without_padding_is_left_out(files: Path, tmp_path: Path) -> None:
+    """Processors of detectors mark the pixels that fill up a batch; images of one size have none."""
+    backbone = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "use_timm_backbone": False}
+    t.DetrForObjectDetection(t.DetrConfig(backbone_config=backbone, **sizes, **heads)).save_pretrained(tmp_path)
+    t.DetrImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
+    pictures = sorted((files / "images").rglob("*.png"))[:2]
+    found = Images().prepared(load(str(tmp_path)), pictures, lambda done, total: None)
+    assert {name: tensor.shape for name, tensor in found.items()} == {"pixel_values": (2, 3, SIDE, SIDE)}
+
+
+def test_finders_of_masks_have_a_task() -> None:
+    assert MASKS.refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
+    assert MASKS.refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
+    assert MASKS.refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)

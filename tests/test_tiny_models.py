@@ -122,6 +122,13 @@ def test_features_of_images_get_the_width_of_the_text_model() -> None:
     assert config.hidden_size == config.get_text_config().hidden_size
 
 
+def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_heads() -> None:
+    config = tiny_config(CONFIG_MAPPING["mask2former"], Recipe())
+    assert {config.feature_size, config.mask_feature_size, config.hidden_dim} == {96}
+    heads = tiny_config(CONFIG_MAPPING["maskformer"], Recipe()).backbone_config.num_heads
+    assert [*heads] == [*CONFIG_MAPPING["maskformer"]().backbone_config.num_heads]
+
+
 @pytest.mark.long
 def test_patches_of_several_frames_are_known_by_either_name() -> None:
     """This vision config has ``patch_temporal`` in place of ``temporal_patch_size``."""

@@ -21,11 +21,21 @@ from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
-from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS
+from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS, MASKS
 from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
-HEAD_TASKS: tuple[Task, ...] = (Classifier(), TOKEN_CLASSES, CTC, SEGMENTATION, ANSWERS, DETECTION, DEPTH, FORECASTS)
+HEAD_TASKS: tuple[Task, ...] = (
+    Classifier(),
+    TOKEN_CLASSES,
+    CTC,
+    SEGMENTATION,
+    MASKS,
+    ANSWERS,
+    DETECTION,
+    DEPTH,
+    FORECASTS,
+)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (

@@ -87,6 +87,13 @@ DETECTION = Numbers(
     "the classes and boxes of objects",
     ModelForm("logits", ("pred_boxes",)),
 )
+MASKS = Numbers(
+    "universal-segmentation",
+    "finder of objects and their masks",
+    (auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES),
+    "the classes and masks of objects",
+    ModelForm("class_queries_logits", ("masks_queries_logits",)),
+)
 DEPTH = Numbers(
     "depth-estimation",
     "estimator of depth",

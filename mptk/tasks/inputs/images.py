@@ -47,11 +47,13 @@ class Images(FileInputs):
         """
         packages = " install pillow and torchvision if they are missing,"
         processor, made = preprocessor(loaded, AutoImageProcessor, "image processor", packages), []
+        example = self.example(loaded.model)
         for done, file in enumerate(files, 1):
             found = processor(images=open_image(file), return_tensors="pt")
-            made.append(accepted(loaded.model, {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}))
+            tensors = {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}
+            read = {n: x for n, x in tensors.items() if n in example or not _pads_nothing(n, x)}
+            made.append(accepted(loaded.model, read))
             progress(done, len(files))
-        example = self.example(loaded.model)
         names = list(example)
         if any(set(names) != set(one) for one in made):
             extra = ", ".join(sorted(set(made[0]) ^ set(names)))
@@ -59,6 +61,11 @@ class Images(FileInputs):
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
             raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
         return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
+
+
+def _pads_nothing(name: str, mask: torch.Tensor) -> bool:
+    """Whether an input is a mask that says of each pixel that it is of the image, as classes take it without one."""
+    return name.endswith("mask") and bool(mask.all())
 
 
 def patches(vision: Any) -> Named:

@@ -7,6 +7,7 @@ program keeps them, since the checkpoint holds their weights, and these get the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,8 +39,17 @@ from mptk.tasks.inputs.image_forms import (
 )
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH, example_ids
-from mptk.tasks.padding import IDS
+from mptk.tasks.padding import IDS, TYPES
 from passes.frontend.trace import Flat, uncached
+
+
+def called(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``arguments``, and which tokens are text (1) if the class lets all tokens see later ones unless it is told."""
+    found, text = arguments(inputs), model.config.get_text_config()
+    told = TYPES in inspect.signature(model.forward).parameters
+    if told and getattr(text, "use_bidirectional_attention", False) is True:
+        found[TYPES] = (inputs[IDS] != image_token(model)).long()
+    return found
 
 
 class Pictured(Flat):
@@ -56,7 +66,7 @@ class Pictured(Flat):
         self.numbers, self.marks = dict(numbers), marks
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        named = arguments(dict(zip(self.names, inputs, strict=True)))
+        named = called(self.module, dict(zip(self.names, inputs, strict=True)))
         with known(named.get(PIXELS), self.numbers, self.marks) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
@@ -90,7 +100,7 @@ class ImageText(TokenTask):
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
     def output(self, module: nn.Module, samples: Samples) -> Tensor:
-        logits: Tensor = module(**arguments(samples.inputs), **uncached(module))[0]
+        logits: Tensor = module(**called(module, samples.inputs), **uncached(module))[0]
         return logits
 
     def like(self, example: Samples, samples: Samples) -> Samples:

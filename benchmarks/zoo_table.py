@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import zoo_depth
+from benchmarks.tiny_models import model_types
 from benchmarks.tiny_wrappers import PICTURED
 
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ HEAD = """# Architectures
 After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
 whether it has ONNX. If it does not, you can say why.
 
-For each type of nine auto mappings of transformers {transformers} (with torch {torch}), for two forecasters and for two more dual encoders, a tiny
+For the types of ten auto mappings of transformers {transformers} (with torch {torch}), for two forecasters and for two more dual encoders, a tiny
 random model is built, traced and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense model whose
 channels are masked. A family is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself moves them by more
 than 1e-4. This shows that the cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table` makes the page from
@@ -54,7 +55,7 @@ def page(result: Row, onnx: list[Row], end_to_end: list[Row], depth: list[Row]) 
 ROWS_HEAD = """
 ## Types
 
-Types without a row could not be analysed ([why](#not-proven)).
+Types without a row could not be analysed ([why](#not-proven)), or were not run if a mapping says so.
 
 - families: how many are proven: `6` all six, `7/8` seven of eight
 - stock: how many of them the [stock class](#what-the-stock-classes-accept-causal-lm) can hold when they are cut
@@ -101,7 +102,9 @@ def _totals(rows: list[Row]) -> str:
     analysed = sum(row["stage"] in ("analysis", "proven") for row in rows)
     full = sum(row["stage"] == "proven" for row in rows)
     families = f"{sum(row['proven'] for row in rows)} of {sum(row['families'] for row in rows)} families"
-    return f"{len(rows)} types, {analysed} analysed, {full} proven in full ({families})."
+    known = len(model_types(rows[0]["mapping"]))
+    run = f"{len(rows)} types" if len(rows) == known else f"{len(rows)} of {known} types run"
+    return f"{run}, {analysed} analysed, {full} proven in full ({families})."
 
 
 # ---- reasons ----

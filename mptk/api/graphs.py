@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,19 @@ from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.report import Report
-from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.graph import GraphTarget
-from mptk.targets.onnx import describe, remove_graph
+from mptk.targets.onnx import describe, quantized_extras
 from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task
 from mptk.tasks.exporting import cut
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FOLDER, float_file, quantized, quantized_files, scheme_of
 from passes.verify import Difference, prove
 
 __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
@@ -87,7 +85,7 @@ def export(
         folder: made if missing.
         example_inputs: as in ``prune``: only for a module that is not a transformers model, which needs them.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
-        quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
+        quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its files of ``names.quantized``.
         text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it weights are only rounded.
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
@@ -208,7 +206,7 @@ def export_folder(
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
             notes = form.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
+        for note in [*notes, *_checked(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
@@ -240,23 +238,20 @@ def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, Onn
     return Dense(loaded, settings, program, executor), task.onnx
 
 
-def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
-    """Compare the quantised graphs of a folder with its float graph. Returns notes on graphs that are left out.
+def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
+    """Compare the quantised graphs of a folder with its float graphs. Returns notes on graphs that are left out.
 
     Raises:
         ProofError: ``strict``, and a graph differs by more than rounding allows.
     """
 
-    def check(file: Path) -> list[Difference]:
-        with within(say, f"check {scheme_of(file)}"):
-            check_quantized(folder / ONNX_FILE, file, scheme_of(file))
+    def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
+        with within(say, f"check {scheme}"):
+            for file in files:
+                check_quantized(float_file(file), file, scheme)
         return []
 
-    extras = [
-        Extra(f"{folder.name}/{file.name}", partial(check, file), partial(remove_graph, file))
-        for file in quantized_files(folder)
-    ]
-    return proven_extras(extras, strict)[1]
+    return proven_extras(quantized_extras(folder, form, check), strict)[1]
 
 
 @public
@@ -289,8 +284,8 @@ def bench(
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else onnx_file(onnx_folder(model, progress))
         graphs[model] = file
-        if file.name == ONNX_FILE:
-            graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
+        rounded = {scheme: quantized(file, scheme) for scheme in quantized_files(file.parent) if not scheme_of(file)}
+        graphs |= {f"{model} {scheme}": other for scheme, other in rounded.items()}
     return bench_decoders(graphs, device=there, progress=progress, **settings)
 
 

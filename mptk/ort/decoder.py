@@ -15,13 +15,12 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.ort.embeddings import Embeddings
+from mptk.ort.embeddings import EMBEDDINGS, Embeddings
 from mptk.ort.sessions import CPU, memory_of, open_file
 
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, of a model that reads more than text."""
-EMBEDDINGS = "inputs_embeds"
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[Any]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -94,7 +93,8 @@ class OrtDecoder:
                 "mptk"
             )
         self.reads = reads[0]
-        self.embeddings = Embeddings(file.parent, device) if self.reads == EMBEDDINGS else None
+        ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
+        self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
         self.memory = memory_of(self.session, device)

@@ -331,7 +331,7 @@ def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, insid
         "mptk.ort.decoder.OrtDecoder.logits",
         lambda logits, self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
     )
-    with pytest.raises(MptkError, match="the proof fails at 'int4 logits'"):
+    with pytest.raises(MptkError, match="the proof fails at 'int8 logits'"):
         mptk.verify(lab.folder)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from inside import Inside
 from pictures import IMAGE, PATCHES, llava, processor, write_captions, write_qwen
 from PIL import Image
 from torch import Tensor
@@ -213,6 +214,15 @@ def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, endi
     assert 0 < (embeds - expected).norm() < near * expected.norm()
     found, logits = (made.prefill(e.numpy())[0] for made, e in ((decoder, embeds), (whole, expected)))
     assert 0 < np.linalg.norm(found - logits) < near * np.linalg.norm(logits)
+
+
+def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path, inside: Inside) -> None:
+    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.time_unaligned", [])
+    result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
+    cases = ["prefill 8", "decode 8", "vision encoder"]
+    assert [str(row.case) for row in result.rows] == [case for case in cases for _ in result.graphs]
+    assert [graph.name for graph in result.graphs] == [str(pruned), f"{pruned} int8", f"{pruned} fp16"]
 
 
 def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Path) -> None:

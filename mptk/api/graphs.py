@@ -25,6 +25,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
+from mptk.io.auto_classes import classes_of
 from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
@@ -34,8 +35,9 @@ from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
-from mptk.ort.bench import LENGTHS, Bench, bench_decoders
+from mptk.ort.bench import LENGTHS, Bench, bench_graphs
 from mptk.ort.decoder import found_graph, model_folder, onnx_file
+from mptk.ort.steps import graphs_of
 from mptk.progress import Progress, silent, within
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
@@ -48,7 +50,7 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, quantized_extras
-from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task
+from mptk.tasks import CAUSAL_LM, form_of, open_task
 from mptk.tasks.exporting import cut
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
@@ -259,48 +261,54 @@ def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
 ) -> Bench:
-    """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.ort.bench``).
+    """Time graphs in ONNX Runtime, all models taking turns in one process (``mptk.ort.bench``).
+
+    A decoder's prefill and decode are timed, and a whole run of each graph of another model.
 
     Args:
-        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is the baseline. Quantised graphs
-            of a folder are timed too. A model without ONNX is first exported into the cache folder.
+        models: models, folders with ``onnx`` in them, or ``.onnx`` files, all of one kind; the first is the baseline.
+            Quantised graphs of a folder are timed too. A model without ONNX is first exported into the cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with the progress of each stage.
-        settings: of ``mptk.ort.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
+        settings: of ``mptk.ort.bench.bench_graphs``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
 
     Returns:
         A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
-        MptkError: a model cannot be found or exported, has too few positions, or there is no such device.
+        MptkError: a model cannot be found or exported, has too few positions, or is of another kind than the first; or
+            there is no such device.
     """
-    check_arguments(bench_decoders, settings)
+    check_arguments(bench_graphs, settings)
     if not models:
         raise MptkError("no model is given; give models, folders or .onnx files")
     there, graphs = session_device(device), dict[str, Path]()
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):
-        check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
+        check_lengths(model, longest)
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else onnx_file(onnx_folder(model, progress))
         graphs[model] = file
         rounded = {scheme: quantized(file, scheme) for scheme in quantized_files(file.parent) if not scheme_of(file)}
         graphs |= {f"{model} {scheme}": other for scheme, other in rounded.items()}
-    return bench_decoders(graphs, device=there, progress=progress, **settings)
+    return bench_graphs(graphs, device=there, progress=progress, **settings)
 
 
-def positions_named(model: str) -> int | None:
-    """The positions of a model, or of the model that a graph was made from, by its config; None if unknown."""
-    there = Path(model)
-    if not model.endswith(".onnx") and found_graph(there) is None:
-        check_decoder(model)
-        return positions_of(models.load_config(model))
-    folder = model_folder(there)
-    return positions_of(models.load_config(str(folder))) if (folder / "config.json").is_file() else None
+def check_lengths(model: str, longest: int) -> None:
+    """Raise MptkError if a model, or the model that a graph was made from, has too few positions by its config."""
+    file = Path(model) if model.endswith(".onnx") else found_graph(model)
+    folder = model if file is None else str(model_folder(file))
+    if file is not None and not (Path(folder) / "config.json").is_file():
+        return
+    config = models.load_config(folder)
+    decodes = CAUSAL_LM.refusal(config, classes_of(config)) is None if file is None else "decode" in graphs_of(file)
+    check_positions(
+        positions_of(config), longest + decodes, f"{longest} tokens (and one more after a cache) of {model}"
+    )
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds a decoder's graph, else an export in the cache folder.
+    """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
 
     The export's name comes from the content of the model's files, so a changed model is exported again. A changed
     export is replaced, too.
@@ -311,7 +319,8 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
-        export(load_decoder(model).model, folder)
+        dense, form = _dense(model, Settings(), None)
+        form.export(dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 
     made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)

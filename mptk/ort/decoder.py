@@ -21,6 +21,9 @@ from mptk.ort.sessions import CPU, memory_of, open_file
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, of a model that reads more than text."""
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+"""Of an encoder–decoder; this decoder has no cache."""
+CACHE = "past_key_values."
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[Any]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -45,10 +48,10 @@ class Cache:
 
 
 def found_graph(path: str | Path) -> Path | None:
-    """``path`` itself, or the decoder's graph in ``path`` or ``path/onnx``; None if there is none."""
+    """``path`` itself, or the main graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
     folders = (path, path / "onnx") if path.is_dir() else ()
-    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE)] or [path]
+    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE, DECODER_FILE)] or [path]
     return next((file for file in places if file.is_file()), None)
 
 
@@ -85,7 +88,7 @@ class OrtDecoder:
         file = onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.past = [name for name in self.inputs if name.startswith(CACHE)]
         reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
         if not self.past or len(reads) != 1:
             raise MptkError(

@@ -23,6 +23,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
+from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
@@ -49,7 +50,6 @@ from passes.targets.onnx.extract import GraphPart
 from passes.targets.onnx.names import quantized, scheme_of
 from passes.verify import Difference, Placed
 
-ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DECODER_IDS = "decoder_input_ids"
 HIDDEN = "last_hidden_state"
 DECODER_NAMES = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
@@ -76,7 +76,7 @@ class WithHidden(nn.Module):
 class EncoderDecoderForm(OnnxForm):
     """``encoder_model.onnx`` and ``decoder_model.onnx``, which takes all tokens of the text so far."""
 
-    graphs = (DECODER, ENCODER)
+    graphs = (DECODER_FILE, ENCODER_FILE)
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         check_float(settings, "an encoder-decoder")
@@ -97,8 +97,8 @@ class EncoderDecoderForm(OnnxForm):
             folder,
             Interface({name: DECODER_AXES.get(name, TEXT_AXES) for name in traced.names}, (LOGITS, HIDDEN)),
             parts={
-                ENCODER: GraphPart({name: name for name in read}, (HIDDEN,)),
-                DECODER: GraphPart(decoder, (LOGITS,)),
+                ENCODER_FILE: GraphPart({name: name for name in read}, (HIDDEN,)),
+                DECODER_FILE: GraphPart(decoder, (LOGITS,)),
             },
             objective="prefill",
             metadata=about(dense, plan) | padding,
@@ -108,9 +108,9 @@ class EncoderDecoderForm(OnnxForm):
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        run = both(folder / DECODER, device)
+        run = both(folder / DECODER_FILE, device)
         steps = {"ONNX Runtime steps": partial(steps_of, run)}
-        return stages_of(run, OrtGraph(folder / ENCODER), lambda output, _: output, steps)
+        return stages_of(run, OrtGraph(folder / ENCODER_FILE), lambda output, _: output, steps)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = both(file, device)
@@ -130,7 +130,7 @@ def steps_of(run: GraphRun, samples: Samples) -> Placed:
 
 def both(file: Path, device: torch.device) -> GraphRun:
     """What the decoder in ``file`` and the encoder of its scheme compute together."""
-    beside, scheme = file.with_name(ENCODER), scheme_of(file)
+    beside, scheme = file.with_name(ENCODER_FILE), scheme_of(file)
     encoder, decoder = OrtGraph(quantized(beside, scheme) if scheme else beside, device), OrtGraph(file, device)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -155,11 +155,11 @@ def bench_graphs(
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
 
 
-Parts = Mapping[str, Path]
+GraphOf = Mapping[str, Path]
 """Phase → the graph of a model that runs in it."""
 
 
-def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, Parts]:
+def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
     """Model → its graphs. Raises MptkError unless all have the same phases."""
     models = {name: graphs_of(file) for name, file in files.items()}
     first, *others = models
@@ -170,7 +170,7 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, Parts]:
 
 
 def _products(
-    models: Mapping[str, Parts], tokens: Mapping[str, int], threads: int, rounds: int, device: torch.device
+    models: Mapping[str, GraphOf], tokens: Mapping[str, int], threads: int, rounds: int, device: torch.device
 ) -> list[Unaligned]:
     """The products of unaligned widths. ``tokens``: phase → how many tokens a product has in it."""
     found = list[Unaligned]()
@@ -184,7 +184,7 @@ def _products(
 
 
 def _time_cases(
-    models: Sequence[Parts],
+    models: Sequence[GraphOf],
     times: Times,
     shares: Sequence[int],
     roofline: Roofline,
@@ -219,7 +219,9 @@ def _work(file: Path, case: Case) -> int:
     return run_work(file, sizes_of(file, case.batch, case.length)).flops
 
 
-def _rows(case: Case, models: Mapping[str, Parts], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Measurement]:
+def _rows(
+    case: Case, models: Mapping[str, GraphOf], times: Sequence[Sequence[float]], peaks: Peaks
+) -> list[Measurement]:
     work = [_work(parts[case.phase], case) for parts in models.values()]
     peak = peaks.bandwidth if case.phase == "decode" else peaks.flops
     rows = []
@@ -246,7 +248,7 @@ def _iqr(values: Sequence[float]) -> float:
     return third - first
 
 
-def _graph(name: str, parts: Parts, length: int, device: torch.device, say: Progress) -> Graph:
+def _graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
     files = list(dict.fromkeys(parts.values()))
     size = sum(part.stat().st_size for file in files for part in file.parent.glob(f"{file.name}*"))

@@ -23,7 +23,7 @@ MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, of a model that reads more than text."""
 ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 """Of an encoder–decoder; this decoder has no cache."""
-CACHE = "past_key_values."
+PAST_KEYS = "past_key_values."
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[Any]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -88,7 +88,7 @@ class OrtDecoder:
         file = onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.past = [name for name in self.inputs if name.startswith(CACHE)]
+        self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
         reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
         if not self.past or len(reads) != 1:
             raise MptkError(

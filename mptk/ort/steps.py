@@ -13,13 +13,13 @@ import onnx
 import torch
 
 from mptk.errors import MptkError, first_line
-from mptk.ort.decoder import CACHE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, OrtDecoder
+from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
 from mptk.ort.embeddings import VISION_FILE
 from mptk.ort.sessions import CPU, open_file
 
 PHASES = ("prefill", "decode")
 """Of a decoder with a cache."""
-RUNS = {MERGED_FILE: "decoder", DECODER_FILE: "decoder", GRAPH_FILE: "run"}
+WHOLE_RUNS = {MERGED_FILE: "decoder", DECODER_FILE: "decoder", GRAPH_FILE: "run"}
 """Main graph → what a run of it is called if it has no cache."""
 PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE}, DECODER_FILE: {"encoder": ENCODER_FILE}}
 """Main graph → the other graphs of such a model that compute much."""
@@ -130,11 +130,11 @@ def made_up(value: Any, case: Case) -> npt.NDArray[Any]:
 
 def graphs_of(file: Path) -> dict[str, Path]:
     """Phase → the graph that runs in it, for a main graph and those of its scheme beside it."""
-    main = next((name for name in RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
+    main = next((name for name in WHOLE_RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
     ending = file.stem.removeprefix(Path(main).stem)
     inputs = {value.name for value in onnx.load(file, load_external_data=False).graph.input}
-    cached = any(name.startswith(CACHE) for name in inputs)
-    found = dict.fromkeys(PHASES if cached else (RUNS[main],), file)
+    cached = any(name.startswith(PAST_KEYS) for name in inputs)
+    found = dict.fromkeys(PHASES if cached else (WHOLE_RUNS[main],), file)
     for phase, name in PARTS.get(main, {}).items():
         part = (file.parent / name).with_stem(Path(name).stem + ending)
         if part.is_file() and PACKED not in axes_of(part):

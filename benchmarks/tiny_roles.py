@@ -100,12 +100,31 @@ NAMED = {
     "projector_scale_factors": [1.0],
     "image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]],
 }
+# Kernel, stride and padding of convolutions of 3, 5 and 7 rows, columns or both, for the shapes of texts.
+_SIDES = {"shortratio": 3, "midratio": 5, "longratio": 7}
+_SHAPES = {
+    "vertical_long_to_small_conv": (1, 0),
+    "horizontal_small_to_long_conv": (0, 1),
+    "symmetric_conv_long": (1, 1),
+}
+_CONVOLUTIONS = {
+    f"{shape}_{name}": [
+        [1 + down * (side - 1), 1 + across * (side - 1)],
+        [1, 1],
+        [down * side // 2, across * side // 2],
+    ]
+    for shape, (down, across) in _SHAPES.items()
+    for name, side in _SIDES.items()
+}
 # The same for fields that default to None and that the model needs.
 NAMED_FILLED = {
     "clip_qkv": 4.0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "class_thresholds": [0.5] * LABELS,
     "class_order": [*range(LABELS)],
+    "kernel_list": [3, 2, 2],
+    "scale_factor_list": [1, 2, 4, 8],
+    "intraclass_block_config": {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0], **_CONVOLUTIONS},
 }
 # The last resort: fields of one model type, each with the reason why no rule can find them.
 MODEL_HINTS: dict[str, dict[str, Any]] = {
@@ -115,6 +134,18 @@ MODEL_HINTS: dict[str, dict[str, Any]] = {
     "qwen2_vl_vision": {"hidden_size": POOLS["hidden"][0]},
     # Read from the config with a default beyond a toy vocabulary, but no field of its class.
     "shieldgemma2": {"yes_token_index": 21, "no_token_index": 22},
+    # Its default reads lines of text. The detectors around it take four stages, each half as large as the one before:
+    # kernel, channels in and out, stride, squeeze and excitation.
+    "pp_lcnet_v4": {
+        "block_configs": [
+            [[3, 16, 24, 1, True]],
+            [[3, 24, 40, 2, False]],
+            [[3, 40, 56, 2, True]],
+            [[3, 56, 72, 2, False]],
+        ],
+        "stem_channels": [3, 12, 16],
+        "out_features": [f"stage{i}" for i in range(1, 5)],
+    },
     # Its class for segmentation takes the states of four layers, the default config gives one.
     "beit": {"num_hidden_layers": 4, OUTPUTS: [1, 2, 3, 4]},
     # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.

@@ -114,7 +114,7 @@ SHORT = (
     (r"fails when it fills its own cache", "the model fails when it fills its own cache"),
     (r"cannot trace", "torch.export cannot trace the model"),
     (r"does not run", "the cut graph does not run"),
-    (r"config\.json makes it", "transformers cannot load the dense model's own weights"),
+    (r"config\.json makes it|has no weights for", "transformers cannot load the dense model's own weights"),
     (r"traced program is not the module", "the trace computes something else than the module"),
 )
 """Pattern in a row's reason → the words of the page; the rows have the whole reason."""

@@ -25,8 +25,8 @@ from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, Measure
 from mptk.cost.operator_times import Operator, time_once, typical_ms
 from mptk.io import models
-from mptk.ort.bench import Case, decoder_step
 from mptk.ort.decoder import OrtDecoder
+from mptk.ort.steps import Case, decoder_step
 from passes.targets import legalize
 
 FAMILIES = ("kv_groups", "q_heads", "ffn")

@@ -25,8 +25,8 @@ from benchmarks.common import result_header, write_result
 from benchmarks.gguf_file import write_gguf
 from benchmarks.onnx import MODEL, NARROW, SHAPES, export, resized
 from mptk.io import models
-from mptk.ort.bench import Case, decoder_step
 from mptk.ort.decoder import OrtDecoder
+from mptk.ort.steps import Case, decoder_step
 from passes.pipelines import quantize_onnx
 
 TOKEN = 1000

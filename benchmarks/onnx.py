@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk.io import models
-from mptk.ort.bench import Bench, bench_decoders
+from mptk.ort.bench import Bench, bench_graphs
 from mptk.report.markdown import rendered
 from mptk.report.page.charts import plot_bench
 from mptk.report.sections import bench_view
@@ -123,7 +123,7 @@ def main(
             print(f"  {stage} {done}/{total}", flush=True)
 
         how: dict[str, Any] = {"lengths": lengths, "threads": counts, "progress": progress}
-        result = bench_decoders(graphs, rounds=rounds, sessions=rounds, **how)
+        result = bench_graphs(graphs, rounds=rounds, sessions=rounds, **how)
         beside = []
         for name, file in theirs.items():
             about = {"graph": name, "beside": "genai"}
@@ -138,7 +138,7 @@ def main(
         if long:
             few = {name: graphs[name] for name in ("dense", NARROW, "dense, int8", f"{NARROW}, int8")}
             for batch, many in ((1, (2048,)), (8, (128, 512))):
-                more = bench_decoders(few, lengths=many, batches=(batch,), threads=counts[:1], rounds=3)
+                more = bench_graphs(few, lengths=many, batches=(batch,), threads=counts[:1], rounds=3)
                 print(rendered(bench_view(more)))
                 rows += rows_of(more)
     if plot is not None:

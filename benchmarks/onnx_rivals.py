@@ -20,9 +20,10 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.ort.bench import Case, alternate, bench_decoders, decoder_step
+from mptk.ort.bench import alternate, bench_graphs
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import generate
+from mptk.ort.steps import Case, decoder_step
 
 GENAI = {"fp32": "prune_lm_head=true", "int8": "prune_lm_head=true block_size=128"}
 LEFT_OUT = {
@@ -52,11 +53,11 @@ def genai(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def genai_rows(ours: Path, theirs: Path, about: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
-    """Our graph beside genai's of the same model and precision, these two alone taking turns (``bench_decoders``).
+    """Our graph beside genai's of the same model and precision, these two alone taking turns (``bench_graphs``).
 
     ``ratio``: of our time over theirs, the median of the rounds'.
     """
-    rows = bench_decoders({"genai": theirs, "ours": ours}, **how).rows
+    rows = bench_graphs({"genai": theirs, "ours": ours}, **how).rows
     return [about | asdict(row.case) | {"ms": row.ms, "ratio": row.ratio} for row in rows if row.graph == "ours"]
 
 

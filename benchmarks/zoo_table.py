@@ -24,13 +24,12 @@ RESULTS = HERE / "results"
 HEAD = """# Architectures
 
 After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
-whether it has ONNX. If it does not, you can say why.
+whether it has ONNX.
 
-For each type of nine auto mappings of transformers {transformers} (with torch {torch}), for two forecasters and for two more dual encoders, a tiny
-random model is built, traced and analysed (`python -m benchmarks.zoo`). Each family is cut at random widths and compared with the dense model whose
-channels are masked. A family is *proven* if the outputs differ by at most 1e-5 of the largest in fp32, while the mask itself moves them by more
-than 1e-4. This shows that the cut is right, not that a pruned model is good. `python -m benchmarks.zoo_table` makes the page from
-`benchmarks/results`, where each row names its families and its commit.
+For each type of nine auto mappings of transformers {transformers} (with torch {torch}), and four more, a tiny random model is analysed (`python -m
+benchmarks.zoo`). Each family is cut at random widths. It is *proven* if the outputs differ from the masked dense model's by at most 1e-5 of
+the largest in fp32, while the mask itself moves them by more than 1e-4. This shows that the cut is right, not that a pruned model is good.
+`python -m benchmarks.zoo_table` makes the page from `benchmarks/results`, whose rows have all reasons.
 """
 
 
@@ -54,15 +53,13 @@ def page(result: Row, onnx: list[Row], end_to_end: list[Row], depth: list[Row]) 
 ROWS_HEAD = """
 ## Types
 
-Types without a row could not be analysed ([why](#not-proven)).
+Types without a row could not be analysed ([why](#not-proven)). `-`: not run, or nothing to run.
 
 - families: how many are proven: `6` all six, `7/8` seven of eight
 - stock: how many of them the [stock class](#what-the-stock-classes-accept-causal-lm) can hold when they are cut
 - blocks: [whole blocks](#whole-residual-blocks): `yes` the class holds fewer, `graph` only `--target graph` does, `no`
 - ONNX: [a decoder with its KV cache](#onnx-causal-lm) that equals torch
-- prune: [through the command line](#through-the-command-line): verified as a `stock` checkpoint, as a `graph`, or `no`
-
-`-`: not run, or nothing to run."""
+- prune: [through the command line](#through-the-command-line): verified as a `stock` checkpoint, as a `graph`, or `no`"""
 
 
 MARKS = {
@@ -111,21 +108,15 @@ SHORT = (
     (r"vacuous", "the mask of some families moves no output, so nothing is shown"),
     (r"wrong by \S+ in fp32, \S+ in fp64", "right in fp64, but rounding in fp32 exceeds 1e-5"),
     (r"^(build|config|forward):|CannotBuild", "no tiny model could be built"),
-    (r"caches more or less|no cache of keys and values", "the cache holds another state than keys and values"),
     (r"fails when it fills its own cache", "the model fails when it fills its own cache"),
     (r"cannot trace", "torch.export cannot trace the model"),
-    (r"is not an input plus what it adds", "its blocks are not an input plus what they add, of the same axes"),
-    (r"has one block|no list of modules", "no list of several blocks"),
-    (r"every block stays", "later blocks read what earlier ones compute"),
-    (r"derives it from a block's place", "the class derives a number or a kind of layer from a block's place"),
-    (r"no field of \w+ counts these blocks", "no config field counts the blocks"),
-    (r"class would have", "weights outside the blocks depend on their number"),
-    (r"IndexError|validate_architecture", "the class refuses these numbers of blocks"),
     (r"does not run", "the cut graph does not run"),
     (r"config\.json makes it", "transformers cannot load the dense model's own weights"),
     (r"traced program is not the module", "the trace computes something else than the module"),
 )
 """Pattern in a row's reason → the words of the page; the rows have the whole reason."""
+STATE = r"caches more or less|no cache of keys and values"
+"""Reasons of types whose cache holds another state than keys and values."""
 
 
 def _reasons(rows: Iterable[Row]) -> list[str]:
@@ -144,9 +135,9 @@ STOCK_HEAD = """
 ## What the stock classes accept (causal-lm)
 
 Which widths can the model's own transformers class hold? A family is accepted at *every* width, at *some* (a validator or constructor refuses the
-others), or only *together* with another family in proportion. In these three cases the class loaded the cut weights, and its logits equal the
+others), or only *together* with another family in proportion. Then the class loaded the cut weights, and its logits equal the
 cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does not run; the proof in
-`mptk prune` refuses these. There are {types} types; a type may have several families of a kind.
+`mptk prune` refuses these. *Refused*: `mptk analyze` says why. There are {types} types.
 
 |kind|types|families|every|some|together|differs|refused|
 |---|---|---|---|---|---|---|---|"""
@@ -181,19 +172,12 @@ def verdict(family: Row) -> str:
 def _stock(rows: list[Row]) -> list[str]:
     lines = STOCK_HEAD.format(types=len(rows)).splitlines()
     found = [(row["type"], name.split(".")[0], f) for row in rows for name, f in row["stock"].items()]
-    refusals: dict[str, Counter[str]] = {}
     for kind, words in KINDS.items():
         mine = [(model_type, verdict(f), f) for model_type, k, f in found if k == kind]
         counts = Counter(v for _, v, _ in mine)
         if mine:
             types = len({model_type for model_type, *_ in mine})
             lines.append(_line(f"{words} (`{kind}`)", types, len(mine), *(counts[v] for v in VERDICTS)))
-        for *_, f in mine:
-            if f["by"]:
-                refusals.setdefault(_refuser(f), Counter())[kind] += 1
-    lines += ["", "Why a width is refused, with the number of families:", ""]
-    for reason, kinds in sorted(refusals.items(), key=lambda item: -item[1].total()):
-        lines.append(f"- {reason}: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common())}")
     differing: dict[str, list[str]] = {}
     for model_type, kind, f in found:
         if verdict(f) == "differs":
@@ -202,32 +186,20 @@ def _stock(rows: list[Row]) -> list[str]:
     return lines + [f"- {kind}: {', '.join(dict.fromkeys(types))}" for kind, types in differing.items()]
 
 
-def _refuser(family: Row) -> str:
-    """The kind of reason for which a stock class refuses a family."""
-    if family["by"] in ("validator", "constructor"):
-        return f"the class's {family['by']} refuses some widths or all"
-    words: str = family["refusal"]
-    if family["by"] == "numeric":
-        return words.split(": ")[1].partition(" (")[0] if "stock class" in words else "a derived number would change"
-    return "no config field gives the shapes"
-
-
 # ---- other sweeps ----
 
 DEPTH_HEAD = """
 ## Whole residual blocks
 
 By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. Of {run} types {listed} have a list of blocks. For {proven}
-of these the cut equals the masked model, and for {held} the model's own class takes fewer blocks of every list, and gives the cut graph's
-logits."""
+of these the cut equals the masked model, and for {held} the model's own class takes fewer blocks and gives the cut graph's logits. `mptk
+analyze` says why blocks must stay."""
 
 
 def _depth(rows: list[Row]) -> list[str]:
     reached = [zoo_depth.STAGES.index(row["stage"]) for row in rows]
     listed, proven, held = (sum(r >= i for r in reached) for i in range(2, len(zoo_depth.STAGES)))
-    lines = DEPTH_HEAD.format(run=len(rows), listed=listed, proven=proven, held=held).splitlines()
-    lines += ["", "Proven, and not held:", "", *_reasons(row for row in rows if row["stage"] == "proven")]
-    return [*lines, "", "No blocks to remove:", "", *_reasons(row for row in rows if row["stage"] == "analysed")]
+    return DEPTH_HEAD.format(run=len(rows), listed=listed, proven=proven, held=held).splitlines()
 
 
 ONNX_HEAD = """
@@ -235,30 +207,30 @@ ONNX_HEAD = """
 
 By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and cut in all families at random legal widths. ONNX
 Runtime then runs a prompt of two rows (one padded on the left) and three more tokens. {equal} types are equal: no logit differs from
-torch's by more than 1e-4 of the largest. In {folded} of them every layer's cache is an input of `Attention`. In {padding} the padded row
-also gets the logits that the model gives for this row by itself. In the others it does not, and neither does it in torch.
+torch's by more than 1e-4 of the largest. In {padding} of them the padded row gets the logits of this row by itself; in the others, torch's
+does not, either.
 
-The others:
+The cache of {state} types holds another state than keys and values. The others:
 """
 
 
 def _onnx(rows: list[Row]) -> list[str]:
     equal = [row for row in rows if row["stage"] == "equal"]
+    others = [row for row in rows if row["stage"] != "equal" and not re.search(STATE, row["reason"])]
     said = ONNX_HEAD.format(
         types=len(rows),
         equal=len(equal),
-        folded=sum(row["folded"] == row["layers"] for row in equal),
         padding=sum(row["padding"] for row in equal),
+        state=len(rows) - len(equal) - len(others),
     )
-    return [*said.splitlines(), "", *_reasons(row for row in rows if row["stage"] != "equal")]
+    return [*said.splitlines(), "", *_reasons(others)]
 
 
 END_TO_END_HEAD = """
 ## Through the command line
 
-By `python -m benchmarks.zoo --end-to-end`: each type is saved as a checkpoint, cut by `mptk prune` to about 60 % of its widths, as a
-stock checkpoint or else as a graph, and checked by `mptk verify`. Data are random. What no task takes gets its inputs as a file
-([`--inputs`](kinds.md#other-inputs)).
+By `python -m benchmarks.zoo --end-to-end`: each type is cut by `mptk prune` to about 60 % of its widths, as a stock checkpoint or else as
+a graph, and checked by `mptk verify`, on random data or [`--inputs`](kinds.md#other-inputs).
 
 |mapping|types run|proven above|pruned and verified|of them as stock checkpoints|
 |---|---|---|---|---|"""

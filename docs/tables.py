@@ -9,7 +9,7 @@ The same files each time. `tests/test_docs_settings.py` compares.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,31 +59,13 @@ def python() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """What commands take besides: options that are no settings, and all options of the commands that do not prune.
-
-    A row serves all commands that have an option with the same default and meaning. What ``runs`` has is only named.
-    """
-    yield from _head("option", "commands", "default", "meaning")
-    above = {
-        (_flag(name), _default(each.default), each.setting.help) for name, each in taken(Settings, "prune").items()
-    }
-    found: dict[tuple[str, str, str], list[str]] = {}
-    again: dict[str, list[str]] = {}
+    """The options of each command that are no settings of a run."""
+    yield from _head("command", "options")
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
-        settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
-        shared = {*EVERYWHERE, *(settings if name in READING else ())}
-        for option in command.params:
-            flag = next((flag for flag in option.opts if flag.startswith("--")), None)
-            if flag is not None and flag not in shared:
-                row = flag, _default(option.default), str(option.help).partition(" One of ")[0]
-                if row in above:
-                    again.setdefault(name, []).append(f"`{flag}`")
-                else:
-                    found.setdefault(row, []).append(name)
-    for (flag, default, meaning), names in sorted(found.items()):
-        yield _row(f"`{flag}`", ", ".join(names), default, meaning)
-    for name, flags in again.items():
-        yield _row(", ".join(flags), name, "", "as above")
+        settings = set(map(_flag, taken(Settings, name))) if name in READING else set()
+        flags = [flag for option in command.params for flag in option.opts[:1] if flag.startswith("--")]
+        if own := [f"`{flag}`" for flag in flags if flag not in EVERYWHERE | settings]:
+            yield _row(name, ", ".join(own))
 
 
 def consumers() -> Iterator[str]:
@@ -99,11 +81,17 @@ def limits() -> Iterator[str]:
     yield from _head("need", "programs")
     for limit, words in LIMITS.items():
         found = [(each, each.limits[limit]) for each in CONSUMERS if limit in each.limits]
-        names = ((each.name.partition(",")[0], ", ".join(types)) for each, types in found)
-        yield _row(words, "; ".join(f"{name} (not for {types})" if types else name for name, types in names))
+        yield _row(words, "; ".join(f"{each.name.replace(*WIDE)}{_but(types)}" for each, types in found))
 
 
 TABLES = {"runs": runs, "python": python, "commands": commands, "consumers": consumers, "limits": limits}
+
+
+WIDE = (", a width for each layer", " (nemotron-nas)")
+
+
+def _but(types: Sequence[str]) -> str:
+    return f" (not for {types[0] if len(types) == 1 else f'{len(types)} types'})" if types else ""
 
 
 def _leaves(declared: Iterable[Declared]) -> Iterator[Declared]:

@@ -200,12 +200,12 @@ def emit_onnx(
 def quantize_onnx(
     source: Path, scheme: str, text: Text | None = None, log: Log | None = None, device: torch.device = CPU
 ) -> Path:
-    """Write the scheme's graph and its weights beside ``source``, as ``names.QUANTIZED`` names it. Returns the file.
+    """Write the scheme's graph and its weights beside ``source``, as ``names.quantized`` names it. Returns the file.
 
     Inputs and outputs keep their names and shapes. Only ``fp16`` changes a type: the KV cache is float16.
 
     Args:
-        source: the float graph, a ``model.onnx`` of ``emit_onnx``.
+        source: the float graph, a file of ``emit_onnx``.
         scheme: one of ``ONNX_SCHEMES``.
         text: calibration token ids [windows, length] for ``int4``; None: each weight is rounded by itself.
         log: is given a record of each pass.

@@ -18,6 +18,8 @@ PAGES += ["CONTRIBUTING.md", "examples/plugin/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*.md"))
 MARK = re.compile(r"\bneeds (a network|a GPU|another (program|package))|not run by the tests", re.IGNORECASE)
 """What says, above a block or in a command's comment, that the tests do not run it."""
+ELSEWHERE = re.compile(r"\b(runs|does what) the blocks of this page\b")
+"""What says that another test does what a page does."""
 PROGRAMS = ("mptk", "pip", "make", "python", "torchrun", "accelerate")
 SHELLS = ("bash", "console", "sh")
 
@@ -49,7 +51,7 @@ def blocks(page: str) -> list[Block]:
         if kind in ("", *SHELLS):
             kind, lines = "commands", _commands(lines, every=kind in SHELLS)
         if lines:
-            found.append(Block(kind, lines, MARK.search(said) is not None))
+            found.append(Block(kind, lines, (MARK.search(said) or ELSEWHERE.search(source)) is not None))
     return found
 
 

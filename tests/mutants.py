@@ -37,9 +37,11 @@ from tests.mutants_allowed import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
-LIMIT_S = 400
+LIMIT_S, HANGS_S = 400, 1600
+"""Seconds of processor time that the tests of a mutant may take, and seconds after which they hang."""
 
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
+HIDDEN = "test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
 CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
@@ -54,7 +56,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "passes/check_cut.py": ("test_check_cut.py",),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
     "mptk/methods/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
-    "mptk/proof/proof.py": ("test_borders.py", "test_faults.py"),
+    "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py"),
     "mptk/proof/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
     "mptk/publish/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
     "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
@@ -207,13 +209,14 @@ def _run_tests(copy: str, files: Sequence[str]) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("mptk", "passes", "tests", "benchmarks")]:
         del sys.modules[name]
     sys.path[:] = [copy, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(copy)))]
-    signal.alarm(LIMIT_S)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # a busy machine is no reason to stop
+    signal.alarm(HANGS_S)
     os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
 
 
 def _verdict(child: int) -> str:
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM):
         return "ran too long"
     return "survived" if status == 0 else "killed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+NUMBERED = "axes are told apart by their numbers, whichever these are"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
@@ -53,5 +54,13 @@ ALLOWED: dict[str, str] = {
     """-    if outer_size == 1 or inner_size == 1:
 +    if outer_size == 1 and inner_size == 1:""": "a factor of 1 is split off by the general way, too",
     """-    _count = 0
-+    _count = 1""": "axes are told apart by their numbers, whichever is the first",
++    _count = 1""": NUMBERED,
+    """-        Axis._count += 1
++        Axis._count += 2""": NUMBERED,
+    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(json_text(content, indent=2, sort_keys=False, ensure_ascii=False) + "\\n", encoding="utf-8")""": (
+        "the order of keys in a JSON file means nothing"
+    ),
+    """-    path.write_text(json_text(written, indent=2, sort_keys=True) + "\\n", encoding="utf-8")
++    path.write_text(json_text(written, indent= 3, sort_keys=True) + "\\n", encoding="utf-8")""": LAYOUT,
 }

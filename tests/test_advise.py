@@ -333,11 +333,15 @@ def test_calibrate_says_its_cost_before_and_prints_two_commands(llama: str, plac
     run = CliRunner().invoke(app, ["advise", llama, *typed, "--calibrate", "--steps", "2", "--html", "page.html"])
     assert run.exit_code == 0, run.output
     assert "8 calibration windows and 2 trainings of 2 steps on 512 tokens" in " ".join(run.stderr.split())
-    *said, plain, trained = run.stdout.strip().splitlines()
+    *said, first, plain, second, trained = run.stdout.strip().splitlines()
     assert "after training" in " ".join(said)
+    assert first == "The largest cut that is safe without training:"
+    assert second == "The largest cut that is safe after a training of 2 steps:"
     assert "--steps 2" not in plain
     assert "--steps 2" in trained
-    assert "Shaded: after training" in (place / "page.html").read_text()
+    page = (place / "page.html").read_text()
+    assert "Shaded: after training" in page
+    assert page.index(first) < page.index(second)
     run = CliRunner().invoke(app, ["advise", llama, *typed, "--steps", "2", "-q"])
     assert run.exit_code == 1
     assert "only --calibrate trains" in str(run.exception)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import kinds
 import pytest
+import torch
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
-from mptk import MptkError
-from mptk.ort.bench import Bench, alternate, bench_decoders
-from mptk.ort.roofline import graph_work
+from mptk import MptkError, export
+from mptk.ort.bench import Bench, alternate, bench_graphs
+from mptk.ort.roofline import graph_work, run_work
+from mptk.ort.steps import sizes_of
 from mptk.ort.unaligned import unaligned_weights
 from mptk.reading import made
 from mptk.report.markdown import rendered
@@ -63,9 +66,7 @@ def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
 def compared(dense, narrow):
     calls = []
     graphs = {"dense": dense.parent, "narrow": narrow, "narrow int8": quantize_onnx(narrow, "int8")}
-    result = bench_decoders(
-        graphs, lengths=(16, 33), batches=(1, 3), rounds=3, progress=lambda *call: calls.append(call)
-    )
+    result = bench_graphs(graphs, lengths=(16, 33), batches=(1, 3), rounds=3, progress=lambda *call: calls.append(call))
     return result, calls
 
 
@@ -95,10 +96,10 @@ def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_gr
         begun.append(steps[0])
         return [[ms[step]] * rounds for step in steps]
 
-    inside.around("mptk.ort.bench.decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
+    inside.around("mptk.ort.steps.decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
     inside.around("mptk.ort.bench.alternate", taken)
     inside.gives("mptk.ort.bench.time_unaligned", [])
-    result = bench_decoders({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
+    result = bench_graphs({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
     assert begun == [2, 1, 2, 1]
     assert [(row.ms, row.ratio) for row in result.rows] == [(40, 1), (20, 0.5)]
 
@@ -165,4 +166,56 @@ def test_sides_take_turns_and_the_order_changes(inside):
 
 def test_one_round_is_refused(dense):
     with pytest.raises(MptkError, match="--rounds 2"):
-        bench_decoders({"dense": dense}, rounds=1)
+        bench_graphs({"dense": dense}, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def other_kinds(tmp_path_factory):
+    """Kind → the folder of its graphs, in float32 and in int8."""
+    root, found = tmp_path_factory.mktemp("kinds"), {}
+    for kind in ("encoder", "image classifier", "speech"):
+        torch.manual_seed(0)
+        found[kind] = export(kinds.MODELS[kind]().eval(), root / kind, quantize=["int8"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("encoder", ["run 8", "run 16"]),
+        ("image classifier", ["run"]),
+        ("speech", ["decoder 8", "decoder 16", "encoder"]),
+    ],
+)
+def test_each_graph_of_a_model_without_a_cache_is_run_as_a_whole(other_kinds, kind, cases, inside):
+    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.time_unaligned", [])
+    main = next(file for name in ("model", "decoder_model") if (file := other_kinds[kind] / f"{name}.onnx").is_file())
+    graphs = {"float": other_kinds[kind], "int8": main.with_stem(f"{main.stem}_quantized")}
+    result = bench_graphs(graphs, lengths=(8, 16), rounds=2)
+    assert [str(row.case) for row in result.rows] == [case for case in cases for _ in graphs]
+    assert all(row.ideal == 1 for row in result.rows), "as many operations"
+    sizes = [graph.bytes for graph in result.graphs]
+    assert sizes[0] == sum(f.stat().st_size for f in main.parent.glob("*.onnx*") if "_quantized" not in f.name)
+    assert sizes[1] < sizes[0]
+
+
+def test_operations_of_an_encoder_of_speech_are_what_its_sizes_say(other_kinds):
+    """Two convolutions over 8 channels and 100 frames, of which the second halves these, then two blocks."""
+    config = kinds.MODELS["speech"]().config
+    width, ffn, frames = config.d_model, config.encoder_ffn_dim, 50
+    convolutions = 3 * width * (8 * 2 * frames + width * frames)
+    block = frames * (4 * width * width + 2 * width * ffn + 2 * frames * width)
+    file = other_kinds["speech"] / "encoder_model.onnx"
+    work = run_work(file, sizes_of(file, batch=1, length=0))
+    assert work.flops == 2 * (convolutions + config.encoder_layers * block)
+
+
+def test_models_of_two_kinds_are_not_compared(other_kinds, dense):
+    with pytest.raises(MptkError, match="speech has decoder, encoder, and dense has prefill, decode; compare"):
+        bench_graphs({"dense": dense, "speech": other_kinds["speech"]})
+
+
+def test_a_length_that_a_graph_does_not_take_is_said_in_one_line(other_kinds):
+    with pytest.raises(MptkError, match=r"does not run on 1 × 900: .*; give other --lengths"):
+        bench_graphs({"encoder": other_kinds["encoder"]}, lengths=(900,), rounds=2)

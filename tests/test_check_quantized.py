@@ -20,7 +20,7 @@ from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import ENDINGS
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
@@ -79,7 +79,7 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
 def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
     scheme, ending, damage = DAMAGES[name]
     shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / QUANTIZED[scheme]
+    file = tmp_path / f"model{ENDINGS[scheme]}.onnx"
     check_quantized(tmp_path / "model.onnx", file, scheme)
     where = rf"the proof fails at '{scheme} weights': (linear_2|model\.embed_tokens|val_140|model\.norm)"
     with pytest.raises(ProofError, match=where):
@@ -109,7 +109,7 @@ def test_channels_in_another_order_are_the_same_weights(graphs: Path, inside: In
     """As on a processor whose rounding puts equally large channels in another order."""
     inside.spoil("passes.targets.onnx.check_quantized.even_channels", lambda found: [*found, ReorderPass()])
     for scheme in ("int8", "int4"):
-        assert check_quantized(graphs / "model.onnx", graphs / QUANTIZED[scheme], scheme) <= 1
+        assert check_quantized(graphs / "model.onnx", graphs / f"model{ENDINGS[scheme]}.onnx", scheme) <= 1
 
 
 # ---- logits ----

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
+import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from mptk import MptkError
@@ -51,6 +53,14 @@ def test_numbers_that_are_not_finite_are_equal_too(tmp_path: Path) -> None:
     config = Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, math.inf))
     written = write(tmp_path, Mamba2ForCausalLM(config))
     assert check_config(written, tmp_path / "out", False).ok
+
+
+def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Path) -> None:
+    written = replace(write(tmp_path, "llama"), dtype=torch.bfloat16)
+    assert config_changes(written, tmp_path) == {"dtype": ["float32", "bfloat16"]}
+    file = tmp_path / "dense" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if "dtype" not in k}))
+    assert config_changes(written, tmp_path) == {}
 
 
 def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:

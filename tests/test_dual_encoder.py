@@ -273,6 +273,8 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
         task_of(loaded).samples(loaded, Settings(data=data), 6, lambda done, total: None)
 
 
-def test_blocks_of_a_graph_with_images_are_not_quantised(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(MptkError, match="int8 is for models that read only tokens, not images; use fp16"):
-        mptk.prune(str(world / "clip"), tmp_path / "out", **ASKED, data="random", quantize=("int8",))
+def test_a_graph_of_texts_and_images_is_quantised(world: Path, tmp_path: Path) -> None:
+    report = mptk.prune(str(world / "clip"), tmp_path / "out", **ASKED, data="random", quantize=("int8",)).report
+    assert [row["stage"] for row in report.proof][-2:] == ["int8 weights", "int8 features"]
+    whole, rounded = (tmp_path / "out" / "onnx" / f"{name}.onnx_data" for name in ("model", "model_quantized"))
+    assert rounded.stat().st_size < whole.stat().st_size / 2

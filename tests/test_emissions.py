@@ -21,7 +21,7 @@ from lab import Edit, Lab, after, fields, remembered
 import mptk
 from mptk import MptkError
 from mptk.files import write_json
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import ENDINGS
 
 TOKENS = 40
 """Of a sample of the lab, and of the proof's short rows."""
@@ -341,7 +341,7 @@ def broken(scheme: str) -> Callable[[Inside], None]:
             raise MptkError("this model has no int4; leave it out")
         original(file, kind, *others)
         if kind == scheme:
-            damaged(file.with_name(QUANTIZED[kind]), "_scales", lambda scales: 2 * scales)
+            damaged(file.with_stem(file.stem + ENDINGS[kind]), "_scales", lambda scales: 2 * scales)
 
     return lambda inside: inside.around("mptk.tasks.exporting.quantize_onnx", quantize)
 

@@ -38,7 +38,7 @@ from mptk import MptkError, Plan, Report
 from mptk.config.learning import Learning, Training
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.report import PROVEN_ON
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import ENDINGS
 
 Inject = Callable[[Inside], None]
 
@@ -219,7 +219,7 @@ def nudged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def quantised(scheme: str, ending: str, damage: Damage) -> Edit:
     """A constant of a quantised graph damaged."""
-    return lambda folder: damaged(folder / "onnx" / QUANTIZED[scheme], ending, damage) and None
+    return lambda folder: damaged(folder / "onnx" / f"model{ENDINGS[scheme]}.onnx", ending, damage) and None
 
 
 def noise(folder: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, insid
         "mptk.ort.decoder.OrtDecoder.logits",
         lambda logits, self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
     )
-    with pytest.raises(MptkError, match="the proof fails at 'int4 logits'"):
+    with pytest.raises(MptkError, match="the proof fails at 'int8 logits'"):
         mptk.verify(lab.folder)
 
 

@@ -1,6 +1,7 @@
 """Vision-language models as ONNX: three graphs that give, put together as others put them, what the stock class gives.
 
-It reaches for mptk.tasks, for what a graph computes of the sizes of images, and for the windows of mptk.proof.
+It reaches for mptk.tasks, for what a graph computes of the sizes of images and what transformers.js is told; for the
+decoder of mptk.ort, and for the windows of mptk.proof.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from inside import Inside
 from pictures import IMAGE, PATCHES, llava, processor, write_captions, write_qwen
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from toy_checkpoints import llama
 from toy_checkpoints import tokenizer as toy_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -35,12 +37,13 @@ from mptk import MptkError, ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
 from mptk.cli.main import app
 from mptk.compat.transformers import precomputed
+from mptk.ort.decoder import OrtDecoder
 from mptk.proof.proof import windows_within
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.image_text_form import ImageTextForm
-from mptk.tasks.inputs.image_forms import AnyImages, computed
+from mptk.tasks.inputs.image_forms import computed
 from mptk.tasks.inputs.packed_images import FORMULAS
-from passes.frontend.trace import trace
+from mptk.tasks.transformers_js import entry
 
 NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
@@ -104,9 +107,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vision")
     llava().save_pretrained(root / "llava")
     processor().save_pretrained(root / "llava")
-    widths = {"ffn.1": 60, "ffn.2": 70}
-    asked = Settings(data=str(write_captions(root / "pictures")), widths=widths, families=tuple(widths), **ASKED)
-    mptk.prune(str(root / "llava"), root / "out", asked)
+    widths = {"ffn.1": 64, "ffn.2": 96}
+    asked = {**ASKED, "widths": widths, "families": tuple(widths), "quantize": ("int8", "fp16")}
+    mptk.prune(str(root / "llava"), root / "out", data=str(write_captions(root / "pictures")), **asked)
     return root / "out"
 
 
@@ -126,7 +129,7 @@ def prompts() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_graphs_have_the_names_that_transformers_js_reads(pruned: Path, stock: Any) -> None:
-    assert (stock.config.vision_config.intermediate_size, stock.config.text_config.intermediate_size) == (60, 70)
+    assert (stock.config.vision_config.intermediate_size, stock.config.text_config.intermediate_size) == (64, 96)
     for name, session in Graphs(pruned).sessions.items():
         inputs, output = GRAPHS[name]
         assert {value.name: value.shape for value in session.get_inputs()} == inputs
@@ -164,31 +167,76 @@ def test_generate_continues_text_as_the_stock_class_does(pruned: Path, stock: An
     ]
 
 
-def test_verify_finds_a_wrong_vision_encoder(pruned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "stage"), [("", "ONNX Runtime prefill': outputs differ"), ("_quantized", "int8 weights'")]
+)
+def test_verify_finds_a_wrong_vision_encoder(pruned: Path, tmp_path: Path, ending: str, stage: str) -> None:
     shutil.copytree(pruned, tmp_path / "out")
-    data = tmp_path / "out" / "onnx" / "vision_encoder.onnx_data"
-    (np.fromfile(data, np.float32) * 0.9).tofile(data)
+    data = tmp_path / "out" / "onnx" / f"vision_encoder{ending}.onnx_data"
+    np.roll(np.fromfile(data, np.float32), 1).tofile(data)
     write_manifest(tmp_path / "out")
-    with pytest.raises(ProofError, match="fails at 'ONNX Runtime prefill': outputs differ"):
+    with pytest.raises(ProofError, match=f"fails at '{stage}"):
         mptk.verify(tmp_path / "out")
 
 
 @pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
-def test_transformers_js_writes_what_transformers_writes(pruned: Path, stock: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "q8"])
+def test_transformers_js_writes_what_transformers_writes(pruned: Path, stock: Any, tmp_path: Path, dtype: str) -> None:
     ids, mask, pixels = (x[:2] for x in prompts())
     written = stock.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=6, do_sample=False)
-    asked = {"ids": ids.tolist(), "pixels": pixels.flatten().tolist(), "dims": [*pixels.shape], "tokens": 6}
+    asked = {
+        "ids": ids.tolist(),
+        "pixels": pixels.flatten().tolist(),
+        "dims": [*pixels.shape],
+        "tokens": 6,
+        "dtype": dtype,
+    }
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     script = Path(__file__).with_name("transformers_js_images.mjs")
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(tmp_path / "asked.json")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == written.tolist()
+    assert torch.tensor(json.loads(run.stdout)).shape == written.shape
+    assert dtype != "fp32" or json.loads(run.stdout) == written.tolist()
 
 
-def test_quantised_graphs_are_refused_in_one_line() -> None:
-    with pytest.raises(MptkError, match="written in float32 only; leave out --quantize"):
-        ImageTextForm().check(llava(), Settings(quantize=("int8",)))
+@pytest.mark.parametrize(("scheme", "ending", "near"), [("int8", "_quantized", 0.05), ("fp16", "_fp16", 1e-3)])
+def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, ending: str, near: float) -> None:
+    row = mptk.Report.read(pruned).quantized[scheme]
+    files = [file for name in GRAPHS for file in (pruned / "onnx").glob(f"{Path(name).stem}{ending}.onnx*")]
+    assert (len(files), row["bytes"]) == (2 * len(GRAPHS), sum(file.stat().st_size for file in files))
+    decoder, whole = OrtDecoder(pruned / row["file"]), OrtDecoder(pruned)
+    assert decoder.embeddings is not None
+    assert whole.embeddings is not None
+    ids, _, pixels = prompts()
+    given = ids[:2], {"pixel_values": pixels}
+    embeds, expected = decoder.embeddings(*given), whole.embeddings(*given)
+    assert 0 < (embeds - expected).norm() < near * expected.norm()
+    found, logits = (made.prefill(e.numpy())[0] for made, e in ((decoder, embeds), (whole, expected)))
+    assert 0 < np.linalg.norm(found - logits) < near * np.linalg.norm(logits)
+
+
+def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path, inside: Inside) -> None:
+    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.time_unaligned", [])
+    result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
+    cases = ["prefill 8", "decode 8", "vision encoder"]
+    assert [str(row.case) for row in result.rows] == [case for case in cases for _ in result.graphs]
+    assert [graph.name for graph in result.graphs] == [str(pruned), f"{pruned} int8", f"{pruned} fp16"]
+
+
+def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Path) -> None:
+    """They load the int8 graphs unless the config names another type."""
+    config = json.loads((pruned / "config.json").read_text())["transformers.js_config"]
+    assert config == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
+    shutil.copytree(pruned / "onnx", tmp_path / "onnx")
+    (tmp_path / "onnx" / "embed_tokens_quantized.onnx").unlink()
+    assert entry(tmp_path / "onnx")["dtype"] == "fp32"
+
+
+def test_graphs_in_float16_without_float32_ones_are_refused_in_one_line() -> None:
+    with pytest.raises(MptkError, match="written in float32; leave out --onnx-dtype, or give --quantize fp16"):
+        ImageTextForm().check(llava(), Settings(onnx_dtype="float16"))
 
 
 def packed(grids: Tensor, width: int) -> Tensor:
@@ -249,42 +297,6 @@ def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach() ->
     compiled: Any = SimpleNamespace(prepared=SimpleNamespace(loaded=SimpleNamespace(model=model)))
     found = {n: windows_within(compiled, Samples({"input_ids": torch.ones(1, n).long()})) for n in (12, 17, 30)}
     assert found == {12: (), 17: (20,), 30: (20,)}
-
-
-class Listed(nn.Module):
-    """Divides images as classes do: by a list of them, and by numbers that depend on which are blank."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        with AnyImages():
-            real = (images == 0).sum((-1, -2, -3)) != images.shape[1:].numel()
-            kept = images[real]
-            parts = kept.flatten(1).split(real[:, None].sum(1).tolist())
-            return torch.cat(list(torch.cat(parts)))
-
-
-def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
-    program = trace(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
-    assert not program.sizes.fixed
-    assert "aten.index" not in program.graph.code  # no image is left out
-    images = torch.randn(7, 2, 4, 4)
-    assert torch.equal(program(images).flatten(), images.flatten())
-
-
-class Stated(nn.Module):
-    """Adds a weight, a buffer that no checkpoint holds, and a constant of the trace."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((3,), weight))
-        self.register_buffer("plain", torch.full((3,), 10 * weight), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight + self.plain + torch.tensor([float(x.shape[0])] * 3)
-
-
-def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
-    one, other = (trace(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
-    assert other.with_state(one.module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3
 
 
 @pytest.fixture(scope="module")

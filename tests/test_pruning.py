@@ -32,7 +32,7 @@ from mptk.io import data
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.chain import Proven
 from passes.pipelines import quantize_onnx
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import ENDINGS
 from passes.verify import Difference
 
 
@@ -84,9 +84,11 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
     report = mptk.prune(llama, tmp_path / "out", settings).report
     assert set(report.quantized) == {"int8", "fp16"}
     for scheme, found in report.quantized.items():
-        assert found["file"] == f"onnx/{QUANTIZED[scheme]}"
+        assert found["file"] == f"onnx/model{ENDINGS[scheme]}.onnx"
         assert {found["file"], f"{found['file']}_data"} <= set(report.files)
-        assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"{QUANTIZED[scheme]}*"))
+        assert found["bytes"] == sum(
+            f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model{ENDINGS[scheme]}.onnx*")
+        )
         assert found["quality"] == pytest.approx(report.quality["pruned"], rel=0.05)
     assert report.plan_sha256 == pruned[1].plan_sha256
 

@@ -486,12 +486,12 @@ def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_o
 def exports(inside: Inside, graph: Callable[[Path], bytes]) -> None:
     """An export takes no time; what it writes is ``graph`` of the model's folder."""
 
-    def export(real: object, model: Path, folder: Path) -> None:
+    def export(dense: Path, plan: object, samples: object, folder: Path, log: object) -> None:
         folder.mkdir()
-        (folder / "model.onnx").write_bytes(graph(model))
+        (folder / "model.onnx").write_bytes(graph(dense))
 
-    inside.around(f"{api.__name__}.load_decoder", lambda real, model: SimpleNamespace(model=Path(model)))
-    inside.around(f"{api.__name__}.export", export)
+    form = SimpleNamespace(export=export)
+    inside.around(f"{api.__name__}._dense", lambda real, model, *settings: (Path(model), form))
 
 
 def test_an_export_of_other_content_is_never_used_again(

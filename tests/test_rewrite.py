@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.program import parameter_count
+from mptk.ir.program import Program, parameter_count
 from mptk.ir.resolved_plan import resolve_plan
 from passes.frontend.trace_decoder import trace_decoder
 from passes.transforms.masked_reference import mask
@@ -55,6 +55,29 @@ def test_the_cut_program_is_a_valid_exported_program(architecture: str) -> None:
     assert largest(exported.module()(tokens()), cut(tokens())) == 0
     shapes = {name: tuple(t.shape) for name, t in cut.state_dict().items()}
     assert {name: tuple(t.shape) for name, t in exported.state_dict.items()}.items() <= shapes.items()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_shapes_that_a_cut_graph_tells_are_those_it_computes(architecture: str) -> None:
+    analysis = analyze(trace(model(architecture), (tokens(),)))
+    cut = mptk.rewrite(analysis, random_plan(analysis))
+    told = {n.name: n.meta["val"].shape for n in cut.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    assert told.items() >= computed_shapes(cut).items()
+
+
+def computed_shapes(program: Program) -> dict[str, torch.Size]:
+    """The shape of each call's result, by the call's name."""
+    found: dict[str, torch.Size] = {}
+
+    class Shapes(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            result = super().run_node(n)
+            if n.op == "call_function" and isinstance(result, Tensor):
+                found[n.name] = result.shape
+            return result
+
+    Shapes(program.graph).run(*program.arguments(tokens()))
+    return found
 
 
 @pytest.fixture(scope="module")

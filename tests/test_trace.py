@@ -1,6 +1,7 @@
 """Tracing: the program computes what the module does, shares its weights, and leaves the module as it was.
 
-It reaches for passes.frontend.trace: it takes more than mptk.trace, and some modules need no task.
+It reaches for passes.frontend.trace: it takes more than mptk.trace, and some modules need no task; for AnyImages of
+mptk.tasks, too, under which lists of images are traced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from mptk import MptkError
 from mptk.ir.program import parameter_count
+from mptk.tasks.inputs.image_forms import AnyImages
 from passes.frontend.trace import trace
 
 X = torch.randn(2, 5, 6)
@@ -241,3 +243,39 @@ def test_the_exported_program_is_valid() -> None:
 def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
     llama = model("llama")
     assert [trace(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
+
+
+class Listed(nn.Module):
+    """Divides images as classes do: by a list of them, and by numbers that depend on which are blank."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        with AnyImages():
+            real = (images == 0).sum((-1, -2, -3)) != images.shape[1:].numel()
+            kept = images[real]
+            parts = kept.flatten(1).split(real[:, None].sum(1).tolist())
+            return torch.cat(list(torch.cat(parts)))
+
+
+def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
+    program = trace(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
+    assert not program.sizes.fixed
+    assert "aten.index" not in program.graph.code  # no image is left out
+    images = torch.randn(7, 2, 4, 4)
+    assert torch.equal(program(images).flatten(), images.flatten())
+
+
+class Stated(nn.Module):
+    """Adds a weight, a buffer that no checkpoint holds, and a constant of the trace."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), weight))
+        self.register_buffer("plain", torch.full((3,), 10 * weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight + self.plain + torch.tensor([float(x.shape[0])] * 3)
+
+
+def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
+    one, other = (trace(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
+    assert other.with_state(one.module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3

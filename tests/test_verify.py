@@ -112,6 +112,12 @@ def test_the_worst_batch_counts() -> None:
         assert not found.ok
 
 
+def test_numbers_and_vectors_are_compared_whole() -> None:
+    for one in (torch.tensor(2.0), torch.tensor([2.0, 1.0])):
+        assert difference("loss", one, one, TOLERANCE).relative == 0
+        assert difference("loss", 2 * one, one, TOLERANCE).relative == 1
+
+
 def test_a_difference_from_zeros_is_infinite_and_zeros_from_zeros_are_none() -> None:
     zeros = torch.zeros(1, 2, 3)
     assert difference("zeros", zeros, zeros, TOLERANCE).relative == 0

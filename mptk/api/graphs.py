@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
+from mptk.io.auto_classes import classes_of
 from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
@@ -35,27 +35,27 @@ from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
-from mptk.ort.bench import LENGTHS, Bench, bench_decoders
+from mptk.ort.bench import LENGTHS, Bench, bench_graphs
 from mptk.ort.decoder import found_graph, model_folder, onnx_file
+from mptk.ort.steps import graphs_of
 from mptk.progress import Progress, silent, within
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.report import Report
-from mptk.protocols.values import Extra
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.graph import GraphTarget
-from mptk.targets.onnx import describe, remove_graph
-from mptk.tasks import CAUSAL_LM, check_decoder, form_of, load_decoder, open_task
+from mptk.targets.onnx import describe, quantized_extras
+from mptk.tasks import CAUSAL_LM, form_of, open_task
 from mptk.tasks.exporting import cut
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FOLDER, float_file, quantized, quantized_files, scheme_of
 from passes.verify import Difference, prove
 
 __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
@@ -87,7 +87,7 @@ def export(
         folder: made if missing.
         example_inputs: as in ``prune``: only for a module that is not a transformers model, which needs them.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
-        quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its file of ``names.QUANTIZED``.
+        quantize: schemes of ``passes.pipelines.ONNX_SCHEMES`` to write too, each into its files of ``names.quantized``.
         text: token ids, int64 [windows, length], on which ``int4`` is calibrated; without it weights are only rounded.
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
@@ -208,7 +208,7 @@ def export_folder(
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
             notes = form.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
+        for note in [*notes, *_checked(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
@@ -240,23 +240,20 @@ def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, Onn
     return Dense(loaded, settings, program, executor), task.onnx
 
 
-def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
-    """Compare the quantised graphs of a folder with its float graph. Returns notes on graphs that are left out.
+def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
+    """Compare the quantised graphs of a folder with its float graphs. Returns notes on graphs that are left out.
 
     Raises:
         ProofError: ``strict``, and a graph differs by more than rounding allows.
     """
 
-    def check(file: Path) -> list[Difference]:
-        with within(say, f"check {scheme_of(file)}"):
-            check_quantized(folder / ONNX_FILE, file, scheme_of(file))
+    def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
+        with within(say, f"check {scheme}"):
+            for file in files:
+                check_quantized(float_file(file), file, scheme)
         return []
 
-    extras = [
-        Extra(f"{folder.name}/{file.name}", partial(check, file), partial(remove_graph, file))
-        for file in quantized_files(folder)
-    ]
-    return proven_extras(extras, strict)[1]
+    return proven_extras(quantized_extras(folder, form, check), strict)[1]
 
 
 @public
@@ -264,48 +261,54 @@ def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
 ) -> Bench:
-    """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.ort.bench``).
+    """Time graphs in ONNX Runtime, all models taking turns in one process (``mptk.ort.bench``).
+
+    A decoder's prefill and decode are timed, and a whole run of each graph of another model.
 
     Args:
-        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is the baseline. Quantised graphs
-            of a folder are timed too. A model without ONNX is first exported into the cache folder.
+        models: models, folders with ``onnx`` in them, or ``.onnx`` files, all of one kind; the first is the baseline.
+            Quantised graphs of a folder are timed too. A model without ONNX is first exported into the cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with the progress of each stage.
-        settings: of ``mptk.ort.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
+        settings: of ``mptk.ort.bench.bench_graphs``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
 
     Returns:
         A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
-        MptkError: a model cannot be found or exported, has too few positions, or there is no such device.
+        MptkError: a model cannot be found or exported, has too few positions, or is of another kind than the first; or
+            there is no such device.
     """
-    check_arguments(bench_decoders, settings)
+    check_arguments(bench_graphs, settings)
     if not models:
         raise MptkError("no model is given; give models, folders or .onnx files")
     there, graphs = session_device(device), dict[str, Path]()
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):
-        check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
+        check_lengths(model, longest)
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else onnx_file(onnx_folder(model, progress))
         graphs[model] = file
-        if file.name == ONNX_FILE:
-            graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
-    return bench_decoders(graphs, device=there, progress=progress, **settings)
+        rounded = {scheme: quantized(file, scheme) for scheme in quantized_files(file.parent) if not scheme_of(file)}
+        graphs |= {f"{model} {scheme}": other for scheme, other in rounded.items()}
+    return bench_graphs(graphs, device=there, progress=progress, **settings)
 
 
-def positions_named(model: str) -> int | None:
-    """The positions of a model, or of the model that a graph was made from, by its config; None if unknown."""
-    there = Path(model)
-    if not model.endswith(".onnx") and found_graph(there) is None:
-        check_decoder(model)
-        return positions_of(models.load_config(model))
-    folder = model_folder(there)
-    return positions_of(models.load_config(str(folder))) if (folder / "config.json").is_file() else None
+def check_lengths(model: str, longest: int) -> None:
+    """Raise MptkError if a model, or the model that a graph was made from, has too few positions by its config."""
+    file = Path(model) if model.endswith(".onnx") else found_graph(model)
+    folder = model if file is None else str(model_folder(file))
+    if file is not None and not (Path(folder) / "config.json").is_file():
+        return
+    config = models.load_config(folder)
+    decodes = CAUSAL_LM.refusal(config, classes_of(config)) is None if file is None else "decode" in graphs_of(file)
+    check_positions(
+        positions_of(config), longest + decodes, f"{longest} tokens (and one more after a cache) of {model}"
+    )
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds a decoder's graph, else an export in the cache folder.
+    """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
 
     The export's name comes from the content of the model's files, so a changed model is exported again. A changed
     export is replaced, too.
@@ -316,7 +319,8 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
-        export(load_decoder(model).model, folder)
+        dense, form = _dense(model, Settings(), None)
+        form.export(dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 
     made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)

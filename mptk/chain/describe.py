@@ -21,6 +21,7 @@ from mptk.ir.weights import Weights
 from mptk.progress import Count
 from mptk.proof.claims import costs, widths
 from mptk.protocols.chain import Compiled, Proven
+from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.origin import named
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.values import Context, SampleSets
@@ -30,7 +31,7 @@ from mptk.publish.manifest import listed, update_manifest, weights_digest
 from mptk.report.card import write_card
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import ONNX_FOLDER, bytes_of, quantized, quantized_files
 
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
@@ -56,7 +57,7 @@ def describe(
         trained=chosen.trained,
         weights_sha256=weights_digest(folder),
         quality={},
-        quantized=_sizes(folder, prepared.settings.quantize),
+        quantized=_sizes(folder / ONNX_FOLDER, prepared.task.onnx),
         proof=[d.as_dict() for d in proven.differences],
         proof_length=proven.length,
         config_changes={} if compiled.written is None else config_changes(compiled.written, folder),
@@ -132,14 +133,10 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
     return report
 
 
-def _sizes(folder: Path, schemes: Sequence[str]) -> dict[str, dict[str, str | int]]:
-    """Scheme → the quantised graph's file and the bytes of all its files."""
-    files = {scheme: folder / "onnx" / QUANTIZED[scheme] for scheme in schemes}
+def _sizes(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str | int]]:
+    """Scheme → the file of its main graph in the checkpoint, and the bytes of all its graphs."""
+    main = "" if form is None else form.graphs[0]
     return {
-        scheme: {
-            "file": str(file.relative_to(folder)),
-            "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
-        }
-        for scheme, file in files.items()
-        if file.is_file()
+        scheme: {"file": f"{folder.name}/{quantized(Path(main), scheme)}", "bytes": bytes_of(files)}
+        for scheme, files in quantized_files(folder).items()
     }

@@ -58,7 +58,7 @@ def advise(
     and with --calibrate the command of the cut recommended with training.
     """
     from mptk.api.advice import advise as measure
-    from mptk.report.advice import advice_view
+    from mptk.report.advice import advice_view, commands
 
     cuts = [parse_share(share, "--sparsities") for share in names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
@@ -73,7 +73,7 @@ def advise(
         write_text(html, advice_page(found))
     show(json_file, found.to_json(), advice_view(found))
     if json_file != Path("-"):
-        for line in found.commands:
+        for line in commands(found):
             out.print(line, soft_wrap=True, highlight=False)
 
 

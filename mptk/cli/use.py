@@ -249,7 +249,9 @@ def quality_view(found: Mapping[str, object]) -> Text:
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
     settings: Settings,
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompt, in the cache, or of a text, comma-separated.")
+    ] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
     rounds: Annotated[int, number("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
@@ -257,7 +259,10 @@ def bench(
     markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
     plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
-    """Time prefill and decode in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak."""
+    """Time models of one kind in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak.
+
+    A decoder's prefill and decode are timed, and a whole run of each graph of another model.
+    """
     from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest

@@ -107,8 +107,7 @@ CONSUMERS = (
     Consumer(
         "optimum-onnx",
         "0.1.0",
-        "greedy tokens are transformers' in float32 (a long test); int8 and int4 run by `file_name`, with other text. "
-        "A cut of heads fails",
+        "greedy tokens are transformers' in float32 (a long test); int8 and int4 run by `file_name`, with other text",
         section="optimum",
         engine="optimum-onnx",
         graph=True,

@@ -1,13 +1,14 @@
-"""bench: time prefill and decode in ONNX Runtime. Several graphs take turns in one process.
+"""bench: time graphs in ONNX Runtime. Those of several models take turns in one process.
 
 Absolute times hold for one machine at one moment, so the result is the ratio to the first graph. It is shown beside the
-ideal ratio: of operations in prefill, which is bound by compute, and of bytes in decode, which is
-bound by memory. The roofline share is the speed relative to the machine's peak (of a matrix product, or of reading
+ideal ratio: of bytes in decode, which is bound by memory, and of operations in prefill and in other runs, which are
+bound by compute. The roofline share is the speed relative to the machine's peak (of a matrix product, or of reading
 memory), which is measured between the same rounds.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -17,42 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from pydantic import Field
 
 from mptk.errors import MptkError
-from mptk.ort.decoder import OrtDecoder, onnx_file
-from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory
+from mptk.ort.decoder import onnx_file
+from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory, run_work
 from mptk.ort.sessions import CPU, HOST
+from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened, sizes_of
 from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, silent
 
-PHASES = ("prefill", "decode")
 LENGTHS = (128, 512)
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measured step. ``length``: tokens of the prompt, or tokens in the cache before one decoding step."""
-
-    phase: str
-    length: int
-    batch: int
-    threads: int
-
-    @property
-    def tokens(self) -> int:
-        """New tokens in one run."""
-        return self.batch * (self.length if self.phase == "prefill" else 1)
-
-    def __str__(self) -> str:
-        batch = f" ×{self.batch}" if self.batch > 1 else ""
-        return f"{self.phase} {self.length}{batch}"
 
 
 Times = Mapping[Case, list[list[float]]]
@@ -64,8 +45,9 @@ class Measurement:
     """One graph in one case.
 
     ``ms``: median; in prefill, the time to the first token. ``iqr_ms``: interquartile range. ``tokens_s``: tokens a
-    second. ``ratio``: time over the first graph's, the median of the ratios within each round. ``work``: operations in
-    prefill, bytes in decode. ``ideal``: the ratio of ``work`` to the first graph's. ``roofline``: share of the peak.
+    second, or samples if the graph reads no tokens. ``ratio``: time over the first graph's, the median of the ratios
+    within each round. ``work``: bytes in decode, else operations. ``ideal``: its ratio to the first graph's.
+    ``roofline``: share of the peak.
     """
 
     graph: str
@@ -114,43 +96,49 @@ class Bench:
         return asdict(self)
 
 
-def bench_decoders(
+def bench_graphs(
     graphs: Mapping[str, Path],
     *,
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
     rounds: int = 7,
-    phases: Sequence[str] = PHASES,
+    phases: Sequence[str] | None = None,
     sessions: int = SESSIONS,
     device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache.
+    """Time ONNX graphs of one kind of model (``steps.graphs_of``).
+
+    A decoder: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache. Another model:
+    whole runs of each of its graphs, on ``lengths`` tokens if it reads text.
 
     The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
 
     Args:
-        graphs: name → a folder with ``model.onnx``, or the file. The others are compared with the first.
-        lengths: tokens of the prompt, or in the cache.
+        graphs: name → a folder with a main graph, or the file. The others are compared with the first.
+        lengths: tokens of the prompt, in the cache, or of a text.
         batches: batch sizes.
         threads: thread counts, each measured in its own sessions.
         rounds: turns of each graph in a case, at least 2.
-        phases: ``prefill``, ``decode`` or both.
+        phases: those to time, as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
         progress: called with a stage, the cases done and all cases.
 
     Raises:
-        MptkError: a file is missing or is not a decoder; fewer than two rounds.
+        MptkError: a file is missing, or its graphs are of another kind than the first; a graph does not run on so many
+            tokens; fewer than two rounds.
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
-    say, files = progress or silent, {name: onnx_file(path) for name, path in graphs.items()}
+    say, models = progress or silent, _of_one_kind({name: onnx_file(path) for name, path in graphs.items()})
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
-    cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
-    times: Times = {case: [[] for _ in files] for case in cases}
+    timed = {phase: file for phase, file in next(iter(models.values())).items() if phases is None or phase in phases}
+    sizes = {phase: lengths_of(file, phase, lengths) for phase, file in timed.items()}
+    cases = [Case(p, n, b, t) for t in threads for p in timed for b in batches for n in sizes[p]]
+    times: Times = {case: [[] for _ in models] for case in cases}
     peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
     def finished() -> None:
@@ -159,27 +147,44 @@ def bench_decoders(
     finished()
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
-        peaks[n], ran = _time_cases(list(files.values()), own, shares, Roofline(n, device), device, finished)
-    rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
-    measured = [_graph(name, file, max(lengths), device, say) for name, file in files.items()]
-    products = _products(files, {"prefill": max(lengths), "decode": 1}, phases, threads[0], rounds, device)
+        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
+    rows = [row for case in cases for row in _rows(case, models, times[case], peaks[case.threads])]
+    measured = [_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
+    tokens = {phase: 1 if phase == "decode" else max(sizes[phase]) for phase in timed}
+    products = _products(models, {phase: count for phase, count in tokens.items() if count}, threads[0], rounds, device)
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
 
 
+GraphOf = Mapping[str, Path]
+"""Phase → the graph of a model that runs in it."""
+
+
+def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
+    """Model → its graphs. Raises MptkError unless all have the same phases."""
+    models = {name: graphs_of(file) for name, file in files.items()}
+    first, *others = models
+    if other := next((name for name in others if models[name].keys() != models[first].keys()), None):
+        phases = (", ".join(models[name]) for name in (other, first))
+        raise MptkError(f"{other} has {next(phases)}, and {first} has {next(phases)}; compare models of one kind")
+    return models
+
+
 def _products(
-    files: Mapping[str, Path],
-    tokens: Mapping[str, int],
-    phases: Sequence[str],
-    threads: int,
-    rounds: int,
-    device: torch.device,
+    models: Mapping[str, GraphOf], tokens: Mapping[str, int], threads: int, rounds: int, device: torch.device
 ) -> list[Unaligned]:
-    timed = partial(time_unaligned, rows=[tokens[phase] for phase in phases], threads=threads, device=device)
-    return [each for file in files.items() for each in timed(*file, alternate=partial(alternate, rounds=rounds))]
+    """The products of unaligned widths. ``tokens``: phase → how many tokens a product has in it."""
+    found = list[Unaligned]()
+    for name, parts in models.items():
+        for file in dict.fromkeys(parts[phase] for phase in tokens):
+            rows = [count for phase, count in tokens.items() if parts[phase] == file]
+            found += time_unaligned(
+                name, file, rows=rows, threads=threads, device=device, alternate=partial(alternate, rounds=rounds)
+            )
+    return found
 
 
 def _time_cases(
-    files: Sequence[Path],
+    models: Sequence[GraphOf],
     times: Times,
     shares: Sequence[int],
     roofline: Roofline,
@@ -190,41 +195,37 @@ def _time_cases(
 
     Each entry of ``shares`` is the number of rounds in one set of fresh sessions.
     """
+    ran = list[str]()
     for index, share in enumerate(shares):
-        decoders = [OrtDecoder(file, threads=roofline.threads, device=device) for file in files]
-        ran = decoders[0].providers
+        open_once = functools.cache(partial(opened, threads=roofline.threads, device=device))
         turn = slice(None, None, -1 if index % 2 else 1)
         for case, sides in times.items():
-            found = alternate([decoder_step(decoder, case) for decoder in decoders[turn]], share)
+            steppers = [open_once(parts[case.phase], case.phase in PHASES) for parts in models]
+            ran = steppers[0].providers
+            found = alternate([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
             roofline.measure()
             finished()
-        del decoders
+        del open_once, steppers
     return roofline.peaks, ran
 
 
-def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
-    """A call that runs one step with inputs and outputs bound beforehand. Token ids and cached values do not matter."""
-    prefill = case.phase == "prefill"
-    cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
-    ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)
-    mask = np.ones((case.batch, cache.length + ids.shape[1]), dtype=np.int64)
-    binding = decoder.binding(ids, mask, cache)
-    return lambda: decoder.session.run_with_iobinding(binding)
-
-
 def _work(file: Path, case: Case) -> int:
+    if case.phase == "decode":
+        return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
     if case.phase == "prefill":
         return graph_work(file, sequence=case.length, past=0, batch=case.batch).flops
-    return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
+    return run_work(file, sizes_of(file, case.batch, case.length)).flops
 
 
-def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Measurement]:
-    work = [_work(file, case) for file in files.values()]
-    peak = peaks.flops if case.phase == "prefill" else peaks.bandwidth
+def _rows(
+    case: Case, models: Mapping[str, GraphOf], times: Sequence[Sequence[float]], peaks: Peaks
+) -> list[Measurement]:
+    work = [_work(parts[case.phase], case) for parts in models.values()]
+    peak = peaks.bandwidth if case.phase == "decode" else peaks.flops
     rows = []
-    for name, own, mine in zip(files, times, work, strict=True):
+    for name, own, mine in zip(models, times, work, strict=True):
         median = statistics.median(own)
         rows.append(
             Measurement(
@@ -234,7 +235,7 @@ def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]
                 iqr_ms=round(_iqr(own), 3),
                 tokens_s=round(case.tokens / median * 1000, 1),
                 ratio=round(statistics.median(t / first for t, first in zip(own, times[0], strict=True)), 4),
-                ideal=round(mine / work[0], 4),
+                ideal=round(mine / (work[0] or 1), 4),
                 work=mine,
                 roofline=round(mine / median * 1000 / peak, 3),
             )
@@ -247,10 +248,11 @@ def _iqr(values: Sequence[float]) -> float:
     return third - first
 
 
-def _graph(name: str, file: Path, length: int, device: torch.device, say: Progress) -> Graph:
+def _graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
-    size = sum(part.stat().st_size for part in file.parent.iterdir() if part.name.startswith(file.name))
-    return Graph(name, str(file), size, peak_memory(file, length, device))
+    files = list(dict.fromkeys(parts.values()))
+    size = sum(part.stat().st_size for file in files for part in file.parent.glob(f"{file.name}*"))
+    return Graph(name, str(files[0]), size, peak_memory(files[0], length, device))
 
 
 ROUND_S = 0.05

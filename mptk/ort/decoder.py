@@ -15,13 +15,15 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.ort.embeddings import Embeddings
+from mptk.ort.embeddings import EMBEDDINGS, Embeddings
 from mptk.ort.sessions import CPU, memory_of, open_file
 
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, of a model that reads more than text."""
-EMBEDDINGS = "inputs_embeds"
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+"""Of an encoder–decoder; this decoder has no cache."""
+PAST_KEYS = "past_key_values."
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[Any]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -46,10 +48,10 @@ class Cache:
 
 
 def found_graph(path: str | Path) -> Path | None:
-    """``path`` itself, or the decoder's graph in ``path`` or ``path/onnx``; None if there is none."""
+    """``path`` itself, or the main graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
     folders = (path, path / "onnx") if path.is_dir() else ()
-    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE)] or [path]
+    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE, DECODER_FILE)] or [path]
     return next((file for file in places if file.is_file()), None)
 
 
@@ -86,7 +88,7 @@ class OrtDecoder:
         file = onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
         reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
         if not self.past or len(reads) != 1:
             raise MptkError(
@@ -94,7 +96,8 @@ class OrtDecoder:
                 "mptk"
             )
         self.reads = reads[0]
-        self.embeddings = Embeddings(file.parent, device) if self.reads == EMBEDDINGS else None
+        ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
+        self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
         self.memory = memory_of(self.session, device)

@@ -13,6 +13,7 @@ from mptk.errors import MptkError
 from mptk.ort.sessions import CPU, OrtGraph
 
 EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
+EMBEDDINGS = "inputs_embeds"
 IMAGE_TOKEN = "image_token"
 """The key in a graph's metadata of the token in whose places the features of images stand."""
 
@@ -20,18 +21,25 @@ IMAGE_TOKEN = "image_token"
 class Embeddings:
     """The graphs beside a decoder that reads embeddings.
 
+    ``ending``: of the names of quantised graphs, as ``"_q4"``; those that are missing are replaced by the float ones.
+
     Raises:
         MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.
     """
 
-    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
-        self.folder, self.device = folder, device
-        self.tokens = OrtGraph(folder / EMBEDDING_FILE, device)
+    def __init__(self, folder: Path, device: torch.device = CPU, ending: str = "") -> None:
+        self.folder, self.device, self.ending = folder, device, ending
+        self.tokens = self._graph(EMBEDDING_FILE)
 
     @cached_property
     def images(self) -> OrtGraph:
         """The vision encoder. Raises MptkError if there is none."""
-        return OrtGraph(self.folder / VISION_FILE, self.device)
+        return self._graph(VISION_FILE)
+
+    def _graph(self, name: str) -> OrtGraph:
+        file = self.folder / name
+        quantized = file.with_stem(file.stem + self.ending)
+        return OrtGraph(quantized if quantized.is_file() else file, self.device)
 
     def __call__(self, ids: Tensor, images: Mapping[str, Tensor] | None = None) -> Tensor:
         """The embeddings [batch, n, hidden] of token ids [batch, n], with the features of ``images`` at their tokens.

@@ -1,4 +1,4 @@
-"""roofline: what a step of an ONNX decoder must do at least, and the machine's peaks (Williams et al. 2009)."""
+"""roofline: what a run of an ONNX graph must do at least, and the machine's peaks (Williams et al. 2009)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.errors import MptkError
-from mptk.ort.decoder import OrtDecoder
 from mptk.ort.sessions import CPU, open_session
+from mptk.ort.steps import PHASES, Case, graphs_of, opened
 
 SIDE = 1024
 """Side of the matrices. Three of them take 12 MB, which a cache holds."""
@@ -62,9 +62,10 @@ class Roofline:
 
 
 def peak_memory(file: Path, length: int, device: torch.device = CPU) -> int:
-    """Peak growth in bytes of a new process that loads ``file`` and runs a prompt of ``length`` tokens on ``device``.
+    """Peak growth in bytes of a new process that runs ``file`` and the graphs of its model on ``device``, once each.
 
-    A device's own memory is not counted.
+    A decoder runs a prompt of ``length`` tokens, another graph that many tokens if it reads any. A device's own memory
+    is not counted.
 
     Unlike ``multiprocessing``, it does not import the caller's script again.
     """
@@ -76,7 +77,9 @@ def peak_memory(file: Path, length: int, device: torch.device = CPU) -> int:
 def grown(file: Path, length: int, device: str) -> int:
     """What ``peak_memory`` says of a new process, of this one."""
     before = _resident("VmRSS")
-    OrtDecoder(file, threads=1, device=torch.device(device)).prefill(np.zeros((1, length), dtype=np.int64))
+    for phase, graph in graphs_of(file).items():
+        if phase != "decode":
+            opened(graph, phase in PHASES, 1, torch.device(device)).step(Case(phase, length, 1, 1))()
     return _resident("VmHWM") - before
 
 
@@ -107,11 +110,11 @@ PASS_THEIR_INPUT = {"Transpose", "Identity", "Cast"}
 
 @dataclass(frozen=True)
 class StepWork:
-    """One step's lower bounds.
+    """One run's lower bounds.
 
-    ``flops``: operations in matrix products and attention, 2 for a multiply-add. Attention counts in full, since no
-    runtime here skips the masked triangle. ``bytes``: weights and KV cache, read once. A table that is only looked up
-    counts as 0; if it is also the output projection, it counts once.
+    ``flops``: operations in products, convolutions, recurrent layers and attention, 2 for a multiply-add. Attention
+    counts in full, since no runtime here skips the masked triangle. ``bytes``: weights and KV cache, read once. A table
+    that is only looked up counts as 0; if it is also the output projection, it counts once.
     """
 
     flops: int
@@ -119,7 +122,7 @@ class StepWork:
 
 
 def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepWork:
-    """Work of ``sequence`` new tokens after ``past`` cached ones, for each of ``batch`` sequences.
+    """Work of a decoder: ``sequence`` new tokens after ``past`` cached ones, for each of ``batch`` sequences.
 
     Sizes come from the graph's shapes at these lengths. So if a graph gives logits of the last position, only these
     count.
@@ -130,11 +133,19 @@ def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepW
         "past_sequence_length": past,
         "total_sequence_length": past + sequence,
     }
+    return run_work(file, lengths, past + sequence)
+
+
+def run_work(file: Path, lengths: Mapping[str, int], positions: int | None = None) -> StepWork:
+    """Work of one run of a graph. ``lengths``: name of an open axis → its size.
+
+    ``positions``: that attention reads; None: as many as its keys have by the graph.
+    """
     model = _at_lengths(onnx.load(file, load_external_data=False), lengths)
     graph = model.graph
     shapes = {w.name: list(w.dims) for w in graph.initializer}
     shapes |= {v.name: _shape(v) for v in (*graph.input, *graph.value_info, *graph.output)}
-    flops = sum(_flops(node, shapes, past + sequence) for node in graph.node)
+    flops = sum(_flops(node, shapes, positions) for node in graph.node)
     cache = sum(
         math.prod(shapes[v.name]) * _bits(v.type.tensor_type.elem_type)
         for v in graph.input
@@ -151,13 +162,24 @@ def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
-def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int) -> int:
+def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int | None) -> int:
     if node.op_type == "Attention":
-        flops = 2 * positions * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
+        flops = (
+            2
+            * (positions or shapes[node.input[1]][-2])
+            * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
+        )
     elif node.op_type == "MatMulNBits":
-        flops = 2 * next(a.i for a in node.attribute if a.name == "K") * math.prod(shapes[node.output[0]])
+        inputs, outputs = (next(a.i for a in node.attribute if a.name == name) for name in ("K", "N"))
+        flops = 2 * inputs * outputs * math.prod(shapes[node.input[0]][:-1])
     elif node.op_type == "GroupQueryAttention":
+        assert positions is not None  # a decoder's
         flops = 4 * positions * math.prod(shapes[node.output[0]])
+    elif node.op_type == "Conv":
+        flops = 2 * math.prod(shapes[node.input[1]][1:]) * math.prod(shapes[node.output[0]])
+    elif node.op_type in ("LSTM", "GRU", "RNN"):
+        weights = sum(math.prod(shapes[name]) for name in node.input[1:3])
+        flops = 2 * weights * math.prod(shapes[node.input[0]][:2])
     elif node.op_type in ("MatMul", "Gemm"):
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         flops = 2 * shapes[node.input[0]][0 if transposed else -1] * math.prod(shapes[node.output[0]])

@@ -28,7 +28,7 @@ from mptk.protocols.report import PROVEN_ON, Report
 from mptk.publish.manifest import listed, weights_digest
 from mptk.targets import ONNX, targets
 from passes.check_cut import table_size
-from passes.targets.onnx.names import quantized_files
+from passes.targets.onnx.names import ONNX_FOLDER, bytes_of, quantized_files
 
 LATER = "bench.json"
 """The only file that is written into a published folder."""
@@ -51,11 +51,11 @@ def check_files(report: Report, folder: Path) -> None:
     _require("settings.target", settings.target, settings.target if wrote else _target_of(folder))
     refused = any(note.startswith("no ONNX") for note in report.notes)
     _require("settings.onnx", bool(settings.onnx and not refused), ONNX.wrote(folder))
-    graphs = sorted(p.relative_to(folder).as_posix() for p in quantized_files(folder / "onnx"))
-    _require("quantized", sorted(q["file"] for q in report.quantized.values()), graphs)
+    graphs = quantized_files(folder / ONNX_FOLDER)
+    _require("quantized", sorted(report.quantized), sorted(graphs))
     for scheme, said in report.quantized.items():
-        size = sum(p.stat().st_size for p in (folder / said["file"]).parent.glob(f"{Path(said['file']).name}*"))
-        _require(f"quantized.{scheme}.bytes", said["bytes"], size)
+        _require(f"quantized.{scheme}.file", folder / said["file"] in graphs[scheme], True)
+        _require(f"quantized.{scheme}.bytes", said["bytes"], bytes_of(graphs[scheme]))
     _require("weights_sha256", report.weights_sha256, weights_digest(folder))
 
 

@@ -149,9 +149,7 @@ def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -
 def _rehomed(folder: Path, loaded: Loaded) -> bool:
     """Whether the folder's class differs from the dense model's; a folder without a config has no class."""
     file = folder / "config.json"
-    if not file.is_file():
-        return False
-    return bool(read_object(file).get("model_type") != loaded.model.config.model_type)
+    return file.is_file() and read_object(file).get("model_type") != loaded.model.config.model_type
 
 
 def plan_of(folder: str | Path) -> Plan:

@@ -112,11 +112,6 @@ class Advice:
     recovery: Recovery | None = None
 
     @property
-    def commands(self) -> list[str]:
-        """The commands of the recommended cuts: without training, and with it."""
-        return list(filter(None, [self.command, self.recovery.command if self.recovery else ""]))
-
-    @property
     def texts(self) -> list[str]:
         """The names of the texts."""
         return list(self.dense.texts)

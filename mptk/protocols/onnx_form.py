@@ -19,6 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
+from passes.targets.onnx.names import ONNX_FILE
 from passes.verify import Difference
 
 
@@ -53,9 +54,11 @@ class Dense:
 class OnnxForm(Protocol):
     """How to write a kind of model as ONNX, and how to run the graphs.
 
-    ``described``: the files that ``describe`` may write; they are optional.
+    ``graphs``: the files of the float graphs, the main one first. ``described``: the files that ``describe`` may write;
+    they are optional.
     """
 
+    graphs: tuple[str, ...] = (ONNX_FILE,)
     described: tuple[str, ...] = ()
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
@@ -83,11 +86,11 @@ class OnnxForm(Protocol):
         ...
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        """A function that runs one graph as the program runs."""
+        """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
         ...
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        """The largest difference that a quantised graph makes. ``pairs``: its outputs and the float graph's."""
+        """The largest difference that quantising makes. ``pairs``: its outputs and the float graph's."""
         ...
 
     def describe(

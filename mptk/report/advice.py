@@ -94,6 +94,15 @@ def trained(found: Advice, recovery: Recovery) -> list[str]:
     return [*said, f"Recommended with this training: remove {share(best)}, {how}."]
 
 
+def commands(found: Advice) -> list[str]:
+    """The commands of the recommended cuts, each after a line that says which cut it makes."""
+    said = ["The largest cut that is safe without training:", found.command] if found.command else []
+    if found.recovery is not None and found.recovery.command:
+        steps = plural(found.recovery.steps, "step")
+        said += [f"The largest cut that is safe after a training of {steps}:", found.recovery.command]
+    return said
+
+
 MEASURED = {
     "perplexity": "the perplexity rises by",
     "disagreement": "the share of samples with another prediction is",

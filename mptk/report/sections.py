@@ -218,7 +218,7 @@ def timings(bench: Bench) -> list[Table | str]:
         ]
         for row in bench.rows
     ]
-    columns = ["case", "graph", "threads", "ms", "tokens/s", "ratio", "ideal ratio", "of the peak"]
+    columns = ["case", "graph", "threads", "ms", "a second", "ratio", "ideal ratio", "of the peak"]
     sizes = [[Name(graph.name), megabytes(graph.bytes), megabytes(graph.memory)] for graph in bench.graphs]
     peaks = [
         f"{plural(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, float_file, quantized_files
 from passes.verify import Difference
 
 
@@ -80,24 +80,19 @@ class OnnxTarget(Target):
         with scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
             _export(compiled, form, settings, batches[0], staging.folder, Log())
-            return _quantized(
-                form, compiled.prepared.executor.device, main, staging.folder / ONNX_FILE, "fp16", batches
-            )
+            pairs = [(main, staging.folder / ONNX_FILE)]
+            return _quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """The quantised graphs, with differences as in ``rounded``, and the files that describe the graphs."""
-        form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
+        form, device = compiled.prepared.task.onnx, compiled.prepared.executor.device
         if form is None:
             return []
-        device = compiled.prepared.executor.device
-        graphs = [
-            Extra(
-                f"{ONNX_FOLDER}/{file.name}",
-                partial(_quantized, form, device, file, main, scheme_of(file), batches),
-                partial(remove_graph, file),
-            )
-            for file in quantized_files(folder / ONNX_FOLDER)
-        ]
+
+        def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
+            return _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
+
+        graphs = quantized_extras(folder / ONNX_FOLDER, form, check)
         described = [
             Extra(name, partial(_described, form, compiled, folder, name), (folder / name).unlink)
             for name in form.described
@@ -136,12 +131,30 @@ def describe(
     return []
 
 
-def remove_graph(file: Path) -> None:
-    """Remove a graph from the ``onnx`` folder of a checkpoint and from its config's entries."""
-    file.unlink()
-    file.with_name(data_file(file.name)).unlink(missing_ok=True)
-    if (file.parent.parent / "config.json").is_file():
-        write_entry(file.parent.parent, ONNX_FOLDER)
+def quantized_extras(
+    folder: Path, form: OnnxForm, check: Callable[[str, Sequence[Path]], list[Difference]]
+) -> list[Extra]:
+    """The quantised graphs of an ``onnx`` folder, those of one scheme together.
+
+    ``check``: compares a scheme's graphs, the main one first, with the float ones.
+    """
+    found = list[Extra]()
+    for scheme, files in quantized_files(folder).items():
+        files.sort(key=lambda file: float_file(file).name != form.graphs[0])
+        found.append(
+            Extra(f"{folder.name}/{files[0].name}", partial(check, scheme, files), partial(remove_graphs, files))
+        )
+    return found
+
+
+def remove_graphs(files: Sequence[Path]) -> None:
+    """Remove graphs from the ``onnx`` folder of a checkpoint and from its config's entries."""
+    for file in files:
+        file.unlink()
+        file.with_name(data_file(file.name)).unlink(missing_ok=True)
+    checkpoint = files[0].parent.parent
+    if (checkpoint / "config.json").is_file():
+        write_entry(checkpoint, ONNX_FOLDER)
 
 
 def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
@@ -179,12 +192,17 @@ def _export(
 
 
 def _quantized(
-    form: OnnxForm, device: torch.device, file: Path, whole: Path, scheme: str, batches: Sequence[Samples]
+    form: OnnxForm,
+    device: torch.device,
+    files: Sequence[tuple[Path, Path]],
+    scheme: str,
+    batches: Sequence[Samples],
 ) -> list[Difference]:
-    """Compare ``file`` with its float32 graph ``whole``."""
+    """Compare graphs, the main one first, with the float32 graphs beside them, and what they compute together."""
+    file = files[0][0]
     try:
-        share = check_quantized(whole, file, scheme)
-        runs = [form.outputs(graph, device) for graph in (file, whole)]
+        share = max(check_quantized(whole, file, scheme) for file, whole in files)
+        runs = [form.outputs(graph, device) for graph in files[0]]
         pairs = [(runs[0](batch), runs[1](batch)) for batch in batches]
     except MptkError:
         raise

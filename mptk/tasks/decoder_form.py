@@ -95,7 +95,7 @@ class DecoderForm(OnnxForm):
         half, objective = wanted == "float16", settings.objective
         file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
         text = None if samples is None else samples.inputs["input_ids"]
-        return quantised(dense, file, text, log)
+        return quantised(dense, [file], text, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         decoder = opened(folder / GRAPH_FILE, device, settings)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
@@ -26,7 +25,6 @@ from mptk.tasks.padding import IDS, MASK, about_padding, padded_as_said
 from passes.frontend.trace import Flat, trace
 from passes.targets.onnx.emit import Axes
 from passes.targets.onnx.names import ONNX_FILE
-from passes.targets.onnx.quantize import BLOCKS
 
 SIMILARITIES = ("logits_per_image", "logits_per_text")
 EMBEDS = ("text_embeds", "image_embeds")
@@ -48,10 +46,6 @@ class NamedOutputs(Flat):
 
 class DualEncoderForm(ModelForm):
     """``model.onnx`` with the similarities of all texts with all images, and the embeddings."""
-
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
-            raise MptkError(f"{blocks[0]} is for models that read only tokens, not images; use fp16")
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model for any numbers of texts and images, with all its outputs, and what is said of padding.

@@ -23,11 +23,22 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
+from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import CHANGED, HALF, GraphRun, about, cut, stages_of, traced_as
+from mptk.tasks.exporting import (
+    CHANGED,
+    GraphRun,
+    about,
+    check_float,
+    cut,
+    logits_apart,
+    quantised,
+    stages_of,
+    traced_as,
+)
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.text import example_ids
 from mptk.tasks.model_form import LOGITS
@@ -36,9 +47,9 @@ from passes.frontend.trace import uncached
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
 from passes.targets.onnx.extract import GraphPart
+from passes.targets.onnx.names import quantized, scheme_of
 from passes.verify import Difference, Placed
 
-ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DECODER_IDS = "decoder_input_ids"
 HIDDEN = "last_hidden_state"
 DECODER_NAMES = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
@@ -65,11 +76,10 @@ class WithHidden(nn.Module):
 class EncoderDecoderForm(OnnxForm):
     """``encoder_model.onnx`` and ``decoder_model.onnx``, which takes all tokens of the text so far."""
 
+    graphs = (DECODER_FILE, ENCODER_FILE)
+
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        if settings.quantize or settings.onnx_dtype == HALF:
-            raise MptkError(
-                "the graphs of an encoder-decoder are written in float32 only; leave out --quantize and --onnx-dtype"
-            )
+        check_float(settings, "an encoder-decoder")
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         model = dense.loaded.model
@@ -87,26 +97,27 @@ class EncoderDecoderForm(OnnxForm):
             folder,
             Interface({name: DECODER_AXES.get(name, TEXT_AXES) for name in traced.names}, (LOGITS, HIDDEN)),
             parts={
-                ENCODER: GraphPart({name: name for name in read}, (HIDDEN,)),
-                DECODER: GraphPart(decoder, (LOGITS,)),
+                ENCODER_FILE: GraphPart({name: name for name in read}, (HIDDEN,)),
+                DECODER_FILE: GraphPart(decoder, (LOGITS,)),
             },
             objective="prefill",
             metadata=about(dense, plan) | padding,
             log=log,
         )
-        return [CHANGED] if IDS in traced.names and not padding else []
+        notes = quantised(dense, [folder / name for name in self.graphs], None, log)
+        return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        run = both(folder, device)
+        run = both(folder / DECODER_FILE, device)
         steps = {"ONNX Runtime steps": partial(steps_of, run)}
-        return stages_of(run, OrtGraph(folder / ENCODER), lambda output, _: output, steps)
+        return stages_of(run, OrtGraph(folder / ENCODER_FILE), lambda output, _: output, steps)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        run = both(file.parent, device)
+        run = both(file, device)
         return lambda samples: run(with_mask(samples.inputs))
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        raise MptkError(f"an encoder-decoder has no {scheme} graph; remove it from the folder")
+        return logits_apart(scheme, pairs)
 
 
 def steps_of(run: GraphRun, samples: Samples) -> Placed:
@@ -117,9 +128,10 @@ def steps_of(run: GraphRun, samples: Samples) -> Placed:
     return Placed(torch.cat(found, 1), torch.cat([torch.arange(part.shape[1]).expand_as(part) for part in parts], 1))
 
 
-def both(folder: Path, device: torch.device) -> GraphRun:
-    """What encoder and decoder compute together."""
-    encoder, decoder = OrtGraph(folder / ENCODER, device), OrtGraph(folder / DECODER, device)
+def both(file: Path, device: torch.device) -> GraphRun:
+    """What the decoder in ``file`` and the encoder of its scheme compute together."""
+    beside, scheme = file.with_name(ENCODER_FILE), scheme_of(file)
+    encoder, decoder = OrtGraph(quantized(beside, scheme) if scheme else beside, device), OrtGraph(file, device)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         made = dict(inputs) | {HIDDEN: encoder(inputs)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -27,7 +28,7 @@ from passes.analysis import group
 from passes.frontend.trace import export_program
 from passes.pipelines import cut_program, quantize_onnx
 from passes.targets.onnx.check_quantized import DIVERGENCES, divergence
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import data_file, quantized
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs, difference
 
 HALF, DTYPE = "float16", "dtype"
@@ -134,20 +135,28 @@ def cut(program: Program, dense: Dense, plan: Plan | None, log: Log, whole: Prog
     return cut_program(analysis, found, log, stored_type(dense.settings, dense.loaded)).program
 
 
-def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[str]:
-    """Write the quantised graphs that the settings name beside ``file``. Returns notes on graphs that are left out.
+def quantised(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log) -> list[str]:
+    """Write the quantised graphs that the settings name beside ``files``. Returns notes on schemes that are left out.
+
+    ``files``: the float graphs, the main one first. ``text``: to calibrate its int4 on.
 
     Raises:
         MptkError: one cannot be made, and the settings are strict.
     """
-    notes = []
+    notes, windows = [], None if text is None else text.numpy()
     for scheme in dense.settings.quantize:
+        made = list[Path]()
         try:
-            quantize_onnx(file, scheme, None if text is None else text.numpy(), log, dense.executor.device)
+            for file in files:
+                given = windows if file is files[0] else None
+                made.append(quantize_onnx(file, scheme, given, log, dense.executor.device))
         except MptkError as error:
             if dense.settings.strict:
                 raise
-            notes.append(left_out(f"{file.parent.name}/{QUANTIZED[scheme]}", error))
+            for file in made:
+                file.unlink()
+                file.with_name(data_file(file.name)).unlink()
+            notes.append(left_out(f"{files[0].parent.name}/{quantized(files[0], scheme).name}", error))
     return notes
 
 
@@ -159,6 +168,12 @@ def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
         DTYPE: HALF if dense.settings.onnx_dtype == HALF else "float32",
     }
     return {**said, **dense.about, **({} if plan is None else {"plan_sha256": plan.digest})}
+
+
+def check_float(settings: Settings, kind: str) -> None:
+    """Raise MptkError if the settings ask for main graphs in float16. ``kind``: of the model."""
+    if settings.onnx_dtype == HALF:
+        raise MptkError(f"the graphs of {kind} are written in float32; leave out --onnx-dtype, or give --quantize fp16")
 
 
 def is_half(graph: OrtGraph) -> bool:

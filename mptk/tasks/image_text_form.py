@@ -24,15 +24,15 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.decoder import EMBEDDINGS, MERGED_FILE, OrtDecoder
-from mptk.ort.embeddings import EMBEDDING_FILE, IMAGE_TOKEN, VISION_FILE
+from mptk.ort.decoder import MERGED_FILE, OrtDecoder
+from mptk.ort.embeddings import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, VISION_FILE
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import CASES, DecodingCase, decoded, opened
 from mptk.tasks.encoder_decoder_form import output_names, with_outputs
-from mptk.tasks.exporting import HALF, about, cut, equal
+from mptk.tasks.exporting import about, check_float, cut, equal, logits_apart, quantised
 from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
 from mptk.tasks.inputs.image_text import ImagesWithText, image_token
 from mptk.tasks.padding import IDS
@@ -100,12 +100,10 @@ class PicturedStep(DecoderStep):
 class ImageTextForm(OnnxForm):
     """``vision_encoder.onnx``, ``embed_tokens.onnx``, and ``decoder_model_merged.onnx`` with its KV cache."""
 
+    graphs = (MERGED_FILE, EMBEDDING_FILE, VISION_FILE)
+
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        if settings.quantize or settings.onnx_dtype == HALF:
-            raise MptkError(
-                "the graphs of a vision-language model are written in float32 only; leave out --quantize and "
-                "--onnx-dtype"
-            )
+        check_float(settings, "a vision-language model")
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
@@ -132,7 +130,7 @@ class ImageTextForm(OnnxForm):
             metadata={"objective": settings.objective, IMAGE_TOKEN: str(image_token(model)), **about(dense, plan)},
             log=log,
         )
-        return []
+        return quantised(dense, [folder / name for name in self.graphs], None, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         decoder = opened(folder / MERGED_FILE, device, settings)
@@ -148,7 +146,7 @@ class ImageTextForm(OnnxForm):
         return lambda samples: pictured(decoder, CASES[0], (), samples).outputs
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        raise MptkError(f"a vision-language model has no {scheme} graph; remove it from the folder")
+        return logits_apart(scheme, pairs)
 
 
 def images_in(samples: Samples) -> dict[str, Tensor]:

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples, joined
@@ -41,7 +39,6 @@ from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
 from passes.targets.onnx.names import ONNX_FILE
-from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
 
 LOGITS, FEATURES = "logits", "last_hidden_state"
@@ -60,11 +57,6 @@ class ModelForm(OnnxForm):
     output: str
     more: tuple[str, ...] = ()
 
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        blocks = [scheme for scheme in settings.quantize if scheme in BLOCKS]
-        if blocks and not is_text(inputs_of(model).example(model)):
-            raise MptkError(f"{blocks[0]} is for models that read tokens, not {model.main_input_name}; use fp16")
-
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
         traced, padding = self.traced(dense, samples)
@@ -80,7 +72,7 @@ class ModelForm(OnnxForm):
             metadata=about(dense, plan) | padding,
             log=log,
         )
-        notes = quantised(dense, file, None, log)
+        notes = quantised(dense, [file], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:

@@ -34,7 +34,6 @@ from mptk.tasks.numbers import Outputs, apart
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
 from passes.targets.onnx.emit import Axes
-from passes.targets.onnx.quantize import BLOCKS
 
 BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
@@ -208,10 +207,6 @@ class ModuleForm(ModelForm):
     """
 
     inputs: Mapping[str, Tensor] = field(kw_only=True)
-
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
-            raise MptkError(f"{blocks[0]} is only for models that read tokens, not for --inputs; use fp16")
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         program = dense.program

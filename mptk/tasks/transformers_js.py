@@ -11,28 +11,29 @@ from onnx import TensorProto
 
 from mptk.errors import ProofError
 from mptk.files import json_text, write_text
-from passes.targets.onnx.names import CACHE, ONNX_FILE, QUANTIZED, data_file
+from passes.targets.onnx.names import CACHE, data_file, quantized, scheme_of
 
 CONFIG_KEY = "transformers.js_config"
-HALVES = {ONNX_FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
-"""File whose cache may be float16 → what transformers.js calls its ``dtype``."""
+HALVES = {"": "fp32", "fp16": "fp16"}
+"""Scheme of a graph whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
 
 def entry(graphs: Path) -> dict[str, Any]:
     """The entry that is true of a folder of graphs; empty if none has its weights where transformers.js looks.
 
     ``use_external_data_format``: each graph has its weights in a file beside it. ``dtype``: what to take unless the
-    program says otherwise, if there is no int8 graph, which browsers take by themselves. ``kv_cache_dtype``: dtype →
-    the type of its cache, for releases before 4, which assume float32.
+    program says otherwise, if a float graph has no int8 graph, which browsers take by themselves. ``kv_cache_dtype``:
+    dtype → the type of its cache, for releases before 4, which assume float32.
     """
     files = [file for file in sorted(graphs.glob("*.onnx")) if file.with_name(data_file(file.name)).is_file()]
     if not files:
         return {}
-    names = {file.name for file in files}
-    caches = {dtype: "float16" for name, dtype in HALVES.items() if name in names and has_half_cache(graphs / name)}
+    schemes = {file: scheme_of(file) for file in files}
+    half = (scheme for file, scheme in schemes.items() if scheme in HALVES and has_half_cache(file))
+    caches = {HALVES[scheme]: "float16" for scheme in half}
     return {
         "use_external_data_format": True,
-        **({} if QUANTIZED["int8"] in names else {"dtype": "fp32"}),
+        **({} if all(quantized(file, "int8") in schemes for file in files if not schemes[file]) else {"dtype": "fp32"}),
         **({"kv_cache_dtype": caches} if caches else {}),
     }
 

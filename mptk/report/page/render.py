@@ -14,7 +14,7 @@ from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
 from mptk.reading import made
 from mptk.report import sections
-from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, advice_view
+from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, advice_view, commands
 from mptk.report.analysis import analysis_view
 from mptk.report.compare import grouped, heading
 from mptk.report.page import advice, charts
@@ -165,7 +165,8 @@ def advice_page(found: Advice) -> str:
         BY_FAMILY: [Figure("", advice.families_chart(found))],
         SENSITIVE: [Figure(name, advice.layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
-    best = [Section("The command", list(found.commands))] if found.commands else []
+    said = commands(found)
+    best = [Section("The command", said)] if said else []
     first, *others = view.sections
     return _filled([Chapter(View([first, *best, *others], view.title), drawn)])
 

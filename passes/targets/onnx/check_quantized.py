@@ -1,4 +1,4 @@
-"""check_quantized: compare a quantised ONNX decoder with its float graph, weight by weight.
+"""check_quantized: compare a quantised ONNX graph with its float graph, weight by weight.
 
 Channels are evened out before rounding (``smooth.py``, ``balance.py``), so the same is done to the float graph here.
 Then each output of a product and each block of its inputs must satisfy:
@@ -96,7 +96,7 @@ def _in_steps(difference: Floats, steps: Floats) -> Floats:
 
 
 def check_quantized(source: Path, file: Path, scheme: str) -> float:
-    """Compare ``file``, a graph of ``quantize_onnx``, with ``source``, its ``model.onnx``.
+    """Compare ``file``, a graph of ``quantize_onnx``, with ``source``, its float graph.
 
     Returns the largest deviation as a share of the allowed one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +13,20 @@ import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, helper
 
+from mptk.ort.embeddings import EMBEDDINGS, Embeddings
 from mptk.ort.sessions import CPU, open_session
+from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Floats
 
 Text = npt.NDArray[np.int64]
+
+IDS_AND_EMBEDDINGS = ("input_ids", EMBEDDINGS)
+OF_TEXT: dict[str, Callable[[Text], Text]] = {
+    "attention_mask": np.ones_like,
+    "token_type_ids": np.zeros_like,
+    "position_ids": lambda ids: np.tile(np.arange(ids.shape[1]), (len(ids), 1)),
+}
+"""Name of an input → what it is for token ids [windows, length] without padding."""
 
 TOKENS_AT_ONCE = 1024
 """Tokens in one run, or one window if that is longer."""
@@ -35,7 +45,7 @@ def measure_onnx(
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     Args:
-        file: a graph of ``emit_onnx`` in float32 that reads tokens.
+        file: a graph of ``emit_onnx`` in float32 that ``reads_text``.
         channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
         device: where the graph runs.
@@ -63,7 +73,8 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS_AT_ONCE // text.shape[1])):
-        for name, found in zip(channels, session.run(names, _feeds(session, text[start : start + step])), strict=True):
+        feeds = _feeds(session, text[start : start + step], file)
+        for name, found in zip(channels, session.run(names, feeds), strict=True):
             sums[name] = sums[name] + found
     return sums
 
@@ -77,18 +88,25 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
     return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
 
 
-def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[np.generic]]:
+def reads_text(inputs: Collection[str]) -> bool:
+    """Whether a graph with inputs of these names reads text: token ids, or embeddings that a graph beside it makes."""
+    return not {*IDS_AND_EMBEDDINGS}.isdisjoint(inputs) and all(
+        name in (*IDS_AND_EMBEDDINGS, *OF_TEXT) or name.startswith(CACHE) for name in inputs
+    )
+
+
+def _feeds(session: ort.InferenceSession, ids: Text, file: Path) -> dict[str, npt.NDArray[np.generic]]:
     """The inputs of a prompt without padding, with an empty cache, if the graph has one."""
-    batch, length = ids.shape
-    given = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "token_type_ids": np.zeros_like(ids),
-        "position_ids": np.tile(np.arange(length), (batch, 1)),
-    }
+    inputs = {i.name: i.shape for i in session.get_inputs()}
+    given: dict[str, npt.NDArray[np.generic]] = {name: make(ids) for name, make in OF_TEXT.items()}
+    given["input_ids"] = ids
+    if EMBEDDINGS in inputs:
+        given[EMBEDDINGS] = Embeddings(file.parent)(torch.from_numpy(ids)).numpy()
+    if len(axes := inputs.get("position_ids", ids.shape)) > ids.ndim:  # positions on several axes
+        given["position_ids"] = np.broadcast_to(given["position_ids"], (axes[0], *ids.shape))
     empty = {
-        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), dtype=np.float32)
-        for i in session.get_inputs()
-        if i.name not in given
+        name: np.zeros((len(ids), shape[1], 0, shape[3]), dtype=np.float32)
+        for name, shape in inputs.items()
+        if name.startswith(CACHE)
     }
-    return {i.name: ({**given, **empty})[i.name] for i in session.get_inputs()}
+    return {name: ({**given, **empty})[name] for name in inputs}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 ONNX_FOLDER = "onnx"
 ONNX_FILE = "model.onnx"
 CACHE = "past_key_values."
 """Prefix of a KV cache's inputs."""
-QUANTIZED = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx", "fp16": "model_fp16.onnx"}
-"""Scheme → the file of its graph. transformers.js calls the first ``q8``; browsers take it by themselves."""
+ENDINGS = {"int8": "_quantized", "int4": "_q4", "fp16": "_fp16"}
+"""Scheme → what its graphs' names end in. transformers.js calls the first ``q8``; browsers take it by themselves."""
 
 
 def data_file(name: str) -> str:
@@ -17,12 +18,29 @@ def data_file(name: str) -> str:
     return f"{name}_data"
 
 
-def quantized_files(folder: Path) -> list[Path]:
-    """The quantised graphs beside FILE."""
-    return sorted(folder.glob("model_*.onnx"))
+def quantized(file: Path, scheme: str) -> Path:
+    """The file of the scheme's graph beside the float graph in ``file``."""
+    return file.with_stem(file.stem + ENDINGS[scheme])
 
 
 def scheme_of(file: Path) -> str:
-    """The scheme of a quantised graph, by its file's name. Older folders name the files after the schemes."""
-    known = {name: scheme for scheme, name in QUANTIZED.items()}
-    return known.get(file.name, file.stem.removeprefix("model_"))
+    """The scheme of a quantised graph, by its file's name; "" of a float graph."""
+    return next((scheme for scheme, ending in ENDINGS.items() if file.stem.endswith(ending)), "")
+
+
+def float_file(file: Path) -> Path:
+    """The float graph of a quantised one, beside it."""
+    return file.with_stem(file.stem.removesuffix(ENDINGS[scheme_of(file)]))
+
+
+def quantized_files(folder: Path) -> dict[str, list[Path]]:
+    """Scheme → its graphs in a folder, for the schemes that have any."""
+    files = sorted(folder.glob("*.onnx"))
+    found = {scheme: [file for file in files if scheme_of(file) == scheme] for scheme in ENDINGS}
+    return {scheme: graphs for scheme, graphs in found.items() if graphs}
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    """The size of graphs with their weights."""
+    parts = (part for file in files for part in (file, file.with_name(data_file(file.name))))
+    return sum(part.stat().st_size for part in parts if part.is_file())

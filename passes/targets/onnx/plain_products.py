@@ -97,8 +97,9 @@ def products(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 
 def looks_up_tokens(graph: ir.Graph, node: ir.Node) -> bool:
-    """Whether a node looks token ids, the first input, up in a table."""
-    return node.op_type == "Gather" and is_constant(node.inputs[0]) and node.inputs[1] is graph.inputs[0]
+    """Whether a node looks token ids up in a table."""
+    ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    return node.op_type == "Gather" and is_constant(node.inputs[0]) and ids is not None and node.inputs[1] is ids
 
 
 def logit_products(model: ir.Model) -> set[str]:

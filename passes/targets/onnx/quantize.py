@@ -1,4 +1,4 @@
-"""quantize: write a quantised copy of a float32 ONNX decoder beside it.
+"""quantize: write a quantised copy of a float32 ONNX graph beside it.
 
 | scheme | weights of products | kernel |
 |---|---|---|
@@ -27,7 +27,7 @@ from onnx_ir.passes import common
 from mptk.ir.passes import Log
 from passes.targets.onnx.balance import BalancePass
 from passes.targets.onnx.block_weights import BLOCK
-from passes.targets.onnx.names import QUANTIZED
+from passes.targets.onnx.names import quantized as quantized_file
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
@@ -40,12 +40,12 @@ widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:
-    """Write the scheme's graph (``names.QUANTIZED``) and its weights beside ``source``. Returns the new file.
+    """Write the scheme's graph (``names.quantized``) and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
 
     Args:
-        source: the float graph, a ``model.onnx`` of ``write_onnx``.
+        source: the float graph, a file of ``write_onnx``.
         scheme: its name, for the file and its metadata.
         steps: the passes that quantise.
         log: is given a record of each pass.
@@ -56,7 +56,7 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
-    return save_graph(quantized, source.with_name(QUANTIZED[scheme]))
+    return save_graph(quantized, quantized_file(source, scheme))
 
 
 def even_channels(source: Path) -> list[ir.passes.PassBase]:

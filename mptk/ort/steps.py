@@ -1,0 +1,163 @@
+"""steps: what ``bench`` times of a graph, with made-up inputs: a decoder's steps, or a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from mptk.errors import MptkError, first_line
+from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
+from mptk.ort.embeddings import VISION_FILE
+from mptk.ort.sessions import CPU, open_file
+
+PHASES = ("prefill", "decode")
+"""Of a decoder with a cache."""
+WHOLE_RUNS = {MERGED_FILE: "decoder", DECODER_FILE: "decoder", GRAPH_FILE: "run"}
+"""Main graph → what a run of it is called if it has no cache."""
+PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE}, DECODER_FILE: {"encoder": ENCODER_FILE}}
+"""Main graph → the other graphs of such a model that compute much."""
+PACKED = "image_grid_thw"
+"""An input that says the sizes of packed images. No made-up one suits the others."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured run.
+
+    ``phase``: of a decoder with a cache, ``prefill`` or ``decode``; else which graph runs. ``length``: tokens of the
+    prompt, tokens in the cache before one decoding step, or tokens that the graph reads; 0 if it reads none.
+    """
+
+    phase: str
+    length: int
+    batch: int
+    threads: int
+
+    @property
+    def tokens(self) -> int:
+        """New tokens in one run; samples if the graph reads no tokens."""
+        return self.batch * (1 if self.phase == "decode" else max(1, self.length))
+
+    def __str__(self) -> str:
+        length, batch = f" {self.length}" if self.length else "", f" ×{self.batch}" if self.batch > 1 else ""
+        return f"{self.phase}{length}{batch}"
+
+
+class Stepper(Protocol):
+    """An open graph."""
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that run it, the one that is asked first coming first."""
+        ...
+
+    def step(self, case: Case) -> Callable[[], None]:
+        """A call that runs it once, with inputs and outputs bound beforehand."""
+        ...
+
+
+def opened(file: Path, decodes: bool, threads: int, device: torch.device = CPU) -> Stepper:
+    """An open graph. ``decodes``: it is a decoder with a cache."""
+    return Decoding(file, threads, device) if decodes else WholeRun(file, threads, device)
+
+
+class Decoding:
+    """A decoder with its cache."""
+
+    def __init__(self, file: Path, threads: int, device: torch.device) -> None:
+        self.decoder = OrtDecoder(file, threads=threads, device=device)
+
+    @property
+    def providers(self) -> list[str]:
+        return self.decoder.providers
+
+    def step(self, case: Case) -> Callable[[], None]:
+        return decoder_step(self.decoder, case)
+
+
+def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
+    """A call that runs one step with inputs and outputs bound beforehand. Token ids and cached values do not matter."""
+    prefill = case.phase == "prefill"
+    cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
+    ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)
+    mask = np.ones((case.batch, cache.length + ids.shape[1]), dtype=np.int64)
+    binding = decoder.binding(ids, mask, cache)
+    return lambda: decoder.session.run_with_iobinding(binding)
+
+
+class WholeRun:
+    """A graph without a cache, run as a whole."""
+
+    def __init__(self, file: Path, threads: int, device: torch.device) -> None:
+        self.file, self.session = file, open_file(file, device, threads)
+
+    @property
+    def providers(self) -> list[str]:
+        return list(self.session.get_providers())
+
+    def step(self, case: Case) -> Callable[[], None]:
+        """Raises MptkError if it does not run with ``case.length`` tokens."""
+        binding = self.session.io_binding()
+        for value in self.session.get_inputs():
+            binding.bind_cpu_input(value.name, made_up(value, case))
+        for value in self.session.get_outputs():
+            binding.bind_output(value.name)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no base class
+            raise MptkError(
+                f"{self.file} does not run on {case.batch} × {case.length}: {first_line(error)}; give other --lengths"
+            ) from error
+        return lambda: self.session.run_with_iobinding(binding)
+
+
+def made_up(value: Any, case: Case) -> npt.NDArray[Any]:
+    """An input: masks of ones, ids of zeros, random numbers else."""
+    shape = [size if isinstance(size, int) else _size(str(size), case.batch, case.length) for size in value.shape]
+    if value.type == "tensor(bool)":
+        return np.ones(shape, np.bool_)
+    if value.type in NUMPY_TYPES:
+        return np.random.default_rng(0).standard_normal(shape, np.float32).astype(NUMPY_TYPES[value.type])
+    return np.full(shape, int("mask" in value.name), np.int64)
+
+
+def graphs_of(file: Path) -> dict[str, Path]:
+    """Phase → the graph that runs in it, for a main graph and those of its scheme beside it."""
+    main = next((name for name in WHOLE_RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
+    ending = file.stem.removeprefix(Path(main).stem)
+    inputs = {value.name for value in onnx.load(file, load_external_data=False).graph.input}
+    cached = any(name.startswith(PAST_KEYS) for name in inputs)
+    found = dict.fromkeys(PHASES if cached else (WHOLE_RUNS[main],), file)
+    for phase, name in PARTS.get(main, {}).items():
+        part = (file.parent / name).with_stem(Path(name).stem + ending)
+        if part.is_file() and PACKED not in axes_of(part):
+            found[phase] = part
+    return found
+
+
+def axes_of(file: Path) -> dict[str, list[str]]:
+    """Input of a graph → the names of its open axes."""
+    graph = onnx.load(file, load_external_data=False).graph
+    return {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim if d.dim_param] for v in graph.input}
+
+
+def sizes_of(file: Path, batch: int, length: int) -> dict[str, int]:
+    """Open axis of a graph's inputs → its size."""
+    return {name: _size(name, batch, length) for axes in axes_of(file).values() for name in axes}
+
+
+def lengths_of(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
+    """``lengths``, or 0 if no input has an axis of tokens."""
+    open_axes = sizes_of(file, batch=0, length=1).values()
+    return lengths if phase in PHASES or any(open_axes) else (0,)
+
+
+def _size(axis: str, batch: int, length: int) -> int:
+    return batch if "batch" in axis or axis == "num_images" else length

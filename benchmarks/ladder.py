@@ -1,7 +1,7 @@
-"""Three sizes of a model in three ways: each from the dense model, each from the next larger one, and trained together.
+"""Three sizes of a model: each cut from the dense one, each from the next larger one, or trained together.
 
     python -m benchmarks.ladder --train PATH[,PATH] --wikitext FILE --c4 FILE [--model smollm2-135m] [--sparsities 0.2,0.3,0.5]
-        [--steps 48] [--batch 4] [--samples 48] [--length 128] [--windows 40] [--json FILE] [--work DIR] [--quick]
+        [--steps 48] [--batch 4] [--samples 48] [--length 128] [--windows 10] [--json FILE] [--work DIR] [--quick]
 
     separate   a `prune` run for each size
     cascaded   one `mptk.ladder`, also with half of the steps
@@ -28,6 +28,9 @@ from benchmarks.ladder_shared import train_together
 from benchmarks.quality import add, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import ladder, prune
+
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
+"""Key of a row → the name of the text whose perplexity it has."""
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,21 @@ def fill(study: Study, file: Path) -> list[dict[str, Any]]:
     return [r for r in rows_in(file) if r.items() >= study.asked.items()]
 
 
-def table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[str]:
-    """A line a way: tokens, minutes, each perplexity, and their geometric mean over the separate runs'."""
-    dense = next(r for r in rows if r["way"] == "dense")
-    sparsities = sorted({r["sparsity"] for r in rows if r is not dense})
-    ways = list(dict.fromkeys((r["way"], r["steps"]) for r in rows if r is not dense))
-    found = {(r["way"], r["steps"], r["sparsity"]): r for r in rows if r is not dense}
-    columns = [f"{name}, {sparsity:.0%}" for sparsity in sparsities for name in texts]
-    lines = [f"| way | tokens | processor minutes | {' | '.join(columns)} | beside separate runs |"]
-    lines.append(f"|---|---:|---:|{'---:|' * (len(columns) + 1)}")
-    logs: dict[tuple[str, int], list[float]] = {}
-    for way, steps in ways:
-        each = [found[way, steps, sparsity] for sparsity in sparsities]
-        values = [r[name] for r in each for name in texts]
-        logs[way, steps] = [math.log(value) for value in values]
-        beside = math.expm1(fmean(logs[way, steps]) - fmean(logs[ways[0]]))
-        cells = [way, f"{each[0]['tokens']:,}", f"{each[0]['processor_minutes']:.1f}", *(f"{v:.2f}" for v in values)]
-        lines.append(f"| {' | '.join(cells)} | {beside:+.1%} |")
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a way: perplexity at each size, and the geometric mean over sizes beside the separate runs', by text."""
+    found = {(r["way"], r["steps"], r["sparsity"]): r for r in rows if r["way"] != "dense"}
+    ways = sorted({key[:2] for key in found}, key=lambda way: (way[0] != "separate", way[0], -way[1]))
+    sparsities = sorted({sparsity for *_, sparsity in found})
+    columns = [f"{sparsity:.0%}: {text}" for sparsity in sparsities for text in TEXTS.values()]
+    columns += [f"all: {text}" for text in TEXTS.values()]
+    lines = [f"| | tokens | processor minutes | {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) + 2)}"]
+    for way in ways:
+        each = [(found[*way, sparsity], found[*ways[0], sparsity]) for sparsity in sparsities]
+        cells = [f"{row[name]:.1f}" for row, _ in each for name in TEXTS]
+        rises = {name: fmean(math.log(row[name] / apart[name]) for row, apart in each) for name in TEXTS}
+        cells += [f"{math.expm1(rise):+.1%}" for rise in rises.values()]
+        row = each[0][0]
+        lines.append(f"| {way[0]} | {row['tokens']:,} | {row['processor_minutes']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -140,7 +141,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
     samples: Annotated[int, typer.Option(help="Windows to score and fit with.")] = 48,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 128,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens of each text to measure on.")] = 40,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens of each text to measure on.")] = 10,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/ladder.json"),
     work: Path = Path("runs/ladder"),
     quick: Annotated[bool, typer.Option("--quick", help="2 steps, few windows: to see that it runs.")] = False,
@@ -149,9 +150,9 @@ def main(
     if quick:
         steps, samples, windows = 2 * len(sizes), 8, 2
     training, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
-    texts = {"wikitext2": wikitext, "c4": str(held_out)}
+    texts = dict(zip(TEXTS, (wikitext, str(held_out)), strict=True))
     study = Study(model, sizes, str(training), texts, samples, length, windows, steps, batch, work)
-    print("\n".join(table(fill(study, json_file), list(texts))))
+    print("\n".join(table(fill(study, json_file))))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def one_step(sizes: Sequence[Size], shared: dict[str, nn.Parameter], teacher: nn
         logits = functional_call(size.module, size.weights(shared), kwargs=how).logits
         loss = class_losses(logits, targets, wanted, LossWeights())["loss"]
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if i == 0:
             wanted = logits.detach()
     return losses

@@ -53,7 +53,7 @@ def genai(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def genai_rows(ours: Path, theirs: Path, about: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
-    """Our graph beside genai's of the same model and precision, these two alone taking turns (``bench_graphs``).
+    """Our graph beside genai's of the same model and precision, only these two taking turns (``bench_graphs``).
 
     ``ratio``: of our time over theirs, the median of the rounds'.
     """

@@ -128,8 +128,8 @@ def bench_graphs(
         progress: called with a stage, the cases done and all cases.
 
     Raises:
-        MptkError: a file is missing, or its graphs are of another kind than the first; a graph does not run on so many
-            tokens; fewer than two rounds.
+        MptkError: a file is missing, or its graphs are of another kind than the first; a graph does not run on one of
+            the lengths; fewer than two rounds.
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")

@@ -21,7 +21,7 @@ IMAGE_TOKEN = "image_token"
 class Embeddings:
     """The graphs beside a decoder that reads embeddings.
 
-    ``ending``: of the names of quantised graphs, as ``"_q4"``; those that are missing are replaced by the float ones.
+    ``ending``: of the names of quantised graphs, as ``"_q4"``; a missing graph is replaced by the float one.
 
     Raises:
         MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.

@@ -46,7 +46,7 @@ CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
     "mptk/ir/unification.py": ("test_axes.py", "test_soundness.py", *RANDOM),
-    "mptk/ir/resolved_plan.py": ("test_plan.py", *CUTS),
+    "mptk/ir/resolved_plan.py": ("test_plan.py", *CUTS, "test_depth.py"),
     "passes/transforms/rewrite.py": CUTS,
     "passes/transforms/masked_reference.py": CUTS,
     "passes/transforms/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
@@ -59,7 +59,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py"),
     "mptk/proof/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
     "mptk/publish/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
-    "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
+    "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py", "test_trust.py"),
     "mptk/io/checkpoint.py": ("test_checkpoint.py",),
     "passes/targets/stock/emit.py": ("test_emit_hf.py",),
 }

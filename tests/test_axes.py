@@ -228,6 +228,10 @@ def test_a_cut_inside_a_unit_is_refused() -> None:
     assert [shape(p) for p in split_sum(term, 24) or []] == ["((a2 + 1)·b8)", "0"]
 
 
+def test_a_cut_inside_the_first_of_several_segments_leaves_the_others_in_order() -> None:
+    assert [shape(p) for p in split_sum(concat((Axis(4), Axis(2), Axis(3))), 1) or []] == ["1", "(a3 + b2 + c3)"]
+
+
 def test_a_factor_that_does_not_divide_is_refused() -> None:
     assert split_product(Axis(10), 4, last=True) is None
     assert split_product(concat((Axis(4), Axis(6))), 4, last=True) is None

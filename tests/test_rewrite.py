@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
 from mptk.ir.program import Program, parameter_count
 from mptk.ir.resolved_plan import resolve_plan
 from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 
 SIZES = [(2, 7), (1, 5), (3, 19)]
@@ -63,6 +65,14 @@ def test_the_shapes_that_a_cut_graph_tells_are_those_it_computes(architecture: s
     cut = mptk.rewrite(analysis, random_plan(analysis))
     told = {n.name: n.meta["val"].shape for n in cut.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     assert told.items() >= computed_shapes(cut).items()
+
+
+def test_a_rewrite_says_how_many_weights_it_sliced(llama: Analysis) -> None:
+    plan, log = random_plan(llama), Log()
+    cut = cut_program(llama, resolve_plan(llama, plan), log).program
+    sliced = sum(t.shape != llama.program.state_dict()[name].shape for name, t in cut.state_dict().items())
+    (said,) = [record["notes"] for record in log.as_list() if record["name"] == "rewrite"]
+    assert list(said) == [f"{sliced} weights sliced"]
 
 
 def computed_shapes(program: Program) -> dict[str, torch.Size]:

@@ -228,6 +228,12 @@ def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
         assert not many.squares[c].any()
 
 
+def test_gradients_of_tokens_are_counted_for_each_scope() -> None:
+    solver, g = Solver({"heads": (1, 2, 3)}, lambda _: 1.0, 1.0, 10), torch.randn(5, 6)
+    solver.watch("heads", 0, g)
+    assert torch.allclose(solver.squares["heads"][0].flatten(), g.square().sum(0).to(solver.squares["heads"]))
+
+
 def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None:
     g = torch.Generator().manual_seed(5)
     h = torch.rand(3, 1, 400, generator=g).mul(6).exp() * 1e-3

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 NUMBERED = "axes are told apart by their numbers, whichever these are"
+CAUTION = "an input whose axes are frozen is caution: nothing is lost"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
+    """-    if moved.relative > TOLERANCE:
++    if moved.relative >= TOLERANCE:""": "no difference is the tolerance to the last bit",
+    """-    return isinstance(value, Tensor) and value.is_floating_point()
++    return isinstance(value, Tensor) or value.is_floating_point()""": CAUTION,
+    """-        data=_reached(flow, [n for n in inputs if n not in caches and _is_floating(n)]),
++        data=_reached(flow, [n for n in inputs if n not in caches or _is_floating(n)]),""": CAUTION,
     """-    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=True))}
 +    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=False))}""": (
         "a view that counts as a write is caution: nothing is lost"

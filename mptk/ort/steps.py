@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx names no error of its own
 
 from mptk.errors import MptkError, first_line
 from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
@@ -132,8 +133,7 @@ def graphs_of(file: Path) -> dict[str, Path]:
     """Phase → the graph that runs in it, for a main graph and those of its scheme beside it."""
     main = next((name for name in WHOLE_RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
     ending = file.stem.removeprefix(Path(main).stem)
-    inputs = {value.name for value in onnx.load(file, load_external_data=False).graph.input}
-    cached = any(name.startswith(PAST_KEYS) for name in inputs)
+    cached = any(name.startswith(PAST_KEYS) for name in axes_of(file))
     found = dict.fromkeys(PHASES if cached else (WHOLE_RUNS[main],), file)
     for phase, name in PARTS.get(main, {}).items():
         part = (file.parent / name).with_stem(Path(name).stem + ending)
@@ -143,8 +143,11 @@ def graphs_of(file: Path) -> dict[str, Path]:
 
 
 def axes_of(file: Path) -> dict[str, list[str]]:
-    """Input of a graph → the names of its open axes."""
-    graph = onnx.load(file, load_external_data=False).graph
+    """Input of a graph → the names of its open axes. Raises MptkError if the file is not a graph."""
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except DecodeError as error:
+        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
     return {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim if d.dim_param] for v in graph.input}
 
 

@@ -1,0 +1,45 @@
+"""Each kind of model goes through the commands of a user: analyze, prune, verify, export, eval and bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tiny_models import tiny_model
+
+KINDS = {
+    "causal-lm": "llama",
+    "masked-lm": "bert",
+    "seq2seq": "bart",
+    "image-classification": "vit",
+    "ctc": "wav2vec2",
+    "semantic-segmentation": "segformer",
+    "object-detection": "yolos",
+    "depth-estimation": "dpt",
+    "video-classification": "timesformer",
+    "time-series-prediction": "patchtst",
+    "zero-shot-image-classification": "clip",
+    "image-text-to-text": "llava",
+}
+"""Mapping of transformers → the type that is tried."""
+FEW = ("--data", "random", "--length", "12")
+SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--align", "1")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mapping", KINDS)
+def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -> None:
+    dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"
+    tiny_model(mapping, KINDS[mapping]).model.save_pretrained(dense)
+    lengths = ("--lengths", "512" if mapping == "ctc" else "12")
+    for words in (
+        ("analyze", dense),
+        ("prune", dense, "--method", "wanda", "--sparsity", "0.2", *FEW, *SIZES, "--out", out),
+        ("verify", out),
+        ("export", dense, "--out", graphs),
+        ("eval", out, *FEW, "--windows", "2"),
+        ("bench", graphs, out, "--rounds", "2", *lengths),
+    ):
+        assert typed(*words) == 0, words

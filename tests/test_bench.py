@@ -12,7 +12,7 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 from mptk import MptkError, export
 from mptk.ort.bench import Bench, alternate, bench_graphs
 from mptk.ort.roofline import graph_work, run_work
-from mptk.ort.steps import sizes_of
+from mptk.ort.steps import Case
 from mptk.ort.unaligned import unaligned_weights
 from mptk.reading import made
 from mptk.report.markdown import rendered
@@ -207,7 +207,7 @@ def test_operations_of_an_encoder_of_speech_are_what_its_sizes_say(other_kinds):
     convolutions = 3 * width * (8 * 2 * frames + width * frames)
     block = frames * (4 * width * width + 2 * width * ffn + 2 * frames * width)
     file = other_kinds["speech"] / "encoder_model.onnx"
-    work = run_work(file, sizes_of(file, batch=1, length=0))
+    work = run_work(file, Case("encoder", 0, 1, 1))
     assert work.flops == 2 * (convolutions + config.encoder_layers * block)
 
 
@@ -219,3 +219,20 @@ def test_models_of_two_kinds_are_not_compared(other_kinds, dense):
 def test_a_length_that_a_graph_does_not_take_is_said_in_one_line(other_kinds):
     with pytest.raises(MptkError, match=r"does not run on 1 × 900: .*; give other --lengths"):
         bench_graphs({"encoder": other_kinds["encoder"]}, lengths=(900,), rounds=2)
+
+
+class Frames(torch.nn.Module):
+    """A convolution over the frames of all samples, whose number the graph does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = torch.nn.Conv2d(3, 5, 2)
+
+    def forward(self, x):
+        return self.kernel(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def test_sizes_that_a_graph_does_not_tell_are_those_of_a_run(tmp_path):
+    folder = export(Frames().eval(), tmp_path, example_inputs=torch.randn(2, 4, 3, 6, 6))
+    work = run_work(folder / "model.onnx", Case("run", 6, 7, 1))
+    assert work.flops == 2 * 7 * 6 * 5 * (5 * 5) * (3 * 2 * 2)

@@ -26,7 +26,7 @@ from mptk.errors import MptkError
 from mptk.ort.decoder import onnx_file
 from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory, run_work
 from mptk.ort.sessions import CPU, HOST
-from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened, sizes_of
+from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened
 from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, silent
 
@@ -216,7 +216,7 @@ def _work(file: Path, case: Case) -> int:
         return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
     if case.phase == "prefill":
         return graph_work(file, sequence=case.length, past=0, batch=case.batch).flops
-    return run_work(file, sizes_of(file, case.batch, case.length)).flops
+    return run_work(file, case).flops
 
 
 def _rows(

@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.errors import MptkError
 from mptk.ort.sessions import CPU, open_session
-from mptk.ort.steps import PHASES, Case, graphs_of, opened
+from mptk.ort.steps import PHASES, Case, graphs_of, opened, shapes_in_run, sizes_of
 
 SIDE = 1024
 """Side of the matrices. Three of them take 12 MB, which a cache holds."""
@@ -133,25 +133,38 @@ def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepW
         "past_sequence_length": past,
         "total_sequence_length": past + sequence,
     }
-    return run_work(file, lengths, past + sequence)
+    return _work(_at_lengths(onnx.load(file, load_external_data=False), lengths), {}, past + sequence)
 
 
-def run_work(file: Path, lengths: Mapping[str, int], positions: int | None = None) -> StepWork:
-    """Work of one run of a graph. ``lengths``: name of an open axis → its size.
+COUNTED = ("Attention", "Conv", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul", "MatMulNBits", "RNN")
+"""Operators whose operations are counted."""
 
-    ``positions``: that attention reads; None: as many as its keys have by the graph.
-    """
-    model = _at_lengths(onnx.load(file, load_external_data=False), lengths)
-    graph = model.graph
-    shapes = {w.name: list(w.dims) for w in graph.initializer}
-    shapes |= {v.name: _shape(v) for v in (*graph.input, *graph.value_info, *graph.output)}
-    flops = sum(_flops(node, shapes, positions) for node in graph.node)
+
+def run_work(file: Path, case: Case) -> StepWork:
+    """Work of a whole run of a graph. Sizes that it does not tell are those of a run."""
+    model = _at_lengths(onnx.load(file, load_external_data=False), sizes_of(file, case.batch, case.length))
+    told, read = _shapes(model), (node for node in model.graph.node if node.op_type in COUNTED)
+    values = dict.fromkeys(name for node in read for name in (*node.input, *node.output) if name)
+    return _work(model, shapes_in_run(file, [name for name in values if 0 in told.get(name, (0,))], case), None)
+
+
+def _work(model: ModelProto, more: Mapping[str, Sequence[int]], positions: int | None) -> StepWork:
+    """``more``: shapes that the graph does not tell. ``positions``: that attention reads; None: by its keys' shape."""
+    graph, shapes = model.graph, {**_shapes(model), **more}
+    flops = sum(_flops(node, shapes, positions) for node in graph.node if node.op_type in COUNTED)
     cache = sum(
         math.prod(shapes[v.name]) * _bits(v.type.tensor_type.elem_type)
         for v in graph.input
         if v.name.startswith("past_key_values.")
     )
     return StepWork(flops, (cache + _weight_bits(model)) // 8)
+
+
+def _shapes(model: ModelProto) -> dict[str, list[int]]:
+    """Value of a graph → its shape; 0 for a size that the graph does not tell."""
+    graph = model.graph
+    shapes = {w.name: list(w.dims) for w in graph.initializer}
+    return shapes | {v.name: _shape(v) for v in (*graph.input, *graph.value_info, *graph.output)}
 
 
 def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
@@ -164,11 +177,8 @@ def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
 
 def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int | None) -> int:
     if node.op_type == "Attention":
-        flops = (
-            2
-            * (positions or shapes[node.input[1]][-2])
-            * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
-        )
+        read = positions or shapes[node.input[1]][-2]
+        flops = 2 * read * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
     elif node.op_type == "MatMulNBits":
         inputs, outputs = (next(a.i for a in node.attribute if a.name == name) for name in ("K", "N"))
         flops = 2 * inputs * outputs * math.prod(shapes[node.input[0]][:-1])
@@ -180,11 +190,9 @@ def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int 
     elif node.op_type in ("LSTM", "GRU", "RNN"):
         weights = sum(math.prod(shapes[name]) for name in node.input[1:3])
         flops = 2 * weights * math.prod(shapes[node.input[0]][:2])
-    elif node.op_type in ("MatMul", "Gemm"):
+    else:  # MatMul, Gemm
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         flops = 2 * shapes[node.input[0]][0 if transposed else -1] * math.prod(shapes[node.output[0]])
-    else:
-        return 0
     if not flops:
         raise MptkError(f"cannot count the operations of {node.name}: its shape is unknown; export the model again")
     return flops

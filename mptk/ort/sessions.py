@@ -17,6 +17,8 @@ from mptk.errors import MptkError, first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""The entry of a session's configuration that says where the weights of a graph given as bytes are."""
 
 Provider = tuple[str, dict[str, Any]]
 """Name and options, as ``InferenceSession`` takes them."""

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from mptk.errors import MptkError, first_line
 from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
 from mptk.ort.embeddings import VISION_FILE
-from mptk.ort.sessions import CPU, open_file
+from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")
 """Of a decoder with a cache."""
@@ -160,6 +160,17 @@ def lengths_of(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
     """``lengths``, or 0 if no input has an axis of tokens."""
     open_axes = sizes_of(file, batch=0, length=1).values()
     return lengths if phase in PHASES or any(open_axes) else (0,)
+
+
+def shapes_in_run(file: Path, names: Sequence[str], case: Case) -> dict[str, list[int]]:
+    """The shapes that values of a graph without a cache have in a run."""
+    if not names:
+        return {}
+    proto = onnx.load(file, load_external_data=False)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = open_session(proto.SerializeToString(), entries={WEIGHTS_FOLDER: str(file.parent.resolve())})
+    found = session.run(names, {value.name: made_up(value, case) for value in session.get_inputs()})
+    return {name: list(value.shape) for name, value in zip(names, found, strict=True)}
 
 
 def _size(axis: str, batch: int, length: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from mptk.ort.embeddings import EMBEDDINGS, Embeddings
-from mptk.ort.sessions import CPU, open_session
+from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_session
 from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Floats
 
@@ -32,7 +32,6 @@ TOKENS_AT_ONCE = 1024
 """Tokens in one run, or one window if that is longer."""
 BYTES = 1 << 30
 """Size of the sums in one session, or of one value's sums if they are larger."""
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def measure_onnx(

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx names no error of its own
 
 from mptk.errors import MptkError, first_line
 from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
@@ -146,7 +145,7 @@ def axes_of(file: Path) -> dict[str, list[str]]:
     """Input of a graph → the names of its open axes. Raises MptkError if the file is not a graph."""
     try:
         graph = onnx.load(file, load_external_data=False).graph
-    except DecodeError as error:
+    except Exception as error:  # protobuf's, which onnx does not name
         raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
     return {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim if d.dim_param] for v in graph.input}
 

@@ -42,6 +42,7 @@ LIMIT_S, HANGS_S = 400, 1600
 
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
 HIDDEN = "test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
+CACHED = "test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"
 CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
@@ -53,7 +54,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "passes/analysis/zero_propagation.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
     "passes/analysis/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
     "passes/analysis/dependence.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
-    "passes/check_cut.py": ("test_check_cut.py",),
+    "passes/check_cut.py": ("test_check_cut.py", CACHED),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
     "mptk/methods/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
     "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py"),

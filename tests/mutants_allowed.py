@@ -7,6 +7,10 @@ CAUTION = "an input whose axes are frozen is caution: nothing is lost"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
+    """-            if _identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
++            if _identity(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
+        "no test can change a file twice within one tick of the file system's clock"
+    ),
     """-    if moved.relative > TOLERANCE:
 +    if moved.relative >= TOLERANCE:""": "no difference is the tolerance to the last bit",
     """-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptk import MptkError, Plan, analyze, trace
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import Samples, next_tokens
+from mptk.progress import within
 from mptk.proof.verification import changes_of
 from mptk.report.sections import proof_view
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
@@ -145,3 +146,10 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
     save_file({name: bias}, tmp_path / "compensation.safetensors")
     with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is not a bias of the model"):
         changes_of(analysis, Plan({}), tmp_path, {}, False)
+
+
+def test_progress_names_the_stage_that_is_proven() -> None:
+    program, said = trace(nn.Linear(3, 2), torch.ones(1, 3)), list[str]()
+    with within(lambda stage, done, total, figures="": said.append(figures), "prove"):
+        prove(program, {"reloaded": (program, TOLERANCE)}, Samples({"x": torch.ones(1, 3)}))
+    assert "reloaded" in said

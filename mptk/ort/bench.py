@@ -110,9 +110,6 @@ def bench_graphs(
 ) -> Bench:
     """Time ONNX graphs of one kind of model (``steps.graphs_of``).
 
-    A decoder: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache. Another model:
-    whole runs of each of its graphs, on ``lengths`` tokens if it reads text.
-
     The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
 
@@ -135,9 +132,7 @@ def bench_graphs(
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
     say, models = progress or silent, _of_one_kind({name: onnx_file(path) for name, path in graphs.items()})
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
-    timed = {phase: file for phase, file in next(iter(models.values())).items() if phases is None or phase in phases}
-    sizes = {phase: lengths_of(file, phase, lengths) for phase, file in timed.items()}
-    cases = [Case(p, n, b, t) for t in threads for p in timed for b in batches for n in sizes[p]]
+    cases = _cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
     peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
@@ -150,13 +145,23 @@ def bench_graphs(
         peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
     rows = [row for case in cases for row in _rows(case, models, times[case], peaks[case.threads])]
     measured = [_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
-    tokens = {phase: 1 if phase == "decode" else max(sizes[phase]) for phase in timed}
-    products = _products(models, {phase: count for phase, count in tokens.items() if count}, threads[0], rounds, device)
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _products(models, cases, rounds, device))
 
 
 GraphOf = Mapping[str, Path]
 """Phase → the graph of a model that runs in it."""
+
+
+def _cases(
+    parts: GraphOf,
+    phases: Sequence[str] | None,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    threads: Sequence[int],
+) -> list[Case]:
+    timed = {phase: file for phase, file in parts.items() if phases is None or phase in phases}
+    sizes = {phase: lengths_of(file, phase, lengths) for phase, file in timed.items()}
+    return [Case(p, n, b, t) for t in threads for p in timed for b in batches for n in sizes[p]]
 
 
 def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
@@ -170,16 +175,17 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
 
 
 def _products(
-    models: Mapping[str, GraphOf], tokens: Mapping[str, int], threads: int, rounds: int, device: torch.device
+    models: Mapping[str, GraphOf], cases: Sequence[Case], rounds: int, device: torch.device
 ) -> list[Unaligned]:
-    """The products of unaligned widths. ``tokens``: phase → how many tokens a product has in it."""
-    found = list[Unaligned]()
+    """The products of unaligned widths in the longest case of each phase that reads tokens, with the first threads."""
+    tokens = {
+        case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
+    }
+    timed, found = partial(alternate, rounds=rounds), list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
-            rows = [count for phase, count in tokens.items() if parts[phase] == file]
-            found += time_unaligned(
-                name, file, rows=rows, threads=threads, device=device, alternate=partial(alternate, rounds=rounds)
-            )
+            rows = [count for phase, count in tokens.items() if count and parts[phase] == file]
+            found += time_unaligned(name, file, rows, cases[0].threads, device, timed)
     return found
 
 

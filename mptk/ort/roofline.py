@@ -17,6 +17,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.errors import MptkError
+from mptk.ort.decoder import PAST_KEYS
 from mptk.ort.sessions import CPU, open_session
 from mptk.ort.steps import PHASES, Case, graphs_of, opened, shapes_in_run, sizes_of
 
@@ -155,7 +156,7 @@ def _work(model: ModelProto, more: Mapping[str, Sequence[int]], positions: int |
     cache = sum(
         math.prod(shapes[v.name]) * _bits(v.type.tensor_type.elem_type)
         for v in graph.input
-        if v.name.startswith("past_key_values.")
+        if v.name.startswith(PAST_KEYS)
     )
     return StepWork(flops, (cache + _weight_bits(model)) // 8)
 

@@ -40,6 +40,14 @@ def test_help_fits_80_columns_and_cuts_no_name(command: str) -> None:
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_help_lists_every_command_below_what_it_is_for() -> None:
+    said = CliRunner().invoke(commands, ["--help"], env={"COLUMNS": "80"}).stdout
+    at = [
+        said.index(text) for text in ("Prune a model", "analyze ", "prune ", "Check the result", "report ", "Use the")
+    ]
+    assert at == sorted(at)
+
+
 # ---- choices ----
 
 

@@ -113,7 +113,7 @@ def command(
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
         lines = [f"mptk {example}".replace("[", r"\[") for example in examples]
-        app.command(name, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
+        app.command(called, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
         return function
 
     return add

@@ -6,3 +6,17 @@ from mptk.cli import advise, models, prune, use, verify
 from mptk.cli.app import app, main
 
 __all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
+
+PANELS = {
+    "Prune a model": ("analyze", "advise", "prune", "recover", "shapes"),
+    "Check the result": ("report", "verify", "eval", "rerun"),
+    "Use the result": ("generate", "bench", "export", "gguf", "push"),
+    "Packaged models": ("models", "fetch"),
+    "Look inside mptk": ("show", "passes", "ops"),
+}
+"""Title → commands, in the order in which ``mptk --help`` shows them."""
+
+_TITLES = {name: title for title, names in PANELS.items() for name in names}
+app.registered_commands.sort(key=lambda command: [*_TITLES].index(str(command.name)))
+for each in app.registered_commands:
+    each.rich_help_panel = _TITLES[str(each.name)]

@@ -12,6 +12,7 @@ from mptk.config.cases import (
     CUT,
     ENGINED,
     LADDER,
+    NO_LADDER,
     NO_CLASS,
     PHASED,
     PLANNED,
@@ -120,6 +121,13 @@ class CutSettings(Record):
         PRUNE,
         CHOOSES,
         form="path",
+    )
+    shared: bool = setting(
+        False,
+        "Train all sizes of --ladder as one set of weights: one folder, from which `mptk rung` makes each smaller one.",
+        CUT,
+        PRUNE,
+        (NO_LADDER,),
     )
     portable: bool = setting(
         True,

@@ -74,22 +74,21 @@ def ladder(
     if chosen.shared:
         with reporting(progress) as say:
             found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
-        largest = Pruned(found.report, place, compiled=found.compiled)
-        return [largest, *(rung(place, size) for size in sparsities[1:])]
+        return [_pruned(place, found), *(rung(place, size) for size in sparsities[1:])]
     steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
     with reporting(progress) as say:
 
-        def context(rung: LadderRun) -> Context:
-            say(f"sparsity {rung.out.name}", 0, 0)
+        def context(step: LadderRun) -> Context:
+            say(f"sparsity {step.out.name}", 0, 0)
             return Context(Log(on_record=on_stage), say)
 
-        return [_pruned(rung, found) for rung, found in climb(ready, place, steps, context) if leads()]
+        return [_pruned(step.out, found) for step, found in climb(ready, place, steps, context) if leads()]
 
 
-def _pruned(rung: LadderRun, found: Finished | None) -> Pruned:
-    report = Report.read(rung.out)
+def _pruned(place: Path, found: Finished | None) -> Pruned:
+    report = Report.read(place)
     compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-    return Pruned(report, rung.out, compiled=compiled)
+    return Pruned(report, place, compiled=compiled)
 
 
 def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:

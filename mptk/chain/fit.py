@@ -128,6 +128,7 @@ def adopted(
     row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
+        row = {**row, "metric": "training loss, added up over the sizes"} if prepared.settings.shared else row
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
     difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)

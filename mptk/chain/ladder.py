@@ -126,9 +126,7 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
     return found
 
 
-def complete(
-    places: Sequence[Path], asked: Settings, sparsities: Sequence[float], needs: Needs | None
-) -> Settings:
+def complete(places: Sequence[Path], asked: Settings, sparsities: Sequence[float], needs: Needs | None) -> Settings:
     """The settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed.
 
     Raises:

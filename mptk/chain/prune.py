@@ -154,9 +154,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
             context.folder.remove()
 
 
-def cut_down(
-    job: Job, prepared: Prepared, sets: SampleSets, context: Context
-) -> tuple[Compiled, list[Difference]]:
+def cut_down(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
     """Choose what is cut, fit what stays, and cut. Also returns the difference of a model that learned its masks."""
     start = begun(prepared)
     chosen = choose(job, start, sets, context)

@@ -1,4 +1,4 @@
-"""shared: the sizes of a ladder as one set of weights. The largest is published, with what the smaller ones have beside it.
+"""shared: the sizes of a ladder as one set of weights, in one folder.
 
 Units are chosen as in a ladder, each size's among the next larger one's, before any training. Then each step trains all
 sizes (``methods/maskprune/together.py``). Each is written and proven as a folder of its own, of which only the largest

@@ -33,16 +33,13 @@ def sliced(weight: Tensor, places: Sequence[Tensor]) -> Tensor:
     return weight
 
 
-def in_folder(folder: Path) -> Weights:
+def in_files(files: Sequence[Path]) -> Weights:
     """The weights in a checkpoint's files, each read when it is asked for, under their names there.
 
     Raises:
         MptkError: a file is damaged.
     """
-    found = dict[str, Lazy]()
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= _lazy(file)
-    return Weights(found)
+    return Weights({name: lazy for file in files for name, lazy in _lazy(file).items()})
 
 
 def _lazy(file: Path) -> dict[str, Lazy]:
@@ -117,4 +114,4 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8)))
 
 
-__all__ = ["Places", "in_folder", "restore_file", "sliced", "write_part"]
+__all__ = ["Places", "in_files", "restore_file", "sliced", "write_part"]

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from mptk.io.slices import Places, sliced
 from passes.frontend.trace import uncached
 
+
 class Together(nn.Module):
     """The sizes, the largest first. Only the largest size's parameters and the others' own ones require a gradient.
 

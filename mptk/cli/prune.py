@@ -108,7 +108,7 @@ def recover(
 
 @command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
 def rung(
-    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder … --shared`.")],
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
     size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
     destination: Annotated[Path | None, out_folder("Folder for that size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result that was changed.")] = False,

@@ -16,7 +16,7 @@ from mptk.ir.weights import Weights
 from mptk.protocols.report import RUNGS
 from mptk.publish.manifest import MARKER, file_sha256, listed, read_manifest
 
-PART = ".part"
+PART_SUFFIX = ".part"
 """What the name of a part adds to the file's: no program takes it for weights."""
 
 
@@ -35,7 +35,7 @@ def keep_rung(full: Path, folder: Path, places: Places) -> None:
         place = rung / name
         if _has_weights(name):
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_part(file, larger, places, rung / f"{name}{PART}")
+            write_part(file, larger, places, rung / f"{name}{PART_SUFFIX}")
         elif not same.is_file() or file_sha256(same) != file_sha256(file):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
@@ -50,7 +50,7 @@ def restore_rung(folder: Path, size: str, new: Path) -> None:
     rung = folder / RUNGS / size
     own, shared, larger = {*listed(rung)}, {*listed(folder)}, _weights(folder)
     for name, digest in read_manifest(rung).items():
-        part, file = f"{name}{PART}", new / name
+        part, file = f"{name}{PART_SUFFIX}", new / name
         if not {name, part} & (own | shared):  # names come from a file; these are in the folders
             raise MptkError(f"{folder} lacks {name} of size {size}; do not use it, prune again")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ class CutSettings(Record):
     )
     shared: bool = setting(
         False,
-        "Train all sizes of --ladder as one set of weights: one folder, from which `mptk rung` makes each smaller one.",
+        "One set of weights for all sizes of --ladder, in one folder; `mptk rung` writes each smaller one.",
         CUT,
         PRUNE,
         (NO_LADDER,),

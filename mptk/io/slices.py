@@ -22,7 +22,6 @@ from mptk.reading import damaged
 
 Places = Mapping[str, Sequence[Tensor]]
 """Weight → for each dimension the positions that a smaller model has of a larger one's, ascending, int64."""
-REMEDY = "prune again"
 
 
 def sliced(weight: Tensor, places: Sequence[Tensor]) -> Tensor:
@@ -73,7 +72,7 @@ def restore_file(part: Path, larger: Weights, file: Path) -> None:
     Raises:
         MptkError: ``part`` is damaged, or does not fit ``larger``.
     """
-    wrong = damaged(part, REMEDY)
+    wrong = damaged(part, "prune again")
     stored, found, places = load_tensors(part, wrong), dict[str, Tensor | Lazy](), dict[str, dict[int, Tensor]]()
     for key, tensor in stored.items():
         name, mark, d = key.rpartition("@")
@@ -112,6 +111,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return bool(one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8)))
-
-
-__all__ = ["Places", "in_files", "restore_file", "sliced", "write_part"]

@@ -48,12 +48,12 @@ class Together(nn.Module):
         return functional_call(module, self.weights(size), kwargs=inputs) if size else module(**inputs)
 
     @property
-    def views(self) -> list[View]:
+    def views(self) -> list[OneSize]:
         """The sizes as modules."""
-        return [View(self, size) for size in range(len(self.sizes))]
+        return [OneSize(self, size) for size in range(len(self.sizes))]
 
 
-class View(nn.Module):
+class OneSize(nn.Module):
     """One size of ``together``, to be called as its own module is."""
 
     def __init__(self, together: Together, size: int) -> None:

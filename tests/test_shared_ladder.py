@@ -19,8 +19,16 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
 from mptk import MptkError, Pruned
+from mptk.config.learning import Training
+from mptk.distributed.processes import accelerator
 from mptk.io.slices import in_files, restore_file, sliced, write_part
+from mptk.ir.samples import next_tokens
+from mptk.methods.maskprune.losses import class_losses
+from mptk.methods.maskprune.together import Together
+from mptk.methods.maskprune.train import Loop
+from mptk.protocols.run_folder import RunFolder
 from mptk.publish.manifest import check_manifest, file_sha256, write_manifest
+from mptk.tasks import CAUSAL_LM
 
 llama, prepared_once, text = test_ladder.llama, test_ladder.prepared_once, test_ladder.text
 SHARED: dict[str, Any] = {**TRAINED, "steps": 30, "save_every": 3, "lr": 1e-2, "shared": True}
@@ -292,6 +300,72 @@ def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) 
     with pytest.raises(MptkError, match=r"lacks ../../../secret of size 0.4"):
         mptk.rung(place, 0.4, tmp_path / "small")
     check_manifest(place)
+
+
+# ---- a step of training ----
+
+
+def linear(rows: int, scale: float = 1.0) -> torch.nn.Module:
+    """The first ``rows`` hidden units of one module; ``scale`` changes the second layer."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    first, second = torch.nn.Linear(4, rows), torch.nn.Linear(rows, 3)
+    with torch.no_grad():
+        first.weight.copy_(module[0].weight[:rows])
+        first.bias.copy_(module[0].bias[:rows])
+        second.weight.copy_(scale * module[1].weight[:, :rows])
+        second.bias.copy_(module[1].bias)
+    return Takes(first, second)
+
+
+class Takes(torch.nn.Module):
+    """Two layers; it takes ids, of which its first layer gets numbers."""
+
+    def __init__(self, first: torch.nn.Linear, second: torch.nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        x = torch.nn.functional.one_hot(input_ids % 4, 4).float()
+        return (self.second(self.first(x)),)
+
+
+def places_of(rows: int) -> dict[str, list[torch.Tensor]]:
+    kept = torch.arange(rows)
+    return {
+        "first.weight": [kept, torch.arange(4)],
+        "first.bias": [kept],
+        "second.weight": [torch.arange(3), kept],
+    }
+
+
+def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_the_largest(tmp_path: Path) -> None:
+    together = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
+    assert [sorted(own) for own in together.own[1:]] == [[], ["second.weight"]]
+    assert [tuple(p.shape) for n, p in together.named_parameters() if p.requires_grad and "2." in n] == [(3, 4)]
+    windows = next_tokens(torch.arange(24).view(4, 6) % 3)
+    teacher = torch.randn(4, 6, 3)
+    training = Training(batch=4, micro=4, lr=1e-2, clip=1e9)
+    folder = RunFolder(tmp_path / "m", {}, resume=True)
+    given = (accelerator("no"), together, lambda samples: (teacher, None), CAUSAL_LM, windows, 1, training, "recovery")
+    one = Loop(*given, folder, sizes=together.views)
+    one.optimizer.step = one.optimizer.zero_grad = lambda: None
+    metrics, _ = one._step(0)
+    wanted = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
+    own, target = windows[one.rows(0)], teacher
+    for size, view in enumerate(wanted.views):
+        (logits,) = view(**own.inputs)
+        loss = class_losses(logits, own.targets, target, training.losses)["loss"]
+        loss.backward()
+        assert metrics[f"loss of size {size + 1}"] == pytest.approx(float(loss), rel=1e-5)
+        target = logits.detach() if not size else target
+    for name, parameter in wanted.named_parameters():
+        found = dict(together.named_parameters())[name]
+        if parameter.requires_grad:
+            assert torch.allclose(found.grad, parameter.grad, atol=1e-6), name
+            assert parameter.grad.abs().max() > 0
+        else:
+            assert found.grad is None
 
 
 # ---- parts of files ----

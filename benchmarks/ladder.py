@@ -5,7 +5,7 @@
 
     separate   a `prune` run for each size
     cascaded   one `mptk.ladder`, also with half of the steps
-    shared     one set of weights for all sizes (``benchmarks/ladder_shared.py``)
+    shared     one `mptk.ladder` with one set of weights for all sizes
 
 All cut with Wanda and reconstruction, and train all weights. Steps, tokens and processor minutes are of all sizes
 together. Rows that the JSON file has are not computed again; an interrupted way begins anew.
@@ -24,10 +24,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.ladder_shared import train_together
 from benchmarks.quality import add, measure, rows_in
 from benchmarks.quality_text import write_mixture
-from mptk import ladder, prune
+from mptk import ladder, prune, rung
 
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 """Key of a row → the name of the text whose perplexity it has."""
@@ -79,8 +78,10 @@ class Study:
         ladder(self.model, out, self.sparsities, steps=steps, **self.keywords)
 
     def shared(self, out: Path, steps: int) -> None:
-        each = steps // len(self.sparsities)
-        train_together(self.model, out, self.sparsities, each, self.batch, self.keywords)
+        largest = self.folder(out, self.sparsities[0])
+        ladder(self.model, largest, self.sparsities, steps=steps, shared=True, **self.keywords)
+        for sparsity in self.sparsities[1:]:
+            rung(largest, sparsity, self.folder(out, sparsity))
 
     def folder(self, out: Path, sparsity: float) -> Path:
         return out / f"{sparsity:g}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mptk.api.graphs import bench as bench
     from mptk.api.graphs import export as export
     from mptk.api.ladder import ladder as ladder
+    from mptk.api.ladder import rung as rung
     from mptk.api.pruned import Pruned as Pruned
     from mptk.api.pruned import prune as prune
     from mptk.api.recovery import recover as recover
@@ -43,7 +44,7 @@ _HOMES = {
     "mptk.api.advice": ("advise", "shapes"),
     "mptk.api.compiler": ("analyze", "rewrite", "rule", "show", "trace"),
     "mptk.api.graphs": ("bench", "export"),
-    "mptk.api.ladder": ("ladder",),
+    "mptk.api.ladder": ("ladder", "rung"),
     "mptk.api.pruned": ("Pruned", "prune"),
     "mptk.api.recovery": ("recover",),
     "mptk.api.use": ("evaluate", "generate"),

@@ -117,4 +117,5 @@ def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_aft
 def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
     one = loop(tmp_path, "held", watch=Watch(WINDOWS))
     with torch.no_grad():
-        assert one._held_out(WINDOWS) == pytest.approx(float(one._losses(WINDOWS)["loss"]), rel=1e-6)
+        (losses,) = one._losses(WINDOWS)
+        assert one._held_out(WINDOWS) == pytest.approx(float(losses["loss"]), rel=1e-6)

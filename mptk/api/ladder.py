@@ -14,14 +14,18 @@ from mptk.api.sources import GivenInputs, Model
 from mptk.api.words import public
 from mptk.chain.estimate import estimator
 from mptk.chain.job import Finished
-from mptk.chain.ladder import LadderRun, climb, rungs
+from mptk.chain.ladder import LadderRun, climb, name_of, rungs, share
+from mptk.compile.rungs import restore_rung, sizes_in
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
+from mptk.files import scratch
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
+from mptk.publish.folder import check_apart, publish
+from mptk.publish.manifest import check_manifest
 
 
 @public
@@ -51,7 +55,9 @@ def ladder(
         out: folder for the results, each in a folder named after its sparsity: ``runs/m/0.2``.
         sparsities: shares of the budget to remove, ascending.
         keywords: as in ``prune``, like all other arguments. All models together take ``steps`` or ``minutes``, in equal
-            parts. ``resume`` goes on with the model that was interrupted; finished ones stay.
+            parts. ``resume`` goes on with the model that was interrupted; finished ones stay. With ``shared`` each step
+            trains all models as one set of weights. ``out`` is then one folder, the largest model's, and ``rung`` makes
+            a folder of each smaller one.
 
     Returns:
         The pruned models, the largest first. If several processes work on one run, only the first gets them.
@@ -65,23 +71,69 @@ def ladder(
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
     place = Path(out)
     ready = job(place)
+    if chosen.shared:
+        with reporting(progress) as say:
+            found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
+        return [_pruned(place, found), *(rung(place, size) for size in sparsities[1:])]
     steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
     with reporting(progress) as say:
 
-        def context(rung: LadderRun) -> Context:
-            say(f"sparsity {rung.out.name}", 0, 0)
+        def context(step: LadderRun) -> Context:
+            say(f"sparsity {step.out.name}", 0, 0)
             return Context(Log(on_record=on_stage), say)
 
-        return [_pruned(rung, found) for rung, found in climb(ready, place, steps, context) if leads()]
+        return [_pruned(step.out, found) for step, found in climb(ready, place, steps, context) if leads()]
 
 
-def _pruned(rung: LadderRun, found: Finished | None) -> Pruned:
-    report = Report.read(rung.out)
+def _pruned(place: Path, found: Finished | None) -> Pruned:
+    report = Report.read(place)
     compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-    return Pruned(report, rung.out, compiled=compiled)
+    return Pruned(report, place, compiled=compiled)
 
 
 def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
     """What a ladder needs. No model runs. Raises the errors of ``mptk.ladder``."""
     needs = estimator(model)
     return total([needs(rung.settings) for rung in rungs(Path(), settings, sparsities, needs)])
+
+
+@public
+def rung(folder: str | Path, size: float, out: str | Path | None = None, *, overwrite: bool = False) -> Pruned:
+    """A smaller size of a ladder whose sizes share weights, as the ordinary folder that the ladder proved::
+
+        small = mptk.rung("runs/m", 0.4, "runs/small").model
+
+    It is made from the largest size's weights and the size's own. No model runs; each file has the digest of the proven
+    one.
+
+    Args:
+        folder: the ``out`` folder of ``ladder(…, shared=True)``.
+        size: its sparsity, as the ladder was given it.
+        out: the folder to write; None: a temporary one, which lives as long as the result.
+        overwrite: as in ``Settings``.
+
+    Raises:
+        MptkError: the folder was changed, or has no such size; or ``out`` cannot be written.
+    """
+    place, name = Path(folder), name_of(size)
+    sizes = checked_sizes(place)
+    if name not in sizes:
+        raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
+    kept = scratch() if out is None else None
+    made = kept.folder / name if kept is not None else Path(str(out))
+    check_apart(made, place)
+    with publish(made, overwrite=overwrite) as new:
+        restore_rung(place, name, new)
+    return Pruned(Report.read(made), made, kept=kept)
+
+
+def checked_sizes(folder: Path) -> list[str]:
+    """The names of the sizes within the folder of the largest, as it was published.
+
+    Raises:
+        MptkError: the folder was changed, or has no other sizes.
+    """
+    check_manifest(folder)
+    if not (sizes := sizes_in(folder)):
+        raise MptkError(f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`")
+    return sizes

@@ -64,7 +64,7 @@ def recovery(
     check_manifest(folder)
     changes = {**values(settings, "recover"), "learning": settings.learning}
     changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
-    changes["search"] = False
+    changes |= dict.fromkeys(("search", "shared"), False)
     settings = replace(report.settings, **changes, plan=str(folder / "plan.json"))
 
     def given(prepared: Prepared) -> Chosen:

@@ -55,6 +55,10 @@ def rerun(
         )
     if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
+    if before.settings.shared:
+        raise MptkError(
+            f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
+        )
     start = read_recipe(folder / RECIPE_FILE).get("folder")
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
     # A report does not choose where this machine writes: neither a folder nor the user's account.

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from mptk.chain.kept import kept_fit
 from mptk.compile.changes import widened
 from mptk.compile.cut import changed, cut_to, small_model
 from mptk.distributed.processes import holds
+from mptk.io.slices import Places
 from mptk.ir.resolved_plan import removed_blocks, renumbering
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
-from mptk.methods.maskprune.learner import Learner
+from mptk.methods.maskprune.learner import Learner, Recovered
+from mptk.methods.maskprune.together import Together
 from mptk.methods.reconstruct import consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
 from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
@@ -70,18 +78,57 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         weights = compiled.exact.state_dict() if learner.keeps else {}
         small = small_model(compiled, weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
-        found = learner.recover(small, steps, sets.proof, used, held_out)
-    if found is None:
-        return compiled, []
-    program = prepared.analysis.program
+        found = learner.recover(small, steps, sets.proof, used, guards(sets, s.training.batch))
+    return (compiled, []) if found is None else adopted(compiled, found, sets, context)
+
+
+def recovered_together(
+    compiled: Sequence[Compiled], sets: SampleSets, context: Context
+) -> list[tuple[Compiled, list[Difference]]]:
+    """``recovered`` for the sizes of a ladder that share their weights, the largest first."""
+    if context.folder is None or context.accelerator is None:
+        return [(each, []) for each in compiled]
+    prepared = compiled[0].prepared
+    s = prepared.recovery
+    learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
+    with context.stage("recover"):
+        modules = [small_model(each, each.exact.state_dict()) for each in compiled]
+        sizes = zip(modules, (places(each, compiled[0]) for each in compiled), strict=True)
+        held_out = guards(sets, s.training.batch)
+        found = learner.recover_together(Together(list(sizes)), prepared.settings.steps, sets.proof, held_out)
+    return [adopted(each, one, sets, context) for each, one in zip(compiled, found, strict=True)]
+
+
+def places(compiled: Compiled, largest: Compiled) -> Places:
+    """Where the weights of a size are in the largest size's, which has the same units and more."""
+    analysis, found = compiled.analysis, dict[str, list[Tensor]]()
+    for name, owner in {**{name: name for name in analysis.weights}, **analysis.program.aliases}.items():
+        terms, one, other = analysis.weights.get(owner, ()), largest.chosen.cut, compiled.chosen.cut
+        if one.elsewhere(terms) is None and other.elsewhere(terms) is None:
+            pairs = [(one.positions(term), other.positions(term)) for term in terms]
+            found[name] = [torch.from_numpy(np.searchsorted(there, here)) for there, here in pairs]
+    return found
+
+
+def guards(sets: SampleSets, batch: int) -> Samples | None:
+    """The held-out samples that training is watched on."""
+    return None if sets.held_out is None else sets.held_out[:batch]
+
+
+def adopted(
+    compiled: Compiled, found: Recovered, sets: SampleSets, context: Context
+) -> tuple[Compiled, list[Difference]]:
+    """The model with the weights that training found, and the witness's difference."""
+    prepared, chosen = compiled.prepared, compiled.chosen
+    s, program = prepared.recovery, prepared.analysis.program
     old = renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
     owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
     named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
     chosen = chosen.with_weights(widened(compiled.analysis, chosen.cut, Weights(named)))
-    row: Row = {"rank": learner.rank, "lr": s.training.lr}
+    row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
+        row = {**row, "metric": "training loss, added up over the sizes"} if prepared.settings.shared else row
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
     difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)

@@ -35,6 +35,7 @@ class Job:
     is read once at the start, or the method chooses.
     ``needs`` estimates the run with complete settings, if that is possible. ``samples``: the caller's samples.
     ``vocabulary``: the caller's texts, whose tokens stay. ``further``: sparsities to which its result is cut further.
+    ``ladder``: the sparsities of all sizes, if they share weights.
     ``dense`` gives what the function makes: the analysed model, which the runs of a ladder share.
     """
 
@@ -48,6 +49,7 @@ class Job:
     vocabulary: Sequence[str] | None = None
     plan: Plan | None = None
     further: Sequence[float] = ()
+    ladder: Sequence[float] = ()
     dense: Callable[[Callable[[], AnalysedDense]], AnalysedDense] = lambda make: make()
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mptk.chain.amounts import in_time, resumed, settled
 from mptk.chain.job import Finished, Job
-from mptk.chain.prune import FOUND, described, run
+from mptk.chain.prune import FOUND, described, run, started
+from mptk.chain.shared import check_shared, together
 from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
@@ -79,6 +80,8 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):
         raise MptkError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
+    if settings.shared:
+        check_shared(settings)
     if 0 < (steps := settings.steps) < len(sparsities):
         count = len(sparsities)
         raise MptkError(f"--steps {steps} is less than one for each of {count} models; give {count} or more")
@@ -109,12 +112,10 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
     """The rungs, the largest model first, with complete settings: those of an unfinished ladder if it is resumed.
 
     Raises:
-        MptkError: as ``divided``; or minutes were given, and the ladder takes longer.
+        MptkError: as ``complete``.
     """
-    each, places = divided(asked, sparsities), [out / name_of(sparsity) for sparsity in sparsities]
-    if asked.resume:
-        each = resumed(each, next(filter(None, map(_earlier, places)), {}))
-    each = settled(each) if needs is None else in_time(each, needs_of(needs, sparsities))
+    places = [out / name_of(sparsity) for sparsity in sparsities]
+    each = complete(places, asked, sparsities, needs)
     if (learning := each.learning).teacher == "cached" and learning.teacher_cache is None:
         each = with_keywords(each, {"teacher_cache": str(beside(out) / TEACHER)})
     found, larger = list[LadderRun](), None
@@ -123,6 +124,25 @@ def rungs(out: Path, asked: Settings, sparsities: Sequence[float], needs: Needs 
         found.append(LadderRun(place, replace(each, sparsity=sparsity, larger=larger, minutes=None, seed=seed)))
         larger = str(place.resolve())
     return found
+
+
+def complete(places: Sequence[Path], asked: Settings, sparsities: Sequence[float], needs: Needs | None) -> Settings:
+    """The settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed.
+
+    Raises:
+        MptkError: as ``divided``; or minutes were given, and the ladder takes longer.
+    """
+    each = divided(asked, sparsities)
+    if asked.resume:
+        each = resumed(each, next(filter(None, map(_earlier, places)), {}))
+    return settled(each) if needs is None else in_time(each, needs_of(needs, sparsities))
+
+
+def share(job: Job, asked: Settings, sparsities: Sequence[float], context: Context) -> Finished:
+    """Make one folder of all sizes, which share their weights (``chain/shared.py``). Raises the errors of ``climb``."""
+    each = complete([job.out], asked, sparsities, job.needs)
+    job = replace(job, further=sparsities[1:], ladder=sparsities)
+    return started(together, job, replace(each, sparsity=sparsities[0], minutes=None), context)
 
 
 def selects(settings: Settings) -> bool:

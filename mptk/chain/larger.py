@@ -127,7 +127,7 @@ def joined(prepared: Prepared, chosen: Chosen) -> Chosen:
     """
     if (start := prepared.start) is None:
         return chosen
-    folder, plan = prepared.settings.larger, chosen.plan
+    folder, plan = prepared.settings.larger or "the next larger size", chosen.plan
     kept = kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
     for name, units in prepared.stays.items():
         if name not in kept or (kept[name] & ~units).any():

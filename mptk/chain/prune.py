@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TypeVar
 
 from mptk.chain.amounts import in_time, note, resumed, settled
@@ -29,7 +30,7 @@ from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
 from mptk.distributed.processes import leads, once, processes
-from mptk.errors import ProofError, explained
+from mptk.errors import MptkError, ProofError, explained
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
@@ -66,6 +67,8 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof exceeds its tolerance. ``job.out`` then stays as it was.
     """
+    if settings.shared:
+        raise MptkError("only the sizes of a ladder can share weights; use mptk.ladder, or leave out --shared")
     return started(worked, job, settings, context)
 
 
@@ -138,14 +141,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
         prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
-    start = begun(prepared)
-    chosen = choose(job, start, sets, context)
-    witnessed = []
-    if chosen.witness is not None:
-        analysis = changed(start, chosen)
-        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
-    chosen = joined(prepared, distilled(start, reconstructed(start, chosen, sets, context), sets, context))
-    compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, context))
+    compiled, witnessed = cut_down(job, prepared, sets, context)
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
     if not processes().is_main_process:
@@ -156,6 +152,18 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     finally:
         if context.folder is not None:
             context.folder.remove()
+
+
+def cut_down(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
+    """Choose what is cut, fit what stays, and cut. Also returns the difference of a model that learned its masks."""
+    start = begun(prepared)
+    chosen = choose(job, start, sets, context)
+    witnessed = []
+    if chosen.witness is not None:
+        analysis = changed(start, chosen)
+        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
+    chosen = joined(prepared, distilled(start, reconstructed(start, chosen, sets, context), sets, context))
+    return with_drafter(compile_plan(prepared, chosen, sets.calibration, context)), witnessed
 
 
 def remedy(compiled: Compiled) -> str:
@@ -209,9 +217,17 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
 
 
 def written_folder(
-    job: Job, compiled: Compiled, sets: SampleSets, witnessed: list[Difference], context: Context
+    job: Job,
+    compiled: Compiled,
+    sets: SampleSets,
+    witnessed: list[Difference],
+    context: Context,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> Report:
-    """Write, prove and publish the folder. The quality in its report is measured afterwards."""
+    """Write, prove and publish the folder. The quality in its report is measured afterwards.
+
+    ``add``: writes what else the folder has.
+    """
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
     with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
@@ -236,8 +252,9 @@ def written_folder(
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, remedy(compiled))
         require_unchanged(job, prepared)
-        write_recipe(folder, job.source, prepared.settings, job.start)
+        write_recipe(folder, job.source, prepared.settings, job.start, job.ladder)
         copy_notices(prepared.loaded.path, folder)
+        add(folder)
         report = describe(compiled, proven, sets, [*notes, *proven.left_out, proven.note], folder, context)
         report.write(folder)
         write_card(report, compiled, folder)

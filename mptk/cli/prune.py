@@ -106,6 +106,28 @@ def recover(
     carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
 
 
+@command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+def rung(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
+    size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
+    destination: Annotated[Path | None, out_folder("Folder for that size.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result that was changed.")] = False,
+) -> None:
+    """Write a smaller size of a ladder that shares weights: the folder that the run proved. No model runs."""
+    from mptk.api import ladder
+    from mptk.report import sections as report
+    from mptk.report.runs import read_runs, with_rungs
+
+    if size is None:
+        ladder.checked_sizes(folder)
+        out.print(report.comparison_view(read_runs(with_rungs([folder]))))
+        return
+    if destination is None:
+        raise MptkError("the result needs a folder; give --out FOLDER")
+    ladder.rung(folder, parse_share(size, "SIZE"), destination, overwrite=overwrite)
+    out.print(f"written to {destination}", soft_wrap=True)
+
+
 def carry_out_ladder(
     model: str, place: Path | None, settings: Settings, sparsities: Sequence[float], estimate: bool
 ) -> None:
@@ -120,13 +142,17 @@ def carry_out_ladder(
         return
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
-    places = [place / name_of(each) for each in sparsities]
+    places = [place] if settings.shared else [place / name_of(each) for each in sparsities]
     with resumable(*places, goes_on=settings.resume), stages(err) as progress:
         found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
     if found:
         out.print(report.prune_view(found[-1].report))
         out.print(report.comparison_view([Run(each.place.name, each.report) for each in found]))
-        out.print(f"written to {', '.join(str(each.place) for each in found)}", soft_wrap=True)
+        if settings.shared:
+            smaller = ", ".join(each.place.name for each in found[1:])
+            out.print(f"written to {place}; `mptk rung {place} SIZE --out FOLDER` writes {smaller}", soft_wrap=True)
+        else:
+            out.print(f"written to {', '.join(str(each.place) for each in found)}", soft_wrap=True)
 
 
 def show_needs(found: Estimate, place: Path | None) -> None:

@@ -22,6 +22,9 @@ ALL_STAY = Idle(
     "give a --sparsity, or leave it out",
 )
 LADDER = Idle(lambda a: a.ladder, "--ladder names the sizes", "leave out one of both")
+NO_LADDER = Idle(
+    lambda a: not a.ladder, "only the sizes of --ladder can share weights", "give --ladder, or leave it out"
+)
 CHOOSES = (PLANNED, ALL_STAY)
 """Cases of the settings that say how units are chosen."""
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")

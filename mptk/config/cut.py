@@ -13,6 +13,7 @@ from mptk.config.cases import (
     ENGINED,
     LADDER,
     NO_CLASS,
+    NO_LADDER,
     PHASED,
     PLANNED,
     PRUNE,
@@ -120,6 +121,13 @@ class CutSettings(Record):
         PRUNE,
         CHOOSES,
         form="path",
+    )
+    shared: bool = setting(
+        False,
+        "One set of weights for all sizes of --ladder, in one folder; `mptk rung` writes each smaller one.",
+        CUT,
+        PRUNE,
+        (NO_LADDER,),
     )
     portable: bool = setting(
         True,

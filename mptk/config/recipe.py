@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,11 +46,19 @@ def recorded(record: Record, command: str) -> dict[str, object]:
     return found
 
 
-def write_recipe(folder: Path, source: str, settings: Settings, start: Path | None = None) -> None:
-    """Write the ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``."""
+def write_recipe(
+    folder: Path, source: str, settings: Settings, start: Path | None = None, ladder: Sequence[float] = ()
+) -> None:
+    """Write the ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``.
+
+    ``ladder``: the sparsities of sizes that share weights, of which ``settings`` have one, and its part of the steps.
+    """
     model = absolute(source)
     command = "prune" if start is None else "recover"
     values = recipe(model, settings, command)
+    if ladder:
+        values |= {"ladder": ",".join(f"{size:g}" for size in ladder), "steps": len(ladder) * settings.steps}
+        del values["sparsity"]
     if start is not None:
         values = {"folder": str(start.resolve()), **values}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

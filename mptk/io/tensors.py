@@ -38,9 +38,9 @@ def _like(opened: Any, name: str) -> Tensor:
     return torch.empty(shape, dtype=(part[:0] if shape else opened.get_tensor(name)).dtype, device="meta")
 
 
-def write_weights(file: Path, weights: Weights) -> None:
+def write_weights(file: Path, weights: Weights, metadata: dict[str, str] | None = None) -> None:
     """Write ``weights`` under their own names. One is in memory at a time."""
-    _write(weights, {name: deferred(name, like) for name, like in weights.likes.items()}, file)
+    _write(weights, {name: deferred(name, like) for name, like in weights.likes.items()}, file, metadata)
 
 
 def split(tensors: Mapping[str, Deferred], *, filename_pattern: str, max_shard_size: int | str) -> StateDictSplit:

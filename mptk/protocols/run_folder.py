@@ -59,6 +59,10 @@ class RunFolder:
         state.wait_for_everyone()
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
+    def within(self, name: str) -> RunFolder:
+        """The folder of a part of the run, in this one and of the same settings."""
+        return RunFolder(self.path / name, json.loads(self._described), resume=True)
+
     def holds(self, file: str) -> bool:
         """Whether a file existed when the run was resumed; the same in all processes."""
         return file in self._found

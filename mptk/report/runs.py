@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
-from mptk.protocols.report import REPORT_FILE, Report, Row
+from mptk.protocols.report import REPORT_FILE, RUNGS, Report, Row
 from mptk.reading import damaged, json_of, made, read_as, read_text
 from mptk.report.view import ranges
 
@@ -99,11 +99,15 @@ class MetricsLine(TypedDict):
 
 
 def with_rungs(folders: Sequence[Path]) -> list[Path]:
-    """``folders``, with the results of a ladder in the place of its folder, the largest model first."""
+    """``folders``, with the results of a ladder in the place of its folder, the largest model first.
+
+    If the sizes share weights, the folder is the largest.
+    """
 
     def rungs(folder: Path) -> list[Path]:
-        found = [] if (folder / REPORT_FILE).exists() else [each.parent for each in folder.glob(f"*/{REPORT_FILE}")]
-        return sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
+        own = (folder / REPORT_FILE).exists()
+        found = [each.parent for each in (folder / RUNGS if own else folder).glob(f"*/{REPORT_FILE}")]
+        return [folder] * own + sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
 
     return [rung for folder in folders for rung in rungs(folder)]
 

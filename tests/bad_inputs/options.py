@@ -87,6 +87,12 @@ TEXTS = [
             "--keep wings": ("no family 'wings'",),
             "--families ffn --keep ffn": ("ffn is in --keep and in --",),
             "--width ffn=32 --keep ffn": ("ffn is in --keep and in --", "--width"),
+            "--shared": ("only the sizes of --ladder can share weights", "give --ladder"),
+            "--shared --ladder 0.2,0.4 --distil-epochs 1": (
+                "trained together, without --distil-epochs",
+                "leave it out",
+            ),
+            "--shared --ladder 0.2,0.4 --method maskprune --steps 2": ("maskprune trains each size by itself", "wanda"),
             **{
                 f"--memory {value}": ("is not a size", "as 8GB")
                 for value in ("nan", "infGB", "-1GB", "0GB", "1e999GB", "8", "8XB", "²GB", "9" * 400 + "TB")

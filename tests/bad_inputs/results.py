@@ -235,6 +235,8 @@ FOLDERS = [
     Row("the dense model is another", "verify {pruned} --model {gpt2-dense}", ("is not the dense model",)),
     Row("no folder to verify", "verify {nowhere}", ("holds no plan.json",)),
     Row("no folder to push", "push {nowhere} me/name", ("no mptk.json",)),
+    Row("a size of a folder that has one", "rung {pruned} 0.3 --out {out}", ("has one size", "--shared")),
+    Row("a size that is no share", "rung {pruned} x --out {out}", ("SIZE", "write a share")),
     Row("run.yaml missing", RERUN, ("run.yaml",), (remove("pruned/run.yaml"), sealed)),
     Row(
         "graph truncated, run",

@@ -35,6 +35,7 @@ from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
+from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
@@ -283,6 +284,22 @@ class Learner:
         state = merged(student) if self.rank else student.named_parameters()
         trained = gathered(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
+
+    def recover_together(
+        self, student: Together, steps: int, batch: Samples, held_out: Samples | None
+    ) -> list[Recovered]:
+        """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
+        watch = None if held_out is None else Watch(held_out)
+        loop = self._loop(student, self._teacher(self._another()), steps, "recovery", watch=watch, sizes=student.views)
+        loop.run()
+        self.accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
+        found = []
+        for i, view in enumerate(student.views):
+            trained = gathered(student.weights(i).items(), keep=True)
+            outputs = own_outputs(self.accelerator, view, batch)
+            found.append(Recovered(trained, Witness("trained model", outputs, self.tolerance), watch))
+        self.accelerator.free_memory()
+        return found
 
     @property
     def tolerance(self) -> float:

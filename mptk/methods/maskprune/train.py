@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,6 +107,8 @@ class Loop:
         each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
             metrics.
         extra: state that checkpoints also hold.
+        sizes: modules that compute with the weights of ``student``, which are trained together: the first imitates the
+            teacher, the others the first. By default the student itself.
     """
 
     accelerator: Accelerator
@@ -122,6 +124,7 @@ class Loop:
     each_step: Callable[[int], Metrics] = lambda tokens: {}
     extra: ExtraState | None = None
     watch: Watch | None = None
+    sizes: Sequence[nn.Module] = ()
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class Loop:
         optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0, fused=True)
         self.student, self.optimizer = prepare(self.accelerator, given, optimizer)
         self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
+        self.sizes = self.sizes or (self.student,)
 
     def run(self) -> None:
         """Train to the last step.
@@ -176,10 +180,10 @@ class Loop:
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
             with self._synchronised(i == len(parts) - 1):
-                losses = self._losses(self.samples[rows])
-                acc.backward(losses["loss"] * share)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() * share
+                for losses in self._losses(self.samples[rows]):
+                    acc.backward(losses["loss"] * share)
+                    for name, value in losses.items():
+                        sums[name] = sums.get(name, 0) + value.detach() * share
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
         metrics["gradient"] = float(full(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
@@ -196,19 +200,23 @@ class Loop:
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
 
-    def _losses(self, samples: Samples) -> dict[str, Tensor]:
+    def _losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
+        """The losses of each size, which are to be propagated back before the next size runs."""
         weights, task = self.settings.losses, self.task
         compares = weights.kl or weights.hidden_loss or task.compares
         target, states = self.teacher(samples) if compares else (None, None)
         own = samples.to(self.accelerator.device)
-        output, hidden = run_module(self.student, own, hidden=bool(weights.hidden_loss))
-        found = distilled(output, own.targets, target, weights, classes=task.classes)
-        if weights.hidden_loss:
-            assert states is not None
-            assert hidden is not None
-            found["hidden"] = hidden_error(hidden[1:], states[1:])
-            found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
-        return found
+        for i, size in enumerate(self.sizes):
+            output, hidden = run_module(size, own, hidden=bool(weights.hidden_loss))
+            found = distilled(output, own.targets, target, weights, classes=task.classes)
+            if weights.hidden_loss:
+                assert states is not None
+                assert hidden is not None
+                found["hidden"] = hidden_error(hidden[1:], states[1:])
+                found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
+            yield found | ({f"loss of size {i + 1}": found["loss"]} if len(self.sizes) > 1 else {})
+            if compares and not i:
+                target, states = output.detach(), None if hidden is None else [state.detach() for state in hidden]
 
     @torch.no_grad()
     def _held_out(self, samples: Samples) -> float:
@@ -217,8 +225,8 @@ class Loop:
         each = -(-count // acc.num_processes)
         total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            found = self._losses(samples[row % count : row % count + 1])["loss"]  # all must run a sharded model
-            total = total + found * (row < count)
+            losses = self._losses(samples[row % count : row % count + 1])  # all must run a sharded model
+            total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
     def _require_finite(self, metrics: Metrics, step: int) -> None:

@@ -1,0 +1,71 @@
+"""rungs: the smaller sizes of a ladder within the folder of the largest, whose weights they share.
+
+``rungs/SIZE`` has each file of the size's folder that the largest size's folder lacks or has with other content, and a
+part of each file of weights (``io/slices.py``). Its manifest lists the files of the whole folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mptk.compile.changes import COMPENSATION
+from mptk.errors import MptkError, ProofError
+from mptk.io.slices import Places, in_files, restore_file, write_part
+from mptk.ir.weights import Weights
+from mptk.protocols.report import RUNGS
+from mptk.publish.manifest import MARKER, file_sha256, listed, read_manifest
+
+PART_SUFFIX = ".part"
+"""What the name of a part adds to the file's: no program takes it for weights."""
+
+
+def sizes_in(folder: Path) -> list[str]:
+    """The names of the smaller sizes in a folder, the largest first."""
+    return sorted(
+        (place.parent.name for place in (folder / RUNGS).glob(f"*/{MARKER}")), key=lambda name: (len(name), name)
+    )
+
+
+def keep_rung(full: Path, folder: Path, places: Places) -> None:
+    """Keep the published folder ``full`` of a size within ``folder``, which is being made for the largest size."""
+    rung, larger = folder / RUNGS / full.name, _weights(folder)
+    for name in [*listed(full), MARKER]:
+        file, same = full / name, folder / name
+        place = rung / name
+        if _has_weights(name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_part(file, larger, places, rung / f"{name}{PART_SUFFIX}")
+        elif not same.is_file() or file_sha256(same) != file_sha256(file):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+def restore_rung(folder: Path, size: str, new: Path) -> None:
+    """Write the whole folder of a size into the empty folder ``new``.
+
+    Raises:
+        MptkError: a file is missing or damaged, or is not as the size was proven.
+    """
+    rung = folder / RUNGS / size
+    own, shared, larger = {*listed(rung)}, {*listed(folder)}, _weights(folder)
+    for name, digest in read_manifest(rung).items():
+        part, file = f"{name}{PART_SUFFIX}", new / name
+        if not {name, part} & (own | shared):  # names come from a file; these are in the folders
+            raise MptkError(f"{folder} lacks {name} of size {size}; do not use it, prune again")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if part in own:
+            restore_file(rung / part, larger, file)
+        else:
+            shutil.copyfile((rung if name in own else folder) / name, file)
+        if file_sha256(file) != digest:
+            raise ProofError(f"{name} of size {size} is not as it was proven; do not use {folder}, prune again")
+
+
+def _weights(folder: Path) -> Weights:
+    return in_files(sorted(file for file in folder.glob("*.safetensors") if _has_weights(file.name)))
+
+
+def _has_weights(name: str) -> bool:
+    """Whether a file of a folder holds weights of its checkpoint."""
+    return "/" not in name and name.endswith(".safetensors") and name != COMPENSATION

@@ -1,0 +1,113 @@
+"""slices: a file of weights as parts of a larger model's weights, and the weights that are not.
+
+A part's file has the other weights under their names, and for each dimension d of a part ``NAME@d``: the positions that
+it has of the larger model's, int32; none if it has all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mptk.io.tensors import likes_in, write_weights
+from mptk.io.untrusted import check_weights, load_tensors
+from mptk.ir.weights import Lazy, Weights
+from mptk.reading import damaged
+
+Places = Mapping[str, Sequence[Tensor]]
+"""Weight → for each dimension the positions that a smaller model has of a larger one's, ascending, int64."""
+
+
+def sliced(weight: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """The part of a larger model's weight that a smaller one has. Without places it is whole."""
+    for d, index in enumerate(places):
+        if len(index) < weight.shape[d]:
+            weight = weight.index_select(d, index.to(weight.device))
+    return weight
+
+
+def in_files(files: Sequence[Path]) -> Weights:
+    """The weights in a checkpoint's files, each read when it is asked for, under their names there.
+
+    Raises:
+        MptkError: a file is damaged.
+    """
+    return Weights({name: lazy for file in files for name, lazy in _lazy(file).items()})
+
+
+def _lazy(file: Path) -> dict[str, Lazy]:
+    check_weights(file)
+
+    def read(name: str) -> Tensor:
+        with safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    return {name: Lazy(like, partial(read, name)) for name, like in likes_in(file).items()}
+
+
+def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
+    """Write ``file`` as parts of ``larger``: without the weights that are slices of it at ``places``, bit for bit."""
+    found, lazy = dict[str, Tensor | Lazy](), _lazy(file)
+    for name, own in lazy.items():
+        tensor, at = own.make(), places.get(name, ())
+        if name not in larger or not tensor.ndim or not _same(sliced(larger[name], at), tensor):
+            found[name] = own
+            continue
+        for d, size in enumerate(larger.like(name).shape):
+            whole = d >= len(at) or len(at[d]) == size
+            found[f"{name}@{d}"] = torch.empty(0, dtype=torch.int32) if whole else at[d].int()
+    write_weights(part, Weights(found), _about(file))
+
+
+def restore_file(part: Path, larger: Weights, file: Path) -> None:
+    """Write the file that ``write_part`` was given.
+
+    Raises:
+        MptkError: ``part`` is damaged, or does not fit ``larger``.
+    """
+    wrong = damaged(part, "prune again")
+    stored, found, places = load_tensors(part, wrong), dict[str, Tensor | Lazy](), dict[str, dict[int, Tensor]]()
+    for key, tensor in stored.items():
+        name, mark, d = key.rpartition("@")
+        if not mark:
+            found[key] = tensor
+        elif name in larger and d in map(str, range(larger.like(name).ndim)) and tensor.dtype == torch.int32:
+            places.setdefault(name, {})[int(d)] = tensor.long()
+        else:
+            raise wrong(f"{key} does not fit the largest model")
+    for name, each in places.items():
+        like = larger.like(name)
+        every = [each[d] if len(each.get(d, ())) else torch.arange(size) for d, size in enumerate(like.shape)]
+        if not all(_inside(index, size) for index, size in zip(every, like.shape, strict=True)):
+            raise wrong(f"{name} has positions that the largest model lacks")
+        found[name] = Lazy(sliced(like, every), partial(_slice, larger, name, every))
+    write_weights(file, Weights(found), _about(part))
+
+
+def _inside(index: Tensor, size: int) -> bool:
+    return index.ndim == 1 and bool(((index >= 0) & (index < size)).all())
+
+
+def _slice(larger: Weights, name: str, places: Sequence[Tensor]) -> Tensor:
+    return sliced(larger[name], places)
+
+
+def _about(file: Path) -> dict[str, str] | None:
+    opened: Any
+    with safe_open(file, "pt") as opened:
+        about: dict[str, str] | None = opened.metadata()
+    return about
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8)))

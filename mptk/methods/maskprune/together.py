@@ -1,0 +1,64 @@
+"""together: the sizes of a ladder as one module, whose smaller sizes compute with slices of the largest size's weights.
+
+Training them together follows slimmable networks (Yu & Huang 2019, arXiv 1903.05134): the sandwich rule and in-place
+distillation. A weight that a size's own fit made, as of a layer that reconstruction fitted, stays its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mptk.io.slices import Places, sliced
+from passes.frontend.trace import uncached
+
+
+class Together(nn.Module):
+    """The sizes, the largest first. Only the largest size's parameters and the others' own ones require a gradient.
+
+    A parameter is a size's own if it is not a slice of the largest size's from the start.
+
+    Args:
+        sizes: the untrained model of each size, and where its parameters are in the largest model's.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[nn.Module, Places]]) -> None:
+        super().__init__()
+        self.sizes, self.places = nn.ModuleList(module for module, _ in sizes), [places for _, places in sizes]
+        self.own: list[dict[str, nn.Parameter]] = []
+        largest = dict(self.sizes[0].named_parameters())
+        for i, (module, places) in enumerate(sizes):
+            named = dict(module.named_parameters())
+            own = {n: p for n, p in named.items() if not i or not sliced(largest[n], places.get(n, ())).equal(p)}
+            for name, parameter in named.items():
+                parameter.requires_grad_(name in own)
+            self.own.append(own)
+
+    def weights(self, size: int) -> dict[str, Tensor]:
+        """The parameters of a size, as functions of the trained ones."""
+        largest, places, own = self.own[0], self.places[size], self.own[size]
+        return {name: own[name] if name in own else sliced(largest[name], places.get(name, ())) for name in largest}
+
+    def forward(self, size: int, **inputs: Any) -> Any:
+        module = self.sizes[size]
+        inputs = {**uncached(module), **inputs}
+        return functional_call(module, self.weights(size), kwargs=inputs) if size else module(**inputs)
+
+    @property
+    def views(self) -> list[OneSize]:
+        """The sizes as modules."""
+        return [OneSize(self, size) for size in range(len(self.sizes))]
+
+
+class OneSize(nn.Module):
+    """One size of ``together``, to be called as its own module is."""
+
+    def __init__(self, together: Together, size: int) -> None:
+        super().__init__()
+        self.together, self.size = together, size
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.together(self.size, **inputs)

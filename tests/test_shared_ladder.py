@@ -1,0 +1,416 @@
+"""A ladder whose sizes share one set of weights: one folder, of which each smaller size is a slice with weights of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_ladder
+import torch
+import toy_checkpoints as toys
+from inside import Inside, Stopped, changed
+from safetensors.torch import load_file, save_file
+from test_ladder import ASKED, SIZES, STEP, TRAINED, TWO, digests, logits, require_nested, typed
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import mptk
+from mptk import MptkError, Pruned
+from mptk.config.learning import Training
+from mptk.distributed.processes import accelerator
+from mptk.io.slices import in_files, restore_file, sliced, write_part
+from mptk.ir.samples import next_tokens
+from mptk.methods.maskprune.losses import class_losses
+from mptk.methods.maskprune.together import Together
+from mptk.methods.maskprune.train import Loop
+from mptk.protocols.run_folder import RunFolder
+from mptk.publish.manifest import check_manifest, file_sha256, write_manifest
+from mptk.tasks import CAUSAL_LM
+
+llama, prepared_once, text = test_ladder.llama, test_ladder.prepared_once, test_ladder.text
+SHARED: dict[str, Any] = {**TRAINED, "steps": 30, "save_every": 3, "lr": 1e-2, "shared": True}
+OWN = ("o_proj", "down_proj")
+"""What reconstruction fits to a size."""
+
+
+@pytest.fixture(scope="module")
+def shared(llama: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> list[Pruned]:
+    return mptk.ladder(llama, tmp_path_factory.mktemp("shared") / "m", SIZES, data=text, **SHARED)
+
+
+def metrics(place: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- what it makes ----
+
+
+def test_the_folder_is_the_largest_model_and_each_smaller_one_is_made_of_it(
+    shared: list[Pruned], tmp_path: Path
+) -> None:
+    largest, *smaller = shared
+    place = largest.place
+    assert sorted(path.name for path in (place / "rungs").iterdir()) == ["0.4", "0.6"]
+    assert [path.name for path in place.parent.iterdir()] == ["m"]
+    for each, size in zip(shared, SIZES, strict=True):
+        assert each.report.sparsity == pytest.approx(size, abs=0.03)
+        assert all(stage.ok for stage in mptk.verify(each.place))
+        assert each.report.settings.steps == 10  # of 30 for three
+        loaded = AutoModelForCausalLM.from_pretrained(each.place, dtype=torch.float32)
+        assert torch.equal(logits(loaded), logits(each.model))
+    for one, other in zip(shared, smaller, strict=False):
+        require_nested(one.plan, other.plan)
+    for each, size in zip(smaller, SIZES[1:], strict=True):
+        made = mptk.rung(place, size, tmp_path / f"{size}")
+        assert made.folder == tmp_path / f"{size}"
+        assert digests([made.place]) == digests([each.place])
+        kept = place / "rungs" / f"{size}"
+        assert (made.place / "mptk.json").read_bytes() == (kept / "mptk.json").read_bytes()
+        assert (kept / "model.safetensors.part").stat().st_size < (made.place / "model.safetensors").stat().st_size / 2
+        assert not (kept / "tokenizer.json").exists(), "it is as the largest model's"
+
+
+def test_all_weights_but_the_fitted_ones_are_slices_of_the_largest_models(shared: list[Pruned]) -> None:
+    first, *others = (load_file(each.place / "model.safetensors") for each in shared)
+    for size, weights in zip(SIZES[1:], others, strict=True):
+        stored = load_file(shared[0].place / "rungs" / f"{size}" / "model.safetensors.part")
+        own = {name for name in stored if "@" not in name}
+        assert own
+        assert all(any(part in name for part in OWN) for name in own)
+        for name in weights.keys() - own:
+            at = [stored[f"{name}@{d}"].long() for d in range(weights[name].ndim)]
+            every = [
+                index if len(index) else torch.arange(size) for index, size in zip(at, first[name].shape, strict=True)
+            ]
+            assert torch.equal(first[name][torch.meshgrid(*every, indexing="ij")], weights[name]), name
+
+
+def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text: str, tmp_path: Path) -> None:
+    untrained = mptk.ladder(llama, tmp_path / "m", SIZES, data=text, **{**SHARED, "steps": 0})
+    for before, after in zip(untrained, shared, strict=True):
+        assert before.plan.digest == after.plan.digest
+        assert after.report.quality["pruned"] < 0.8 * before.report.quality["pruned"]
+    for row in metrics(shared[0].place):
+        assert row["loss"] == pytest.approx(sum(row[f"loss of size {size}"] for size in (1, 2, 3)), rel=1e-4)
+    watched = shared[0].report.recovery
+    assert watched["metric"] == "training loss, added up over the sizes"
+    assert watched["losses"]["10"] < watched["losses"]["0"]
+    assert watched == shared[2].report.recovery
+
+
+def test_what_is_published_is_what_was_trained(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
+    """The proof compares each written folder with the outputs that its size had in training."""
+    seen = inside.calls("mptk.chain.fit.check_witness")
+    found = mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, "steps": 4})
+    assert len(seen) == 2
+    for each in found:
+        stage = next(row for row in each.report.proof if row["stage"] == "trained model")
+        assert stage["ok"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hidden_loss": 1.0, "dtype": "bfloat16", "max_shard_size": 30_000},
+        {"steps": 0, "reconstruct": False},
+        *(
+            pytest.param(more, marks=pytest.mark.long)
+            for more in (
+                {"precision": "bf16"},
+                {"teacher": "cached", "micro": 1},
+                {"target": "graph"},
+                {"onnx": True},
+            )
+        ),
+    ],
+)
+def test_it_goes_with_other_settings(llama: str, text: str, tmp_path: Path, more: dict[str, Any]) -> None:
+    found = mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, "steps": 4, **more})
+    for each in found:
+        assert all(stage.ok for stage in mptk.verify(each.place))
+    if "reconstruct" in more:
+        assert all("@" in name for name in load_file(tmp_path / "m/rungs/0.4/model.safetensors.part"))
+
+
+@pytest.mark.long
+def test_experts_and_a_trimmed_vocabulary(text: str, tmp_path: Path) -> None:
+    dense = toys.saved(toys.llama(layers=2), tmp_path / "dense")
+    asked = {**SHARED, "steps": 4, "families": ("ffn",), "align": 4, "vocabulary": text, "kv_heads": 1}
+    found = mptk.ladder(dense, tmp_path / "m", TWO, data=text, **asked)
+    assert all(stage.ok for each in found for stage in mptk.verify(each.place))
+    config = MixtralConfig(
+        hidden_size=24,
+        intermediate_size=80,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        num_hidden_layers=2,
+        num_local_experts=3,
+        vocab_size=300,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    dense = toys.saved(MixtralForCausalLM(config), tmp_path / "experts")
+    found = mptk.ladder(
+        dense, tmp_path / "e", TWO, data=text, **{**SHARED, "steps": 4, "families": ("ffn",), "align": 4}
+    )
+    assert all(stage.ok for each in found for stage in mptk.verify(each.place))
+
+
+# ---- stopped and resumed ----
+
+
+@pytest.mark.parametrize(
+    ("stop", "call"),
+    [
+        (STEP, 2),
+        ("mptk.chain.shared.keep_rung", 2),
+        pytest.param("mptk.chain.shared.measured", 1, marks=pytest.mark.long),
+        pytest.param("mptk.chain.prune.compile_plan", 2, marks=pytest.mark.long),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    llama: str, text: str, shared: list[Pruned], tmp_path: Path, stop: str, call: int
+) -> None:
+    out = tmp_path / "m"
+    with changed() as inside:
+        inside.stop(stop, call)
+        with pytest.raises(Stopped):
+            mptk.ladder(llama, out, SIZES, data=text, **SHARED)
+    assert not out.exists()
+    with pytest.raises(MptkError, match="add resume=True to continue it"):
+        mptk.ladder(llama, out, SIZES, data=text, **SHARED)
+    found = mptk.ladder(llama, out, SIZES, data=text, resume=True, **SHARED)
+    places = [each.place for each in found]
+    assert digests(places) == digests([each.place for each in shared])
+    assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in metrics(shared[0].place)]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
+    place = shared[0].place
+    code, said = typed("prune", "--config", place / "run.yaml", "--out", tmp_path / "again")
+    assert code == 0, said
+    assert digests([tmp_path / "again"]) == digests([place])
+    one, other = (file_sha256(folder / "rungs/0.6/model.safetensors.part") for folder in (place, tmp_path / "again"))
+    assert one == other
+    with pytest.raises(MptkError, match="shares its weights with other sizes; run `mptk prune --config"):
+        mptk.api.rerun.rerun(place, tmp_path / "rerun")
+
+
+# ---- on the command line ----
+
+
+def test_the_commands(llama: str, text: str, tmp_path: Path) -> None:
+    options = "--method wanda --samples 4 --length 32 --align 8 --no-onnx --eval-length 32 --eval-windows 4 --shared"
+    base = ["prune", llama, *options.split(), "--data", text, "--out", tmp_path / "m"]
+    code, said = typed(*base, "--ladder", "20%,0.4,0.6", "--steps", 3, "--batch", 2)
+    assert code == 0, said
+    assert f"`mptk rung {tmp_path / 'm'} SIZE --out FOLDER` writes 0.4, 0.6" in said.replace("\n", "")
+    for each in (said, typed("report", tmp_path / "m")[1], typed("rung", tmp_path / "m")[1]):
+        assert "3 pruned models side by side" in each
+        assert [
+            line.split()[1] for line in each.splitlines() if line.startswith("│ 0.") or line.startswith("│ m ")
+        ] == [
+            "m",
+            "0.4",
+            "0.6",
+        ]
+    code, said = typed("rung", tmp_path / "m", "40%", "--out", tmp_path / "small")
+    assert code == 0, said
+    assert typed("verify", tmp_path / "small")[0] == 0
+    assert typed("report", tmp_path / "m", "--html", tmp_path / "page.html")[0] == 0
+    assert "give --out FOLDER" in typed("rung", tmp_path / "m", "0.4")[1]
+    assert "write a share" in typed("rung", tmp_path / "m", "x", "--out", tmp_path / "x")[1]
+    assert "only the sizes of --ladder can share weights" in typed(*base)[1]
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"method": "maskprune"},
+            r"maskprune trains each size by itself; give shared=True a one-shot method, as wanda",
+        ),
+        ({"rank": 4}, r"without rank; leave it out"),
+        ({"gradient_checkpointing": True}, r"without gradient_checkpointing=True; leave it out"),
+        ({"distil_epochs": 1}, r"without distil_epochs; leave it out"),
+        ({"steps": 1}, r"less than one for each of 2 models"),
+        ({"families": ("hidden", "ffn"), "tolerance": 0.2}, r"hidden is trained by LoRA, which sizes cannot share"),
+    ],
+)
+def test_what_cannot_share_is_refused_before_any_work(
+    llama: str, text: str, tmp_path: Path, inside: Inside, more: dict[str, Any], said: str
+) -> None:
+    inside.forbid("mptk.chain.prune.choose")
+    with pytest.raises(MptkError, match=said) as raised:
+        mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, **more})
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_size_shares_with_nobody(llama: str, text: str, tmp_path: Path, shared: list[Pruned]) -> None:
+    with pytest.raises(MptkError, match=r"only the sizes of a ladder can share weights; use mptk.ladder"):
+        mptk.prune(llama, tmp_path / "m", data=text, **{**ASKED, "shared": True})
+    more = {name: ASKED[name] for name in ("length", "onnx", "eval_length", "eval_windows", "progress")}
+    found = mptk.recover(shared[1].place, tmp_path / "more", data=text, steps=2, batch=2, **more)
+    assert found is not None
+    assert not found.report.settings.shared
+
+
+def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned], tmp_path: Path) -> None:
+    place = tmp_path / "m"
+    shutil.copytree(shared[0].place, place)
+    with pytest.raises(MptkError, match=r"has no size 0.3; give 0.4 or 0.6"):
+        mptk.rung(place, 0.3, tmp_path / "small")
+    with pytest.raises(MptkError, match=r"is what is read"):
+        mptk.rung(place, 0.4, place)
+    with pytest.raises(MptkError, match=r"has one size; give the"):
+        mptk.rung(shared[1].place, 0.4, tmp_path / "small")
+    part = place / "rungs/0.4/model.safetensors.part"
+    stored = load_file(part)
+    name = next(name for name in stored if "@" not in name)
+    save_file({**stored, name: stored[name] + 1}, part, {"format": "pt"})
+    with pytest.raises(MptkError, match=r"rungs/0.4/model.safetensors.part in .* was changed"):
+        mptk.rung(place, 0.4, tmp_path / "small")
+    write_manifest(place)
+    with pytest.raises(MptkError, match=r"model.safetensors of size 0.4 is not as it was proven"):
+        mptk.rung(place, 0.4, tmp_path / "small")
+    (place / "rungs/0.4/config.json").unlink()
+    write_manifest(place)
+    with pytest.raises(MptkError, match=r"is not as it was proven|lacks"):
+        mptk.rung(place, 0.4, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) -> None:
+    place, secret = tmp_path / "m", tmp_path / "secret"
+    shutil.copytree(shared[0].place, place)
+    secret.write_text("secret")
+    manifest = place / "rungs/0.4/mptk.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["../../../secret"] = file_sha256(secret)
+    manifest.write_text(json.dumps(content))
+    write_manifest(place)
+    with pytest.raises(MptkError, match=r"lacks ../../../secret of size 0.4"):
+        mptk.rung(place, 0.4, tmp_path / "small")
+    check_manifest(place)
+
+
+# ---- a step of training ----
+
+
+def linear(rows: int, scale: float = 1.0) -> torch.nn.Module:
+    """The first ``rows`` hidden units of one module; ``scale`` changes the second layer."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    first, second = torch.nn.Linear(4, rows), torch.nn.Linear(rows, 3)
+    with torch.no_grad():
+        first.weight.copy_(module[0].weight[:rows])
+        first.bias.copy_(module[0].bias[:rows])
+        second.weight.copy_(scale * module[1].weight[:, :rows])
+        second.bias.copy_(module[1].bias)
+    return Takes(first, second)
+
+
+class Takes(torch.nn.Module):
+    """Two layers; it takes ids, of which its first layer gets numbers."""
+
+    def __init__(self, first: torch.nn.Linear, second: torch.nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        x = torch.nn.functional.one_hot(input_ids % 4, 4).float()
+        return (self.second(self.first(x)),)
+
+
+def places_of(rows: int) -> dict[str, list[torch.Tensor]]:
+    kept = torch.arange(rows)
+    return {
+        "first.weight": [kept, torch.arange(4)],
+        "first.bias": [kept],
+        "second.weight": [torch.arange(3), kept],
+    }
+
+
+def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_the_largest(tmp_path: Path) -> None:
+    together = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
+    assert [sorted(own) for own in together.own[1:]] == [[], ["second.weight"]]
+    assert [tuple(p.shape) for n, p in together.named_parameters() if p.requires_grad and "2." in n] == [(3, 4)]
+    windows = next_tokens(torch.arange(24).view(4, 6) % 3)
+    teacher = torch.randn(4, 6, 3)
+    training = Training(batch=4, micro=4, lr=1e-2, clip=1e9)
+    folder = RunFolder(tmp_path / "m", {}, resume=True)
+    given = (accelerator("no"), together, lambda samples: (teacher, None), CAUSAL_LM, windows, 1, training, "recovery")
+    one = Loop(*given, folder, sizes=together.views)
+    one.optimizer.step = one.optimizer.zero_grad = lambda: None
+    metrics, _ = one._step(0)
+    wanted = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
+    own, target = windows[one.rows(0)], teacher
+    for size, view in enumerate(wanted.views):
+        (logits,) = view(**own.inputs)
+        loss = class_losses(logits, own.targets, target, training.losses)["loss"]
+        loss.backward()
+        assert metrics[f"loss of size {size + 1}"] == pytest.approx(float(loss), rel=1e-5)
+        target = logits.detach() if not size else target
+    for name, parameter in wanted.named_parameters():
+        found = dict(together.named_parameters())[name]
+        if parameter.requires_grad:
+            assert torch.allclose(found.grad, parameter.grad, atol=1e-6), name
+            assert parameter.grad.abs().max() > 0
+        else:
+            assert found.grad is None
+
+
+# ---- parts of files ----
+
+
+def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path: Path) -> None:
+    wide = {
+        "a": torch.randn(5, 7),
+        "b": torch.randn(3),
+        "c": torch.tensor(2.0),
+        "d": torch.tensor([float("nan"), -0.0]),
+    }
+    rows, columns = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 6])
+    narrow = {
+        "a": wide["a"][rows][:, columns].contiguous(),
+        "b": torch.randn(3),
+        "c": wide["c"],
+        "d": wide["d"].clone(),
+    }
+    save_file(wide, tmp_path / "wide.safetensors", {"format": "pt"})
+    save_file(narrow, tmp_path / "narrow.safetensors", {"format": "pt", "more": "x"})
+    larger = in_files([tmp_path / "wide.safetensors"])
+    write_part(tmp_path / "narrow.safetensors", larger, {"a": [rows, columns]}, tmp_path / "part")
+    assert load_file(tmp_path / "part").keys() == {"a@0", "a@1", "b", "c", "d@0"}
+    restore_file(tmp_path / "part", larger, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "narrow.safetensors").read_bytes()
+    assert sliced(wide["a"], []) is wide["a"]
+    stored = load_file(tmp_path / "part")
+    for key, tensor in _wrong(rows):
+        save_file({**stored, key: tensor}, tmp_path / "damaged")
+        with pytest.raises(MptkError, match="damaged"):
+            restore_file(tmp_path / "damaged", larger, tmp_path / "out")
+    (tmp_path / "damaged").write_bytes(b"no")
+    with pytest.raises(MptkError, match="damaged"):
+        restore_file(tmp_path / "damaged", larger, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _wrong(rows: torch.Tensor) -> Sequence[tuple[str, torch.Tensor]]:
+    return [
+        ("a@0", rows.int() + 3),
+        ("a@0", rows.int() - 1),
+        ("a@0", rows),
+        ("a@0", rows.int()[None]),
+        ("a@2", rows.int()),
+        ("a@x", rows.int()),
+        ("z@0", rows.int()),
+    ]

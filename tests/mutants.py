@@ -43,6 +43,7 @@ LIMIT_S, HANGS_S = 400, 1600
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
 HIDDEN = "test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
 CACHED = "test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"
+BORDERS = "test_image_text_onnx.py::test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach"
 CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
@@ -57,7 +58,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "passes/check_cut.py": ("test_check_cut.py", CACHED),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
     "mptk/methods/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
-    "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py"),
+    "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py", BORDERS),
     "mptk/proof/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
     "mptk/publish/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
     "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py", "test_trust.py"),

@@ -13,6 +13,12 @@ ALLOWED: dict[str, str] = {
     ),
     """-    if moved.relative > TOLERANCE:
 +    if moved.relative >= TOLERANCE:""": "no difference is the tolerance to the last bit",
+    """-    if moved <= tolerance and cut.removes:
++    if moved < tolerance and cut.removes:""": "no difference is the tolerance to the last bit",
+    """-    shell.register_parameter(leaf, nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=False))
++    shell.register_parameter(leaf, nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=True))""": (
+        "a weight that no code uses gets no gradient"
+    ),
     """-    return isinstance(value, Tensor) and value.is_floating_point()
 +    return isinstance(value, Tensor) or value.is_floating_point()""": CAUTION,
     """-        data=_reached(flow, [n for n in inputs if n not in caches and _is_floating(n)]),

@@ -99,6 +99,14 @@ def test_products_align_from_the_end_where_the_front_does_not() -> None:
     assert free(a.factors[2])  # type: ignore[union-attr]
 
 
+def test_products_align_from_the_front_where_the_end_does_not() -> None:
+    a, b = product((Axis(5), Axis(4), Axis(3))), product((Axis(5), Axis(6), Axis(2)))
+    unify(a, b)
+    assert resolve(a.factors[0]) is resolve(b.factors[0])  # type: ignore[union-attr]
+    assert frozen(*a.factors[1:], *b.factors[1:])  # type: ignore[union-attr]
+    assert free(a.factors[0])  # type: ignore[union-attr]
+
+
 def test_sums_split_at_each_others_borders() -> None:
     a, b = concat((Axis(4), Axis(6))), concat((Axis(7), Axis(3)))
     unify(a, b)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from mptk.io.checkpoint import portable, save_checkpoint, save_tokenizer
+from mptk.io.checkpoint import copy_processors, portable, save_checkpoint, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -130,3 +130,14 @@ def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path: Pa
     assert config.rope_parameters["full_attention"]["rope_type"] == "proportional"
     (tmp_path / "config.json").write_text(json.dumps(portable(json.loads(config.to_json_string()))))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize("same_features", [True, False])
+def test_what_pools_features_is_copied_if_their_number_stays(same_features: bool, tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    for name in ("preprocessor_config.json", "1_Pooling/config.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text('{"word_embedding_dimension": 48}')
+    copy_processors(source, folder, same_features=same_features)
+    assert (folder / "preprocessor_config.json").is_file()
+    assert (folder / "1_Pooling" / "config.json").is_file() == same_features

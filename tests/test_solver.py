@@ -150,6 +150,18 @@ def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
         assert solver._marginal("ffn") == pytest.approx(float(values[k]))
 
 
+def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> None:
+    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] ** 2 / 16, 0.5, 10)
+    for m in solver.masks.values():
+        m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    solver.observe(1000)
+    solver._move_widths(["ffn"])
+    removed, saved = solver.removed["ffn"], 2 * 4 / 16
+    solver.removed["ffn"] = 0.0
+    assert solver.z == pytest.approx(solver._marginal("ffn") / saved)
+    assert removed > 0
+
+
 def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> None:
     def trace_of_z(cost: float) -> list[float]:
         solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)

@@ -12,7 +12,7 @@ from cutting import cut_and_compare, random_plan
 from small_modules import HIDDEN, INNER, OUT, WIDTH, Small, X, offered, prove
 from torch import Tensor, nn
 
-from mptk import analyze, trace
+from mptk import analyze, rewrite, trace
 
 # ---- positions, and the pieces that they are taken apart in ----
 
@@ -71,6 +71,28 @@ def test_sorted_positions_are_positions_and_their_order_is_not() -> None:
         return table[best] + order[:, None]
 
     assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
+
+
+# ---- buffers ----
+
+
+class Scaled(Small):
+    """A buffer, through two operators, scales the units."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.matmul, other=(INNER, OUT))
+        self.register_buffer("scale", torch.rand(INNER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.up(x) * self.scale.exp().square(), **self.weights)
+
+
+def test_a_saved_buffer_is_cut_like_a_weight() -> None:
+    analysis = prove(Scaled())
+    small = rewrite(analysis, random_plan(analysis)).state_dict()
+    assert offered(analysis) == [INNER]
+    assert small["weights.other"].shape == (6, OUT)
+    assert small["scale"].shape == (6,)
 
 
 # ---- writes in place ----

@@ -1,0 +1,90 @@
+"""How well `mptk shapes` ranks ways to divide a budget: its order beside full runs at the widths of each.
+
+    python -m benchmarks.shape_ranking --train PATH[,PATH] --wikitext FILE --c4 FILE [--model smollm2-135m] [--sparsity 0.5] [--method wanda]
+        [--shapes 12] [--full 6] [--search-tokens 20480] [--steps 12] [--batch 4] [--samples 48] [--windows 20] [--json FILE] [--work DIR]
+
+A full run is `prune --reconstruct` at the widths of one of the first shapes, with recovery of all weights; perplexity is
+measured on text that neither search nor run has read. Rows that the JSON file has are not computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.quality import MODEL, add, measure, rows_in
+from benchmarks.quality_text import write_mixture
+from mptk import prune, shapes
+from mptk.api.advice import SHAPES_FILE
+from mptk.protocols.shapes import Shape, Shapes
+from mptk.reading import damaged, read_as
+
+
+def row_of(place: int, shape: Shape, found: Shapes) -> dict[str, Any]:
+    """What the search says of a shape: its widths where they are less than the dense model's, and its losses."""
+    cut = {name: width for name, width in shape.widths.items() if width < found.dense.widths[name]}
+    losses = [round(loss, 4) for loss in shape.stages]
+    return {"place": place, "widths": cut, "removed": round(shape.sparsity, 4), "losses": losses}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The shapes in the order of the search, each with its perplexities beside the best full run's."""
+
+    def mean(row: Mapping[str, Any]) -> float:
+        return math.sqrt(row["wikitext2"] * row["c4"])
+
+    best = min(map(mean, rows))
+    lines = ["| | widths | removed | search | WikiText-2 | C4 | over the best |", "|---:|---|---:|---:|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: row["place"]):
+        widths = ", ".join(f"{name} {width}" for name, width in row["widths"].items())
+        search = " → ".join(f"{math.exp(loss):.0f}" for loss in row["losses"])
+        lines.append(
+            f"| {row['place']} | {widths} | {row['removed']:.1%} | {search} | {row['wikitext2']:.1f} | {row['c4']:.1f} "
+            f"| {mean(row) / best - 1:+.1%} |"
+        )
+    return lines
+
+
+def main(
+    train: Annotated[str, typer.Option(help="Files and folders of training text, comma-separated.")],
+    wikitext: Annotated[str, typer.Option(help="WikiText-2 test.")],
+    c4: Annotated[Path, typer.Option(help="C4 as JSON lines: the last documents are not trained on.")],
+    model: str = MODEL,
+    sparsity: float = 0.5,
+    method: str = "wanda",
+    candidates: Annotated[int, typer.Option("--shapes", help="Most shapes of the search.")] = 12,
+    full: Annotated[int, typer.Option(help="Shapes that get a full run, the best first.")] = 6,
+    search_tokens: Annotated[int, typer.Option(help="Tokens that the search trains on in all.")] = 20480,
+    steps: Annotated[int, typer.Option(help="Training steps of a full run.")] = 12,
+    batch: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Windows to score and fit with.")] = 48,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens of each text to measure on.")] = 20,
+    json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/shape_ranking.json"),
+    work: Path = Path("runs/shape_ranking"),
+) -> None:
+    training, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
+    texts = {"wikitext2": wikitext, "c4": str(held_out)}
+    how: dict[str, Any] = {"sparsity": sparsity, "method": method, "reconstruct": True, "portable": False}
+    how |= {"data": str(training), "samples": samples, "batch": batch}
+    effort = {"search_shapes": candidates, "search_tokens": search_tokens}
+    if not (known := work / "shapes" / SHAPES_FILE).is_file():
+        shapes(model, known.parent, resume=True, **how, **effort)
+    found = read_as(Shapes, known, damaged(known, "remove it"))
+    asked = {"model": model, "method": method, "sparsity": sparsity, "tokens": steps * batch * 256, **effort}
+    for place, shape in enumerate(found.shapes[:full], 1):
+        row = asked | row_of(place, shape, found)
+        if any(each.items() >= row.items() for each in rows_in(json_file)):
+            continue
+        folder, widths = work / f"shape{place}", dict(shape.widths)
+        prune(model, folder, widths=widths, steps=steps, onnx=False, eval_windows=1, overwrite=True, **how)
+        add(json_file, row | measure(str(folder), texts, windows, {"tasks": []}))
+        print(rows_in(json_file)[-1], flush=True)
+    print("\n".join(table([row for row in rows_in(json_file) if row.items() >= asked.items()])))
+
+
+if __name__ == "__main__":
+    typer.run(main)

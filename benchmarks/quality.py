@@ -207,9 +207,8 @@ def main(
         dense = {"model": model, "method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
         add(json_file, {**dense, **measure(model, texts, windows, zero)})
     trains = {"rank": rank, "lr": lr, "batch": batch}
-    learning = Learning(rank=rank, training=Training(lr=lr)).of_recovery(frozen=False)
     counted = steps_of(tokens, batch) * batch * Settings.length
-    recovery = (learning.rank, learning.training.lr) if tokens else (None, None)
+    recovery = {"rank": rank or 0, **({} if lr is None else {"lr": lr})} if tokens or minutes else {}
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
             for method in methods.split(","):
@@ -218,7 +217,8 @@ def main(
                     for r in rows_of(json_file, model)
                     if (r["sparsity"], r["seed"], r.get("allowed")) == (sparsity, seed, minutes)
                     and (r["tokens"] == counted or minutes is not None)
-                    and (r.get("rank"), r.get("lr"), r.get("batch", 8)) == (*recovery, batch)
+                    and r.items() >= recovery.items()
+                    and r.get("batch", 8) == batch
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any((r["method"], r["given"]) == (method, given) for r in rows):

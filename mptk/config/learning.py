@@ -22,8 +22,9 @@ MASK_PARTS = 4
 units (``docs/maskprune.md``)."""
 LORA_RANK = 16
 """Default rank of LoRA."""
-MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
-"""Peak learning rates: while masks are learned; in recovery, of adapters and of all weights (``docs/recovery.md``)."""
+MASK_RATE, LORA_RATE, FULL_RATE = 0.0053, 0.016, 0.0016
+"""Peak learning rates as shares of the weights' size: while masks are learned; in recovery, of adapters and of all
+weights (``docs/recovery.md``)."""
 
 
 def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: object) -> Default:
@@ -59,7 +60,7 @@ class Training(Record):
     micro: int = of_training(4, "Windows in one forward pass of one process.", within=(1, 1 << 20))
     lr: float | None = of_training(
         None,
-        f"Peak learning rate of AdamW; by default {FULL_RATE} for all weights, {LORA_RATE} for LoRA.",
+        f"Peak learning rate of AdamW; by default {FULL_RATE} (LoRA: {LORA_RATE}) of the weights' typical size.",
         within=(0.0, 100.0),
     )
     warmup: float = setting(
@@ -152,18 +153,24 @@ class Learning(Record):
         batch = self.training.batch
         return next((p for p in range(MASK_PARTS, 1, -1) if batch % p == 0 and batch >= 2 * p), 1)
 
-    def of_masks(self) -> Learning:
-        """The settings for learning masks: their rank, learning rate and batch."""
-        found, parts = self._with(self.rank or LORA_RANK, MASK_RATE), self.mask_parts
+    def of_masks(self, size: float) -> Learning:
+        """The settings for learning masks: their rank, learning rate and batch. ``size``: of the model's weights."""
+        found, parts = self._with(self.rank or LORA_RANK, MASK_RATE * size), self.mask_parts
         training = found.training
         training = replace(training, batch=training.batch // parts, save_every=training.save_every * parts)
         return replace(found, training=training)
 
-    def of_recovery(self, frozen: bool) -> Learning:
-        """The settings for recovery: rank and learning rate. ``frozen``: the model's own weights must not change."""
+    def of_recovery(self, frozen: bool, size: float) -> Learning:
+        """The settings for recovery: rank and learning rate. ``frozen``: the model's own weights must not change.
+
+        ``size``: of the model's weights.
+        """
         rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
-        return self._with(rank, LORA_RATE if rank else FULL_RATE)
+        return self._with(rank, (LORA_RATE if rank else FULL_RATE) * size)
 
     def _with(self, rank: int, lr: float) -> Learning:
-        training = self.training if self.training.lr is not None else replace(self.training, lr=lr)
-        return replace(self, rank=rank, training=training)
+        """Settings with these. The rate has one digit, so that rounding on another machine does not change it."""
+        given = self.training.lr
+        return replace(
+            self, rank=rank, training=replace(self.training, lr=float(f"{lr:.0e}") if given is None else given)
+        )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
@@ -222,6 +223,12 @@ def _size(size: int | torch.SymInt) -> SymbolicSize:
 
 def _parameter(tensor: Tensor) -> Parameter:
     return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
+
+
+def typical_size(program: Program) -> float:
+    """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
+    likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
+    return median([float(program.state[name].float().square().mean().sqrt()) for name in likes] or [1.0])
 
 
 def parameter_count(program: Program) -> int:

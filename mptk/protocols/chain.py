@@ -24,13 +24,13 @@ from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel, is_layered
-from mptk.distributed.processes import replica
+from mptk.distributed.processes import once, replica
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
+from mptk.ir.program import Program, typical_size
 from mptk.ir.resolved_plan import Cut, kept_units
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
@@ -119,10 +119,20 @@ class Prepared:
         families = [self.analysis.family(name) for name in self.families]
         return [family.name for family in families if not is_layered(family) and family.kind == "channels"]
 
+    @cached_property
+    def weight_size(self) -> float:
+        """The median of the dense weight matrices' root mean squares, of which learning rates are a share."""
+        return once(lambda: typical_size(self.reference))
+
+    @property
+    def mask_learning(self) -> Learning:
+        """How masks are learned."""
+        return self.settings.learning.of_masks(self.weight_size)
+
     @property
     def recovery(self) -> Learning:
         """How the cut model is trained."""
-        return self.settings.learning.of_recovery(frozen=bool(self.across_layers))
+        return self.settings.learning.of_recovery(bool(self.across_layers), self.weight_size)
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
         """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.

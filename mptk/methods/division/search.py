@@ -249,7 +249,7 @@ class Search(Trials):
         learning = replace(p.settings.learning, steps=rungs(p.settings, len(p.candidates))[0][1])
         own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
         place = RunFolder(self.folder.path / f"{_name(number, 0)}-masks", {}, resume=True)
-        masks = replace(learning.of_masks(), tracker="none")
+        masks = replace(own.mask_learning, tracker="none")
         learner = Learner(self.accelerator, own, sets.training, masks, place, say, scored=self.folder)
         chosen = learner.learn(sets)
         changes = spooled(chosen.changes.items(), p.executor.borders)

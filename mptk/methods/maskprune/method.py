@@ -53,7 +53,7 @@ class MaskPrune(Method):
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None
         assert context.accelerator is not None
-        learning, found = prepared.settings.learning.of_masks(), dict[str, float]()
+        learning, found = prepared.mask_learning, dict[str, float]()
         if prepared.settings.layers == FREE:
             prepared, found = divided_over_layers(prepared, sets, context, context.folder)
         with context.stage("learn masks"):

@@ -18,7 +18,7 @@ from mptk.ir.program import Program
 from mptk.ir.text import program_text
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
-from passes.targets.legalize import discover, stock_widths
+from passes.targets import legalize
 
 
 @pytest.fixture
@@ -105,18 +105,28 @@ def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(insid
     assert program_text(first) == program_text(anew)
 
 
-def test_a_class_is_read_again_with_another_config(inside: Inside) -> None:
-    made_anew = inside.calls("traces.READ")
+def test_a_class_is_read_and_asked_again_with_another_config(inside: Inside) -> None:
+    read, found, asked = (
+        inside.calls(name) for name in ("traces.READ", "traces.DISCOVER", "passes.targets.stock.learn.Stock.accepts")
+    )
+    ids, configs, counts = architectures.tokens(), [], []
 
     def legal(**changes: object) -> object:
         model = tiny(**changes)
-        return stock_widths(analysis := mptk.analyze(model), discover(analysis, model)).ladders
+        stock = legalize.discover(analysis := mptk.analyze(mptk.trace(model, (ids,), dynamic=True)), model)
+        ladders = legalize.stock_widths(analysis, stock).ladders
+        configs.append((stock.dense is model.config, stock.config({"ffn": 40}).config.intermediate_size))
+        counts.append((len(read), len(found), len(asked)))
+        return ladders
 
     with traces.remembered():
-        first, second, other = legal(), legal(), legal(intermediate_size=84)
-    assert len(made_anew) == 2
+        first, second, other, wider = legal(), legal(), legal(intermediate_size=84), legal(head_dim=12)
+    assert counts[0][:2] == counts[1][:2]
+    assert counts[-1][:2] == (3, 3)
+    assert counts[1][2] - counts[0][2] < counts[0][2] / 2, "a refusal that has the model's config is made anew"
     assert first == second == legal()
-    assert first != other
+    assert first != other != wider
+    assert configs == [(True, 40)] * 5
 
 
 def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(tmp_path: Path, inside: Inside) -> None:

@@ -4,13 +4,15 @@ Tests prune the same tiny models over and over, and torch.export takes most of s
 class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
 graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
 of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone, and the sizes
-in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``). A stock class is read with its config.
+in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``). A stock class is read with its config;
+what it can hold of a model, and which widths it accepts, depends on both.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,10 +30,13 @@ import mptk.tasks.exporting
 import passes.frontend.trace
 import passes.frontend.trace_decoder
 from mptk.compat.torch import FakeTensor
+from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
+from passes.targets import legalize
 from passes.targets.onnx import emit
 from passes.targets.stock import learn
+from passes.targets.stock.attempt import Refusal
 from passes.transforms import rewrite
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
@@ -45,7 +50,7 @@ LEFT_OUT = (
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
-PROPAGATE, READ = rewrite.propagate_shapes, learn.Reading
+PROPAGATE, READ, DISCOVER = rewrite.propagate_shapes, learn.Reading, legalize.discover
 
 
 class Unknown(Exception):
@@ -54,11 +59,14 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it ``export_program``, ``propagate_shapes``, ``Reading`` and the translation to ONNX work once for the same."""
+    """Within it these work once for the same: ``export_program``, ``propagate_shapes``, ``Reading``, ``discover``, and the
+    translation to ONNX.
+    """
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
     sizes: dict[Hashable, list[object]] = {}
     readings: dict[Hashable, learn.Reading] = {}
+    stocks: dict[Hashable, tuple[learn.Stock, dict[Hashable, Refusal | None]]] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -98,12 +106,22 @@ def remembered() -> Iterator[None]:
             readings[key] = READ(model_class, config)
         return readings[key]
 
+    def discover(analysis: Analysis, model: PreTrainedModel) -> learn.Stock:
+        try:
+            key = type(model), type(model).__init__, _value(model.config), _graph(analysis.program)
+        except Unknown:
+            return DISCOVER(analysis, model)
+        if key not in stocks:
+            stocks[key] = DISCOVER(analysis, model), {}
+        return _of_model(*stocks[key], analysis, model)
+
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._exported", translate)
         inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)
         inside.bound("passes.targets.stock.learn.Reading", read)
+        inside.bound("passes.targets.legalize.discover", discover)
         yield
 
 
@@ -115,6 +133,26 @@ def _copied(program: Program, wrapper: nn.Module) -> Program:
     constants = {name: like for name, like in program.state.items() if "lifted_tensor" in name}
     state = program.state if fake else Weights({name: (own | constants)[name] for name in program.state})
     return replace(program, graph=program.copy_graph(), state=state)
+
+
+def _of_model(
+    known: learn.Stock, answers: dict[Hashable, Refusal | None], analysis: Analysis, model: PreTrainedModel
+) -> learn.Stock:
+    """``known`` with the config and the shapes of ``model``; ``answers`` to its ``accepts``, but for those with a config."""
+    stock: Any = copy.copy(known)
+    vars(stock).pop("_built", None)
+    stock.dense, stock._shapes = model.config, partial(legalize.cut_shapes, analysis)
+
+    def accepts(widths: Mapping[str, int]) -> Refusal | None:
+        if (asked := frozenset(widths.items())) in answers:
+            return answers[asked]
+        answer = learn.Stock.accepts(stock, widths)
+        if answer is None or answer.config is None:
+            answers[asked] = answer
+        return answer
+
+    stock.accepts = accepts
+    return stock  # type: ignore[no-any-return]
 
 
 # ---- what a trace depends on ----

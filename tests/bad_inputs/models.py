@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from tests.bad_inputs.shared import SHORT
-from tests.bad_inputs.table import BODIES, Prepare, Row, fifo, folder, link, remove, write
+from tests.bad_inputs.table import BODIES, Prepare, Row, changed, fifo, folder, link, remove, write
 
 PRUNE = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
 ANALYZE = "analyze {model}"
@@ -62,15 +62,14 @@ def flipped(path: Path) -> bytes:
     return bytes(content)
 
 
-def fields(name: str, **changes: object) -> Prepare:
+def fields(name: str, **values: object) -> Prepare:
     """Other values in a JSON file; None removes one."""
 
-    def made(path: Path) -> str:
-        content = json.loads(path.read_text())
-        content.update(changes)
-        return json.dumps({key: value for key, value in content.items() if value is not None})
+    def edit(content: dict) -> None:
+        for key, value in values.items():
+            content.pop(key, None) if value is None else content.update({key: value})
 
-    return write(name, made)
+    return changed(name, edit)
 
 
 def one_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -254,12 +253,7 @@ CONFIGS = [
 
 
 def tokens(edit: Callable[[dict], object]) -> Prepare:
-    def made(path: Path) -> str:
-        content = json.loads(path.read_text())
-        edit(content)
-        return json.dumps(content)
-
-    return write("model/tokenizer.json", made)
+    return changed("model/tokenizer.json", edit)
 
 
 def beyond(content: dict) -> None:

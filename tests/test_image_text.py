@@ -173,7 +173,10 @@ def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
         expanded(("vision_tower",), analysis, refused, parts)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3", "mistral3", "paligemma"])
+ALSO = [pytest.param(name, marks=pytest.mark.long) for name in ("mistral3", "paligemma")]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3", *ALSO])
 def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str) -> None:
     """Sizes of images are numbers in it; images that could be blank are there; text may have another length."""
     model: Any = tiny_model(PICTURED, model_type).model

@@ -14,9 +14,10 @@ hypothesis.settings.register_profile("same", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("same")
 LONGEST = (
     "test_docs_commands.py",
+    "test_image_text.py",
+    "test_kinds.py",
     "test_learning.py",
     "test_bad_inputs.py",
-    "test_kinds.py",
     "test_rules.py",
     "test_pruning.py",
     "test_vocabulary.py",
@@ -26,6 +27,24 @@ LONGEST = (
     "test_examples.py",
     "test_plugin.py",
 )
+TOGETHER = {
+    "test_image_text_onnx.py": "test_image_text.py",
+    "test_onnx_forms.py": "test_kinds.py",
+    "test_python_kinds.py": "test_kinds.py",
+}
+"""File → the file whose worker runs it, too: both trace the same models."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            folder, _, name = super()._split_scope(nodeid).rpartition("/")
+            return f"{folder}/{TOGETHER.get(name, name)}"
+
+    return Together(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items):
@@ -53,15 +72,24 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once():
-    """The same model is traced and translated to ONNX once in a process (traces.py).
+    """The same model is traced and translated to ONNX once in a process (traces.py), and its graph's code compiled once.
 
     What takes seconds to import is imported here: the process that only hands tests to others needs none of it.
     """
     import traces
     import transformers
     from onnxscript._framework_apis import torch_2_5 as onnx_operators
+    from torch.fx import graph_module
     from torch.onnx._internal.exporter import _schemas as schemas
 
+    compiled = {}
+
+    def compile_once(source, file, *mode, **options):
+        if source not in compiled:
+            compiled[source] = compile(source, file, *mode, **options)
+        return compiled[source]
+
+    graph_module.compile = compile_once  # in place of Python's own
     onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
     schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
     transformers.logging.set_verbosity_error()

@@ -14,6 +14,7 @@ from filelock import FileLock
 from PIL import Image
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
@@ -43,6 +44,7 @@ SPEECH = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "encoder": lambda: BertModel(BertConfig(**BERT)),
     "text classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=CLASSES)),
+    "masked language model": lambda: BertForMaskedLM(BertConfig(**{**BERT, "vocab_size": VOCAB + 1})),
     "encoder-decoder": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, decoder_start_token_id=0)
     ),
@@ -71,6 +73,7 @@ DATA = {"image classifier": "images", "speech": "sounds"}
 METRICS = {
     "encoder": ("encoder", "cosine"),
     "text classifier": ("classification", "agreement"),
+    "masked language model": ("masked-lm", "pseudo-perplexity"),
     "encoder-decoder": ("seq2seq", "perplexity"),
     "image classifier": ("classification", "agreement"),
     "speech": ("seq2seq", "perplexity"),
@@ -94,6 +97,9 @@ def write_all(root: Path) -> None:
         make().save_pretrained(root / name)
     for name in ("encoder", "text classifier", "encoder-decoder"):
         toys.tokenizer().save_pretrained(root / name)
+    words = toys.tokenizer()
+    words.add_special_tokens({"mask_token": "<mask>"})
+    words.save_pretrained(root / "masked language model")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / "image classifier")
     WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(root / "speech")
     (root / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 200)

@@ -25,7 +25,6 @@ from mptk.io import models
 from mptk.ir.program import Program
 from mptk.publish.manifest import write_manifest
 from passes.analysis import group
-from passes.targets import legalize
 
 WINDOW = 64
 Edit = Callable[[Path], None]
@@ -33,12 +32,11 @@ Edit = Callable[[Path], None]
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it, models are loaded, traced and probed once; every cut, emission and proof is done anew."""
+    """Within it, models are loaded, traced and analysed once; every cut, emission and proof is done anew."""
     with changed() as inside:
         for owner, name, key in (
             (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
             (group, "analyze", lambda program: id(program)),
-            (legalize, "discover", lambda analysis, model: (id(analysis.facts), id(model))),
         ):
             inside.bound(f"{owner.__name__}.{name}", once(getattr(owner, name), key))
         load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)

@@ -15,15 +15,14 @@ import pytest
 import test_shapes
 import torch
 import torch.nn.functional as F
+from commands import done, refused
 from inside import Inside
 from test_latency import times
 from toy_checkpoints import WORDS, llama_config
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError
-from mptk.cli.main import app
 from mptk.methods.division.advice import to_train
 from mptk.protocols.advice import Advice, Figures, Point, Range, Recovery
 
@@ -180,8 +179,7 @@ def test_the_knee_is_below_the_chord() -> None:
 
 def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -> None:
     typed = f"{TYPED} --sparsities 10%,0.3".split()
-    run = CliRunner().invoke(app, ["advise", llama, *typed, "--html", "page.html", "--json", "a.json", "-q"])
-    assert run.exit_code == 0, run.output
+    run = done("advise", llama, *typed, "--html", "page.html", "--json", "a.json", "-q")
     *said, command = run.stdout.strip().splitlines()
     assert "Recommended: remove 29.5%" in " ".join(said)
     found = json.loads((place / "a.json").read_text())
@@ -190,8 +188,7 @@ def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -
     assert page.count("<svg") >= 4
     assert "How far can" in page
     assert shlex.split(command)[:3] == ["mptk", "prune", llama]
-    run = CliRunner().invoke(app, [*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q"])
-    assert run.exit_code == 0, run.output
+    run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
     assert mptk.Report.read("dense-pruned").sparsity == pytest.approx(found["recommended"]["sparsity"])
 
 
@@ -210,9 +207,8 @@ def test_bad_arguments_are_refused(llama: str, ids: torch.Tensor, keywords: dict
 
 
 def test_a_share_is_a_number_or_a_percentage(llama: str) -> None:
-    run = CliRunner().invoke(app, ["advise", llama, "--sparsities", "0.1,half", "-q"])
-    assert run.exit_code == 1
-    assert "--sparsities half: write a share, as 0.3 or 30%" in str(run.exception)
+    said = refused("advise", llama, "--sparsities", "0.1,half", "-q")
+    assert "--sparsities half: write a share, as 0.3 or 30%" in said
 
 
 # ---- after training ----
@@ -330,8 +326,7 @@ def test_training_that_makes_a_cut_worse_is_dropped(llama: str, ids: torch.Tenso
 
 def test_calibrate_says_its_cost_before_and_prints_two_commands(llama: str, place: Path) -> None:
     typed = f"{TYPED} --sparsities 0.2,0.3".split()
-    run = CliRunner().invoke(app, ["advise", llama, *typed, "--calibrate", "--steps", "2", "--html", "page.html"])
-    assert run.exit_code == 0, run.output
+    run = done("advise", llama, *typed, "--calibrate", "--steps", "2", "--html", "page.html")
     assert "8 calibration windows and 2 trainings of 2 steps on 512 tokens" in " ".join(run.stderr.split())
     *said, first, plain, second, trained = run.stdout.strip().splitlines()
     assert "after training" in " ".join(said)
@@ -342,6 +337,4 @@ def test_calibrate_says_its_cost_before_and_prints_two_commands(llama: str, plac
     page = (place / "page.html").read_text()
     assert "Shaded: after training" in page
     assert page.index(first) < page.index(second)
-    run = CliRunner().invoke(app, ["advise", llama, *typed, "--steps", "2", "-q"])
-    assert run.exit_code == 1
-    assert "only --calibrate trains" in str(run.exception)
+    assert "only --calibrate trains" in refused("advise", llama, *typed, "--steps", "2", "-q")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from inside import Inside
-from lab import after, fields
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
 from toy_checkpoints import save
@@ -150,6 +149,3 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, ins
     inside.gives("mptk.targets.stock.check_config", Difference("config", 0.0, 0.0, 0.0))
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': outputs differ by"):
         mptk.verify(out)
-    after("mptk.targets.stock.write_checkpoint", fields("config.json", sliding_window=96), 4)(inside)
-    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
-        mptk.prune(dense, tmp_path / "again", settings)

@@ -5,35 +5,18 @@ It reaches for passes.frontend.trace_decoder: the decoder step is no public prog
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
+from cutting import random_plan
 from tiny_decoders import FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
 import mptk
-from mptk import FamilyPlan, Plan, analyze, trace
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
-
-
-def halved(analysis: Analysis, *names: str) -> Plan:
-    """Half of the units of the families, other ones in every layer and scope."""
-    draw = random.Random(0)
-    families = {}
-    for f in analysis.families:
-        width = max(f.minimum, f.size // 2)
-        if f.name in names:
-            keep = {
-                g.layer: tuple(tuple(sorted(draw.sample(range(f.size), width))) for _ in range(g.scopes))
-                for g in f.groups
-            }
-            families[f.name] = FamilyPlan(width, f.size, keep)
-    assert len(families) == len(names)
-    return Plan(families)
 
 
 def listing(analysis: Analysis) -> list[tuple[str, int, int, int]]:
@@ -53,7 +36,7 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
     plain, decoder = analyze(trace(model, dynamic=True)), analyze(trace_decoder(model))
     assert listing(plain) == listing(decoder)
 
-    plan = halved(plain, *families)
+    plan = random_plan(plain, families, share=0.5)
     reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
     caches = [node.meta["val"] for node in step.placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
@@ -73,7 +56,7 @@ def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):
     """Bloom adds its position biases by ``baddbmm``."""
     model = tiny_decoder(BloomConfig(hidden_size=48, n_head=6, n_layer=1, vocab_size=97))
     decoder = analyze(trace_decoder(model))
-    step = mptk.rewrite(decoder, halved(decoder, "heads", "ffn"))
+    step = mptk.rewrite(decoder, random_plan(decoder, ["heads", "ffn"], share=0.5))
     ids, mask, positions = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long), torch.arange(5)[None]
     with torch.no_grad():
         expected, *_ = step(ids, mask, positions.expand(2, -1), *[torch.zeros(2, 3, 0, 8)] * 2)

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import done
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, ProofError
-from mptk.cli.main import app
 from mptk.io.models import load
 from mptk.io.text.sources import SELF
 from mptk.ir.samples import joined
@@ -253,8 +252,7 @@ def test_no_cut_of_an_autoencoder_touches_the_latents(pipelines: Path) -> None:
 
 
 def analysed(folder: Path) -> dict[str, Any]:
-    result = CliRunner().invoke(app, ["analyze", str(folder), "--json", "-"])
-    assert result.exit_code == 0, result.output
+    result = done("analyze", str(folder), "--json", "-")
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 

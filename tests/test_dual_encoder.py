@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import done
 from pictures import COLOURS, clip, clip_processor, write_captions, write_chats
 from PIL import Image
 from torch import Tensor
@@ -35,13 +36,11 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
 )
-from typer.testing import CliRunner
 
 import mptk
 from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PAIRED
 from mptk import MptkError, Samples, Settings
-from mptk.cli.main import app
 from mptk.io.models import Loaded, load
 from mptk.progress import Count, silent
 from mptk.protocols.values import SampleSets
@@ -138,8 +137,7 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
 
 def test_eval_and_report_show_the_retrieval(world: Path, pruned: Path) -> None:
     for words in (["report", str(pruned)], ["eval", str(pruned), "--data", str(world / "pictures")]):
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 0, result.output
+        result = done(*words)
         assert "retrieval: 1.0000 dense, 1.0000 pruned" in result.output
 
 
@@ -215,8 +213,7 @@ def test_images_come_as_patches_if_the_class_reads_these(world: Path) -> None:
 
 
 def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["analyze", str(world / "clip"), "--json", str(tmp_path / "a.json"), "-q"])
-    assert result.exit_code == 0, result.output
+    done("analyze", str(world / "clip"), "--json", str(tmp_path / "a.json"), "-q")
     parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
     model = clip()
     assert parts["vision_tower"]["parameters"] == sum(p.numel() for p in model.vision_model.parameters())

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import architectures
 import pytest
 import torch
+from commands import done, refused
 from inside import Inside
 from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
 from mptk.api import recovery
 from mptk.chain.estimate import check_fits, estimated, estimated_for
-from mptk.cli.main import app
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import Estimate, Machine, ModelSizes, Pass, Work, duration, estimate, size_text, stacked
@@ -236,11 +235,9 @@ def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
         tmp_path / "pruned", tmp_path / "out", settings, data=str(text), progress=lambda stage, *_: said.append(stage)
     )
     assert next(line for line in said if line not in ("load", "reading")).startswith("will need about ")
-    shown = CliRunner().invoke(app, ["recover", str(tmp_path / "pruned"), "--estimate", "--steps", "2"])
-    assert shown.exit_code == 0, shown.output
+    shown = done("recover", str(tmp_path / "pruned"), "--estimate", "--steps", "2")
     assert "A run will need about" in shown.output.replace("\n", " ")
-    refused = CliRunner().invoke(app, ["recover", str(tmp_path / "pruned"), "--steps", "2"])
-    assert "give --out FOLDER" in refused.output.replace("\n", " ") or "give --out FOLDER" in str(refused.exception)
+    assert "give --out FOLDER" in refused("recover", tmp_path / "pruned", "--steps", "2")
 
 
 class Disk(NamedTuple):

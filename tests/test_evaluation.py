@@ -15,12 +15,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import toy_checkpoints as toys
+from commands import refused
 from inside import Inside
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 from mptk import MptkError
-from mptk.cli.main import app
 from mptk.io import data, evaluation, models, packaged
 
 
@@ -144,8 +143,7 @@ class TestZeroShot:
         message = r"can run Python code on this machine; read them, and if you trust them pass --trust-remote-code"
         with pytest.raises(MptkError, match=message):
             evaluation.zero_shot(str(task), ["toy_task"], include_path=task)
-        result = CliRunner().invoke(app, ["eval", "any", "--tasks", "toy_task", "--include-path", str(task)])
-        assert re.search(message, str(result.exception))
+        assert re.search(message, refused("eval", "any", "--tasks", "toy_task", "--include-path", task))
         assert not (task / "ran").exists()
 
     def test_not_installed(self, inside: Inside) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cutting import cut_and_compare, random_plan
+from small_modules import offered as sizes
+from small_modules import prove
 from torch import Tensor, nn
 
 from mptk import FamilyPlan, Plan, analyze, trace
@@ -36,20 +38,8 @@ class Block(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def check(module: nn.Module, *inputs: Tensor) -> Analysis:
-    """Analyse, and prove whatever is offered."""
-    found = analyze(trace(module.eval(), inputs))
-    for names in [*([f.name] for f in found.families), None]:
-        plan = random_plan(found, names)
-        if plan.families:
-            difference = cut_and_compare(found, plan, inputs)
-            assert difference.error <= 1e-5, (names, difference)
-            assert difference.moved > 1e-3, (names, difference)
-    return found
-
-
 def offered(found: Analysis) -> set[int]:
-    return {f.size for f in found.families}
+    return set(sizes(found))
 
 
 def reasons(found: Analysis, size: int) -> str:
@@ -57,7 +47,7 @@ def reasons(found: Analysis, size: int) -> str:
 
 
 def test_the_control_is_offered() -> None:
-    assert offered(check(Block(torch.relu), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(Block(torch.relu), IDS)) == {HIDDEN, INNER}
 
 
 def centred(x: Tensor) -> Tensor:
@@ -85,7 +75,7 @@ NOT_EXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(name: str) -> None:
     function, reason = NOT_EXACT[name]
-    found = check(Block(function), IDS)
+    found = prove(Block(function), IDS)
     assert INNER not in offered(found)
     assert reason in reasons(found, INNER) + reasons(found, INNER // 2)
     assert HIDDEN in offered(found)
@@ -105,7 +95,7 @@ class Snake(nn.Module):
 @pytest.mark.parametrize("times", [lambda a: 1 / a, lambda a: a.abs().rsqrt(), lambda a: a.log(), lambda a: a**-2.0])
 def test_a_weight_that_something_is_divided_by_is_cut_with_what_it_divides(times: Callable[[Tensor], Tensor]) -> None:
     """It keeps its numbers in the masked model, where they multiply a zero."""
-    assert offered(check(Block(Snake(times)), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(Block(Snake(times)), IDS)) == {HIDDEN, INNER}
 
 
 class Shifted(nn.Module):
@@ -120,7 +110,7 @@ class Shifted(nn.Module):
 
 
 def test_what_is_not_zero_by_the_other_weights_is_not_divided() -> None:
-    found = check(Block(Shifted()), IDS)
+    found = prove(Block(Shifted()), IDS)
     assert offered(found) == {HIDDEN}
     assert "summed over while not zero" in reasons(found, INNER)
 
@@ -153,8 +143,8 @@ X = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_a_buffer_of_zeros_blocks_no_head_size() -> None:
-    assert offered(check(Joined(), X)) == {2, 5}
-    assert offered(check(Joined(persistent=True), X)) == {2, 5}
+    assert offered(prove(Joined(), X)) == {2, 5}
+    assert offered(prove(Joined(persistent=True), X)) == {2, 5}
     assert offered(analyze(trace(Joined().to("meta"), (X,)))) == {2}
 
 
@@ -174,9 +164,9 @@ class OnEmbedding(Block):
 
 
 def test_layer_norm_as_an_op_has_kept_statistics_and_by_hand_has_not() -> None:
-    assert offered(check(OnEmbedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
-    assert offered(check(OnEmbedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
-    assert offered(check(OnEmbedding(centred), IDS)) == {INNER}
+    assert offered(prove(OnEmbedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(OnEmbedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(OnEmbedding(centred), IDS)) == {INNER}
 
 
 class Centred(nn.Module):
@@ -195,7 +185,7 @@ class Normed(Block):
 
 def test_the_place_of_a_refusal_is_named() -> None:
     """The op, the module and the line."""
-    assert re.search(r"\(aten\.mean\.dim in norm, test_exactness\.py:\d+\)", reasons(check(Normed(), IDS), INNER))
+    assert re.search(r"\(aten\.mean\.dim in norm, test_exactness\.py:\d+\)", reasons(prove(Normed(), IDS), INNER))
 
 
 class Winner(nn.Module):
@@ -238,7 +228,7 @@ class Routed(nn.Module):
 
 
 def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
-    found = check(Routed(2), IDS)
+    found = prove(Routed(2), IDS)
     experts = next(f for f in found.families if f.size == 6)
     assert experts.minimum == 2
     assert {m.weight for m in experts.groups[0].members} == {"router.weight", "experts", "out"}
@@ -246,13 +236,13 @@ def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
 
 
 def test_experts_looked_up_by_a_computed_position_stay() -> None:
-    found = check(Routed(2, offset=1), IDS)
+    found = prove(Routed(2, offset=1), IDS)
     assert offered(found) == {HIDDEN, INNER}
     assert "its positions are computed with" in reasons(found, 6)
 
 
 def test_a_router_that_takes_all_experts_leaves_no_choice() -> None:
-    assert 6 not in offered(check(Routed(6), IDS))
+    assert 6 not in offered(prove(Routed(6), IDS))
 
 
 class Mutated(nn.Module):
@@ -272,7 +262,7 @@ class Mutated(nn.Module):
 
 
 def test_a_constant_that_is_written_through_a_view_is_followed() -> None:
-    found = check(Mutated(), IDS)
+    found = prove(Mutated(), IDS)
     assert offered(found) == {HIDDEN}
     assert "summed over while not zero" in reasons(found, INNER)
 
@@ -294,7 +284,7 @@ class Shared(nn.Module):
 
 
 def test_constants_do_not_tie_the_layers_that_use_them() -> None:
-    found = check(Shared(), IDS)
+    found = prove(Shared(), IDS)
     (ffn,) = (f for f in found.families if f.size == INNER)
     assert [g.layer for g in ffn.groups] == ["layers.0", "layers.1"]
 
@@ -313,7 +303,7 @@ class Heads(nn.Module):
 
 
 def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> None:
-    found = check(Heads(), IDS)
+    found = prove(Heads(), IDS)
     assert offered(found) == {HIDDEN, 3, 5}
     assert all(f.scopes == 1 for f in found.families)
 
@@ -336,13 +326,13 @@ class PackedHeads(nn.Module):
 
 
 def test_a_choice_that_varies_along_two_dimensions() -> None:
-    found = check(PackedHeads(), IDS)
+    found = prove(PackedHeads(), IDS)
     assert {f.size: f.scopes for f in found.families} == {HIDDEN: 1, 4: 1, 3: 4, 5: 12}
     assert cut_and_compare(found, random_plan(found, seed=3, share=0.5), (IDS,)).error <= 1e-5
 
 
 def test_an_unscoped_choice_serves_every_scope() -> None:
-    found = check(PackedHeads(), IDS)
+    found = prove(PackedHeads(), IDS)
     channels = next(f for f in found.families if f.size == 5)
     keep = {g.layer: ((0, 2, 3),) for g in channels.groups}
     assert cut_and_compare(found, Plan({channels.name: FamilyPlan(3, 5, keep)}), (IDS,)).error <= 1e-5

@@ -11,6 +11,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+from commands import done
 from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers
 from test_criteria import routed
 from torch import Tensor
@@ -22,11 +23,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, analyze, trace
-from mptk.cli.main import app
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
@@ -53,8 +52,7 @@ def prune(model: torch.nn.Module, folder: Path, *options: str) -> set[tuple[int,
     model.save_pretrained(folder / "dense")
     words = "--data random --samples 8 --length 24 --eval-windows 2 --eval-length 12 --align 1 --no-onnx --out"
     for line in (["prune", folder / "dense", *options, *words.split(), folder / "out"], ["verify", folder / "out"]):
-        said = CliRunner().invoke(app, [str(word) for word in line])
-        assert said.exit_code == 0, said.output
+        done(*line)
     (family,) = Plan.load(folder / "out" / "plan.json").families.values()
     return {row for rows in family.keep.values() for row in rows}
 

@@ -9,13 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import done
 from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from mptk import MptkError, Settings
 from mptk.api.graphs import export_folder, onnx_folder
-from mptk.cli.main import app
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, generate
 
@@ -112,7 +111,7 @@ def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
 
 def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, folder, decoder, tmp_path):
     words = ["export", str(source), "--out", str(tmp_path / "out"), "--objective", "prefill"]
-    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    done(*words)
     ids = np.array([PROMPTS[2]])
     other = OrtDecoder(tmp_path / "out", threads=1)
     assert (other.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
@@ -129,15 +128,14 @@ def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, f
 def test_commands_generate_and_eval(folder, source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 60)
-    run = CliRunner().invoke(app, ["generate", str(folder), "the cat", "--max-new-tokens", "5"], catch_exceptions=False)
-    assert run.exit_code == 0
+    run = done("generate", str(folder), "the cat", "--max-new-tokens", "5")
     tokens = list(TextGenerator(folder).stream([TextGenerator(folder).encode("the cat")], limit=5))
     assert run.stdout.strip() == tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
     assert "5 new tokens" in run.stderr
     values = {}
     for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_quantized.onnx", "onnx")):
         words = ["eval", str(model), "--runtime", runtime, "--data", str(text), "--length", "32"]
-        run = CliRunner().invoke(app, words, catch_exceptions=False)
+        run = done(*words)
         values[model] = float(run.stdout.split()[1])
     dense, plain, int8 = values.values()
     assert plain == pytest.approx(dense, rel=1e-3)
@@ -151,7 +149,7 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
     found = []
     for name, more in (("alone", []), ("for", ["--data", str(text)])):
         words = ["export", str(source), "--out", str(tmp_path / name), "--quantize", "int4", *more]
-        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+        done(*words)
         found.append((tmp_path / name / "onnx" / "model_q4.onnx_data").read_bytes())
     assert len(found[0]) == len(found[1])
     assert found[0] != found[1]

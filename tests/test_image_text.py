@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import done
 from inside import Stopped, changed
 from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats, write_qwen
 from PIL import Image
@@ -25,13 +26,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from typer.testing import CliRunner
 
 import mptk
 from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, Samples
-from mptk.cli.main import app
 from mptk.compile.trace import traced, traced_as_example
 from mptk.config.settings import Settings
 from mptk.io.models import Loaded, load
@@ -145,8 +144,7 @@ def test_chats_name_images_in_turns_or_beside_them(world: Path) -> None:
 
 
 def test_analyze_lists_the_parts_and_what_they_weigh(world: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["analyze", str(world / "llava"), "--json", str(tmp_path / "a.json"), "-q"])
-    assert result.exit_code == 0, result.output
+    done("analyze", str(world / "llava"), "--json", str(tmp_path / "a.json"), "-q")
     parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
     model = llava().model
     for name, module in (
@@ -175,7 +173,10 @@ def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
         expanded(("vision_tower",), analysis, refused, parts)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3", "mistral3", "paligemma"])
+ALSO = [pytest.param(name, marks=pytest.mark.long) for name in ("mistral3", "paligemma")]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3", *ALSO])
 def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str) -> None:
     """Sizes of images are numbers in it; images that could be blank are there; text may have another length."""
     model: Any = tiny_model(PICTURED, model_type).model

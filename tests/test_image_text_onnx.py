@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from commands import done, refused
 from inside import Inside
 from pictures import IMAGE, PATCHES, llava, processor, write_captions, write_qwen
 from PIL import Image
@@ -29,14 +30,12 @@ from torch import Tensor
 from toy_checkpoints import llama
 from toy_checkpoints import tokenizer as toy_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from typer.testing import CliRunner
 
 import mptk
 from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
-from mptk.cli.main import app
 from mptk.compat.transformers import precomputed
 from mptk.ort.decoder import OrtDecoder
 from mptk.proof.proof import windows_within
@@ -317,8 +316,7 @@ def test_generate_writes_after_images_what_transformers_writes(exported: Path, p
     places = [exported / name for name in pictures]
     options = [word for place in places for word in ("--image", str(place))]
     words = ["generate", str(exported / "out"), "a picture", "--max-new-tokens", "8", *options]
-    run = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert run.exit_code == 0, run.output
+    run = done(*words)
     reader = AutoProcessor.from_pretrained(exported / "qwen")
     turn = {"role": "user", "content": [*({"type": "image"} for _ in places), {"type": "text", "text": "a picture"}]}
     text = reader.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
@@ -332,7 +330,7 @@ def test_generate_writes_after_images_what_transformers_writes(exported: Path, p
 def test_without_a_template_the_token_of_the_image_comes_first(pruned: Path, stock: Any) -> None:
     picture = pruned.parent / "pictures" / "blue.png"
     words = ["generate", str(pruned), "a picture", "--image", str(picture), "--max-new-tokens", "6"]
-    run = CliRunner().invoke(app, words, catch_exceptions=False)
+    run = done(*words)
     asked = processor()(text="<image>\na picture", images=Image.open(picture), return_tensors="pt")
     found = stock.generate(**asked, max_new_tokens=6, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert run.stdout.strip() == processor().decode(found, skip_special_tokens=True).strip()
@@ -376,6 +374,4 @@ def test_images_that_cannot_be_read_are_said_in_one_line(
     shutil.copytree(pruned, tmp_path / "out")
     spoil(tmp_path / "out")
     picture = pruned.parent / "pictures" / "blue.png"
-    run = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "a", "--image", str(picture)])
-    assert isinstance(run.exception, MptkError)
-    assert re.search(line, str(run.exception))
+    assert re.search(line, refused("generate", tmp_path / "out", "a", "--image", picture))

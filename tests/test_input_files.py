@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import done
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, EuroBertConfig, EuroBertModel, XLNetConfig, XLNetLMHeadModel
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError
-from mptk.cli.main import app
 
 IDS = torch.arange(24 * 6).reshape(24, 6) % 40
 
@@ -32,8 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
+    result = done(*words)
     return str(result.output)
 
 

@@ -36,13 +36,14 @@ from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TEXT_LENGTH
-from mptk.tasks.masked_lm import MaskedLM, masked
+from mptk.tasks.masked_lm import FIRST, STRIDE, MaskedLM, masked
 from mptk.tasks.seq2seq import until_end
 
 Pruned = Callable[[str], Path]
 TAGS = {
     "encoder": "feature-extraction",
     "text classifier": "text-classification",
+    "masked language model": "fill-mask",
     "encoder-decoder": "text2text-generation",
     "image classifier": "image-classification",
     "speech": "automatic-speech-recognition",
@@ -60,6 +61,7 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(
     assert any(f["width"] < f["of"] for f in report.families.values())
     assert math.isfinite(report.quality["pruned"])
     assert report.quality["protocol"].startswith(f"{folders / DATA.get(name, 'text.txt')}: ")
+    assert ("one token in 7 masked" in report.quality["protocol"]) == (name == "masked language model")
     stages = [row["stage"] for row in report.proof]
     assert {"stored weights", "rewritten graph", "reloaded checkpoint"} <= set(stages)
     padded = name not in ("image classifier", "speech")
@@ -76,14 +78,16 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(
         assert (out / file).is_file() == (folders / name / file).is_file()
 
 
-@pytest.mark.parametrize(("name", "method"), [("encoder", "taylor"), ("speech", "flap")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("encoder", "taylor"), ("masked language model", "flap"), ("speech", "flap")]
+)
 def test_units_are_scored_by_the_loss_of_the_kind(folders: Path, tmp_path: Path, name: str, method: str) -> None:
     mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, method=method))
     assert all(row["ok"] for row in mptk.Report.read(tmp_path / "out").proof)
 
 
-def test_masks_are_learned_and_it_recovers(folders: Path, tmp_path: Path) -> None:
-    name = "image classifier"
+@pytest.mark.parametrize("name", ["masked language model", "image classifier"])
+def test_masks_are_learned_and_it_recovers(folders: Path, tmp_path: Path, name: str) -> None:
     learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, method="maskprune", learning=learning))
     report = mptk.Report.read(tmp_path / "out")
@@ -126,6 +130,7 @@ def test_targets_end_with_the_text() -> None:
         ("image classifier", "sounds", "holds no images"),
         ("speech", "images", "holds no WAV files"),
         ("encoder", "self", "cannot write text to calibrate on"),
+        ("masked language model", "self", "cannot write text to calibrate on; give some with data"),
         ("encoder-decoder", "self", "cannot write text to calibrate on"),
     ],
 )
@@ -170,6 +175,26 @@ def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str)
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
     assert task_of(Loaded(model, None, "it", Path())).name == kind
+
+
+def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(folders: Path) -> None:
+    loaded = load(str(folders / "masked language model"))
+    task, ids = task_of(loaded), torch.randint(3, 97, (2, 17))
+    hidden = ids.clone()
+    hidden[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id
+    with torch.no_grad():
+        samples = task.made(loaded, {"input_ids": ids})
+        logits = task.output(loaded.model, samples)
+        expected = -loaded.model(input_ids=hidden).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
+    assert float(task.loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert task.predicted(samples) == expected.numel()
+
+
+def test_a_tokenizer_without_a_mask_is_said(folders: Path) -> None:
+    loaded = load(str(folders / "masked language model"))
+    loaded.tokenizer.mask_token = None
+    with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
+        task_of(loaded).evaluation(loaded, settings(folders, "masked language model"))
 
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:

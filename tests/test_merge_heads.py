@@ -17,14 +17,13 @@ import architectures
 import pytest
 import torch
 import toy_checkpoints as toys
+from commands import done
 from inside import Inside
 from small_modules import Small
 from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, ProofError
-from mptk.cli.main import app
 from mptk.conversions import kv_heads as merging
 from mptk.publish.manifest import write_manifest
 
@@ -47,8 +46,7 @@ def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out.parent / "text.txt").write_text(toys.TEXT * 20)
     typed = f"prune {dense} --kv-heads 1 --families ffn --sparsity 0.2 --align 4 --method wanda --samples 4 "
     typed += f"--length 24 --eval-windows 2 --eval-length 24 --data {out.parent / 'text.txt'} --out {out}"
-    result = CliRunner().invoke(app, typed.split())
-    assert result.exit_code == 0, result.output
+    result = done(*typed.split())
     assert "KV heads, merged" in result.output
     assert "pruned by wanda" in result.output
     return out
@@ -214,8 +212,7 @@ def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) 
     line = f"shapes {dense} --families ffn --sparsity 0.2 --align 2 --samples 4 --length 24 --tokens 0 --data random"
     found = {}
     for more in ("", "--kv-heads 1"):
-        result = CliRunner().invoke(app, [*line.split(), *more.split(), "--json", "-"])
-        assert result.exit_code == 0, result.output
+        result = done(*line.split(), *more.split(), "--json", "-")
         found[more] = json.loads(result.stdout)
         assert more in found[more]["command"]
         assert found[more]["shapes"][0]["sparsity"] == pytest.approx(0.2, abs=0.01)

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import toy_checkpoints as toys
 import yaml
+from commands import refused
 from inside import Inside, Stopped
 from lab import remembered
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Settings
 from mptk.api.recovery import needed
 from mptk.chain.amounts import LEAST_STEPS, in_time
 from mptk.chain.estimate import estimator
-from mptk.cli.main import app
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
 
@@ -111,12 +110,10 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
     )
     with pytest.raises(MptkError, match=said):
         mptk.prune(llama, tmp_path / "out", TINY, minutes=1, batch=8)
-    shown = CliRunner().invoke(app, ["prune", llama, "--minutes", "1", "--estimate", "--data", "text"])
-    assert "is too short" in str(shown.exception)
+    assert "is too short" in refused("prune", llama, "--minutes", "1", "--estimate", "--data", "text")
     recipe = tmp_path / "run.yaml"
     recipe.write_text(f"model: {llama}\nminutes: 1\ndata: text\nestimate: true\n")
-    shown = CliRunner().invoke(app, ["prune", "--config", str(recipe)])
-    assert "is too short" in str(shown.exception)
+    assert "is too short" in refused("prune", "--config", recipe)
 
 
 def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, inside: Inside) -> None:
@@ -130,8 +127,8 @@ def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, ins
 
 
 def test_minutes_that_choose_nothing_are_refused(llama: str) -> None:
-    command = ["prune", llama, "--minutes", "1", "--steps", "8", "--samples", "4", "--estimate"]
-    assert "--minutes would do nothing" in str(CliRunner().invoke(app, command).exception)
+    said = refused("prune", llama, "--minutes", "1", "--steps", "8", "--samples", "4", "--estimate")
+    assert "--minutes would do nothing" in said
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import architectures
 import pytest
 import torch
 import toy_checkpoints as toys
+from commands import done
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -33,11 +34,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, ProofError
-from mptk.cli.main import app
 from mptk.files import write_json
 from mptk.io.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, ffn_width
 from mptk.publish.manifest import write_manifest
@@ -298,12 +297,11 @@ def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path
 
 
 def test_legal_widths_are_shown_without_weights(dense: str) -> None:
-    result = CliRunner().invoke(app, ["analyze", dense, "--target", TARGET, "--json", "-"])
-    assert result.exit_code == 0, result.output
+    result = done("analyze", dense, "--target", TARGET, "--json", "-")
     found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
     assert found["ffn"] == [256, 512, 768, 1024]
     assert found["q_heads"] == [3]
-    result = CliRunner().invoke(app, ["analyze", dense, "--target", TARGET, "--engines", "vllm", "--json", "-"])
+    result = done("analyze", dense, "--target", TARGET, "--engines", "vllm", "--json", "-")
     found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
     assert found["ffn"] == [*range(32, 1025, 32)]
 

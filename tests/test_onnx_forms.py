@@ -49,6 +49,7 @@ def text_parts(width: int) -> dict[str, Shapes]:
 NAMES: dict[str, Callable[[int], dict[str, Shapes]]] = {
     "encoder": lambda width: {"model.onnx": {**TOKENS, "last_hidden_state": [*ROWS, width]}},
     "text classifier": lambda _: {"model.onnx": {**TOKENS, "logits": ["batch_size", CLASSES]}},
+    "masked language model": lambda _: {"model.onnx": {**TOKENS, "logits": [*ROWS, VOCAB + 1]}},
     "image classifier": lambda _: {
         "model.onnx": {"pixel_values": ["batch_size", 3, 16, 16], "logits": ["batch_size", CLASSES]}
     },
@@ -113,13 +114,13 @@ def test_it_computes_what_the_stock_model_does(pruned: Pruned) -> None:
     if pruned.kind == "image classifier":
         pixels = torch.randn(3, 3, 16, 16)
         assert_equal(pruned.run("model.onnx", pixel_values=pixels), model(pixels).logits)
-    elif pruned.kind in ("encoder", "text classifier"):
+    elif pruned.kind in ("encoder", "text classifier", "masked language model"):
         types = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1]).expand(3, 9).contiguous()
         found = pruned.run("model.onnx", input_ids=ids, attention_mask=mask, token_type_ids=types)
         for row, length in enumerate((9, 5, 9)):
             part = slice(row, row + 1), slice(length)
             alone = model(input_ids=ids[part], token_type_ids=types[part])[0][0]
-            assert_equal(found[row, :length] if pruned.kind == "encoder" else found[row], alone)
+            assert_equal(found[row] if pruned.kind == "text classifier" else found[row, :length], alone)
     else:
         words = torch.randint(3, 61, (3, 6))
         text = pruned.kind != "speech"

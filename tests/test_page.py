@@ -13,14 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import done, refused
 from markdown_it import MarkdownIt
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan
-from mptk.cli.main import app
 from mptk.config.learning import Learning
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.compare import front, grouped
@@ -264,8 +263,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
 
 def test_the_command_writes_one_page_about_several_folders(folders, tmp_path: Path) -> None:
     arguments = [*map(str, folders[1]), "--html", str(tmp_path / "page.html")]
-    run = CliRunner().invoke(app, ["report", *arguments])
-    assert run.exit_code == 0, run.output
+    done("report", *arguments)
     page = Parsed((tmp_path / "page.html").read_text())
     assert "2 pruned models side by side" in page.text
     drawn = [value for name, value in page.attributes if name == "aria-label"]
@@ -275,8 +273,7 @@ def test_the_command_writes_one_page_about_several_folders(folders, tmp_path: Pa
 
 
 def test_several_folders_are_compared_as_text_too(folders) -> None:
-    run = CliRunner().invoke(app, ["report", *map(str, folders[1])])
-    assert run.exit_code == 0, run.output
+    run = done("report", *map(str, folders[1]))
     assert "side by side" in run.output
 
 
@@ -286,8 +283,7 @@ def test_a_report_shows_what_both_models_write_after_a_prompt(folders, tmp_path:
     options = [word for prompt in prompts for word in ("--prompt", prompt)]
     page = tmp_path / "page.html"
     for more in ([], ["--html", str(page)]):
-        run = CliRunner().invoke(app, ["report", str(folder), *options, *more])
-        assert run.exit_code == 0, run.output
+        done("report", str(folder), *options, *more)
     written = Parsed(page.read_text()).text
     models = (AutoModelForCausalLM.from_pretrained(dense), mptk.Pruned.open(folder).model)
     tokenizer = AutoTokenizer.from_pretrained(dense)
@@ -299,8 +295,7 @@ def test_a_report_shows_what_both_models_write_after_a_prompt(folders, tmp_path:
         assert re.sub(r"\s+", " ", " ".join([prompt, *texts])) in written
         differ = differ or texts[0] != texts[1]
     assert differ
-    run = CliRunner().invoke(app, ["report", str(folder), "--model", dense])
-    assert "give --prompt, or leave it out" in str(run.exception)
+    assert "give --prompt, or leave it out" in refused("report", folder, "--model", dense)
 
 
 def test_damaged_metrics_are_one_error(folders, tmp_path: Path) -> None:
@@ -315,8 +310,7 @@ def test_damaged_metrics_are_one_error(folders, tmp_path: Path) -> None:
 
 def test_analyze_draws_what_is_cut_together(folders, tmp_path: Path) -> None:
     file = tmp_path / "analysis.html"
-    run = CliRunner().invoke(app, ["analyze", folders[0], "--html", str(file)])
-    assert run.exit_code == 0, run.output
+    done("analyze", folders[0], "--html", str(file))
     page = Parsed(file.read_text())
     assert "which modules of model.layers.0 are cut together" in [v for n, v in page.attributes if n == "aria-label"]
     assert "self_attn.o_proj.weight 36 × 48 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text

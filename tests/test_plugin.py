@@ -1,6 +1,7 @@
 """examples/plugin, installed: its criterion, its rule and its target work from the command line and from Python.
 
-A process imports torch and transformers for many seconds, so commands share one where that can hide nothing.
+A process imports torch and transformers for many seconds, so one does that for all tests, and none of mptk. Each program
+then runs in a fork of it, which imports mptk and what is installed beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +54,7 @@ import contextlib, io, json, sys
 from mptk.cli.main import main
 
 done = []
-for line in json.loads(sys.argv[1]):
+for line in arguments:
     sys.argv[1:] = line
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
@@ -62,26 +64,56 @@ for line in json.loads(sys.argv[1]):
     done.append((code or 0, out.getvalue(), err.getvalue()))
 print(json.dumps(done))
 """
+FORKS = """
+import json, os, sys
+import accelerate, onnx, peft, torch.export, transformers.models.llama.modeling_llama
+
+for asked in sys.stdin:
+    site, code, arguments, answer = json.loads(asked)
+    child = os.fork()
+    if child == 0:
+        sys.path.insert(0, site)
+        sys.stdout = open(answer, "w")
+        exec(code, {"arguments": arguments})
+        sys.stdout.close()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+Run = Callable[..., str]
 
 
-def run(site: Path, *lines: list[str]) -> list[Done]:
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """What a program prints that sees what is installed in a folder, and ``arguments``."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    answer = tmp_path_factory.mktemp("answers") / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def run(site: Path, code: str, *arguments: object) -> str:
+            process.stdin.write(json.dumps([str(site), code, arguments, str(answer)]) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "0\n"
+            return answer.read_text()
+
+        yield run
+        process.stdin.close()
+
+
+def commands(python: Run, site: Path, *lines: list[str]) -> list[Done]:
     """Command lines, one after the other, in one process that sees what is installed in ``site``."""
-    return [Done(*each) for each in json.loads(python(site, COMMANDS, json.dumps(lines)))]
+    return [Done(*each) for each in json.loads(python(site, COMMANDS, *lines))]
 
 
-def python(site: Path, code: str, *arguments: str) -> str:
-    """What a program prints that sees what is installed in ``site``."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "COLUMNS": "200"}
-    command = [sys.executable, "-c", code, *arguments]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path, model: str, tmp_path: Path) -> None:
+def test_criterion_and_target_prune_and_verify_from_the_command_line(
+    python: Run, site: Path, model: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     options = ["--method", "peak", "--target", "npz", "--out", str(out), *COMMON]
-    listed, pruned = run(site, ["ops"], ["prune", model, *options])
+    listed, pruned = commands(python, site, ["ops"], ["prune", model, *options])
     assert "mptk_example.gate" in listed.out
     assert pruned.code == 0, pruned.err
     report = Report.read(out)
@@ -91,7 +123,7 @@ def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path,
     assert all(width % 8 == 0 for width in narrowed)
     assert [d["stage"] for d in report.proof] == ["stored weights", "rewritten graph"]
     assert not (out / "config.json").exists()
-    (verified,) = run(site, ["verify", str(out)])
+    (verified,) = commands(python, site, ["verify", str(out)])
     assert verified.code == 0, verified.err
 
 
@@ -129,17 +161,17 @@ print(torch.allclose(found.flatten(), peaks))
 """
 
 
-def test_rule_makes_its_operator_prunable_and_the_criterion_measures_it(site: Path) -> None:
+def test_rule_makes_its_operator_prunable_and_the_criterion_measures_it(python: Run, site: Path) -> None:
     members = ["by.bias", "by.weight", "down.weight", "up.bias", "up.weight"]
     assert python(site, ANALYSED).split("\n")[:2] == [f"10 {members}", "True"]
 
 
-def test_a_plugin_that_does_not_load_is_one_line(site: Path, tmp_path: Path) -> None:
+def test_a_plugin_that_does_not_load_is_one_line(python: Run, site: Path, tmp_path: Path) -> None:
     broken = tmp_path / "site"
     shutil.copytree(site, broken)
     (broken / "mptk_example" / "target.py").unlink()
     words = ["--target", "npz", "--steps", "0", "--method", "wanda", "--out", str(tmp_path / "o")]
-    other, failed = run(broken, ["analyze", "nothing-there"], ["prune", "m", *words])
+    other, failed = commands(python, broken, ["analyze", "nothing-there"], ["prune", "m", *words])
     assert (other.code, failed.code) == (1, 1)
     assert "the plugin npz of mptk-example does not load" in failed.err
     assert "Traceback" not in failed.err

@@ -16,6 +16,7 @@ from runpy import run_path
 
 import pytest
 import torch
+from commands import done
 from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import (
     AutoTokenizer,
@@ -23,11 +24,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.cli.main import app
 from mptk.io import data
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.chain import Proven
@@ -233,8 +232,7 @@ def test_example_script_does_the_main_job(llama, tmp_path, inside, capsys):
 
 def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
     options = ["--method", "magnitude", "--sparsity", "0.314", "--samples", "2", "--length", "32", "--align", "4"]
-    run = CliRunner().invoke(app, ["prune", llama, "--out", str(tmp_path / "out"), "--no-onnx", "-v", *options])
-    assert run.exit_code == 0, run.output
+    run = done("prune", llama, "--out", str(tmp_path / "out"), "--no-onnx", "-v", *options)
     assert re.search(r"rewrite: \d+ → \d+ ops, [\d,]+ → [\d,]+ parameters, \d+ weights sliced", run.stderr)
     stages = {row["name"]: row for row in Report.read(tmp_path / "out").stages}
     before, after = stages["rewrite"]["parameters"]
@@ -249,8 +247,8 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, t
         mptk.prune(llama, tmp_path / "out", settings)
     assert Report.read(tmp_path / "out").quality == {}
     assert mptk.verify(tmp_path / "out")
-    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), str(tmp_path / "out")])
-    assert "Not measured, since the run was stopped earlier" in shown.stdout
+    shown = done("report", tmp_path / "out", tmp_path / "out").stdout
+    assert "Not measured, since the run was stopped earlier" in shown
 
 
 def test_reports_of_earlier_versions_are_read(pruned, tmp_path):

@@ -12,12 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from commands import done, refused
 from inside import Inside
 from test_replacing import code_of, forked
-from typer.testing import CliRunner
 
 from mptk import MptkError
-from mptk.cli.main import app
 from mptk.publish.manifest import write_manifest
 from mptk.publish.push import push
 
@@ -108,8 +107,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
-    run = CliRunner().invoke(app, ["push", str(folder), "me/small"])
-    assert run.exit_code == 0, run.exception
+    run = done("push", str(folder), "me/small")
     assert "/me/small/commit/" in run.stdout
     assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
     assert hub.files["onnx/model.onnx"] == b"graph"
@@ -170,12 +168,11 @@ def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub: Hub, folder: Path) -> None:
-    result = CliRunner().invoke(app, ["push", str(folder), "me/small", "--dry-run"])
-    assert result.exit_code == 0
+    result = done("push", str(folder), "me/small", "--dry-run")
     assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(
         ["README.md", "config.json", "mptk.json", "onnx/model.onnx"]
     )
     assert result.stdout.splitlines()[-1].endswith(f"in 4 files would go to {hub.url}/me/small")
     assert not hub.asked
     (folder / "config.json").write_text("{ }")
-    assert CliRunner().invoke(app, ["push", str(folder), "me/small", "--dry-run"]).exit_code == 1
+    assert refused("push", folder, "me/small", "--dry-run")

@@ -8,13 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import done
 from toy_checkpoints import llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Report
-from mptk.cli.main import app
 
 REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, align=8)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
@@ -31,24 +30,10 @@ def llama(tmp_path_factory) -> str:
 def rehomed(llama, tmp_path_factory) -> Path:
     """Pruned by the command line."""
     out = tmp_path_factory.mktemp("out") / "pruned"
-    words = [
-        "--method",
-        "wanda",
-        "--width",
-        "kv_groups=3",
-        "--families",
-        "kv_groups",
-        "--samples",
-        "4",
-        "--length",
-        "48",
-    ]
-    run = CliRunner().invoke(
-        app,
-        ["prune", llama, "--out", str(out), *words, "--align", "8", "--no-onnx", "--rehome"],
-        catch_exceptions=False,
+    words = (
+        "--method wanda --width kv_groups=3 --families kv_groups --samples 4 --length 48 --align 8 --no-onnx --rehome"
     )
-    assert run.exit_code == 0, run.output
+    done("prune", llama, "--out", out, *words.split())
     return out
 
 

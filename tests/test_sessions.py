@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import done
 from inside import Inside
 from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Samples, prune
-from mptk.cli.main import app
 from mptk.ort.sessions import HOST, memory_of, open_session, providers
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import session_device
@@ -127,8 +126,7 @@ def test_every_session_of_a_command_is_on_the_device(
         ["bench", str(folder), "--lengths", "8", "--rounds", "2", "--markdown", str(table)],
     ):
         asked.clear()
-        result = CliRunner().invoke(app, [*command, "--device", "cuda:1"])
-        assert result.exit_code == 0, result.output
+        done(*command, "--device", "cuda:1")
         assert asked
         assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
     assert HOST in table.read_text()  # what the session says, not what it was asked for

@@ -14,17 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import done
 from inside import Inside, Stopped
 from lab import remembered
 from safetensors.torch import load_file
 from test_latency import times
 from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError
-from mptk.cli.main import app
 from mptk.methods.division.search import finalists, rungs
 from mptk.methods.maskprune.learner import Learner
 from mptk.protocols.chain import Chosen
@@ -234,15 +233,13 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     monkeypatch.chdir(tmp_path)
     inside.bound("mptk.cli.console.out.width", 2000)
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
-    run = CliRunner().invoke(app, ["shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q"])
-    assert run.exit_code == 0, run.output
+    run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
     *table, command = run.stdout.strip().splitlines()
     assert "reconstructed" in " ".join(table)
     assert "fitted to or trained on" in " ".join(table)
     assert command.startswith(f"mptk prune {llama} --sparsity 0.33 ")
     assert " --method wanda " in command
-    run = CliRunner().invoke(app, [*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q"])
-    assert run.exit_code == 0, run.output
+    run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
     cut = {
         f"{name}={f['width']}" for name, f in mptk.Report.read("dense-pruned").families.items() if f["width"] < f["of"]
     }
@@ -285,8 +282,8 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
 ) -> None:
     folder, page = tmp_path / "small", tmp_path / "page.html"
     mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
-    assert "The search of the shape" in CliRunner().invoke(app, ["report", str(folder)]).output
-    CliRunner().invoke(app, ["report", str(folder), "--html", str(page)])
+    assert "The search of the shape" in done("report", folder).output
+    done("report", folder, "--html", page)
     assert page.read_text().count("Cost and quality of each shape") == 1
     said = json.loads((folder / "report.json").read_text())
     said["search"]["shapes"][1]["widths"] = {"ffn": 3}

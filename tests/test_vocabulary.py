@@ -14,6 +14,7 @@ import kinds
 import pytest
 import torch
 import toy_checkpoints as toys
+from commands import done
 from small_modules import Small
 from transformers import (
     AutoModelForCausalLM,
@@ -23,11 +24,9 @@ from transformers import (
     BertForMaskedLM,
     PreTrainedModel,
 )
-from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan
-from mptk.cli.main import app
 from mptk.conversions.vocabulary.convert import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
@@ -62,8 +61,7 @@ def pruned(dense, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "pruned"
     typed = f"prune {dense} --vocabulary {dense.parent / 'few.txt'} --data {dense.parent / 'many.txt'} --out {out} "
     typed += "--sparsity 0.3 --method wanda --samples 4 --length 24 --eval-windows 2 --eval-length 24 --align 2"
-    result = CliRunner().invoke(app, typed.split())
-    assert result.exit_code == 0, result.output
+    result = done(*typed.split())
     assert "vocabulary" in result.output
     return out
 

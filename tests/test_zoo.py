@@ -24,11 +24,7 @@ TYPES = [
     ("image-classification", "vit"),
     ("image-classification", "resnet"),
 ]
-ALSO = [  # test_families.py has the first four
-    ("causal-lm", "gpt2"),  # fused qkv in Conv1D
-    ("causal-lm", "gpt_neox"),  # fused qkv by head, parallel residual, rotary on part of a head
-    ("causal-lm", "gemma3_text"),  # QK-norm, 1 + weight norms, sliding window
-    ("causal-lm", "mixtral"),  # experts
+ALSO = [
     ("causal-lm", "bloom"),  # alibi
     ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
     ("masked-lm", "bert"),

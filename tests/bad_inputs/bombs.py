@@ -27,6 +27,8 @@ def text(value: str) -> bytes:
 
 
 ARRAY, STRING, UINT8 = 9, 8, 0
+LLAMA = text("general.architecture") + struct.pack("<I", STRING) + text("llama") + text("w")
+"""The field that every file has, and the name of a tensor."""
 GGUFS = {
     "an array of 2^60 bytes": header(text("a") + struct.pack("<IIQ", ARRAY, UINT8, 1 << 60)),
     "an array of 2^40 empty words": header(text("a") + struct.pack("<IIQ", ARRAY, STRING, 1 << 40) + bytes(4096)),
@@ -34,30 +36,9 @@ GGUFS = {
         text("a") + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 100_000
     ),
     "a string of 2^61 bytes": header(text("a") + struct.pack("<IQ", STRING, 1 << 61)),
-    "a tensor of 2^60 numbers": header(
-        text("general.architecture")
-        + struct.pack("<I", STRING)
-        + text("llama")
-        + text("w")
-        + struct.pack("<IQQIQ", 2, 1 << 30, 1 << 30, 0, 0),
-        tensors=1,
-    ),
-    "a tensor of 2^32 dimensions": header(
-        text("general.architecture")
-        + struct.pack("<I", STRING)
-        + text("llama")
-        + text("w")
-        + struct.pack("<I", 0xFFFFFFFF),
-        tensors=1,
-    ),
-    "a tensor that starts beyond the file": header(
-        text("general.architecture")
-        + struct.pack("<I", STRING)
-        + text("llama")
-        + text("w")
-        + struct.pack("<IQIQ", 1, 32, 0, 1 << 50),
-        tensors=1,
-    ),
+    "a tensor of 2^60 numbers": header(LLAMA + struct.pack("<IQQIQ", 2, 1 << 30, 1 << 30, 0, 0), tensors=1),
+    "a tensor of 2^32 dimensions": header(LLAMA + struct.pack("<I", 0xFFFFFFFF), tensors=1),
+    "a tensor that starts beyond the file": header(LLAMA + struct.pack("<IQIQ", 1, 32, 0, 1 << 50), tensors=1),
     "a key that stands twice": header((text("a") + struct.pack("<IB", UINT8, 1)) * 2, count=2),
     "an alignment of 0": header(text("general.alignment") + struct.pack("<II", 4, 0)),
 }

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from tests.bad_inputs.shared import SHORT
-from tests.bad_inputs.table import Prepare, Row, fifo, folder, link, remove, write
+from tests.bad_inputs.table import BODIES, Prepare, Row, changed, fifo, folder, link, remove, write
 
 PRUNE = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
 ANALYZE = "analyze {model}"
@@ -62,15 +62,14 @@ def flipped(path: Path) -> bytes:
     return bytes(content)
 
 
-def fields(name: str, **changes: object) -> Prepare:
+def fields(name: str, **values: object) -> Prepare:
     """Other values in a JSON file; None removes one."""
 
-    def made(path: Path) -> str:
-        content = json.loads(path.read_text())
-        content.update(changes)
-        return json.dumps({key: value for key, value in content.items() if value is not None})
+    def edit(content: dict) -> None:
+        for key, value in values.items():
+            content.pop(key, None) if value is None else content.update({key: value})
 
-    return write(name, made)
+    return changed(name, edit)
 
 
 def one_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -223,18 +222,8 @@ CONFIGS = [
     *(of_config(name, value) for name, values in NUMBERS.items() for value in values),
     *(
         Row(f"config {name}", ANALYZE, ("config.json",), (write("model/config.json", content),))
-        for name, content in {
-            "empty": "",
-            "no JSON": "{",
-            "a list": "[]",
-            "null": "null",
-            "a number": "7",
-            "not UTF-8": b'{"model_type": "\xff"}',
-            "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
-            "deep and short": '{"a":' * 900 + "1" + "}" * 900,
-            "of 5000 digits": '{"model_type": "llama", "hidden_size": ' + "9" * 5000 + "}",
-            "of 80 MB": lambda path: b" " * (80 << 20),
-        }.items()
+        for name, content in BODIES.items()
+        if name != "of NaN"  # which a config may have
     ),
     Row(
         "config of more layers than weights",
@@ -264,12 +253,7 @@ CONFIGS = [
 
 
 def tokens(edit: Callable[[dict], object]) -> Prepare:
-    def made(path: Path) -> str:
-        content = json.loads(path.read_text())
-        edit(content)
-        return json.dumps(content)
-
-    return write("model/tokenizer.json", made)
+    return changed("model/tokenizer.json", edit)
 
 
 def beyond(content: dict) -> None:

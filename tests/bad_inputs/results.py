@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import onnx
 import torch
 from safetensors.torch import save
 
 from mptk.publish.manifest import write_manifest
-from tests.bad_inputs.table import BODIES, Place, Prepare, Row, fifo, folder, link, remove, write
+from tests.bad_inputs.table import BODIES, Place, Prepare, Row, changed, fifo, folder, link, remove, write
 
 REPORT = "report {pruned}"
 HTML = "report {pruned} --html {page.html}"
@@ -20,17 +19,6 @@ RECOVER = "recover {pruned} --data {text.raw} --steps 2 --out {out}"
 UNREADABLE = "ONNX Runtime cannot load"
 GENERATE = "generate {gpt2} hello"
 RERUN = "rerun {pruned} --out {out}"
-
-
-def changed(name: str, edit: Callable[[dict], object]) -> Prepare:
-    """A JSON file whose content ``edit`` changes."""
-
-    def made(path: Path) -> str:
-        content = json.loads(path.read_text())
-        edit(content)
-        return json.dumps(content)
-
-    return write(name, made)
 
 
 def reported(edit: Callable[[dict], object]) -> Prepare:

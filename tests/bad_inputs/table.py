@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -159,6 +160,17 @@ def write(name: str, content: str | bytes | Callable[[Path], str | bytes]) -> Pr
         path.write_bytes(made.encode("utf-8", "surrogateescape") if isinstance(made, str) else made)
 
     return prepare
+
+
+def changed(name: str, edit: Callable[[dict], object]) -> Prepare:
+    """A JSON file whose content ``edit`` changes."""
+
+    def made(path: Path) -> str:
+        content = json.loads(path.read_text())
+        edit(content)
+        return json.dumps(content)
+
+    return write(name, made)
 
 
 def at(place: Place, name: str) -> Path:

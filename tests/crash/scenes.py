@@ -114,25 +114,10 @@ SCENES = {
 
 def write_inputs(place: Path) -> None:
     """A model with 2 layers and 16 hidden units, and a text. To be called in a process of its own."""
-    from toy_checkpoints import TEXT, tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    from toy_checkpoints import TEXT, llama, saved
 
-    set_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=24,
-        vocab_size=300,
-        num_hidden_layers=2,
-        max_position_embeddings=40,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(place / "model")
-    tokenizer().save_pretrained(place / "model")
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 24}
+    saved(llama(tied=False, **sizes, max_position_embeddings=40), place / "model")
     (place / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=2000)))
     for name in ("cache", "tmp"):
         (place / name).mkdir()

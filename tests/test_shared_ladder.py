@@ -154,9 +154,18 @@ def test_experts_and_a_trimmed_vocabulary(text: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = toys.saved(MixtralForCausalLM(config), tmp_path / "experts")
     found = mptk.ladder(
-        dense, tmp_path / "e", TWO, data=text, **{**SHARED, "steps": 4, "families": ("ffn",), "align": 4}
+        dense, tmp_path / "e", [0.176, 0.352], data=text, **{**SHARED, "steps": 4, "families": ("ffn",), "align": 4}
     )
     assert all(stage.ok for each in found for stage in mptk.verify(each.place))
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 4)), torch.randn(8, 6)
+    asked = {"example_inputs": x, "onnx": False, "progress": None, "reconstruct": True, "shared": True}
+    found = mptk.ladder(net, tmp_path / "m", [0.2, 0.5], **asked)
+    require_nested(found[0].plan, found[1].plan)
+    assert found[1].model(x).shape == (8, 4)
+    assert all(stage.ok for each in found for stage in mptk.verify(each.place, model=net))
 
 
 # ---- stopped and resumed ----
@@ -387,7 +396,7 @@ def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path: 
         "d": wide["d"].clone(),
     }
     save_file(wide, tmp_path / "wide.safetensors", {"format": "pt"})
-    save_file(narrow, tmp_path / "narrow.safetensors", {"format": "pt", "more": "x"})
+    save_file(narrow, tmp_path / "narrow.safetensors", {"format": "pt"})
     larger = in_files([tmp_path / "wide.safetensors"])
     write_part(tmp_path / "narrow.safetensors", larger, {"a": [rows, columns]}, tmp_path / "part")
     assert load_file(tmp_path / "part").keys() == {"a@0", "a@1", "b", "c", "d@0"}

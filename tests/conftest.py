@@ -9,6 +9,7 @@ import os
 import hypothesis
 import numpy as np
 import pytest
+import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some tests have a wider one
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")

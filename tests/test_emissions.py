@@ -103,6 +103,7 @@ GRAPHS: dict[str, tuple[Edit, str]] = {
         wrong_if(*TOTAL, *NEW, "far = Greater(total, 48)", "few = Less(new, 8)", "wrong = And(far, few)"),
         DECODE,
     ),
+    "wrong with a cache": (wrong_if(*PAST, "wrong = Greater(past, 0)"), LEFT),
     "wrong with several tokens and a cache": (
         wrong_if(*PAST, *NEW, "cached = Greater(past, 0)", "many = Greater(new, 1)", "wrong = And(cached, many)"),
         LEFT,
@@ -136,7 +137,25 @@ GRAPHS: dict[str, tuple[Edit, str]] = {
     ),
     "one row only": (flow("logits", "damaged = Gather(logits, [0])"), PREFILL),
     "the last position only": (flow("logits", "damaged = Slice(logits, [-1], [999], [1])"), PREFILL),
+    "positions in another order": (flow("logits", "damaged = Slice(logits, [-1], [-999], [1], [-1])"), PREFILL),
+    "tokens one row further": (
+        flow(
+            "logits",
+            "head = Slice(logits, [0], [-1], [2])",
+            "tail = Slice(logits, [-1], [999], [2])",
+            "damaged = Concat<axis=2>(tail, head)",
+        ),
+        PREFILL,
+    ),
+    "a token is missing": (flow("logits", "damaged = Slice(logits, [0], [-1], [2])"), PREFILL),
+    "logits are probabilities": (flow("logits", "damaged = Softmax(logits)"), PREFILL),
     "keys of another layer": (swap("present.0.key", "present.1.key"), LEFT),
+    "values of another layer": (swap("present.0.value", "present.1.value"), LEFT),
+    "keys for values": (swap("present.1.key", "present.1.value"), LEFT),
+    "heads of the cache in another order": (
+        flow("present.0.key", "damaged = Slice(present.0.key, [-1], [-999], [1], [-1])"),
+        LEFT,
+    ),
     "the cache of the first row for all": (
         flow(
             "present.1.value",
@@ -193,6 +212,12 @@ FILES: dict[str, tuple[Edit, str, str, int]] = {
         SAVED,
         1,
     ),
+    "class of the tokenizer": (
+        fields("tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
+        "tokenizer_class of tokenizer_config.json is",
+        SAVED,
+        1,
+    ),
     "two ids in each other's place": (ids_swapped, r"model\.vocab\.\S+ of tokenizer.json is \d+, but \d+", SAVED, 1),
     "a token more": (
         added("added_tokens.json", '{"<x>": 96}'),
@@ -212,9 +237,21 @@ FILES: dict[str, tuple[Edit, str, str, int]] = {
         SAVED,
         1,
     ),
+    "genai: end of a text": (
+        fields("genai_config.json", model__eos_token_id=7),
+        "model.eos_token_id of genai_config.json is 7, but 1",
+        DESCRIBED,
+        3,
+    ),
     "genai: layers": (
         fields("genai_config.json", model__decoder__num_hidden_layers=3),
         "model.decoder.num_hidden_layers of genai_config.json is 3, but 2",
+        DESCRIBED,
+        3,
+    ),
+    "genai: graph": (
+        fields("genai_config.json", model__decoder__filename="onnx/model_q4.onnx"),
+        "model.decoder.filename of genai_config.json is",
         DESCRIBED,
         3,
     ),
@@ -225,8 +262,19 @@ LONG = (
     "takes the first row's mask for all",
     "ignores positions",
     "wrong at two rows and more",
+    "wrong with a cache",
     "every row is the first one",
+    "positions in another order",
+    "tokens one row further",
+    "a token is missing",
+    "logits are probabilities",
+    "values of another layer",
+    "keys for values",
+    "heads of the cache in another order",
     "the cache of the first row for all",
+    "genai: end of a text",
+    "genai: graph",
+    "class of the tokenizer",
 )
 """Rows that the short tests leave out: the same check finds them as it finds another row."""
 QUICK = ("ignores the mask", "genai: layers")

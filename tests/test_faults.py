@@ -101,13 +101,17 @@ STEPS: dict[str, tuple[Inject, str]] = {
     "window": (written(sliding_window=96), "sliding_window of config.json is 96, but 64"),
     "epsilon": (written(rms_norm_eps=1e-4), "rms_norm_eps of config.json"),
     "activation": (written(hidden_act="gelu"), 'hidden_act of config.json is "gelu", but "silu"'),
+    "positions": (written(max_position_embeddings=8), "max_position_embeddings of config.json is 8, but 128"),
+    "end of sequence": (written(eos_token_id=7), "eos_token_id of config.json is 7, but 1"),
+    "begin of sequence": (written(bos_token_id=None), "bos_token_id of config.json is null, but 0"),
     "type": (written(dtype="bfloat16"), 'dtype of config.json is "bfloat16", but "float32"'),
     "a field that the dense model lacks": (written(extra_scale=2.0), "extra_scale of config.json is 2.0, but missing"),
+    "class": (written(architectures=["LlamaForCausalLM"]), "architectures of config.json"),
     "a field less for older releases": (written(rope_theta=5.0), "rope_theta of config.json is 5.0, but 10000.0"),
 }
 
 
-SAME = ("epsilon", "activation")
+SAME = ("epsilon", "activation", "positions", "end of sequence", "begin of sequence", "class")
 """Other fields of the config, which the same check finds as it finds those that are left."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from inside import Inside
 from torch import Tensor, nn
 
-from mptk.config.learning import LossWeights, Training
+from mptk import trace
+from mptk.config.learning import Learning, LossWeights, Training
 from mptk.distributed.processes import accelerator
+from mptk.ir.program import typical_size
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.train import Loop, Watch
 from mptk.protocols.run_folder import RunFolder
@@ -119,3 +122,23 @@ def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
     with torch.no_grad():
         (losses,) = one._losses(WINDOWS)
         assert one._held_out(WINDOWS) == pytest.approx(float(losses["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "masks", "lora", "full"), [(0.19, 1e-3, 3e-3, 3e-4), (0.0395, 2e-4, 6e-4, 6e-5)])
+def test_rates_follow_the_size_of_the_weights(size: float, masks: float, lora: float, full: float) -> None:
+    found = Learning(steps=8)
+    assert found.of_masks(size).training.lr == masks
+    assert found.of_recovery(False, size).training.lr == full
+    assert (
+        found.of_recovery(True, size).training.lr == replace(found, rank=4).of_recovery(False, size).training.lr == lora
+    )
+    given = replace(found, training=Training(lr=0.5))
+    assert given.of_masks(size).training.lr == given.of_recovery(False, size).training.lr == 0.5
+
+
+def test_the_size_of_weights_is_the_median_of_the_matrices() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        for i, value in ((0, 0.01), (1, 7.0), (2, -3.0), (3, 0.2)):
+            module[i].weight.fill_(value)
+    assert typical_size(trace(module, (torch.ones(2, 4),))) == pytest.approx(0.2)

@@ -62,6 +62,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict mptk passes
+	$(BIN)/mypy --explicit-package-bases benchmarks
 	$(BIN)/lint-imports
 
 # sphinx: it reads these pages as they are (myst), and the docstrings are its markup already.

@@ -58,7 +58,7 @@ def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
         (CAUSAL_LM.sensitivity(output, part) / CAUSAL_LM.predicted(part)).backward()
         solver.observe(len(part) * part.positions)
         solver.clear()
-    masks.remove()
+    masks.enabled = False
     return solver
 
 

@@ -109,9 +109,8 @@ def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, A
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
     if tasks["tasks"]:
-        how: dict[str, Any] = {"batch_size": 8, "trust_remote_code": True}  # whoever runs this names the task files
-        scores = {task: score(values) for task, values in zero_shot(loaded, **tasks, **how).items()}
-        found |= {"tasks": scores, "limit": tasks["limit"]}
+        scores = zero_shot(loaded, **tasks, trust_remote_code=True)  # whoever runs this names the task files
+        found |= {"tasks": {task: score(values) for task, values in scores.items()}, "limit": tasks["limit"]}
     return found
 
 
@@ -273,6 +272,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "dense"):
@@ -283,7 +283,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )
     axes.set(xlabel="share of block parameters removed", ylabel="perplexity, WikiText-2 test", yscale="log")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(pyplot.FormatStrFormatter("%g"))
+        formatter(FormatStrFormatter("%g"))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)

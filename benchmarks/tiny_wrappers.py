@@ -14,7 +14,7 @@ from mptk.tasks.dual_encoder_form import EMBEDS
 from mptk.tasks.image_text import ImageText
 
 PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"
-FOUND = {
+FOUND: dict[str, list[tuple[str, ...]]] = {
     "object-detection": [("logits", "pred_boxes")],
     "universal-segmentation": [
         ("class_queries_logits", "masks_queries_logits"),

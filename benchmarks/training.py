@@ -93,7 +93,7 @@ def prepared(teacher: str) -> Prepared:
 
 
 def learner(run: Prepared) -> Learner:
-    learning = run.settings.learning.of_masks()
+    learning = run.mask_learning
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     samples = next_tokens(windows())
     return Learner(start_training(learning, folder), run, samples, learning, folder, silent)

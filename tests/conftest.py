@@ -73,24 +73,15 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once():
-    """The same model is traced and translated to ONNX once in a process (traces.py), and its graph's code compiled once.
+    """The same model is traced and translated to ONNX once in a process (traces.py).
 
     What takes seconds to import is imported here: the process that only hands tests to others needs none of it.
     """
     import traces
     import transformers
     from onnxscript._framework_apis import torch_2_5 as onnx_operators
-    from torch.fx import graph_module
     from torch.onnx._internal.exporter import _schemas as schemas
 
-    compiled = {}
-
-    def compile_once(source, file, *mode, **options):
-        if source not in compiled:
-            compiled[source] = compile(source, file, *mode, **options)
-        return compiled[source]
-
-    graph_module.compile = compile_once  # in place of Python's own
     onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
     schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
     transformers.logging.set_verbosity_error()

@@ -20,9 +20,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
-from forks import on_two
 from inside import Inside, Stopped, changed
 from safetensors.torch import load_file
 from test_pruning import gpt2  # noqa: F401 (a fixture)
@@ -148,7 +145,7 @@ def require_same(learned: Path, out: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-@pytest.mark.long  # two processes with shards, which no launcher started, learn the same in a test below
+@pytest.mark.long  # two processes with shards learn the same in a test below
 def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*launch("--multi_gpu"), llama, "--out", str(out)]
@@ -158,7 +155,8 @@ def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path
     require_same(learned, out)
 
 
-SHARDED = ("--use_fsdp", "--fsdp_version", "2")
+def sharded(llama: str, out: Path) -> list[str]:
+    return [*launch("--use_fsdp", "--fsdp_version", "2"), "--resume", llama, "--out", str(out)]
 
 
 def begin(llama: str, out: Path) -> Path:
@@ -172,21 +170,18 @@ def begin(llama: str, out: Path) -> Path:
     return run
 
 
-def require_sharded(learned: Path, out: Path) -> None:
+def end_sharded(llama: str, learned: Path, out: Path) -> None:
+    done = subprocess.run(sharded(llama, out), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert "trained on 2 processes, its weights in shards (FSDP2)" in Report.read(out).notes
     require_same(learned, out)
 
 
 def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
-    llama: str, learned: Path, tmp_path: Path, typed: Callable[..., int]
+    llama: str, learned: Path, tmp_path: Path
 ) -> None:
-    """Masks on one process; then on two that hold the weights in shards: forks, in the launcher's environment."""
-    begin(llama, tmp_path / "out")
-    words = [*COMMAND, "--resume", llama, "--out", tmp_path / "out"]
-    asked, *_ = _validate_launch_command(launch_command_parser().parse_args([*SHARDED, "-m", "mptk"]))
-    told = {name: value for name, value in prepare_multi_gpu_env(asked).items() if os.environ.get(name) != value}
-    on_two(lambda: sys.exit(typed(*words)), **told)
-    require_sharded(learned, tmp_path / "out")
+    begin(llama, tmp_path / "out")  # masks on one process; then on two that hold the weights in shards
+    end_sharded(llama, learned, tmp_path / "out")
 
 
 @pytest.mark.long
@@ -195,8 +190,9 @@ def test_sharded_processes_that_are_killed_leave_whole_checkpoints_to_go_on_from
 ) -> None:
     out = tmp_path / "out"
     run = begin(llama, out)
-    command = [*launch(*SHARDED), "--resume", llama, "--out", str(out)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        sharded(llama, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None and not reached(run / "metrics.jsonl", "recovery", 3):
             time.sleep(0.005)
         kill_all(process)
@@ -206,9 +202,7 @@ def test_sharded_processes_that_are_killed_leave_whole_checkpoints_to_go_on_from
     for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
         assert state[f"{kind}.{part}.lora_A.default.weight"].shape == (4, width)
         assert state[f"{kind}.{part}.lora_B.default.weight"].shape == (48, 4)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    require_sharded(learned, out)
+    end_sharded(llama, learned, out)
 
 
 @pytest.mark.long

@@ -3,75 +3,28 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import architectures
 import torch
-from forks import on_two
-from inside import changed
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from sharing_worker import found
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, trace
-from mptk.distributed.processes import Sharing, once, sharing
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
-from mptk.methods import criteria, distil
-from mptk.methods.reconstruct import consumers, reconstruct_consumers
-from passes.transforms.insert_masks import find_mask_sites
+from mptk.distributed.processes import Sharing, sharing
 
-
-def found() -> dict[str, Tensor]:
-    """Scores, fitted and distilled weights of a tiny model, in batches of two windows."""
-    model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
-    analysis = analyze(trace(model, dynamic=True))
-    with changed() as inside:
-        for bound in ("criteria.observe.OBSERVED_TOKENS", "criteria.gradients.GRADIENT_TOKENS", "distil.STEP"):
-            inside.bound(f"mptk.methods.{bound}", 18)
-        result = {
-            f"{name}.{family}": values
-            for name in ("wanda", "flap", "taylor")
-            for family, values in criteria.score(analysis, name, windows, families=["q_heads"]).items()
-        }
-        scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
-        cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
-        sites = find_mask_sites(analysis, model, ["q_heads"])
-        fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
-        how = distil.Schedule(epochs=1, rate=1e-3)
-        trained = distil.distil_blocks(analysis, cut, consumers(sites), fitted, next_tokens(windows), how).weights
-        return result | fitted | made_up_for() | {f"distilled.{name}": trained[name] for name in trained}
-
-
-def made_up_for() -> dict[str, Tensor]:
-    """The layer before a removed block, fitted to the residual stream after it."""
-    analysis = analyze(trace(architectures.model("llama"), dynamic=True))
-    cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
-    return dict(reconstruct_consumers(analysis, [], cut, {}, next_tokens(architectures.tokens(10, 9))))
-
-
-def refused() -> str:
-    """The error that all get if the first process finds nothing; the others would find something."""
-
-    def find() -> str:
-        if os.environ["RANK"] == "0":
-            raise MptkError("no width meets the budget")
-        return "something"
-
-    try:
-        return once(find)
-    except MptkError as error:
-        return str(error)
+HERE = Path(__file__).parent
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    def run() -> None:
-        said = {"rank": once(lambda: os.environ["RANK"]), "refused": refused()}
-        save_file(found(), tmp_path / f"{os.environ['RANK']}.safetensors", metadata=said)
-
-    expected = found()  # what is traced here is traced in no fork
-    on_two(run)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
+    command = [*launcher, str(HERE / "sharing_worker.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    expected = found()
     assert one.keys() == two.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(one[name], two[name]), name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import tiny_config
-from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, main, model_types, sweep, tiny_model
+from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
 from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import LABELS, role
 
@@ -214,8 +216,10 @@ def test_a_crash_and_a_hang_are_rows(inside: Inside) -> None:
     assert rows["hangs"]["reason"] == "ran past 5 s"
 
 
-def test_the_command_writes_a_row_per_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main("causal-lm", "gpt2,opt", json_file=tmp_path / "rows.json")
-    assert "causal-lm: 2 of 2 export" in capsys.readouterr().out
+def test_the_command_writes_a_row_per_type(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.tiny_models", "--mapping", "causal-lm", "--types", "gpt2,opt"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=root, capture_output=True, text=True)
+    assert "causal-lm: 2 of 2 export" in done.stdout, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {(row["type"], row["stage"]) for row in rows} == {("gpt2", "export"), ("opt", "export")}

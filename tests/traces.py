@@ -1,22 +1,19 @@
 """What tests ask for again is made once in a process: traces, sizes of cut graphs, readings of classes, ONNX graphs.
 
 Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
-class, config, shapes and code, and not on the numbers in its weights and inputs, so a later one of the same gets a copy
-of the graph, the weights of its own module, and its own inputs. Whatever could make two traces differ is part of the key (``_key``); a module
+class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
+graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
 of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone, and the sizes
-in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``). A stock class is read with its config;
-what it can hold of a model, and which widths it accepts, depends on both. The machine is timed once.
+in a cut graph on its calls, its weights' shapes and the sizes before (``_graph``). A stock class is read with its config.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
@@ -31,15 +28,10 @@ import mptk.tasks.exporting
 import passes.frontend.trace
 import passes.frontend.trace_decoder
 from mptk.compat.torch import FakeTensor
-from mptk.cost import estimate
-from mptk.cost.estimate import Machine
-from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
-from passes.targets import legalize
 from passes.targets.onnx import emit
 from passes.targets.stock import learn
-from passes.targets.stock.attempt import Refusal
 from passes.transforms import rewrite
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
@@ -53,8 +45,7 @@ LEFT_OUT = (
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
-PROPAGATE, READ, DISCOVER = rewrite.propagate_shapes, learn.Reading, legalize.discover
-CALIBRATE = estimate.calibrate
+PROPAGATE, READ = rewrite.propagate_shapes, learn.Reading
 
 
 class Unknown(Exception):
@@ -63,15 +54,11 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it these work once for the same: ``export_program``, ``propagate_shapes``, ``Reading``, ``discover``,
-    ``calibrate``, and the translation to ONNX.
-    """
+    """Within it ``export_program``, ``propagate_shapes``, ``Reading`` and the translation to ONNX work once for the same."""
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
     sizes: dict[Hashable, list[object]] = {}
     readings: dict[Hashable, learn.Reading] = {}
-    stocks: dict[Hashable, tuple[learn.Stock, dict[Hashable, Refusal | None]]] = {}
-    rates: dict[Hashable, Machine] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -80,12 +67,7 @@ def remembered() -> Iterator[None]:
             return EXPORT(wrapper, inputs, dynamic=dynamic)
         if key not in programs:
             programs[key] = EXPORT(wrapper, inputs, dynamic=dynamic)
-        return _copied(programs[key], wrapper, inputs)
-
-    def calibrate(folder: Path, *of: Any) -> Machine:
-        if of not in rates:
-            rates[of] = CALIBRATE(folder, *of)
-        return rates[of]
+        return _copied(programs[key], wrapper)
 
     def translate(program: ExportedProgram) -> ir.Model:
         if not all(isinstance(t, FakeTensor) for t in (*program.state_dict.values(), *program.constants.values())):
@@ -116,57 +98,23 @@ def remembered() -> Iterator[None]:
             readings[key] = READ(model_class, config)
         return readings[key]
 
-    def discover(analysis: Analysis, model: PreTrainedModel) -> learn.Stock:
-        try:
-            key = type(model), type(model).__init__, _value(model.config), _graph(analysis.program)
-        except Unknown:
-            return DISCOVER(analysis, model)
-        if key not in stocks:
-            stocks[key] = DISCOVER(analysis, model), {}
-        return _of_model(*stocks[key], analysis, model)
-
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._exported", translate)
         inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)
         inside.bound("passes.targets.stock.learn.Reading", read)
-        inside.bound("passes.targets.legalize.discover", discover)
-        inside.bound("mptk.cost.estimate.calibrate", calibrate)
         yield
 
 
-def _copied(program: Program, wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
-    """The program with a graph of its own, the weights of ``wrapper`` and its inputs; constants of the trace stay."""
+def _copied(program: Program, wrapper: nn.Module) -> Program:
+    """The program with a graph of its own and the weights of ``wrapper``; constants of the trace are its own already."""
     named = dict([*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)])
     own = {name.removeprefix("module."): tensor for name, tensor in named.items()}
     fake = any(tensor.is_meta for tensor in named.values())
     constants = {name: like for name, like in program.state.items() if "lifted_tensor" in name}
     state = program.state if fake else Weights({name: (own | constants)[name] for name in program.state})
-    exported: Any = copy.copy(program.exported)
-    if not fake:
-        exported._example_inputs = (inputs, {})
-    return replace(program, graph=program.copy_graph(), state=state, exported=exported)
-
-
-def _of_model(
-    known: learn.Stock, answers: dict[Hashable, Refusal | None], analysis: Analysis, model: PreTrainedModel
-) -> learn.Stock:
-    """``known`` with the config and the shapes of ``model``; ``answers`` to its ``accepts``, but for those with a config."""
-    stock: Any = copy.copy(known)
-    vars(stock).pop("_built", None)
-    stock.dense, stock._shapes = model.config, partial(legalize.cut_shapes, analysis)
-
-    def accepts(widths: Mapping[str, int]) -> Refusal | None:
-        if (asked := frozenset(widths.items())) in answers:
-            return answers[asked]
-        answer = learn.Stock.accepts(stock, widths)
-        if answer is None or answer.config is None:
-            answers[asked] = answer
-        return answer
-
-    stock.accepts = accepts
-    return stock  # type: ignore[no-any-return]
+    return replace(program, graph=program.copy_graph(), state=state)
 
 
 # ---- what a trace depends on ----
@@ -181,7 +129,7 @@ def _key(wrapper: nn.Module, inputs: tuple[Tensor, ...], dynamic: object) -> Has
     modules = tuple(
         (name, type(module), type(module).forward, _plain(module)) for name, module in wrapper.named_modules()
     )
-    given = tuple((tuple(t.shape), t.stride(), t.dtype, str(t.device)) for t in inputs)
+    given = tuple((tuple(t.shape), t.stride(), t.dtype, str(t.device), tuple(t.flatten().tolist())) for t in inputs)
     return modules, _tensors(wrapper), given, str(dynamic), torch.get_default_dtype()
 
 

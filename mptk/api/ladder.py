@@ -54,10 +54,8 @@ def ladder(
     Args:
         out: folder for the results, each in a folder named after its sparsity: ``runs/m/0.2``.
         sparsities: shares of the budget to remove, ascending.
-        keywords: as in ``prune``, like all other arguments. All models together take ``steps`` or ``minutes``, in equal
-            parts. ``resume`` goes on with the model that was interrupted; finished ones stay. With ``shared`` each step
-            trains all models as one set of weights. ``out`` is then one folder, the largest model's, and ``rung`` makes
-            a folder of each smaller one.
+        keywords: as in ``prune``, like all other arguments. All models share ``steps`` or ``minutes``, in equal parts.
+            With ``shared`` all are one set of weights: ``out`` is the largest's folder, and ``rung`` makes the others'.
 
     Returns:
         The pruned models, the largest first. If several processes work on one run, only the first gets them.
@@ -69,14 +67,12 @@ def ladder(
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
     inputs = tokenizer, example_inputs, data, eval_data, vocabulary
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    place = Path(out)
-    ready = job(place)
-    if chosen.shared:
-        with reporting(progress) as say:
-            found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
-        return [_pruned(place, found), *(rung(place, size) for size in sparsities[1:])]
-    steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
+    ready = job(place := Path(out))
     with reporting(progress) as say:
+        if chosen.shared:
+            found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
+            return [_pruned(place, found), *(rung(place, size) for size in sparsities[1:])]
+        steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
 
         def context(step: LadderRun) -> Context:
             say(f"sparsity {step.out.name}", 0, 0)

@@ -94,7 +94,7 @@ def recovered_together(
     with context.stage("recover"):
         sizes = ((small_model(each, each.exact.state_dict()), places(each, compiled[0])) for each in compiled)
         held_out = guards(sets, s.training.batch)
-        found = learner.recover_together(Together(sizes), prepared.settings.steps, sets.proof, held_out)
+        found = learner.recover_all(Together(sizes), prepared.settings.steps, sets.proof, held_out)
     return [adopted(each, one, sets, context) for each, one in zip(compiled, found, strict=True)]
 
 

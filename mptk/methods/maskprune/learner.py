@@ -268,8 +268,7 @@ class Learner:
 
         ``small``: the cut model, which is adapted. Only processes that hold weights need its values. ``used``: number
         of training samples that the run has used already. ``held_out``: samples that say which weights are kept. The
-        witness holds the outputs of these on ``batch``, before adapters are merged. Processes other than the first get
-        None.
+        witness holds the outputs of these on ``batch``, before adapters are merged. Only the first process gets them.
         """
         watch = None if held_out is None or not steps else Watch(held_out)
         recovered = self._recovered(small, steps, batch, used, watch)
@@ -285,9 +284,7 @@ class Learner:
         trained = gathered(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
-    def recover_together(
-        self, student: Together, steps: int, batch: Samples, held_out: Samples | None
-    ) -> list[Recovered]:
+    def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
         """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
         watch = None if held_out is None else Watch(held_out)
         loop = self._loop(student, self._teacher(self._another()), steps, "recovery", watch=watch, sizes=student.views)
@@ -295,9 +292,8 @@ class Learner:
         self.accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
         found = []
         for i, view in enumerate(student.views):
-            trained = gathered(student.weights(i).items(), keep=True)
-            outputs = own_outputs(self.accelerator, view, batch)
-            found.append(Recovered(trained, Witness("trained model", outputs, self.tolerance), watch))
+            witness = Witness("trained model", own_outputs(self.accelerator, view, batch), self.tolerance)
+            found.append(Recovered(gathered(student.weights(i).items(), keep=True), witness, watch))
         self.accelerator.free_memory()
         return found
 

@@ -228,7 +228,7 @@ def _parameter(tensor: Tensor) -> Parameter:
 def typical_size(program: Program) -> float:
     """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
     likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
-    return median([float(program.state[name].float().square().mean().sqrt()) for name in likes] or [1.0])
+    return median([float(program.state[name].detach().float().square().mean().sqrt()) for name in likes] or [1.0])
 
 
 def parameter_count(program: Program) -> int:

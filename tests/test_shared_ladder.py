@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,13 @@ def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned],
     with pytest.raises(MptkError, match=r"is not as it was proven|lacks"):
         mptk.rung(place, 0.4, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("use", [mptk.verify, mptk.evaluate])
+def test_a_size_that_is_not_written_yet_says_how(shared: list[Pruned], use: Callable[[Path], object]) -> None:
+    place = shared[0].place
+    with pytest.raises(MptkError, match=f"write it first: mptk rung {place} 0.4 --out DIR"):
+        use(place / "rungs" / "0.4")
 
 
 def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) -> None:

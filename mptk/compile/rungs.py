@@ -13,8 +13,7 @@ from mptk.compile.changes import COMPENSATION
 from mptk.errors import MptkError, ProofError
 from mptk.io.slices import Places, in_files, restore_file, write_part
 from mptk.ir.weights import Weights
-from mptk.protocols.report import RUNGS
-from mptk.publish.manifest import MARKER, file_sha256, listed, read_manifest
+from mptk.publish.manifest import MARKER, RUNGS, file_sha256, listed, read_manifest
 
 PART_SUFFIX = ".part"
 """What the name of a part adds to the file's: no program takes it for weights."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import config_field
 from mptk.errors import MptkError, first_line
+from mptk.publish.manifest import check_whole
 from mptk.reading import Damaged, Json, brief, check_inside, damaged, json_object
 
 CONFIG = "config.json"
@@ -44,9 +45,11 @@ def check_folder(folder: Path) -> None:
     """Check a checkpoint folder.
 
     Raises:
-        MptkError: a file leads out of it, is damaged or no ordinary file; or there is an adapter beside the model.
+        MptkError: a file leads out of it, is damaged or no ordinary file; there is an adapter beside the model; or the
+            folder is a part of another.
     """
     check_inside(folder)
+    check_whole(folder)
     for file in sorted(folder.glob("*.json")):
         _check_ordinary(file, MOST_JSON)
     if (folder / ADAPTER).exists():

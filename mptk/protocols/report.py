@@ -24,8 +24,6 @@ REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
-RUNGS = "rungs"
-"""The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None

@@ -18,7 +18,8 @@ from mptk.reading import read_json
 
 MARKER = "mptk.json"
 MANIFEST_FORMAT = "mptk-output/1"
-
+RUNGS = "rungs"
+"""The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
 SETTLED = 10**8
 """Nanoseconds after its last change from when on a file's digest is remembered: clocks of file systems are coarse."""
@@ -80,8 +81,18 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
+def check_whole(folder: Path) -> None:
+    """Raise MptkError if a folder holds only what one size of a ladder has of its own."""
+    rungs = folder.absolute().parent
+    if rungs.name == RUNGS and is_ours(rungs.parent):
+        raise MptkError(
+            f"{folder} is a part of {rungs.parent}; write it first: mptk rung {rungs.parent} {folder.name} --out DIR"
+        )
+
+
 def check_manifest(folder: Path) -> None:
     """Raise MptkError, with the name of the first such file, if a file is missing, new or changed."""
+    check_whole(folder)
     files, there = read_manifest(folder), listed(folder)
     for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
         if names:

@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
-from mptk.protocols.report import REPORT_FILE, RUNGS, Report, Row
+from mptk.protocols.report import REPORT_FILE, Report, Row
+from mptk.publish.manifest import RUNGS
 from mptk.reading import damaged, json_of, made, read_as, read_text
 from mptk.report.view import ranges
 

@@ -300,7 +300,7 @@ def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned],
 @pytest.mark.parametrize("use", [mptk.verify, mptk.evaluate])
 def test_a_size_that_is_not_written_yet_says_how(shared: list[Pruned], use: Callable[[Path], object]) -> None:
     place = shared[0].place
-    with pytest.raises(MptkError, match=f"write it first: mptk rung {place} 0.4 --out DIR"):
+    with pytest.raises(MptkError, match=f"write it first: `mptk rung {place} 0.4 --out DIR`"):
         use(place / "rungs" / "0.4")
 
 

@@ -86,7 +86,7 @@ def check_whole(folder: Path) -> None:
     rungs = folder.absolute().parent
     if rungs.name == RUNGS and is_ours(rungs.parent):
         raise MptkError(
-            f"{folder} is a part of {rungs.parent}; write it first: mptk rung {rungs.parent} {folder.name} --out DIR"
+            f"{folder} is a part of {rungs.parent}; write it first: `mptk rung {rungs.parent} {folder.name} --out DIR`"
         )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mptk.api.pruned import prune
 from mptk.api.recovery import recover
@@ -19,6 +18,7 @@ from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
+from mptk.reading import Json
 
 OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
@@ -33,7 +33,7 @@ def rerun(
     on_stage: Callable[[PassRecord], None] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-) -> list[dict[str, Any]] | None:
+) -> list[Json] | None:
     """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
 
     Settings, data and, unless ``model`` is given, the model come from the folder's report. They may be downloaded. Code
@@ -72,7 +72,7 @@ def rerun(
     return None if found is None else compared(before, found.report) + files_compared(folder, Path(out))
 
 
-def compared(before: Report, now: Report) -> list[dict[str, Any]]:
+def compared(before: Report, now: Report) -> list[Json]:
     """Compare two reports, as rows of ``rerun``."""
     first, second = _facts(before), _facts(now)
     names = list(dict.fromkeys([*first, *second]))
@@ -80,7 +80,7 @@ def compared(before: Report, now: Report) -> list[dict[str, Any]]:
     return [{**row, "same": row["before"] == row["now"]} for row in rows]
 
 
-def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
+def files_compared(before: Path, now: Path) -> list[Json]:
     """Compare the files of two folders, as rows of ``rerun``, except files that hold paths or times."""
     first, second = read_manifest(before), read_manifest(now)
     names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
@@ -88,12 +88,12 @@ def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
     return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
 
 
-def results_differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def results_differing(rows: Sequence[Json]) -> list[str]:
     """The results that differ in rows of ``rerun``. Versions do not count."""
     return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
 
 
-def _facts(report: Report) -> dict[str, Any]:
+def _facts(report: Report) -> dict[str, object]:
     sets = {name: each for name, each in report.data.items() if name != "files"}
     return {
         "model": report.model_sha256[:12],

@@ -40,6 +40,7 @@ from mptk.protocols.execution import execution, find_device, session_device
 from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
+from mptk.reading import Json
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 from mptk.tasks.module import Module
@@ -62,7 +63,7 @@ def evaluate(
     device: str = Settings.device,
     trust_remote_code: bool = False,
     progress: Shown = "auto",
-) -> dict[str, Any]:
+) -> Json:
     """Measure a model's quality by the metric of its kind: perplexity, accuracy, distance from the dense model, …
 
     Args:
@@ -244,7 +245,7 @@ def generate(
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    module: Any = model.model if isinstance(model, Pruned) else model
+    module: object = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
     if not isinstance(module, PreTrainedModel):
         raise MptkError(f"a {type(module).__name__} cannot generate text; give a language model of transformers")
@@ -294,7 +295,7 @@ def _written(
         found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     else:
         found = tokenizer(prompt)
-    how: dict[str, Any] = {"do_sample": False}
+    how: dict[str, object] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     check_room(positions_of(module.config), [list(found["input_ids"])], limit)
@@ -315,14 +316,14 @@ def of_model(
     tasks: Sequence[str],
     include_path: Path | None,
     limit: int | None,
-) -> tuple[Perplexity | None, dict[str, Any] | None]:
+) -> tuple[Perplexity | None, dict[str, dict[str, float]] | None]:
     """The perplexity of a decoder in torch on ``data``, and its results in ``tasks``; None if not asked for."""
     trust, measured, scores = settings.trust_remote_code, None, None
     evaluation.check_trusted(include_path, trust)
     progress("load", 0, 0)
     there = find_device(settings.device)
     loaded = load_decoder(model, trust_remote_code=trust)
-    module: Any = loaded.model.to(there)  # type: ignore[arg-type]
+    module = loaded.model.to(there)  # type: ignore[arg-type]
     if data is not None:
         text.check_length(loaded.model, length)
         held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)

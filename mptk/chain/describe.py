@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import listed, update_manifest, weights_digest
+from mptk.reading import Json
 from mptk.report.card import write_card
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
@@ -80,7 +80,7 @@ def describe(
 
 def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
     """The data of a run: source and hash of each set of samples, and of the files."""
-    found: dict[str, Any] = {}
+    found: dict[str, Json] = {}
     for name, samples, source in (
         ("training", sets.training if settings.steps else None, settings.data),
         ("held-out", sets.held_out, settings.data),

@@ -23,7 +23,7 @@ from mptk.errors import MptkError, first_line
 from mptk.files import json_text
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.publish.licence import notices
-from mptk.reading import Damaged, check_inside, damaged
+from mptk.reading import Damaged, Json, check_inside, damaged
 
 PIPELINE = "model_index.json"
 CLASS_NAME, DIFFUSERS_VERSION = "_class_name", "_diffusers_version"
@@ -58,15 +58,15 @@ class DiffusersConfig(PreTrainedConfig):
         self.architectures = [fields[CLASS_NAME]] if CLASS_NAME in fields else None
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """What the class's constructor takes."""
         return {name: getattr(self, name) for name in self.fields if not name.startswith("_")}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The content of ``config.json``."""
         return {name: getattr(self, name) for name in self.fields}
 
-    def to_diff_dict(self) -> dict[str, Any]:
+    def to_diff_dict(self) -> Json:
         """The same: a diffusers config has all its fields."""
         return self.to_dict()
 
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> DiffusersConfig:
     kind = _class_named(said[CLASS_NAME], wrong)
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    known: dict[str, Any] = json.loads(json_text(defaults))  # lists in place of tuples, as a file has
+    known: Json = json.loads(json_text(defaults))  # lists in place of tuples, as a file has
     given = {name: value for name, value in said.items() if name in known or name in (CLASS_NAME, DIFFUSERS_VERSION)}
     return DiffusersConfig(**known | given)
 
@@ -131,8 +131,8 @@ def part_class(kind: Any) -> type[PreTrainedModel]:
 
         @functools.wraps(kind.forward)
         def forward(  # type: ignore[override]
-            self, *args: Any, **given: Any
-        ) -> Any:
+            self, *args: object, **given: Any
+        ) -> object:
             nested = {name: given.pop(name) for name in ADDED_CONDITIONS if name in given}
             shared = {name: given[name][0] for name in ONE_FOR_ALL if name in given and given[name].ndim == 3}
             more = {"added_cond_kwargs": nested} if nested else {}
@@ -201,7 +201,7 @@ def _is_known(package: object, diffusers: ModuleType) -> bool:
     return package in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(package))
 
 
-def _listed(pipeline: Path) -> dict[str, list[Any]]:
+def _listed(pipeline: Path) -> dict[str, list[object]]:
     """The parts of a pipeline, each with its package and class, if it has the part."""
     said = read_object(pipeline / PIPELINE)
     return {name: value for name, value in said.items() if isinstance(value, list) and value[:1] != [None]}

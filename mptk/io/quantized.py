@@ -25,7 +25,7 @@ from mptk.io.resident import Resident, stored_weight
 from mptk.io.tensors import likes_in, write_weights
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
-from mptk.reading import brief
+from mptk.reading import Json, brief
 
 WORD = 32
 """Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
@@ -183,11 +183,11 @@ def _int8(parts: Parts, settings: Quantization) -> Tensor:
 _STATES = tuple(f".weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
 
 
-def _bits4_state(parts: Parts) -> dict[str, Any]:
+def _bits4_state(parts: Parts) -> Json:
     found = next((parts[name] for name in _STATES if name in parts), None)
     if found is None:
         raise MptkError(f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again")
-    state: dict[str, object] = json.loads(bytes(found.tolist()))
+    state: Json = json.loads(bytes(found.tolist()))
     return state
 
 
@@ -312,7 +312,7 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
             shutil.copyfile(small, target / small.name)
 
 
-def _float_type(config: Mapping[str, Any]) -> torch.dtype:
+def _float_type(config: Json) -> torch.dtype:
     """The type that the numbers had before; float16 if the config does not say."""
     text = config.get("text_config")
     said = [each.get(name) for each in (config, text or {}) for name in ("dtype", "torch_dtype")]

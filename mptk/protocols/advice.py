@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mptk.config.settings import Settings
+from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
 """Default settings of an advice."""
@@ -210,7 +211,7 @@ class Advice:
         best = max(self.division, key=below)
         return best if below(best) >= KNEE else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The JSON of ``mptk advise --json``."""
         best, safe = self.recommended, {text: self.safe(text) for text in self.texts}
         return {
@@ -222,7 +223,7 @@ class Advice:
             "knee": None if self.knee is None else self.knee.sparsity,
         }
 
-    def _recovery_json(self) -> dict[str, Any] | None:
+    def _recovery_json(self) -> Json | None:
         if self.recovery is None:
             return None
         after = {text: [asdict(self.after(point, text)) for point in self.division] for text in self.texts}

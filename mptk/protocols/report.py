@@ -18,7 +18,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.protocols.shapes import Shapes
-from mptk.reading import brief, damaged, made, read_json
+from mptk.reading import Json, brief, damaged, made, read_json
 
 REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
 """Null if it is not finite."""
-ConfigChanges = Mapping[str, Sequence[Any]]
+ConfigChanges = Mapping[str, Sequence[object]]
 """Field of a config → [old, new]."""
 
 
@@ -175,7 +175,7 @@ UsedRows = TypedDict(
 with_config(ConfigDict(extra="forbid"))(UsedRows)
 
 
-def _of(kind: Any) -> GetPydanticSchema:
+def _of(kind: object) -> GetPydanticSchema:
     """The type that a file must have in a field whose value is used as plain JSON."""
     return GetPydanticSchema(lambda _, schema: schema(kind))
 
@@ -230,7 +230,7 @@ class Report:
     vocabulary: Annotated[Row, _of(VocabularyRow), _OR_EMPTY] = field(default_factory=dict)
     kv_heads: Annotated[Row, _of(HeadsRow), _OR_EMPTY] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The content of ``report.json``."""
         return {"format": REPORT_FORMAT, **asdict(self)}
 

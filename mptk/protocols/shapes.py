@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
+
+from mptk.reading import Json
 
 SHAPES_FORMAT = "mptk-shapes/1"
 WORST = 1e9
@@ -99,7 +101,7 @@ class Shapes:
         """The Pareto front."""
         return tuple(s for s in self.shapes if not any(other.beats(s) for other in self.shapes))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The JSON of ``mptk shapes --json``."""
         front = self.front
         shapes = [{**asdict(shape), "pareto": shape in front} for shape in self.shapes]

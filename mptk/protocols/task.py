@@ -18,6 +18,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from passes.frontend.trace import Flat, OpenSizes, results, uncached
 
 
@@ -118,6 +119,6 @@ class Task(Protocol):
         """The program's outputs, computed by the module itself."""
         return results(module(**samples.inputs, **uncached(module)))
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         """Name → quality of each run, and ``protocol``: how it was measured."""
         ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, duration, size_text
@@ -137,7 +136,7 @@ def quality(report: Report) -> list[Table | str]:
     ]
 
 
-def further_figures(found: Mapping[str, Any]) -> list[str]:
+def further_figures(found: Row) -> list[str]:
     """A line for each figure beside the metric: its value for each model."""
     return [
         Name(f"{name}: {', '.join(f'{figure(value)} {model}' for model, value in values.items())}")

@@ -19,9 +19,10 @@ from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.task import Task
+from mptk.reading import Json
 from mptk.tasks.inputs import Inputs, inputs_of
 
-SummedFigure = Callable[[Any, Any], Tensor]
+SummedFigure = Callable[[Tensor, Tensor], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
 
 
@@ -59,7 +60,7 @@ class ComparedTask(ModelTask):
 @torch.no_grad()
 def compared(
     runs: Runs, batches: Sequence[Samples], figures: Mapping[str, SummedFigure], progress: Progress, protocol: str
-) -> dict[str, Any]:
+) -> Json:
     """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
 
     The first run, ``dense``, is what each run is compared with.
@@ -114,9 +115,7 @@ class TokenTask(ModelTask):
         return int((samples.targets != IGNORED).sum())
 
     @torch.no_grad()
-    def perplexities(
-        self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str
-    ) -> dict[str, Any]:
+    def perplexities(self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str) -> Json:
         """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
         rows, totals = samples.split(1), dict[str, float]()
         for name, i, logits in runs(rows, partial(progress, metric)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +20,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.exporting import features_apart
 from mptk.tasks.model_form import LOGITS, ModelForm
@@ -76,7 +76,7 @@ class Classifier(ComparedTask):
         likeliest = reference.argmax(-1).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         figures = {"agreement": partial(agreed, dim=self.dim), "divergence": partial(divergence, dim=self.dim)}
         what = "samples" if self.name == Classifier.name else "samples' positions"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.dual_encoder_form import EMBEDS, SIMILARITIES, DualEncoderForm, NamedOutputs, open_sizes
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.captioned import Captioned
@@ -53,7 +54,7 @@ class DualEncoder(Numbers):
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         return open_sizes(example.inputs)
 
-    def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """The towers, by what they read; what else has parameters is the projector."""
         parts: dict[str, list[str]] = {"vision_tower": [], "text_tower": [], "projector": []}
         for name, child in model.named_children():
@@ -65,7 +66,7 @@ class DualEncoder(Numbers):
     def kind(self, model: nn.Module) -> Inputs:
         return Captioned()
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, rows = sets.evaluation, dict[str, list[Tensor]]()
         for name, _, output in runs(samples.split(1), partial(progress, "cosine")):
             rows.setdefault(name, []).append(joined(output).cpu())

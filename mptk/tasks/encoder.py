@@ -6,7 +6,6 @@ What counts is how far the features move from the dense model's.
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.model_form import FEATURES, ModelForm
 
@@ -43,7 +43,7 @@ class Encoder(ComparedTask):
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         return projection(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, figures = sets.evaluation, {"cosine": _alike, "distance": distances}
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "

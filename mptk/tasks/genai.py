@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.compat.transformers import config_field
 from mptk.files import json_text, write_text
+from mptk.reading import Json
 
 GENAI_FILE = "genai_config.json"
 TYPE = "decoder"
@@ -32,7 +32,7 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
     if any(shape != past[0] for shape in past) or isinstance(query_heads, list):
         return
     _, heads, _, size = past[0]
-    decoder: dict[str, Any] = {
+    decoder: Json = {
         "session_options": {"provider_options": []},
         "filename": graph,
         "head_size": size,
@@ -71,10 +71,10 @@ def _length(config: PreTrainedConfig) -> int:
     return found if isinstance(found, int) else 2048
 
 
-def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> dict[str, Any]:
+def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> Json:
     """The special tokens. A model that never ends a text still needs an id there; none is -1."""
 
-    def said(name: str) -> Any:
+    def said(name: str) -> int | list[int] | None:
         return next((i for holder in (generation, config) if (i := getattr(holder, name, None)) is not None), None)
 
     begin, end, pad = (said(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
@@ -84,6 +84,6 @@ def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> di
     return {**found, "eos_token_id": end, "pad_token_id": max(0, first) if pad is None else pad}
 
 
-def _sampling(config: GenerationConfig | None) -> dict[str, Any]:
+def _sampling(config: GenerationConfig | None) -> Json:
     found = {name: getattr(config, name, None) for name in SAMPLING_FIELDS}
     return {name: value for name, value in found.items() if value is not None}

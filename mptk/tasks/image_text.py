@@ -23,11 +23,12 @@ from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples, next_tokens
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.causal_lm import wrong_kind
 from mptk.tasks.image_text_form import ImageTextForm
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.base import EXAMPLES
+from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
     PIXELS,
@@ -43,7 +44,7 @@ from mptk.tasks.padding import IDS, TYPES
 from passes.frontend.trace import Flat, uncached
 
 
-def called(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def called(model: Any, inputs: Mapping[str, Tensor]) -> Named:
     """``arguments``, and which tokens are text (1) if the class lets all tokens see later ones unless it is told."""
     found, text = arguments(inputs), model.config.get_text_config()
     told = TYPES in inspect.signature(model.forward).parameters
@@ -167,7 +168,7 @@ class ImageText(TokenTask):
             targets = targets.masked_fill(torch.arange(targets.shape[1]) >= ends, IGNORED)
         return Samples(given, targets)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, shown = sets.evaluation, "without images"
         if (pixels := samples.inputs.get(PIXELS)) is not None:
             shown = f"each with an image ({' x '.join(map(str, pixels.shape[1:]))})"

@@ -7,7 +7,6 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import TextWindows
@@ -59,7 +59,7 @@ class MaskedLM(TokenTask):
             output = output[:, : samples.targets.shape[1]]
         return super().loss(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "

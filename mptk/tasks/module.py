@@ -25,6 +25,7 @@ from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import compared
 from mptk.tasks.encoder import errors, projection
 from mptk.tasks.exporting import Traced
@@ -103,7 +104,7 @@ class Module(Task):
     def predicted(self, samples: Samples) -> int:
         return len(samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         batches = sets.evaluation.batches(BATCH_POSITIONS)
         protocol = (
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,6 +17,7 @@ from mptk.ir.samples import Samples, joined
 from mptk.progress import Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.classifier import AutoLists
 from mptk.tasks.encoder import distances, errors, projection
@@ -52,7 +52,7 @@ class Numbers(ComparedTask):
     def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
         return projection(joined(output), samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the distance of {self.gives} from the dense model's, "

@@ -21,6 +21,7 @@ from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
+from mptk.reading import Json
 from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.encoder_decoder_form import DECODER_IDS, EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
@@ -62,7 +63,7 @@ class Seq2Seq(TokenTask):
         end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
         return Samples({**inputs, DECODER_IDS: ids[:, :-1]}, until_end(ids, end))
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx import TensorProto
 
 from mptk.errors import ProofError
 from mptk.files import json_text, write_text
+from mptk.reading import Json
 from passes.targets.onnx.names import CACHE, data_file, quantized, scheme_of
 
 CONFIG_KEY = "transformers.js_config"
@@ -18,7 +18,7 @@ HALVES = {"": "fp32", "fp16": "fp16"}
 """Scheme of a graph whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
 
-def entry(graphs: Path) -> dict[str, Any]:
+def entry(graphs: Path) -> Json:
     """The entry that is true of a folder of graphs; empty if none has its weights where transformers.js looks.
 
     ``use_external_data_format``: each graph has its weights in a file beside it. ``dtype``: what to take unless the

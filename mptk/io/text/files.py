@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError, first_line
 from mptk.io.text.rows import row_texts
-from mptk.reading import Damaged, json_of
+from mptk.reading import Damaged, Json, json_of
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -197,7 +197,7 @@ LONGEST_LINE = 1 << 28
 """Bytes of the longest line, and of the largest list of objects."""
 
 
-def json_rows(path: Path) -> Iterator[Mapping[str, object]]:
+def json_rows(path: Path) -> Iterator[Json]:
     """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
 
     The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
@@ -232,7 +232,7 @@ def _opened(path: Path) -> BinaryIO:
     return cast("BinaryIO", opener(path, "rb"))
 
 
-def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, object]]:
+def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Json]:
     """The rows of a file that is a list."""
     content = start + read(LONGEST_LINE + 1 - len(start))
     if len(content) > LONGEST_LINE:
@@ -249,7 +249,7 @@ def _decoded(content: bytes, damaged: Damaged) -> object:
         raise damaged("it is not UTF-8") from error
 
 
-def _object(row: object, damaged: Damaged) -> Mapping[str, object]:
-    if not isinstance(row, Mapping):
+def _object(row: object, damaged: Damaged) -> Json:
+    if not isinstance(row, dict):
         raise damaged(f"it holds {type(row).__name__}, and no object with columns")
     return row

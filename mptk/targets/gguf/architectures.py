@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mptk.errors import MptkError
+from mptk.reading import Json
 
 WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
@@ -42,7 +43,7 @@ class Architecture:
     changes: Mapping[str, WeightChange] = field(default_factory=dict)
     square: bool = False
     period: int = 0
-    fixed: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
+    fixed: Mapping[str, Callable[[PreTrainedConfig], object]] = field(default_factory=dict)
     written: Mapping[str, float] = field(default_factory=dict)
     counted: bool = False
 
@@ -82,7 +83,7 @@ def _always(value: object) -> Callable[[object], object]:
     return lambda config: value
 
 
-def _every_fourth(config: Any) -> list[int]:
+def _every_fourth(config: PreTrainedConfig) -> list[int]:
     return [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
 
 
@@ -194,11 +195,9 @@ DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
 """Divisors of the rotary frequencies: tensors that the file has and the model has not."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 GgufSetting = tuple[str, object]
-AnyConfig = Any
-"""A transformers config, whose fields depend on its class."""
 
 
-def architecture_of(config: AnyConfig) -> Architecture:
+def architecture_of(config: PreTrainedConfig) -> Architecture:
     """What llama.cpp expects of the model.
 
     Raises:
@@ -221,12 +220,12 @@ def architecture_of(config: AnyConfig) -> Architecture:
     return found
 
 
-def head_dim(config: AnyConfig) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """The size of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def write_settings(writer: GGUFWriter, config: AnyConfig, architecture: Architecture) -> None:
+def write_settings(writer: GGUFWriter, config: PreTrainedConfig, architecture: Architecture) -> None:
     """Write what a cut does not change. The widths come from the weights."""
     for name, value in (*_copied(config), *_rope(config), *architecture.written.items()):
         getattr(writer, f"add_{name}")(value)
@@ -236,7 +235,7 @@ def write_settings(writer: GGUFWriter, config: AnyConfig, architecture: Architec
         writer.add_sliding_window_pattern(architecture.period)
 
 
-def ignored_window(config: AnyConfig, architecture: Architecture) -> int | None:
+def ignored_window(config: PreTrainedConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -245,12 +244,12 @@ def ignored_window(config: AnyConfig, architecture: Architecture) -> int | None:
     return int(window) if window < config.max_position_embeddings else None
 
 
-def rope_dim(config: AnyConfig) -> int:
+def rope_dim(config: PreTrainedConfig) -> int:
     """How many channels of a head are rotated."""
     return int(head_dim(config) * _rope_parameters(config).get("partial_rotary_factor", 1.0))
 
 
-def rope_divisors(config: AnyConfig) -> dict[str, Tensor]:
+def rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
     """The tensors that scale rotary frequencies, by name."""
     rope = _rope_parameters(config)
     if rope.get("rope_type") == "longrope":
@@ -265,14 +264,14 @@ def rope_divisors(config: AnyConfig) -> dict[str, Tensor]:
     return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
 
 
-def _copied(config: AnyConfig) -> Iterator[GgufSetting]:
+def _copied(config: PreTrainedConfig) -> Iterator[GgufSetting]:
     for key, names in COPIED.items():
         value = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
         if value is not None:
             yield key, value
 
 
-def _rope(config: AnyConfig) -> Iterator[GgufSetting]:
+def _rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
     rope, sliding = _rope_parameters(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if not rope:
         return
@@ -294,18 +293,18 @@ def _rope(config: AnyConfig) -> Iterator[GgufSetting]:
         yield "rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]
 
 
-def _rope_parameters(config: AnyConfig) -> dict[str, Any]:
+def _rope_parameters(config: PreTrainedConfig) -> Json:
     """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
 
-def _windows(config: AnyConfig) -> list[bool]:
+def _windows(config: PreTrainedConfig) -> list[bool]:
     """Whether each layer attends to a window."""
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
-def _other(config: AnyConfig, has: str, wanted: str) -> MptkError:
+def _other(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:
     return MptkError(
         f"this {config.model_type} model has {has}, and llama.cpp computes such models with {wanted}; use the folder "
         "in another program"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ def _tokens(spec: Json, rows: int) -> tuple[list[str], list[TokenType]]:
 
 def _scores(spec: Json, tokens: list[str]) -> list[float]:
     """Less for a token that is merged later."""
-    merges: list[Any] = spec["model"]["merges"]
+    merges: list[str | list[str]] = spec["model"]["merges"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)

@@ -6,7 +6,6 @@ import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,7 @@ class Audio(FileInputs):
     what, suffixes = "WAV files", (".wav",)
 
     def example(self, model: nn.Module) -> Named:
-        config: Any = model.config
+        config = model.config
         generator = torch.Generator().manual_seed(0)
         if self.name == "input_values":
             return {self.name: torch.randn(EXAMPLES, EXAMPLE_SECONDS * RATE, generator=generator)}

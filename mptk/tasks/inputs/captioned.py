@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
@@ -89,7 +90,7 @@ def encoded(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
     return {IDS: ids, MASK: made[MASK] if padding == "longest" else torch.ones_like(ids)}
 
 
-def random_pairs(model: Any, count: int, seed: int) -> Named:
+def random_pairs(model: PreTrainedModel, count: int, seed: int) -> Named:
     """Uniform token ids with the end token last, and images of normal noise."""
     found = random_inputs(Captioned().example(model), count, {IDS: vocabulary(model)}, seed)
     return found | {IDS: ended(model, found[IDS])}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import ProcessorMixin
 
 from mptk.errors import MptkError
 from mptk.files import path_of
@@ -41,7 +42,7 @@ class Chat:
         """The texts of all turns."""
         return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
 
-    def text(self, processor: Any, *, asks: bool = False) -> str:
+    def text(self, processor: ProcessorMixin, *, asks: bool = False) -> str:
         """The chat as the processor's template writes it; without one its texts, after the token of each image.
 
         ``asks``: the template goes on to where the answer begins.
@@ -84,13 +85,13 @@ def has_images(data: str) -> bool:
         return any((place / name).is_file() for name in METADATA) or not has_text(place)
     if not place.is_file() or place.suffix not in TABLES:
         return False
-    row: Mapping[str, Any] = next(iter(json_rows(place)), {})
+    row = next(iter(json_rows(place)), {})
     turns: list[object] = next((row[name] for name in CHATS if isinstance(row.get(name), list)), [])
     parts = [part for turn in turns if isinstance(turn, Mapping) for part in _parts(turn.get("content"))]
     return bool(row.get(IMAGES)) or any(part.get("type") == "image" for part in parts)
 
 
-def _parts(content: object) -> list[Mapping[str, Any]]:
+def _parts(content: object) -> list[Mapping[str, object]]:
     return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
 
 

@@ -36,7 +36,7 @@ def recorded(
     calls: list[dict[str, Tensor]] = []
     names = inspect.signature(model.forward)
 
-    def record(module: nn.Module, args: Any, given: Any) -> None:
+    def record(module: nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
         calls.append(_inputs(names.bind(*args, **given).arguments, like))
 
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
@@ -55,7 +55,7 @@ def recorded(
     return {name: tensor[chosen] for name, tensor in inputs.items()}
 
 
-def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator[Mapping[str, object]]:
     """What each image is made of, as arguments of the pipeline, again and again.
 
     Raises:
@@ -78,7 +78,7 @@ def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator
         yield from itertools.repeat({})
 
 
-def _make_image(pipeline: Any, condition: Mapping[str, Any], steps: int, generator: torch.Generator) -> None:
+def _make_image(pipeline: Any, condition: Mapping[str, object], steps: int, generator: torch.Generator) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
     options = {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
     options["use_resolution_binning"] = False  # the model's own size

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from mptk.compat.torch import quiet_fakes, small_constants
 from mptk.compat.transformers import precomputed
@@ -33,9 +34,9 @@ EXAMPLE_BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
 
-def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def arguments(inputs: Mapping[str, Tensor]) -> Named:
     """The inputs of samples as the class takes them: packed patches in one sequence, axes of positions first."""
-    found: dict[str, Any] = dict(inputs)
+    found = dict(inputs)
     if GRIDS in found:
         found[PIXELS] = found[PIXELS].flatten(0, 1)
     if POSITIONS in found:
@@ -43,7 +44,7 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def constants(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
+def constants(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
     """What a trace holds as numbers: the sizes of images, and the windows that an encoder makes of them with loops."""
     sizes: dict[str, Tensor | int] = {name: inputs[name] for name in KNOWN_SIZES if name in inputs}
     encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
@@ -74,7 +75,7 @@ class NoBlankImages(TorchFunctionMode):
         self.marks = marks
         self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
             return torch.tensor([True] * self.count)
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
@@ -115,7 +116,7 @@ class AnyImages(TorchFunctionMode):
         super().__init__()
         self.lengths: Tensor | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         named = dict(kwargs or {})
         if func in (torch.split, Tensor.split) and isinstance(args[1], list) and isinstance(args[1][0], Lengths):
             self.lengths = args[1][0].of
@@ -168,7 +169,7 @@ def computed(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], dict[str, 
     }
 
 
-def image_inputs(model: Any) -> Named:
+def image_inputs(model: PreTrainedModel) -> Named:
     """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
 
     Raises:
@@ -182,7 +183,7 @@ def image_inputs(model: Any) -> Named:
     raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
 
 
-def _refusal(model: Any, inputs: Named) -> str:
+def _refusal(model: PreTrainedModel, inputs: Named) -> str:
     """Why the class does not take these images; empty if it does."""
     try:
         with quiet_fakes():
@@ -192,7 +193,7 @@ def _refusal(model: Any, inputs: Named) -> str:
     return ""
 
 
-def _forms(model: Any) -> Iterator[Named]:
+def _forms(model: PreTrainedModel) -> Iterator[Named]:
     """Images of the config's size in the usual forms."""
     vision = getattr(model.config, "vision_config", model.config)
     names = inspect.signature(model.forward).parameters
@@ -216,7 +217,7 @@ def _forms(model: Any) -> Iterator[Named]:
     yield {PIXELS: pixels[:, None]}
 
 
-def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[Named]:
+def _packed(vision: object, channels: int, generator: torch.Generator) -> Iterator[Named]:
     """Patches of a square image: [samples, patches, numbers], or [samples, patches, C, height, width]."""
     patch = _first(vision, "patch_size", "spatial_patch_size")
     patch = patch[-1] if isinstance(patch, Sequence) else patch
@@ -229,11 +230,11 @@ def _packed(vision: Any, channels: int, generator: torch.Generator) -> Iterator[
     yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
 
 
-def _first(config: Any, *names: str) -> Any:
+def _first(config: object, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def other_size(model: Any) -> Named | None:
+def other_size(model: PreTrainedModel) -> Named | None:
     """Images of another width than ``image_inputs`` makes; None if the class takes only one size."""
     inputs, generator = image_inputs(model), torch.Generator().manual_seed(1)
     pixels = inputs[PIXELS]

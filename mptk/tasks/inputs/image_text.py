@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
@@ -97,7 +97,7 @@ class ImagesWithText(Inputs):
         return found
 
 
-def one_sample(model: nn.Module, processor: Any, chat: Chat, names: Sequence[str], length: int) -> Named:
+def one_sample(model: PreTrainedModel, processor: Any, chat: Chat, names: Sequence[str], length: int) -> Named:
     """A chat as tensors, one sample in the first dimension, with ``FILLED``. ``names``: of the model's inputs."""
     token = image_token(model)
     text, images = chat.text(processor), [open_image(path) for path in chat.images]
@@ -152,7 +152,7 @@ def _check_marks(loaded: Loaded, sample: Named) -> None:
         )
 
 
-def others(model: Any, ids: Tensor) -> Tensor:
+def others(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """For each token another one, which does not stand for an image."""
     size, token = vocabulary(model), image_token(model)
     following = (ids + 1) % size
@@ -161,7 +161,7 @@ def others(model: Any, ids: Tensor) -> Tensor:
 
 def image_token(model: nn.Module) -> int:
     """The token in whose places an image's features stand. Raises MptkError if the config names none."""
-    config: Any = model.config
+    config = model.config
     for name in ("image_token_id", "image_token_index"):
         if isinstance(found := getattr(config, name, None), int):
             return found
@@ -175,7 +175,7 @@ def _resampled(example: Tensor, count: int, generator: torch.Generator) -> Tenso
     return torch.randn((count, *example.shape[1:]), generator=generator)
 
 
-def room(model: Any, images: int, length: int) -> int:
+def room(model: PreTrainedModel, images: int, length: int) -> int:
     """``length``, or the positions beside ``images`` tokens if these are fewer. Raises MptkError if there are none."""
     positions = positions_of(model.config)
     check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")

@@ -53,7 +53,7 @@ class Latents(Inputs):
         return recorded(loaded, self.example(loaded.model), data, count, seed, progress)
 
 
-def random_latents(model: Any, count: int, seed: int) -> Named:
+def random_latents(model: nn.Module, count: int, seed: int) -> Named:
     """``count`` random samples of what a denoiser reads.
 
     Raises:
@@ -104,7 +104,7 @@ def _shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int
     return shapes
 
 
-def _first(config: Any, *names: str) -> int | None:
+def _first(config: object, *names: str) -> int | None:
     """The first of these numbers that a config has; of one for each block, the first block's."""
     found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     return found[0] if isinstance(found, list | tuple) else found

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class VisionEncoder(Protocol):
+    """What is read of an encoder: patches in each direction of a token's block; pixels of a patch, and of a window."""
+
+    spatial_merge_size: int
+    patch_size: int
+    window_size: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Packed:
         return cls(heights, widths, image, units - F.pad(ends, (1, 0))[image])
 
 
-def positions(encoder: Any, grids: Tensor, patches: int) -> Tensor:
+def positions(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """Row and column of each patch, int64 [P, 2]; patches of a block follow each other."""
     merged, packed = encoder.spatial_merge_size, Packed.of(grids, patches)
     block, within = packed.local // merged**2, packed.local % merged**2
@@ -47,37 +55,37 @@ def positions(encoder: Any, grids: Tensor, patches: int) -> Tensor:
     return torch.stack([rows, columns], 1)
 
 
-def ends(encoder: Any, grids: Tensor, patches: int) -> Tensor:
+def ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The patches before the end of each image, after a zero: int64 [N + 1]."""
     return F.pad((grids[:, 1] * grids[:, 2]).cumsum(0), (1, 0))
 
 
-def _windows(encoder: Any, grids: Tensor, patches: int) -> Tensor:
+def _windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The number of the window in which each token is, int64 [P / patches of a token]."""
-    merged: int = encoder.spatial_merge_size
+    merged = encoder.spatial_merge_size
     packed = Packed.of(grids, patches // merged**2, merged)
-    side: int = encoder.window_size // merged // encoder.patch_size
+    side = encoder.window_size // merged // encoder.patch_size
     down, across = packed.heights // side + 1, packed.widths // side + 1
     before = F.pad((down * across).cumsum(0), (1, 0))[packed.image]
     width = packed.widths[packed.image]
     return before + packed.local // width // side * across[packed.image] + packed.local % width // side
 
 
-def window_order(encoder: Any, grids: Tensor, patches: int) -> Tensor:
+def window_order(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The tokens window by window, int64 [tokens]."""
     windows = _windows(encoder, grids, patches)
     count = windows.shape[0]
     return torch.argsort(windows * count + torch.arange(count))
 
 
-def window_ends(encoder: Any, grids: Tensor, patches: int) -> Tensor:
+def window_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """For each token in ``window_order`` the patches before the end of its window, after a zero: int64 [tokens + 1]."""
     ordered = _windows(encoder, grids, patches).sort().values
     before = (ordered[None] <= ordered[:, None]).sum(1)
     return F.pad(before * encoder.spatial_merge_size**2, (1, 0))
 
 
-FORMULAS: Mapping[str, Callable[[Any, Tensor, int], Tensor]] = {
+FORMULAS: Mapping[str, Callable[[VisionEncoder, Tensor, int], Tensor]] = {
     "position_ids": positions,
     "cu_seqlens": ends,
     "window_index": window_order,

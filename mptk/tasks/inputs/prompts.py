@@ -40,7 +40,7 @@ def prompt_with_images(
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     chat = Chat([{"role": "user", "content": parts}], list(images), "the prompt")
     try:
-        processor: Any = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
         opened = [open_image(path) for path in images]
         made = processor(text=[chat.text(processor, asks=True)], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ class Series(FileInputs):
     what, suffixes = "CSV files of numbers", (".csv",)
 
     def example(self, model: nn.Module) -> Named:
-        config: Any = model.config
+        config = model.config
         steps, channels = getattr(config, "context_length", None), getattr(config, "num_input_channels", 1)
         if steps is None:
             raise MptkError(

@@ -38,7 +38,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:
     """Check arguments by name against the annotations of ``function``; raises MptkError for the first wrong one."""
     hints, several = _annotated(function)
     for name in filter(hints.__contains__, given):
@@ -49,12 +49,12 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
 
 
 @functools.cache
-def _annotated(function: Callable[..., Any]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
+def _annotated(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
     """The types and the parameters of a function."""
     return get_type_hints(function), inspect.signature(function).parameters
 
 
-def _wrong(value: object, hint: Any, name: str) -> str | None:
+def _wrong(value: object, hint: object, name: str) -> str | None:
     """What is wrong with an argument and what to give instead; None if it is of its type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
@@ -89,13 +89,13 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _said(value: object, hint: Any, name: str) -> str:
+def _said(value: object, hint: object, name: str) -> str:
     kind = type(value).__name__
     shown = repr(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
     return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_wanted(hint)}"
 
 
-def _wanted(hint: Any) -> str:
+def _wanted(hint: object) -> str:
     """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -108,5 +108,5 @@ def _wanted(hint: Any) -> str:
     if origin is not None and issubclass(origin, Mapping):
         return "a dict"
     if origin is not None and issubclass(origin, Iterable):
-        return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not Any else "an iterable"
+        return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not object else "an iterable"
     return IN_WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

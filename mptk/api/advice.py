@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +51,7 @@ def advise(
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Advice:
     """Say how far a model can be cut: measure cuts of several sizes, and recommend the largest that is safe::
 
@@ -149,7 +148,7 @@ def shapes(
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Shapes:
     """Rank the legal ways to divide a budget among families and blocks::
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +41,7 @@ def ladder(
     data: Data | None = None,
     eval_data: Data | None = None,
     vocabulary: str | Path | Sequence[str] | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> list[Pruned]:
     """Prune a model to several sizes, each cut further from the next larger one, and prove each::
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ def prune(
     data: Data | None = None,
     eval_data: Data | None = None,
     vocabulary: str | Path | Sequence[str] | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Pruned | None:
     """Prune a model and prove the result::
 
@@ -171,7 +171,7 @@ def prune(
 def job_of(
     model: Model,
     base: Settings,
-    keywords: Mapping[str, Any],
+    keywords: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase | None,
     example_inputs: GivenInputs | None,
     data: Data | None,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -103,7 +102,7 @@ def recover(
     on_stage: Callable[[PassRecord], None] | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    **keywords: Any,
+    **keywords: object,
 ) -> Pruned | None:
     """Train a pruned model against its dense model and prove the result.
 

@@ -27,7 +27,7 @@ from mptk.tasks.inputs.text import fitting
 from mptk.tasks.module import named_inputs
 from passes.check_cut import table_size
 
-Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[Any]
+Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
 """A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
 
 
@@ -123,7 +123,7 @@ def check_fits(samples: Samples | None, program: Program) -> None:
             )
 
 
-def _is_text(data: Any) -> bool:
+def _is_text(data: object) -> bool:
     return isinstance(data, list | tuple) and bool(data) and all(isinstance(each, str) for each in data)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import RenderableType
@@ -72,7 +72,7 @@ def main() -> None:
 
 def command(
     name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
-) -> Callable[[Callable[..., None]], Any]:
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command as ``app.command`` does, with ``-q``, ``-v`` and examples below the help.
 
     If the function takes ``settings``, it has the options that are declared for it. ``base``: their defaults.
@@ -84,7 +84,7 @@ def command(
         options = parameters(called, base) if "settings" in own.parameters else []
 
         @functools.wraps(function)
-        def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: Any) -> None:
+        def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
             speaking = COMMAND_LINE.set(True)
             try:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.text import Text
@@ -139,7 +139,7 @@ def lasting() -> Lasting | None:
     return own
 
 
-def _taken(stream: Any, first: Any, descriptor: int) -> tuple[Any, Lasting | None]:
+def _taken(stream: TextIO | None, first: object, descriptor: int) -> tuple[Any, Lasting | None]:
     if stream is not first:  # whoever calls main() has put it there
         if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")

@@ -142,8 +142,8 @@ class Form:
     """How a setting is typed: typer's type, the conversion to the setting's value, and back for the default."""
 
     kind: Any
-    read: Callable[[Any], Any] = lambda value: value
-    typed: Callable[[Any], Any] = lambda value: value
+    read: Callable[[Any], object] = lambda value: value
+    typed: Callable[[Any], object] = lambda value: value
 
 
 def form(each: Declared) -> Form:
@@ -280,7 +280,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]
         known |= dict.fromkeys(flags or [parameter.name], parameter)
     known = {name: found for name, found in known.items() if name not in ("config", "help")}
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     never = refused(Settings)
     for name, value in read_recipe(file).items():
         if name not in known:
@@ -298,7 +298,7 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _as_typed(value: object, parameter: Any) -> object:
+def _as_typed(value: object, parameter: object) -> object:
     """A value of a recipe as one would type it: lists with commas, pairs as A=B."""
     if isinstance(value, Mapping):
         value = [f"{name}={each}" for name, each in value.items()]

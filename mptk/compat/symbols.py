@@ -52,13 +52,13 @@ class _Integer(metaclass=_Whole):
 class _NoNumbers(TorchFunctionMode):
     """Within it a number read from a tensor without numbers is NaN."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
             return _unknown(() if func is Tensor.item else args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
-def _unknown(shape: Sequence[int]) -> Any:
+def _unknown(shape: Sequence[int]) -> object:
     return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
 
 
@@ -101,7 +101,7 @@ class Symbols:
 
 
 @contextlib.contextmanager
-def _named(module: Any, name: str, value: object) -> Iterator[None]:
+def _named(module: object, name: str, value: object) -> Iterator[None]:
     absent = object()
     before = vars(module).get(name, absent)
     setattr(module, name, value)

@@ -19,11 +19,11 @@ class Deferred(Tensor):
     """A tensor on the meta device that is a named weight, or what a call made of such tensors."""
 
     weight: str | None = None
-    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, object], int | None]
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         if func is Tensor.to:  # it stays on the meta device
             kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from accelerate import init_empty_weights
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,5 +80,5 @@ def _built(
     return model
 
 
-def _said(shapes: Mapping[str, Any], name: str) -> str:
+def _said(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "missing"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 """Of an encoder–decoder; this decoder has no cache."""
 PAST_KEYS = "past_key_values."
 Ids = npt.NDArray[np.int64]
-TokensArray = npt.NDArray[Any]
+TokensArray = npt.NDArray[np.generic]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
 LogitsArray = npt.NDArray[np.float32]
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -20,7 +19,7 @@ HOST = "CPUExecutionProvider"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """The entry of a session's configuration that says where the weights of a graph given as bytes are."""
 
-Provider = tuple[str, dict[str, Any]]
+Provider = tuple[str, dict[str, str | int]]
 """Name and options, as ``InferenceSession`` takes them."""
 
 OF_DEVICE: dict[str, Callable[[int], Provider]] = {

@@ -118,7 +118,7 @@ class WholeRun:
         return lambda: self.session.run_with_iobinding(binding)
 
 
-def made_up(value: Any, case: Case) -> npt.NDArray[Any]:
+def made_up(value: Any, case: Case) -> npt.NDArray[np.generic]:
     """An input: masks of ones, ids of zeros, random numbers else."""
     shape = [size if isinstance(size, int) else _size(str(size), case.batch, case.length) for size in value.shape]
     if value.type == "tensor(bool)":

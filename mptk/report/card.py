@@ -151,6 +151,6 @@ def auto_of(stock: StockConfig) -> str:
     return loader(config)
 
 
-def flattened(names: Mapping[str, Any]) -> set[str]:
+def flattened(names: Mapping[str, str | Sequence[str]]) -> set[str]:
     """The names of classes in one of transformers' mappings, which has one or several for each model type."""
     return {name for known in names.values() for name in ([known] if isinstance(known, str) else known)}

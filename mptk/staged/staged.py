@@ -225,7 +225,7 @@ class StagedRun(DeviceInterpreter):
         k: int,
         leaves: Mapping[fx.Node, Tensor],
         i: int,
-        above: Mapping[fx.Node, Any],
+        above: Values,
         loss: Callable[[object, int], Tensor],
     ) -> Values:
         """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
@@ -264,7 +264,7 @@ class StagedRun(DeviceInterpreter):
         self.env = {}
         return found if last else self.narrowed(found)
 
-    def narrowed(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    def narrowed(self, values: Mapping[fx.Node, object]) -> Values:
         """Weights, or what crosses a border, in the type in which stages run."""
         narrow = self.narrow
         return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}
@@ -332,7 +332,7 @@ class Autocast:
         """Whether the call would only check the type that the trace had."""
         return node.target is CHECK and node in self.reached
 
-    def operands(self, node: fx.Node, operands: Any) -> Any:
+    def operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""
         target = node.target
         if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -344,9 +344,8 @@ class Autocast:
         dtype = floats[0].dtype if declared is not None and declared.is_mutable else self.dtype
         return tree_map(lambda value: self._cast(value, dtype), operands)
 
-    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        ours = isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype)
-        return value.to(dtype) if ours else value
+    def _cast(self, value: object, dtype: torch.dtype) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype) else value
 
 
 def widened(value: object) -> object:

@@ -138,7 +138,7 @@ class TrimmedVocabulary(Conversion):
             "model is measured with only these, and other text needs more tokens than before"
         )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         return {"of": self.kept.of, "kept": len(self.kept.keep), "corpus": self.corpus, **self.config_row}
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
@@ -190,7 +190,7 @@ def _chosen(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
     return Tokens(rows, choice.kept(used | named, LEAST, multiple))
 
 
-def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[Loaded, Mapping[str, Sequence[Any]]]:
+def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[Loaded, Mapping[str, Sequence[object]]]:
     """The model with only the rows of the tokens that stay, and its config's changes.
 
     Raises:
@@ -244,15 +244,15 @@ def named_ids(config: AnyConfig | None, rows: int) -> set[int]:
     }
 
 
-def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[AnyConfig, dict[str, list[Any]]]:
+def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[AnyConfig, dict[str, list[object]]]:
     """A copy of a config with ``len(new)`` tokens for ``rows``, and its changes: field → [old, new].
 
     Ids without a row (−1 for none) stay.
     """
-    made, changes = copy.deepcopy(config), dict[str, list[Any]]()
+    made, changes = copy.deepcopy(config), dict[str, list[object]]()
     for owner, name, value in list(_fields(made)):
         if name.endswith("vocab_size") and value == rows:
-            other: Any = len(new)
+            other: object = len(new)
         elif _NAMED.fullmatch(name) or name in _FORBIDDEN:
             other = _renumbered(value, new, rows, pairs=name == _PAIRS)
         else:
@@ -263,7 +263,7 @@ def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[An
     return made, changes
 
 
-def _fields(config: AnyConfig | None) -> Iterator[tuple[Any, str, Any]]:
+def _fields(config: AnyConfig | None) -> Iterator[tuple[object, str, Any]]:
     """The fields of a config and of the configs in it: owner, name, value."""
     if config is None:
         return
@@ -276,7 +276,7 @@ def _fields(config: AnyConfig | None) -> Iterator[tuple[Any, str, Any]]:
             yield config, name, value
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def _numbers(value: object) -> Iterator[int]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -286,7 +286,7 @@ def _numbers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _renumbered(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool = False) -> Any:
+def _renumbered(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool = False) -> object:
     """The value with new ids. A list loses the entries of removed tokens."""
     if pairs:
         return [[position, _renumbered(i, new, rows)] for position, i in value]

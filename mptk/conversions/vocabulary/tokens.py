@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +73,7 @@ def _is_byte_level(tokenizer: Json) -> bool:
     return any(_has(tokenizer.get(part), "ByteLevel") for part in ("normalizer", "pre_tokenizer"))
 
 
-def _has(value: Any, kind: str) -> bool:
+def _has(value: object, kind: str) -> bool:
     """Whether a part of the file, or a part inside it, has this type."""
     if isinstance(value, Mapping):
         return value.get("type") == kind or any(_has(each, kind) for each in value.values())
@@ -256,7 +255,7 @@ def trimmed_content(content: Json, new: Mapping[int, int]) -> Json:
     }
 
 
-def _post(value: Any, new: Mapping[int, int]) -> Any:
+def _post(value: object, new: Mapping[int, int]) -> object:
     """A part of the file with renumbered ids: ``ids`` of a template, ``["[SEP]", 102]`` of older kinds, ``pad_id``."""
     if isinstance(value, Mapping):
         found = {key: _post(each, new) for key, each in value.items()}

@@ -21,6 +21,7 @@ from benchmarks.quality_text import write_mixture
 from mptk import prune, recover
 
 BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden_loss": 0.0, "precision": "no"}
+BASE |= {"optimizer": "adamw"}
 LENGTH = 256
 VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=0,lr=3e-4;rank=0,lr=6e-4;rank=0,lr=1e-3"
 
@@ -28,9 +29,8 @@ VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=
 def parsed(variant: str) -> dict[str, Any]:
     """``rank=0,lr=3e-4`` as settings."""
     given = dict(part.split("=") for part in variant.split(",") if part)
-    return BASE | {
-        name: value if name == "precision" else type(BASE[name])(float(value)) for name, value in given.items()
-    }
+    said = {name: value for name, value in given.items() if isinstance(BASE[name], str)}
+    return BASE | {n: type(BASE[n])(float(value)) for n, value in given.items() if n not in said} | said
 
 
 def widths_in(text: str) -> dict[str, int]:

@@ -63,6 +63,11 @@ class Training(Record):
         f"Peak learning rate of AdamW; by default {FULL_RATE} (LoRA: {LORA_RATE}) of the weights' typical size.",
         within=(0.0, 100.0),
     )
+    optimizer: str = of_training(
+        "adamw",
+        "What trains the matrices of a model whose own weights are trained; AdamW trains the rest.",
+        choices=Choices(("muon", "adamw")),
+    )
     warmup: float = setting(
         0.05, "Share of steps for warm-up; then the rate falls to 0 along a cosine.", within=(0.0, 1.0)
     )
@@ -171,6 +176,6 @@ class Learning(Record):
     def _with(self, rank: int, lr: float) -> Learning:
         """Settings with these. The rate has one digit, so that rounding on another machine does not change it."""
         given = self.training.lr
-        return replace(
-            self, rank=rank, training=replace(self.training, lr=float(f"{lr:.0e}") if given is None else given)
-        )
+        optimizer = "adamw" if rank else self.training.optimizer
+        training = replace(self.training, lr=float(f"{lr:.0e}") if given is None else given, optimizer=optimizer)
+        return replace(self, rank=rank, training=training)

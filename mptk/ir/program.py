@@ -320,6 +320,14 @@ class ProgramModule(nn.Module):
             outputs = runner.run(*arguments)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
 
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The weights of embeddings."""
+        held, graph = dict(self._placeholders), self._graph[0].graph
+        read = [n.args[0] for n in graph.nodes if n.target is torch.ops.aten.embedding.default]
+        names = [held.get(n.name) for n in read if isinstance(n, fx.Node)]
+        return [self.get_parameter(name) for name in names if name is not None]
+
     def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)
         names = self.input_names[len(inputs) : count]

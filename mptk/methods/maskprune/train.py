@@ -22,6 +22,7 @@ from mptk.distributed.processes import full, gathered, prepare, shard_like, wide
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined
 from mptk.methods.maskprune.losses import distilled, hidden_error
+from mptk.methods.maskprune.optimizers import optimizers_of
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
@@ -128,13 +129,13 @@ class Loop:
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
 
     def __post_init__(self) -> None:
-        given, rate = self.student, self.settings.lr
-        trained = {n: p for n, p in given.named_parameters() if p.requires_grad}
-        assert rate is not None
-        self.peak = rate
-        optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0, fused=True)
-        self.student, self.optimizer = prepare(self.accelerator, given, optimizer)
+        given = self.student
+        trained = {n for n, p in given.named_parameters() if p.requires_grad}
+        chosen = optimizers_of(given, self.settings)
+        self.student, self.optimizers = prepare(self.accelerator, given, chosen)
         self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
+        self.groups = [group for each in chosen for group in each.param_groups]
+        self.moments = {p: each.state for each in chosen for group in each.param_groups for p in group["params"]}
         self.sizes = self.sizes or (self.student,)
 
     def run(self) -> None:
@@ -172,8 +173,8 @@ class Loop:
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * schedule(step, self.steps, settings.warmup)
+        for group in self.groups:
+            group["lr"] = group["peak"] * schedule(step, self.steps, settings.warmup)
         own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
@@ -189,8 +190,9 @@ class Loop:
         self._require_finite(metrics, step)
         tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return metrics, tokens
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -257,10 +259,11 @@ class Loop:
 
     def _state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, on the host of the main process. All processes must call it."""
-        moments = self.optimizer.optimizer.state
         parameters = [(f"parameter.{n}", p) for n, p in self.parameters.items()]
         parameters += [
-            (f"optimizer.{key}.{n}", value) for n, p in self.parameters.items() for key, value in moments[p].items()
+            (f"optimizer.{key}.{n}", value)
+            for n, p in self.parameters.items()
+            for key, value in self.moments[p][p].items()
         ]
         state = gathered(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
@@ -282,7 +285,7 @@ class Loop:
             values = {
                 k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
             }
-            self.optimizer.optimizer.state[p] = {
+            self.moments[p][p] = {
                 key: shard_like(value, p) if value.shape == p.shape else value for key, value in values.items()
             }
         torch.set_rng_state(state["rng"])

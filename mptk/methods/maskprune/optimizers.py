@@ -1,0 +1,85 @@
+"""optimizers: AdamW, and Muon for the matrices of a model whose own weights are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from mptk.config.learning import Training
+from mptk.distributed.processes import full, shard_like
+from mptk.ir.program import ProgramModule
+
+MUON_RATE = 8.0
+"""Muon's rate beside AdamW's (``benchmarks/recovery.md``)."""
+MOMENTUM, SIZE = 0.95, 0.2
+"""``SIZE``: root mean square of an update at a rate of 1, about as of AdamW's (arXiv 2502.16982)."""
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
+"""Of the Newton–Schulz iteration."""
+BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+"""Whether this processor multiplies in bfloat16."""
+
+
+def optimizers_of(student: nn.Module, settings: Training) -> list[Optimizer]:
+    """The optimizers of all parameters that require a gradient. A group's ``peak`` is its highest rate."""
+    assert settings.lr is not None
+    trained = [p for p in student.parameters() if p.requires_grad]
+    chosen = {id(p) for p in matrices(student)} if settings.optimizer == "muon" else set()
+    muon, others = [p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen]
+    found: list[Optimizer] = []
+    if muon:
+        found.append(Muon([{"params": muon, "peak": MUON_RATE * settings.lr}], {"lr": settings.lr}))
+    if others:
+        found.append(AdamW([{"params": others, "peak": settings.lr}], lr=settings.lr, weight_decay=0.0, fused=True))
+    return found
+
+
+def matrices(model: nn.Module) -> list[Tensor]:
+    """Parameters with two dimensions, but those with a row a token: embeddings, and the head of a language model."""
+    tables = [p for module in model.modules() for p in _tables(module) if p.ndim == 2]
+    rows = max((len(p) for p in tables), default=None)
+    own = {id(p) for p in tables}
+    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in own and len(p) != rows]
+
+
+def _tables(module: nn.Module) -> Sequence[Tensor]:
+    if isinstance(module, ProgramModule):
+        return module.tables
+    return [module.weight] if isinstance(module, nn.Embedding) else []
+
+
+class Muon(Optimizer):
+    """Steps along the nearest orthogonal matrix to the momentum (Jordan et al. 2024), as of ``torch.optim.Muon``.
+
+    torch's multiplies in bfloat16, which takes minutes a step on a processor without it. Each process computes whole
+    matrices, of shards, too.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change each parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                update = orthogonal(full(p.grad.lerp(state["momentum"], MOMENTUM)))
+                p.add_(shard_like(update, p), alpha=-group["lr"] * SIZE * max(update.shape) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix whose singular values are all 1: theirs are from 0.7 to 1.2."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x.bfloat16() if x.device.type != "cpu" or BFLOAT16 else x.float()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)

@@ -1,0 +1,89 @@
+"""Muon for the matrices of a model, AdamW for its other parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from inside import Stopped, changed
+from test_learning import LEARNING, SETTINGS, TRAINING, llama, metrics, require_same_bits  # noqa: F401 (a fixture)
+from torch import nn
+from torch.optim import AdamW
+
+import mptk
+from mptk.config.learning import Training
+from mptk.methods.maskprune.optimizers import MUON_RATE, Muon, matrices, optimizers_of, orthogonal
+
+MUON = replace(SETTINGS, learning=replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon")))
+TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
+def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    seen = left.T @ orthogonal(matrix) @ right.T
+    assert (seen.diagonal() - 0.95).abs().max() < 0.35
+    assert (seen - seen.diagonal().diag()).abs().max() < 0.02
+
+
+def test_its_steps_are_those_of_torch() -> None:
+    start = torch.linspace(-1, 1, 24).reshape(4, 6)
+    own, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    both = Muon([own], {"lr": 0.1}), torch.optim.Muon([other], 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        own.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        other.grad = own.grad.clone()
+        for each in both:
+            each.step()
+    assert (own - other).abs().max() < 0.003
+    assert (own - start).abs().max() > 0.03
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(architecture: str) -> None:
+    model = architectures.model(architecture)
+    flat = {name for name, p in model.named_parameters() if p.ndim == 2}
+    tables = {name for name in flat if name.endswith(TABLES)}
+    assert len(tables) == 2
+    graph = mptk.analyze(model, architectures.tokens()).program.module()
+    for each in (model, graph):
+        chosen = {id(p) for p in matrices(each)}
+        assert {name for name, p in each.named_parameters() if id(p) in chosen} == flat - tables
+
+
+def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
+    model = architectures.model("llama")
+    model.model.norm.weight.requires_grad_(False)
+    muon, adamw = optimizers_of(model, Training(lr=1e-3, optimizer="muon"))
+    assert isinstance(muon, Muon)
+    assert isinstance(adamw, AdamW)
+    assert [group["peak"] for each in (muon, adamw) for group in each.param_groups] == [MUON_RATE * 1e-3, 1e-3]
+    taken = [p for each in (muon, adamw) for group in each.param_groups for p in group["params"]]
+    assert {id(p) for p in taken} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(optimizers_of(model, Training(lr=1e-3))) == 1
+    assert isinstance(*optimizers_of(nn.Linear(3, 4, bias=False), Training(lr=1e-3, optimizer="muon")), Muon)
+
+
+def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path: Path) -> None:  # noqa: F811
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    mptk.prune(llama, whole, MUON)
+    with changed() as inside:
+        inside.stop("mptk.methods.maskprune.optimizers.orthogonal", 60)
+        with pytest.raises(Stopped):
+            mptk.prune(llama, broken, MUON)
+    assert metrics(tmp_path / "broken.run")[-1]["phase"] == "recovery"
+    mptk.prune(llama, broken, replace(MUON, resume=True))
+    require_same_bits(whole, broken)
+    first, *_, last = mptk.Report.read(whole).recovery["losses"].values()
+    assert last < first
+
+
+def test_adapters_are_trained_by_adamw() -> None:
+    learning = replace(LEARNING, rank=None, training=Training(optimizer="muon"))
+    assert learning.of_masks(0.2).training.optimizer == "adamw"
+    assert learning.of_recovery(frozen=True, size=0.2).training.optimizer == "adamw"
+    assert learning.of_recovery(frozen=False, size=0.2).training.optimizer == "muon"

@@ -57,6 +57,7 @@ UNTRAINED = (
     Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
     Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
 )
+ADAPTED = Idle(lambda a: bool(a.settings.learning.rank), "AdamW trains adapters", "leave out one of both")
 DECIDED = Idle(
     lambda a: not a.undecided, "the numbers that it would choose are given", "leave it out, or leave out --steps"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from mptk.config.cases import NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
+from mptk.config.cases import ADAPTED, NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
 from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
 from mptk.errors import MptkError
 
@@ -63,10 +63,13 @@ class Training(Record):
         f"Peak learning rate of AdamW; by default {FULL_RATE} (LoRA: {LORA_RATE}) of the weights' typical size.",
         within=(0.0, 100.0),
     )
-    optimizer: str = of_training(
+    optimizer: str = setting(
         "adamw",
-        "What trains the matrices of a model whose own weights are trained; AdamW trains the rest.",
-        choices=Choices(("muon", "adamw")),
+        "muon: trains the matrices, and AdamW the rest, if all weights are trained.",
+        TRAIN,
+        RUNS,
+        (*UNTRAINED, ADAPTED),
+        choices=Choices(("adamw", "muon")),
     )
     warmup: float = setting(
         0.05, "Share of steps for warm-up; then the rate falls to 0 along a cosine.", within=(0.0, 1.0)

@@ -183,7 +183,16 @@ CONTRADICTIONS = [
             **{
                 line: (f"{line.split()[0]} would do nothing", "--steps")
                 for line in (
-                    *("--batch 4", "--micro 2", "--lr 0.1", "--rank 4", "--lm 1", "--kl 1", "--hidden-loss 1"),
+                    *(
+                        "--batch 4",
+                        "--micro 2",
+                        "--lr 0.1",
+                        "--optimizer muon",
+                        "--rank 4",
+                        "--lm 1",
+                        "--kl 1",
+                        "--hidden-loss 1",
+                    ),
                     *("--teacher cached", "--precision bf16", "--gradient-checkpointing", "--tracker tensorboard"),
                     "--save-every 4",
                 )
@@ -222,6 +231,7 @@ CONTRADICTIONS = [
             "--threads 4": ("--threads would do nothing",),
             "--steps 2 --teacher-cache {t}": ("add --teacher cached",),
             "--steps 2 --teacher cached --hidden-loss 1": ("--teacher live",),
+            "--steps 2 --rank 4 --optimizer muon": ("--optimizer would do nothing: AdamW trains adapters",),
             "--steps 2 --target graph --rank 4": ("--rank: LoRA needs the layers", "leave it out"),
             "--target graph --rehome": ("--rehome would do nothing",),
             "--estimate --resume": ("--resume would do nothing",),

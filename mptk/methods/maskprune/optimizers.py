@@ -12,7 +12,7 @@ from mptk.config.learning import Training
 from mptk.distributed.processes import full, shard_like
 from mptk.ir.program import ProgramModule
 
-MUON_RATE = 8.0
+MUON_RATE = 12.0
 """Muon's rate beside AdamW's (``benchmarks/recovery.md``)."""
 MOMENTUM, SIZE = 0.95, 0.2
 """``SIZE``: root mean square of an update at a rate of 1, about as of AdamW's (arXiv 2502.16982)."""

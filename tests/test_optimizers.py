@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import architectures
 import pytest
 import torch
 from inside import Stopped, changed
-from test_learning import LEARNING, SETTINGS, TRAINING, llama, metrics, require_same_bits  # noqa: F401 (a fixture)
+from test_learning import (  # noqa: F401 (a fixture)
+    ENVIRONMENT,
+    LEARNING,
+    SETTINGS,
+    TRAINING,
+    llama,
+    metrics,
+    require_same_bits,
+    sharded,
+)
 from torch import nn
 from torch.optim import AdamW
 
@@ -80,6 +90,16 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path:
     require_same_bits(whole, broken)
     first, *_, last = mptk.Report.read(whole).recovery["losses"].values()
     assert last < first
+
+
+@pytest.mark.long
+def test_processes_with_shards_train_alike(llama: str, tmp_path: Path) -> None:  # noqa: F811
+    one, two = tmp_path / "one", tmp_path / "two"
+    mptk.prune(llama, one, MUON)
+    command = [*sharded(llama, two), "--rank", "0", "--optimizer", "muon", "--lr", "1e-4"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["loss"] for row in metrics(two)] == pytest.approx([row["loss"] for row in metrics(one)], rel=1e-3)
 
 
 def test_adapters_are_trained_by_adamw() -> None:

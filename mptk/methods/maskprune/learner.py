@@ -33,6 +33,7 @@ from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.layers import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
+from mptk.methods.maskprune.optimizers import products
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.together import Together
@@ -47,8 +48,6 @@ from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
 """Seconds for each layer to make and place the models that are trained, and to store what they start with."""
-
-
 SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
@@ -59,7 +58,7 @@ def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     if not s.steps:
         return {}
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
-    tokens = batches * training.batch * s.length
+    tokens = batches * training.batch * s.length + s.steps * kept * products(settings.learning, sizes.hidden)
     return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=TRAINING_START_S)}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from mptk.config.learning import Training
+from mptk.config.learning import Learning, Training
 from mptk.distributed.processes import full, shard_like
 from mptk.ir.program import ProgramModule
 
@@ -18,6 +18,8 @@ MOMENTUM, SIZE = 0.95, 0.2
 """``SIZE``: root mean square of an update at a rate of 1, about as of AdamW's (arXiv 2502.16982)."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
 """Of the Newton–Schulz iteration."""
+PRODUCTS = 6
+"""Tokens that take as long as the products, for each of the numbers between blocks (measured on SmolLM2-135M)."""
 BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 """Whether this processor multiplies in bfloat16."""
 
@@ -34,6 +36,11 @@ def optimizers_of(student: nn.Module, settings: Training) -> list[Optimizer]:
     if others:
         found.append(AdamW([{"params": others, "peak": settings.lr}], lr=settings.lr, weight_decay=0.0, fused=True))
     return found
+
+
+def products(settings: Learning, hidden: int) -> float:
+    """Tokens of a forward pass of the dense model that take as long as Muon's products in a step."""
+    return 0.0 if settings.rank or settings.training.optimizer == "adamw" else PRODUCTS * hidden
 
 
 def matrices(model: nn.Module) -> list[Tensor]:

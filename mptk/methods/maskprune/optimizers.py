@@ -18,7 +18,7 @@ MOMENTUM, SIZE = 0.95, 0.2
 """``SIZE``: root mean square of an update at a rate of 1, about as of AdamW's (arXiv 2502.16982)."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
 """Of the Newton–Schulz iteration."""
-PRODUCTS = 6
+PRODUCT_TOKENS = 6
 """Tokens that take as long as the products, for each of the numbers between blocks (measured on SmolLM2-135M)."""
 BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 """Whether this processor multiplies in bfloat16."""
@@ -40,7 +40,7 @@ def optimizers_of(student: nn.Module, settings: Training) -> list[Optimizer]:
 
 def products(settings: Learning, hidden: int) -> float:
     """Tokens of a forward pass of the dense model that take as long as Muon's products in a step."""
-    return 0.0 if settings.rank or settings.training.optimizer == "adamw" else PRODUCTS * hidden
+    return 0.0 if settings.rank or settings.training.optimizer == "adamw" else PRODUCT_TOKENS * hidden
 
 
 def matrices(model: nn.Module) -> list[Tensor]:

@@ -366,7 +366,7 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
     folder = RunFolder(tmp_path / "m", {}, resume=True)
     given = (accelerator("no"), together, lambda samples: (teacher, None), CAUSAL_LM, windows, 1, training, "recovery")
     one = Loop(*given, folder, sizes=together.views)
-    one.optimizers = []
+    one.optimizer.step = one.optimizer.zero_grad = lambda: None
     metrics, _ = one._step(0)
     wanted = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
     own, target = windows[one.rows(0)], teacher

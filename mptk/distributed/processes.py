@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, gather, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -115,16 +114,13 @@ def replica(model: AnyModule, weights: bool = True) -> AnyModule:
     return copy.deepcopy(model, memo)
 
 
-def prepare(
-    acc: Accelerator, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
-    """``model`` and ``optimizers`` on their device.
+def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """``model`` and ``optimizer`` on their device.
 
     With FSDP2 the parameters of ``model`` are replaced by shards of the first process's parameters.
     """
     _wrap_blocks(acc, model)
-    placed, *steps = acc.prepare(model, *optimizers)
-    return placed, steps
+    return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
 def placed(acc: Accelerator, model: nn.Module) -> object:

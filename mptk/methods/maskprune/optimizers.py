@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from mptk.config.learning import Learning, Training
 from mptk.distributed.processes import full, shard_like
@@ -24,18 +24,14 @@ BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16"
 """Whether this processor multiplies in bfloat16."""
 
 
-def optimizers_of(student: nn.Module, settings: Training) -> list[Optimizer]:
-    """The optimizers of all parameters that require a gradient. A group's ``peak`` is its highest rate."""
-    assert settings.lr is not None
-    trained = [p for p in student.parameters() if p.requires_grad]
-    chosen = {id(p) for p in matrices(student)} if settings.optimizer == "muon" else set()
-    muon, others = [p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen]
-    found: list[Optimizer] = []
-    if muon:
-        found.append(Muon([{"params": muon, "peak": MUON_RATE * settings.lr}], {"lr": settings.lr}))
-    if others:
-        found.append(AdamW([{"params": others, "peak": settings.lr}], lr=settings.lr, weight_decay=0.0, fused=True))
-    return found
+def optimizer_of(student: nn.Module, settings: Training) -> AdamW:
+    """The optimizer of all parameters that require a gradient. A group's ``peak`` is its highest rate."""
+    rate, trained = settings.lr, [p for p in student.parameters() if p.requires_grad]
+    assert rate is not None
+    if settings.optimizer == "adamw":
+        return AdamW([{"params": trained, "peak": rate}], lr=rate, weight_decay=0.0, fused=True)
+    chosen = {id(p) for p in matrices(student)}
+    return Muon([p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen], rate)
 
 
 def products(settings: Learning, hidden: int) -> float:
@@ -57,26 +53,39 @@ def _tables(module: nn.Module) -> Sequence[Tensor]:
     return [module.weight] if isinstance(module, nn.Embedding) else []
 
 
-class Muon(Optimizer):
+class Muon(AdamW):
     """Steps along the nearest orthogonal matrix to the momentum (Jordan et al. 2024), as of ``torch.optim.Muon``.
 
     torch's multiplies in bfloat16, which takes minutes a step on a processor without it. Each process computes whole
-    matrices, of shards, too.
+    matrices, of shards, too. ``others``: parameters that AdamW trains, at ``rate``.
     """
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float) -> None:
+        groups = [
+            {"params": matrices, "peak": MUON_RATE * rate, "muon": True},
+            {"params": others, "peak": rate, "muon": False},
+        ]
+        super().__init__([group for group in groups if group["params"]], lr=rate, weight_decay=0.0)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change each parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-                update = orthogonal(full(p.grad.lerp(state["momentum"], MOMENTUM)))
-                p.add_(shard_like(update, p), alpha=-group["lr"] * SIZE * max(update.shape) ** 0.5)
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    self._turn(p, p.grad, group["lr"])
+
+    def _turn(self, p: Tensor, gradient: Tensor, rate: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        update = orthogonal(full(gradient.lerp(state["momentum"], MOMENTUM)))
+        p.add_(shard_like(update, p), alpha=-rate * SIZE * max(update.shape) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from mptk.distributed.processes import full, gathered, prepare, shard_like, wide
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined
 from mptk.methods.maskprune.losses import distilled, hidden_error
-from mptk.methods.maskprune.optimizers import optimizers_of
+from mptk.methods.maskprune.optimizers import optimizer_of
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
@@ -131,11 +131,8 @@ class Loop:
     def __post_init__(self) -> None:
         given = self.student
         trained = {n for n, p in given.named_parameters() if p.requires_grad}
-        chosen = optimizers_of(given, self.settings)
-        self.student, self.optimizers = prepare(self.accelerator, given, chosen)
+        self.student, self.optimizer = prepare(self.accelerator, given, optimizer_of(given, self.settings))
         self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
-        self.groups = [group for each in chosen for group in each.param_groups]
-        self.moments = {p: each.state for each in chosen for group in each.param_groups for p in group["params"]}
         self.sizes = self.sizes or (self.student,)
 
     def run(self) -> None:
@@ -173,7 +170,7 @@ class Loop:
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
-        for group in self.groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self.steps, settings.warmup)
         own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
@@ -190,9 +187,8 @@ class Loop:
         self._require_finite(metrics, step)
         tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return metrics, tokens
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -259,11 +255,10 @@ class Loop:
 
     def _state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, on the host of the main process. All processes must call it."""
+        moments = self.optimizer.optimizer.state
         parameters = [(f"parameter.{n}", p) for n, p in self.parameters.items()]
         parameters += [
-            (f"optimizer.{key}.{n}", value)
-            for n, p in self.parameters.items()
-            for key, value in self.moments[p][p].items()
+            (f"optimizer.{key}.{n}", value) for n, p in self.parameters.items() for key, value in moments[p].items()
         ]
         state = gathered(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
@@ -285,7 +280,7 @@ class Loop:
             values = {
                 k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
             }
-            self.moments[p][p] = {
+            self.optimizer.optimizer.state[p] = {
                 key: shard_like(value, p) if value.shape == p.shape else value for key, value in values.items()
             }
         torch.set_rng_state(state["rng"])

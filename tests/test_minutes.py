@@ -56,7 +56,7 @@ def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | Non
 
 
 def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
-    for steps, samples in ((5, 16), (23, 23), (4000, 96)):
+    for steps, samples in ((5, 20), (23, 92), (4000, 96)):
         minutes = minutes_of(llama, TINY, steps=steps, samples=samples)
         assert chosen(llama, TINY, minutes=minutes)[:2] == (steps, samples)
 
@@ -75,24 +75,24 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
     assert in_time(TINY, estimator(llama)).minutes == MINUTES
     assert in_time(replace(TINY, search=True), estimator(llama)).minutes == SEARCH_MINUTES
     inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e3, read=1e9, write=1e9))
-    assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 16), "a slow machine is told how long it takes"
+    assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
     wanda = in_time(replace(TINY, method="wanda"), estimator(llama))
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
 
 
 def test_a_one_shot_method_recovers_for_the_time_that_is_left(llama: str) -> None:
     wanda = replace(TINY, method="wanda", reconstruct=True)
-    minutes = minutes_of(llama, wanda, steps=11, samples=16)
-    assert chosen(llama, wanda, minutes=minutes)[:2] == (11, 16)
+    minutes = minutes_of(llama, wanda, steps=11, samples=44)
+    assert chosen(llama, wanda, minutes=minutes)[:2] == (11, 44)
     assert chosen(llama, wanda, minutes=minutes_of(llama, wanda, samples=16))[:2] == (0, 16)
 
 
 def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
     search = replace(TINY, search=True, search_finalists=2)
-    minutes = minutes_of(llama, search, steps=90, samples=90, search_tokens=90 * 2 * 32 // 3)
-    assert chosen(llama, search, minutes=minutes) == (90, 90, 1920)
+    minutes = minutes_of(llama, search, steps=90, samples=96, search_tokens=90 * 2 * 32 // 3)
+    assert chosen(llama, search, minutes=minutes) == (90, 96, 1920)
     assert chosen(llama, search, minutes=minutes, search_tokens=256)[0] > 90
-    least = minutes_of(llama, search, steps=5, samples=16, search_tokens=2 * 3 * 2 * 32)
+    least = minutes_of(llama, search, steps=5, samples=20, search_tokens=2 * 3 * 2 * 32)
     assert chosen(llama, search, minutes=least)[2] == 384, "three steps of each finalist: two of masks, one of recovery"
 
 
@@ -105,7 +105,7 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
     inside.forbid("mptk.chain.prune.prepare")
     inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
     said = (
-        r"^minutes=1 is too short: 5 training steps and 16 calibration windows take about \d+ min, of which \d+ \w+ "
+        r"^minutes=1 is too short: 5 training steps and 20 calibration windows take about \d+ min, of which \d+ \w+ "
         r"are for 'train'; give minutes=\d+, or a one-shot method, as wanda$"
     )
     with pytest.raises(MptkError, match=said):
@@ -142,7 +142,7 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
     llama: str, text: Path, tmp_path: Path, inside: Inside
 ) -> None:
     said: list[str] = []
-    settings = replace(TINY, data=str(text), minutes=minutes_of(llama, TINY, steps=6, samples=16))
+    settings = replace(TINY, data=str(text), minutes=minutes_of(llama, TINY, steps=6, samples=24))
     with remembered():
         inside.stop("mptk.chain.fit.reconstruct_consumers")
         with pytest.raises(Stopped):
@@ -150,12 +150,12 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
         inside.undo()
         inside.gives("mptk.chain.estimate.this_machine", replace(RATES, flops=5e9))
         report = mptk.prune(llama, tmp_path / "out", replace(settings, minutes=None), resume=True).report
-    assert [line for line in said if line.endswith("for 6 training steps and 16 calibration windows")]
-    assert (report.settings.learning.steps, report.settings.samples) == (6, 16)
+    assert [line for line in said if line.endswith("for 6 training steps and 24 calibration windows")]
+    assert (report.settings.learning.steps, report.settings.samples) == (6, 24)
     assert report.settings.minutes == settings.minutes
-    assert any(note.startswith("6 training steps and 16 calibration windows, as ") for note in report.notes)
+    assert any(note.startswith("6 training steps and 24 calibration windows, as ") for note in report.notes)
     recipe = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 16, False)
+    assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 24, False)
 
 
 def test_a_recovery_has_minutes_too(llama: str, text: Path, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ LEAST_STEPS = 5
 """Fewest steps that minutes choose for a method that learns: two for the masks."""
 MOST_TIMED_STEPS = 10**6
 """Most steps that minutes choose."""
-WINDOWS = (16, 96)
-"""Fewest and most calibration windows that minutes choose: as many as steps."""
+WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
+"""Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
+(``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
 TRIALS = 3
 """With minutes the trials of a search get a third of the tokens of training."""
 SHORTER = {
@@ -143,7 +144,8 @@ def in_time(
 def amounts(settings: Settings, steps: int) -> dict[str, int]:
     """The numbers that minutes choose for a run of ``steps`` steps."""
     tokens = steps * settings.learning.training.batch * settings.length
-    samples = min(max(steps, WINDOWS[0]), WINDOWS[1])
+    each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
+    samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
     trials = max(tokens // TRIALS, least_tokens(settings))
     return {"steps": steps, "samples": samples, "search_tokens": trials}
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import mptk
 from mptk.config.learning import Training
-from mptk.methods.maskprune.optimizers import MUON_RATE, Muon, matrices, optimizer_of, orthogonal
+from mptk.methods.maskprune.optimizers import MUON_RATE, Muon, matrices, optimizer_of, orthogonal, products
 
 MUON = replace(SETTINGS, learning=replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon")))
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
@@ -94,6 +94,13 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path:
     assert last < first
 
 
+def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:  # noqa: F811
+    report = mptk.prune(llama, tmp_path / "out", replace(MUON, method="wanda", target="graph")).report
+    first, *_, last = report.recovery["losses"].values()
+    assert last < first
+    assert all(stage["ok"] for stage in report.proof)
+
+
 @pytest.mark.long
 def test_processes_with_shards_train_alike(llama: str, tmp_path: Path) -> None:  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
@@ -109,3 +116,4 @@ def test_adapters_are_trained_by_adamw() -> None:
     assert learning.of_masks(0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=True, size=0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=False, size=0.2).training.optimizer == "muon"
+    assert products(learning, hidden=100) > products(replace(learning, rank=4), hidden=100) == 0

@@ -118,8 +118,7 @@ def stock_widths(
         narrower = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
         widths = [w for w in narrower if _whole(family, w, rows)]
         joint = any(family.name in group for group in together)
-        legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
-        ladders[family.name] = (*legal, family.size)
+        ladders[family.name] = (*(w for w in widths if joint or accepts({family.name: w}) is None), family.size)
     joint_ladders = _joint(ladders, together, accepts)
     refused |= {name: NO_RATIO for name, ladder in joint_ladders.items() if len(ladder) == 1}
     ladders |= joint_ladders

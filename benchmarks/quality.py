@@ -1,7 +1,7 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens or at equal time.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--minutes 5] [--model smollm2-135m]
+        [--minutes 5] [--compute-dtype bfloat16] [--model smollm2-135m]
         [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--batch 8] [--widths kv_groups=2,ffn=672]
         [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
@@ -88,6 +88,7 @@ def settings(
         distil_epochs=3 if "distil" in additions else 0,
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=learning,
+        compute_dtype=trains["compute"] or Settings.compute_dtype,
         resume=True,
     )
     return replace(in_time(found, estimator(model)), eval_windows=1, onnx=False)
@@ -146,6 +147,7 @@ def row_of(
         "samples": chosen.windows,
         "allowed": chosen.minutes,
         "gflops": round(this_machine().flops / 1e9),
+        "compute": chosen.compute_dtype,
         "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},
         "given": widths,
@@ -186,6 +188,7 @@ def main(
     widths: Annotated[str, typer.Option(help="Widths of every row, as kv_groups=2,ffn=672.")] = "",
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default that of what is trained.")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="Type for scoring and training.")] = None,
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
     work: Annotated[Path, typer.Option(help="Folder for the mixture and the teacher's outputs.")] = Path(
@@ -205,7 +208,7 @@ def main(
     if not any(r["method"] == "dense" for r in rows_of(json_file, model)):
         dense = {"model": model, "method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
         add(json_file, {**dense, **measure(model, texts, windows, zero)})
-    trains = {"rank": rank, "lr": lr, "batch": batch}
+    trains = {"rank": rank, "lr": lr, "batch": batch, "compute": compute_dtype}
     counted = steps_of(tokens, batch) * batch * Settings.length
     recovery = {"rank": rank or 0, **({} if lr is None else {"lr": lr})} if tokens or minutes else {}
     for seed in map(int, seeds.split(",")):
@@ -218,6 +221,7 @@ def main(
                     and (r["tokens"] == counted or minutes is not None)
                     and r.items() >= recovery.items()
                     and r.get("batch", 8) == batch
+                    and r.get("compute", "float32") == (compute_dtype or Settings.compute_dtype)
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any((r["method"], r["given"]) == (method, given) for r in rows):

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
 from mptk.api import recovery
+from mptk.chain.amounts import settled
 from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
@@ -177,7 +178,7 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
 
 def test_products_are_those_of_the_traced_graph() -> None:
     model = architectures.model("mixtral", meta=True)
-    found = estimated_for(model, torch.float32, Settings(method="wanda", data="text", onnx=False, length=8))
+    found = estimated_for(model, torch.float32, settled(Settings(method="wanda", data="text", onnx=False, length=8)))
     per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
     of_text = 32 * 8 * (per_token + 4 * 8 * 48 * 2)
     assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
@@ -203,6 +204,16 @@ def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, inside: In
     trained = estimated(eight_billion, replace(settings, learning=Learning(steps=3)))
     assert trained.there["weights"] == trained.needed["weights"] == 2 * 16_060_522_496
     assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
+
+
+def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: str, inside: Inside) -> None:
+    settings = Settings(method="wanda", data="text", onnx=False, reconstruct=True, memory=64 * 10**9)
+    single = estimated(eight_billion, settings).seconds
+    inside.gives("mptk.chain.estimate.this_machine", replace(SLOW, speedup=4.0))
+    half = estimated(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
+    assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] / 4)
+    assert (half["prove"], half["measure"]) == (single["prove"], single["measure"])
+    assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
 
 
 def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) -> None:
@@ -305,7 +316,9 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     known = json.loads(kept.read_text())
     kept.write_text(json.dumps({**known, "rates": {**known["rates"], "flops": 1.0}}))
     assert costs.this_machine() == replace(first, flops=1.0)
-    assert costs.this_machine(dtype=torch.bfloat16).flops > 1
+    narrow = costs.this_machine(dtype=torch.bfloat16)
+    assert narrow.flops > 1
+    assert narrow.speedup != 1
     assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toy_checkpoints as toys
 import yaml
 from commands import refused
@@ -19,7 +20,7 @@ from transformers import LlamaForCausalLM
 import mptk
 from mptk import MptkError, Settings
 from mptk.api.recovery import needed
-from mptk.chain.amounts import LEAST_STEPS, in_time
+from mptk.chain.amounts import LEAST_STEPS, in_time, resumed, said, settled
 from mptk.chain.estimate import estimator
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
@@ -38,6 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def rates(inside: Inside) -> None:
     inside.gives("mptk.chain.estimate.this_machine", RATES)
+    inside.gives("mptk.chain.amounts.this_machine", RATES)
 
 
 def given(settings: Settings, **numbers: object) -> Settings:
@@ -46,7 +48,7 @@ def given(settings: Settings, **numbers: object) -> Settings:
 
 def minutes_of(model: str, settings: Settings, **numbers: object) -> float:
     """What a run with these numbers is estimated to take, in minutes, and a little more."""
-    return sum(estimator(model)(given(settings, **numbers)).seconds.values()) / 60 * (1 + 1e-9)
+    return sum(estimator(model)(settled(given(settings, **numbers))).seconds.values()) / 60 * (1 + 1e-9)
 
 
 def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | None, int | None, int | None]:
@@ -85,6 +87,27 @@ def test_a_one_shot_method_recovers_for_the_time_that_is_left(llama: str) -> Non
     minutes = minutes_of(llama, wanda, steps=11, samples=44)
     assert chosen(llama, wanda, minutes=minutes)[:2] == (11, 44)
     assert chosen(llama, wanda, minutes=minutes_of(llama, wanda, samples=16))[:2] == (0, 16)
+
+
+def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, inside: Inside) -> None:
+    minutes = minutes_of(llama, TINY, steps=40, samples=96)
+    timed, float32 = replace(TINY, minutes=minutes), replace(TINY, minutes=minutes, compute_dtype="float32")
+    assert in_time(timed, estimator(llama)).compute_dtype == "float32", "equal rates"
+
+    def rate(real: object, device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
+        return replace(RATES, speedup=2.0) if dtype is torch.bfloat16 else RATES
+
+    for place in ("estimate", "amounts"):
+        inside.around(f"mptk.chain.{place}.this_machine", rate)
+    found = in_time(timed, estimator(llama))
+    assert (found.compute_dtype, found.learning.precision) == ("bfloat16", "bf16")
+    assert found.steps > 60
+    assert said(found) == f"{found.steps} training steps and 96 calibration windows in bfloat16"
+    assert in_time(float32, estimator(llama)).steps == 40, "what is typed wins"
+    given_numbers = replace(given(TINY, steps=40, samples=96), minutes=None)
+    assert in_time(given_numbers, estimator(llama)).compute_dtype == "float32", "the same on each machine"
+    kept = {"compute_dtype": "float32", "learning": {"steps": 40}, "samples": 96, "minutes": minutes}
+    assert resumed(timed, kept).compute_dtype == "float32", "a resumed run goes on as it began"
 
 
 def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:

@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
 
+import torch
+
 from mptk.config.choices import SAMPLES, TRIAL_TOKENS
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conversions import fits
-from mptk.cost.estimate import Estimate, duration
+from mptk.cost.estimate import Estimate, duration, this_machine
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.methods.division.search import judged, least_tokens, searched
+from mptk.protocols.execution import find_device
 from mptk.protocols.values import PROOF_SHAPE
 from mptk.report.view import plural
 
@@ -30,6 +33,8 @@ MOST_TIMED_STEPS = 10**6
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
+FASTER = 1.5
+"""A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 TRIALS = 3
 """With minutes the trials of a search get a third of the tokens of training."""
 SHORTER = {
@@ -87,9 +92,11 @@ def settled(settings: Settings, recovers: bool = False, plan: Plan | None = None
         if timed
         else {"steps": 0, "samples": calibrating(settings, plan), "search_tokens": TRIAL_TOKENS}
     )
-    precision = "bf16" if learning.precision == "no" and settings.compute_dtype == "bfloat16" else learning.precision
+    compute = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
+    precision = "bf16" if learning.precision == "no" and compute == "bfloat16" else learning.precision
     minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
-    complete = replace(settings, minutes=minutes, learning=replace(learning, precision=precision))
+    learning = replace(learning, precision=precision)
+    complete = replace(settings, minutes=minutes, compute_dtype=compute, learning=learning)
     return with_keywords(complete, {name: found[name] for name in undecided(settings)})
 
 
@@ -123,8 +130,11 @@ def in_time(
         MptkError: minutes were given, and a run with the smallest numbers takes longer.
     """
     settings, names = settled(asked, recovers, plan), undecided(asked)
-    if settings.minutes is None or not names:
+    minutes = settings.minutes
+    if minutes is None or not names:
         return settings
+    if asked.compute_dtype == "auto" and half_is_faster(find_device(asked.device)):
+        settings = settled(replace(asked, compute_dtype="bfloat16"), recovers, plan)
     least = LEAST_STEPS if learns(asked) else int(recovers)
 
     def sized(steps: int) -> Settings:
@@ -135,10 +145,15 @@ def in_time(
         return sum(needs(sized(steps)).seconds.values())
 
     most = MOST_STEPS if asked.minutes is None else MOST_TIMED_STEPS
-    fits = bisect_right(range(most + 1), 60 * settings.minutes, key=seconds)
+    fits = bisect_right(range(most + 1), 60 * minutes, key=seconds)
     if not fits and asked.minutes is not None:
         raise MptkError(too_short(sized(0), needs(sized(0))))
     return sized(max(0, fits - 1))
+
+
+def half_is_faster(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 ``FASTER`` times as fast as float32."""
+    return this_machine(device, torch.bfloat16).speedup >= FASTER
 
 
 def amounts(settings: Settings, steps: int) -> dict[str, int]:
@@ -166,16 +181,18 @@ def resumed(asked: Settings, kept: Mapping[str, object]) -> Settings:
     """``asked`` with the numbers that the unfinished run chose: the rates of another moment give others."""
     learning = kept.get("learning")
     known = {**kept, **(learning if isinstance(learning, dict) else {})}
-    names = [*undecided(asked), *(["minutes"] if asked.minutes is None else [])]
+    open_ones = {"minutes": asked.minutes is None, "compute_dtype": asked.compute_dtype == "auto"}
+    names = [*undecided(asked), *(name for name, is_open in open_ones.items() if is_open)]
     return with_keywords(asked, {name: known[name] for name in names if name in known})
 
 
 def said(settings: Settings) -> str:
-    """The numbers of complete settings in words."""
+    """The numbers of complete settings in words, and bfloat16 if they are computed in it."""
     found = [plural(settings.steps, "training step")] if settings.steps else []
     found += [plural(settings.windows, "calibration window")] if not settings.fixed else []
     found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
-    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    numbers = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    return f"{numbers} in bfloat16" if numbers and settings.compute_dtype == "bfloat16" else numbers
 
 
 def note(settings: Settings) -> str:

@@ -98,7 +98,7 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
 def work(settings: Settings) -> dict[str, Pass]:
     """The cost of ``measured``."""
     s = settings
-    return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)}
+    return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)}
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

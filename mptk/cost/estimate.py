@@ -48,7 +48,7 @@ SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
 SLOW = 1.0
 """Seconds that one run of the timed product takes at most."""
-RATES_VERSION = 2
+RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
 
 
@@ -56,12 +56,13 @@ RATES_VERSION = 2
 class Machine:
     """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
 
-    All are rates a second.
+    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings.
     """
 
     flops: float
     read: float
     write: float
+    speedup: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,15 @@ def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
-    ``flops``: operations beside those of the forward pass. ``gradients``: whether those of all weights are kept.
-    ``training``: bytes that training takes beside the weights; 0 if nothing is trained. ``fixed``: seconds for each
-    layer, however many tokens there are.
+    ``exact``: whether it is in float32 for all settings. ``flops``: operations beside it, in float32. ``gradients``:
+    whether those of all weights are kept. ``training``: bytes that training takes beside the weights; 0 if nothing is
+    trained. ``fixed``: seconds for each layer, however many tokens there are.
     """
 
     tokens: float
     length: int
     reads: float = 1
+    exact: bool = False
     flops: float = 0
     gradients: bool = False
     training: float = 0
@@ -248,7 +250,7 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
     seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
-        operations = done.tokens * sizes.flops(done.length) + done.flops
+        operations = done.tokens * sizes.flops(done.length) / (1 if done.exact else on.speedup) + done.flops
         computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
@@ -291,7 +293,7 @@ def _some(parts: Mapping[str, float]) -> dict[str, float]:
 def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """The rates of this machine, measured in a second or two and kept in the cache folder.
 
-    ``device``, ``dtype``: of the matrix product.
+    ``device``: of the matrix product. ``dtype``: of the faster one.
     """
     about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rates": RATES_VERSION}
     if device.type != "cpu":
@@ -308,7 +310,8 @@ def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32)
 def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """Time a matrix product on ``device``, and the best of three files in ``folder``: bf16, read as float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    flops, numbers = product_rate(device, dtype), torch.ones(SAMPLE, dtype=torch.bfloat16)
+    flops, numbers = product_rate(device, torch.float32), torch.ones(SAMPLE, dtype=torch.bfloat16)
+    speedup = 1.0 if dtype is torch.float32 else product_rate(device, dtype) / flops
     wrote, read = [], []
     with staged(folder) as staging:
         for i in range(3):
@@ -320,7 +323,7 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
             start = time.perf_counter()
             load_file(file)["x"].float()
             read.append(time.perf_counter() - start)
-    return Machine(flops, numbers.nbytes / min(read), numbers.nbytes / min(wrote))
+    return Machine(flops, numbers.nbytes / min(read), numbers.nbytes / min(wrote), speedup)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -42,7 +42,7 @@ PROVE_S = 0.5
 def work(settings: Settings, long: bool) -> dict[str, Pass]:
     """The cost of a proof. ``long``: whether a border makes its long sequence as long as allowed."""
     tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
-    return {"prove": Pass(3 * tokens, settings.length, reads=3, fixed=PROVE_S)}
+    return {"prove": Pass(3 * tokens, settings.length, reads=3, exact=True, fixed=PROVE_S)}
 
 
 def prove_folder(

@@ -159,3 +159,17 @@ def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     assert settled(settings).learning.precision == "bf16"
     assert settled(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
     assert settled(replace(settings, compute_dtype="float32")).learning.precision == "no"
+
+
+def test_a_pruned_module_runs_in_an_autocast() -> None:
+    """The trace notes the type that a conversion starts from, which an autocast changes."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 12), Float(), torch.nn.Linear(12, 4))
+    x = torch.randn(3, 8)
+    small = prune(net, example_inputs=x, method="magnitude", sparsity=0.25, align=1, progress=None).model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small(x).shape == (3, 4)
+
+
+class Float(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()

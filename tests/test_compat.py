@@ -27,6 +27,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from inside import Inside
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from test_experts import grouped
 from torch import Tensor, fx, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -61,7 +63,7 @@ from mptk.compat.transformers import (
 from mptk.io.deferred import Deferred
 from mptk.io.opening import Files
 from mptk.io.resident import Resident
-from mptk.methods.maskprune.adapters import adapt
+from mptk.methods.maskprune.adapters import adapt, original
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -373,6 +375,13 @@ def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
     assert refused == {"conv1d", "out_proj"}, changed("peft", "_check_lora_target_modules_mamba")
     assert adapt(model, 2, 0).peft_config["default"].target_modules
     assert not refuses_lora(architectures.model("llama"), "model.layers.0.self_attn.out_proj")
+
+
+def test_adapters_are_in_the_layers_that_are_named() -> None:
+    adapted = adapt(grouped(), 2, 0)
+    layers = {name for name, module in original(adapted).named_modules() if isinstance(module, LoraLayer)}
+    assert "model.layers.1.mlp.shared_experts.gate_proj" in layers, changed("peft", "no conversion of names")
+    assert not any(name.endswith("experts") for name in layers)
 
 
 def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:

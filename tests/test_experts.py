@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -169,3 +170,21 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
     (family,) = (f for f in analysis.families if f.size == 5)
     with pytest.raises(MptkError, match=r"no router weight multiplies .* use --method wanda"):
         criteria.score(analysis, "reap", WINDOWS, families=[family.name])
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"),
+    [
+        ({"families": "ffn.1", "widths": {"ffn.1": 8}}, 16),  # the queries' latent space: its norm follows the cut
+        ({"families": "experts.2", "widths": {"experts.2": 3}}, 0),
+        ({"families": "experts.2", "widths": {"experts.2": 3}, "rank": 2}, 2),
+        ({"families": "ffn.3", "method": "maskprune", "steps": 4, "sparsity": 0.1, "tolerance": 0.1}, 0),
+    ],
+)
+def test_a_mixture_with_latent_queries_and_shared_experts_is_trained(given: dict[str, Any], rank: int) -> None:
+    how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 2, "eval_length": 12}
+    found = mptk.prune(
+        architectures.spread(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
+    )
+    assert found.report.recovery["rank"] == rank
+    assert "trained model" in {row["stage"] for row in found.report.proof}

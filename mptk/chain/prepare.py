@@ -72,10 +72,10 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     prepared = replace(prepared, executor=executor, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
-    across = prepared.across_layers
-    if settings.trains and across and (settings.learning.rank == 0 or not prepared.target.classed):
+    under = prepared.under_norms
+    if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
-        raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
+        raise MptkError(f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}")
     return prepared
 
 

@@ -49,12 +49,12 @@ def together(job: Job, prepared: Prepared, context: Context) -> Finished:
     """The stages after ``prepare`` for all sizes of ``job.ladder``. Publishes and returns the largest.
 
     Raises:
-        MptkError: a family runs through all layers, and something is trained; or as ``mptk.chain.prune.run``.
+        MptkError: norms change with a family's width, and something is trained; or as ``mptk.chain.prune.run``.
     """
     settings, folder = prepared.settings, context.folder
     assert folder is not None
-    if settings.steps and prepared.across_layers:
-        raise MptkError(f"{prepared.across_layers[0]} is trained by LoRA, which sizes cannot share; leave out --shared")
+    if settings.steps and prepared.under_norms:
+        raise MptkError(f"{prepared.under_norms[0]} is trained by LoRA, which sizes cannot share; leave out --shared")
     sets = compared(prepared, read_samples(job, prepared, context), context)
     prepared = fitted(prepared, sets.calibration, context)
     if settings.steps:

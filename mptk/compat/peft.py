@@ -1,13 +1,15 @@
-"""peft: switch adapters off for a moment; which modules it refuses."""
+"""peft: switch adapters off for a moment; which modules it refuses; no other modules than those that are named."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest.mock import patch
 
 from peft import LoraConfig, PeftModel
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
 from torch import nn
 
 
@@ -40,3 +42,15 @@ def refuses_lora(model: nn.Module, name: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+@contextlib.contextmanager
+def as_named() -> Iterator[None]:
+    """Within it peft adapts the modules that a config names.
+
+    In a mixture of experts it takes ``gate_proj``, ``up_proj`` and ``down_proj`` for names of old checkpoints, and
+    adapts the packed experts in place of the dense and shared layers of these names. An option of the config would
+    replace this.
+    """
+    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
+        yield

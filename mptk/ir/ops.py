@@ -18,6 +18,8 @@ from mptk.compat.torch import schema, size_expression, size_hint
 from mptk.errors import MptkError
 
 Vertex = TypeVar("Vertex", bound=Hashable)
+TYPE_CHECK = torch.ops.aten._assert_tensor_metadata.default
+"""The trace's own note of a value's type, which is another one in an autocast."""
 
 
 def reached(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex]]) -> set[Vertex]:

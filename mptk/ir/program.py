@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
-from mptk.ir.ops import example_size, is_open
+from mptk.ir.ops import TYPE_CHECK, example_size, is_open
 from mptk.ir.samples import is_tokens
 from mptk.ir.weights import Lazy, Weights
 
@@ -276,9 +276,7 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (
-            picklable(stateful(program.graph)),
-        )  # in a tuple, as a submodule would add its names to state_dict()
+        self._graph = (plain(stateful(program.graph)),)  # in a tuple: a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
@@ -350,10 +348,15 @@ class ProgramModule(nn.Module):
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def picklable(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same calls in a graph that can be pickled: torch.export's holds a tracer that no process can make again."""
+def plain(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same calls without checks of types, which an autocast changes, in a graph that can be pickled.
+
+    torch.export's graph holds a tracer that no process can make again.
+    """
     made = fx.Graph()
     made.output(made.graph_copy(graph.graph, {}))
+    for check in made.find_nodes(op="call_function", target=TYPE_CHECK):
+        made.erase_node(check)
     return fx.GraphModule(graph, made)
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
-from mptk.cost.model import CostModel, is_layered
+from mptk.cost.model import CostModel
 from mptk.distributed.processes import once, replica
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
@@ -41,6 +41,7 @@ from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
+from passes.transforms.fold_norms import epsilons
 from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.verify import Difference
@@ -114,10 +115,9 @@ class Prepared:
         return {} if self.start is None else kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
 
     @property
-    def across_layers(self) -> list[str]:
-        """The cut families that run through all layers. Norms change with their width."""
-        families = [self.analysis.family(name) for name in self.families]
-        return [family.name for family in families if not is_layered(family) and family.kind == "channels"]
+    def under_norms(self) -> list[str]:
+        """The cut families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
+        return [name for name in self.families if epsilons(self.analysis, self.analysis.family(name))]
 
     @cached_property
     def weight_size(self) -> float:
@@ -132,7 +132,7 @@ class Prepared:
     @property
     def recovery(self) -> Learning:
         """How the cut model is trained."""
-        return self.settings.learning.of_recovery(bool(self.across_layers), self.weight_size)
+        return self.settings.learning.of_recovery(bool(self.under_norms), self.weight_size)
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
         """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import samples_last, schema, tree_leaves, tree_map
+from mptk.ir.ops import TYPE_CHECK
 from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Lazy, Weights
 from mptk.progress import Count
@@ -302,10 +303,6 @@ def _learns(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-CHECK = torch.ops.aten._assert_tensor_metadata.default
-"""The trace's own note of a value's type, which is another one here."""
-
-
 @dataclass(frozen=True)
 class Autocast:
     """``reached``: the values that depend on a parameter."""
@@ -330,7 +327,7 @@ class Autocast:
 
     def skips(self, node: fx.Node) -> bool:
         """Whether the call would only check the type that the trace had."""
-        return node.target is CHECK and node in self.reached
+        return node.target is TYPE_CHECK and node in self.reached
 
     def operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import base_name, named_argument, target_name
+from mptk.ir.ops import TYPE_CHECK, base_name, named_argument, target_name
 from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
@@ -242,7 +242,7 @@ def _is_parameter(program: Program, node: fx.Node) -> bool:
 
 
 def _users(node: fx.Node) -> list[fx.Node]:
-    return [u for u in node.users if "_assert_tensor_metadata" not in str(u.target)]
+    return [u for u in node.users if u.target is not TYPE_CHECK]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
+from mptk.ir.ops import TYPE_CHECK
 from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program, Types
 
@@ -30,7 +31,7 @@ class Retype(Pass):
     def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
         for node in list(graph.graph.nodes):
-            if "_assert_tensor_metadata" in str(node.target):
+            if node.target is TYPE_CHECK:
                 graph.graph.erase_node(node)
             else:
                 given = (node.args, node.kwargs)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mptk.compat.peft import refuses_lora
+from mptk.compat.peft import as_named, refuses_lora
 from mptk.distributed.processes import blocks, full
 
 
@@ -30,7 +30,7 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
     names = [name for name in linear if name not in but and not refuses_lora(model, name)]
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), as_named():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 

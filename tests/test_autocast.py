@@ -5,7 +5,7 @@ It reaches for mptk.staged and mptk.methods.criteria: what is summed in which ty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
 from mptk.chain.amounts import settled
-from mptk.config.learning import Learning
+from mptk.config.learning import Learning, Training
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.criteria.gradients import gradients
@@ -159,6 +159,25 @@ def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     assert settled(settings).learning.precision == "bf16"
     assert settled(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
     assert settled(replace(settings, compute_dtype="float32")).learning.precision == "no"
+
+
+def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside) -> None:
+    gave: list[torch.dtype] = []
+
+    def seen(real: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        output, states = real(*given, **more)
+        gave.append(output.dtype)
+        return output, states
+
+    inside.around("mptk.methods.maskprune.learner.run_module", seen)
+    dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
+    learning = Learning(steps=1, training=Training(batch=2, micro=2))
+    settings = replace(SETTINGS, families=("ffn",), onnx=False, learning=learning)
+    for compute in ("float32", "bfloat16"):
+        prune(dense, None, replace(settings, compute_dtype=compute))
+    ours = {torch.float32}
+    assert set(gave[: len(gave) // 2]) == ours
+    assert set(gave[len(gave) // 2 :]) == {torch.bfloat16, *ours}, "what is proven is float32"
 
 
 def test_a_pruned_module_runs_in_an_autocast() -> None:

@@ -136,9 +136,10 @@ class Learner:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the teacher's weights, computed in the first process."""
+        """The fingerprint of the teacher's weights, computed in the first process, and the precision if it is less."""
         found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
-        return str(broadcast_object_list(found)[0])
+        less = "" if self.settings.precision == "no" else f"-{self.settings.precision}"
+        return f"{broadcast_object_list(found)[0]}{less}"
 
     # ---- masks and widths ----
 
@@ -339,8 +340,8 @@ class Learner:
     def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         hidden = bool(self.settings.training.losses.hidden_loss)
-        device = self.accelerator.device
-        live = torch.no_grad()(lambda samples: run(samples.to(device), hidden))
+        device, narrow = self.accelerator.device, self.accelerator.autocast()
+        live: Callable[[Samples], Output] = torch.no_grad()(narrow(lambda given: run(given.to(device), hidden)))
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache

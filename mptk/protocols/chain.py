@@ -27,7 +27,7 @@ from mptk.cost.model import CostModel
 from mptk.distributed.processes import once, replica
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis
+from mptk.ir.families import Analysis, Family
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program, typical_size
@@ -114,10 +114,14 @@ class Prepared:
         """The units that a larger cut left to choose from: family → boolean [layers, scopes, size]. Others have all."""
         return {} if self.start is None else kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
 
-    @property
+    @cached_property
     def under_norms(self) -> list[str]:
-        """The cut families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
-        return [name for name in self.families if epsilons(self.analysis, self.analysis.family(name))]
+        """The families that may be cut and whose norms get other weights then (``passes/transforms/fold_norms.py``)."""
+        families = [self.analysis.family(name) for name in self.families]
+        return [f.name for f in families if f.kind == "channels" and self._may_cut(f) and epsilons(self.analysis, f)]
+
+    def _may_cut(self, family: Family) -> bool:
+        return self.plan is not None or any(each.widths[family.name] < family.size for each in self.candidates)
 
     @cached_property
     def weight_size(self) -> float:

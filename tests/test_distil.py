@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from cutting import random_plan
@@ -135,12 +136,21 @@ class Repeated(nn.Module):
         return x
 
 
-def test_weights_that_blocks_share_are_refused_in_one_line() -> None:
+def test_weights_that_blocks_share_are_not_trained_by_themselves() -> None:
     analysis = analyze(trace(Repeated().eval(), (torch.randn(2, 6),)))
     (family,) = [f for f in analysis.families if f.size == 10]
     cut = resolve_plan(analysis, random_plan(analysis, [family.name]))
-    with pytest.raises(MptkError, match=r"no cut block has its own matrices to train.*leave out --distil-epochs"):
-        distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW)
+    assert distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW) is None
+
+
+def test_a_model_without_blocks_of_its_own_is_refused_unless_minutes_chose_distillation(inside: Inside) -> None:
+    inside.gives("mptk.chain.fit.distil_blocks", None)
+    how = {"method": "wanda", "families": "ffn", "distil_epochs": 1, "align": 1, "data": torch.randint(3, 90, (6, 8))}
+    how |= {"samples": 4, "length": 8, "eval_windows": 2, "eval_length": 8, "progress": None}
+    with pytest.raises(MptkError, match=r"no cut block has its own matrices to train; leave out distil_epochs"):
+        mptk.prune(architectures.model("llama"), **how)
+    found = mptk.prune(architectures.model("llama"), minutes=60, steps=0, **how)
+    assert found.plan.widths["ffn"] < architectures.FFN
 
 
 def test_it_follows_reconstruction() -> None:

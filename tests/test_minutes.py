@@ -58,9 +58,10 @@ def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | Non
 
 
 def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
-    for steps, samples in ((5, 20), (23, 92), (4000, 96)):
-        minutes = minutes_of(llama, TINY, steps=steps, samples=samples)
+    for steps, samples, epochs in ((5, 20, 0), (23, 92, 0), (24, 96, 3), (4000, 96, 3)):
+        minutes = minutes_of(llama, TINY, steps=steps, samples=samples, distil_epochs=epochs)
         assert chosen(llama, TINY, minutes=minutes)[:2] == (steps, samples)
+        assert in_time(given(TINY, minutes=minutes), estimator(llama)).distil_epochs == epochs
 
 
 def test_what_is_typed_wins(llama: str) -> None:
@@ -90,7 +91,7 @@ def test_a_one_shot_method_recovers_for_the_time_that_is_left(llama: str) -> Non
 
 
 def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, inside: Inside) -> None:
-    minutes = minutes_of(llama, TINY, steps=40, samples=96)
+    minutes = minutes_of(llama, TINY, steps=40, samples=96, distil_epochs=3)
     timed, float32 = replace(TINY, minutes=minutes), replace(TINY, minutes=minutes, compute_dtype="float32")
     assert in_time(timed, estimator(llama)).compute_dtype == "float32", "equal rates"
 
@@ -102,17 +103,18 @@ def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, ins
     found = in_time(timed, estimator(llama))
     assert (found.compute_dtype, found.learning.precision) == ("bfloat16", "bf16")
     assert found.steps > 60
-    assert said(found) == f"{found.steps} training steps and 96 calibration windows in bfloat16"
+    epochs = "3 epochs of local distillation"
+    assert said(found) == f"{found.steps} training steps, 96 calibration windows and {epochs} in bfloat16"
     assert in_time(float32, estimator(llama)).steps == 40, "what is typed wins"
     given_numbers = replace(given(TINY, steps=40, samples=96), minutes=None)
     assert in_time(given_numbers, estimator(llama)).compute_dtype == "float32", "the same on each machine"
-    kept = {"compute_dtype": "float32", "learning": {"steps": 40}, "samples": 96, "minutes": minutes}
+    kept = {"compute_dtype": "float32", "learning": {"steps": 40}, "samples": 96, "distil_epochs": 3}
     assert resumed(timed, kept).compute_dtype == "float32", "a resumed run goes on as it began"
 
 
 def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
     search = replace(TINY, search=True, search_finalists=2)
-    minutes = minutes_of(llama, search, steps=90, samples=96, search_tokens=90 * 2 * 32 // 3)
+    minutes = minutes_of(llama, search, steps=90, samples=96, search_tokens=90 * 2 * 32 // 3, distil_epochs=3)
     assert chosen(llama, search, minutes=minutes) == (90, 96, 1920)
     assert chosen(llama, search, minutes=minutes, search_tokens=256)[0] > 90
     least = minutes_of(llama, search, steps=5, samples=20, search_tokens=2 * 3 * 2 * 32)

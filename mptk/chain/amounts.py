@@ -20,6 +20,7 @@ from mptk.io import data
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.methods.division.search import judged, least_tokens, searched
+from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import find_device
 from mptk.protocols.values import PROOF_SHAPE
 from mptk.report.view import plural
@@ -33,6 +34,8 @@ MOST_TIMED_STEPS = 10**6
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
+EPOCHS = 3
+"""Epochs of local distillation that minutes choose once they allow the most windows: they are worth more than steps."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 TRIALS = 3
@@ -90,7 +93,7 @@ def settled(settings: Settings, recovers: bool = False, plan: Plan | None = None
     found = (
         amounts(settings, MOST_STEPS)
         if timed
-        else {"steps": 0, "samples": calibrating(settings, plan), "search_tokens": TRIAL_TOKENS}
+        else {"steps": 0, "samples": calibrating(settings, plan), "search_tokens": TRIAL_TOKENS, "distil_epochs": 0}
     )
     compute = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
     precision = "bf16" if learning.precision == "no" and compute == "bfloat16" else learning.precision
@@ -116,7 +119,9 @@ def undecided(settings: Settings) -> list[str]:
     """The numbers that the settings leave to minutes."""
     numbers = {"steps": settings.learning.steps, "samples": settings.samples}
     numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
-    return [name for name, number in numbers.items() if number is None]
+    found = [name for name, number in numbers.items() if number is None]
+    distils = not settings.shared and reconstructs(settings, find_method(settings.method))
+    return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
 
 
 def in_time(
@@ -162,7 +167,8 @@ def amounts(settings: Settings, steps: int) -> dict[str, int]:
     each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
     samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
     trials = max(tokens // TRIALS, least_tokens(settings))
-    return {"steps": steps, "samples": samples, "search_tokens": trials}
+    epochs = EPOCHS if samples == WINDOWS[1] else 0
+    return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": epochs}
 
 
 def too_short(least: Settings, needs: Estimate) -> str:
@@ -191,6 +197,7 @@ def said(settings: Settings) -> str:
     found = [plural(settings.steps, "training step")] if settings.steps else []
     found += [plural(settings.windows, "calibration window")] if not settings.fixed else []
     found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
+    found += [f"{plural(settings.distil_epochs, 'epoch')} of local distillation"] if settings.distil_epochs else []
     numbers = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
     return f"{numbers} in bfloat16" if numbers and settings.compute_dtype == "bfloat16" else numbers
 

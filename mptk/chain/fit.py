@@ -14,11 +14,12 @@ from mptk.chain.kept import kept_fit
 from mptk.compile.changes import widened
 from mptk.compile.cut import changed, cut_to, small_model
 from mptk.distributed.processes import holds
+from mptk.errors import MptkError
 from mptk.io.slices import Places
 from mptk.ir.resolved_plan import removed_blocks, renumbering
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.methods.distil import Schedule, distil_blocks
+from mptk.methods.distil import NO_BLOCK, Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, Recovered
 from mptk.methods.maskprune.together import Together
 from mptk.methods.reconstruct import consumers, reconstruct_consumers
@@ -63,6 +64,10 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
             prepared.calibrator,
             context.folder,
         )
+    if found is None:
+        if s.minutes is None:
+            raise MptkError(NO_BLOCK)
+        return chosen
     chosen = replace(chosen, notes=(*chosen.notes, found.note))
     return chosen.with_weights(widened(changed(prepared, chosen), chosen.cut, found.weights))
 

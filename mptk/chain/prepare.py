@@ -70,7 +70,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
         prepared = larger.further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
-    if settings.distil_epochs and not consumers(prepared.mask_sites):
+    if settings.distil_epochs and settings.minutes is None and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     under = prepared.under_norms
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):

@@ -80,9 +80,10 @@ class Settings(CutSettings):
         CHOOSING,
         CHOOSES,
     )
-    distil_epochs: int = setting(
-        0,
-        "After reconstruction, train each block to the dense block's outputs for this many epochs, as 3.",
+    distil_epochs: int | None = setting(
+        None,
+        "After reconstruction, train each block to the dense block's outputs for this many epochs; default: 0, or 3 if "
+        "minutes allow 96 windows.",
         CHOICE,
         PRUNE,
         CHOOSES,

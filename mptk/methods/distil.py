@@ -20,7 +20,6 @@ from torch import Tensor, fx
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import Sharing, sharing
-from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
@@ -80,8 +79,10 @@ class Distilled:
 def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
+    if not s.distil_epochs:
+        return {}
     passes = 1 + kept * (1 + 3 * s.distil_epochs)
-    return {"distil": Pass(s.windows * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
+    return {"distil": Pass(s.windows * s.length * passes, s.length, reads=2)}
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def distil_blocks(
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
     folder: RunFolder | None = None,
-) -> Distilled:
+) -> Distilled | None:
     """Train the matrices of every block that has a consumer of a cut family. Processes share a step if it divides.
 
     Args:
@@ -106,9 +107,11 @@ def distil_blocks(
         executor: runs both programs; values that exceed its memory go to files.
         folder: holds the blocks of an unfinished run.
 
-    Raises:
-        MptkError: no block has a matrix that no other block uses.
+    Returns:
+        None if no block has a matrix that no other block uses.
     """
+    if not consumers:
+        return None
     dense, sites = analysis.program, find_sites(analysis)
     small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
@@ -116,7 +119,7 @@ def distil_blocks(
     teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
-        raise MptkError(NO_BLOCK)
+        return None
     runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
     shelf, errors = Spool(executor.borders), list[tuple[float, float]]()
     for k in range(count):

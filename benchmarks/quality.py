@@ -88,7 +88,7 @@ def settings(
         distil_epochs=3 if "distil" in additions else 0,
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=learning,
-        compute_dtype=trains["compute"] or Settings.compute_dtype,
+        compute_dtype=trains["compute"],
         resume=True,
     )
     return replace(in_time(found, estimator(model)), eval_windows=1, onnx=False)
@@ -188,7 +188,7 @@ def main(
     widths: Annotated[str, typer.Option(help="Widths of every row, as kv_groups=2,ffn=672.")] = "",
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default that of what is trained.")] = None,
-    compute_dtype: Annotated[str | None, typer.Option(help="Type for scoring and training.")] = None,
+    compute_dtype: Annotated[str, typer.Option(help="Type for scoring and training.")] = "float32",
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
     work: Annotated[Path, typer.Option(help="Folder for the mixture and the teacher's outputs.")] = Path(
@@ -221,7 +221,7 @@ def main(
                     and (r["tokens"] == counted or minutes is not None)
                     and r.items() >= recovery.items()
                     and r.get("batch", 8) == batch
-                    and r.get("compute", "float32") == (compute_dtype or Settings.compute_dtype)
+                    and r.get("compute", "float32") == compute_dtype
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any((r["method"], r["given"]) == (method, given) for r in rows):

@@ -33,6 +33,8 @@ def settings_of(row: dict[str, Any]) -> Settings:
         sparsity=row["sparsity"],
         data="text",
         samples=row.get("samples", SAMPLES),
+        distil_epochs=3 if "distil" in additions else 0,
+        compute_dtype=row.get("compute", "float32"),
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=Learning(steps=steps, training=Training(batch=batch)),
     )

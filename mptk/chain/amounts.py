@@ -34,8 +34,9 @@ MOST_TIMED_STEPS = 10**6
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
-EPOCHS = 3
-"""Epochs of local distillation that minutes choose once they allow the most windows: they are worth more than steps."""
+EPOCHS, DISTILLED_STEPS = 3, 20
+"""Epochs of local distillation that minutes choose if they then allow so many steps: they are worth more than further
+steps (``benchmarks/maskprune.md``)."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 TRIALS = 3
@@ -142,15 +143,18 @@ def in_time(
         settings = settled(replace(asked, compute_dtype="bfloat16"), recovers, plan)
     least = LEAST_STEPS if learns(asked) else int(recovers)
 
-    def sized(steps: int) -> Settings:
-        found = amounts(settings, max(least, steps))
+    def sized(steps: int, epochs: int = 0) -> Settings:
+        found = amounts(settings, max(least, steps)) | {"distil_epochs": epochs}
         return with_keywords(settings, {name: found[name] for name in names})
 
-    def seconds(steps: int) -> float:
-        return sum(needs(sized(steps)).seconds.values())
+    def fitting(epochs: int = 0) -> int:
+        """How many numbers of steps fit, from none on."""
+        return bisect_right(range(most + 1), 60 * minutes, key=lambda n: sum(needs(sized(n, epochs)).seconds.values()))
 
     most = MOST_STEPS if asked.minutes is None else MOST_TIMED_STEPS
-    fits = bisect_right(range(most + 1), 60 * minutes, key=seconds)
+    if "distil_epochs" in names and (fits := fitting(EPOCHS)) > DISTILLED_STEPS:
+        return sized(fits - 1, EPOCHS)
+    fits = fitting()
     if not fits and asked.minutes is not None:
         raise MptkError(too_short(sized(0), needs(sized(0))))
     return sized(max(0, fits - 1))
@@ -167,8 +171,7 @@ def amounts(settings: Settings, steps: int) -> dict[str, int]:
     each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
     samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
     trials = max(tokens // TRIALS, least_tokens(settings))
-    epochs = EPOCHS if samples == WINDOWS[1] else 0
-    return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": epochs}
+    return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": 0}
 
 
 def too_short(least: Settings, needs: Estimate) -> str:

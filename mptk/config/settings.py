@@ -83,7 +83,7 @@ class Settings(CutSettings):
     distil_epochs: int | None = setting(
         None,
         "After reconstruction, train each block to the dense block's outputs for this many epochs; default: 0, or 3 if "
-        "minutes allow 96 windows.",
+        "minutes allow.",
         CHOICE,
         PRUNE,
         CHOOSES,

@@ -14,7 +14,6 @@ from mptk.chain.kept import kept_fit
 from mptk.compile.changes import widened
 from mptk.compile.cut import changed, cut_to, small_model
 from mptk.distributed.processes import holds
-from mptk.errors import MptkError
 from mptk.io.slices import Places
 from mptk.ir.resolved_plan import removed_blocks, renumbering
 from mptk.ir.samples import Samples
@@ -64,11 +63,9 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
             prepared.calibrator,
             context.folder,
         )
+    chosen = replace(chosen, notes=(*chosen.notes, NO_BLOCK if found is None else found.note))
     if found is None:
-        if s.minutes is None:
-            raise MptkError(NO_BLOCK)
         return chosen
-    chosen = replace(chosen, notes=(*chosen.notes, found.note))
     return chosen.with_weights(widened(changed(prepared, chosen), chosen.cut, found.weights))
 
 

@@ -28,10 +28,8 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
-from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
 from mptk.methods.division.selection import LayerSelection, expanded, selected
-from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
@@ -70,8 +68,6 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
         prepared = larger.further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
-    if settings.distil_epochs and settings.minutes is None and not consumers(prepared.mask_sites):
-        raise MptkError(NO_BLOCK)
     under = prepared.under_norms
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"

@@ -46,7 +46,7 @@ WARMUP = 0.05
 FLOOR = 1e-3
 """Positions with a smaller share of the mean square than this count as this share."""
 ERRORS = "errors"
-NO_BLOCK = "no cut block has its own matrices to train; leave out --distil-epochs"
+NO_BLOCK = "no cut block has matrices of its own to train, so local distillation changed nothing"
 
 
 @dataclass(frozen=True)

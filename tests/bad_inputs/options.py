@@ -177,8 +177,6 @@ CONTRADICTIONS = [
             "--search --search-tokens 9": ("9 tokens are too few", "--batch"),
             "--distil-lr 0.1": ("--distil-lr would do nothing", "--distil-epochs"),
             "--distil-epochs 1 --no-reconstruct": ("leave out --no-reconstr",),
-            "--families layers --sparsity 0.5 --distil-epochs 1": ("no cut block has", "leave out --distil-epochs"),
-            "--families hidden --sparsity 0.5 --distil-epochs 1": ("no cut block has",),
             "--mask-share 0.5": ("--mask-share would do nothing",),
             **{
                 line: (f"{line.split()[0]} would do nothing", "--steps")

@@ -35,8 +35,8 @@ WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
 EPOCHS, DISTILLED_STEPS = 3, 20
-"""Epochs of local distillation that minutes choose if they then allow so many steps: they are worth more than further
-steps (``benchmarks/maskprune.md``)."""
+"""Minutes choose these epochs of local distillation if this number of steps still fits: further steps bring less
+(``benchmarks/maskprune.md``)."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 TRIALS = 3

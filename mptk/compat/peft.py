@@ -1,4 +1,4 @@
-"""peft: switch adapters off for a moment; which modules it refuses; no other modules than those that are named."""
+"""peft: switch adapters off for a moment; which modules it refuses; adapt only the modules that a config names."""
 
 from __future__ import annotations
 

@@ -50,7 +50,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
     analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
-    return legalise(path, replace(SETTINGS, keep=("hidden",)), Analysed(loaded, CAUSAL_LM, analysis), silent)
+    return legalise(
+        path,
+        replace(SETTINGS, keep=("hidden",), compute_dtype="float32"),
+        Analysed(loaded, CAUSAL_LM, analysis),
+        silent,
+    )
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
         prepared = larger.further(prepared, job.further)
     prepared = replace(prepared, executor=executor, origin=origin)
-    under = prepared.under_norms
+    under = prepared.norms_change
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}")

@@ -27,7 +27,7 @@ from mptk.cost.model import CostModel
 from mptk.distributed.processes import once, replica
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program, typical_size
@@ -116,12 +116,16 @@ class Prepared:
 
     @cached_property
     def under_norms(self) -> list[str]:
-        """The families that may be cut and whose norms get other weights then (``passes/transforms/fold_norms.py``)."""
+        """The families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
         families = [self.analysis.family(name) for name in self.families]
-        return [f.name for f in families if f.kind == "channels" and self._may_cut(f) and epsilons(self.analysis, f)]
+        return [f.name for f in families if f.kind == "channels" and epsilons(self.analysis, f)]
 
-    def _may_cut(self, family: Family) -> bool:
-        return self.plan is not None or any(each.widths[family.name] < family.size for each in self.candidates)
+    @property
+    def norms_change(self) -> list[str]:
+        """Those of ``under_norms`` that a plan names, or some candidate cuts."""
+        size = {name: self.analysis.family(name).size for name in self.under_norms}
+        cut = {name for name in size if any(each.widths[name] < size[name] for each in self.candidates)}
+        return [name for name in size if self.plan is not None or name in cut]
 
     @cached_property
     def weight_size(self) -> float:
@@ -136,7 +140,7 @@ class Prepared:
     @property
     def recovery(self) -> Learning:
         """How the cut model is trained."""
-        return self.settings.learning.of_recovery(bool(self.under_norms), self.weight_size)
+        return self.settings.learning.of_recovery(bool(self.norms_change), self.weight_size)
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
         """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.

@@ -21,7 +21,7 @@ from benchmarks.quality_text import write_mixture
 from mptk import prune, recover
 
 BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden_loss": 0.0, "precision": "no"}
-BASE |= {"optimizer": "adamw"}
+BASE |= {"optimizer": "adamw", "warmup": 0.05}
 LENGTH = 256
 VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=0,lr=3e-4;rank=0,lr=6e-4;rank=0,lr=1e-3"
 

@@ -4,7 +4,7 @@
         [--shapes 12] [--full 6] [--search-tokens 20480] [--steps 12] [--batch 4] [--samples 48] [--windows 20] [--json FILE] [--work DIR]
 
 A full run is `prune --reconstruct` at the widths of one of the first shapes, with recovery of all weights; perplexity is
-measured on text that neither search nor run has read. Rows that the JSON file has are not computed again.
+measured on text that neither search nor run has read. Runs at widths that the JSON file has are not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.quality import MODEL, add, measure, rows_in
+from benchmarks.common import result_header, write_result
+from benchmarks.quality import MODEL, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, shapes
 from mptk.api.advice import SHAPES_FILE
@@ -71,19 +72,24 @@ def main(
     how: dict[str, Any] = {"sparsity": sparsity, "method": method, "reconstruct": True, "portable": False}
     how |= {"data": str(training), "samples": samples, "batch": batch}
     effort = {"search_shapes": candidates, "search_tokens": search_tokens}
-    if not (known := work / "shapes" / SHAPES_FILE).is_file():
-        shapes(model, known.parent, resume=True, **how, **effort)
-    found = read_as(Shapes, known, damaged(known, "remove it"))
+    if not (ranking := work / "shapes" / SHAPES_FILE).is_file():
+        shapes(model, ranking.parent, resume=True, **how, **effort)
+    found = read_as(Shapes, ranking, damaged(ranking, "remove it"))
     asked = {"model": model, "method": method, "sparsity": sparsity, "tokens": steps * batch * 256, **effort}
+    rows = []
     for place, shape in enumerate(found.shapes[:full], 1):
         row = asked | row_of(place, shape, found)
-        if any(each.items() >= row.items() for each in rows_in(json_file)):
-            continue
-        folder, widths = work / f"shape{place}", dict(shape.widths)
-        prune(model, folder, widths=widths, steps=steps, onnx=False, eval_windows=1, overwrite=True, **how)
-        add(json_file, row | measure(str(folder), texts, windows, {"tasks": []}))
-        print(rows_in(json_file)[-1], flush=True)
-    print("\n".join(table([row for row in rows_in(json_file) if row.items() >= asked.items()])))
+        same = (asked | {"widths": row["widths"]}).items()
+        known = [each for each in rows_in(json_file) if each.items() >= same]
+        if not known:
+            folder, widths = work / f"shape{place}", dict(shape.widths)
+            prune(model, folder, widths=widths, steps=steps, onnx=False, eval_windows=1, overwrite=True, **how)
+            known = [row | measure(str(folder), texts, windows, {"tasks": []})]
+        others = [each for each in rows_in(json_file) if each not in known]
+        rows.append(known[0] | row)
+        write_result(json_file, result_header(), [*others, rows[-1]])
+        print(rows[-1], flush=True)
+    print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":

@@ -319,6 +319,12 @@ class ProgramModule(nn.Module):
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
 
     @property
+    def fewest(self) -> int:
+        """The fewest samples that it takes: 2 if the trace does not hold for a single one."""
+        firsts = {str(sizes[0]) for _, sizes in self._sizes.inputs if sizes}
+        return 1 if firsts.isdisjoint(self._sizes.limits.several) else 2
+
+    @property
     def tables(self) -> list[nn.Parameter]:
         """The weights of embeddings."""
         held, graph = dict(self._placeholders), self._graph[0].graph

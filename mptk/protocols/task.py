@@ -13,13 +13,13 @@ from mptk.config.settings import Settings
 from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
-from mptk.ir.program import Program
+from mptk.ir.program import Program, ProgramModule
 from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
-from passes.frontend.trace import Flat, OpenSizes, results, uncached
+from passes.frontend.trace import Flat, OpenSizes, results, uncached, unwrapped
 
 
 class Task(Protocol):
@@ -115,9 +115,19 @@ class Task(Protocol):
         """The number of terms in ``loss``."""
         ...
 
+    def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
+        """What a module of the class gives for samples. It may be in wrappers. ``more``: further keywords."""
+        return module(**samples.inputs, **uncached(module), **more)
+
+    def read(self, called: Any) -> Any:
+        """The program's outputs in what ``call`` gave."""
+        return results(called)
+
     def output(self, module: nn.Module, samples: Samples) -> Any:
-        """The program's outputs, computed by the module itself."""
-        return results(module(**samples.inputs, **uncached(module)))
+        """The program's outputs, computed by a module of the class or of a program."""
+        if isinstance(unwrapped(module), ProgramModule):
+            return module(**samples.inputs)
+        return self.read(self.call(module, samples))
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         """Name → quality of each run, and ``protocol``: how it was measured."""

@@ -87,7 +87,7 @@ class Witness:
     """
 
     stage: str
-    outputs: Tensor
+    outputs: Tensor | tuple[Tensor, ...]
     tolerance: float
 
 

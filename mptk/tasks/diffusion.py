@@ -16,7 +16,7 @@ from mptk.io.diffusion import DiffusersConfig
 from mptk.ir.samples import Samples
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers
-from passes.frontend.trace import Flat
+from passes.frontend.trace import Flat, unwrapped
 
 OUT_SAMPLE = "out_sample"
 """Optimum's name of what these models give."""
@@ -70,8 +70,24 @@ class Autoencoding(Diffusion):
     def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
         return Encoded
 
-    def output(self, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
-        return encoded_and_decoded(module, *samples.tensors)
+    def call(self, module: nn.Module, samples: Samples, **more: Any) -> tuple[Tensor, Tensor]:
+        """``encoded_and_decoded`` by way of ``forward``, which the wrappers of several processes need."""
+        whole, latents = unwrapped(module), list[Any]()
+
+        def encode(images: Tensor) -> Any:
+            latents.append(type(whole).encode(whole, images))
+            return latents[-1]
+
+        whole.encode = encode
+        try:
+            decoded = module(*samples.tensors)[0]
+        finally:
+            del whole.encode
+        return decoded, latents[0].latent_dist.parameters
+
+    def read(self, called: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = called
+        return found
 
 
 DENOISING = Diffusion(

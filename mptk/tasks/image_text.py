@@ -41,7 +41,7 @@ from mptk.tasks.inputs.image_forms import (
 from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH, example_ids
 from mptk.tasks.padding import IDS, TYPES
-from passes.frontend.trace import Flat, uncached
+from passes.frontend.trace import Flat, uncached, unwrapped
 
 
 def called(model: Any, inputs: Mapping[str, Tensor]) -> Named:
@@ -100,9 +100,8 @@ class ImageText(TokenTask):
         length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
-    def output(self, module: nn.Module, samples: Samples) -> Tensor:
-        logits: Tensor = module(**called(module, samples.inputs), **uncached(module))[0]
-        return logits
+    def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
+        return module(**called(unwrapped(module), samples.inputs), **uncached(module), **more)
 
     def like(self, example: Samples, samples: Samples) -> Samples:
         """Images of the size of the data's: the trace holds it. Text without images if the data has none."""

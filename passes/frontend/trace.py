@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -92,12 +92,17 @@ def assignments_written(module: nn.Module) -> Iterator[None]:
             setattr(module.get_submodule(owner), leaf, buffer)
 
 
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside the wrappers of several processes and of adapters."""
+    while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
+        module = inner
+    of_adapter = getattr(module, "get_base_model", None)
+    return of_adapter() if callable(of_adapter) else module
+
+
 def uncached(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
-    while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
-        module = inner  # a wrapper of several processes
-    if callable(of_adapter := getattr(module, "get_base_model", None)):
-        module = of_adapter()
+    module = unwrapped(module)
     accepted = _signature(module).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))

@@ -190,7 +190,7 @@ class Advising:
                 say = partial(as_part, context.progress, stage, done, len(points), describe(point.widths))
                 place = RunFolder(self.trials.folder.path / stage, {}, resume=False)
                 compiled = self.trials.cut(self.trials.chosen(point.widths))
-                _, program = self.trials.recovered(compiled, steps, place, say, held_out=sets.held_out)
+                program = self.trials.recovered(compiled, steps, place, say, held_out=sets.held_out)
                 place.remove()
                 found.append(self._point(point.widths, point.sparsity, self.windows(program)))
         return Recovery(steps, steps * training.batch * sets.training.positions, tuple(found))

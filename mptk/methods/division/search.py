@@ -5,14 +5,14 @@
 2. Good and different candidates are trained for a while, the better half for twice as long, and so on: successive
    halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best division
    (``docs/shapes.md``), so this decides. A method that learns begins with a short mask phase of its own at the shape's
-   widths, so its first rung is a short run of the method itself. A shape continues from its weights of the previous
-   rung, with new text and a learning rate that falls from its peak again. If a rung makes it worse on the held-out
-   samples, the earlier weights and loss stay.
+   widths, so its first rung is a short run of the method itself. Each rung continues the run of the previous one, from
+   its weights and its optimizer's state, with new text and the learning rates of a run that ends with this rung. If
+   it ends worse on the held-out samples, the earlier loss counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -190,14 +190,16 @@ class Search(Trials):
         alive = finalists(shapes, dense, planned[0][0])
         done, total = 0, sum(count for count, _ in planned)
         for rung, (count, steps) in enumerate(planned):
-            alive = sorted(alive, key=lambda i: shapes[i].stages[rung])[:count]
+            alive.sort(key=lambda i: shapes[i].stages[rung])
+            self._forget(alive[count:])
+            del alive[count:]
             for i in alive:
                 if len(shapes[i].rungs) <= rung:
                     what = describe(shapes[i].widths)
                     say = partial(as_part, self.context.progress, "train shapes", done, total, what)
-                    shapes[i] = self.keep(i, self.trained(i, shapes[i], rung, steps, say))
-                    (self.folder.path / f"{_name(i, rung - 1)}.safetensors").unlink(missing_ok=True)
+                    shapes[i] = self.keep(i, self.trained(i, shapes[i], steps, say))
                 done += 1
+        self._forget(alive)
         self.context.progress("train shapes", done, total)
 
     @cached_property
@@ -220,23 +222,16 @@ class Search(Trials):
             fitted[0] if fitted else None,
         )
 
-    def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
-        """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""
+    def trained(self, number: int, shape: Shape, steps: int, say: Progress) -> Shape:
+        """Train the shape for a further rung of ``steps`` steps. Its checkpoint stays while it is in the search."""
         if number not in self.compiled:
             self.compiled[number] = self.cut(self.units(number, say))
-        before = self.folder.tensors(_name(number, rung - 1)) or {}
-        place = RunFolder(self.folder.path / _name(number, rung), {}, resume=True)
-        training, positions, compiled = self.learning.training, self.sets.training.positions, self.compiled[number]
-        seen = shape.rungs[-1].tokens if shape.rungs else 0
-        taken = 0 if shape.rungs else compiled.chosen.steps
-        used = seen // positions + taken * training.batch
-        weights, program = self.recovered(compiled, steps - taken, place, say, before=before, used=used)
-        loss = self._loss(program)
-        weights, loss = (before, shape.loss) if loss > shape.loss else (weights, loss)
-        if weights:
-            self.folder.save(_name(number, rung), weights)
-        place.remove()
-        return replace(shape, rungs=(*shape.rungs, Rung(seen + steps * training.batch * positions, loss)))
+        compiled, batch = self.compiled[number], self.learning.training.batch
+        seen = steps * batch * self.sets.training.positions + (shape.rungs[-1].tokens if shape.rungs else 0)
+        taken, in_all = compiled.chosen.steps, seen // (batch * self.sets.training.positions)
+        program = self.recovered(compiled, in_all - taken, self._place(number), say, used=taken * batch)
+        loss = min(shape.loss, self._loss(program))
+        return replace(shape, rungs=(*shape.rungs, Rung(seen, loss)))
 
     def units(self, number: int, say: Progress) -> Chosen:
         """The units of a shape that is trained: learned in a short phase of masks, if the method learns, and fitted.
@@ -248,7 +243,7 @@ class Search(Trials):
             return self.chosen(p.candidates[number].widths)
         learning = replace(p.settings.learning, steps=rungs(p.settings, len(p.candidates))[0][1])
         own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
-        place = RunFolder(self.folder.path / f"{_name(number, 0)}-masks", {}, resume=True)
+        place = self._place(number, "-masks")
         masks = replace(own.mask_learning, tracker="none")
         learner = Learner(self.accelerator, own, sets.training, masks, place, say, scored=self.folder)
         chosen = learner.learn(sets)
@@ -283,9 +278,17 @@ class Search(Trials):
         return shape
 
     def _file(self, number: int) -> Path:
-        return self.folder.path / f"shape-{number:05d}.json"
+        return self.folder.path / f"{_name(number)}.json"
+
+    def _place(self, number: int, phase: str = "") -> RunFolder:
+        """Where the training of a shape keeps its checkpoints."""
+        return RunFolder(self.folder.path / f"{_name(number)}{phase}", {}, resume=True)
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Remove the checkpoints of shapes that are trained no further."""
+        for number in numbers:
+            self._place(number).remove()
 
 
-def _name(number: int, rung: int) -> str:
-    """The name under which a shape's weights after a rung are stored."""
-    return f"shape-{number:05d}-{rung}"
+def _name(number: int) -> str:
+    return f"shape-{number:05d}"

@@ -114,22 +114,21 @@ class Trials:
         place: RunFolder,
         say: Progress,
         *,
-        before: Mapping[str, Tensor] | None = None,
         used: int = 0,
         held_out: Samples | None = None,
-    ) -> tuple[dict[str, Tensor], Program]:
-        """Train a cut model: the changed weights, in its shapes, and its program with them.
+    ) -> Program:
+        """The program of a cut model after ``steps`` steps of training.
 
-        ``place`` keeps checkpoints. ``before``: weights that an earlier training changed. ``used``, ``held_out``: as in
+        ``place`` keeps checkpoints: a run that ended there after fewer steps goes on. ``used``, ``held_out``: as in
         ``Learner.recover``.
         """
-        small = small_model(compiled, compiled.program.state_dict().updated(before or {}))
+        small = small_model(compiled, compiled.program.state_dict())
         learner = Learner(self.accelerator, self.prepared, self.sets.training, self.learning, place, say)
         found = learner.recover(small, steps, self.sets.proof, used, held_out)
         assert found is not None
-        weights, aliases = {**(before or {}), **found.weights}, compiled.program.aliases
-        named = Weights({aliases.get(name, name): weight for name, weight in weights.items()})
-        return weights, compiled.program.with_state(named)
+        aliases = compiled.program.aliases
+        named = Weights({aliases.get(name, name): weight for name, weight in found.weights.items()})
+        return compiled.program.with_state(named)
 
 
 def as_part(

@@ -23,7 +23,7 @@ from mptk.config.choices import FREE
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
+from mptk.distributed.processes import accelerator, anywhere, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import kept_units, resolve_plan
@@ -37,10 +37,11 @@ from mptk.methods.maskprune.optimizers import products
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.together import Together
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, run_module
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, on_host, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import TRACKER, RunFolder, kept
+from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
@@ -166,7 +167,7 @@ class Learner:
         plan = select(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
-        outputs = own_outputs(self.accelerator, loop.student, sets.proof)
+        outputs = self.outputs(loop.student, sets.proof)
         state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
         notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
@@ -198,7 +199,7 @@ class Learner:
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         same = prepared.compared is prepared.loaded
-        teacher = self._teacher(partial(_dense, student, masks) if same else self._another())
+        teacher = self._teacher(partial(_dense, prepared.task, student, masks) if same else self._another())
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
@@ -236,7 +237,7 @@ class Learner:
         for done, part in enumerate(parts, 1):
             with adapters_off(student):
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
-                self._sensitivity(run_module(student, own)[0], own).backward()
+                self._sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
             solver.observe(len(part) * part.positions)
             solver.clear()
@@ -278,7 +279,7 @@ class Learner:
     def _recovered(self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None) -> Recovered:
         loop = self.recovery(small, steps, used, watch)
         loop.run()
-        outputs = own_outputs(self.accelerator, loop.student, batch)
+        outputs = self.outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.rank else student.named_parameters()
         trained = gathered(state, keep=self.accelerator.is_main_process)
@@ -292,7 +293,7 @@ class Learner:
         self.accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
         found = []
         for i, view in enumerate(student.views):
-            witness = Witness("trained model", own_outputs(self.accelerator, view, batch), self.tolerance)
+            witness = Witness("trained model", self.outputs(view, batch), self.tolerance)
             found.append(Recovered(gathered(student.weights(i).items(), keep=True), witness, watch))
         self.accelerator.free_memory()
         return found
@@ -325,7 +326,18 @@ class Learner:
         def dense() -> Any:  # with a cached teacher it may never run
             return placed(self.accelerator, self.prepared.teacher(self.keeps))
 
-        return lambda samples, hidden: run_module(dense(), samples, hidden=hidden)
+        return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
+
+    @torch.no_grad()
+    def outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
+        """The trained student's outputs in evaluation mode, in float32. All processes must call it.
+
+        The wrapper that computes in half precision is removed, since training is over. Shards keep theirs.
+        """
+        acc = self.accelerator
+        if not acc.is_fsdp2:
+            student = acc.unwrap_model(student, keep_fp32_wrapper=False)
+        return on_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
 
     def _loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
         """A loop of the run. ``more``: its other fields."""
@@ -347,18 +359,6 @@ class Learner:
         shared = self.settings.teacher_cache
         folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.fingerprint
         return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing), device=device)
-
-
-@torch.no_grad()
-def own_outputs(accelerator: Accelerator, student: nn.Module, batch: Samples) -> Tensor:
-    """The trained student's outputs in evaluation mode, as float32. All processes must call it.
-
-    The wrapper that computes in half precision is removed, since training is over. Shards keep theirs.
-    """
-    if not accelerator.is_fsdp2:
-        student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    output, _ = run_module(student.eval(), batch.to(accelerator.device))
-    return full(output).float().cpu()
 
 
 def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -391,10 +391,10 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
     return len(family.groups), family.scopes, family.size
 
 
-def _dense(student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
+def _dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), adapters_off(student):
-        return run_module(student, samples, hidden=hidden)
+        return run_module(task, student, samples, hidden=hidden)
 
 
 __all__ = ["Learner", "nearest_candidate", "start_training"]

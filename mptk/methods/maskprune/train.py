@@ -26,7 +26,7 @@ from mptk.methods.maskprune.optimizers import optimizer_of
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
-from passes.frontend.trace import results, uncached
+from passes.frontend.trace import unwrapped
 
 NAME = "held-out"
 """The metric in the log of a phase."""
@@ -205,7 +205,7 @@ class Loop:
         target, states = self.teacher(samples) if compares else (None, None)
         own = samples.to(self.accelerator.device)
         for i, size in enumerate(self.sizes):
-            output, hidden = run_module(size, own, hidden=bool(weights.hidden_loss))
+            output, hidden = run_module(task, size, own, hidden=bool(weights.hidden_loss))
             found = distilled(output, own.targets, target, weights, classes=task.classes)
             if weights.hidden_loss:
                 assert states is not None
@@ -223,7 +223,8 @@ class Loop:
         each = -(-count // acc.num_processes)
         total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            losses = self._losses(samples[row % count : row % count + 1])  # all must run a sharded model
+            each = samples[row % count : row % count + 1].repeated(getattr(unwrapped(self.student), "fewest", 1))
+            losses = self._losses(each)  # all must run a sharded model
             total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
@@ -291,14 +292,23 @@ class Loop:
         return step
 
 
-def run_module(module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
-    """A transformers module's output on ``samples``, and its hidden states if ``hidden``."""
-    states = {"output_hidden_states": True} if hidden else {}
-    found = module(**samples.inputs, **uncached(module), **states)
-    if hidden and getattr(found, "hidden_states", None) is None:
-        raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
-    output = results(found)
-    return output if isinstance(output, Tensor) else joined(output), getattr(found, "hidden_states", None)
+def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
+    """A module's output on ``samples``, and its hidden states if ``hidden``."""
+    if not hidden:
+        output, states = task.output(module, samples), None
+    else:
+        found = task.call(module, samples, output_hidden_states=True)
+        output, states = task.read(found), getattr(found, "hidden_states", None)
+        if states is None:
+            raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
+    return output if isinstance(output, Tensor) else joined(output), states
+
+
+def on_host(outputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Whole outputs in float32 on the host."""
+    if isinstance(outputs, Tensor):
+        return full(outputs).float().cpu()
+    return tuple(full(each).float().cpu() for each in outputs)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

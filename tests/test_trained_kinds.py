@@ -1,0 +1,55 @@
+"""Training models of every kind: the student is called, and its outputs are read, as its task does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from kinds import BERT
+from transformers import BertConfig, BertForQuestionAnswering
+
+import mptk
+from benchmarks.tiny_models import tiny_model
+
+VAE: dict[str, Any] = {
+    "block_out_channels": [12, 24],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "images packed into one sequence": lambda: tiny_model("image-text-to-text", "qwen2_vl").model,
+    "logits and boxes": lambda: tiny_model("object-detection", "yolos").model,
+    "embeddings of texts and images": lambda: tiny_model("zero-shot-image-classification", "clip").model,
+    "starts and ends": lambda: BertForQuestionAnswering(BertConfig(**BERT)),
+    "images and latents": lambda: AutoencoderKL(**VAE),
+}
+ASKED: dict[str, Any] = {"sparsity": 0.2, "tolerance": 0.15, "align": 1, "samples": 4, "length": 12, "eval_windows": 2}
+ASKED |= {"eval_length": 12, "batch": 2, "micro": 2, "onnx": False, "data": "random", "progress": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("images packed into one sequence", "stock"),
+        ("logits and boxes", "stock"),
+        ("embeddings of texts and images", "stock"),
+        ("embeddings of texts and images", "graph"),  # its trace takes no single sample
+        ("starts and ends", "stock"),
+        ("starts and ends", "graph"),
+        ("images and latents", "graph"),
+    ],
+)
+def test_a_student_is_called_as_its_task_calls_the_class(name: str, target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MODELS[name]().save_pretrained(tmp_path)
+    for asked in ({"method": "wanda", "steps": 2}, {"method": "maskprune", "steps": 4}):
+        found = mptk.prune(str(tmp_path), target=target, **ASKED, **asked)
+        assert "trained model" in [row["stage"] for row in found.report.proof]
+        assert all(row["ok"] for row in found.report.proof)

@@ -91,8 +91,8 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
         for reduction in analysis.facts.reductions:
             if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
                 return (
-                    f"{name} cannot be learned: zeros would disturb {reduction.node.target} in {group.layer or 'the model'}; "
-                    "leave it out with --families, or cut it with a one-shot --method"
+                    f"{name} cannot be learned: zeros would disturb {reduction.node.target} in "
+                    f"{group.layer or 'the model'}; leave it out with --families, or cut it with a one-shot --method"
                 )
     return None
 

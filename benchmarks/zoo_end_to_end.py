@@ -50,7 +50,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         report = json.loads((folder / target / "report.json").read_text())
         widths = {name: [f["width"], f["of"]] for name, f in report["families"].items() if f["width"] < f["of"]}
         row |= {"stage": "pruned", "task": report["task"], "widths": widths}
-        row["reason"] = _said("verify", folder / target, "--memory", "2GB")
+        row["reason"] = said("verify", folder / target, "--memory", "2GB")
         return row if row["reason"] else {**row, "stage": "verified"}
 
 
@@ -61,7 +61,7 @@ def _pruned(folder: Path, target: str, given: str) -> str:
     """
     inputs = (given, folder / "inputs.safetensors") if given else ()
     to = ("--target", target, "--align", 1)
-    if failure := _said("analyze", folder / "dense", *inputs, *to, "--json", folder / "all"):
+    if failure := said("analyze", folder / "dense", *inputs, *to, "--json", folder / "all"):
         return failure
     found = json.loads((folder / "all").read_text())["families"]
     widths = {
@@ -77,14 +77,14 @@ def _pruned(folder: Path, target: str, given: str) -> str:
     single = sorted(single or widths, key=list(widths).index)[:3]
     for chosen in (widths, *({name: widths[name]} for name in single)):
         given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
-        failure = _said(*words, "--families", ",".join(chosen), *given)
+        failure = said(*words, "--families", ",".join(chosen), *given)
         if not failure:
             return ""
         reasons.append(failure)
     return reasons[-1]
 
 
-def _said(*words: object) -> str:
+def said(*words: object) -> str:
     """What a command line says on failure; "" if it succeeds."""
     gc.collect()  # it is off in the sweep's processes, and what the last command held counts as memory of this one
     result = CliRunner().invoke(app, [str(word) for word in words])

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import MambaConfig, MambaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 import mptk
-from benchmarks import zoo_end_to_end
+from benchmarks import zoo_end_to_end, zoo_training
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Samples
 from mptk.api import graphs as api
@@ -283,3 +283,5 @@ def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_
 def test_a_type_of_the_zoo_passes_the_command_line() -> None:
     row = zoo_end_to_end.run_type("masked-lm", "albert")
     assert row["stage"] == "verified", row["reason"]
+    row = zoo_training.run_type("masked-lm", "albert")
+    assert (row["recovery"], row["masks"]) == ("trained", "trained")

@@ -129,7 +129,9 @@ class Learning(Record):
         None, "Rank of LoRA; by default, or with 0, all weights are trained after the cut.", within=(0, 1 << 16)
     )
     teacher: str = of_training(
-        "live", "cached: keep the dense model's top logits on disk.", choices=Choices(("live", "cached"))
+        "live",
+        "cached: keep the dense model's outputs (of logits: the top ones) on disk.",
+        choices=Choices(("live", "cached")),
     )
     teacher_cache: str | None = of_training(
         None, "Folder for a cached teacher's outputs; runs may share it.", form="path", recipe="refused"

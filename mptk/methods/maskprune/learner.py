@@ -35,7 +35,7 @@ from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.optimizers import products
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
+from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, on_host, run_module
 from mptk.progress import Progress
@@ -351,14 +351,14 @@ class Learner:
 
     def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
-        hidden = bool(self.settings.training.losses.hidden_loss)
-        device, narrow = self.accelerator.device, self.accelerator.autocast()
-        live: Callable[[Samples], Output] = torch.no_grad()(narrow(lambda given: run(given.to(device), hidden)))
+        acc, shared = self.accelerator, self.settings.teacher_cache
+        hidden, top = bool(self.settings.training.losses.hidden_loss), TOP * self.prepared.task.classes
+        live: Callable[[Samples], Output]
+        live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":
             return live
-        shared = self.settings.teacher_cache
         folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.fingerprint
-        return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing), device=device)
+        return CachedTeacher(live, folder, top, partial(anywhere, acc), acc.device)
 
 
 def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -27,10 +27,14 @@ Output = tuple[Tensor, Sequence[Tensor] | None]
 
 TOP = 64
 """Number of tokens kept of each distribution."""
+OUTPUT = "output"
+"""The name of what is kept whole, in its file."""
 
 
 class CachedTeacher:
-    """Keeps the top ``k`` log probabilities of each sample in ``folder``, and computes them at the first request.
+    """Keeps the dense model's output on each sample in ``folder``, and computes it at the first request.
+
+    ``k``: of logits, so many top log probabilities are kept; 0: the output as it is.
 
     ``live`` runs the dense model on samples as they are given, on the host. A file is named after its sample's inputs,
     so runs on the same model may share the folder.
@@ -52,29 +56,33 @@ class CachedTeacher:
         tidy(folder)
 
     def __call__(self, samples: Samples) -> TeacherOutputs:
-        files = [self._file(sample) for sample in samples.split(1)]
+        files = [self._file([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)
         found = [load_tensors(file, partial(_damaged, file)) for file in files]
-        tokens, logs, rest = (torch.stack([f[name] for f in found]) for name in ("tokens", "logs", "rest"))
         device = self.device or samples.tensors[0].device
-        return TopLogits(tokens.to(device).long(), logs.to(device).float(), rest.to(device).float()), None
+        each = {name: torch.stack([f[name] for f in found]).to(device) for name in found[0]}
+        if not self.k:
+            return each[OUTPUT], None
+        return TopLogits(each["tokens"].long(), each["logs"].float(), each["rest"].float()), None
 
-    def _file(self, sample: Samples) -> Path:
+    def _file(self, sample: Sequence[Tensor]) -> Path:
         digest = hashlib.sha256()
-        for tensor in sample.tensors:
+        for tensor in sample:
             digest.update(tensor.contiguous().numpy().tobytes())
         name = digest.hexdigest()[:32]
         return self.folder / f"{name}-{self.k}.safetensors"
 
     def _keep(self, samples: Samples, files: list[Path]) -> None:
         """Run all samples together, even if some are cached: a resumed run must get identical numbers."""
-        logits, _ = self.live(samples)
-        assert isinstance(logits, Tensor)
-        for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
-            top = shorten(rows, self.k)
-            half = {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
-            write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in half.items()}))
+        output, _ = self.live(samples)
+        for file, rows in ((f, r) for f, r in zip(files, output, strict=True) if not f.is_file()):
+            kept = self._shortened(rows) if self.k else {OUTPUT: rows}
+            write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in kept.items()}))
+
+    def _shortened(self, logits: Tensor) -> dict[str, Tensor]:
+        top = shorten(logits, self.k)
+        return {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
 
 
 def _damaged(file: Path, why: str) -> MptkError:

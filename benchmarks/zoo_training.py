@@ -62,7 +62,7 @@ def trained(words: list[object], widths: dict[str, tuple[int, int]], out: Path, 
             return "trained"
         if not (refused := REFUSED.search(why)):
             other = said(*asked, "--out", f"{out}-inputs", "--inputs", inputs)
-            return other and f"{why} | {other}" or "trained"
+            return (other and f"{why} | {other}") or "trained"
         del widths[refused[1]]
     return "refused"
 

@@ -53,3 +53,18 @@ def test_a_student_is_called_as_its_task_calls_the_class(name: str, target: str,
         found = mptk.prune(str(tmp_path), target=target, **ASKED, **asked)
         assert "trained model" in [row["stage"] for row in found.report.proof]
         assert all(row["ok"] for row in found.report.proof)
+
+
+def test_masks_of_blocks_are_in_the_hidden_states_that_a_model_collects(tmp_path: Path) -> None:
+    """A projector reads the vision tower's hidden states, which hooks of transformers collect."""
+    torch.manual_seed(0)
+    tiny_model("image-text-to-text", "aya_vision").model.save_pretrained(tmp_path)
+    asked = {
+        "method": "maskprune",
+        "steps": 4,
+        "families": ("vision_tower_layers",),
+        "widths": {"vision_tower_layers": 2},
+    }
+    found = mptk.prune(str(tmp_path), **ASKED, **asked)
+    assert "learned masks" in [row["stage"] for row in found.report.proof]
+    assert all(row["ok"] for row in found.report.proof)

@@ -282,7 +282,10 @@ class InsertedMasks:
         elif site.where == "output":
             called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
-            called.register_forward_hook(self._added(site.module, masked), with_kwargs=True)
+            hook = self._added(site.module, masked)
+            called.register_forward_hook(
+                hook, with_kwargs=True, prepend=True
+            )  # before those that collect hidden states
         else:
             _parametrize(called, site.where, masked)
 

@@ -1,7 +1,8 @@
 """How well `mptk shapes` ranks ways to divide a budget: its order beside full runs at the widths of each.
 
     python -m benchmarks.shape_ranking --train PATH[,PATH] --wikitext FILE --c4 FILE [--model smollm2-135m] [--sparsity 0.5] [--method wanda]
-        [--shapes 12] [--full 6] [--search-tokens 20480] [--steps 12] [--batch 4] [--samples 48] [--windows 20] [--json FILE] [--work DIR]
+        [--shapes 12] [--full 6] [--search-tokens 20480] [--search-batch 4] [--steps 12] [--batch 4] [--samples 48] [--windows 20]
+        [--json FILE] [--work DIR]
 
 A full run is `prune --reconstruct` at the widths of one of the first shapes, with recovery of all weights; perplexity is
 measured on text that neither search nor run has read. Runs at widths that the JSON file has are not made again.
@@ -60,6 +61,7 @@ def main(
     candidates: Annotated[int, typer.Option("--shapes", help="Most shapes of the search.")] = 12,
     full: Annotated[int, typer.Option(help="Shapes that get a full run, the best first.")] = 6,
     search_tokens: Annotated[int, typer.Option(help="Tokens that the search trains on in all.")] = 20480,
+    search_batch: Annotated[int, typer.Option(help="Windows in a step of the search.")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps of a full run.")] = 12,
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
     samples: Annotated[int, typer.Option(help="Windows to score and fit with.")] = 48,
@@ -70,23 +72,35 @@ def main(
     training, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
     texts = {"wikitext2": wikitext, "c4": str(held_out)}
     how: dict[str, Any] = {"sparsity": sparsity, "method": method, "reconstruct": True, "portable": False}
-    how |= {"data": str(training), "samples": samples, "batch": batch}
+    how |= {"data": str(training), "samples": samples}
     effort = {"search_shapes": candidates, "search_tokens": search_tokens}
-    if not (ranking := work / "shapes" / SHAPES_FILE).is_file():
-        shapes(model, ranking.parent, resume=True, **how, **effort)
+    if not (ranking := work / f"shapes{search_batch}" / SHAPES_FILE).is_file():
+        shapes(model, ranking.parent, resume=True, batch=search_batch, **how, **effort)
     found = read_as(Shapes, ranking, damaged(ranking, "remove it"))
-    asked = {"model": model, "method": method, "sparsity": sparsity, "tokens": steps * batch * 256, **effort}
+    run = {"model": model, "method": method, "sparsity": sparsity, "tokens": steps * batch * 256}
+    asked = run | effort | {"search_batch": search_batch}
     rows = []
     for place, shape in enumerate(found.shapes[:full], 1):
         row = asked | row_of(place, shape, found)
-        same = (asked | {"widths": row["widths"]}).items()
-        known = [each for each in rows_in(json_file) if each.items() >= same]
+        known = [each for each in rows_in(json_file) if each.items() >= (run | {"widths": row["widths"]}).items()]
         if not known:
             folder, widths = work / f"shape{place}", dict(shape.widths)
-            prune(model, folder, widths=widths, steps=steps, onnx=False, eval_windows=1, overwrite=True, **how)
-            known = [row | measure(str(folder), texts, windows, {"tasks": []})]
-        others = [each for each in rows_in(json_file) if each not in known]
-        rows.append(known[0] | row)
+            prune(
+                model,
+                folder,
+                widths=widths,
+                steps=steps,
+                batch=batch,
+                onnx=False,
+                eval_windows=1,
+                overwrite=True,
+                **how,
+            )
+            known = [measure(str(folder), texts, windows, {"tasks": []})]
+        rows.append({name: value for name, value in known[0].items() if name not in row} | row)
+        others = [
+            each for each in rows_in(json_file) if not each.items() >= (asked | {"widths": row["widths"]}).items()
+        ]
         write_result(json_file, result_header(), [*others, rows[-1]])
         print(rows[-1], flush=True)
     print("\n".join(table(rows)))

@@ -29,7 +29,8 @@ WAYS = {
     "recovery": "--method wanda --reconstruct --steps 2",
     "masks": "--method maskprune --steps 4 --compute-dtype bfloat16",
 }
-REFUSED = re.compile(r"(\S+) cannot be learned")
+REFUSED = re.compile(r"([^\s']+)(?: cannot be learned| can only be cut together|'; there are )")
+"""What prune says of a family that it cannot take, or does not find: its names are of the sweep that wrote ``CUT``."""
 
 
 @cache

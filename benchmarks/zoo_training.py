@@ -29,7 +29,7 @@ WAYS = {
     "recovery": "--method wanda --reconstruct --steps 2",
     "masks": "--method maskprune --steps 4 --compute-dtype bfloat16",
 }
-REFUSED = re.compile(r"([^\s']+)(?: cannot be learned| can only be cut together|'; there are )")
+REFUSED = re.compile(r"([^\s']+)(?: cannot be learned| can only be cut together| cannot have width|'; there are )")
 """What prune says of a family that it cannot take, or does not find: its names are of the sweep that wrote ``CUT``."""
 
 

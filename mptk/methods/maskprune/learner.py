@@ -352,7 +352,7 @@ class Learner:
     def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         acc, shared = self.accelerator, self.settings.teacher_cache
-        hidden, top = bool(self.settings.training.losses.hidden_loss), TOP * self.prepared.task.classes
+        hidden, top = bool(self.settings.training.losses.hidden_loss), TOP if self.prepared.task.classes else 0
         live: Callable[[Samples], Output]
         live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":

@@ -220,11 +220,11 @@ class Loop:
     def _held_out(self, samples: Samples) -> float:
         """The mean loss on ``samples``, whose windows the processes share. It does not depend on their number."""
         acc, count = self.accelerator, len(samples)
-        each = -(-count // acc.num_processes)
+        each, fewest = -(-count // acc.num_processes), getattr(unwrapped(self.student), "fewest", 1)
         total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            each = samples[row % count : row % count + 1].repeated(getattr(unwrapped(self.student), "fewest", 1))
-            losses = self._losses(each)  # all must run a sharded model
+            one = samples[row % count : row % count + 1].repeated(fewest)
+            losses = self._losses(one)  # all must run a sharded model
             total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 

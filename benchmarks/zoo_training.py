@@ -61,6 +61,8 @@ def trained(words: list[object], widths: dict[str, tuple[int, int]], out: Path, 
         asked = [*words, "--families", ",".join(widths), *cut]
         if not (why := said(*asked, "--out", out, "--data", "random")):
             return "trained"
+        if "has no linear layer for LoRA" in why:
+            return "refused"
         if not (refused := REFUSED.search(why)):
             other = said(*asked, "--out", f"{out}-inputs", "--inputs", inputs)
             return (other and f"{why} | {other}") or "trained"

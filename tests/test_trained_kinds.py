@@ -68,3 +68,19 @@ def test_masks_of_blocks_are_in_the_hidden_states_that_a_model_collects(tmp_path
     found = mptk.prune(str(tmp_path), **ASKED, **asked)
     assert "learned masks" in [row["stage"] for row in found.report.proof]
     assert all(row["ok"] for row in found.report.proof)
+
+
+def test_a_class_whose_decorators_ask_for_hidden_states_is_trained_in_half_precision(tmp_path: Path) -> None:
+    """accelerate takes these off ``forward`` when it takes its own off."""
+    torch.manual_seed(0)
+    tiny_model("semantic-segmentation", "dpt").model.save_pretrained(tmp_path)
+    found = mptk.prune(str(tmp_path), method="wanda", steps=2, compute_dtype="bfloat16", **ASKED)
+    assert all(row["ok"] for row in found.report.proof)
+
+
+def test_a_model_without_linear_layers_learns_no_masks(tmp_path: Path) -> None:
+    tiny_model("semantic-segmentation", "mobilenet_v2").model.save_pretrained(tmp_path)
+    with pytest.raises(
+        mptk.MptkError, match="has no linear layer for LoRA, with which masks are learned; give a one-shot"
+    ):
+        mptk.prune(str(tmp_path), method="maskprune", steps=4, target="graph", **ASKED)

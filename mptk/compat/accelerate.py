@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from torch import nn
 
 _FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """The variable by which accelerate tells transformers that only the first process loads weights."""
@@ -41,6 +42,17 @@ def own_state(device: str = "auto") -> Iterator[None]:
         AcceleratorState._shared_state.update(outer)
         if meeting:  # if not, this run connected the processes
             PartialState._shared_state.update(meeting)
+
+
+def without_autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of several processes, which computes in its own type again.
+
+    accelerate's ``unwrap_model(keep_fp32_wrapper=False)`` would take transformers' decorators off ``forward``, too.
+    """
+    whole: nn.Module = accelerator.unwrap_model(model)
+    if (forward := vars(whole).pop("_original_forward", None)) is not None:
+        whole.forward = forward
+    return whole
 
 
 @contextlib.contextmanager

@@ -18,16 +18,25 @@ from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.peft import as_named, refuses_lora
 from mptk.distributed.processes import blocks, full
+from mptk.errors import MptkError
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
     """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place.
 
     ``but``: modules without adapters.
+
+    Raises:
+        MptkError: no layer can have adapters.
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     names = [name for name in linear if name not in but and not refuses_lora(model, name)]
+    if not names:
+        raise MptkError(
+            f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
+            "--method, as wanda, and no --rank"
+        )
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]), as_named():

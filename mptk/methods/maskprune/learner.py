@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mptk.compat.accelerate import without_autocast
 from mptk.compat.peft import adapters_off
 from mptk.config.choices import FREE
 from mptk.config.learning import Learning
@@ -198,8 +199,8 @@ class Learner:
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
-        same = prepared.compared is prepared.loaded
-        teacher = self._teacher(partial(_dense, prepared.task, student, masks) if same else self._another())
+        dense = partial(_dense, prepared.task, student, masks)
+        teacher = self._teacher(dense if prepared.compared is prepared.loaded else self._another())
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
@@ -290,7 +291,7 @@ class Learner:
         watch = None if held_out is None else Watch(held_out)
         loop = self._loop(student, self._teacher(self._another()), steps, "recovery", watch=watch, sizes=student.views)
         loop.run()
-        self.accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
+        without_autocast(self.accelerator, loop.student)
         found = []
         for i, view in enumerate(student.views):
             witness = Witness("trained model", self.outputs(view, batch), self.tolerance)
@@ -330,13 +331,13 @@ class Learner:
 
     @torch.no_grad()
     def outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
-        """The trained student's outputs in evaluation mode, in float32. All processes must call it.
+        """The trained student's outputs in evaluation mode; only shards stay in half precision.
 
-        The wrapper that computes in half precision is removed, since training is over. Shards keep theirs.
+        All processes must call it.
         """
         acc = self.accelerator
         if not acc.is_fsdp2:
-            student = acc.unwrap_model(student, keep_fp32_wrapper=False)
+            student = without_autocast(acc, student)
         return on_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
 
     def _loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:

@@ -84,3 +84,12 @@ def test_a_model_without_linear_layers_learns_no_masks(tmp_path: Path) -> None:
         mptk.MptkError, match="has no linear layer for LoRA, with which masks are learned; give a one-shot"
     ):
         mptk.prune(str(tmp_path), method="maskprune", steps=4, target="graph", **ASKED)
+
+
+def test_masks_of_heads_that_one_norm_reads_are_those_of_the_cut(tmp_path: Path) -> None:
+    """Queries of 0 attend to all tokens alike, so the heads' outputs are masked, too."""
+    torch.manual_seed(0)
+    tiny_model("causal-lm", "olmo2").model.save_pretrained(tmp_path)
+    asked = {"method": "maskprune", "steps": 4, "families": ("q_heads",), "widths": {"q_heads": 2}}
+    found = mptk.prune(str(tmp_path), **ASKED, **asked)
+    assert all(row["ok"] for row in found.report.proof)

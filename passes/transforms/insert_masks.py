@@ -2,10 +2,11 @@
 
 The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
-multiplies the output of the layers that make them. Hooks sit on the module that is called, usually an adapter's
-wrapper, so the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is
-masked, as it is if the model reads a layer's weight without calling the layer, and in every module that holds it if it
-is tied. The mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
+multiplies the output of the layers that make them, too. One is not enough then: queries of 0 attend to all tokens
+alike. Hooks sit on the module that is called, usually an adapter's wrapper, so the adapter's path is masked too. If the
+weight has no layer of its own (packed experts), the parameter is masked, as it is if the model reads a layer's weight
+without calling the layer, and in every module that holds it if it is tied. The mask m of a residual block multiplies
+what it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         for layer, group in enumerate(family.groups):
             consumers = _enough_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in consumers or _makers(group, analysis.program, analysis.facts):
+            for member in consumers or [*_makers(group, analysis.program, analysis.facts), *_sums(group)]:
                 if member.weight not in covered:
                     tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
                     found = tied or [_mask_site(analysis, module, family, layer, member)]
@@ -101,7 +102,11 @@ def _enough_consumers(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units."""
     met = axes_in(reduction.axis for reduction in facts.reductions)
     met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    return [m for m in group.members if m.role == "consumer" and group.axis not in met]
+    return [] if group.axis in met else _sums(group)
+
+
+def _sums(group: Group) -> list[Member]:
+    return [m for m in group.members if m.role == "consumer"]
 
 
 def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:

@@ -50,7 +50,7 @@ Run = Callable[[str, str], dict[str, Any]]
 """Makes the row of a mapping and a type."""
 TOLERANCE, MOVED = 1e-5, 1e-4
 STOCK_LIMIT_S = 60
-TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 300, 4 << 30  # processor time; the clock may run three times as long
+TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 300, 6 << 30  # processor time; the clock may run three times as long
 COMMANDS_LIMIT_S = 900  # the same for ``--end-to-end``, which runs six commands or more
 
 

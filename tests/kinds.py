@@ -41,6 +41,14 @@ SIZE = {
 }
 BERT = {**SIZE, "max_position_embeddings": 64}
 SPEECH = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 44}
+VAE: dict[str, Any] = {
+    "block_out_channels": [12, 24],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "encoder": lambda: BertModel(BertConfig(**BERT)),
     "text classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=CLASSES)),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import done
+from kinds import VAE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import mptk
@@ -71,14 +72,6 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": WIDTH,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": [12, 24],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 16,
 }
 SDXL = {
     **UNET,

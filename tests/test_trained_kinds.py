@@ -9,20 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from kinds import BERT
+from kinds import BERT, VAE
 from transformers import BertConfig, BertForQuestionAnswering
 
 import mptk
 from benchmarks.tiny_models import tiny_model
 
-VAE: dict[str, Any] = {
-    "block_out_channels": [12, 24],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 16,
-}
 MODELS: dict[str, Callable[[], Any]] = {
     "images packed into one sequence": lambda: tiny_model("image-text-to-text", "qwen2_vl").model,
     "logits and boxes": lambda: tiny_model("object-detection", "yolos").model,

@@ -331,10 +331,7 @@ class Learner:
 
     @torch.no_grad()
     def outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
-        """The trained student's outputs in evaluation mode; only shards stay in half precision.
-
-        All processes must call it.
-        """
+        """The trained student's outputs in evaluation mode. All processes call it; shards stay in half precision."""
         acc = self.accelerator
         if not acc.is_fsdp2:
             student = without_autocast(acc, student)

@@ -2,11 +2,11 @@
 
 The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
-multiplies the output of the layers that make them, too. One is not enough then: queries of 0 attend to all tokens
-alike. Hooks sit on the module that is called, usually an adapter's wrapper, so the adapter's path is masked too. If the
-weight has no layer of its own (packed experts), the parameter is masked, as it is if the model reads a layer's weight
-without calling the layer, and in every module that holds it if it is tied. The mask m of a residual block multiplies
-what it adds to its input: y = x + m · (block(x) − x).
+multiplies the output of the layers that make them. Units of an attention, as heads behind a norm over all of them, need
+both: queries of 0 attend to all tokens alike. Hooks sit on the module that is called, usually an adapter's wrapper, so
+the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is masked, as it
+is if the model reads a layer's weight without calling the layer, and in every module that holds it if it is tied. The
+mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         for layer, group in enumerate(family.groups):
             consumers = _enough_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in consumers or [*_makers(group, analysis.program, analysis.facts), *_sums(group)]:
+            for member in consumers or _makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
                     tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
                     found = tied or [_mask_site(analysis, module, family, layer, member)]
@@ -110,14 +110,18 @@ def _sums(group: Group) -> list[Member]:
 
 
 def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
-    """The members that make the units, producers first. A tied weight that sums over them may make them elsewhere.
+    """The members that make the units, producers first, and those that sum over units of an attention.
 
-    A weight that something is divided by is left out.
+    A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
     tied = set(program.aliases.values())
     kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
-    found = (m for m in group.members if m.weight not in kept and (m.role != "consumer" or m.weight in tied))
-    return sorted(found, key=lambda m: m.role != "producer")
+    attends = group.axis in axes_in(
+        t for product in facts.contractions if not facts.has_weight(product) for t in product.out
+    )
+    members = [m for m in group.members if m.weight not in kept]
+    found = [m for m in members if m.role != "consumer" or m.weight in tied]
+    return sorted(found, key=lambda m: m.role != "producer") + (_sums(group) if attends else [])
 
 
 def _tied_sites(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> list[MaskSite]:

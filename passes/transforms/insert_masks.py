@@ -110,7 +110,7 @@ def _sums(group: Group) -> list[Member]:
 
 
 def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
-    """The members that make the units, producers first, and those that sum over units of an attention.
+    """The members that make the units, producers first; for units of an attention also the members that sum over them.
 
     A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
@@ -292,9 +292,8 @@ class InsertedMasks:
             called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
             hook = self._added(site.module, masked)
-            called.register_forward_hook(
-                hook, with_kwargs=True, prepend=True
-            )  # before those that collect hidden states
+            # before transformers' own hooks, which collect hidden states
+            called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
             _parametrize(called, site.where, masked)
 

@@ -34,7 +34,7 @@ OUTPUT = "output"
 class CachedTeacher:
     """Keeps the dense model's output on each sample in ``folder``, and computes it at the first request.
 
-    ``k``: of logits, so many top log probabilities are kept; 0: the output as it is.
+    ``k``: how many top log probabilities of logits are kept; with 0 outputs are kept whole.
 
     ``live`` runs the dense model on samples as they are given, on the host. A file is named after its sample's inputs,
     so runs on the same model may share the folder.

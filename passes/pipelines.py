@@ -33,6 +33,7 @@ from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.plain_products import FoldTransposesPass
 from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.targets.onnx.repeat_angles import RepeatAnglesPass
+from passes.targets.onnx.slice_early import SliceEarlyPass
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.remove_blocks import RemoveBlocks
@@ -76,6 +77,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         FusePass(),
         RepeatAnglesPass(),
         FoldKVPass(),
+        SliceEarlyPass(),
         common.RemoveUnusedNodesPass(),
         GroupQueriesPass(rows=objective == "decode"),
         common.RemoveUnusedNodesPass(),

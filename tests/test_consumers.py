@@ -28,7 +28,10 @@ from onnx import TensorProto, helper
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     GenerationConfig,
@@ -291,6 +294,49 @@ def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: li
         assert writer.generate(prompt, settings) == text.replace("\N{REPLACEMENT CHARACTER}", "")
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned encoder–decoder that never ends a text. Heads stay whole, since optimum derives their size."""
+    words = toys.tokenizer()
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 2}
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
+    ffn = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96)
+    free = dict.fromkeys(("forced_eos_token_id", "forced_bos_token_id"))
+    config = BartConfig(vocab_size=len(words), d_model=64, max_position_embeddings=96, **sizes, **ffn, **tokens, **free)
+    model = architectures.spread(BartForConditionalGeneration(config), 0.2)
+    model.model.shared.weight.data[1] = 0
+    folder = tmp_path_factory.mktemp("reader")
+    widths = {"ffn.1": 64, "ffn.2": 64}
+    settings = replace(SETTINGS, widths=widths, families=tuple(widths), quantize=("int8",))
+    mptk.prune(toys.saved(model, folder / "dense", words), folder / "out", settings)
+    return folder / "out"
+
+
+ONCE: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "no_repeat_ngram_size": 1}
+"""Each token once, so that a tiny model does not write the same one again and again."""
+
+
+def read_greedily(folder: Path) -> list[list[int]]:
+    """What transformers writes for each prompt."""
+    model, words = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [model.generate(**words(prompt, return_tensors="pt"), **ONCE)[0].tolist() for prompt in PROMPTS]
+    assert all(len(set(text)) == NEW + 1 for text in texts)
+    assert len({tuple(text) for text in texts}) == len(texts)
+    return texts
+
+
+@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+def test_transformers_js_runs_an_encoder_decoder_with_its_caches(reader: Path) -> None:
+    script = Path(__file__).with_name("transformers_js_seq2seq.mjs")
+    asked = json.dumps({"dtypes": ["fp32", "q8"], "texts": PROMPTS, "tokens": NEW})
+    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(reader), asked]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    written = json.loads(run.stdout)
+    assert written["fp32"] == read_greedily(reader)
+    assert all(len(text) == NEW + 1 for text in written["q8"])
+
+
 def environment(place: Path, *packages: str) -> Path:
     """Make an environment with ``packages`` and return its Python. What it lacks is imported from the tests' environment."""
     venv.create(place, with_pip=True)
@@ -300,6 +346,10 @@ def environment(place: Path, *packages: str) -> Path:
     return python
 
 
+WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
+"""The tests' diffusers needs a later huggingface_hub than optimum's transformers."""
+
+
 @pytest.mark.long
 def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
     """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
@@ -307,7 +357,7 @@ def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
     model.model.embed_tokens.weight.data[1] = 0  # no text ends early
     dense, out = toys.saved(model, tmp_path / "dense", toys.tokenizer()), tmp_path / "out"
     mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",)))
-    code = f"""
+    code = f"""{WITHOUT_DIFFUSERS}
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -323,6 +373,23 @@ for model in (
     expected, found = run.stdout.splitlines()[-2:]
     assert found == expected
     assert found.count(",") > NEW
+
+
+@pytest.mark.long
+def test_optimum_runs_an_encoder_decoder_with_its_caches(reader: Path, tmp_path: Path) -> None:
+    code = f"""{WITHOUT_DIFFUSERS}
+from optimum.onnxruntime import ORTModelForSeq2SeqLM
+from transformers import AutoTokenizer
+
+words = AutoTokenizer.from_pretrained({str(reader)!r})
+model = ORTModelForSeq2SeqLM.from_pretrained({str(reader)!r}, subfolder="onnx")
+assert model.can_use_cache
+for prompt in {PROMPTS!r}:
+    print(model.generate(**words(prompt, return_tensors="pt"), **{ONCE!r})[0].tolist())
+"""
+    python = environment(tmp_path / "env", "optimum-onnx==0.1.0", "transformers<4.58")
+    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert list(map(json.loads, run.stdout.splitlines()[-len(PROMPTS) :])) == read_greedily(reader)
 
 
 @pytest.mark.long

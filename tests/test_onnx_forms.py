@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import mptk
 from mptk import MptkError, ProofError, Settings
 from mptk.api.graphs import export_folder
+from mptk.ort.generation import TextGenerator
 from mptk.publish.manifest import write_manifest
 
 SETTINGS = {"data": "random", "align": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
@@ -34,14 +35,30 @@ TOKENS = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ROWS)
 Shapes = dict[str, list[object]]
 
 
+def caches(prefix: str, layers: int, heads: int, dim: int, *lengths: object) -> Shapes:
+    """The shapes of both caches of each layer: of the text and of what is read, of these ``lengths``."""
+    return {
+        f"{prefix}.{layer}.{side}.{part}": ["batch_size", heads, length, dim]
+        for layer in range(layers)
+        for side, length in zip(("decoder", "encoder"), lengths, strict=True)
+        for part in ("key", "value")
+    }
+
+
+PAST = ("past_decoder_sequence_length", "past_encoder_sequence_length")
+UNNAMED = 0
+
+
 def text_parts(width: int) -> dict[str, Shapes]:
     return {
         "encoder_model.onnx": {"input_ids": READ, "attention_mask": READ, "last_hidden_state": [*READ, width]},
-        "decoder_model.onnx": {
+        "decoder_model_merged.onnx": {
             "encoder_attention_mask": READ,
             "input_ids": WROTE,
             "encoder_hidden_states": [*READ, width],
+            **caches("past_key_values", 2, 3, 8, *PAST),
             "logits": [*WROTE, VOCAB],
+            **caches("present", 2, 3, 8, UNNAMED, READ[1]),
         },
     }
 
@@ -59,10 +76,12 @@ NAMES: dict[str, Callable[[int], dict[str, Shapes]]] = {
             "input_features": ["batch_size", 8, 100],
             "last_hidden_state": ["batch_size", 50, width],
         },
-        "decoder_model.onnx": {
+        "decoder_model_merged.onnx": {
             "input_ids": WROTE,
             "encoder_hidden_states": ["batch_size", 50, width],
+            **caches("past_key_values", 1, 3, 8, *PAST),
             "logits": [*WROTE, 97],
+            **caches("present", 1, 3, 8, UNNAMED, 50),
         },
     },
 }
@@ -82,9 +101,28 @@ class Pruned:
         return str(transformers.AutoConfig.from_pretrained(self.folder).architectures[0])
 
     def run(self, file: str, **inputs: Tensor) -> Tensor:
+        return self.all(file, **inputs)[0]
+
+    def all(self, file: str, **inputs: Tensor) -> list[Tensor]:
+        """Every output. A cache that is not given is empty."""
         session = ort.InferenceSession(self.folder / "onnx" / file)
-        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        return torch.from_numpy(found)
+        given = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for value in session.get_inputs():
+            if value.name.startswith("past"):
+                empty = np.zeros((len(inputs["input_ids"]), value.shape[1], 0, value.shape[3]), np.float32)
+                given.setdefault(value.name, empty)
+        return [torch.from_numpy(found) for found in session.run(None, given)]
+
+    def steps(self, parts: Sequence[Tensor], read: dict[str, Tensor]) -> Tensor:
+        """The logits of a text in several calls, each given what the call before returned."""
+        graph = onnx.load(self.folder / "onnx" / "decoder_model_merged.onnx", load_external_data=False).graph
+        names = [value.name for value in graph.input if value.name.startswith("past")]
+        logits, cache = [], dict[str, Tensor]()
+        for part in parts:
+            found, *present = self.all("decoder_model_merged.onnx", input_ids=part, **read, **cache)
+            logits.append(found)
+            cache = dict(zip(names, present, strict=True))
+        return torch.cat(logits, 1)
 
 
 @pytest.fixture(params=list(MODELS))
@@ -127,14 +165,34 @@ def test_it_computes_what_the_stock_model_does(pruned: Pruned) -> None:
         given = {"input_ids": ids, "attention_mask": mask} if text else {"input_features": torch.randn(3, 8, 100)}
         hidden = pruned.run("encoder_model.onnx", **given)
         of_text = {"encoder_attention_mask": mask} if text else {}
-        logits = pruned.run("decoder_model.onnx", input_ids=words, encoder_hidden_states=hidden, **of_text)
+        read = {"encoder_hidden_states": hidden, **of_text}
+        logits = pruned.run("decoder_model_merged.onnx", input_ids=words, **read)
         expected = model(**given, decoder_input_ids=words)
         shown = mask.bool() if text else slice(None)
         assert_equal(hidden[shown], expected.encoder_last_hidden_state[shown])
         assert_equal(logits, expected.logits)
+        assert_equal(pruned.steps([words[:, :2], words[:, 2:3], words[:, 3:]], read), expected.logits)
         if text:
             alone = model(input_ids=ids[1:2, :5], decoder_input_ids=words[1:2])
             assert_equal(logits[1:2], alone.logits)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "speech"])
+def test_keys_of_what_the_encoder_gave_are_made_only_of_what_the_cache_lacks(
+    pruned_folder: Callable[[str], Path], kind: str
+) -> None:
+    graph = onnx.load(pruned_folder(kind) / "onnx" / "decoder_model_merged.onnx", load_external_data=False).graph
+    readers = {node.op_type for node in graph.node if "encoder_hidden_states" in node.input}
+    assert readers - {"Shape"} == {"Slice"}
+    with pytest.raises(MptkError, match="reads an encoder's output; generate with transformers"):
+        TextGenerator(pruned_folder(kind))
+
+
+def test_a_model_whose_caches_change_its_logits_gets_no_onnx(folders: Path, tmp_path: Path, inside: Inside) -> None:
+    inside.gives("mptk.tasks.encoder_decoder_form.equal", False)
+    settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", **SETTINGS)
+    report = mptk.prune(str(folders / "encoder-decoder"), tmp_path / "out", settings).report
+    assert any("no ONNX" in note and "with its own cache computes other logits" in note for note in report.notes)
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -149,7 +207,11 @@ def largest(file: Path) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "file"),
-    [("encoder", "model.onnx"), ("encoder-decoder", "encoder_model.onnx"), ("encoder-decoder", "decoder_model.onnx")],
+    [
+        ("encoder", "model.onnx"),
+        ("encoder-decoder", "encoder_model.onnx"),
+        ("encoder-decoder", "decoder_model_merged.onnx"),
+    ],
 )
 def test_a_wrong_weight_fails_the_proof(
     pruned_folder: Callable[[str], Path], tmp_path: Path, kind: str, file: str
@@ -179,8 +241,8 @@ FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         (*(line.format("pixel_values") for line in ALONE), "damaged = Add(logits, by)"),
         "ONNX Runtime",
     ),
-    "a decoder without a cache is wrong for one token": (
-        *("encoder-decoder", "decoder_model.onnx", "logits"),
+    "a decoder is wrong for one token": (
+        *("encoder-decoder", "decoder_model_merged.onnx", "logits"),
         (
             *("shape = Shape(input_ids)", "many = Gather(shape, 1)", "wrong = Equal(many, 1)"),
             *("by = Cast<to=1>(wrong)", "damaged = Add(logits, by)"),
@@ -228,10 +290,8 @@ def test_each_graph_of_each_kind_is_quantised(folders: Path, tmp_path: Path, kin
     graphs = [file for file in (out / "onnx").glob("*.onnx") if not file.stem.endswith(ENDINGS)]
     assert len(list((out / "onnx").glob("*.onnx"))) == len(graphs) * (1 + len(ENDINGS))
     for file in graphs:
-        given = random_inputs(ort.InferenceSession(file))
-        runs = [
-            ort.InferenceSession(file.with_stem(file.stem + ending)).run(None, given)[0] for ending in ("", *ENDINGS)
-        ]
+        sessions = [ort.InferenceSession(file.with_stem(file.stem + ending)) for ending in ("", *ENDINGS)]
+        runs = [session.run(None, random_inputs(session))[0] for session in sessions]
         assert {run.dtype for run in runs} == {np.dtype(np.float32)}
         halved, int8, int4 = (float(np.linalg.norm(run - runs[0]) / np.linalg.norm(runs[0])) for run in runs[1:])
         assert 0 < halved < 1e-3, file.name
@@ -243,9 +303,13 @@ ENDINGS = ("_fp16", "_quantized", "_q4")
 
 
 def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
-    """Two rows of nine positions."""
+    """Two rows of nine positions, and empty caches."""
     rng, found = np.random.default_rng(0), {}
     for value in session.get_inputs():
+        if value.name.startswith("past"):
+            kind = np.float16 if "16" in value.type else np.float32
+            found[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), kind)
+            continue
         shape = [size if isinstance(size, int) else 2 if "batch" in size else 9 for size in value.shape]
         whole = {"input_ids": rng.integers(3, 61, shape), "token_type_ids": np.zeros(shape, np.int64)}
         plain = whole.get(value.name, np.ones(shape, np.int64))
@@ -259,7 +323,7 @@ def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(folders: Path, tm
     assert [row["stage"] for row in report.proof][-2:] == ["int8 weights", "int8 logits"]
     graphs = tmp_path / "out" / "onnx"
     sizes = [file.stat().st_size for file in graphs.glob("*_quantized.onnx*")]
-    assert report.quantized["int8"]["file"] == "onnx/decoder_model_quantized.onnx"
+    assert report.quantized["int8"]["file"] == "onnx/decoder_model_merged_quantized.onnx"
     assert (report.quantized["int8"]["bytes"], len(sizes)) == (sum(sizes), 4)
     damaged(graphs / "encoder_model_quantized.onnx", "_scales", lambda scales: 2 * scales)
     write_manifest(tmp_path / "out")
@@ -279,8 +343,10 @@ def test_an_image_model_in_float16_takes_the_processors_own_numbers(folders: Pat
 def test_an_encoder_decoder_is_exported_in_float32(folders: Path, tmp_path: Path) -> None:
     dense = folders / "encoder-decoder"
     out = export_folder(str(dense), tmp_path / "export")
-    names = ["decoder_model.onnx", "decoder_model.onnx_data", "encoder_model.onnx", "encoder_model.onnx_data"]
-    assert sorted(path.name for path in (out / "onnx").iterdir()) == names
+    names = ["decoder_model_merged.onnx", "encoder_model.onnx"]
+    assert sorted(path.name for path in (out / "onnx").iterdir()) == sorted(
+        [*names, *(f"{name}_data" for name in names)]
+    )
     with pytest.raises(MptkError, match="are written in float32; leave out onnx_dtype, or give quantize"):
         export_folder(str(dense), tmp_path / "half", Settings(onnx_dtype="float16"))
     with pytest.raises(MptkError, match="only a decoder's int4 needs text"):

@@ -91,7 +91,8 @@ CONSUMERS = (
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens are transformers' in float32, and `mptk generate`'s in int8, int4 and fp16. Chats, too; a test",
+        "greedy tokens are transformers' in float32, also of an encoder–decoder, and `mptk generate`'s in int8, "
+        "int4 and fp16. Chats, too; a test",
         section="transformersjs",
         engine="transformers.js",
         graph=True,
@@ -107,7 +108,8 @@ CONSUMERS = (
     Consumer(
         "optimum-onnx",
         "0.1.0",
-        "greedy tokens are transformers' in float32 (a long test); int8 and int4 run by `file_name`, with other text",
+        "greedy tokens are transformers' in float32, also of an encoder–decoder (a long test); int8 and int4 run by "
+        "`file_name`, with other text",
         section="optimum",
         engine="optimum-onnx",
         graph=True,

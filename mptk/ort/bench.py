@@ -26,7 +26,7 @@ from mptk.errors import MptkError
 from mptk.ort.decoder import onnx_file
 from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory, run_work
 from mptk.ort.sessions import CPU, HOST
-from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened
+from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened, reads_encoder
 from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, silent
 
@@ -218,11 +218,13 @@ def _time_cases(
 
 
 def _work(file: Path, case: Case) -> int:
-    if case.phase == "decode":
-        return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
-    if case.phase == "prefill":
-        return graph_work(file, sequence=case.length, past=0, batch=case.batch).flops
-    return run_work(file, case).flops
+    decodes = case.phase == "decode"
+    if case.phase not in PHASES or reads_encoder(file):
+        work = run_work(file, case)
+    else:
+        past = case.length if decodes else 0
+        work = graph_work(file, sequence=1 if decodes else case.length, past=past, batch=case.batch)
+    return work.bytes if decodes else work.flops
 
 
 def _rows(

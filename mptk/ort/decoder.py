@@ -19,9 +19,7 @@ from mptk.ort.sessions import CPU, memory_of, open_file
 
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
-"""A decoder that reads embeddings, of a model that reads more than text."""
-ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
-"""Of an encoder–decoder; this decoder has no cache."""
+"""A decoder that reads embeddings, or what an encoder gives."""
 PAST_KEYS = "past_key_values."
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[np.generic]
@@ -50,7 +48,7 @@ def found_graph(path: str | Path) -> Path | None:
     """``path`` itself, or the main graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
     folders = (path, path / "onnx") if path.is_dir() else ()
-    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE, DECODER_FILE)] or [path]
+    places = [folder / name for folder in folders for name in (GRAPH_FILE, MERGED_FILE)] or [path]
     return next((file for file in places if file.is_file()), None)
 
 
@@ -89,6 +87,8 @@ class OrtDecoder:
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
         reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
+        if "encoder_hidden_states" in self.inputs:
+            raise MptkError(f"{file} reads an encoder's output; generate with transformers, optimum or transformers.js")
         if not self.past or len(reads) != 1:
             raise MptkError(
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "

@@ -142,11 +142,14 @@ COUNTED = ("Attention", "Conv", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "M
 
 
 def run_work(file: Path, case: Case) -> StepWork:
-    """Work of a whole run of a graph. Sizes that it does not tell are those of a run."""
-    model = _at_lengths(onnx.load(file, load_external_data=False), sizes_of(file, case.batch, case.length))
+    """Work of a run of a graph on made-up inputs. Sizes that it does not tell are those of a run."""
+    model = _at_lengths(onnx.load(file, load_external_data=False), sizes_of(file, case))
     told, read = _shapes(model), (node for node in model.graph.node if node.op_type in COUNTED)
     values = dict.fromkeys(name for node in read for name in (*node.input, *node.output) if name)
-    return _work(model, shapes_in_run(file, [name for name in values if 0 in told.get(name, (0,))], case), None)
+    found = shapes_in_run(file, [name for name in values if 0 in told.get(name, (0,))], case)
+    for node in [node for node in model.graph.node if 0 in found.get((*node.output, "")[0], ())]:
+        model.graph.node.remove(node)  # it has nothing to compute
+    return _work(model, found, None)
 
 
 def _work(model: ModelProto, more: Mapping[str, Sequence[int]], positions: int | None) -> StepWork:

@@ -19,6 +19,9 @@ HOST = "CPUExecutionProvider"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """The entry of a session's configuration that says where the weights of a graph given as bytes are."""
 
+CACHE_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+"""Of a cache."""
+
 Provider = tuple[str, dict[str, str | int]]
 """Name and options, as ``InferenceSession`` takes them."""
 
@@ -105,6 +108,14 @@ class OrtGraph:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that the graph does not have are ignored."""
         return self.all(inputs)[0]
+
+    def empty(self, prefix: str, rows: int) -> dict[str, Tensor]:
+        """An empty cache: the inputs with this prefix, each [rows, heads, 0, dim]."""
+        return {
+            value.name: torch.zeros(rows, value.shape[1], 0, value.shape[3], dtype=CACHE_TYPES[value.type])
+            for value in self.session.get_inputs()
+            if value.name.startswith(prefix)
+        }
 
     def all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Every output, in order."""

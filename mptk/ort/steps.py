@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,15 +13,16 @@ import onnx
 import torch
 
 from mptk.errors import MptkError, first_line
-from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
+from mptk.ort.decoder import GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
 from mptk.ort.embeddings import VISION_FILE
+from mptk.ort.encoder_decoder import DECODER_NAMES, ENCODER_FILE, HIDDEN
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")
-"""Of a decoder with a cache."""
-WHOLE_RUNS = {MERGED_FILE: "decoder", DECODER_FILE: "decoder", GRAPH_FILE: "run"}
+"""Of a decoder with a cache. One that reads an encoder's output reads as many positions of that."""
+WHOLE_RUNS = {MERGED_FILE: "decoder", GRAPH_FILE: "run"}
 """Main graph → what a run of it is called if it has no cache."""
-PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE}, DECODER_FILE: {"encoder": ENCODER_FILE}}
+PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE, "encoder": ENCODER_FILE}}
 """Main graph → the other graphs of such a model that compute much."""
 PACKED = "image_grid_thw"
 """An input that says the sizes of packed images. No made-up one suits the others."""
@@ -65,7 +66,8 @@ class Stepper(Protocol):
 
 def opened(file: Path, decodes: bool, threads: int, device: torch.device = CPU) -> Stepper:
     """An open graph. ``decodes``: it is a decoder with a cache."""
-    return Decoding(file, threads, device) if decodes else WholeRun(file, threads, device)
+    plain = decodes and not reads_encoder(file)
+    return Decoding(file, threads, device) if plain else WholeRun(file, threads, device)
 
 
 class Decoding:
@@ -93,7 +95,7 @@ def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
 
 
 class WholeRun:
-    """A graph without a cache, run as a whole."""
+    """A graph that runs on made-up inputs: without a cache, or with an encoder's output."""
 
     def __init__(self, file: Path, threads: int, device: torch.device) -> None:
         self.file, self.session = file, open_file(file, device, threads)
@@ -104,9 +106,9 @@ class WholeRun:
 
     def step(self, case: Case) -> Callable[[], None]:
         """Raises MptkError if it does not run with ``case.length`` tokens."""
-        binding = self.session.io_binding()
+        binding, sizes = self.session.io_binding(), sizes_of(self.file, case)
         for value in self.session.get_inputs():
-            binding.bind_cpu_input(value.name, made_up(value, case))
+            binding.bind_cpu_input(value.name, made_up(value, sizes))
         for value in self.session.get_outputs():
             binding.bind_output(value.name)
         try:
@@ -118,9 +120,9 @@ class WholeRun:
         return lambda: self.session.run_with_iobinding(binding)
 
 
-def made_up(value: Any, case: Case) -> npt.NDArray[np.generic]:
+def made_up(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[np.generic]:
     """An input: masks of ones, ids of zeros, random numbers else."""
-    shape = [size if isinstance(size, int) else _size(str(size), case.batch, case.length) for size in value.shape]
+    shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
     if value.type == "tensor(bool)":
         return np.ones(shape, np.bool_)
     if value.type in NUMPY_TYPES:
@@ -141,23 +143,40 @@ def graphs_of(file: Path) -> dict[str, Path]:
     return found
 
 
-def axes_of(file: Path) -> dict[str, list[str]]:
-    """Input of a graph → the names of its open axes. Raises MptkError if the file is not a graph."""
+def axes_of(file: Path) -> dict[str, list[str | int]]:
+    """Input of a graph → the names of its open axes, and the sizes of others.
+
+    Raises:
+        MptkError: the file is not a graph.
+    """
     try:
         graph = onnx.load(file, load_external_data=False).graph
     except Exception as error:  # protobuf's, which onnx does not name
         raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
-    return {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim if d.dim_param] for v in graph.input}
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
 
 
-def sizes_of(file: Path, batch: int, length: int) -> dict[str, int]:
+def reads_encoder(file: Path) -> bool:
+    """Whether a graph is the decoder of an encoder–decoder."""
+    return DECODER_NAMES[HIDDEN] in axes_of(file)
+
+
+def sizes_of(file: Path, case: Case) -> dict[str, int]:
     """Open axis of a graph's inputs → its size."""
-    return {name: _size(name, batch, length) for axes in axes_of(file).values() for name in axes}
+    axes = axes_of(file)
+    told = axes.get(DECODER_NAMES[HIDDEN], [0, case.length])[1]
+    read = told if isinstance(told, int) else case.length
+    found = {name: case.length for shape in axes.values() for name in shape if isinstance(name, str)}
+    decodes = case.phase == "decode"
+    known = {"decoder_sequence_length": 1} if decodes else {}
+    known |= {"past_decoder_sequence_length": decodes * case.length, "past_encoder_sequence_length": decodes * read}
+    known |= {name: case.batch for name in found if "batch" in name or name == "num_images"}
+    return found | {name: size for name, size in known.items() if name in found}
 
 
 def lengths_of(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
     """``lengths``, or 0 if no input has an axis of tokens."""
-    open_axes = sizes_of(file, batch=0, length=1).values()
+    open_axes = sizes_of(file, Case(phase, length=1, batch=0, threads=1)).values()
     return lengths if phase in PHASES or any(open_axes) else (0,)
 
 
@@ -168,9 +187,6 @@ def shapes_in_run(file: Path, names: Sequence[str], case: Case) -> dict[str, lis
     proto = onnx.load(file, load_external_data=False)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = open_session(proto.SerializeToString(), entries={WEIGHTS_FOLDER: str(file.parent.resolve())})
-    found = session.run(names, {value.name: made_up(value, case) for value in session.get_inputs()})
+    sizes = sizes_of(file, case)
+    found = session.run(names, {value.name: made_up(value, sizes) for value in session.get_inputs()})
     return {name: list(value.shape) for name, value in zip(names, found, strict=True)}
-
-
-def _size(axis: str, batch: int, length: int) -> int:
-    return batch if "batch" in axis or axis == "num_images" else length

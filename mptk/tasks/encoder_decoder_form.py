@@ -9,74 +9,105 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from mptk.compat.torch import check
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.decoder import DECODER_FILE, ENCODER_FILE
-from mptk.ort.sessions import OrtGraph
+from mptk.ort.decoder import MERGED_FILE
+from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,
-    GraphRun,
+    Traced,
     about,
     check_float,
     cut,
+    equal,
     logits_apart,
     quantised,
     stages_of,
     traced_as,
 )
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids
 from mptk.tasks.model_form import LOGITS
-from mptk.tasks.padding import IDS, MASK, with_mask
-from passes.frontend.trace import uncached
+from mptk.tasks.padding import IDS, with_mask
+from passes.frontend.trace_decoder import PAST, CacheLayerShape, cache_argument, cache_shapes, filled_cache, zeros
 from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import Interface
+from passes.targets.onnx.emit import Axes, Interface
 from passes.targets.onnx.extract import GraphPart
-from passes.targets.onnx.names import quantized, scheme_of
-from passes.verify import Difference, Placed
+from passes.targets.onnx.names import CACHE
+from passes.verify import Difference
 
-DECODER_IDS = "decoder_input_ids"
-HIDDEN = "last_hidden_state"
-DECODER_NAMES = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
-"""Name in the whole → optimum's name of the decoder's input, in the order of these inputs."""
-TEXT_AXES = ("batch_size", "encoder_sequence_length")
-DECODER_AXES = {
+TEXT_AXES: Axes = ("batch_size", "encoder_sequence_length")
+DECODER_AXES: dict[str, Axes] = {
     "input_features": ("batch_size", "feature_size", "encoder_sequence_length"),
     DECODER_IDS: ("batch_size", "decoder_sequence_length"),
 }
+SIDES = ("decoder", "encoder")
+"""Of a layer's caches, in their order: of the text, and of what the decoder reads of the encoder."""
+POSITIONS_READ = 3
+"""Positions of the second cache in a trace: some of the encoder's."""
 
 
-class WithHidden(nn.Module):
-    """Calls an encoder–decoder with named tensors; returns its logits and its encoder's last hidden state."""
+class RestLayer(DynamicLayer):
+    """A layer's cache of the encoder's output. It is given all positions again, and takes those that it lacks."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        rest = slice(self.keys.shape[2], None)
+        return super().update(key_states[:, :, rest], value_states[:, :, rest], *args, **kwargs)
+
+
+class EncoderDecoderStep(nn.Module):
+    """Calls an encoder–decoder with named tensors and both caches.
+
+    Inputs: the model's, by ``names``, then for each layer the keys and values of the text so far [B, heads, P, dim] and
+    of the encoder's output [B, heads, E, dim], in which E is 0 or as long as that output. Returns the logits, the
+    caches now, and the encoder's last hidden state.
+    """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.module, self.names = module, tuple(names)
+        self.cache_argument = cache_argument(module)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.module(**dict(zip(self.names, inputs, strict=True)), **uncached(self.module))
-        return output.logits, output.encoder_last_hidden_state
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, inputs, strict=True))
+        text, read = ([x for name, x in given.items() if f".{side}." in name] for side in SIDES)
+        for part in (text, read):
+            check(all(x.shape[2] == part[0].shape[2] for x in part))
+        cache = EncoderDecoderCache(filled_cache(text), filled_cache(read, RestLayer))
+        cache.is_updated = dict.fromkeys(cache.is_updated, False)
+        named: dict[str, Any] = {name: x for name, x in given.items() if not name.startswith(CACHE)}
+        output = self.module(**named, **{self.cache_argument: cache}, use_cache=True)
+        both: Any = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
+        now = [x for layer in both for part in layer for x in (part.keys, part.values)]
+        return (output.logits, *now, output.encoder_last_hidden_state)
 
 
 class EncoderDecoderForm(OnnxForm):
-    """``encoder_model.onnx`` and ``decoder_model.onnx``, which takes all tokens of the text so far."""
+    """``encoder_model.onnx``, and ``decoder_model_merged.onnx`` with both its caches."""
 
-    graphs = (DECODER_FILE, ENCODER_FILE)
+    graphs = (MERGED_FILE, ENCODER_FILE)
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         check_float(settings, "an encoder-decoder")
@@ -84,23 +115,26 @@ class EncoderDecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         model = dense.loaded.model
         example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
+        past = caches(cache_shapes(model, example))
         given = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
-        traced, padding = traced_as(dense, WithHidden, example, given, lambda output, _: output)
-        logits, hidden = output_names(traced.program)
-        program = cut(with_outputs(traced.program, [logits]), dense, plan, log)
+        traced, padding = traced_as(dense, EncoderDecoderStep, {**example, **past}, given, lambda output, _: output)
+        check_continues(traced, dense, with_mask(given.inputs))
+        *outputs, hidden = output_names(traced.program)
+        program = cut(with_outputs(traced.program, outputs), dense, plan, log, dense.program)
         program = with_outputs(program, [*output_names(program), hidden])
         step(0, 0, "translate the graph")
-        read = [name for name in traced.names if name != DECODER_IDS]
-        decoder = {name: new for name, new in DECODER_NAMES.items() if name in (*traced.names, HIDDEN)}
+        read = [name for name in traced.names if name != DECODER_IDS and name not in past]
+        names = {name: new for name, new in DECODER_NAMES.items() if name in (*traced.names, HIDDEN)}
+        present = [name.replace("past_key_values", "present") for name in past]
         emit_onnx(
             program,
             folder,
-            Interface({name: DECODER_AXES.get(name, TEXT_AXES) for name in traced.names}, (LOGITS, HIDDEN)),
+            Interface({name: axes_of(name) for name in traced.names}, (LOGITS, *present, HIDDEN)),
             parts={
                 ENCODER_FILE: GraphPart({name: name for name in read}, (HIDDEN,)),
-                DECODER_FILE: GraphPart(decoder, (LOGITS,)),
+                MERGED_FILE: GraphPart(names | {name: name for name in past}, (LOGITS, *present)),
             },
-            objective="prefill",
+            objective=dense.settings.objective,
             metadata=about(dense, plan) | padding,
             log=log,
         )
@@ -108,36 +142,52 @@ class EncoderDecoderForm(OnnxForm):
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        run = both(folder / DECODER_FILE, device)
-        steps = {"ONNX Runtime steps": partial(steps_of, run)}
-        return stages_of(run, OrtGraph(folder / ENCODER_FILE), lambda output, _: output, steps)
+        run = OrtEncoderDecoder(folder / MERGED_FILE, device)
+
+        def steps(samples: Samples) -> Tensor:
+            ids = samples.inputs[DECODER_IDS]
+            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], crossed)
+            return run(with_mask(samples.inputs), [prompts[0], *calls])
+
+        return stages_of(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        run = both(file, device)
+        run = OrtEncoderDecoder(file, device)
         return lambda samples: run(with_mask(samples.inputs))
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return logits_apart(scheme, pairs)
 
 
-def steps_of(run: GraphRun, samples: Samples) -> Placed:
-    """The logits of the first token of a text by itself, and of the first half of the text."""
-    ids = samples.inputs[DECODER_IDS]
-    parts = [ids[:, :count] for count in sorted({1, (ids.shape[1] + 1) // 2})]
-    found = [run(with_mask({**samples.inputs, DECODER_IDS: part})) for part in parts]
-    return Placed(torch.cat(found, 1), torch.cat([torch.arange(part.shape[1]).expand_as(part) for part in parts], 1))
+def caches(shapes: Sequence[CacheLayerShape]) -> Named:
+    """Both caches to trace with, under optimum's names."""
+    layers, places = range(len(shapes) // 2), zip(shapes, (PAST, POSITIONS_READ) * len(shapes), strict=False)
+    names = [f"{CACHE}{layer}.{side}.{part}" for layer in layers for side in SIDES for part in ("key", "value")]
+    found = [x for shape, length in places for x in zeros([shape], 2, length)]
+    return dict(zip(names, found, strict=True))
 
 
-def both(file: Path, device: torch.device) -> GraphRun:
-    """What the decoder in ``file`` and the encoder of its scheme compute together."""
-    beside, scheme = file.with_name(ENCODER_FILE), scheme_of(file)
-    encoder, decoder = OrtGraph(quantized(beside, scheme) if scheme else beside, device), OrtGraph(file, device)
+def axes_of(name: str) -> Axes:
+    """The names of an input's axes."""
+    side = next((side for side in SIDES if f".{side}." in name), None)
+    return (
+        DECODER_AXES.get(name, TEXT_AXES)
+        if side is None
+        else ("batch_size", None, f"past_{side}_sequence_length", None)
+    )
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        made = dict(inputs) | {HIDDEN: encoder(inputs)}
-        return decoder({new: made[name] for name, new in DECODER_NAMES.items() if name in made})
 
-    return run
+def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) -> None:
+    """Raise MptkError if the logits after a cache differ from a whole text's."""
+    executor, ids = dense.executor, inputs[DECODER_IDS]
+    caches = [name for name in traced.names if name.startswith(CACHE)]
+    first, second = (ids.shape[1] + 1) // 2, slice((ids.shape[1] + 1) // 2, None)
+    start, *present, _ = traced.all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
+    cache = dict(zip(caches, present, strict=True))
+    end = traced.run(executor, {**inputs, DECODER_IDS: ids[:, second], **cache})
+    if not equal(torch.cat([start, end], 1), traced.run(executor, inputs)):
+        name = type(dense.loaded.model).__name__
+        raise MptkError(f"{name} with its own cache computes other logits than for the whole text")
 
 
 def output_names(program: Program) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mptk.config.settings import Settings
@@ -28,7 +29,7 @@ from passes.analysis import group
 from passes.frontend.trace import export_program
 from passes.pipelines import cut_program, quantize_onnx
 from passes.targets.onnx.check_quantized import DIVERGENCES, divergence
-from passes.targets.onnx.names import data_file, quantized
+from passes.targets.onnx.names import CACHE, data_file, quantized
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs, difference
 
 HALF, DTYPE = "float16", "dtype"
@@ -50,22 +51,34 @@ class Traced:
     outputs: tuple[str, ...] = ()
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The first output. ``inputs`` that it does not have are ignored."""
-        found = next(executor.outputs([self.program], [[inputs[name] for name in self.names]]))
-        output: Tensor = found[0] if isinstance(found, tuple | list) else found
-        return output
+        """The first output. ``inputs`` that it does not have are ignored; a cache that they lack is empty."""
+        return self.all(executor, inputs)[0]
+
+    def all(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Every output."""
+        rows = len(next(iter(inputs.values())))
+        caches = {name: x for name, x in self.traced.items() if name.startswith(CACHE)}
+        shapes = {name: (rows, int(x.shape[1]), 0, int(x.shape[3])) for name, x in caches.items()}
+        empty = {name: torch.zeros(shape, dtype=caches[name].dtype) for name, shape in shapes.items()}
+        given = {**empty, **inputs}
+        found = next(executor.outputs([self.program], [[given[name] for name in self.names]]))
+        return found if isinstance(found, tuple | list) else [found]
+
+    @property
+    def traced(self) -> dict[str, Tensor]:
+        """The inputs as they were traced, without numbers."""
+        values = {node.name: node.meta["val"] for node in self.program.placeholders()}
+        return {name: values[node] for name, node in zip(self.names, self.program.user_inputs, strict=True)}
 
     @property
     def ranks(self) -> dict[str, int]:
         """How many dimensions each input has."""
-        values = {node.name: node.meta["val"] for node in self.program.placeholders()}
-        return {name: values[node].ndim for name, node in zip(self.names, self.program.user_inputs, strict=True)}
+        return {name: x.ndim for name, x in self.traced.items()}
 
     def check_sizes(self) -> None:
         """Raise MptkError if the program runs on one number of samples or tokens only."""
-        nodes = {node.name: node.meta["val"] for node in self.program.placeholders()}
-        for name, node in zip(self.names, self.program.user_inputs, strict=True):
-            axes = nodes[node].shape[: 2 if is_tokens(nodes[node]) else 1]
+        for name, x in self.traced.items():
+            axes = x.shape[: 2 if is_tokens(x) else 1]
             if fixed := [size for size in axes if str(size).isdigit()]:
                 raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
 
@@ -85,7 +98,7 @@ def traced_as(
 
     Args:
         wrap: makes a module that takes positional tensors of the model and their names.
-        example: to trace it with.
+        example: to trace it with, and a cache if ``wrap``'s module takes one.
         samples: on which it must compute what the dense model does.
 
     Raises:
@@ -93,9 +106,10 @@ def traced_as(
     """
     step(0, 0, "trace with named inputs")
     model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
-    given = with_mask(example)
+    given, caches = with_mask(example), [name for name in example if name.startswith(CACHE)]
     reason = "with a mask of ones it computes other outputs than without a mask"
-    for names in candidates(dense.loaded, inputs):
+    for read in candidates(dense.loaded, inputs):
+        names = [*read, *caches]
         try:
             program = export_program(wrap(model, names), tuple(given[name] for name in names), dynamic=True)
             traced = Traced(dense.weighted(program), names)

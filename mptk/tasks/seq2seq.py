@@ -19,11 +19,12 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
+from mptk.ort.encoder_decoder import DECODER_IDS
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, known_to
-from mptk.tasks.encoder_decoder_form import DECODER_IDS, EncoderDecoderForm
+from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary

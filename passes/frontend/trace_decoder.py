@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.compat.torch import FakeTensorMode, check
@@ -56,7 +56,7 @@ class DecoderStep(nn.Module):
         super().__init__()
         self.module = module
         accepted = inspect.signature(module.forward).parameters
-        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self.cache_argument = cache_argument(module)
         self.first_position = 0 if "position_ids" in accepted else None
         self.keywords: dict[str, int] = {"use_cache": True}
         if logits == "last" and "logits_to_keep" in accepted:
@@ -84,12 +84,17 @@ class DecoderStep(nn.Module):
         return (logits, *(tensor for key_value in cache for tensor in key_value[:2]))
 
 
-def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
+def cache_argument(module: nn.Module) -> str:
+    """The argument of a model's ``forward`` that takes the cache."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def filled_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) -> DynamicCache:
     """A cache that holds ``past``: key, value, key, value, ..., each [batch, heads, tokens, dim]."""
     cache = DynamicCache()
     tensors = iter(past)
     for key in tensors:
-        layer = DynamicLayer()
+        layer = kind()
         layer.keys, layer.values = key, next(tensors)
         layer.device, layer.is_initialized = key.device, True
         cache.layers.append(layer)
@@ -206,19 +211,25 @@ def _agrees(
 
 
 class FilledCache(nn.Module):
-    """Calls a causal language model on token ids [B, S] and returns the keys and values of its cache, flat."""
+    """Calls a model with named tensors and returns the keys and values of its cache, flat.
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    Of an encoder–decoder: each layer's keys and values of the text, then those of what it reads of the encoder.
+    """
+
+    def __init__(self, module: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.names = module, tuple(names)
         self.train(module.training)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        output = self.module(input_ids=input_ids, use_cache=True)
-        cache = output.get("cache", output.get("past_key_values"))
-        if type(cache) is not DynamicCache:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = self.module(**dict(zip(self.names, inputs, strict=True)), use_cache=True)
+        cache = output["cache"] if "cache" in output else output.get("past_key_values")
+        both = isinstance(cache, EncoderDecoderCache)
+        parts = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
+        if not all(type(part) is DynamicCache for part in parts):
             raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
-        return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
+        layers = enumerate(zip(*(part.layers for part in parts), strict=True))
+        return tuple(x for index, layer in layers for part in layer for x in _keys_values(index, part))
 
 
 def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
@@ -232,28 +243,30 @@ def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def cache_shapes(model: PreTrainedModel) -> list[CacheLayerShape]:
+def cache_shapes(model: PreTrainedModel, example: Mapping[str, Tensor] | None = None) -> list[CacheLayerShape]:
     """The cache layers of ``model`` in order, from a plain forward on fake tensors (nothing is computed).
+
+    ``example``: inputs of the model; None: token ids. A layer of an encoder–decoder has two (``FilledCache``).
 
     Raises:
         MptkError: the cache holds anything but keys and values, or the forward fails.
     """
-    tensors = _fake_cache(FilledCache(model))
+    given = {"input_ids": torch.ones(BATCH, SEQUENCE, dtype=torch.long)} if example is None else example
+    tensors = _fake_cache(FilledCache(model, list(given)), tuple(given.values()))
     return [
         CacheLayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
         for key, value in zip(tensors[::2], tensors[1::2], strict=True)
     ]
 
 
-def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
-    input_ids = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
+def _fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             named = [*filled.named_parameters(), *filled.named_buffers()]
             weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
-            cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, (input_ids.clone(),))
+            cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, tuple(x.clone() for x in given))
     except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
-        program = export_program(filled, (input_ids,))
+        program = export_program(filled, given)
         outputs = cast("Sequence[fx.Node]", program.graph.graph.output_node().args[0])
         cache = tuple(node.meta["val"] for node in outputs)
     except MptkError:

@@ -5,7 +5,8 @@ shares them, and attends. ONNX ``Attention`` (opset 23) takes the past as inputs
 supports grouped heads, so nothing is repeated in memory. For every Attention node:
 
 1. If K and V are ``repeat(Concat(past, new))`` (the repeat is optional) and ``past`` is a graph input, the node takes
-   ``new`` and ``past``. Its present outputs replace the concatenations, also as the graph's outputs.
+   ``new`` and ``past``. Its present outputs replace the concatenations, also as the graph's outputs. A slice as ``new``
+   may be empty, which ONNX Runtime's Attention refuses: then the concatenations stay.
 2. If then query, new key and new value are ``Transpose(Reshape(x))``, with or without rotary embedding, and the result
    goes through ``Reshape(Transpose(y))``, the transposes and reshapes are dropped. Attention and rotary embedding then
    work on the projections' own layout [batch, sequence, heads × dim].
@@ -90,7 +91,7 @@ def _cached(operand: ir.Value | None) -> _Cached | None:
     if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", None) not in (2, -2):
         return None
     past, new = concat.inputs
-    if past is None or new is None or not past.is_graph_input():
+    if past is None or new is None or not past.is_graph_input() or producer(new, "Slice") is not None:
         return None
     return _Cached(past, new, present)
 

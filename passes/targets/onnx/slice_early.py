@@ -1,0 +1,98 @@
+"""slice_early: take rows before a product and not after it.
+
+``Slice(Transpose(Reshape(MatMul(x, W) + b)))`` along an axis of ``x`` becomes ``Transpose(Reshape(MatMul(Slice(x), W) +
+b))``. The decoder of an encoder–decoder so computes keys and values only of the positions that its cache lacks: of all
+in the first step, of none after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+class SliceEarlyPass(ir.passes.InPlacePass):
+    """Move each Slice along one axis before the products whose results it reads. Uses the shapes of these values."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "Slice" and node.domain == "":
+                modified |= _move(model.graph, node)
+        if modified:
+            model.graph.sort()
+        return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A node between the product's first input and the Slice, which cuts ``axis`` of its output, ``before`` of that."""
+
+    node: ir.Node
+    axis: int
+    before: int
+
+
+def _move(graph: ir.Graph, node: ir.Node) -> bool:
+    """Move a Slice as far to the front as it goes. Returns whether it passed a product."""
+    axes, (sliced,) = _numbers(node.inputs[3] if len(node.inputs) > 3 else None), node.outputs
+    if axes is None or len(axes) != 1 or sliced.is_graph_output() or sliced.shape is None:
+        return False
+    links = list[_Link]()
+    value, axis = node.inputs[0], axes[0] % len(sliced.shape)
+    while (link := _link(value, axis)) is not None:
+        links.append(link)
+        value, axis = link.node.inputs[0], link.before
+    while links and links[-1].node.op_type != "MatMul":
+        links.pop()
+    if not links:
+        return False
+    last, others, first = node.inputs[0], list(node.inputs[1:]), links[-1]
+    steps = ir.tape.Tape()
+    others[2] = steps.op("Constant", [], {"value_ints": [first.before]})
+    first.node.replace_input_with(0, steps.op("Slice", [first.node.inputs[0], *others]))
+    for link in links:
+        _resize(link, sliced.shape[axes[0]], steps)
+    graph.insert_before(node, steps.nodes)
+    assert last is not None
+    ir.convenience.replace_all_uses_with(sliced, last)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _link(value: ir.Value | None, axis: int) -> _Link | None:
+    """The node that makes ``value``, if a slice of ``value`` is what it makes of a slice of its first input."""
+    node = None if value is None else value.producer()
+    if node is None or value is None or node.domain or value.is_graph_output() or len(tuple(value.uses())) > 1:
+        return None
+    if node.op_type == "Transpose":
+        return _Link(node, axis, node.attributes["perm"].as_ints()[axis])
+    shapes = [None if x is None else x.shape for x in node.inputs]
+    source, other, made = shapes[0], shapes[-1], value.shape
+    if node.op_type == "Reshape" and source is not None and made is not None:
+        kept = axis < min(len(source), len(made)) and source[: axis + 1] == made[: axis + 1]
+        known = all(isinstance(size, int) for size in made[axis + 1 :])
+        return _Link(node, axis, axis) if kept and known else None
+    weighs = {"MatMul": 2, "Add": 1}.get(node.op_type)  # the rank of a weight, of a bias
+    rows = weighs is not None and other is not None and len(other) == weighs and axis == 1
+    return _Link(node, axis, axis) if rows else None
+
+
+def _resize(link: _Link, size: int | ir.SymbolicDim, steps: ir.tape.Tape) -> None:
+    """Give the output of a node the ``size`` of its sliced axis."""
+    (made,) = link.node.outputs
+    if made.shape is None:
+        return
+    if link.node.op_type == "Reshape":
+        rest = [int(size) for size in made.shape[link.axis + 1 :]]  # type: ignore[arg-type]
+        as_input = [0] * (link.axis + 1)
+        link.node.replace_input_with(1, steps.op("Constant", [], {"value_ints": [*as_input, *rest]}))
+        link.node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+    made.shape = ir.Shape([size if place == link.axis else old for place, old in enumerate(made.shape)])
+
+
+def _numbers(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a constant."""
+    constant = None if value is None else value.const_value
+    return None if constant is None else [int(number) for number in constant.numpy().reshape(-1)]

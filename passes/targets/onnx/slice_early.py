@@ -27,11 +27,15 @@ class SliceEarlyPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Link:
-    """A node between the product's first input and the Slice, which cuts ``axis`` of its output, ``before`` of that."""
+    """A node between the product's first input and the Slice, which cuts ``axis`` of its output.
+
+    Of its first input, which has ``rank`` axes, it cuts ``before``.
+    """
 
     node: ir.Node
     axis: int
     before: int
+    rank: int
 
 
 def _move(graph: ir.Graph, node: ir.Node) -> bool:
@@ -40,10 +44,11 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
     if axes is None or len(axes) != 1 or sliced.is_graph_output() or sliced.shape is None:
         return False
     links = list[_Link]()
-    value, axis = node.inputs[0], axes[0] % len(sliced.shape)
-    while (link := _link(value, axis)) is not None:
+    rank = len(sliced.shape)
+    value, axis = node.inputs[0], axes[0] % rank
+    while (link := _link(value, axis, rank)) is not None:
         links.append(link)
-        value, axis = link.node.inputs[0], link.before
+        value, axis, rank = link.node.inputs[0], link.before, link.rank
     while links and links[-1].node.op_type != "MatMul":
         links.pop()
     if not links:
@@ -61,22 +66,25 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
-def _link(value: ir.Value | None, axis: int) -> _Link | None:
-    """The node that makes ``value``, if a slice of ``value`` is what it makes of a slice of its first input."""
+def _link(value: ir.Value | None, axis: int, rank: int) -> _Link | None:
+    """The node that makes ``value``, if a slice of ``value`` is what it makes of a slice of its first input.
+
+    ``rank``: of ``value``. Products are those of rows [batch, rows, inputs] with a weight, with or without a bias.
+    """
     node = None if value is None else value.producer()
     if node is None or value is None or node.domain or value.is_graph_output() or len(tuple(value.uses())) > 1:
         return None
     if node.op_type == "Transpose":
-        return _Link(node, axis, node.attributes["perm"].as_ints()[axis])
+        return _Link(node, axis, node.attributes["perm"].as_ints()[axis], rank)
     shapes = [None if x is None else x.shape for x in node.inputs]
     source, other, made = shapes[0], shapes[-1], value.shape
     if node.op_type == "Reshape" and source is not None and made is not None:
         kept = axis < min(len(source), len(made)) and source[: axis + 1] == made[: axis + 1]
         known = all(isinstance(size, int) for size in made[axis + 1 :])
-        return _Link(node, axis, axis) if kept and known else None
-    weighs = {"MatMul": 2, "Add": 1}.get(node.op_type)  # the rank of a weight, of a bias
-    rows = weighs is not None and other is not None and len(other) == weighs and axis == 1
-    return _Link(node, axis, axis) if rows else None
+        return _Link(node, axis, axis, len(source)) if kept and known else None
+    weight = {"MatMul": 2, "Add": 1}.get(node.op_type)  # the rank of a weight, of a bias
+    rows = (axis, rank) == (1, 3) and weight is not None and other is not None and len(other) == weight
+    return _Link(node, axis, axis, rank) if rows else None
 
 
 def _resize(link: _Link, size: int | ir.SymbolicDim, steps: ir.tape.Tape) -> None:

@@ -139,6 +139,21 @@ def test_the_graphs_have_the_names_that_transformers_js_reads(pruned: Path, stoc
     assert presents == [f"present.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
 
 
+def test_blocks_of_the_language_model_are_cut_with_their_caches(tmp_path: Path) -> None:
+    """Of a vision tower whose class leaves out the last block, the graphs' own trace cannot follow."""
+    llava().save_pretrained(tmp_path / "llava")
+    processor().save_pretrained(tmp_path / "llava")
+    data, said = str(write_captions(tmp_path / "pictures")), {}
+    for family, width in {"language_model_layers": 1, "vision_tower_layers": 2}.items():
+        asked = {**ASKED, "widths": {family: width}, "families": (family,)}
+        said[family] = mptk.prune(str(tmp_path / "llava"), tmp_path / family, data=data, **asked).report
+    assert not said["language_model_layers"].notes
+    graph = tmp_path / "language_model_layers" / "onnx" / "decoder_model_merged.onnx"
+    assert len([i for i in ort.InferenceSession(graph).get_inputs() if i.name.startswith("past")]) == 2
+    (note,) = said["vision_tower_layers"].notes
+    assert "no ONNX: another trace of this model runs only some blocks of model.vision_tower" in note
+
+
 def test_the_report_proves_the_graphs_with_and_without_images(pruned: Path) -> None:
     proof = mptk.Report.read(pruned).proof
     assert [row["stage"] for row in proof if "ONNX" in row["stage"]] == [f"ONNX Runtime {stage}" for stage in STAGES]

@@ -275,6 +275,16 @@ def test_a_plan_may_cut_what_the_encoder_hands_on(folders: Path, tmp_path: Path)
     assert session.get_outputs()[0].shape[2] == width < 24
 
 
+@pytest.mark.parametrize("family", ["encoder_layers", "decoder_layers"])
+def test_blocks_are_cut_with_their_caches(folders: Path, tmp_path: Path, family: str) -> None:
+    settings = mptk.Settings(widths={family: 1}, families=(family,), tolerance=1.0, method="random", **SETTINGS)
+    report = mptk.prune(str(folders / "encoder-decoder"), tmp_path / "out", settings).report
+    assert [row["stage"] for row in report.proof][-3:] == ["ONNX Runtime", "ONNX Runtime steps", "ONNX Runtime padded"]
+    graph = onnx.load(tmp_path / "out" / "onnx" / "decoder_model_merged.onnx", load_external_data=False).graph
+    layers = 1 if family == "decoder_layers" else 2
+    assert sum(value.name.startswith("past_key_values.") for value in graph.input) == 4 * layers
+
+
 def test_a_graph_without_a_mask_is_not_said_to_take_padding(folders: Path, tmp_path: Path, inside: Inside) -> None:
     dense = folders / "encoder"
     inside.bound("mptk.tasks.padding.MASK", "no mask")

@@ -214,13 +214,21 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
 
 
 def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
-    """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks."""
+    """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks.
+
+    Raises:
+        MptkError: it removes blocks that ``target`` has some of, as one that runs without the last.
+    """
     same = dict[Axis, Axis]()
     for name, dims in target.weights.items():
         for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
             same.update(zip(leaves(theirs), leaves(own), strict=False))
     blocks = {stack.module: stack.axis for stack in target.stacks}
-    same.update({stack.axis: blocks[stack.module] for stack in source.stacks if stack.module in blocks})
+    for stack in source.stacks:
+        if stack.module in blocks:
+            same[stack.axis] = blocks[stack.module]
+        elif stack.axis in cut.choices and any(name.startswith(f"{stack.module}.") for name in target.weights):
+            raise MptkError(f"another trace of this model runs only some blocks of {stack.module}, which are cut")
     choices = {
         same[axis]: KeptUnits(tuple(same[outer] for outer in kept.scope), kept.table)
         for axis, kept in cut.choices.items()

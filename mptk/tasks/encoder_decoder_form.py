@@ -116,23 +116,24 @@ class EncoderDecoderForm(OnnxForm):
         model = dense.loaded.model
         example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
         past = caches(cache_shapes(model, example))
-        given = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
-        traced, padding = traced_as(dense, EncoderDecoderStep, {**example, **past}, given, lambda output, _: output)
-        check_continues(traced, dense, with_mask(given.inputs))
+        shown = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
+        traced, padding = traced_as(dense, EncoderDecoderStep, {**example, **past}, shown, lambda output, _: output)
+        check_continues(traced, dense, with_mask(shown.inputs))
         *outputs, hidden = output_names(traced.program)
         program = cut(with_outputs(traced.program, outputs), dense, plan, log, dense.program)
         program = with_outputs(program, [*output_names(program), hidden])
         step(0, 0, "translate the graph")
-        read = [name for name in traced.names if name != DECODER_IDS and name not in past]
-        names = {name: new for name, new in DECODER_NAMES.items() if name in (*traced.names, HIDDEN)}
-        present = [name.replace("past_key_values", "present") for name in past]
+        given = [name for name in traced.names if name not in past]
+        kept = list(past)[: len(program.user_inputs) - len(given)]  # the caches of the layers that stay
+        names = {name: new for name, new in DECODER_NAMES.items() if name in (*given, HIDDEN)}
+        present = [name.replace("past_key_values", "present") for name in kept]
         emit_onnx(
             program,
             folder,
-            Interface({name: axes_of(name) for name in traced.names}, (LOGITS, *present, HIDDEN)),
+            Interface({name: input_axes(name) for name in (*given, *kept)}, (LOGITS, *present, HIDDEN)),
             parts={
-                ENCODER_FILE: GraphPart({name: name for name in read}, (HIDDEN,)),
-                MERGED_FILE: GraphPart(names | {name: name for name in past}, (LOGITS, *present)),
+                ENCODER_FILE: GraphPart({name: name for name in given if name != DECODER_IDS}, (HIDDEN,)),
+                MERGED_FILE: GraphPart(names | {name: name for name in kept}, (LOGITS, *present)),
             },
             objective=dense.settings.objective,
             metadata=about(dense, plan) | padding,
@@ -167,14 +168,12 @@ def caches(shapes: Sequence[CacheLayerShape]) -> Named:
     return dict(zip(names, found, strict=True))
 
 
-def axes_of(name: str) -> Axes:
+def input_axes(name: str) -> Axes:
     """The names of an input's axes."""
     side = next((side for side in SIDES if f".{side}." in name), None)
-    return (
-        DECODER_AXES.get(name, TEXT_AXES)
-        if side is None
-        else ("batch_size", None, f"past_{side}_sequence_length", None)
-    )
+    if side is None:
+        return DECODER_AXES.get(name, TEXT_AXES)
+    return "batch_size", None, f"past_{side}_sequence_length", None
 
 
 def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) -> None:

@@ -47,7 +47,7 @@ from passes.frontend.trace_decoder import (
     zeros,
 )
 from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, step_interface
+from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, decoder_interface
 from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
@@ -115,7 +115,8 @@ class ImageTextForm(OnnxForm):
         *outputs, features, embeds, merged = output_names(whole)
         program = cut(with_outputs(whole, outputs), dense, plan, log, dense.program)
         step(0, 0, "translate the graph")
-        decoder = step_interface(len(shapes), AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES)
+        axes = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
+        decoder = decoder_interface(program, axes, before=len(images))
         read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
         emit_onnx(
             with_outputs(program, [*output_names(program), features, embeds, merged]),

@@ -45,7 +45,7 @@ class Interface:
     outputs: Sequence[str]
 
 
-def decoder_interface(program: Program) -> Interface:
+def decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
     """The names of a traced decoding step.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
@@ -53,19 +53,16 @@ def decoder_interface(program: Program) -> Interface:
     [batch_size, heads, past_sequence_length, dim]; past_sequence_length may be 0. Outputs: logits [batch_size,
     sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
 
+    ``positions``: the axes of position_ids. ``before``: how many inputs the program has before these.
+
     Raises:
         MptkError: the program is not a traced decoder.
     """
-    layers, rest = divmod(len(program.user_inputs) - 3, 2)
+    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
+    layers, rest = divmod(len(program.user_inputs) - before - len(tokens), 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
-    return step_interface(layers)
-
-
-def step_interface(layers: int, positions: Axes = TOKEN_AXES) -> Interface:
-    """``decoder_interface`` of a decoder of ``layers`` layers. ``positions``: the axes of position_ids."""
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     past = {f"past_key_values.{part}": PAST_AXES for part in parts}
     return Interface({**tokens, **past}, ["logits", *(f"present.{part}" for part in parts)])
 

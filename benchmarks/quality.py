@@ -13,6 +13,7 @@ names; how long the row itself takes does not count. A method's name may have ad
 
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
+    +wN        with N calibration windows in place of 96
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
     +kvN       with N KV heads a layer, merged before anything is chosen
     +shareNN   with NN % of the steps for masks
@@ -74,13 +75,14 @@ def settings(
     )
     for share in (addition.removeprefix("share") for addition in additions if addition.startswith("share")):
         learning = replace(learning, mask_share=int(share) / 100)
+    windows = [int(addition[1:]) for addition in additions if addition[0] == "w" and addition[1:].isdigit()] or [96]
     kv_heads = [int(addition.removeprefix("kv")) for addition in additions if addition.startswith("kv")]
     found = Settings(
         method=name,
         kv_heads=kv_heads[0] if kv_heads else None,
         sparsity=sparsity,
         data=str(work / "training.jsonl"),
-        samples=96 if minutes is None else None,
+        samples=windows[0] if minutes is None else None,
         minutes=minutes,
         widths=widths,
         portable=False,

@@ -7,7 +7,8 @@ No model is known by name. A list of modules is a stack of blocks if each of the
    weight. Several additions in a row (attention, then feed-forward) and norms behind them are such a path.
 
 A block stays, with the reason, if more than its result is used elsewhere: a position bias that other blocks read, a
-weight that they share, memory of others that it writes. A KV cache that only it continues goes with it. If lists are
+weight that they share, memory of others that it writes; or if its result is not used, as that of the last block of a
+vision tower of which a class reads the last but one. A KV cache that only it continues goes with it. If lists are
 nested, the outermost one counts.
 """
 
@@ -91,7 +92,8 @@ class _BlockSearch:
             x, y = next(((x, y) for x, y in ends if x is before), ends[0])
             caches = {i: o for i, o in self.facts.caches.items() if o in nodes}
             path = f"{prefix(self.module)}{unit}"
-            reason = next(self._reasons(unit, nodes, [e for e in exits if e is not y], set(caches.values())), "")
+            others = [e for e in exits if e is not y]
+            reason = next(self._reasons(unit, nodes, others, set(caches.values())), _unread(y, nodes))
             found.append(Block(path, x, y, frozenset(nodes), caches, reason))
         return found
 
@@ -145,6 +147,14 @@ class _BlockSearch:
     def _owns(self, name: str, unit: int) -> bool:
         at = numbered(self.module, name)
         return at is not None and at[0] == unit
+
+
+def _unread(result: fx.Node, nodes: set[fx.Node]) -> str:
+    """Why a block stays whose result counts zero times: its class counts the others from the end of the list."""
+    sums = [user for user in result.users if user not in nodes]
+    factors = [user for node in sums if base_name(node.target) == "sum" for user in node.users]
+    zero = factors and all(base_name(user.target) == "mul" and 0.0 in user.args for user in factors)
+    return "the model leaves its result out" if zero and len(factors) == len(sums) else ""
 
 
 def _place(node: fx.Node) -> str:

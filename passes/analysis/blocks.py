@@ -7,9 +7,9 @@ No model is known by name. A list of modules is a stack of blocks if each of the
    weight. Several additions in a row (attention, then feed-forward) and norms behind them are such a path.
 
 A block stays, with the reason, if more than its result is used elsewhere: a position bias that other blocks read, a
-weight that they share, memory of others that it writes; or if its result is not used, as that of the last block of a
-vision tower of which a class reads the last but one. A KV cache that only it continues goes with it. If lists are
-nested, the outermost one counts.
+weight that they share, memory of others that it writes. It also stays if its result is not used: some classes read a
+vision tower's last block but one. A KV cache that only it continues goes with it. If lists are nested, the outermost
+one counts.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ POSITIONS_READ = 3
 
 
 class RestLayer(DynamicLayer):
-    """A layer's cache of the encoder's output. The model gives it all positions in each call; it adds the missing ones."""
+    """A layer's cache of the encoder's output. Each call gives it all positions; it adds the missing ones."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Settings
-from mptk.api.recovery import needed
 from mptk.chain.amounts import LEAST_STEPS, in_time, resumed, said, settled
 from mptk.chain.estimate import estimator
+from mptk.chain.recovery import needed
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.api.compiler import check_whole, trace
+from mptk.api.pruned import Pruned
 from mptk.api.sources import GivenInputs, source_of
 from mptk.api.words import public
 from mptk.arguments import check_arguments
@@ -52,6 +53,7 @@ from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import describe, quantized_extras
 from mptk.tasks import CAUSAL_LM, form_of, open_task
 from mptk.tasks.exporting import cut
+from mptk.tasks.of_folder import inputs_of_folder
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
@@ -64,7 +66,7 @@ __all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
 @public
 @sources_forgotten()
 def export(
-    model: nn.Module,
+    model: nn.Module | Pruned,
     folder: str | Path,
     *,
     example_inputs: GivenInputs | None = None,
@@ -83,7 +85,7 @@ def export(
     plain module, as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
 
     Args:
-        model: with real weights; of any float type.
+        model: with real weights; of any float type. Of a ``Pruned`` its model, with the weights that it has now.
         folder: made if missing.
         example_inputs: as in ``prune``: only for a module that is not a transformers model, which needs them.
         logits: for ``"all"`` positions or only the ``"last"``, which saves a sixth of a small model's prefill.
@@ -102,6 +104,9 @@ def export(
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
+    if isinstance(model, Pruned):
+        inputs = inputs_of_folder(model.proven, model.report)
+        model, example_inputs = model.model, inputs if example_inputs is None else example_inputs
     if not isinstance(model, PreTrainedModel):
         return _export_module(model, Path(folder), example_inputs, plan, settings, metadata)
     form, name = form_of(model) or CAUSAL_LM.onnx, type(model).__name__
@@ -139,11 +144,14 @@ def _export_module(
 
 
 @public
-def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto") -> GgufFolder:
+def gguf(
+    folder: str | Path | Pruned, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto"
+) -> GgufFolder:
     """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
     Args:
-        folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target.
+        folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target; or a ``Pruned``, with
+            the weights that it has now.
         like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
             the folder. A folder of the graph target needs it.
         type: the type of the matrices; auto: the type in which the folder has them.
@@ -153,6 +161,7 @@ def gguf(folder: str | Path, out: str | Path, *, like: str | Path | None = None,
             or ``out`` cannot be written.
         ProofError: the written file differs from the folder.
     """
+    folder = folder.place if isinstance(folder, Pruned) else folder
     place, pattern = path_of(folder), None if like is None else models.locate(str(like))
     if pattern is not None and pattern.is_dir():
         raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from mptk.api.changed import Origin, Snapshot, check_same, saved_files, write_again
 from mptk.api.display import shown
 from mptk.api.samples import Data, check_texts, given, names_of
 from mptk.api.sources import GivenInputs, Model, source_for
@@ -24,10 +25,10 @@ from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import json_text, scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
-from mptk.io.live import unwrapped
+from mptk.io.live import forget_folder, unwrapped
 from mptk.ir.passes import Log, PassRecord
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
@@ -35,7 +36,7 @@ from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
-from mptk.publish.folder import publish
+from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import MARKER, check_manifest
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
@@ -47,26 +48,48 @@ Shown = Progress | Literal["auto"] | None
 class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
+    Weights of ``model`` that were changed since, as by training, count everywhere: in ``save``, ``place``,
+    ``mptk.evaluate``, ``mptk.generate`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
+
     Attributes:
         plan: the units that were kept.
         report: what ``report.json`` says: settings, widths, costs, quality, proof.
         folder: where it was written; None if it was not written.
+        proven: the folder whose files were proven, which may be temporary; ``model`` may have later weights.
     """
 
-    def __init__(self, report: Report, place: Path, *, compiled: Compiled | None = None, kept: object = None) -> None:
-        """``place``: the folder. ``kept``: for a temporary folder, the object that removes it at the end."""
+    def __init__(
+        self,
+        report: Report,
+        place: Path,
+        *,
+        compiled: Compiled | None = None,
+        kept: object = None,
+        origin: Origin | None = None,
+    ) -> None:
+        """``place``: the folder. ``kept``: for a temporary folder, the object that removes it at the end.
+
+        ``origin``: what is known of the run that made it.
+        """
         self.report, self.plan = report, plan_of(place)
+        self._reported = json_text(report.to_json())
         self.compiled = compiled
-        self._place, self._kept = place, kept
+        self.proven, self._kept, self._origin = place, kept, origin or Origin()
+        self._snapshot: Snapshot | None = None
+        self._tokenizer_files: dict[str, bytes] | None = None
         self.folder: Path | None = place if kept is None else None
 
     @staticmethod
     @public
-    def open(folder: str | Path) -> Pruned:
-        """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published."""
+    def open(folder: str | Path, *, model: str | Path | nn.Module | None = None) -> Pruned:
+        """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published.
+
+        ``model``: the dense model, if it has moved or was pruned in memory. Only changed weights need it, to be proven.
+        """
         report = Report.read(folder)
         check_manifest(Path(folder))
-        return Pruned(report, Path(folder))
+        dense = str(model) if isinstance(model, Path) else model
+        return Pruned(report, Path(folder), origin=Origin(model=dense))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -80,38 +103,91 @@ class Pruned:
         Raises:
             MptkError: a file of the folder is damaged.
         """
-        if (self._place / "config.json").is_file():
-            trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self._place)
-            with reporting(None):
-                return models.load(str(self._place), dtype=dtype, trust_remote_code=trust, local=True).model
-        return open_archive(self._place / ARCHIVE, read_weights(self._place)).module().eval()
+        found = self._opened()
+        self._snapshot = Snapshot.of(found)
+        return found
 
-    @property
+    def _opened(self) -> nn.Module:
+        """The model as the folder holds it."""
+        if not (self.proven / "config.json").is_file():
+            return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
+        trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self.proven)
+        with reporting(None):
+            found = models.load(str(self.proven), dtype=dtype, trust_remote_code=trust, local=True).model
+        if self._kept is not None:  # a temporary folder's name would be in what is written of the model
+            forget_folder(found, self.proven)
+        return found
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer: the dense model's, without the tokens that were removed."""
         if self.compiled is not None:
-            return self.compiled.prepared.loaded.tokenizer
-        return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
+            found = self.compiled.prepared.loaded.tokenizer
+        else:
+            found = models.load_tokenizer(str(self.proven)) if models.has_tokenizer(self.proven) else None
+        self._tokenizer_files = None if found is None else saved_files(found)
+        return found
+
+    @property
+    def changed(self) -> bool:
+        """Whether ``model`` has other weights than the folder. Raises MptkError if it has other parameters."""
+        if "model" not in self.__dict__:
+            return False
+        if self._snapshot is None:  # the caller put a model of their own here
+            self._snapshot = Snapshot.of(self._opened())
+        return self._snapshot.differs(self.model)
 
     @public
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the same folder as ``prune``: checkpoint, plan, report, proof, manifest. Returns it.
 
-        Later changes of ``model`` are not in it; after training, use ``model.save_pretrained``. ``overwrite``: as in
-        ``Settings``.
+        Changed weights of ``model`` are written and proven with all files; the report and the card say so. The quality
+        is measured again if the result is from ``prune`` or ``recover`` in this process, and left out if it was opened.
+        ``overwrite``: as in ``Settings``.
 
         Raises:
-            MptkError: ``folder`` exists and was not made by mptk, or holds other files; or it cannot be written.
+            MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
+                the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
+        check_replaceable(Path(folder), overwrite)
+        self._check_unchanged()
+        place = self.place
         with publish(folder, overwrite=overwrite) as new:
-            shutil.copytree(self._place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
+            shutil.copytree(place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
         self.folder = self.folder or Path(folder)
         return Path(folder)
 
+    def _check_unchanged(self) -> None:
+        """Raise MptkError if something other than weights was changed in memory."""
+        check_same("plan", self.plan.digest, plan_of(self.proven).digest)
+        check_same("report", json_text(self.report.to_json()), self._reported)
+        if (words := self.__dict__.get("tokenizer")) is not None:
+            check_same("tokenizer", saved_files(words), self._tokenizer_files)
+        if self._snapshot is not None:
+            self._snapshot.check_configs(self.model)
+
     @property
     def place(self) -> Path:
-        """The folder that holds the model, at least as long as this object lives."""
-        return self._place
+        """The folder that holds the model with its present weights, at least as long as this object lives.
+
+        Changed weights are written and proven first, into a temporary folder.
+        """
+        if self.changed:
+            self._check_unchanged()
+            self._write_again()
+        return self.proven
+
+    def _write_again(self) -> None:
+        """Write the present weights into a temporary folder, which takes the place of the folder."""
+        assert self._snapshot is not None
+        kept, weights = scratch(), self._snapshot.weights(self.model)
+        out = kept.folder / "pruned"
+        with reporting("auto") as say:
+            found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
+        self.report, self.compiled = (found, None) if isinstance(found, Report) else (found.report, found.compiled)
+        self._reported = json_text(self.report.to_json())
+        self.proven, self._kept = out, kept
+        self._snapshot = Snapshot.of(self.model)
 
     def __repr__(self) -> str:
         cut = {name: f for name, f in self.report.families.items() if f["width"] < f["of"]}
@@ -203,7 +279,11 @@ def finished(
     made, settings = job(kept.folder / "pruned" if kept is not None else Path(str(out)))
     with reporting(progress) as say:
         found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
-    return None if found is None else Pruned(found.report, made.out, compiled=found.compiled, kept=kept)
+    if found is None:
+        return None
+    prepared = found.compiled.prepared
+    origin = Origin((prepared.given, prepared.task), sets=found.sets)
+    return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
 
 
 @contextmanager

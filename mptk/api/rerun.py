@@ -53,6 +53,8 @@ def rerun(
         raise MptkError(
             f"{folder} has no {RECIPE_FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
         )
+    if before.changed:
+        raise MptkError(f"the weights of {folder} were changed in memory, which mptk rerun cannot repeat; prune again")
     if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     if before.settings.shared:

@@ -130,13 +130,17 @@ class _Programs:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
+            if model.changed:
+                self._take("dense", (prepared.compared, prepared.task))
+                self._take("pruned", self._open_present(model))
+                return
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
             if prepared.task.only_length(prepared.analysis.program) is not None:
                 self.modules = {"dense": prepared.compared.whole(), "pruned": model.model}
             return
-        place = model.place if isinstance(model, Pruned) else model
-        small = self._open(place)
+        place = model.proven if isinstance(model, Pruned) else model
+        small = self._open_present(model) if isinstance(model, Pruned) and model.changed else self._open(place)
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
@@ -158,6 +162,13 @@ class _Programs:
             inputs = inputs_of_folder(Path(model), Report.read(model))
         source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
         return source.load(self.resident)
+
+    def _open_present(self, pruned: Pruned) -> tuple[models.Loaded, Task]:
+        """A pruned model with the weights that it has in memory."""
+        inputs = self.example_inputs
+        inputs = inputs_of_folder(pruned.proven, pruned.report) if inputs is None else inputs
+        words = self.tokenizer or pruned.tokenizer
+        return source_of(pruned.model, trust=self.trust, tokenizer=words, example_inputs=inputs).load(self.resident)
 
     def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
@@ -275,8 +286,8 @@ def continuations(folder: Path, prompts: Sequence[str], tokens: int, dense: str 
 
 def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
-    if isinstance(model, Pruned):
-        return model.place if any(model.place.glob("onnx/*.onnx")) else None
+    if isinstance(model, Pruned):  # a graph holds no weights that were changed in memory
+        return model.proven if any(model.proven.glob("onnx/*.onnx")) and not model.changed else None
     return None if isinstance(model, nn.Module) else model
 
 

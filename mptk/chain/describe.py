@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +44,7 @@ def describe(
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
+    rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.row())}
     figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
@@ -57,7 +59,7 @@ def describe(
         trained=chosen.trained,
         weights_sha256=weights_digest(folder),
         quality={},
-        quantized=_sizes(folder / ONNX_FOLDER, prepared.task.onnx),
+        quantized=graph_sizes(folder / ONNX_FOLDER, prepared.task.onnx),
         proof=[d.as_dict() for d in proven.differences],
         proof_length=proven.length,
         config_changes={} if compiled.written is None else config_changes(compiled.written, folder),
@@ -74,7 +76,7 @@ def describe(
         recovery=compiled.recovery,
         search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        **{each.name: row for each in prepared.conversions if (row := each.row())},
+        **rows,
     )
 
 
@@ -126,14 +128,19 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
         for scheme, row in report.quantized.items()
     }
     report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
+    publish_report(report, compiled, folder)
+    return report
+
+
+def publish_report(report: Report, compiled: Compiled, folder: Path) -> None:
+    """Put another report, and the card that says the same, into a published folder."""
     with amend(folder) as new:
         report.write(new)
         write_card(report, compiled, new)
         update_manifest(new, REPORT_FILE, CARD)
-    return report
 
 
-def _sizes(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str | int]]:
+def graph_sizes(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str | int]]:
     """Scheme → the file of its main graph in the checkpoint, and the bytes of all its graphs."""
     main = "" if form is None else form.graphs[0]
     return {

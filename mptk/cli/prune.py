@@ -95,8 +95,9 @@ def recover(
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api.recovery import needed, recover
+    from mptk.api.recovery import recover
     from mptk.chain.amounts import settled
+    from mptk.chain.recovery import needed
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")

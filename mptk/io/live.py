@@ -150,8 +150,23 @@ def _most(model: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+FOLDERS: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
+"""Model → the temporary folder that it was loaded from, which its own name does not say."""
+
+
+def forget_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Take the name of a temporary folder out of a model, so that nothing that is written of it names the folder.
+
+    Within this process a run that starts from the model still finds its tokenizer there.
+    """
+    model.name_or_path = model.config.name_or_path = ""
+    FOLDERS[model] = folder
+
+
 def _home(model: nn.Module) -> Path | None:
     """The folder that a transformers model was loaded from, if it is on this machine."""
+    if (known := FOLDERS.get(model)) is not None and known.is_dir():
+        return known
     if not isinstance(model, PreTrainedModel) or name_of(model) == type(model).__name__:
         return None
     try:

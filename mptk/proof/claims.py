@@ -96,7 +96,7 @@ def check_numbers(
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or compared
-    learned = fits or method.learns or settings.steps
+    learned = fits or method.learns or settings.steps or report.changed
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
     if (folder / COMPENSATION).is_file():

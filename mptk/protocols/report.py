@@ -198,7 +198,8 @@ class Report:
     its graph. ``proof``: one row for each stage. ``live``: the dense model was given in memory, and ``model_sha256``
     covers only its weights. ``versions``: of Python and of the packages that compute. ``recovery``, ``vocabulary``,
     ``kv_heads``: empty if nothing was trained, or all tokens or all heads stay. ``search``: the ranking of ``mptk
-    shapes --json``, whose first shape was cut; empty without a search.
+    shapes --json``, whose first shape was cut; empty without a search. ``changed``: the weights were changed in memory
+    after the cut, through ``Pruned.model``.
     """
 
     mptk: str
@@ -229,6 +230,7 @@ class Report:
     search: Annotated[Row, AfterValidator(_ranking)] = field(default_factory=dict)
     vocabulary: Annotated[Row, _of(VocabularyRow), _OR_EMPTY] = field(default_factory=dict)
     kv_heads: Annotated[Row, _of(HeadsRow), _OR_EMPTY] = field(default_factory=dict)
+    changed: bool = False
 
     def to_json(self) -> Json:
         """The content of ``report.json``."""

@@ -37,8 +37,11 @@ FEATURE_TASKS = {"pixel_values": "image-feature-extraction"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
 
-def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
-    """Write ``README.md``. ``folder``: with all other files. ``report``: its quality may still be unknown."""
+def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
+    """Write ``README.md``. ``folder``: with all other files. ``report``: its quality may still be unknown.
+
+    ``compiled``: None for a module's graph whose dense module is not in memory.
+    """
     graphs = sorted((folder / "onnx").glob("*.onnx"))
     environment = Environment(  # of Markdown: names go through ``code``
         loader=PackageLoader("mptk.report"),
@@ -63,9 +66,9 @@ def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
     write_text(folder / CARD, said)
 
 
-def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
+def metadata(report: Report, compiled: Compiled | None, folder: Path) -> ModelCardData:
     """The fields that a model hub reads. The licence is the dense model's, if its card names one."""
-    said = licence.stated(compiled.prepared.loaded.path)
+    said = {} if compiled is None else licence.stated(compiled.prepared.loaded.path)
     if "license" not in said and report.model in ALIASES:
         said |= licence.as_fields(ALIASES[report.model].licence)
     tags = ["pruned", "structured-pruning", "mptk"]
@@ -73,7 +76,7 @@ def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
         tags.append("onnx")
     sentences = (folder / "modules.json").is_file()
     known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else library_of(compiled)}
-    if compiled.written is None:
+    if compiled is None or compiled.written is None:
         known = {}
     elif tag := "sentence-similarity" if sentences else pipeline_tag(compiled.written.stock):
         known["pipeline_tag"] = tag
@@ -118,12 +121,12 @@ def sizes(report: Report, folder: Path, graphs: Sequence[Path]) -> Table:
 # ---- how a folder is loaded ----
 
 
-def loading(compiled: Compiled, folder: Path) -> dict[str, object]:
+def loading(compiled: Compiled | None, folder: Path) -> dict[str, object]:
     """What loads a folder: a ``library``, its class of the model (``auto``), and its class of what makes inputs."""
     other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     text = (folder / "tokenizer_config.json").is_file()
     trusts = any(folder.glob("*.py"))
-    stock = None if compiled.written is None else compiled.written.stock
+    stock = None if compiled is None or compiled.written is None else compiled.written.stock
     whole = (folder / PIPELINE).is_file()
     return {
         "library": library_of(compiled),
@@ -135,9 +138,9 @@ def loading(compiled: Compiled, folder: Path) -> dict[str, object]:
     }
 
 
-def library_of(compiled: Compiled) -> str:
+def library_of(compiled: Compiled | None) -> str:
     """The library whose class the written checkpoint has, if it has one."""
-    written = compiled.written
+    written = None if compiled is None else compiled.written
     return "diffusers" if written is not None and isinstance(written.cut, DiffusersConfig) else "transformers"
 
 

@@ -1,0 +1,204 @@
+"""changed: what a user changed in a ``Pruned``. Weights are written and proven again; all else is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.api.sources import source_of
+from mptk.chain.describe import graph_sizes
+from mptk.chain.job import Finished
+from mptk.chain.recovery import recovery
+from mptk.chain.rewritten import CHANGED, ChangedWeights, write_changed_weights
+from mptk.compile.trace import traced
+from mptk.errors import MptkError
+from mptk.files import scratch
+from mptk.io.checkpoint import save_tokenizer
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident
+from mptk.io.tensors import write_weights
+from mptk.io.untrusted import load_tensors
+from mptk.ir.passes import Log
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.proof.claims import LATER
+from mptk.proof.proof import check_proof
+from mptk.protocols.onnx_form import Dense
+from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
+from mptk.protocols.task import Task
+from mptk.protocols.values import Context, SampleSets
+from mptk.publish.folder import publish
+from mptk.publish.licence import CARD
+from mptk.publish.manifest import MARKER, listed, weights_digest
+from mptk.reading import damaged
+from mptk.report.card import write_card
+from mptk.staged.staged import EXECUTOR
+from mptk.targets.archive import ARCHIVE, open_archive
+from mptk.targets.graph import WEIGHTS, read_weights
+from mptk.tasks.module import Module
+from passes.targets.onnx.names import ONNX_FOLDER
+from passes.verify import TOLERANCE, StageOutputs, prove
+
+PASSING = frozenset(["_name_or_path", "dtype", "output_attentions", "output_hidden_states", "torch_dtype", "use_cache"])
+"""Entries of a config that training changes for a time, and that change no output: not compared."""
+MADE_ANEW = (MARKER, CARD, REPORT_FILE, WEIGHTS, ONNX_FOLDER, LATER)
+"""What is not copied from a folder whose weights are written again."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model as it was opened: the types and a digest of its weights, and its configs."""
+
+    types: Mapping[str, torch.dtype]
+    digest: str
+    configs: Mapping[str, Mapping[str, object]]
+
+    @staticmethod
+    def of(module: nn.Module) -> Snapshot:
+        """The snapshot of a module now."""
+        types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        return Snapshot(types, _digest(module.state_dict()), _configs(module))
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's present weights in the types that they were opened in, on the CPU.
+
+        Raises:
+            MptkError: it has other weights now, as adapters add them.
+        """
+        found = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        if other := sorted(found.keys() ^ self.types.keys()):
+            raise MptkError(
+                f"model has other parameters than the pruned model ({other[0]}); merge or remove adapters first, for "
+                "example with merge_and_unload()"
+            )
+        return {name: tensor.to("cpu", self.types[name]) for name, tensor in found.items()}
+
+    def differs(self, module: nn.Module) -> bool:
+        """Whether the module has other numbers now. Raises MptkError as ``weights``."""
+        return _digest(self.weights(module)) != self.digest
+
+    def check_configs(self, module: nn.Module) -> None:
+        """Raise MptkError if a config of the module was changed."""
+        for name, now in _configs(module).items():
+            before = self.configs[name]
+            if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
+                raise MptkError(
+                    f"{name} of model was changed in memory ({fields[0]}), and a pruned folder has the config that was "
+                    "proven; put it back, or write the model by itself with model.save_pretrained(DIR)"
+                )
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
+    if not isinstance(module, PreTrainedModel):
+        return {}
+    found = {"config": module.config, "generation_config": getattr(module, "generation_config", None)}
+    return {
+        name: {key: value for key, value in config.to_dict().items() if key not in PASSING}
+        for name, config in found.items()
+        if config is not None
+    }
+
+
+def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that a tokenizer writes, to see whether it was changed."""
+    with scratch() as place:
+        save_tokenizer(tokenizer, place.folder)
+        return {file.name: file.read_bytes() for file in place.folder.iterdir()}
+
+
+def check_same(what: str, now: object, before: object) -> None:
+    """Raise MptkError if what a ``Pruned`` holds is not as its folder says."""
+    if now != before:
+        raise MptkError(
+            f"{what} of this result was changed in memory, and a pruned folder says what was proven; open the folder "
+            "again with Pruned.open, or prune again"
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the run that made a folder: the dense model, its task, and the samples; None if it is not."""
+
+    opened: tuple[Loaded, Task] | None = None
+    model: str | nn.Module | None = None
+    sets: SampleSets | None = None
+
+
+def write_again(
+    place: Path, out: Path, report: Report, weights: Mapping[str, Tensor], origin: Origin, context: Context
+) -> Finished | Report:
+    """Write the pruned folder ``place`` to ``out`` with other weights, and prove it.
+
+    The graph of a module whose dense module is not in memory is compared with itself, in a process of its own weights:
+    its structure is the one that was proven.
+
+    Raises:
+        MptkError: the dense model is needed and not found; or as ``mptk.prune``.
+    """
+    plain = report.live and (place / ARCHIVE).is_file() and not (place / "config.json").is_file()
+    if plain and origin.opened is None and origin.model is None:
+        return _write_graph(place, out, report, weights)
+    used = replace(report.settings, resume=False, overwrite=False, minutes=None)
+    job, settings = recovery(place, out, used, origin.model, origin.opened)
+    return write_changed_weights(ChangedWeights(place, report, weights, origin.sets), job, settings, context)
+
+
+def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, Tensor]) -> Report:
+    """Write a module's folder with other weights. What is read back must compute what these weights do in memory."""
+    stored = load_tensors(place / WEIGHTS, damaged(place / WEIGHTS))
+    new = {name: weights[name].to(tensor.dtype) for name, tensor in stored.items()}
+    in_memory = open_archive(place / ARCHIVE, Weights(new))
+    samples = Samples(load_tensors(place / PROVEN_ON, damaged(place / PROVEN_ON)))
+    with publish(out) as folder:
+        shutil.copytree(place, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*MADE_ANEW))
+        write_weights(folder / WEIGHTS, Weights(new))
+        reloaded = open_archive(folder / ARCHIVE, read_weights(folder))
+        stages: dict[str, tuple[Program | StageOutputs, float]] = {"reloaded weights": (reloaded, TOLERANCE)}
+        if (place / ONNX_FOLDER).is_dir():
+            stages |= _write_onnx(reloaded.module().eval(), folder / ONNX_FOLDER, report, samples)
+        proof = prove(in_memory, stages, samples)
+        check_proof(proof, "nothing was written. Please report this model")
+        changed = [name for name, tensor in stored.items() if not tensor.equal(new[name])]
+        found = replace(
+            report,
+            changed=True,
+            trained=list(dict.fromkeys([*report.trained, *changed])),
+            weights_sha256=weights_digest(folder),
+            quality={},
+            quantized=graph_sizes(folder / ONNX_FOLDER, Module(samples).onnx),
+            proof=[d.as_dict() for d in proof],
+            notes=list(dict.fromkeys([*report.notes, CHANGED])),
+            files=sorted([*listed(folder), REPORT_FILE, CARD]),
+        )
+        found.write(folder)
+        write_card(found, None, folder)
+    return found
+
+
+def _write_onnx(
+    module: nn.Module, folder: Path, report: Report, samples: Samples
+) -> Mapping[str, tuple[Program | StageOutputs, float]]:
+    """Write a module's graphs. Returns the stages of their proof."""
+    loaded, task = source_of(module, trust=False, tokenizer=None, example_inputs=samples.inputs).load(Resident(0))
+    form, settings = task.onnx, replace(report.settings, quantize=tuple(report.quantized), strict=True)
+    assert form is not None
+    program = traced(loaded, task, EXECUTOR)
+    form.export(Dense(loaded, settings, program), None, task.example(loaded.model), folder, Log())
+    return form.stages(folder, (), EXECUTOR.device, settings).stages

@@ -1,0 +1,192 @@
+"""What a user changes in a ``Pruned`` is kept: weights that they trained are written, proven and measured; all else is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+import toy_checkpoints as toys
+from gguf import GGUFReader
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mptk
+from mptk import MptkError
+from mptk.api.graphs import gguf
+from mptk.api.rerun import rerun
+
+SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
+SMALL |= {"eval_windows": 3, "eval_length": 24, "progress": None}
+X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+def prune_net(out: Path | None = None) -> mptk.Pruned:
+    return mptk.prune(Net().eval(), out, example_inputs=X, **{**SMALL, "align": 1, "tolerance": 0.2})
+
+
+def train(module: nn.Module, *inputs: Any, **named: Any) -> None:
+    """Three steps that move every weight far."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        found = module(*inputs, **named)
+        (found.loss if hasattr(found, "loss") else (found - 1).square().mean()).backward()
+        optimizer.step()
+
+
+def outputs_in_a_new_process(folder: Path, example: torch.Tensor) -> torch.Tensor:
+    code = (
+        "import sys, torch, mptk\n"
+        "folder, given, found = sys.argv[1:]\n"
+        "with torch.no_grad(): torch.save(mptk.Pruned.open(folder).model(torch.load(given)), found)"
+    )
+    given, found = folder.parent / "given.pt", folder.parent / "found.pt"
+    torch.save(example, given)
+    subprocess.run([sys.executable, "-c", code, str(folder), str(given), str(found)], check=True)
+    return torch.load(found)
+
+
+def test_a_trained_module_is_saved_and_a_new_process_opens_it(tmp_path: Path) -> None:
+    pruned = prune_net()
+    before = pruned.report.weights_sha256
+    train(pruned.model, X)
+    folder = pruned.save(tmp_path / "trained")
+    expected = pruned.model(X).detach()
+    assert torch.allclose(outputs_in_a_new_process(folder, X), expected, atol=1e-6)
+    report = mptk.Report.read(folder)
+    assert report.weights_sha256 != before
+    assert set(report.trained) == {"up.weight", "up.bias", "down.weight", "down.bias"}
+    assert report.quality["pruned"] > 0.5 > mptk.Report.read(prune_net(tmp_path / "plain").folder).quality["pruned"]
+    assert any("changed in memory after the proof of the cut" in note for note in report.notes)
+    assert "changed in memory" in (folder / "README.md").read_text()
+    assert all(row["ok"] for row in report.proof)
+    assert all(d.ok for d in mptk.verify(folder, model=Net()))
+
+
+def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(tmp_path: Path) -> None:
+    prune_net(tmp_path / "out")
+    opened = mptk.Pruned.open(tmp_path / "out")
+    train(opened.model, X)
+    folder = opened.save(tmp_path / "trained")
+    expected = opened.model(X).detach()
+    assert torch.allclose(mptk.Pruned.open(folder).model(X), expected, atol=1e-6)
+    mptk.export(opened, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    assert torch.allclose(torch.tensor(session.run(None, {"x": X.numpy()})[0]), expected, atol=1e-5)
+    report = mptk.Report.read(folder)
+    assert report.quality == {}
+    assert {"reloaded weights", "ONNX Runtime"} <= {row["stage"] for row in report.proof}
+    assert (folder / "onnx" / "model.onnx").is_file()
+    assert all(d.ok for d in mptk.verify(folder, model=Net()))
+    with pytest.raises(MptkError, match="mptk rerun cannot repeat"):
+        rerun(folder, tmp_path / "again")
+
+
+def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path: Path) -> None:
+    toys.llama().save_pretrained(tmp_path / "dense")
+    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 300, (6, 24))
+    pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, onnx=False, **SMALL)
+    first = mptk.evaluate(pruned, ids, length=24, progress=None)["pruned"]
+    train(pruned.model, input_ids=ids, labels=ids)
+    trained = mptk.evaluate(pruned, ids, length=24, progress=None)
+    assert trained["pruned"] < 0.9 * first
+    assert mptk.evaluate(mptk.Pruned.open(tmp_path / "out"), ids, length=24, progress=None)["model"] == pytest.approx(
+        first
+    )
+    folder = pruned.save(tmp_path / "trained")
+    assert mptk.evaluate(folder, ids, length=24, progress=None)["model"] == pytest.approx(trained["pruned"], rel=1e-4)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, pruned.model.lm_head.weight)
+    assert all(d.ok for d in mptk.verify(folder))
+    assert mptk.Report.read(folder).recovery == {}
+    gguf(pruned, tmp_path / "trained.gguf")
+    written = next(t for t in GGUFReader(tmp_path / "trained.gguf").tensors if t.name == "token_embd.weight")
+    assert torch.equal(torch.tensor(written.data), pruned.model.lm_head.weight)
+    opened = mptk.Pruned.open(tmp_path / "out")
+    opened.model.load_state_dict(pruned.model.state_dict())
+    again = mptk.recover(
+        opened, tmp_path / "recovered", data=ids, steps=1, lr=1e-9, batch=2, length=24, onnx=False, progress=None
+    )
+    assert mptk.evaluate(again, ids, length=24, progress=None)["pruned"] == pytest.approx(trained["pruned"], rel=1e-2)
+
+
+def test_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    pruned = mptk.prune(toys.llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
+    place = str(pruned.place)
+    adapted = get_peft_model(pruned.model, LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.unload()
+    for said in (
+        pruned.model.name_or_path,
+        pruned.model.config.name_or_path,
+        (tmp_path / "adapter" / "adapter_config.json").read_text(),
+    ):
+        assert place not in said
+        assert "/tmp/" not in said
+    with torch.no_grad():
+        pruned.model.lm_head.weight.mul_(2)
+    folder = pruned.save(tmp_path / "out")
+    texts = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
+    assert not any(str(name).encode() in text for text in texts for name in (place, pruned.proven))
+
+
+def test_adapters_must_be_merged_first(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    pruned = mptk.prune(toys.llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
+    adapted = get_peft_model(pruned.model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(MptkError, match=r"other parameters than the pruned model.*merge"):
+        pruned.save(tmp_path / "out")
+    adapted.merge_and_unload()
+    assert pruned.save(tmp_path / "out").is_dir()
+
+
+def test_all_else_that_a_user_changes_is_refused_by_name(tmp_path: Path) -> None:
+    toys.llama().save_pretrained(tmp_path / "dense")
+    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    mptk.prune(tmp_path / "dense", tmp_path / "out", data=torch.randint(3, 300, (4, 24)), onnx=False, **SMALL)
+
+    def change_plan(pruned: mptk.Pruned) -> None:
+        pruned.plan = replace(pruned.plan, families={})
+
+    def change_report(pruned: mptk.Pruned) -> None:
+        pruned.report.notes.append("mine")
+
+    def change_tokenizer(pruned: mptk.Pruned) -> None:
+        pruned.tokenizer.add_tokens(["mine"])
+
+    def change_generation(pruned: mptk.Pruned) -> None:
+        pruned.model.generation_config.max_new_tokens = 3
+
+    def change_config(pruned: mptk.Pruned) -> None:
+        pruned.model.config.rope_scaling = {"rope_type": "linear", "factor": 2.0}
+
+    changes = {"plan": change_plan, "report": change_report, "tokenizer": change_tokenizer}
+    changes |= {"generation_config": change_generation, "config": change_config}
+    for name, change in changes.items():
+        pruned = mptk.Pruned.open(tmp_path / "out")
+        change(pruned)
+        with pytest.raises(MptkError, match=rf"{name} .*was changed"):
+            pruned.save(tmp_path / name)
+    assert mptk.Pruned.open(tmp_path / "out").save(tmp_path / "copy").is_dir()
+    assert json.loads((tmp_path / "copy" / "report.json").read_text())["format"]

@@ -91,6 +91,7 @@ def analysed(
     with context.stage("trace"):
         like = like if classed else None  # a graph that is written takes other sizes
         program = traced(loaded, task, executor, settings.length, like, not classed)
+        find_target(settings.target).check_program(program)
     if (length := task.only_length(program)) is not None:
         check_classed(loaded, settings, length)
     with context.stage("analyse"):

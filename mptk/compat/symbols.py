@@ -131,6 +131,15 @@ def evaluated(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> l
     return [found.get(number, number) for number in numbers]
 
 
+def interpret(functions: object, values: Mapping[Symbol, Any], number: SymbolicNumber) -> Any:
+    """An expression computed by ``functions``, an object with a method for each function of sizes.
+
+    Raises:
+        KeyError: a symbol has no value, or a function is unknown.
+    """
+    return sympy_interp(functions, dict(values), number)
+
+
 def symbols_in(number: SymbolicNumber) -> frozenset[Symbol]:
     """The symbols that a number depends on."""
     return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()

@@ -31,19 +31,21 @@ CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_const
 RAW = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+|data/(weights/weight|constants/tensor)_\d+")
 DOTTED_NAME = re.compile(r"[\w.]*")
 OPERATOR = re.compile(
-    r"torch\.ops\.(?!aten\.from_file)\w+\.\w+\.\w+|_operator\.\w+|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+"
+    r"torch\.ops\.(?!aten\.from_file)\w+\.\w+\.\w+|_operator\.\w+|torch\._?sym_\w+|torch\._functorch\.predispatch\.\w+"
     r"|math\.(trunc|ceil|floor)"
 )
-NUMBER_OR_SYMBOL = re.compile(r"[a-z]+\d+|-?\d+(\.\d+)?(e-?\d+)?")
+NUMBER_OR_SYMBOL = re.compile(r"[a-z]+\d+|-?\d+(\.\d+)?(e[+-]?\d+)?")
 FUNCTIONS = {
     *("Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv"),
     *("CeilDiv", "CleanDiv", "IntTrueDiv", "FloatTrueDiv", "PowByNatural", "FloatPow", "ToFloat", "TruncToInt"),
     *("TruncToFloat", "CeilToInt", "FloorToInt", "RoundToInt", "Identity", "ModularIndexing", "Where", "floor"),
     *("ceiling", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And"),
-    *("Or", "Not"),
+    *("Or", "Not", "Abs", "Piecewise", "ExprCondPair", "ITE", "OpaqueUnaryFn_sqrt"),
+    *("BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor"),
 }
 """What ``sympy.srepr`` of a size, or of a condition on sizes, consists of."""
-HIGHEST_POWER = 8
+HIGHEST_POWER, HIGHEST_BASE = 8, 10
+"""Largest exponent that is a number, and largest base with an exponent of sizes: more could fill the memory."""
 NESTED = {"builtins.tuple", "builtins.list", "builtins.dict", None}
 LONGEST_EXPRESSION = 10_000
 """Letters of the longest expression."""
@@ -131,6 +133,8 @@ def arithmetic(text: str) -> bool:
 def _is_arithmetic(node: ast.expr) -> bool:
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, ast.USub) and _is_arithmetic(node.operand)
+    if isinstance(node, ast.Name):
+        return node.id in ("true", "false")
     if isinstance(node, ast.Constant):
         return isinstance(node.value, int | float) or (
             isinstance(node.value, str) and NUMBER_OR_SYMBOL.fullmatch(node.value) is not None
@@ -138,17 +142,32 @@ def _is_arithmetic(node: ast.expr) -> bool:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
         return False
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
-    if "Pow" in node.func.id and not (len(given) == 2 and _is_small(given[1])):
+    if "Pow" in node.func.id and not (
+        len(given) == 2 and (_is_small(given[1]) or (_is_small(given[0], HIGHEST_BASE) and _is_linear(given[1])))
+    ):
         return False
     return all(map(_is_arithmetic, given))
 
 
-def _is_small(power: ast.expr) -> bool:
-    """Whether a power is a number that is computed at once: Integer(2), Float('0.5', precision=53), Rational(1, 2)."""
+def _is_small(number: ast.expr, most: int = HIGHEST_POWER) -> bool:
+    """Whether this is a number of at most ``most``: Integer(2), Float('0.5', precision=53), Rational(1, 2)."""
+    if not isinstance(number, ast.Call) or not isinstance(number.func, ast.Name):
+        return False
+    if number.func.id not in ("Integer", "Float", "Rational"):
+        return False
+    numbers = [float(ast.literal_eval(part)) for part in number.args]
+    return max(map(abs, numbers), default=most + 1) <= most
+
+
+def _is_linear(power: ast.expr) -> bool:
+    """Whether an exponent grows no faster than sizes do: a symbol, or a sum of symbols, each times a small number."""
     if not isinstance(power, ast.Call) or not isinstance(power.func, ast.Name):
         return False
-    numbers = [float(ast.literal_eval(number)) for number in power.args]
-    return power.func.id in ("Integer", "Float", "Rational") and max(map(abs, numbers), default=9) <= HIGHEST_POWER
+    if power.func.id == "Add":
+        return all(map(_is_linear, power.args))
+    if power.func.id == "Mul":
+        return len(power.args) == 2 and _is_small(power.args[0]) and _is_linear(power.args[1])
+    return power.func.id == "Symbol" or _is_small(power, 1000)
 
 
 def _nested(text: str) -> bool:

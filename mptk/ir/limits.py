@@ -6,15 +6,16 @@ fixes something. torch.export knows each as a condition on the sizes. A call tha
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
 import torch
 
 from mptk.errors import MptkError
+from mptk.ir.size_functions import number_at
 
 SymbolicSize = Any
 """A size of an input: a number, or a sympy expression of others."""
@@ -46,12 +47,43 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class SolvedSize:
+    """A size as ``factor · symbol + offset``."""
+
+    symbol: sympy.Symbol
+    factor: int
+    offset: int
+
+
+def solve_size(size: SymbolicSize) -> SolvedSize | None:
+    """A size of an input as a linear function of one symbol; None if it is another one, or a number.
+
+    A module that splits a dimension into pieces makes its size a multiple of a symbol.
+    """
+    if not isinstance(size, sympy.Expr) or len(size.free_symbols) != 1:
+        return None
+    (symbol,) = size.free_symbols
+    offset = size.subs(symbol, 0)
+    factor = sympy.expand(size - offset) / symbol
+    if not (offset.is_Integer and factor.is_Integer and factor > 0):
+        return None
+    return SolvedSize(symbol, int(factor), int(offset))
+
+
+@dataclass(frozen=True)
 class CallSizes:
     """The sizes that a program may be called with: of each input, its name and its sizes. A symbol has one value."""
 
     inputs: tuple[tuple[str, tuple[SymbolicSize, ...]], ...]
     names: tuple[str, ...]
     limits: Limits
+
+    @cached_property
+    def conditions(self) -> tuple[Condition, ...]:
+        """All that the sizes must meet, beside numbers: what the trace asked for, and sizes of more than 1."""
+        symbols = {str(symbol): symbol for symbol in self.symbols()}
+        several = [Condition(sympy.Gt(s, 1, evaluate=False)) for n, s in symbols.items() if n in self.limits.several]
+        return (*self.limits.conditions, *several)
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raise MptkError for the first size of the inputs, in order, for which the program does not hold."""
@@ -63,7 +95,9 @@ class CallSizes:
                     "like the call's inputs"
                 )
             for d, (size, given) in enumerate(zip(sizes, shape, strict=True)):
-                fixed = values.setdefault(size, given) if isinstance(size, sympy.Symbol) else size
+                if (solved := solve_size(size)) is not None and solved.symbol not in values:
+                    values[solved.symbol] = (given - solved.offset) // solved.factor
+                fixed = values[size] if isinstance(size, sympy.Symbol) else size
                 if isinstance(fixed, int | torch.SymInt) and fixed != given:
                     raise self._error(f"{self._dim(k, d)} must be {fixed}{self._line(k, d)}", given)
                 if given == 1 and str(size) in self.limits.several:
@@ -73,14 +107,18 @@ class CallSizes:
     def _check_expressions(self, values: Mapping[sympy.Symbol, int], shapes: Sequence[Sequence[int]]) -> None:
         for k, (_, sizes) in enumerate(self.inputs):
             for d, size in enumerate(sizes):
-                if not isinstance(size, int | sympy.Symbol) and _value(size, values) != shapes[k][d]:
+                if not isinstance(size, int | sympy.Symbol) and _number(size, values) != shapes[k][d]:
                     raise self._error(f"{self._dim(k, d)} must be {self._said(size)}{self._line(k, d)}", shapes[k][d])
         for condition in self.limits.conditions:
-            if not _value(condition.holds, values):
+            if not _number(condition.holds, values):
                 own = condition.holds.free_symbols
                 given = ", ".join(f"{self._said(symbol)} = {n}" for symbol, n in values.items() if symbol in own)
-                line = f" ({condition.line})" if condition.line else ""
-                raise self._error(f"{self._said(condition.holds)}{line} must hold", given)
+                raise self._error(self.say(condition), given)
+
+    def say(self, condition: Condition) -> str:
+        """A condition with the names of the dimensions and its line: ``x.shape[1] < 100 (net.py:7) must hold``."""
+        line = f" ({condition.line})" if condition.line else ""
+        return f"{self._said(condition.holds)}{line} must hold"
 
     @property
     def fixed(self) -> list[str]:
@@ -98,14 +136,42 @@ class CallSizes:
         return size if len(found) == 1 and isinstance(size, int) else None
 
     def symbols(self) -> list[sympy.Symbol]:
-        """The sizes that may be others, in the order of the inputs."""
-        return list(dict.fromkeys(s for _, sizes in self.inputs for s in sizes if isinstance(s, sympy.Symbol)))
+        """The symbols of sizes that may be others, in the order of the inputs."""
+        solved = (solve_size(size) for _, sizes in self.inputs for size in sizes)
+        return list(dict.fromkeys(each.symbol for each in solved if each is not None))
+
+    def values(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int]:
+        """The values of all symbols for inputs of these shapes, which the program holds for."""
+        found = dict[sympy.Symbol, int]()
+        for (_, sizes), shape in zip(self.inputs, shapes, strict=True):
+            for size, given in zip(sizes, shape, strict=True):
+                if (solved := solve_size(size)) is not None:
+                    found.setdefault(solved.symbol, (given - solved.offset) // solved.factor)
+        return found
 
     def shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
         """The shapes of the inputs for these values of all symbols; None if the program does not hold for them."""
-        if not all(_value(condition.holds, values) for condition in self.limits.conditions):
+        if not all(_number(condition.holds, values) for condition in self.conditions):
             return None
-        return [tuple(s if isinstance(s, int) else int(_value(s, values)) for s in sizes) for _, sizes in self.inputs]
+        return self.shapes_of(values)
+
+    def shapes_of(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
+        """The shapes of the inputs for these values of all symbols."""
+        return [tuple(s if isinstance(s, int) else int(_number(s, values)) for s in sizes) for _, sizes in self.inputs]
+
+    def sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
+        """For each condition, sizes near ``values`` that meet it and that do not. ``values``: sizes that meet all."""
+        found = []
+        for condition in self.conditions:
+            sides = dict[bool, dict[sympy.Symbol, int]]()
+            for symbol in sorted(condition.holds.free_symbols & values.keys(), key=str):
+                for size in _near(condition.holds, values[symbol]):
+                    tried = {**values, symbol: size}
+                    failing = [other for other in self.conditions if not _number(other.holds, tried)]
+                    if not failing or failing == [condition]:
+                        sides.setdefault(not failing, tried)
+            found.append(Sides(condition, sides.get(True), sides.get(False)))
+        return found
 
     def _error(self, what: str, given: object) -> MptkError:
         said = given if isinstance(given, str) else f"it is {given}"
@@ -137,16 +203,32 @@ class CallSizes:
         return str(expression.xreplace(names))
 
 
-_FUNCTIONS = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min}
+@dataclass(frozen=True)
+class Sides:
+    """Sizes on both sides of a condition; None if there are none near."""
+
+    condition: Condition
+    met: Mapping[sympy.Symbol, int] | None
+    unmet: Mapping[sympy.Symbol, int] | None
 
 
-def _value(expression: sympy.Basic, values: Mapping[sympy.Symbol, int]) -> Any:
+NEAR, FARTHEST = 64, 2048
+"""Sizes up to ``NEAR`` are tried, and those around a condition's own numbers up to ``FARTHEST``: more take memory."""
+
+
+def _near(holds: sympy.Basic, size: int) -> list[int]:
+    """Other sizes, the nearest first."""
+    numbers = {int(n) for n in holds.atoms(sympy.Integer) if abs(int(n)) <= FARTHEST}
+    around = {n + by for n in numbers for by in (-1, 0, 1) if n + by > 0}
+    return sorted({*range(1, NEAR + 1), *around} - {size}, key=lambda other: (abs(other - size), other))
+
+
+def _number(expression: SymbolicSize, values: Mapping[sympy.Symbol, int]) -> Any:
     """An expression for these values. In a trace they may be symbolic again: then the new trace has the condition, too.
 
-    A condition that cannot be decided, since not all of its symbols are sizes of inputs, counts as met.
+    What cannot be decided (a symbol without a value, a quotient by 0) is not met.
     """
-    known = {symbol: value for symbol, value in values.items() if symbol in expression.free_symbols}
-    if any(isinstance(value, torch.SymInt) for value in known.values()):
-        return sympy.lambdify(list(known), expression, [_FUNCTIONS, "math"])(*known.values())
-    found = expression.xreplace({symbol: sympy.Integer(value) for symbol, value in known.items()})
-    return found if found.is_number else found != sympy.false
+    try:
+        return number_at(expression, values)
+    except (KeyError, ZeroDivisionError, OverflowError, ValueError):  # of functions of numbers outside their range
+        return False

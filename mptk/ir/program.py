@@ -96,7 +96,7 @@ class Program:
         """The sizes that its inputs may have."""
         values = {node.name: node.meta["val"] for node in self.placeholders()}
         tensors = [(name, values[name]) for name in self.user_inputs if isinstance(values[name], Tensor)]
-        found = tuple((name, tuple(map(_size, value.shape))) for name, value in tensors)
+        found = tuple((name, sizes_in(value)) for name, value in tensors)
         names = self.inputs if len(self.inputs) == len(found) else tuple(name for name, _ in found)
         return CallSizes(found, names, self.limits)
 
@@ -214,6 +214,11 @@ class Program:
             return fitted
         left = zip(traced, tree_leaves(fitted), strict=True)
         return tuple(example for name, example in left if name in values), {}
+
+
+def sizes_in(value: Tensor) -> tuple[SymbolicSize, ...]:
+    """The sizes of a traced input, as numbers or as expressions."""
+    return tuple(map(_size, value.shape))
 
 
 def _size(size: int | torch.SymInt) -> SymbolicSize:

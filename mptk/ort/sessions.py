@@ -53,7 +53,7 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error is raised, and printing it too would say it twice
     for name, value in (entries or {}).items():
         options.add_session_config_entry(name, value)
     return ort.InferenceSession(model, options, providers=providers(device))

@@ -25,6 +25,7 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, transferred
 from mptk.ir.samples import Samples, is_tokens
+from mptk.proof.sides import prove_sides
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, left_out, short
 from mptk.staged.staged import Executor
@@ -80,6 +81,8 @@ def prove_folder(
     if all(d.ok for d in found):
         cases = task.further(compiled.prepared.loaded.model, batches[0])
         found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
+    if all(d.ok for d in found) and not compiled.prepared.target.classed and not sequences:
+        found += prove_sides(compiled, written, batches[0])
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):

@@ -293,6 +293,10 @@ class Target(Protocol):
         """Each family's legal widths; by default all widths that the graph's ops accept."""
         return graph_widths(analysis, alignment)
 
+    def check_program(self, program: Program) -> None:
+        """Raise MptkError, before any work, if the target cannot hold a program's calls or its conditions on sizes."""
+        return None
+
     def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         """Additional widths that the model's own class cannot hold but another class can; None if there are none.
 

@@ -7,7 +7,7 @@ say of its program (names of inputs, tied names, conditions on sizes) is in it a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,31 +15,34 @@ from pathlib import Path
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
 from mptk.compat.torch import build_exported, quiet_exporter
 from mptk.errors import MptkError, first_line
-from mptk.files import json_text
-from mptk.io.archive import EXTRA, arithmetic, read_archive
-from mptk.ir.limits import Condition, Limits
-from mptk.ir.program import Program, stateful
+from mptk.files import json_text, scratch
+from mptk.io.archive import EXTRA, read_archive
+from mptk.ir.limits import CallSizes, Condition, Limits
+from mptk.ir.program import Program, sizes_in, stateful
+from mptk.ir.size_calls import assert_sizes, take_assertions, write_size_functions
 from mptk.ir.weights import Weights
-from mptk.reading import Damaged, brief, damaged, json_of, made
+from mptk.reading import Damaged, damaged, json_of, made
 from passes.frontend.trace import own_state
 
 ARCHIVE = "model.pt2"
-SIZE_FUNCTIONS = {"FloorDiv": lambda a, b: sympy.floor(a / b), "PythonMod": sympy.Mod}
-"""torch's functions of sizes that sympy has under other names."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What a graph does not say of its program, as JSON. Fields as of ``Program`` and ``Limits``."""
+    """What a graph does not say of its program, as JSON. Fields as of ``Program`` and ``Limits``.
+
+    ``condition_lines``: the source line of each condition that the graph asserts, in order.
+    """
 
     inputs: list[str]
     aliases: dict[str, str]
     frozen: list[str]
-    conditions: list[tuple[str, str]]
+    condition_lines: list[str]
     lines: list[tuple[str, int, str]]
     several: list[str]
     note: str
@@ -55,6 +58,9 @@ def saved_names(program: Program) -> list[str]:
 def write_archive(file: Path, program: Program) -> None:
     """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
     graph, signature = _untied(program)
+    write_size_functions(graph.graph)
+    assert_sizes(graph.graph, program.sizes)
+    graph.recompile()
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
     saved = saved_names(program)
     state = {name: _blank(program.state.like(name)) for name in saved}
@@ -80,7 +86,7 @@ def _beside(program: Program) -> Beside:
         list(program.inputs),
         dict(program.aliases),
         sorted(program.frozen),
-        [(sympy.srepr(condition.holds), condition.line) for condition in limits.conditions],
+        [condition.line for condition in limits.conditions],
         [(name, dim, line) for (name, dim), line in limits.lines.items()],
         sorted(limits.several),
         limits.note,
@@ -113,6 +119,24 @@ def _blank(like: Tensor) -> Tensor:
     return torch.full((1,), value, dtype=like.dtype).as_strided(like.shape, [0] * like.ndim)
 
 
+def check_archive(program: Program) -> None:
+    """Write a program's graph and read it back.
+
+    Raises:
+        MptkError: one of its calls, or a condition on sizes, cannot be written or is not read.
+    """
+    with scratch() as place:
+        file = place.folder / ARCHIVE
+        write_archive(file, program)
+        try:
+            open_archive(file, program.state)
+        except MptkError as error:
+            raise MptkError(
+                f"mptk cannot read the graph that torch.export writes of this module ({first_line(error)}); write what "
+                "depends on sizes with tensors (docs/tracing.md)"
+            ) from error
+
+
 def open_archive(file: Path, weights: Weights) -> Program:
     """The program of an archive with ``weights``, each cast to its type in the graph.
 
@@ -132,6 +156,7 @@ def open_archive(file: Path, weights: Weights) -> Program:
             raise said(f"{name} is missing beside it, or of another shape")
     kept = weights.selected({name: name for name in likes})
     state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
+    conditions = take_assertions(graph.graph, _sizes_of(exported))
     own_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
     graph.recompile()
     return Program(
@@ -141,16 +166,26 @@ def open_archive(file: Path, weights: Weights) -> Program:
         beside.aliases,
         exported,
         tuple(beside.inputs),
-        _limits(beside, said),
+        _limits(beside, conditions, said),
         frozenset(beside.frozen),
     )
 
 
-def _limits(beside: Beside, said: Damaged) -> Limits:
-    if wrong := next((holds for holds, _ in beside.conditions if not arithmetic(holds)), None):
-        raise said(f"{brief(wrong)} is not a condition on sizes")
+def _sizes_of(exported: ExportedProgram) -> CallSizes:
+    """The sizes of an export's inputs."""
+    user = set(exported.graph_signature.user_inputs)
+    nodes = [n for n in exported.graph.find_nodes(op="placeholder") if n.name in user]
+    found = tuple((n.name, sizes_in(n.meta["val"])) for n in nodes if isinstance(n.meta["val"], Tensor))
+    return CallSizes(found, tuple(name for name, _ in found), Limits())
+
+
+def _limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) -> Limits:
+    """What the graph asserts, with what is known of it. Assertions of sizes above 1 come last."""
+    count = len(beside.condition_lines)
+    if len(conditions) != count + len(beside.several):
+        raise said(f"it asserts {len(conditions)} conditions on sizes, and {EXTRA} tells of {count}")
     return Limits(
-        tuple(Condition(sympy.sympify(holds, locals=SIZE_FUNCTIONS), line) for holds, line in beside.conditions),
+        tuple(Condition(holds, line) for holds, line in zip(conditions, beside.condition_lines, strict=False)),
         {(name, dim): line for name, dim, line in beside.lines},
         frozenset(beside.several),
         beside.note,

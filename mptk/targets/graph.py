@@ -17,7 +17,7 @@ from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
 from mptk.reading import damaged
-from mptk.targets.archive import ARCHIVE, open_archive, saved_names, write_archive
+from mptk.targets.archive import ARCHIVE, check_archive, open_archive, saved_names, write_archive
 from passes.transforms.retype import Retype, restored
 from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, difference, prove, widen
 
@@ -35,6 +35,9 @@ class GraphTarget(Target):
     name = "graph"
     summary = "any widths that the graph's ops accept"
     ragged = True
+
+    def check_program(self, program: Program) -> None:
+        check_archive(program)
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         write_weights(folder / WEIGHTS, held(compiled))

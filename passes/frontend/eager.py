@@ -18,7 +18,7 @@ from torch import Tensor
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError, first_line
 from mptk.ir.copies import attributes, copied
-from mptk.ir.ops import example_size
+from mptk.ir.ops import shape_of
 from mptk.ir.program import Program, ProgramModule
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
@@ -80,12 +80,7 @@ def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
 def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
     """The values of the symbolic sizes in the example."""
     values = {node.name: node.meta["val"] for node in program.placeholders()}
-    return {
-        size: example_size(traced)
-        for name, sizes in program.sizes.inputs
-        for size, traced in zip(sizes, values[name].shape, strict=True)
-        if isinstance(size, sympy.Symbol)
-    }
+    return program.sizes.values([shape_of(values[name]) for name, _ in program.sizes.inputs])
 
 
 def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:

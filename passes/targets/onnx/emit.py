@@ -21,6 +21,7 @@ from mptk.compat.torch import quiet_exporter
 from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
+from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.tensors import save_graph
@@ -96,7 +97,8 @@ def write_onnx(
     """
     model = translate(program, lowering, log)
     _name(model, interface)
-    whole = run_onnx(model, optimization, log)
+    refuse = CheckSizesPass(program.sizes, dict(zip(program.user_inputs, interface.inputs, strict=True)))
+    whole = run_onnx(model, [*optimization, refuse], log)
     folder.mkdir(parents=True, exist_ok=True)
     for file, passes in files.items():
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)

@@ -31,6 +31,7 @@ from mptk.compat.torch import OpOverload, schema, size_expression, undecomposed
 from mptk.errors import MptkError
 from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
+from mptk.ir.size_calls import write_size_functions
 
 aten = torch.ops.aten
 ASSERTIONS = {
@@ -78,6 +79,7 @@ class LowerOps(Pass):
 
     def run(self, program: Program) -> PassResult:
         module = program.copy_graph()
+        write_size_functions(module.graph)
         nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
         if all(_functional(node) for node in nodes):
             for node in nodes:

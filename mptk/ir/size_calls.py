@@ -1,0 +1,173 @@
+"""size_calls: conditions on sizes as calls of a graph, and back.
+
+A trace knows a condition as an expression of torch's own functions, which torch.export does not write. Here it becomes
+calls that torch.export writes and a plain loader runs: ``aten._assert_scalar(condition, message)``. So a graph refuses
+other sizes wherever it goes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mptk.compat.symbols import Symbols, expression, interpret
+from mptk.errors import MptkError
+from mptk.ir.limits import CallSizes, solve_size
+from mptk.ir.size_functions import SizeOperations, Value
+
+ASSERT = torch.ops.aten._assert_scalar.default
+SIZE = torch.ops.aten.sym_size.int
+REFUSED = "this program was traced for other sizes: "
+"""How the message of such an assertion begins."""
+
+
+class SizeCalls(SizeOperations):
+    """Functions of sizes as calls of an FX graph, at its present place of insertion.
+
+    ``like``: a call whose place in the source they get.
+    """
+
+    def __init__(self, graph: fx.Graph, like: fx.Node | None = None) -> None:
+        self.graph, self.meta = graph, {} if like is None else like.meta
+
+    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+        if not any(isinstance(each, fx.Node) for each in arguments):
+            return function(*arguments)
+        call = self.graph.call_function(function, arguments)
+        values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments)
+        call.meta = {**self.meta, "val": function(*values)}
+        return call
+
+
+def _floor(calls: SizeCalls, x: Value) -> Value:
+    return calls.floordiv(*x.args) if _is_quotient(x) else calls.floor_to_int(x)
+
+
+def _ceil(calls: SizeCalls, x: Value) -> Value:
+    return calls.neg(calls.floordiv(calls.neg(x.args[0]), x.args[1])) if _is_quotient(x) else calls.ceil_to_int(x)
+
+
+def _round(calls: SizeCalls, x: Value, digits: None = None) -> Value:
+    return calls.round_quotient(*x.args) if _is_quotient(x) else calls.round_to_int(x)
+
+
+def _is_quotient(x: Value) -> bool:
+    """Whether ``x`` is a quotient of whole numbers, of which these are exact without floats."""
+    return isinstance(x, fx.Node) and x.target is operator.truediv and all(map(_is_whole, x.args))
+
+
+def _is_whole(value: Value) -> bool:
+    return isinstance(value.meta["val"] if isinstance(value, fx.Node) else value, int | torch.SymInt)
+
+
+PLAIN: dict[object, Callable[..., Value]] = {
+    math.ceil: _ceil,
+    math.floor: _floor,
+    operator.and_: SizeCalls.bitwise_and,
+    operator.or_: SizeCalls.bitwise_or,
+    builtins.round: _round,
+    builtins.abs: SizeCalls.abs,
+    operator.abs: SizeCalls.abs,
+    operator.xor: SizeCalls.bitwise_xor,
+}
+"""Functions of sizes that torch.export traces and does not write → what writes them in primitive ones."""
+
+
+def write_size_functions(graph: fx.Graph) -> None:
+    """Write the graph's own functions of sizes in those that torch.export can write, in place."""
+    for node in list(graph.nodes):
+        if node.target in PLAIN and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
+            with graph.inserting_before(node):
+                found = PLAIN[node.target](SizeCalls(graph, node), *node.args)
+            node.replace_all_uses_with(found)
+            graph.erase_node(node)
+
+
+def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
+    """Let a graph refuse, before it computes, the sizes for which it does not hold, in place."""
+    placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        calls = SizeCalls(graph)
+
+        def read(name: str, d: int) -> fx.Node:
+            call = graph.call_function(SIZE, (placeholders[name], d))
+            call.meta["val"] = placeholders[name].meta["val"].shape[d]
+            return call
+
+        values = symbols_of(sizes, calls, read)
+        for condition in sizes.conditions:
+            try:
+                holds = interpret(calls, values, condition.holds)
+            except KeyError as error:
+                raise MptkError(
+                    f"a graph cannot hold the condition on sizes that {sizes.say(condition)}: it lacks {error}; write "
+                    "what depends on sizes with tensors (docs/tracing.md)"
+                ) from error
+            if isinstance(holds, fx.Node):
+                call = graph.call_function(ASSERT, (holds, REFUSED + sizes.say(condition)))
+                call.meta["val"] = None
+
+
+def symbols_of(
+    sizes: CallSizes, operations: SizeOperations, read: Callable[[str, int], Value]
+) -> dict[sympy.Symbol, Value]:
+    """Symbol → its value, computed from the inputs' sizes. ``read``: gives the size of an input's dimension."""
+    needed = {symbol for condition in sizes.conditions for symbol in condition.holds.free_symbols}
+    found = dict[sympy.Symbol, Value]()
+    for name, dims in sizes.inputs:
+        for d, size in enumerate(dims):
+            if (solved := solve_size(size)) is None or solved.symbol in found or solved.symbol not in needed:
+                continue
+            value = read(name, d)
+            if solved.offset:
+                value = operations.sub(value, solved.offset)
+            found[solved.symbol] = operations.floordiv(value, solved.factor) if solved.factor != 1 else value
+    return found
+
+
+def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
+    """Take the assertions of ``assert_sizes`` out of a graph, in place. Returns the conditions, as the calls compute.
+
+    ``inputs``: the sizes of the graph's inputs, whose symbols the conditions have.
+    """
+    integers, symbols = Symbols(), dict[str, sympy.Symbol]()
+    known, own = dict[tuple[str, int], torch.SymInt | int](), dict[sympy.Symbol, sympy.Basic]()
+    for name, dims in inputs.inputs:
+        for d, size in enumerate(dims):
+            if isinstance(size, int):
+                known[name, d] = size
+                continue
+            key = str(size)
+            if key not in symbols:
+                symbols[key], made = integers.integer(f"{name}_{d}", 2 + len(symbols))
+                own[symbols[key]] = size
+                known[name, d] = made
+            else:
+                known[name, d] = next(known[n, k] for (n, k) in known if own.get(expression(known[n, k])) == size)
+    found = []
+    for node in graph.find_nodes(op="call_function", target=ASSERT):
+        holds, message = node.args
+        if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
+            value = _computed(holds, known)
+            found.append(value.node.expr.xreplace(own) if isinstance(value, torch.SymBool) else sympy.sympify(value))
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return found
+
+
+def _computed(node: fx.Node, known: Mapping[tuple[str, int], Value]) -> Value:
+    if node.target is SIZE:
+        tensor, dim = node.args
+        assert isinstance(tensor, fx.Node)
+        return known[tensor.name, dim]  # type: ignore[index]
+    arguments = [_computed(a, known) if isinstance(a, fx.Node) else a for a in node.args]
+    assert callable(node.target)
+    return node.target(*arguments)

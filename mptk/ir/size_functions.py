@@ -1,0 +1,187 @@
+"""size_functions: functions of sizes in a few primitive ones, and an expression of sizes as a number.
+
+A trace knows a size as an expression of torch's own functions. ``interpret`` gives each to a method of that name.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from mptk.compat.symbols import interpret
+from mptk.errors import MptkError
+
+Value = Any
+"""A number in Python, or what a format has for one that depends on sizes."""
+
+
+STEEP = 1e300
+"""Makes at least 1 of any number that is not 0 here."""
+
+
+class SizeOperations:
+    """Functions of sizes in primitive ones: the names are those of torch's interpreter of such expressions.
+
+    A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
+    """
+
+    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+        """A primitive function of numbers and values."""
+        raise NotImplementedError
+
+    def constant(self, number: Any, dtype: torch.dtype) -> Value:
+        return {torch.int64: int, torch.bool: bool}.get(dtype, float)(number)
+
+    def to_dtype(self, x: Value, dtype: torch.dtype) -> Value:
+        return self.apply(torch.sym_float, x)
+
+    def trunc_to_int(self, x: Value, dtype: torch.dtype) -> Value:
+        return self.apply(math.trunc, x)
+
+    def trunc(self, x: Value) -> Value:
+        return self.apply(torch.sym_float, self.apply(math.trunc, x))
+
+    def floor_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+        """Without a choice between two values, in which an expression is written several times."""
+        whole = self.apply(math.trunc, x)
+        below = self.maximum(-1.0, self.minimum(0.0, self.mul(self.sub(x, whole), STEEP)))  # -1 if x < whole, else 0
+        return self.add(whole, self.apply(math.trunc, below))
+
+    def ceil_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+        return self.neg(self.floor_to_int(self.neg(x)))
+
+    def round_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+        """To the nearest whole number, and from the middle to the even one, as Python rounds."""
+        up = self.floor_to_int(self.add(x, 0.5))
+        beside = self.minimum(1.0, self.mul(self.abs(self.sub(self.sub(up, x), 0.5)), STEEP))  # 0 if x is in the middle
+        return self.sub(up, self.mul(self.sub(1, self.apply(math.trunc, beside)), self.mod(up, 2)))
+
+    def round_quotient(self, a: Value, b: Value) -> Value:
+        """``round(a / b)`` of whole numbers, exactly."""
+        both, twice = self.add(self.mul(2, a), b), self.mul(2, b)
+        up = self.floordiv(both, twice)
+        in_the_middle = self.sub(1, self.minimum(1, self.mod(both, twice)))
+        return self.sub(up, self.mul(in_the_middle, self.mod(up, 2)))
+
+    def abs(self, x: Value) -> Value:
+        return self.maximum(x, self.neg(x))
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.add, a, b)
+
+    def sub(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.sub, a, b)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.mul, a, b)
+
+    def neg(self, x: Value) -> Value:
+        return self.apply(operator.neg, x)
+
+    def truediv(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.truediv, a, b)
+
+    int_truediv = truediv
+
+    def floordiv(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.floordiv, a, b)
+
+    def mod(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.mod, a, b)
+
+    python_mod = mod
+
+    def modular_indexing(self, a: Value, b: Value, c: Value) -> Value:
+        return self.mod(self.floordiv(a, b), c)
+
+    def pow(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.pow, a, b)
+
+    pow_by_natural = pow
+
+    def sqrt(self, x: Value) -> Value:
+        return self.apply(torch.sym_sqrt, x)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return self.apply(torch.sym_max, a, b)
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        return self.apply(torch.sym_min, a, b)
+
+    def where(self, condition: Value, a: Value, b: Value) -> Value:
+        return self.apply(torch.sym_ite, condition, a, b)
+
+    def piecewise(self, *pairs: tuple[Value, Value]) -> Value:
+        found = pairs[-1][0]
+        for value, condition in reversed(pairs[:-1]):
+            found = self.where(condition, value, found)
+        return found
+
+    def expr_cond_pair(self, value: Value, condition: Value) -> tuple[Value, Value]:
+        return value, condition
+
+    def identity(self, x: Value) -> Value:
+        return x
+
+    def eq(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.eq, a, b)
+
+    def ne(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.ne, a, b)
+
+    def lt(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.lt, a, b)
+
+    def le(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.le, a, b)
+
+    def gt(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.gt, a, b)
+
+    def ge(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.ge, a, b)
+
+    def and_(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.and_, a, b)
+
+    def bitwise_and(self, a: Value, b: Value) -> Value:
+        """Of a number and a mask of its last bits, which is all that torch.export can write."""
+        for number, mask in ((a, b), (b, a)):
+            if isinstance(mask, int) and mask > 0 and not mask & (mask + 1):
+                return self.mod(number, mask + 1)
+        if isinstance(a, int) and isinstance(b, int):
+            return a & b
+        raise MptkError(f"torch.export cannot write {a} & {b} of sizes; use % and //")
+
+    def or_(self, a: Value, b: Value) -> Value:
+        return self.apply(operator.or_, a, b)
+
+    def bitwise_or(self, a: Value, b: Value) -> Value:
+        return self.sub(self.add(a, b), self.bitwise_and(a, b))
+
+    def bitwise_xor(self, a: Value, b: Value) -> Value:
+        return self.sub(self.bitwise_or(a, b), self.bitwise_and(a, b))
+
+    def not_(self, a: Value) -> Value:
+        return self.apply(torch.sym_not, a)
+
+
+class SizeNumbers(SizeOperations):
+    """Functions of numbers in Python, or of a trace's symbolic numbers."""
+
+    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+        return function(*arguments)
+
+
+def number_at(size: sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression at some values, which may be sizes of a trace: then the result is symbolic, too.
+
+    Raises:
+        KeyError: a symbol has no value, or a function is unknown.
+    """
+    return interpret(SizeNumbers(), values, size)

@@ -1,0 +1,155 @@
+"""check_sizes: let a graph refuse the sizes for which its program does not hold.
+
+ONNX has no assertion. So an input goes through a Reshape to its own shape, and to the impossible size -2 if a condition
+is not met: every runtime refuses that. The Reshape's name is the condition, which the runtime's error shows. If the
+condition is met, a Reshape costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from mptk.compat.symbols import interpret
+from mptk.errors import MptkError
+from mptk.ir.limits import CallSizes
+from mptk.ir.size_calls import REFUSED, symbols_of
+from mptk.ir.size_functions import SizeOperations, Value
+
+INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.BOOL
+IMPOSSIBLE = -2
+"""A size that no Reshape takes: -1 means «as many as fit», and there is nothing below it."""
+ARITHMETIC: dict[Callable[..., Any], str] = {
+    operator.add: "Add",
+    operator.sub: "Sub",
+    operator.mul: "Mul",
+    operator.mod: "Mod",
+    operator.pow: "Pow",
+    torch.sym_max: "Max",
+    torch.sym_min: "Min",
+}
+COMPARISONS: dict[Callable[..., Any], str] = {
+    operator.eq: "Equal",
+    operator.lt: "Less",
+    operator.le: "LessOrEqual",
+    operator.gt: "Greater",
+    operator.ge: "GreaterOrEqual",
+}
+LOGIC: dict[Callable[..., Any], str] = {operator.and_: "And", operator.or_: "Or", torch.sym_not: "Not"}
+
+
+@dataclass(frozen=True)
+class CheckSizesPass(ir.passes.InPlacePass):
+    """Put the conditions on sizes into a graph.
+
+    ``sizes``: of the program's inputs. ``names``: the program's name of an input → the graph's.
+    """
+
+    sizes: CallSizes
+    names: Mapping[str, str]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Raises MptkError for a condition that depends on more than the inputs' sizes."""
+        inputs = {value.name: value for value in model.graph.inputs}
+        tape, checked = ir.tape.Tape(), model.graph.inputs[0]
+        nodes, given, found = SizeNodes(tape), list(checked.uses()), checked
+        values = symbols_of(self.sizes, nodes, lambda name, d: nodes.size(inputs[self.names[name]], d))
+        for condition in self.sizes.conditions:
+            said = self.sizes.say(condition)
+            try:
+                holds = interpret(nodes, values, condition.holds)
+            except KeyError as error:
+                raise MptkError(f"a graph cannot check that {said}: it lacks {error}; leave out ONNX") from error
+            if isinstance(holds, ir.Value):
+                found = nodes.require(found, holds, f"{REFUSED}{said}")
+        if found is checked:
+            return ir.passes.PassResult(model, False)
+        for node, place in given:
+            node.replace_input_with(place, found)
+        model.graph.extend(tape.nodes)
+        model.graph.sort()
+        return ir.passes.PassResult(model, True)
+
+
+class SizeNodes(SizeOperations):
+    """Functions of sizes as ONNX nodes of scalars: int64, double or bool."""
+
+    def __init__(self, tape: ir.tape.Tape) -> None:
+        self.tape = tape
+
+    def size(self, value: ir.Value, dim: int) -> ir.Value:
+        """The size of a dimension."""
+        shape = self._op("Shape", [value], INT, {"start": dim, "end": dim + 1})
+        return self._op("Squeeze", [shape], INT)
+
+    def require(self, value: ir.Value, holds: ir.Value, said: str) -> ir.Value:
+        """``value``, which cannot be computed unless ``holds``. ``said``: what the runtime's error says then."""
+        impossible = self._op("Constant", [], INT, {"value_ints": [IMPOSSIBLE]})
+        shape = self._op("Where", [holds, self._op("Shape", [value], INT), impossible], INT)
+        assert value.dtype is not None
+        found = self._op("Reshape", [value, shape], value.dtype, {"allowzero": 1})
+        found.shape = value.shape
+        (node,) = [node for node in self.tape.nodes if found in node.outputs]
+        node.name = said
+        return found
+
+    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+        if not any(isinstance(each, ir.Value) for each in arguments):
+            return function(*arguments)
+        given = [each if isinstance(each, ir.Value) else self._constant(each) for each in arguments]
+        if function is operator.ne:
+            return self.not_(self.eq(*given))
+        if function is torch.sym_ite:
+            return self._op("Where", [given[0], *self._alike(*given[1:])], self._type(*given[1:]))
+        if function in LOGIC:
+            return self._op(LOGIC[function], given, BOOL)
+        if function in COMPARISONS:
+            return self._op(COMPARISONS[function], self._alike(*given), BOOL)
+        if function is operator.neg:
+            return self._op("Neg", given, self._type(*given))
+        if function in (math.trunc, torch.sym_float):
+            return self._cast(given[0], INT if function is math.trunc else FLOAT)
+        if function is torch.sym_sqrt:
+            return self._op("Sqrt", [self._cast(given[0], FLOAT)], FLOAT)
+        if function is operator.truediv:
+            return self._op("Div", [self._cast(each, FLOAT) for each in given], FLOAT)
+        if function is operator.floordiv:
+            return self._divide(*given)
+        if function not in ARITHMETIC:
+            raise KeyError(function)
+        return self._op(ARITHMETIC[function], self._alike(*given), self._type(*given))
+
+    def _divide(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The whole quotient, rounded down: Div of integers rounds towards 0, and Mod has the divisor's sign."""
+        if self._type(a, b) is FLOAT:
+            return self._op("Floor", [self.truediv(a, b)], FLOAT)
+        rest: ir.Value = self.mod(a, b)
+        return self._op("Div", [self.sub(a, rest), b], INT)
+
+    def _constant(self, number: float) -> ir.Value:
+        kind = BOOL if isinstance(number, bool) else INT if isinstance(number, int) else FLOAT
+        return self._op("Constant", [], kind, {"value": ir.tensor(number, dtype=kind)})
+
+    def _alike(self, *values: ir.Value) -> list[ir.Value]:
+        kind = self._type(*values)
+        return [self._cast(each, kind) for each in values]
+
+    def _type(self, *values: ir.Value) -> ir.DataType:
+        kinds = {each.dtype for each in values}
+        return FLOAT if FLOAT in kinds else INT if INT in kinds else BOOL
+
+    def _cast(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        return value if value.dtype is kind else self._op("Cast", [value], kind, {"to": kind.value})
+
+    def _op(
+        self, name: str, inputs: list[ir.Value], kind: ir.DataType, attributes: Mapping[str, Any] | None = None
+    ) -> ir.Value:
+        found: ir.Value = self.tape.op(name, inputs, attributes or {})
+        found.dtype = kind
+        return found

@@ -24,7 +24,7 @@ from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION
 from mptk.compile.cut import changed, compile_plan
-from mptk.compile.trace import fixed_sizes, one_length
+from mptk.compile.trace import fixed_sizes, one_length, trained_otherwise
 from mptk.config.recipe import write_recipe
 from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
@@ -242,6 +242,7 @@ def written_folder(
             describe_processes(context.accelerator) if context.accelerator else "",
         ]
         notes += [note(prepared.settings), one_length(prepared), fixed_sizes(prepared)]
+        notes += [trained_otherwise(prepared)]
         notes += [each.note for each in prepared.conversions]
         notes += [left_whole(prepared.legal), nearest(prepared)]
         for target in targets:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch import FunctionSchema, Tensor, fx
+from torch import FunctionSchema, Tensor, fx, nn
 from torch import _check as check
 from torch._C._functorch import get_unwrapped, maybe_get_bdim
 from torch._dispatch.python import enable_python_dispatcher
@@ -37,8 +37,11 @@ __all__ = [
     "assumed",
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
+    "custom_function",
     "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
+    "forward_hooks",
+    "gradient_hooks",
     "located",
     "origin",
     "quiet_exporter",
@@ -101,6 +104,27 @@ def schema(target: object) -> FunctionSchema | None:
     """
     found: FunctionSchema | None = getattr(target, "_schema", None)
     return found
+
+
+def custom_function(tensor: Tensor) -> type | None:
+    """The ``torch.autograd.Function`` with a backward of its own that made a tensor; None if none did."""
+    found: type | None = getattr(type(tensor.grad_fn), "_forward_cls", None)
+    return found
+
+
+def gradient_hooks(module: nn.Module) -> Iterator[str]:
+    """The names of parameters and parts with hooks on their gradients. torch lists them nowhere in public."""
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            yield name
+    for name, part in module.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            yield name
+
+
+def forward_hooks(module: nn.Module) -> list[object]:
+    """The hooks around a module's ``forward``, which torch lists nowhere in public."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def samples_last(value: Tensor) -> Tensor:

@@ -96,6 +96,17 @@ def fixed_sizes(prepared: Prepared) -> str:
     return f"fixed: {'; '.join(said)}: the pruned model refuses other sizes"
 
 
+def trained_otherwise(prepared: Prepared) -> str:
+    """The report's note on how the traced graph trains otherwise than the module, or when it refuses; else empty."""
+    limits = prepared.analysis.program.limits
+    said = {
+        "off": "it is refused while gradients are on, since the module computes otherwise then",
+        "inputs": "inputs that require gradients are refused, since the module computes otherwise then",
+        "": limits.trains and f"the pruned model trains otherwise than the module: {limits.trains}",
+    }[limits.gradients]
+    return "" if prepared.target.classed or not said else f"gradients: {said}"
+
+
 def fitting(task: Task, program: Program, samples: Samples, what: str) -> Samples:
     """Batch a caller's samples as the program takes them.
 

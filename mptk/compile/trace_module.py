@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import passes.frontend.trace
@@ -17,7 +18,7 @@ from mptk.io.resident import free_memory
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from passes.frontend.bound import bounded
-from passes.frontend.eager import compared
+from passes.frontend.eager import GradientMode, compared
 from passes.transforms.retype import Retype
 
 TRACE_SECONDS = 120.0
@@ -38,20 +39,10 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
         MptkError: no trace equals the module.
     """
     causes: list[MptkError] = []
-    name = type(loaded.model).__name__
     dynamic: bool | tuple[int, ...]
     for dynamic in (True, (0,), False):
         try:
-            with (
-                bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
-                if dynamic is True
-                else nullcontext()
-            ):
-                traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
-            wide = loaded.with_weights(traced)
-            own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
-            exact = replace(wide, state=wide.state.changed(own))
-            found = compared(exact, _all_weights(loaded), example.tensors)
+            found = _traced_as_it_computes(loaded, example, dynamic)
         except MptkError as error:
             causes.append(error)
             continue
@@ -59,12 +50,42 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
             cause = str(causes[0]).partition(";")[0]
             kept = "batch size" if dynamic else "no size"
             found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
-        types = {like.dtype for like in exact.state.likes.values() if like.is_floating_point()}
+        types = {like.dtype for like in found.state.likes.values() if like.is_floating_point()}
         if types <= {wide_type(loaded.model)}:
             return found
         retyped = Retype(wide_type(loaded.model))(found).program
         return loaded.with_weights(retyped)
     raise causes[0]
+
+
+def _traced_as_it_computes(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:
+    """A trace that equals the module. Gradients are on, so that it trains alike, unless that changes outputs.
+
+    Raises:
+        MptkError: the trace fails, or is not the module.
+    """
+    try:
+        with torch.enable_grad():
+            return _traced_and_compared(loaded, example, dynamic)
+    except GradientMode:
+        with torch.no_grad():
+            return _traced_and_compared(loaded, example, dynamic)
+    except MptkError as error:
+        if "requires grad" not in str(error):  # a write in place, which only runs without gradients
+            raise
+        with torch.no_grad():
+            return _traced_and_compared(loaded, example, dynamic)
+
+
+def _traced_and_compared(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:
+    """The program in the module's own types, compared with the module."""
+    name = type(loaded.model).__name__
+    with bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size") if dynamic is True else nullcontext():
+        traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
+    wide = loaded.with_weights(traced)
+    own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
+    exact = replace(wide, state=wide.state.changed(own))
+    return compared(exact, _all_weights(loaded), example.tensors)
 
 
 def _all_weights(loaded: Loaded) -> Mapping[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType, ModuleType
 
 from torch import Tensor, nn
 
+from mptk.compat.torch import forward_hooks
 from mptk.errors import MptkError, first_line
 
 
@@ -58,6 +61,58 @@ def attributes(module: nn.Module) -> dict[str, str]:
     return found
 
 
+def outside(module: nn.Module) -> dict[str, str]:
+    """What the code of a module keeps outside of its objects, by name, as text to compare.
+
+    Those are attributes of its classes, globals that its functions name, and variables that functions and hooks close
+    over. Functions of libraries are left out.
+    """
+    found, known = dict[str, str](), {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    functions, seen = list[FunctionType](), set[int]()
+    for part in module.modules():
+        for kind in type(part).__mro__:
+            if not _is_own(kind.__module__):
+                continue
+            for name, value in vars(kind).items():
+                function = getattr(value, "__func__", value)
+                if isinstance(function, FunctionType):
+                    functions.append(function)
+                elif not name.startswith("__"):
+                    found[f"{kind.__name__}.{name}"] = _said(value, 6, known)
+        held = [*vars(part).values(), *forward_hooks(part)]
+        functions += [value for value in held if isinstance(value, FunctionType)]
+    while functions:
+        function = functions.pop()
+        if id(function) in seen or not _is_own(function.__module__):
+            continue
+        seen.add(id(function))
+        for name, value in _named_in(function):
+            if isinstance(value, FunctionType):
+                functions.append(value)
+            elif not isinstance(value, ModuleType):
+                found[name] = _said(value, 6, known)
+    return found
+
+
+def _is_own(name: str | None) -> bool:
+    """Whether a module of Python is the user's: neither torch's nor another library's with known state."""
+    return (name or "").partition(".")[0] not in LIBRARIES
+
+
+def _named_in(function: FunctionType) -> Iterator[tuple[str, object]]:
+    """The globals and the enclosing variables that a function names, with their values."""
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            yield f"{function.__name__}.{name}", cell.cell_contents
+
+
+LIBRARIES = frozenset(
+    ["builtins", "einops", "numpy", "peft", "timm", "torch", "torchaudio", "torchvision", "transformers", "typing"]
+)
+"""Packages whose code keeps no state that a model depends on."""
 _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -38,12 +38,19 @@ class Limits:
         lines: (input, dimension) → the line of the source that made its size a number.
         several: symbols of sizes that must not be 1: there the module itself computes something else.
         note: why fewer sizes are open than might be; empty if they are not.
+        contiguous: whether inputs must be contiguous: the module asks for strides, and computes otherwise for others.
+        gradients: ``off`` if gradients must be off at the call, since the module computes otherwise while they are on;
+            ``inputs`` if only inputs may require none; else empty.
+        trains: why the program trains otherwise than the module; empty if it does not.
     """
 
     conditions: tuple[Condition, ...] = ()
     lines: Mapping[tuple[str, int], str] = field(default_factory=dict)
     several: frozenset[str] = frozenset()
     note: str = ""
+    contiguous: bool = False
+    gradients: Literal["", "off", "inputs"] = ""
+    trains: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
+from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
 from mptk.ir.ops import TYPE_CHECK, example_size, is_open
 from mptk.ir.samples import is_tokens
@@ -52,6 +53,7 @@ class Program:
         frozen: names of the parameters that require no gradient in the traced module.
         types: the floating types of the traced module, if the program computes in another.
         source: what was traced, to compare with (``passes/frontend/eager.py``); None if it is not known.
+        outputs: what the module returned its tensors in; None if only tensors are known.
     """
 
     graph: fx.GraphModule
@@ -64,6 +66,7 @@ class Program:
     frozen: frozenset[str] = frozenset()
     types: Types | None = None
     source: nn.Module | None = field(default=None, repr=False, compare=False)
+    outputs: Container | None = field(default=None, compare=False)
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -99,6 +102,12 @@ class Program:
         found = tuple((name, sizes_in(value)) for name, value in tensors)
         names = self.inputs if len(self.inputs) == len(found) else tuple(name for name, _ in found)
         return CallSizes(found, names, self.limits)
+
+    @property
+    def input_types(self) -> tuple[torch.dtype, ...]:
+        """The types of the inputs in the trace."""
+        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        return tuple(values[name].dtype for name in self.user_inputs if isinstance(values[name], Tensor))
 
     @property
     def keeps_state(self) -> bool:
@@ -274,9 +283,9 @@ class ProgramModule(nn.Module):
     Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
     writes keep what it wrote.
 
-    ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives one tensor, or a tuple
-    if there were several. The graph was traced in evaluation mode: ``train()`` adds no dropout, and batch norms keep
-    their statistics.
+    ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives what the traced module
+    gave: a tensor, or several in the same dicts, tuples and classes. The graph was traced in evaluation mode:
+    ``train()`` adds no dropout, and batch norms keep their statistics.
     """
 
     def __init__(self, program: Program) -> None:
@@ -285,6 +294,7 @@ class ProgramModule(nn.Module):
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
+        self._outputs, self._types = program.outputs, program.input_types
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         others: dict[str, list[str]] = {}
         for alias, name in program.aliases.items():
@@ -296,15 +306,18 @@ class ProgramModule(nn.Module):
                 made = nn.Parameter(tensor, requires_grad=name not in program.frozen)
             for each in (name, *others.get(name, ())):
                 self._place(each, made, persistent=spec.kind is InputKind.BUFFER and bool(spec.persistent))
+        self._own = {name: parameter.dtype for name, parameter in self.named_parameters()}
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the graph.
 
         Raises:
             TypeError: inputs are missing or unknown.
-            MptkError: they have sizes for which the trace does not hold.
+            MptkError: they have sizes, types or strides for which the trace does not hold, or it does not hold while
+                gradients are on.
         """
         tensors = self._in_order(inputs, named)
+        self._check_call(tensors)
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_exporting() or shapes not in self._met:
             self._sizes.check(shapes)
@@ -315,13 +328,53 @@ class ProgramModule(nn.Module):
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
-        if device is None or device.type == "cpu":
-            outputs = graph(*arguments)
-        else:
-            runner = DeviceInterpreter(graph)
-            runner.device = device
-            outputs = runner.run(*arguments)
+        try:
+            if device is None or device.type == "cpu":
+                outputs = graph(*arguments)
+            else:
+                runner = DeviceInterpreter(graph)
+                runner.device = device
+                outputs = runner.run(*arguments)
+        except RuntimeError as error:
+            if "dtype" in str(error) and self._is_converted():
+                raise MptkError(
+                    f"the trace of this module holds the types that it had ({first_line(error)}); convert the dense "
+                    "module before it is pruned"
+                ) from error
+            raise
+        if self._outputs is not None:
+            return self._outputs.build([each for each in outputs if isinstance(each, Tensor)])
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
+
+    def _check_call(self, tensors: Sequence[Tensor]) -> None:
+        """Raise MptkError for types, strides or a gradient mode for which the trace does not hold."""
+        limits = self._sizes.limits
+        for name, tensor, traced in zip(self._sizes.names, tensors, self._types, strict=False):
+            if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
+                raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")
+            if limits.contiguous and not tensor.is_contiguous():
+                raise MptkError(
+                    f"{name} must be contiguous, as it was traced: the module asks for strides; call .contiguous()"
+                )
+        if not limits.gradients or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return
+        if limits.gradients == "off" or any(tensor.requires_grad for tensor in tensors):
+            what = "gradients are on" if limits.gradients == "off" else "an input requires gradients"
+            raise MptkError(
+                f"the module computes otherwise while {what}, and was traced without; call it under torch.no_grad()"
+            )
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        """Whether inputs may have another floating type than in the trace: the module's own now, or in an autocast."""
+        return dtype.is_floating_point and (
+            torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled()
+            or (self._is_converted() and dtype in {p.dtype for p in self.parameters()})
+        )
+
+    def _is_converted(self) -> bool:
+        """Whether parameters have other types than in the trace."""
+        return any(p.dtype is not self._own.get(name) for name, p in self.named_parameters())
 
     @property
     def fewest(self) -> int:

@@ -25,6 +25,7 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, transferred
 from mptk.ir.samples import Samples, is_tokens
+from mptk.proof.gradients import prove_gradients
 from mptk.proof.sides import prove_sides
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, left_out, short
@@ -63,7 +64,7 @@ def prove_folder(
     reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
-    run = partial(prove, executor=compiled.prepared.executor)
+    run_all = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
     written: dict[str, tuple[Program | StageOutputs, float]] = {}
     for check in checks:
@@ -71,11 +72,11 @@ def prove_folder(
     found = [d for check in checks for d in check.exact]
     for each in compiled.prepared.conversions:
         one, other = each.equal(compiled.prepared.executor)
-        found += run(one, {each.stage: (other, TOLERANCE)}, *batches)
+        found += run_all(one, {each.stage: (other, TOLERANCE)}, *batches)
     if compiled.program is compiled.exact:
-        found += run(compiled.masked, rewritten | written, *batches)
+        found += run_all(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
-        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
+        found += run_all(compiled.masked, rewritten, *batches) + run_all(compiled.program, written, *batches)
     if all(d.ok for d in found):
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
@@ -83,6 +84,8 @@ def prove_folder(
         found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
     if all(d.ok for d in found) and not compiled.prepared.target.classed and not sequences:
         found += prove_sides(compiled, written, batches[0])
+        for run, _ in written.values():
+            found += prove_gradients(compiled, run, batches[0]) if isinstance(run, Program) else []
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import sympy
 import torch
@@ -22,6 +23,7 @@ from mptk.compat.torch import build_exported, quiet_exporter
 from mptk.errors import MptkError, first_line
 from mptk.files import json_text, scratch
 from mptk.io.archive import EXTRA, read_archive
+from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Condition, Limits
 from mptk.ir.program import Program, sizes_in, stateful
 from mptk.ir.size_calls import assert_sizes, take_assertions, write_size_functions
@@ -46,6 +48,10 @@ class Beside:
     lines: list[tuple[str, int, str]]
     several: list[str]
     note: str
+    contiguous: bool
+    gradients: Literal["", "off", "inputs"]
+    trains: str
+    outputs: object
 
 
 def saved_names(program: Program) -> list[str]:
@@ -90,6 +96,10 @@ def _beside(program: Program) -> Beside:
         [(name, dim, line) for (name, dim), line in limits.lines.items()],
         sorted(limits.several),
         limits.note,
+        limits.contiguous,
+        limits.gradients,
+        limits.trains,
+        None if program.outputs is None else program.outputs.to_json(),
     )
 
 
@@ -168,7 +178,15 @@ def open_archive(file: Path, weights: Weights) -> Program:
         tuple(beside.inputs),
         _limits(beside, conditions, said),
         frozenset(beside.frozen),
+        outputs=_outputs(beside, said),
     )
+
+
+def _outputs(beside: Beside, said: Damaged) -> Container | None:
+    try:
+        return None if beside.outputs is None else Container.from_json(beside.outputs)
+    except ValueError as error:
+        raise said(str(error)) from error
 
 
 def _sizes_of(exported: ExportedProgram) -> CallSizes:
@@ -189,4 +207,7 @@ def _limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) ->
         {(name, dim): line for name, dim, line in beside.lines},
         frozenset(beside.several),
         beside.note,
+        beside.contiguous,
+        beside.gradients,
+        beside.trains,
     )

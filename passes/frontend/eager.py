@@ -1,8 +1,9 @@
 """eager: compare a traced program with its module, run as Python, on sizes that the trace leaves open.
 
-Cases: the example; a second call, as a module may keep state; other sizes of all inputs; and a size of 1, which
-torch.export takes for more than 1 wherever ``forward`` asks. If the module differs only at 1, 1 is refused at the
-call. Each case has a copy of the module, so that the user's stays as it is.
+Cases: the example; a second call, as a module may keep state; other sizes of all inputs; a size of 1, which
+torch.export takes for more than 1 wherever ``forward`` asks; other strides; gradients on, and inputs that require them.
+What differs only at 1, for other strides or with gradients is refused at the call. At last the gradients of one sample
+are compared. Each case has a copy of the module, so that the user's stays as it is.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError, first_line
-from mptk.ir.copies import attributes, copied
+from mptk.ir.copies import attributes, copied, outside
 from mptk.ir.ops import shape_of
 from mptk.ir.program import Program, ProgramModule
+from passes.frontend.gradients import compare_gradients
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types."""
@@ -29,17 +31,22 @@ TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, t
 def compared(
     program: Program, weights: Mapping[str, Tensor] | None = None, inputs: Sequence[Tensor] | None = None
 ) -> Program:
-    """``program`` with what running its module tells of it: at which sizes 1 is refused.
+    """``program`` with what running its module tells of it: which calls are refused, and whether it trains otherwise.
 
     ``weights``: of the module where it has none in memory. ``inputs``: an example; by default the trace's.
 
     Raises:
+        GradientMode: the program was traced while gradients were on, and the module computes otherwise without them.
         MptkError: the module keeps state that the program does not, or the program computes something else.
     """
     assert program.source is not None
     if inputs is None:
         inputs = [t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor)]
     pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.parameters})})
+    if pair.apart(inputs) and not pair.apart(inputs, on=True):
+        raise GradientMode(
+            f"{type(program.source).__name__} computes otherwise while gradients are on; trace it under torch.no_grad()"
+        )
     pair.check_state(inputs)
     several = set()
     for values in others(program):
@@ -54,7 +61,29 @@ def compared(
             raise MptkError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
         if not any(str(symbol) in several for symbol in ones):
             several |= {str(symbol) for symbol in ones}
-    return replace(program, limits=replace(program.limits, several=frozenset(several)))
+    found = replace(program, limits=replace(program.limits, several=frozenset(several)))
+    return replace(found, limits=replace(found.limits, **limits_at_calls(pair, inputs)))
+
+
+def limits_at_calls(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """The fields of ``Limits`` on strides, gradients and training."""
+    strided = [transposed(x) for x in inputs]
+    found: dict[str, Any] = {"contiguous": pair.apart(strided) not in ("", BOTH_FAIL)}
+    if pair.apart(inputs, on=True):
+        return {**found, "gradients": "off"}
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    if pair.apart(leaves, on=True):
+        return {**found, "gradients": "inputs"}
+    return {**found, "trains": compare_gradients(pair, inputs)}
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same numbers with the last two dimensions in the other order in memory."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.ndim > 1 else tensor
+
+
+class GradientMode(MptkError):
+    """A trace that was made while gradients were on does not hold without them."""
 
 
 BOTH_FAIL = "module and program fail"
@@ -107,9 +136,10 @@ class Pair:
         held = self.weights.get(self.names.get(public, public))
         return tensor if held is None else held.detach().to(tensor.dtype)
 
-    def apart(self, inputs: Sequence[Tensor]) -> str:
-        """How the program differs from the module on these inputs; as ``apart_of``."""
-        return apart_of(self.program, self.module(), inputs)
+    def apart(self, inputs: Sequence[Tensor], *, on: bool = False) -> str:
+        """How the program differs from the module on these inputs; as ``apart_of``. ``on``: with gradients."""
+        with torch.set_grad_enabled(on):
+            return apart_of(self.program, self.module(), inputs)
 
     def check_state(self, inputs: Sequence[Tensor]) -> None:
         """Call the module and the program twice.
@@ -118,10 +148,10 @@ class Pair:
             MptkError: they differ; the message names the buffers and attributes that the module changes.
         """
         module, program = self.module(), self.kept()
-        states = [attributes(module.module)]
+        states = [states_of(module.module)]
         for call in ("first", "second"):
             apart = apart_of(program, module, inputs)
-            states.append(attributes(module.module))
+            states.append(states_of(module.module))
             if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
@@ -136,6 +166,11 @@ class Pair:
     def kept(self) -> Callable[..., object]:
         """The program as it keeps its state: itself if it has none."""
         return ProgramModule(self.program) if self.program.keeps_state else self.program
+
+
+def states_of(module: nn.Module) -> dict[str, str]:
+    """All that a module keeps in Python: in attributes, and outside of them."""
+    return attributes(module) | outside(module)
 
 
 def apart_of(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:
@@ -157,7 +192,8 @@ def flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor
     """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = [t for t in tree_leaves(module(*(x.clone() for x in inputs))) if isinstance(t, Tensor)]
+        copies = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) for x in inputs]
+        found = [t for t in tree_leaves(module(*copies)) if isinstance(t, Tensor)]
     if any(isinstance(t, FakeTensor) for t in found):
         raise MptkError("a value of forward() is lost in the trace")
     return found
@@ -170,7 +206,7 @@ def difference(found: list[Tensor], expected: list[Tensor], inputs: Sequence[Ten
     if (types := [t.dtype for t in found]) != (wanted := [t.dtype for t in expected]):
         return f"it gives {types} and not {wanted}"
     for one, other in zip(found, expected, strict=True):
-        worst = relative(one, other)
+        worst = relative(one.detach(), other.detach())
         if not worst <= TOLERANCES.get(other.dtype, 5e-5):
             return f"at {shapes_of(inputs)} outputs differ by {worst:.1e} of the largest"
     return ""

@@ -4,7 +4,8 @@ torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()``
 moves the calls of these graphs into the exported program's graph, each with its module and source line. The program
 computes the same numbers. The modes:
 
-1. gradients on or off: no number depends on them;
+1. gradients off: no number depends on them, but training does. A value that leaves such a region is detached, so that
+   no gradient goes back into it. Gradients on: the calls as they are;
 2. autocast off, or on for a device on which the region has no tensor: the calls compute the same without it;
 3. autocast on: it casts the inputs and outputs of calls without a trace in the graph. Refused;
 4. a region within another: the innermost one decides.
@@ -27,6 +28,8 @@ from mptk.ir.source_location import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
+OFF = "gradients off"
+"""In the ``meta`` of a call: whether it is made while gradients are off; not there if no region says so."""
 REGION_ARGUMENT: dict[object, int] = {AUTOCAST: 4, GRADIENTS: 1}
 """The position of the region's graph in each call's arguments. Later arguments are the graph's inputs."""
 
@@ -39,6 +42,8 @@ def inline(exported: ExportedProgram) -> None:
     """
     renamed = _inline(exported.graph_module, casts=frozenset())
     for old, new in renamed.items():
+        exported.graph_signature.replace_all_uses(old, new)
+    for old, new in _detach(exported.graph_module.graph).items():
         exported.graph_signature.replace_all_uses(old, new)
     exported.graph_module.recompile()
 
@@ -57,6 +62,28 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
     return renamed
 
 
+def _detach(graph: fx.Graph) -> dict[str, str]:
+    """Detach the values that leave regions without gradients. Returns the names of the graph's outputs: old → new."""
+    renamed = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not node.meta.get(OFF, False) or not (isinstance(value, Tensor) and value.is_floating_point()):
+            continue
+        later = [user for user in node.users if not user.meta.get(OFF, False)]
+        if not later:
+            continue
+        with graph.inserting_after(node):
+            free = graph.call_function(torch.ops.aten.detach.default, (node,))
+        free.meta = dict(node.meta)
+        for user in later:
+            user.replace_input_with(node, free)
+            if user.op == "output":
+                renamed[node.name] = free.name
+    for node in graph.nodes:
+        node.meta.pop(OFF, None)
+    return renamed
+
+
 def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -> dict[str, str]:
     """Replace ``node`` by the calls of its region. Returns the names of its results: old → new."""
     position = REGION_ARGUMENT[node.target]
@@ -69,6 +96,13 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
         device, _, enabled = cast("tuple[str, object, bool]", node.args[:3])
         casts = casts | {device} if enabled else casts - {device}
     _inline(region, casts)
+    if node.target is GRADIENTS and node.args[0] is False:
+        for call in region.graph.nodes:  # a region within this one has its own mode already
+            if call.op == "call_function":
+                call.meta.setdefault(OFF, True)
+    elif node.target is GRADIENTS:
+        for call in region.graph.nodes:
+            call.meta.setdefault(OFF, False)
     for nested in region.graph.find_nodes(op="get_attr"):
         name = f"{place}_{nested.target}"
         module.add_module(name, region.get_submodule(nested.target))

@@ -22,10 +22,10 @@ from mptk.compat.torch import (
     drop_tracked_inputs,
     located,
     origin,
-    tree_leaves,
     uncached_operators,
 )
 from mptk.errors import MptkError, first_line
+from mptk.ir.containers import Container, take_apart
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.ops import is_open, storage, written
@@ -53,18 +53,25 @@ def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[T
     return tuple(value for value in found if isinstance(value, Tensor))
 
 
+class Returned:
+    """What ``forward`` returned its tensors in. torch.export puts back an attribute of a module, but not one of this."""
+
+    container: Container | None = None
+
+
 class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
     ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
     transformers model it returns only what ``results`` says. The model also returns its cache, which would count as a
-    use of the heads if it were an output of the graph.
+    use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.module, self.names = module, tuple(names)
         self.keywords = uncached(module)
+        self.returned = Returned()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.names else {}
@@ -72,7 +79,8 @@ class Flat(nn.Module):
             output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
             return results(output)
-        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        tensors, container = take_apart(output)
+        self.returned.container = container
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
@@ -182,6 +190,9 @@ def export_program(
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
+    Code under ``torch.no_grad`` stays without gradients if they are on at the call; a transformers model is traced
+    without any.
+
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
@@ -194,7 +205,7 @@ def export_program(
             located(),
             evaluating(wrapper),
             fake_weights(wrapper, inputs) as fake_inputs,
-            torch.no_grad(),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not isinstance(_inner(wrapper), PreTrainedModel)),
         ):
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
@@ -206,6 +217,12 @@ def export_program(
         ) from error
     drop_tracked_inputs(exported)
     return program_from_exported(exported, wrapper)
+
+
+def _inner(wrapper: nn.Module) -> Any:
+    module = wrapper.module
+    assert isinstance(module, nn.Module)
+    return unwrapped(module)
 
 
 @contextlib.contextmanager
@@ -286,7 +303,8 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     names = tuple(getattr(wrapper, "names", ()))
     frozen = frozenset(_public(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
     signature = _public_signature(exported.graph_signature)
-    return Program(graph, signature, state, aliases, exported, names, limits_of(graph.graph), frozen)
+    container = wrapper.returned.container if isinstance(wrapper, Flat) else None
+    return Program(graph, signature, state, aliases, exported, names, limits_of(graph.graph), frozen, outputs=container)
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:

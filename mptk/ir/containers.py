@@ -1,0 +1,143 @@
+"""containers: what ``forward`` returns around its tensors: a dict, a list, a named tuple, a dataclass, and their nests.
+
+A graph returns tensors in a row. A template puts them back: it is a tree of plain data, which goes into a file as JSON.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+
+Json = Any
+TENSOR, CONSTANT = "tensor", "constant"
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Container:
+    """A place in a tree of outputs.
+
+    Attributes:
+        kind: ``tensor``, ``constant``, ``tuple``, ``list``, ``dict``, ``namedtuple`` or ``dataclass``.
+        parts: its parts, in order.
+        keys: of a dict, or names of fields.
+        name: of a class of one's own.
+        value: of a constant.
+        made: the class itself, as long as the template is not read from a file.
+    """
+
+    kind: str
+    parts: tuple[Container, ...] = ()
+    keys: tuple[str | int, ...] = ()
+    name: str = ""
+    value: bool | int | float | str | None = None
+    made: type | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def build(self, tensors: Sequence[Tensor]) -> Any:
+        """The outputs with ``tensors`` in their places."""
+        left = iter(tensors)
+        return self._build(lambda: next(left))
+
+    def _build(self, next_tensor: Callable[[], Tensor]) -> Any:
+        if self.kind == TENSOR:
+            return next_tensor()
+        if self.kind == CONSTANT:
+            return self.value
+        parts = [part._build(next_tensor) for part in self.parts]
+        if self.kind == "tuple":
+            return tuple(parts)
+        if self.kind == "list":
+            return parts
+        named = dict(zip(self.keys, parts, strict=True))
+        if self.kind == "dict":
+            return named if self.made is None else self.made(named)
+        return self._own_class()(**{str(key): part for key, part in named.items()})
+
+    def _own_class(self) -> Callable[..., Any]:
+        """The class that ``forward`` returned or, if only a file tells of it, one with the same name and fields."""
+        if self.made is not None:
+            return self.made
+        fields = [str(key) for key in self.keys]
+        if self.kind == "namedtuple":
+            return collections.namedtuple(self.name, fields)
+        return dataclasses.make_dataclass(self.name, fields)
+
+    def to_json(self) -> Json:
+        """As plain data."""
+        found: dict[str, Json] = {"kind": self.kind}
+        if self.kind == CONSTANT:
+            return {**found, "value": self.value}
+        if self.keys or self.name:
+            found |= {"keys": list(self.keys), "name": self.name}
+        return {**found, "parts": [part.to_json() for part in self.parts]} if self.kind != TENSOR else found
+
+    @staticmethod
+    def from_json(data: Json, depth: int = 0) -> Container:
+        """Raises ValueError for what ``to_json`` does not write."""
+        if not isinstance(data, Mapping) or depth > DEEPEST:
+            raise ValueError("it tells of outputs in no known form")
+        kind, keys, name = data.get("kind"), data.get("keys", []), data.get("name", "")
+        value, parts = data.get("value"), data.get("parts", [])
+        known = kind in (TENSOR, CONSTANT, "tuple", "list", "dict", "namedtuple", "dataclass")
+        named = kind not in ("namedtuple", "dataclass") or all(str(word).isidentifier() for word in (name, *keys))
+        if not known or not named or not isinstance(value, PLAIN) or not isinstance(keys, list):
+            raise ValueError(f"it tells of outputs of kind {str(kind)[:40]!r}")
+        if kind in ("dict", "namedtuple", "dataclass") and len(keys) != len(parts):
+            raise ValueError("it tells of outputs with other names than parts")
+        return Container(
+            str(kind), tuple(Container.from_json(p, depth + 1) for p in parts), tuple(keys), str(name), value
+        )
+
+
+DEEPEST = 32
+"""Nests of outputs that are read."""
+
+
+def take_apart(output: object) -> tuple[list[Tensor], Container]:
+    """The tensors of what ``forward`` returned, in order, and the template that puts them back.
+
+    Raises:
+        MptkError: it holds an object that is neither a tensor, a plain value nor one of the known containers.
+    """
+    tensors = list[Tensor]()
+    return tensors, _template(output, tensors)
+
+
+def _template(output: object, tensors: list[Tensor]) -> Container:
+    if isinstance(output, Tensor):
+        tensors.append(output)
+        return Container(TENSOR)
+    kind = type(output)
+    if isinstance(output, PLAIN):
+        return Container(CONSTANT, value=output)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        parts = tuple(_template(part, tensors) for part in output)
+        return Container("namedtuple", parts, tuple(output._fields), kind.__name__, made=kind)
+    if isinstance(output, tuple | list):
+        name = "tuple" if isinstance(output, tuple) else "list"
+        return Container(name, tuple(_template(part, tensors) for part in output))
+    if isinstance(output, Mapping):
+        if not all(isinstance(key, str | int) for key in output):
+            raise MptkError(
+                "forward returns a dict whose keys are neither text nor numbers; return it with text as keys"
+            )
+        parts = tuple(_template(part, tensors) for part in output.values())
+        return Container("dict", parts, tuple(output), made=None if kind is dict else kind)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [field.name for field in dataclasses.fields(output) if field.init]
+        parts = tuple(_template(getattr(output, name), tensors) for name in names)
+        return Container("dataclass", parts, tuple(names), kind.__name__, made=kind)
+    if isinstance(output, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise MptkError("forward returns a size as a number, which a graph holds as one value; return tensors")
+    raise MptkError(
+        f"forward returns a {kind.__name__}, which a graph cannot give back; return tensors, in dicts, lists, tuples, "
+        "named tuples or dataclasses"
+    )

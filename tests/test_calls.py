@@ -1,0 +1,310 @@
+"""A pruned module at the call and in training: its gradients, its types and strides, its containers, state outside of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mptk
+from mptk import MptkError
+from tests.programs.oracles import zeroed
+
+ASKED: dict[str, Any] = {"sparsity": 0.3, "align": 1, "tolerance": 0.2, "method": "magnitude", "progress": None}
+X = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.out, self.body = nn.Linear(8, 40), nn.Linear(40, 12), nn.Linear(12, 4), body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def prune(
+    body: Callable[..., Any], out: Path | None = None, x: Tensor = X, **options: Any
+) -> tuple[mptk.Pruned, nn.Module]:
+    net = Net(body).eval()
+    found = mptk.prune(net, out, example_inputs=x, onnx=False, **{**ASKED, **options})
+    return found, zeroed(net, found.compiled.prepared.analysis, found.plan)
+
+
+# ---- gradients ----
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    module.zero_grad()
+    (module(X) * torch.arange(4)).sum().backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def without(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.up(x).relu()
+    return net.out(net.down(h).relu())
+
+
+def without_between(net: Any, x: Tensor) -> Tensor:
+    """Gradients reach ``up`` only through the part in which they are on again."""
+    with torch.no_grad():
+        h = net.up(x)
+        with torch.enable_grad():
+            h = h * net.up.bias
+    return net.out(net.down(h).relu())
+
+
+@torch.no_grad()
+def of_a_decorator(net: Any, x: Tensor) -> Tensor:
+    return net.up(x).relu()
+
+
+@pytest.mark.parametrize("body", [without, without_between, lambda net, x: net.out(net.down(of_a_decorator(net, x)))])
+def test_a_part_without_gradients_stays_without(body: Callable[..., Any], tmp_path: Path) -> None:
+    pruned, oracle = prune(body, tmp_path / "out")
+    expected = gradients(oracle)
+    assert not [note for note in pruned.report.notes if "gradients" in note]
+    assert {row["stage"]: row["ok"] for row in pruned.report.proof}["gradients"]
+    for module in (pruned.model, mptk.Pruned.open(tmp_path / "out").model):
+        found = gradients(module)
+        for name in ("up.weight", "out.bias", "down.bias"):
+            if expected[name] is None:
+                assert found[name] is None or not found[name].any()
+            else:
+                assert found[name].abs().max() == pytest.approx(expected[name].abs().max().item(), rel=1e-4)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def doubled(net: Any, x: Tensor) -> Tensor:
+    h = net.up(x).relu()
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient * 2)
+    return net.out(net.down(h))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            lambda net, x: net.out(net.down(Straight.apply(net.up(x)))),
+            r"Straight \(test_calls.py:\d+\) has a backward of its own",
+        ),
+        (doubled, r"a hook on the gradient of a tensor \(test_calls.py:\d+\)"),
+    ],
+)
+def test_a_backward_that_no_graph_holds_is_said_with_its_line(body: Callable[..., Any], said: str) -> None:
+    (note,) = (note for note in prune(body)[0].report.notes if note.startswith("gradients: "))
+    assert note.startswith("gradients: the pruned model trains otherwise than the module: the gradient of ")
+    assert re.search(said, note), note
+
+
+def test_a_wrong_gradient_fails_the_proof(inside: Any) -> None:
+    inside.around(
+        "mptk.proof.gradients.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}
+    )
+    with pytest.raises(MptkError, match=r"the proof fails at 'gradients'"):
+        prune(lambda net, x: net.out(net.down(net.up(x))))
+
+
+@pytest.mark.parametrize(
+    ("body", "leaf", "said"),
+    [
+        (
+            lambda net, x: net.out(net.down(net.up(x))) * (2 if torch.is_grad_enabled() else 1),
+            False,
+            "gradients are on",
+        ),
+        (
+            lambda net, x: net.out(net.down(net.up(x))) * (2 if x.requires_grad else 1),
+            True,
+            "an input requires gradients",
+        ),
+    ],
+)
+def test_a_branch_on_gradients_is_refused_on_the_other_side(body: Any, leaf: bool, said: str) -> None:
+    pruned, oracle = prune(body)
+    assert [note for note in pruned.report.notes if note.startswith("gradients: ")]
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.model(X), oracle(X))
+    for module in (pruned.model, copy.deepcopy(pruned.model)):
+        with pytest.raises(MptkError, match=f"computes otherwise while {said}"):
+            module(X.clone().requires_grad_(leaf))
+
+
+# ---- types and strides ----
+
+
+def test_inputs_of_other_types_and_strides_are_refused() -> None:
+    def by_type(net: Any, x: Tensor) -> Tensor:
+        return net.out(net.down(net.up(x.float() * (3 if x.dtype == torch.bool else 1))))
+
+    whole = torch.randint(0, 5, (3, 6, 8))
+    pruned, oracle = prune(by_type, x=whole)
+    torch.testing.assert_close(pruned.model(whole), oracle(whole))
+    for other in (whole.bool(), whole.int(), whole.float()):
+        with pytest.raises(MptkError, match=r"x must be torch.int64, as it was traced, and it is torch"):
+            pruned.model(other)
+
+    def by_stride(net: Any, x: Tensor) -> Tensor:
+        return net.out(net.down(net.up(x))) * (1 if x.is_contiguous() else 2)
+
+    pruned, oracle = prune(by_stride)
+    torch.testing.assert_close(pruned.model(X), oracle(X))
+    with pytest.raises(MptkError, match="x must be contiguous"):
+        pruned.model(X.transpose(0, 1).contiguous().transpose(0, 1))
+    free, oracle = prune(lambda net, x: net.out(net.down(net.up(x))))
+    strided = X.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(free.model(strided), oracle(strided))
+
+
+def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not() -> None:
+    free, _ = prune(lambda net, x: net.out(net.down(net.up(x))))
+    with pytest.raises(MptkError, match=r"x must be torch.float32, as it was traced, and it is torch.float64"):
+        free.model(X.double())
+    assert free.model.double()(X.double()).dtype is torch.float64
+    held, _ = prune(lambda net, x: net.out(net.down(net.up(x.double().float()))))
+    with pytest.raises(MptkError, match=r"holds the types that it had .*; convert the dense module before it is pruned"):
+        held.model.double()(X.double())
+
+
+# ---- containers ----
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor | None
+
+
+@dataclasses.dataclass
+class Both:
+    logits: Tensor
+    more: dict[str, Any]
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "a dict": lambda y: {"a": y, "b": y + 1},
+    "a tuple of one": lambda y: (y,),
+    "a list in a tuple": lambda y: ([y, None], y.mean(-1), "text"),
+    "a named tuple": lambda y: Pair(y, None),
+    "a dataclass": lambda y: Both(y, {"x": [y, 3]}),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_outputs_come_back_as_forward_returned_them(name: str, tmp_path: Path) -> None:
+    make = CONTAINERS[name]
+    pruned, oracle = prune(lambda net, x: make(net.out(net.down(net.up(x)))), tmp_path / "out")
+    expected = oracle(X)
+    opened = mptk.Pruned.open(tmp_path / "out").model
+    for module in (pruned.model, opened, copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))):  # noqa: S301
+        found = module(X)
+        assert type(found).__name__ == type(expected).__name__
+        assert_same(found, expected)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected)
+    elif dataclasses.is_dataclass(expected):
+        assert_same(vars(found), vars(expected))
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        assert_same(list(found.values()), list(expected.values()))
+    elif isinstance(expected, list | tuple):
+        assert getattr(found, "_fields", None) == getattr(expected, "_fields", None)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+def test_an_output_that_no_graph_gives_back_is_refused_by_name() -> None:
+    class Odd:
+        def __init__(self, y: Tensor) -> None:
+            self.y = y
+
+    with pytest.raises(MptkError, match="forward returns a Odd, which a graph cannot give back; return tensors"):
+        prune(lambda net, x: Odd(net.out(net.down(net.up(x)))))
+
+
+# ---- state outside of attributes ----
+
+CALLS = 0
+SEEN: list[int] = []
+
+
+def counted(net: Any, x: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return net.out(net.down(net.up(x))) * (2 if CALLS > 100 else 1)
+
+
+def listed(net: Any, x: Tensor) -> Tensor:
+    SEEN.append(len(x))
+    return net.out(net.down(net.up(x)))
+
+
+def closed_over() -> Callable[..., Any]:
+    calls = 0
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return net.out(net.down(net.up(x)))
+
+    return body
+
+
+class Counting(Net):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [(counted, "CALLS"), (listed, "SEEN"), (closed_over(), "body.calls")],
+    ids=["global", "list", "closure"],
+)
+def test_state_outside_of_a_module_is_refused_by_name(body: Any, name: str) -> None:
+    with pytest.raises(MptkError, match=f"forward changes {name} at each call"):
+        prune(body)
+
+
+def test_state_of_a_class_and_of_a_hook_is_refused_by_name() -> None:
+    plain = lambda net, x: net.out(net.down(net.up(x)))  # noqa: E731
+    with pytest.raises(MptkError, match=r"forward changes Counting.calls at each call"):
+        mptk.prune(Counting(plain), example_inputs=X, **ASKED)
+    seen = {"calls": 0}
+
+    def hook(module: nn.Module, given: Any) -> None:
+        seen["calls"] += 1
+
+    net = Net(plain)
+    net.up.register_forward_pre_hook(hook)
+    with pytest.raises(MptkError, match=r"forward changes hook.seen at each call"):
+        mptk.prune(net, example_inputs=X, **ASKED)
+    with contextlib.suppress(KeyError):
+        assert seen["calls"] > 0

@@ -183,7 +183,9 @@ def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not() -> None:
         free.model(X.double())
     assert free.model.double()(X.double()).dtype is torch.float64
     held, _ = prune(lambda net, x: net.out(net.down(net.up(x.double().float()))))
-    with pytest.raises(MptkError, match=r"holds the types that it had .*; convert the dense module before it is pruned"):
+    with pytest.raises(
+        MptkError, match=r"holds the types that it had .*; convert the dense module before it is pruned"
+    ):
         held.model.double()(X.double())
 
 

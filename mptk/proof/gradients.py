@@ -26,7 +26,8 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     or two sets of gradients do not fit in memory.
     """
     masked, analysis, cut = compiled.masked, compiled.analysis, compiled.chosen.cut
-    trained = [name for name in masked.parameters if name not in masked.frozen and name in written.state]
+    used = [name for name in masked.parameters if name in analysis.weights and name in written.state]
+    trained = [name for name in used if name not in masked.frozen and masked.state.like(name).is_floating_point()]
     bytes_needed = 4 * sum(masked.state.like(name).nbytes for name in trained)
     if not trained or compiled.program is not compiled.exact or compiled.epsilons or bytes_needed > free_memory() / 2:
         return []

@@ -8,13 +8,14 @@ are compared. Each case has a copy of the module, so that the user's stays as it
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError, first_line
@@ -43,9 +44,10 @@ def compared(
     if inputs is None:
         inputs = [t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor)]
     pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.parameters})})
+    pair.check_outside(inputs)
     if pair.apart(inputs) and not pair.apart(inputs, on=True):
         raise GradientMode(
-            f"{type(program.source).__name__} computes otherwise while gradients are on; trace it under torch.no_grad()"
+            f"{type(program.source.module).__name__} computes otherwise while gradients are on; trace it under torch.no_grad()"
         )
     pair.check_state(inputs)
     several = set()
@@ -141,6 +143,19 @@ class Pair:
         with torch.set_grad_enabled(on):
             return apart_of(self.program, self.module(), inputs)
 
+    def check_outside(self, inputs: Sequence[Tensor]) -> None:
+        """Raise MptkError if a call of the module changes what its code keeps outside of it."""
+        module = self.module()
+        before = outside(module.module)
+        with contextlib.suppress(Exception):  # whether it runs is told later
+            flat(module, inputs)
+        after = outside(module.module)
+        if changed := sorted(name for name in after if after[name] != before.get(name)):
+            raise MptkError(
+                f"forward changes {', '.join(changed)} at each call, which a trace holds as one value; keep such state "
+                "in a buffer, with tensors"
+            )
+
     def check_state(self, inputs: Sequence[Tensor]) -> None:
         """Call the module and the program twice.
 
@@ -148,10 +163,10 @@ class Pair:
             MptkError: they differ; the message names the buffers and attributes that the module changes.
         """
         module, program = self.module(), self.kept()
-        states = [states_of(module.module)]
+        states = [attributes(module.module)]
         for call in ("first", "second"):
             apart = apart_of(program, module, inputs)
-            states.append(states_of(module.module))
+            states.append(attributes(module.module))
             if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
@@ -166,11 +181,6 @@ class Pair:
     def kept(self) -> Callable[..., object]:
         """The program as it keeps its state: itself if it has none."""
         return ProgramModule(self.program) if self.program.keeps_state else self.program
-
-
-def states_of(module: nn.Module) -> dict[str, str]:
-    """All that a module keeps in Python: in attributes, and outside of them."""
-    return attributes(module) | outside(module)
 
 
 def apart_of(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:

@@ -54,7 +54,7 @@ def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[T
 
 
 class Returned:
-    """What ``forward`` returned its tensors in. torch.export puts back an attribute of a module, but not one of this."""
+    """What ``forward`` returned its tensors in. torch.export puts back attributes of a module, but not of this."""
 
     container: Container | None = None
 

@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
 SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
-FUZZ_ARGS ?= --programs 5000 --modules 400 --jobs 2 --json benchmarks/results/fuzz.json
+FUZZ_ARGS ?= --programs 5000 --modules 400 --edges 400 --jobs 2 --json benchmarks/results/fuzz.json
 FUZZ_FILES_ARGS ?= --minutes 30
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
@@ -31,7 +31,7 @@ help:
 	@echo "make docs         the documentation as a site, build/site; a warning is an error"
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
-	@echo "make fuzz         5,000 random programs and 400 modules: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
+	@echo "make fuzz         5,000 random programs and 800 modules: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
 	@echo "make fuzz-files   damaged files for every reader, half an hour: read, or refused in one line; FUZZ_FILES_ARGS=..."
 	@echo "make soak         an hour of random commands, a fifth of them killed; SOAK_ARGS=... for other numbers"
 	@echo "make crash        160 kills of commands: what the next run makes of them; CRASH_ARGS=... for other numbers"

@@ -1,12 +1,13 @@
 """Random programs without end: what of them is refused, proven, wrong or crashes the analysis.
 
-    python -m tests.fuzz [--programs 5000] [--family NAME] [--modules 200] [--jobs 2] [--seed 0] [--json FILE]
+    python -m tests.fuzz [--programs 5000] [--family NAME] [--modules 200] [--edges 200] [--jobs 2] [--seed 0] [--json FILE]
     python -m tests.fuzz --program 'DESCRIPTION'
 
 Program number n is drawn from seed + n, so that a run says which it was. Each that is wrong or crashes is made smaller,
 once for each cause, and printed as a description that the second form runs again. Exit code 1 if there is any.
-Modules, whose ``forward`` is Python with branches and state, are those of ``tests/eager_modules.py``; one that is wrong
-is printed with its seed.
+Modules, whose ``forward`` is Python with branches and state, are those of ``tests/eager_modules.py``, and of
+``tests/edge_modules.py``: arithmetic on sizes, state outside of attributes, gradients, types, containers. One that is
+wrong is printed with its seed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import typer
 
 from benchmarks.common import result_header, write_result
-from tests import eager_modules
+from tests import eager_modules, edge_modules
 from tests.programs import CATALOGUE, FAILURES, Outcome, Program, cause_of, check, reduced, seeded
 
 BLOCK, LIMIT_S = 25, 120
@@ -139,13 +140,13 @@ class Modules:
     refused: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
-    def enter(self, seed: int, outcome: eager_modules.Outcome) -> None:
+    def enter(self, text: str, outcome: eager_modules.Outcome | edge_modules.Outcome) -> None:
         self.verdicts[outcome.verdict] += 1
         self.calls.update({"equal": outcome.calls[0], "refused by size": outcome.calls[1]})
         if outcome.verdict == eager_modules.REFUSED:
             self.refused[" ".join(outcome.cause.split(";")[0].split()[:9])] += 1
         elif outcome.verdict != eager_modules.EQUAL:
-            self.failures.append(f"{outcome.verdict}: {outcome.cause} in {eager_modules.described(seed)}")
+            self.failures.append(f"{outcome.verdict}: {outcome.cause} in {text}")
 
     def __str__(self) -> str:
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in self.verdicts.most_common())
@@ -156,21 +157,33 @@ class Modules:
         )
 
 
-def check_module(seed: int) -> tuple[int, eager_modules.Outcome]:
+def check_module(seed: int) -> tuple[str, eager_modules.Outcome]:
     """Check the module of a seed, in this process. Any other error than a refusal is a crash."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    text = str(eager_modules.described(seed))
     try:
-        return seed, eager_modules.check(eager_modules.described(seed))
+        return text, eager_modules.check(eager_modules.described(seed))
     except Exception as error:
-        return seed, eager_modules.Outcome("crashed", f"{type(error).__name__}: {error}")
+        return text, eager_modules.Outcome("crashed", f"{type(error).__name__}: {error}")
 
 
-def modules_of(count: int, jobs: int, seed: int) -> Modules:
+def check_edge(seed: int) -> tuple[str, edge_modules.Outcome]:
+    """As ``check_module``, for the modules at the edges. Every fourth is written as ONNX, too, which takes longest."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    text = f"{seed}: {edge_modules.edge(seed)[1]}"
+    try:
+        return text, edge_modules.check(seed, onnx=seed % 4 == 0)
+    except Exception as error:
+        return text, edge_modules.Outcome("crashed", f"{type(error).__name__}: {error}")
+
+
+def modules_of(check: Callable[[int], tuple[str, Any]], count: int, jobs: int, seed: int) -> Modules:
     """The outcomes of so many random modules."""
     found = Modules()
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=100) as pool:
-        for each in pool.imap_unordered(check_module, range(seed, seed + count)):
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=50) as pool:
+        for each in pool.imap_unordered(check, range(seed, seed + count)):
             found.enter(*each)
     return found
 
@@ -191,6 +204,7 @@ def report(tally: Tally) -> str:
 def main(
     programs: Annotated[int, typer.Option(help="how many")] = 5000,
     modules: Annotated[int, typer.Option(help="how many modules with Python in their forward")] = 0,
+    edges: Annotated[int, typer.Option(help="how many modules at the edges of a trace")] = 0,
     family: Annotated[str, typer.Option(help="only programs with a step of this family of operators")] = "",
     jobs: int = 2,
     seed: int = 0,
@@ -205,17 +219,23 @@ def main(
             tally.add(part)
             print(f"\r{sum(tally.verdicts.values())} of {programs}", end="", flush=True)
     print("\r" + report(tally))
-    eager = modules_of(modules, jobs, seed) if modules else Modules()
-    print(eager if modules else "")
+    each = {
+        name: modules_of(check, count, jobs, seed) if count else Modules()
+        for name, check, count in (("modules", check_module, modules), ("edges", check_edge, edges))
+    }
+    for name, found in each.items():
+        print(f"{name}: {found}" if found.verdicts else "")
     if json_file is not None:
-        write_result(json_file, _header(tally, eager, seed, time.monotonic() - start), _rows(tally))
-    raise typer.Exit(any(tally.verdicts[verdict] for verdict in FAILURES) or bool(eager.failures))
+        write_result(json_file, _header(tally, each, seed, time.monotonic() - start), _rows(tally))
+    wrong = any(found.failures for found in each.values())
+    raise typer.Exit(any(tally.verdicts[verdict] for verdict in FAILURES) or wrong)
 
 
-def _header(tally: Tally, eager: Modules, seed: int, seconds: float) -> dict[str, Any]:
+def _header(tally: Tally, modules: dict[str, Modules], seed: int, seconds: float) -> dict[str, Any]:
     figures = {"verdicts": dict(tally.verdicts), "families": tally.families, "refused": dict(tally.refused)}
     failures = [asdict(f) for f in tally.failures.values()]
-    own = {"seed": seed, "seconds": round(seconds), **figures, "failures": failures, "modules": vars(eager)}
+    own = {"seed": seed, "seconds": round(seconds), **figures, "failures": failures}
+    own |= {name: vars(found) for name, found in modules.items()}
     return {**result_header(), **own}
 
 

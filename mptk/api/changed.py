@@ -16,7 +16,7 @@ from mptk.api.sources import source_of
 from mptk.chain.describe import graph_sizes
 from mptk.chain.job import Finished
 from mptk.chain.recovery import recovery
-from mptk.chain.rewritten import CHANGED, ChangedWeights, write_changed_weights
+from mptk.chain.rewritten import WEIGHTS_CHANGED, ChangedWeights, write_changed_weights
 from mptk.compile.trace import traced
 from mptk.errors import MptkError
 from mptk.files import scratch
@@ -133,7 +133,7 @@ def check_same(what: str, now: object, before: object) -> None:
 
 
 @dataclass(frozen=True)
-class Origin:
+class FirstRun:
     """What is known of the run that made a folder: the dense model, its task, and the samples; None if it is not."""
 
     opened: tuple[Loaded, Task] | None = None
@@ -142,7 +142,7 @@ class Origin:
 
 
 def write_again(
-    place: Path, out: Path, report: Report, weights: Mapping[str, Tensor], origin: Origin, context: Context
+    place: Path, out: Path, report: Report, weights: Mapping[str, Tensor], origin: FirstRun, context: Context
 ) -> Finished | Report:
     """Write the pruned folder ``place`` to ``out`` with other weights, and prove it.
 
@@ -184,7 +184,7 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
             quality={},
             quantized=graph_sizes(folder / ONNX_FOLDER, Module(samples).onnx),
             proof=[d.as_dict() for d in proof],
-            notes=list(dict.fromkeys([*report.notes, CHANGED])),
+            notes=list(dict.fromkeys([*report.notes, WEIGHTS_CHANGED])),
             files=sorted([*listed(folder), REPORT_FILE, CARD]),
         )
         found.write(folder)

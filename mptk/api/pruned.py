@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from mptk.api.changed import Origin, Snapshot, check_same, saved_files, write_again
+from mptk.api.changed import FirstRun, Snapshot, check_same, saved_files, write_again
 from mptk.api.display import shown
 from mptk.api.samples import Data, check_texts, given, names_of
 from mptk.api.sources import GivenInputs, Model, source_for
@@ -65,7 +65,7 @@ class Pruned:
         *,
         compiled: Compiled | None = None,
         kept: object = None,
-        origin: Origin | None = None,
+        origin: FirstRun | None = None,
     ) -> None:
         """``place``: the folder. ``kept``: for a temporary folder, the object that removes it at the end.
 
@@ -74,7 +74,7 @@ class Pruned:
         self.report, self.plan = report, plan_of(place)
         self._reported = json_text(report.to_json())
         self.compiled = compiled
-        self.proven, self._kept, self._origin = place, kept, origin or Origin()
+        self.proven, self._kept, self._origin = place, kept, origin or FirstRun()
         self._snapshot: Snapshot | None = None
         self._tokenizer_files: dict[str, bytes] | None = None
         self.folder: Path | None = place if kept is None else None
@@ -89,7 +89,7 @@ class Pruned:
         report = Report.read(folder)
         check_manifest(Path(folder))
         dense = str(model) if isinstance(model, Path) else model
-        return Pruned(report, Path(folder), origin=Origin(model=dense))
+        return Pruned(report, Path(folder), origin=FirstRun(model=dense))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -282,7 +282,7 @@ def finished(
     if found is None:
         return None
     prepared = found.compiled.prepared
-    origin = Origin((prepared.given, prepared.task), sets=found.sets)
+    origin = FirstRun((prepared.given, prepared.task), sets=found.sets)
     return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
 
 

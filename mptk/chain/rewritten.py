@@ -30,7 +30,7 @@ from mptk.protocols.report import Report
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import damaged
 
-CHANGED = "the weights were changed in memory after the proof of the cut, as by training: they were proven again"
+WEIGHTS_CHANGED = "the weights were changed in memory after the proof of the cut, as by training, and proven again"
 """The note of a folder that was written again."""
 
 
@@ -117,7 +117,7 @@ def _written_again(changed: ChangedWeights, job: Job, prepared: Prepared, contex
         changed=True,
         **{name: getattr(before, name) for name in ("settings", "splits", "data", "recovery", "search")},
         **{name: getattr(before, name) for name in ("vocabulary", "kv_heads")},
-        notes=list(dict.fromkeys([*before.notes, *report.notes, CHANGED])),
+        notes=list(dict.fromkeys([*before.notes, *report.notes, WEIGHTS_CHANGED])),
     )
     if changed.sets is not None:
         report = measured(report, compiled, sets, job.out, context)

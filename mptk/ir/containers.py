@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 
-Json = Any
 TENSOR, CONSTANT = "tensor", "constant"
-PLAIN = (bool, int, float, str, type(None))
+CONSTANTS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class Container:
             return collections.namedtuple(self.name, fields)
         return dataclasses.make_dataclass(self.name, fields)
 
-    def to_json(self) -> Json:
+    def to_json(self) -> Any:
         """As plain data."""
-        found: dict[str, Json] = {"kind": self.kind}
+        found: dict[str, Any] = {"kind": self.kind}
         if self.kind == CONSTANT:
             return {**found, "value": self.value}
         if self.keys or self.name:
@@ -80,7 +79,7 @@ class Container:
         return {**found, "parts": [part.to_json() for part in self.parts]} if self.kind != TENSOR else found
 
     @staticmethod
-    def from_json(data: Json, depth: int = 0) -> Container:
+    def from_json(data: Any, depth: int = 0) -> Container:
         """Raises ValueError for what ``to_json`` does not write."""
         if not isinstance(data, Mapping) or depth > DEEPEST:
             raise ValueError("it tells of outputs in no known form")
@@ -88,7 +87,7 @@ class Container:
         value, parts = data.get("value"), data.get("parts", [])
         known = kind in (TENSOR, CONSTANT, "tuple", "list", "dict", "namedtuple", "dataclass")
         named = kind not in ("namedtuple", "dataclass") or all(str(word).isidentifier() for word in (name, *keys))
-        if not known or not named or not isinstance(value, PLAIN) or not isinstance(keys, list):
+        if not known or not named or not isinstance(value, CONSTANTS) or not isinstance(keys, list):
             raise ValueError(f"it tells of outputs of kind {str(kind)[:40]!r}")
         if kind in ("dict", "namedtuple", "dataclass") and len(keys) != len(parts):
             raise ValueError("it tells of outputs with other names than parts")
@@ -116,7 +115,7 @@ def _template(output: object, tensors: list[Tensor]) -> Container:
         tensors.append(output)
         return Container(TENSOR)
     kind = type(output)
-    if isinstance(output, PLAIN):
+    if isinstance(output, CONSTANTS):
         return Container(CONSTANT, value=output)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         parts = tuple(_template(part, tensors) for part in output)

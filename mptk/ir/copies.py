@@ -96,7 +96,7 @@ def outside(module: nn.Module) -> dict[str, str]:
 
 def _is_own(name: str | None) -> bool:
     """Whether a module of Python is the user's: neither torch's nor another library's with known state."""
-    return (name or "").partition(".")[0] not in LIBRARIES
+    return (name or "").partition(".")[0] not in STATELESS
 
 
 def _named_in(function: FunctionType) -> Iterator[tuple[str, object]]:
@@ -109,7 +109,7 @@ def _named_in(function: FunctionType) -> Iterator[tuple[str, object]]:
             yield f"{function.__name__}.{name}", cell.cell_contents
 
 
-LIBRARIES = frozenset(
+STATELESS = frozenset(
     ["builtins", "einops", "numpy", "peft", "timm", "torch", "torchaudio", "torchvision", "transformers", "typing"]
 )
 """Packages whose code keeps no state that a model depends on."""

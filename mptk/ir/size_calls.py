@@ -20,10 +20,10 @@ from torch import fx
 from mptk.compat.symbols import Symbols, expression, interpret
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, solve_size
-from mptk.ir.size_functions import SizeOperations, Value
+from mptk.ir.size_functions import SizeOperations, SizeValue
 
 ASSERT = torch.ops.aten._assert_scalar.default
-SIZE = torch.ops.aten.sym_size.int
+READ_SIZE = torch.ops.aten.sym_size.int
 REFUSED = "this program was traced for other sizes: "
 """How the message of such an assertion begins."""
 
@@ -37,7 +37,7 @@ class SizeCalls(SizeOperations):
     def __init__(self, graph: fx.Graph, like: fx.Node | None = None) -> None:
         self.graph, self.meta = graph, {} if like is None else like.meta
 
-    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+    def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         if not any(isinstance(each, fx.Node) for each in arguments):
             return function(*arguments)
         call = self.graph.call_function(function, arguments)
@@ -46,28 +46,28 @@ class SizeCalls(SizeOperations):
         return call
 
 
-def _floor(calls: SizeCalls, x: Value) -> Value:
+def _floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
     return calls.floordiv(*x.args) if _is_quotient(x) else calls.floor_to_int(x)
 
 
-def _ceil(calls: SizeCalls, x: Value) -> Value:
+def _ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
     return calls.neg(calls.floordiv(calls.neg(x.args[0]), x.args[1])) if _is_quotient(x) else calls.ceil_to_int(x)
 
 
-def _round(calls: SizeCalls, x: Value, digits: None = None) -> Value:
+def _round(calls: SizeCalls, x: SizeValue, digits: None = None) -> SizeValue:
     return calls.round_quotient(*x.args) if _is_quotient(x) else calls.round_to_int(x)
 
 
-def _is_quotient(x: Value) -> bool:
+def _is_quotient(x: SizeValue) -> bool:
     """Whether ``x`` is a quotient of whole numbers, of which these are exact without floats."""
     return isinstance(x, fx.Node) and x.target is operator.truediv and all(map(_is_whole, x.args))
 
 
-def _is_whole(value: Value) -> bool:
+def _is_whole(value: SizeValue) -> bool:
     return isinstance(value.meta["val"] if isinstance(value, fx.Node) else value, int | torch.SymInt)
 
 
-PLAIN: dict[object, Callable[..., Value]] = {
+WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
     math.ceil: _ceil,
     math.floor: _floor,
     operator.and_: SizeCalls.bitwise_and,
@@ -83,9 +83,9 @@ PLAIN: dict[object, Callable[..., Value]] = {
 def write_size_functions(graph: fx.Graph) -> None:
     """Write the graph's own functions of sizes in those that torch.export can write, in place."""
     for node in list(graph.nodes):
-        if node.target in PLAIN and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
+        if node.target in WRITTEN_OUT and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
             with graph.inserting_before(node):
-                found = PLAIN[node.target](SizeCalls(graph, node), *node.args)
+                found = WRITTEN_OUT[node.target](SizeCalls(graph, node), *node.args)
             node.replace_all_uses_with(found)
             graph.erase_node(node)
 
@@ -98,7 +98,7 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
         calls = SizeCalls(graph)
 
         def read(name: str, d: int) -> fx.Node:
-            call = graph.call_function(SIZE, (placeholders[name], d))
+            call = graph.call_function(READ_SIZE, (placeholders[name], d))
             call.meta["val"] = placeholders[name].meta["val"].shape[d]
             return call
 
@@ -117,11 +117,11 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
 
 
 def symbols_of(
-    sizes: CallSizes, operations: SizeOperations, read: Callable[[str, int], Value]
-) -> dict[sympy.Symbol, Value]:
+    sizes: CallSizes, operations: SizeOperations, read: Callable[[str, int], SizeValue]
+) -> dict[sympy.Symbol, SizeValue]:
     """Symbol → its value, computed from the inputs' sizes. ``read``: gives the size of an input's dimension."""
     needed = {symbol for condition in sizes.conditions for symbol in condition.holds.free_symbols}
-    found = dict[sympy.Symbol, Value]()
+    found = dict[sympy.Symbol, SizeValue]()
     for name, dims in sizes.inputs:
         for d, size in enumerate(dims):
             if (solved := solve_size(size)) is None or solved.symbol in found or solved.symbol not in needed:
@@ -163,8 +163,8 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
     return found
 
 
-def _computed(node: fx.Node, known: Mapping[tuple[str, int], Value]) -> Value:
-    if node.target is SIZE:
+def _computed(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:
+    if node.target is READ_SIZE:
         tensor, dim = node.args
         assert isinstance(tensor, fx.Node)
         return known[tensor.name, dim]  # type: ignore[index]

@@ -16,7 +16,7 @@ import torch
 from mptk.compat.symbols import interpret
 from mptk.errors import MptkError
 
-Value = Any
+SizeValue = Any
 """A number in Python, or what a format has for one that depends on sizes."""
 
 
@@ -30,126 +30,126 @@ class SizeOperations:
     A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
     """
 
-    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+    def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         """A primitive function of numbers and values."""
         raise NotImplementedError
 
-    def constant(self, number: Any, dtype: torch.dtype) -> Value:
+    def constant(self, number: Any, dtype: torch.dtype) -> SizeValue:
         return {torch.int64: int, torch.bool: bool}.get(dtype, float)(number)
 
-    def to_dtype(self, x: Value, dtype: torch.dtype) -> Value:
+    def to_dtype(self, x: SizeValue, dtype: torch.dtype) -> SizeValue:
         return self.apply(torch.sym_float, x)
 
-    def trunc_to_int(self, x: Value, dtype: torch.dtype) -> Value:
+    def trunc_to_int(self, x: SizeValue, dtype: torch.dtype) -> SizeValue:
         return self.apply(math.trunc, x)
 
-    def trunc(self, x: Value) -> Value:
+    def trunc(self, x: SizeValue) -> SizeValue:
         return self.apply(torch.sym_float, self.apply(math.trunc, x))
 
-    def floor_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+    def floor_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         """Without a choice between two values, in which an expression is written several times."""
         whole = self.apply(math.trunc, x)
         below = self.maximum(-1.0, self.minimum(0.0, self.mul(self.sub(x, whole), STEEP)))  # -1 if x < whole, else 0
         return self.add(whole, self.apply(math.trunc, below))
 
-    def ceil_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+    def ceil_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         return self.neg(self.floor_to_int(self.neg(x)))
 
-    def round_to_int(self, x: Value, dtype: torch.dtype = torch.int64) -> Value:
+    def round_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         """To the nearest whole number, and from the middle to the even one, as Python rounds."""
         up = self.floor_to_int(self.add(x, 0.5))
         beside = self.minimum(1.0, self.mul(self.abs(self.sub(self.sub(up, x), 0.5)), STEEP))  # 0 if x is in the middle
         return self.sub(up, self.mul(self.sub(1, self.apply(math.trunc, beside)), self.mod(up, 2)))
 
-    def round_quotient(self, a: Value, b: Value) -> Value:
+    def round_quotient(self, a: SizeValue, b: SizeValue) -> SizeValue:
         """``round(a / b)`` of whole numbers, exactly."""
         both, twice = self.add(self.mul(2, a), b), self.mul(2, b)
         up = self.floordiv(both, twice)
         in_the_middle = self.sub(1, self.minimum(1, self.mod(both, twice)))
         return self.sub(up, self.mul(in_the_middle, self.mod(up, 2)))
 
-    def abs(self, x: Value) -> Value:
+    def abs(self, x: SizeValue) -> SizeValue:
         return self.maximum(x, self.neg(x))
 
-    def add(self, a: Value, b: Value) -> Value:
+    def add(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.add, a, b)
 
-    def sub(self, a: Value, b: Value) -> Value:
+    def sub(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.sub, a, b)
 
-    def mul(self, a: Value, b: Value) -> Value:
+    def mul(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.mul, a, b)
 
-    def neg(self, x: Value) -> Value:
+    def neg(self, x: SizeValue) -> SizeValue:
         return self.apply(operator.neg, x)
 
-    def truediv(self, a: Value, b: Value) -> Value:
+    def truediv(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.truediv, a, b)
 
     int_truediv = truediv
 
-    def floordiv(self, a: Value, b: Value) -> Value:
+    def floordiv(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.floordiv, a, b)
 
-    def mod(self, a: Value, b: Value) -> Value:
+    def mod(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.mod, a, b)
 
     python_mod = mod
 
-    def modular_indexing(self, a: Value, b: Value, c: Value) -> Value:
+    def modular_indexing(self, a: SizeValue, b: SizeValue, c: SizeValue) -> SizeValue:
         return self.mod(self.floordiv(a, b), c)
 
-    def pow(self, a: Value, b: Value) -> Value:
+    def pow(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.pow, a, b)
 
     pow_by_natural = pow
 
-    def sqrt(self, x: Value) -> Value:
+    def sqrt(self, x: SizeValue) -> SizeValue:
         return self.apply(torch.sym_sqrt, x)
 
-    def maximum(self, a: Value, b: Value) -> Value:
+    def maximum(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(torch.sym_max, a, b)
 
-    def minimum(self, a: Value, b: Value) -> Value:
+    def minimum(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(torch.sym_min, a, b)
 
-    def where(self, condition: Value, a: Value, b: Value) -> Value:
+    def where(self, condition: SizeValue, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(torch.sym_ite, condition, a, b)
 
-    def piecewise(self, *pairs: tuple[Value, Value]) -> Value:
+    def piecewise(self, *pairs: tuple[SizeValue, SizeValue]) -> SizeValue:
         found = pairs[-1][0]
         for value, condition in reversed(pairs[:-1]):
             found = self.where(condition, value, found)
         return found
 
-    def expr_cond_pair(self, value: Value, condition: Value) -> tuple[Value, Value]:
+    def expr_cond_pair(self, value: SizeValue, condition: SizeValue) -> tuple[SizeValue, SizeValue]:
         return value, condition
 
-    def identity(self, x: Value) -> Value:
+    def identity(self, x: SizeValue) -> SizeValue:
         return x
 
-    def eq(self, a: Value, b: Value) -> Value:
+    def eq(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.eq, a, b)
 
-    def ne(self, a: Value, b: Value) -> Value:
+    def ne(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.ne, a, b)
 
-    def lt(self, a: Value, b: Value) -> Value:
+    def lt(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.lt, a, b)
 
-    def le(self, a: Value, b: Value) -> Value:
+    def le(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.le, a, b)
 
-    def gt(self, a: Value, b: Value) -> Value:
+    def gt(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.gt, a, b)
 
-    def ge(self, a: Value, b: Value) -> Value:
+    def ge(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.ge, a, b)
 
-    def and_(self, a: Value, b: Value) -> Value:
+    def and_(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.and_, a, b)
 
-    def bitwise_and(self, a: Value, b: Value) -> Value:
+    def bitwise_and(self, a: SizeValue, b: SizeValue) -> SizeValue:
         """Of a number and a mask of its last bits, which is all that torch.export can write."""
         for number, mask in ((a, b), (b, a)):
             if isinstance(mask, int) and mask > 0 and not mask & (mask + 1):
@@ -158,23 +158,23 @@ class SizeOperations:
             return a & b
         raise MptkError(f"torch.export cannot write {a} & {b} of sizes; use % and //")
 
-    def or_(self, a: Value, b: Value) -> Value:
+    def or_(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.or_, a, b)
 
-    def bitwise_or(self, a: Value, b: Value) -> Value:
+    def bitwise_or(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.sub(self.add(a, b), self.bitwise_and(a, b))
 
-    def bitwise_xor(self, a: Value, b: Value) -> Value:
+    def bitwise_xor(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.sub(self.bitwise_or(a, b), self.bitwise_and(a, b))
 
-    def not_(self, a: Value) -> Value:
+    def not_(self, a: SizeValue) -> SizeValue:
         return self.apply(torch.sym_not, a)
 
 
 class SizeNumbers(SizeOperations):
     """Functions of numbers in Python, or of a trace's symbolic numbers."""
 
-    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+    def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         return function(*arguments)
 
 

@@ -14,7 +14,7 @@ from mptk.protocols.chain import Compiled
 from passes.frontend.eager import resized
 from passes.verify import Difference, StageOutputs, prove
 
-MOST = 8
+MOST_CONDITIONS = 8
 """Conditions whose sides are tried: a loop over a size makes one a round."""
 
 
@@ -27,7 +27,7 @@ def prove_sides(
     """
     sizes: CallSizes = compiled.prepared.analysis.program.sizes
     found = list[Difference]()
-    for sides in sizes.sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST]:
+    for sides in sizes.sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
         said = sizes.say(sides.condition)
         if sides.met is not None:
             there = _sized(samples, sizes.shapes_of(sides.met))

@@ -47,7 +47,8 @@ def compared(
     pair.check_outside(inputs)
     if pair.apart(inputs) and not pair.apart(inputs, on=True):
         raise GradientMode(
-            f"{type(program.source.module).__name__} computes otherwise while gradients are on; trace it under torch.no_grad()"
+            f"{type(program.source.module).__name__} computes otherwise while gradients are on; trace it under "
+            "torch.no_grad()"
         )
     pair.check_state(inputs)
     several = set()

@@ -19,7 +19,7 @@ from mptk.errors import first_line
 from mptk.ir.program import Program, ProgramModule
 from mptk.ir.source_location import source_line
 
-APART = 1e-3
+GRADIENTS_APART = 1e-3
 """Largest difference of a gradient, relative to the largest of its tensor: sums in another order differ by less."""
 
 
@@ -42,7 +42,7 @@ def compare_gradients(pair: Compared, inputs: Sequence[Tensor]) -> str:
     hooks = [f"{name or 'the module'} has a hook on its gradient" for name in names]
     wrapper = pair.module()
     try:
-        with Watched() as watched:
+        with GradientWatch() as watched:
             expected = gradients(wrapper, wrapper.module, inputs)
     except Exception as error:  # noqa: BLE001 (a module may raise anything)
         return f"the module itself cannot be trained ({first_line(error)})"
@@ -76,10 +76,10 @@ def _differ(found: Tensor | None, expected: Tensor | None) -> bool:
         there = found if expected is None else expected
         return there is not None and bool(there.any())
     largest = expected.abs().max().item() if expected.numel() else 0.0
-    return not (found - expected).abs().max().item() <= APART * largest if expected.numel() else False
+    return not (found - expected).abs().max().item() <= GRADIENTS_APART * largest if expected.numel() else False
 
 
-class Watched(TorchFunctionMode):
+class GradientWatch(TorchFunctionMode):
     """Notes, while a module runs, what its gradients depend on beside its calls.
 
     ``causes``: in words, with the line of the source.

@@ -20,7 +20,7 @@ from mptk.compat.symbols import interpret
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes
 from mptk.ir.size_calls import REFUSED, symbols_of
-from mptk.ir.size_functions import SizeOperations, Value
+from mptk.ir.size_functions import SizeOperations, SizeValue
 
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.BOOL
 IMPOSSIBLE = -2
@@ -99,7 +99,7 @@ class SizeNodes(SizeOperations):
         node.name = said
         return found
 
-    def apply(self, function: Callable[..., Any], *arguments: Value) -> Value:
+    def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         if not any(isinstance(each, ir.Value) for each in arguments):
             return function(*arguments)
         given = [each if isinstance(each, ir.Value) else self._constant(each) for each in arguments]

@@ -16,7 +16,7 @@ from passes.verify import Difference, difference
 
 GRADIENT_TOLERANCE = 1e-3
 """Largest difference of a gradient, relative to the largest of all: a backward pass sums more than a forward pass."""
-GRADIENTS = "gradients"
+GRADIENT_STAGE = "gradients"
 
 
 def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> list[Difference]:
@@ -35,7 +35,7 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     expected, found = run_backward(masked, trained, sample), cut_gradients(written, trained, sample)
     pairs = [(found[name], cut.slice(expected[name], analysis.weights[name])) for name in trained]
     one, other = (torch.cat([pair[i].flatten() for pair in pairs])[None, None] for i in (0, 1))
-    return [difference(GRADIENTS, one, other, GRADIENT_TOLERANCE)]
+    return [difference(GRADIENT_STAGE, one, other, GRADIENT_TOLERANCE)]
 
 
 def cut_gradients(program: Program, trained: list[str], samples: Samples) -> Mapping[str, Tensor]:

@@ -42,7 +42,7 @@ def compare_gradients(pair: Compared, inputs: Sequence[Tensor]) -> str:
     hooks = [f"{name or 'the module'} has a hook on its gradient" for name in names]
     wrapper = pair.module()
     try:
-        with GradientWatch() as watched:
+        with WatchedGradients() as watched:
             expected = gradients(wrapper, wrapper.module, inputs)
     except Exception as error:  # noqa: BLE001 (a module may raise anything)
         return f"the module itself cannot be trained ({first_line(error)})"
@@ -79,7 +79,7 @@ def _differ(found: Tensor | None, expected: Tensor | None) -> bool:
     return not (found - expected).abs().max().item() <= GRADIENTS_APART * largest if expected.numel() else False
 
 
-class GradientWatch(TorchFunctionMode):
+class WatchedGradients(TorchFunctionMode):
     """Notes, while a module runs, what its gradients depend on beside its calls.
 
     ``causes``: in words, with the line of the source.

@@ -98,9 +98,9 @@ def started(
 
 def decided(job: Job, settings: Settings) -> Settings:
     """Complete settings: with the numbers of the unfinished run that is resumed, else with what minutes allow."""
-    if settings.resume:
-        settings = resumed(settings, kept_settings(job.out))
     recovers = job.start is not None
+    if settings.resume:
+        settings = resumed(settings, kept_settings(job.out), recovers)
     if job.needs is None:
         return settled(settings, recovers, job.plan)
     return in_time(settings, job.needs, recovers, job.plan)

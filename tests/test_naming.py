@@ -8,12 +8,12 @@ import pytest
 import toy_checkpoints as toys
 from kinds import MODELS
 from torch import nn
+from traces import remembered
 
 import mptk
 from mptk import MptkError
 from mptk.config.settings import Settings
 from mptk.methods.division.selection import selected
-from traces import remembered
 
 NAMES = {
     "encoder": {"embeddings.word_embeddings.weight[0]": "vocab", "embeddings.word_embeddings.weight[1]": "hidden"},

@@ -29,7 +29,7 @@ from mptk.tasks.module import named_inputs
 from passes.check_cut import table_size
 
 Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
-"""A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, rows of text, or batches of inputs."""
+"""A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, rows of text, batches of inputs."""
 _NOTHING = object()
 
 
@@ -156,15 +156,13 @@ def _texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loade
 
 
 def _only_strings(each: Iterable[object]) -> Iterator[str]:
-    for text in each:
-        if not isinstance(text, str):
+    for one in each:
+        if not isinstance(one, str):
             raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
-        yield text
+        yield one
 
 
-def _windows(
-    texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool
-) -> Tensor:
+def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool) -> Tensor:
     """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")

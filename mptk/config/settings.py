@@ -151,8 +151,8 @@ class Settings(CutSettings):
     eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = setting(
         None,
-        "Time of the whole run, as estimated: chooses --samples, --search-tokens and, if the method learns or for recover, "
-        "--steps that you do not give; "
+        "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
+        "learns, --steps that you do not give; "
         f"default: {MINUTES} for recover and if the method learns ({SEARCH_MINUTES} with --search), for at most "
         f"{MOST_STEPS} steps.",
         TRAIN,

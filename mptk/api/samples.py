@@ -29,7 +29,7 @@ from mptk.tasks.module import named_inputs
 from passes.check_cut import table_size
 
 Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
-"""A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, rows of text, batches of inputs."""
+"""A name as in ``--data``; or samples, ids [n, length], inputs by name, texts, rows of text, or batches of inputs."""
 _NOTHING = object()
 
 

@@ -1,7 +1,7 @@
 """same_class: whether a transformers model in memory computes what its class computes with the same config and weights.
 
-A stock folder holds a config and weights, and nothing of a hook, of another ``forward``, or of a number that somebody
-set in a module. Both are run on the same inputs, module by module. The first module that gets the same and gives something
+A stock folder holds a config and weights, and nothing of a hook, of another ``forward``, or of a number that was set
+in a module. Both are run on the same inputs, module by module. The first module that gets the same and gives something
 else is the one that was changed.
 """
 
@@ -47,8 +47,8 @@ class Call:
 def check_same_class(loaded: Loaded, task: Task, samples: Samples, *, failed: bool = False) -> None:
     """Raise MptkError if a transformers model in memory computes otherwise than its class, with the module's name.
 
-    ``failed``: a proof failed, so a smaller difference counts. A model that is too large to be held once more in float32
-    is not compared.
+    ``failed``: a proof failed, so a smaller difference counts. A model that is too large to be held once more in
+    float32 is not compared.
     """
     model = loaded.model
     too_large = 4 * sum(p.numel() for p in model.parameters()) > free_memory() / 2

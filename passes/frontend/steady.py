@@ -49,8 +49,8 @@ def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], input
     if drawing:
         raise MptkError(
             f"forward of {name} draws random numbers ({SourceLocation(drawing[0])}): two runs on the same inputs "
-            f"differ by {apart:.1e} of the largest, so no cut can be compared with it; draw none in evaluation mode, as by "
-            "dropout(x, training=self.training), or make them an input"
+            f"differ by {apart:.1e} of the largest, so no cut can be compared with it; draw none in evaluation mode, "
+            "as by dropout(x, training=self.training), or make them an input"
         )
 
 

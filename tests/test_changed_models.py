@@ -165,3 +165,45 @@ def test_a_model_that_draws_in_one_layer_names_it() -> None:
 
 def test_what_draws_or_writes_without_effect_is_pruned() -> None:
     assert mptk.prune(Harmless().eval(), sparsity=0.3, align="1", tolerance=0.3, example_inputs=X, progress=None)
+
+
+# ---- inputs, hooks and types ----
+
+
+class Sum(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x - 2 * y)
+
+
+@pytest.mark.parametrize("given", [(X, X), (X, X[:]), {"x": X, "y": X}], ids=["twice", "a view", "by name"])
+def test_one_tensor_for_two_inputs_is_two_inputs(given: Any) -> None:
+    net, other = Sum().eval(), torch.randn_like(X)
+    program = mptk.trace(net, given)
+    assert torch.equal(program(X, other), net(X, other))
+    small = mptk.prune(net, sparsity=0.3, align="1", tolerance=0.3, example_inputs=given, progress=None)
+    assert small is not None
+    assert small.model(X, other).shape == (3, 6, 4)
+
+
+class Typed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.float32))
+
+
+def test_a_graph_that_names_types_says_why_it_does_not_run_in_another_one() -> None:
+    small = mptk.prune(Typed().eval(), sparsity=0.3, align="1", tolerance=0.3, example_inputs=X, progress=None)
+    assert small is not None
+    module = small.model.double()
+    said = r"^this module was converted from torch.float32 to torch.float64, and its graph names types of the trace \("
+    with pytest.raises(MptkError, match=said):
+        module(X.double())
+    assert module.float()(X).dtype is torch.float32
+
+
+def test_a_hook_that_reads_its_inputs_by_position_gets_them() -> None:
+    net = Net().eval()
+    net.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    net.register_forward_hook(lambda module, given, result: result + given[0].mean())
+    small = mptk.prune(net, sparsity=0, example_inputs=X, progress=None)
+    assert small is not None
+    assert torch.allclose(small.model(X), net(X), atol=1e-5)

@@ -17,7 +17,7 @@ from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
 from mptk.ir.ops import TYPE_CHECK, example_size, is_open
 from mptk.ir.samples import is_tokens
@@ -281,6 +281,7 @@ class ProgramModule(nn.Module):
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
+        self._types = {name: tensor.dtype for name, tensor in program.state.likes.items()}
         others: dict[str, list[str]] = {}
         for alias, name in program.aliases.items():
             others.setdefault(name, []).append(alias)
@@ -310,12 +311,15 @@ class ProgramModule(nn.Module):
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
-        if device is None or device.type == "cpu":
-            outputs = graph(*arguments)
-        else:
-            runner = DeviceInterpreter(graph)
-            runner.device = device
-            outputs = runner.run(*arguments)
+        try:
+            if device is None or device.type == "cpu":
+                outputs = graph(*arguments)
+            else:
+                runner = DeviceInterpreter(graph)
+                runner.device = device
+                outputs = runner.run(*arguments)
+        except RuntimeError as error:
+            raise self._retyped(error) or error from None
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
 
     @property
@@ -331,6 +335,17 @@ class ProgramModule(nn.Module):
         read = [n.args[0] for n in graph.nodes if n.target is torch.ops.aten.embedding.default]
         names = [held.get(n.name) for n in read if isinstance(n, fx.Node)]
         return [self.get_parameter(name) for name in names if name is not None]
+
+    def _retyped(self, error: RuntimeError) -> MptkError | None:
+        """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
+        now = dict(self.named_parameters(remove_duplicate=False))
+        name = next((name for name, p in now.items() if p.dtype != self._types.get(name, p.dtype)), None)
+        if name is None:
+            return None
+        return MptkError(
+            f"this module was converted from {self._types[name]} to {now[name].dtype}, and its graph names types of "
+            f"the trace ({first_line(error)}); convert it back, or convert the module before it is pruned"
+        )
 
     def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)

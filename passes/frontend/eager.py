@@ -73,7 +73,7 @@ WITH_TENSORS = "write what depends on sizes or state with tensors (docs/tracing.
 
 
 def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
-    """Other sizes than the example's: each of them 1, a dimension of all inputs, all of them, and all of them larger."""
+    """Other sizes than the example's: each of them 1, each dimension of all inputs, all of them; and all larger."""
     sizes = program.sizes
     traced = example_sizes(program)
     symbols = [s for s in sizes.symbols() if s in traced]

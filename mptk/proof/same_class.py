@@ -28,10 +28,8 @@ from mptk.protocols.task import Task
 from passes.frontend.eager import relative
 from passes.verify import TOLERANCE, WIDEST
 
-EQUAL = 1e-6
+SAME_RESULT = 1e-6
 """Largest difference of two results of the same calls on the same numbers."""
-
-Run = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _first_changed(anew: list[Call], own: list[Call]) -> tuple[str, float] | Non
             continue
         other = left[call.path].pop(0)
         much = _apart(call.result, other.result)
-        if much > EQUAL and _apart(call.given, other.given) <= EQUAL:
+        if much > SAME_RESULT and _apart(call.given, other.given) <= SAME_RESULT:
             return call.path, much
     return None
 
@@ -102,7 +100,7 @@ def _apart(one: list[Tensor], other: list[Tensor]) -> float:
     return max((relative(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
 
 
-def _watch(model: nn.Module, run: Run) -> tuple[list[Tensor], list[Call]]:
+def _watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list[Tensor], list[Call]]:
     """What a run gives, and the calls of all modules, in the order in which they end."""
     calls: list[Call] = []
     with _watched(model, calls), torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from passes.frontend.eager import relative
 
-LEAST = 5e-5
+STEADY = 5e-5
 """Smallest difference of two runs that counts, relative to the largest number: the tolerance of a proof."""
 _OFF = ("p", "dropout_p", "train", "training")
 """Arguments that switch a call's random numbers off if they are 0 or False."""
@@ -39,7 +39,7 @@ def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], input
     with torch.random.fork_rng(devices=[]):
         first, second = ([t.clone() for t in tree_leaves(run(given)) if isinstance(t, Tensor)] for _ in range(2))
     apart = max((relative(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
-    if apart <= LEAST:
+    if apart <= STEADY:
         return
     if changing and not all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True)):
         raise MptkError(

@@ -60,10 +60,10 @@ def check_same_class(loaded: Loaded, task: Task, samples: Samples, *, failed: bo
             if name in held:
                 buffer.copy_(held[name])
         expected, calls = _watch(anew, lambda module: task.output(module, samples))
+        own = copied(model, lambda name, tensor: held.get(name, tensor))
+        found, mine = _watch(own, lambda module: task.output(module, samples))
     except Exception:  # noqa: BLE001  # a class may raise anything; a folder of it is refused where it is loaded
         return
-    own = copied(model, lambda name, tensor: held[name] if tensor.is_meta else tensor)
-    found, mine = _watch(own, lambda module: task.output(module, samples))
     apart = _apart(found, expected)
     if apart <= (TOLERANCE if failed else WIDEST):
         return

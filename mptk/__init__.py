@@ -11,6 +11,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mptk.compat.optional import watch_imports
+from mptk.errors import find_broken_package
+
 if TYPE_CHECKING:
     from mptk.api.advice import advise as advise
     from mptk.api.advice import shapes as shapes
@@ -61,12 +64,17 @@ _HOMES = {
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 
+watch_imports()
+
 
 def __getattr__(name: str) -> object:
     """The public names, imported at first use, so that ``import mptk`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
-    return getattr(import_module(next(module for module, names in _HOMES.items() if name in names)), name)
+    try:
+        return getattr(import_module(next(module for module, names in _HOMES.items() if name in names)), name)
+    except (ImportError, OSError) as error:
+        raise find_broken_package(error) or error from error
 
 
 def __dir__() -> list[str]:

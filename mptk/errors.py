@@ -7,7 +7,9 @@ import difflib
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator
+from types import FrameType
 
 
 class MptkError(Exception):
@@ -57,11 +59,15 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Raise MptkError if a library reports that memory, disk space, open files or permissions are missing."""
+    """Raise MptkError if a library reports that memory, disk space, open files or permissions are missing.
+
+    So does an installed package that cannot be imported.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, Exhausted) or (found := exhausted(error)) is None:
+        found = None if isinstance(error, Exhausted) else exhausted(error) or find_broken_package(error)
+        if found is None:
             raise
         raise found from error
 
@@ -86,6 +92,31 @@ def exhausted(error: BaseException) -> MptkError | None:
             return Exhausted(_out_of_memory(str(cause)))
         cause = cause.__cause__
     return None
+
+
+def find_broken_package(error: BaseException) -> MptkError | None:
+    """The message for an installed package that failed while it was imported; None for any other error.
+
+    A library behind it that is not there is an ImportError with the module's name, or an OSError of ctypes within it.
+    """
+    if not isinstance(error, ImportError | OSError) or isinstance(error, ModuleNotFoundError):
+        return None
+    names = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__) if _loads(frame)
+    ]
+    names += [error.name or ""] if isinstance(error, ImportError) else []
+    package = names[-1].partition(".")[0] if names else ""
+    if package in ("", "__main__", "mptk", "passes"):
+        return None
+    return MptkError(
+        f"the package {package} is installed, but does not import ({first_line(error)}); repair it, or uninstall it if "
+        "you do not need it"
+    )
+
+
+def _loads(frame: FrameType) -> bool:
+    """Whether a frame is a module on its first import."""
+    return frame.f_code.co_name == "<module>"
 
 
 def _number(error: BaseException) -> int | None:

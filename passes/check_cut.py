@@ -15,6 +15,7 @@ from mptk.ir.ops import shape_of
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from passes.analysis.vocabulary import tables_of
+from passes.frontend.steady import check_steady
 from passes.transforms.masked_reference import mask
 from passes.transforms.retype import Retype
 from passes.transforms.round_weights import RoundWeights
@@ -47,6 +48,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
     found = {stage: _difference(_outputs(_fine(p), small), reference) for stage, p in stages.items()}
     tolerance, own = TOLERANCE, 0.0
     if not all(apart <= tolerance for apart in found.values()):
+        check_steady(analysis.program, lambda given: analysis.program(*given), [*inputs.values()], "the module")
         own = _difference(_outputs(RoundWeights()(masked).program, whole), expected)
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
     for stage, apart in found.items():

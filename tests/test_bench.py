@@ -164,6 +164,13 @@ def test_sides_take_turns_and_the_order_changes(inside):
     assert [len(side) for side in times] == [4, 4]
 
 
+def test_a_graph_with_two_names_is_timed_once(dense, narrow, tmp_path):
+    (tmp_path / "link").symlink_to(dense.parent)
+    graphs = {"dense": dense.parent, "narrow": narrow, "file": dense, "link": tmp_path / "link"}
+    result = bench_graphs(graphs, lengths=(8,), rounds=2, sessions=1, phases=("prefill",))
+    assert [graph.name for graph in result.graphs] == [row.graph for row in result.rows] == ["dense", "narrow"]
+
+
 def test_one_round_is_refused(dense):
     with pytest.raises(MptkError, match="--rounds 2"):
         bench_graphs({"dense": dense}, rounds=1)

@@ -88,6 +88,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"is_local", "local_files_only", "extra_special_tokens"} & written.keys()
+    assert written["add_bos_token"] is True, "without it pipelines of transformers.js drop <s>"
     again = AutoTokenizer.from_pretrained(tmp_path / "twice")
     text = "brown <tool> fox</s>"
     assert again(text).input_ids == tokenizer(text).input_ids

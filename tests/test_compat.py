@@ -44,6 +44,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.models.llama import modeling_llama
+from transformers.utils import generic, import_utils
 
 import mptk
 from mptk.api.graphs import export_folder
@@ -280,6 +281,12 @@ def test_every_step_of_the_api_that_compiles_forgets_the_sources() -> None:
 
 
 # ---- transformers ----
+
+
+def test_transformers_asks_once_whether_an_optional_package_is_there() -> None:
+    said = changed("transformers", "how it remembers which packages are installed")
+    assert hasattr(import_utils.is_torchaudio_available, "cache_clear"), said
+    assert generic._is_mlx_available is import_utils.is_mlx_available(), said
 
 
 def test_auto_classes_say_which_classes_they_have() -> None:

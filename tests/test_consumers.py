@@ -44,6 +44,7 @@ from transformers import (
 import mptk
 from mptk import Report
 from mptk.api.graphs import gguf
+from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
 from mptk.tasks.genai import write_genai_config
@@ -233,6 +234,25 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: l
         for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
             ids = generator.encode(prompt)
             assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]
+
+
+@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(pruned: Path, tmp_path: Path) -> None:
+    """It drops the begin-of-sequence token, unless ``tokenizer_config.json`` says that there is one."""
+    begun = tmp_path / "begun"
+    shutil.copytree(pruned, begun)
+    save_tokenizer(toys.tokenizer(begin=True), begun)
+    words = AutoTokenizer.from_pretrained(begun)
+    prompt = words(PROMPTS[0], return_tensors="pt")
+    assert prompt.input_ids[0, 0] == words.bos_token_id
+    model = AutoModelForCausalLM.from_pretrained(begun)
+    expected = words.decode(model.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0], skip_special_tokens=True)
+    asked = {"pipeline": PROMPTS[0], "tokens": NEW}
+    script = Path(__file__).with_name("transformers_js.mjs")
+    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(begun), json.dumps(asked)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == expected
 
 
 @pytest.mark.long

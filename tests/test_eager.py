@@ -173,6 +173,51 @@ def test_a_static_trace_takes_the_sizes_of_its_example_only() -> None:
         small(made(2))
 
 
+class Chosen(nn.Module):
+    """Rows of x by their numbers; ``least``: the fewest samples that it takes."""
+
+    def __init__(self, least: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.least = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH), least
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        if ids.shape[0] < self.least:
+            raise ValueError("too few samples")
+        h = self.up(x).relu()
+        return self.down(h.gather(1, ids[:, :, None].expand(-1, -1, INNER)))
+
+
+def test_a_size_of_1_that_other_inputs_must_have_too_is_open() -> None:
+    """One sample beside several ids, or one row beside ids of several, is refused by the module itself."""
+    net, ids = Chosen(), torch.arange(15).view(3, 5) % 6
+    pruned = mptk.prune(net, example_inputs=(made(3, 6), ids), **QUICK)
+    eager = oracle(net, pruned)
+    for batch, rows, count in ((1, 6, 5), (3, 1, 5), (2, 6, 1), (1, 1, 1), (4, 9, 7)):
+        given = made(batch, rows), torch.arange(batch * count).view(batch, count) % rows
+        assert near(pruned.model(*given), eager(*given))
+    strict = mptk.prune(Chosen(least=2), example_inputs=(made(3, 6), ids), **QUICK).model
+    with pytest.raises(MptkError, match="must be more than 1"):
+        strict(made(1, 6), ids[:1])
+
+
+def test_patches_by_reshape_are_cut_and_other_sizes_are_open() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(48, INNER), nn.Linear(INNER, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, channels, high, wide = x.shape
+            tiles = x.reshape(batch, channels, high // 4, 4, wide // 4, 4).permute(0, 2, 4, 3, 5, 1)
+            return self.down(self.up(tiles.reshape(batch, high // 4 * (wide // 4), 48)).relu())
+
+    net, x = Patches(), torch.randn(2, 3, 8, 8)
+    pruned = pruned_of(net, x)
+    for given in (x, x[:1], torch.randn(3, 3, 12, 8)):
+        assert near(pruned.model(given), oracle(net, pruned)(given))
+
+
 def test_two_inputs_of_one_length_must_agree() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -83,11 +83,17 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
 
 
-def test_a_one_shot_method_recovers_for_the_time_that_is_left(llama: str) -> None:
-    wanda = replace(TINY, method="wanda", reconstruct=True)
-    minutes = minutes_of(llama, wanda, steps=11, samples=44)
-    assert chosen(llama, wanda, minutes=minutes)[:2] == (11, 44)
-    assert chosen(llama, wanda, minutes=minutes_of(llama, wanda, samples=16))[:2] == (0, 16)
+@pytest.mark.parametrize("more", [{}, {"reconstruct": True}, {"plan": "plan.json"}])
+def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(
+    llama: str, more: dict[str, object]
+) -> None:
+    wanda = given(replace(TINY, method="wanda"), **more)
+    for minutes in (minutes_of(llama, wanda, samples=44), 10_000):
+        found = in_time(replace(wanda, minutes=minutes), estimator(llama))
+        assert (found.steps, found.distil_epochs or 0) == (0, 0)
+        assert found.samples == (44 if minutes < 10_000 and "plan" not in more else 96), "a plan costs no windows"
+    asked = in_time(given(wanda, minutes=10_000, steps=7), estimator(llama))
+    assert (asked.steps, asked.samples) == (7, 96)
 
 
 def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, inside: Inside) -> None:

@@ -53,8 +53,8 @@ def test_it_has_the_cut_weights_under_the_old_names(program) -> None:
     assert small.again.weight is small.head.weight
     assert "scale" in dict(small.named_buffers())
     outputs, expected = small(**INPUTS), program(*INPUTS.values())
-    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
-    assert torch.equal(small(INPUTS["x"], shift=INPUTS["shift"])[0], outputs[0])
+    assert all(torch.equal(one, other) for one, other in zip(outputs.values(), expected, strict=True))
+    assert torch.equal(small(INPUTS["x"], shift=INPUTS["shift"])["first"], outputs["first"])
 
 
 def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
@@ -64,8 +64,8 @@ def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
     losses = []
     for _ in range(3):
-        first, second = small(**INPUTS)
-        loss = first.square().mean() + second.square().mean()
+        found = small(**INPUTS)
+        loss = found["first"].square().mean() + found["second"].square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,11 +80,11 @@ def test_its_state_goes_into_another_one(program) -> None:
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.add_(0.5)
-    assert not torch.equal(one(**INPUTS)[0], other(**INPUTS)[0])
+    assert not torch.equal(one(**INPUTS)["first"], other(**INPUTS)["first"])
     other.load_state_dict(one.state_dict())
-    assert torch.equal(one(**INPUTS)[0], other(**INPUTS)[0])
+    assert torch.equal(one(**INPUTS)["first"], other(**INPUTS)["first"])
     copied = copy.deepcopy(one)
-    assert torch.equal(one(**INPUTS)[1], copied(**INPUTS)[1])
+    assert torch.equal(one(**INPUTS)["second"], copied(**INPUTS)["second"])
 
 
 def test_a_transformers_model_keeps_its_names_and_ties() -> None:

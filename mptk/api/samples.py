@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mptk.errors import MptkError
 from mptk.io import data as text
 from mptk.io.data import check_positions, positions_of
 from mptk.io.models import Loaded
+from mptk.io.text.rows import row_texts
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
@@ -28,7 +29,8 @@ from mptk.tasks.module import named_inputs
 from passes.check_cut import table_size
 
 Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
-"""A name as in ``--data``; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
+"""A name as in ``--data``; or samples, ids [n, length], inputs by name, texts, rows of text, or batches of inputs."""
+_NOTHING = object()
 
 
 def in_memory(data: Data | None) -> bool:
@@ -44,7 +46,11 @@ def names_of(**given: Data | None) -> dict[str, str]:
 def check_texts(**given: Data | None) -> None:
     """Raise MptkError if samples in memory hold token ids: ``vocabulary`` gives tokens other ids."""
     for name, data in given.items():
-        if in_memory(data) and not _is_text(data):
+        if not in_memory(data):
+            continue
+        once = isinstance(data, Iterator)  # which loses what is looked at
+        first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterated(data), None)
+        if not (isinstance(first, str) or _is_row(first)):
             raise MptkError(
                 f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts"
             )
@@ -83,14 +89,18 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     if isinstance(data, Samples):
         named_inputs(names, data.inputs)
         return ordered(data, like)[:count]
-    if _is_text(data):
-        inputs = {"input_ids": _windows(list(data), loaded, count, length, seed)}
-    elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
-        raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
-    elif isinstance(data, Tensor | Mapping):
+    if isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data, like)
     else:
-        inputs = _batched(data, like, count)
+        each = _iterated(data)
+        if (first := next(each, _NOTHING)) is _NOTHING:
+            raise MptkError("data is empty; give texts, token ids [n, length], or batches of inputs")
+        batches = chain([first], each)
+        texts = _texts(batches, first, like, loaded)
+        if texts is None:
+            inputs = _batched(batches, like, count)
+        else:
+            inputs = {"input_ids": _windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))}
     if inputs.keys().isdisjoint(like):
         raise lacking(names[0], like)
     check_dimensions(inputs, like)
@@ -123,14 +133,40 @@ def check_fits(samples: Samples | None, program: Program) -> None:
             )
 
 
-def _is_text(data: object) -> bool:
-    return isinstance(data, list | tuple) and bool(data) and all(isinstance(each, str) for each in data)
+def _iterated(data: Any) -> Iterator[Any]:
+    try:
+        return iter(data)
+    except TypeError as error:
+        raise _wrong_form(error) from error
 
 
-def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: int | None) -> Tensor:
+def _is_row(first: object) -> bool:
+    """Whether this is a row of a data set with text in it: it holds no tensors."""
+    return isinstance(first, Mapping) and not any(isinstance(value, Tensor) for value in first.values())
+
+
+def _texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loaded: Loaded) -> Iterator[str] | None:
+    """The texts in ``each``, which are strings or rows of a data set; None if it holds something else."""
+    if isinstance(first, str | bytes):
+        return _only_strings(each)
+    reads = loaded.tokenizer is not None and "input_ids" in like
+    if reads and isinstance(first, Mapping) and _is_row(first) and like.keys().isdisjoint(first):
+        return row_texts(each, "data", None, loaded.tokenizer)
+    return None
+
+
+def _only_strings(each: Iterable[object]) -> Iterator[str]:
+    for one in each:
+        if not isinstance(one, str):
+            raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
+        yield one
+
+
+def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool) -> Tensor:
+    """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
-    return text.token_windows(texts, loaded.tokenizer, fitting(loaded, length), count, seed)
+    return text.token_windows(texts, loaded.tokenizer, fitting(loaded, length), count, seed, whole=whole)
 
 
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -155,7 +191,11 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
                 break
         return {name: torch.cat(each) for name, each in parts.items()}
     except (TypeError, RuntimeError) as error:
-        raise MptkError(
-            f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
-            "batches of inputs of one shape, with the samples in the first dimension"
-        ) from error
+        raise _wrong_form(error) from error
+
+
+def _wrong_form(error: Exception) -> MptkError:
+    return MptkError(
+        f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
+        "batches of inputs of one shape, with the samples in the first dimension"
+    )

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from mptk.arguments import P, R, checked
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk.errors import MptkError, find_broken_package
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 """Whether a command is running, whose user types options."""
@@ -36,6 +36,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             if error.args and not COMMAND_LINE.get():
                 error.args = (in_python(str(error)), *error.args[1:])
             raise
+        except (ImportError, OSError) as error:
+            raise find_broken_package(error) or error from error.__cause__
 
     return call
 

@@ -99,9 +99,9 @@ def settled(settings: Settings, recovers: bool = False, plan: Plan | None = None
     compute = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
     precision = "bf16" if learning.precision == "no" and compute == "bfloat16" else learning.precision
     minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
-    learning = replace(learning, precision=precision)
+    learning = replace(learning, precision=precision, steps=learning.steps or 0)
     complete = replace(settings, minutes=minutes, compute_dtype=compute, learning=learning)
-    return with_keywords(complete, {name: found[name] for name in undecided(settings)})
+    return with_keywords(complete, {name: found[name] for name in undecided(settings, recovers)})
 
 
 def calibrating(settings: Settings, plan: Plan | None) -> int:
@@ -116,12 +116,14 @@ def learns(settings: Settings) -> bool:
     return not settings.fixed and find_method(settings.method).learns
 
 
-def undecided(settings: Settings) -> list[str]:
-    """The numbers that the settings leave to minutes."""
-    numbers = {"steps": settings.learning.steps, "samples": settings.samples}
+def undecided(settings: Settings, recovers: bool = False) -> list[str]:
+    """The numbers that the settings leave to minutes. A one-shot method trains only if it is asked to."""
+    trains = recovers or learns(settings)
+    numbers = {"steps": settings.learning.steps} if trains else {}
+    numbers |= {"samples": settings.samples}
     numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
     found = [name for name, number in numbers.items() if number is None]
-    distils = not settings.shared and reconstructs(settings, find_method(settings.method))
+    distils = trains and not settings.shared and reconstructs(settings, find_method(settings.method))
     return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
 
 
@@ -135,7 +137,7 @@ def in_time(
     Raises:
         MptkError: minutes were given, and a run with the smallest numbers takes longer.
     """
-    settings, names = settled(asked, recovers, plan), undecided(asked)
+    settings, names = settled(asked, recovers, plan), undecided(asked, recovers)
     minutes = settings.minutes
     if minutes is None or not names:
         return settings
@@ -186,12 +188,12 @@ def too_short(least: Settings, needs: Estimate) -> str:
     )
 
 
-def resumed(asked: Settings, kept: Mapping[str, object]) -> Settings:
+def resumed(asked: Settings, kept: Mapping[str, object], recovers: bool = False) -> Settings:
     """``asked`` with the numbers that the unfinished run chose: the rates of another moment give others."""
     learning = kept.get("learning")
     known = {**kept, **(learning if isinstance(learning, dict) else {})}
     open_ones = {"minutes": asked.minutes is None, "compute_dtype": asked.compute_dtype == "auto"}
-    names = [*undecided(asked), *(name for name, is_open in open_ones.items() if is_open)]
+    names = [*undecided(asked, recovers), *(name for name, is_open in open_ones.items() if is_open)]
     return with_keywords(asked, {name: known[name] for name in names if name in known})
 
 

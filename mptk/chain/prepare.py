@@ -31,6 +31,7 @@ from mptk.methods import find_method
 from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
 from mptk.methods.division.selection import LayerSelection, expanded, selected
 from mptk.progress import Progress
+from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.execution import execution
@@ -92,6 +93,8 @@ def analysed(
         like = like if classed else None  # a graph that is written takes other sizes
         program = traced(loaded, task, executor, settings.length, like, not classed)
         find_target(settings.target).check_program(program)
+    if classed:
+        check_same_class(loaded, task, task.example(loaded.model))
     if (length := task.only_length(program)) is not None:
         check_classed(loaded, settings, length)
     with context.stage("analyse"):

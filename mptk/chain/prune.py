@@ -40,6 +40,7 @@ from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import start_training
 from mptk.progress import silent
 from mptk.proof.proof import check_proof, check_witness, prove_folder
+from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.execution import find_device
 from mptk.protocols.origin import origin_of
@@ -98,9 +99,9 @@ def started(
 
 def decided(job: Job, settings: Settings) -> Settings:
     """Complete settings: with the numbers of the unfinished run that is resumed, else with what minutes allow."""
-    if settings.resume:
-        settings = resumed(settings, kept_settings(job.out))
     recovers = job.start is not None
+    if settings.resume:
+        settings = resumed(settings, kept_settings(job.out), recovers)
     if job.needs is None:
         return settled(settings, recovers, job.plan)
     return in_time(settings, job.needs, recovers, job.plan)
@@ -123,6 +124,10 @@ def prepared_for(
             context.folder.remove_unless(KEPT_SAMPLES)  # nothing that a further run could not do as fast
         if isinstance(error, ProofError):  # which a model that changed meanwhile explains
             require_unchanged(job, prepared)
+            if prepared.target.classed:
+                check_same_class(
+                    prepared.given, prepared.task, prepared.task.example(prepared.given.model), failed=True
+                )
         raise
 
 

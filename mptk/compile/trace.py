@@ -16,6 +16,7 @@ from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
+from passes.frontend.steady import check_steady
 from passes.frontend.trace import OpenSizes
 
 LONGEST_TRACE = 31
@@ -56,6 +57,7 @@ def traced(
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
     fixed, ran = task.only_length(program), 0
+    check_steady(program, lambda inputs: next(executor.outputs([program], [inputs])), example.tensors, loaded.source)
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
         nonlocal ran

@@ -58,9 +58,7 @@ UNTRAINED = (
     Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
 )
 ADAPTED = Idle(lambda a: bool(a.settings.learning.rank), "AdamW trains adapters", "leave out one of both")
-DECIDED = Idle(
-    lambda a: not a.undecided, "the numbers that it would choose are given", "leave it out, or leave out --steps"
-)
+DECIDED = Idle(lambda a: not a.undecided, "the numbers that it would choose are given", "leave out one of both")
 NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
 ENGINED = Idle(lambda a: a.settings.engines, "--engines names the programs", "leave out one of both")
 UNREAD = Idle(

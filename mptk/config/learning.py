@@ -111,7 +111,7 @@ class Learning(Record):
 
     steps: int | None = setting(
         None,
-        "Training steps in total; default: as --minutes choose, else 0.",
+        "Training steps in total; default: as --minutes choose for recover and if the method learns, else 0.",
         TRAIN,
         (*TRAINING, "advise"),
         within=(0, COUNT),

@@ -83,7 +83,7 @@ class Settings(CutSettings):
     distil_epochs: int | None = setting(
         None,
         "After reconstruction, train each block to the dense block's outputs for this many epochs; default: 0, or 3 if "
-        "minutes allow.",
+        "the method learns and minutes allow.",
         CHOICE,
         PRUNE,
         CHOOSES,
@@ -151,7 +151,8 @@ class Settings(CutSettings):
     eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = setting(
         None,
-        "Time of the whole run, as estimated: chooses --steps, --samples and --search-tokens that you do not give; "
+        "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
+        "learns, --steps that you do not give; "
         f"default: {MINUTES} for recover and if the method learns ({SEARCH_MINUTES} with --search), for at most "
         f"{MOST_STEPS} steps.",
         TRAIN,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
+from mptk.io.text.tokens import begin
 from mptk.publish.licence import CARD, NOTICES, copy_card
 
 # The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
@@ -43,7 +44,9 @@ _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transf
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the tokenizer with its chat template, under a class name that transformers 4 also knows.
 
-    transformers reads the template from ``chat_template.jinja``, transformers.js from ``tokenizer_config.json``.
+    transformers reads the template from ``chat_template.jinja``, transformers.js from ``tokenizer_config.json``. What
+    the tokenizer puts before a text is in ``tokenizer.json``; the pipelines of transformers.js drop it without
+    ``add_bos_token``, which transformers 5 no longer writes.
     """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
@@ -53,6 +56,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("model_input_names", tokenizer.model_input_names)  # transformers 4 has another default
+    if begin(tokenizer):
+        settings["add_bos_token"] = True
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if isinstance(template := tokenizer.chat_template, dict):

@@ -6,6 +6,7 @@ docs/data.md says what ``data`` may name. The kinds of sources are in ``io/text/
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ def token_windows(
     length: int,
     count: int | None = None,
     seed: int | None = 0,
+    *,
+    whole: bool = True,
 ) -> Tensor:
     """Windows of tokens that do not overlap, int64 [n, length].
 
@@ -74,11 +77,14 @@ def token_windows(
     Args:
         count: the most windows to return; all if None.
         seed: seed of their random order, and so of the selection; None keeps the text's order.
+        whole: read all texts; if not, no more than it takes to choose ``count`` windows.
 
     Raises:
         MptkError: the text has too few tokens for one window.
     """
-    return windows_of(token_stream(([text] for text in texts), tokenizer), tokenizer, length, count, seed)
+    limits = _Limits() if whole else _limits(count, length, seed)
+    stream = token_stream(([text] for text in texts), tokenizer, characters=limits.characters, tokens=limits.tokens)
+    return windows_of(stream, tokenizer, length, count, seed)
 
 
 def evaluation_windows(
@@ -201,15 +207,30 @@ def _windows(
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
     if source.is_folder and seed is None:
         seed = 0
-    needed = None if count is None else count * length
-    characters = None
-    if needed is not None and seed is not None:
-        characters = min(needed * _CHARACTERS_A_TOKEN, needed * _ENOUGH + _MOST)
-    documents = source.documents(tokenizer, characters, _ENOUGH * length, seed or 0)
-    stream = token_stream(documents, tokenizer, characters=characters, tokens=needed if seed is None else None)
+    limits = _limits(count, length, seed)
+    documents = source.documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0)
+    stream = token_stream(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)
     if not len(stream):
         raise MptkError(f"{source.name} holds no text; give a file, folder or dataset with some")
     return windows_of(stream, tokenizer, length, count, seed)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How much of a text is read: about this many characters, or tokens; None: all of it."""
+
+    characters: int | None = None
+    tokens: int | None = None
+
+
+def _limits(count: int | None, length: int, seed: int | None) -> _Limits:
+    """What it takes to choose ``count`` windows; with a seed there is more to choose from."""
+    if count is None:
+        return _Limits()
+    needed = count * length
+    if seed is None:
+        return _Limits(tokens=needed)
+    return _Limits(characters=min(needed * _CHARACTERS_A_TOKEN, needed * _ENOUGH + _MOST))
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
+from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
 from mptk.ir.copies import copied
@@ -43,6 +44,7 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     weakref.finalize(bare, place.close)
     folder = place.folder
     if isinstance(model, PreTrainedModel):
+        _restore_rounded(bare, model)
         _describe(model, folder, home, dtype)
         if tokenizer is None and home is not None and models.has_tokenizer(home):
             tokenizer = models.load_tokenizer(str(home), trust_remote_code=trusted)
@@ -106,6 +108,32 @@ def without_weights(model: nn.Module) -> nn.Module:
     return copied(
         model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", typed(b), copy=True)
     ).eval()
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
+    """Give the buffers of ``bare`` that a conversion of ``model`` to half precision rounded the class's numbers again.
+
+    No checkpoint holds these buffers (rotary frequencies), so the class makes them anew when it is loaded. Others that
+    differ stay: somebody has changed them.
+    """
+    saved = model.state_dict(keep_vars=True).keys()
+    held = {n: b for n, b in bare.named_buffers() if n not in saved and b.is_floating_point()}
+    if not held:
+        return
+    try:
+        anew = dict(make_anew(type(model), model.config).named_buffers())
+    except Exception:  # noqa: BLE001  # a class that cannot be made again is refused where a folder of it is loaded
+        return
+    for name, buffer in held.items():
+        exact = anew.get(name)
+        if exact is None or exact.shape != buffer.shape:
+            continue
+        exact = exact.to(buffer.dtype)
+        if any(torch.equal(exact.to(half).to(buffer.dtype), buffer) for half in _HALVES):
+            buffer.copy_(exact)
 
 
 def wide_type(model: nn.Module) -> torch.dtype:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from accelerate import init_empty_weights
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 
 from mptk.errors import MptkError
 from mptk.files import scratch
+from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
 from mptk.ir.weights import Weights
@@ -59,9 +57,7 @@ def _built(
     """The class of ``dense`` from another config, with parameters on the meta device and the buffers of ``dense``."""
     name = type(dense).__name__
     try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = type(dense)(copy.deepcopy(config)).eval()
-        model.tie_weights()
+        model = make_anew(type(dense), config)
     except Exception as error:  # a model class may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise MptkError(f"{name} cannot have {what} ({reason}); {remedy}") from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
 
+import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mptk.compat.torch import forward_hooks
 from mptk.errors import MptkError, first_line
@@ -45,6 +47,21 @@ def copied(
             f"this {type(module).__name__} cannot be copied ({first_line(error)}); keep tensors in parameters and "
             "buffers"
         ) from error
+
+
+def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, of which those that share memory with an earlier one are cloned.
+
+    A trace takes one tensor for two inputs as one input, and safetensors writes no memory twice.
+    """
+    seen: set[StorageWeakRef] = set()
+    found: list[Tensor] = []
+    for tensor in tensors:
+        dense = tensor.layout is torch.strided and not tensor.is_meta
+        place = StorageWeakRef(tensor.untyped_storage()) if dense else None
+        found.append(tensor.clone() if place in seen else tensor)
+        seen |= set() if place is None else {place}
+    return tuple(found)
 
 
 def attributes(module: nn.Module) -> dict[str, str]:

@@ -294,8 +294,9 @@ class ProgramModule(nn.Module):
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
-        self._outputs, self._types = program.outputs, program.input_types
+        self._outputs, self._input_types = program.outputs, program.input_types
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
+        self._types = {name: tensor.dtype for name, tensor in program.state.likes.items()}
         others: dict[str, list[str]] = {}
         for alias, name in program.aliases.items():
             others.setdefault(name, []).append(alias)
@@ -306,7 +307,6 @@ class ProgramModule(nn.Module):
                 made = nn.Parameter(tensor, requires_grad=name not in program.frozen)
             for each in (name, *others.get(name, ())):
                 self._place(each, made, persistent=spec.kind is InputKind.BUFFER and bool(spec.persistent))
-        self._own = {name: parameter.dtype for name, parameter in self.named_parameters()}
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the graph.
@@ -336,12 +336,7 @@ class ProgramModule(nn.Module):
                 runner.device = device
                 outputs = runner.run(*arguments)
         except RuntimeError as error:
-            if "dtype" in str(error) and self._is_converted():
-                raise MptkError(
-                    f"the trace of this module holds the types that it had ({first_line(error)}); convert the dense "
-                    "module before it is pruned"
-                ) from error
-            raise
+            raise self._retyped(error) or error from None
         if self._outputs is not None:
             return self._outputs.build([each for each in outputs if isinstance(each, Tensor)])
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
@@ -349,7 +344,7 @@ class ProgramModule(nn.Module):
     def _check_call(self, tensors: Sequence[Tensor]) -> None:
         """Raise MptkError for types, strides or a gradient mode for which the trace does not hold."""
         limits = self._sizes.limits
-        for name, tensor, traced in zip(self._sizes.names, tensors, self._types, strict=False):
+        for name, tensor, traced in zip(self._sizes.names, tensors, self._input_types, strict=False):
             if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
                 raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")
             if limits.contiguous and not tensor.is_contiguous():
@@ -366,15 +361,17 @@ class ProgramModule(nn.Module):
 
     def _takes(self, dtype: torch.dtype) -> bool:
         """Whether inputs may have another floating type than in the trace: the module's own now, or in an autocast."""
-        return dtype.is_floating_point and (
-            torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled()
-            or (self._is_converted() and dtype in {p.dtype for p in self.parameters()})
-        )
+        if not dtype.is_floating_point:
+            return False
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled():
+            return True
+        return self._converted is not None and dtype in {p.dtype for p in self.parameters()}
 
-    def _is_converted(self) -> bool:
-        """Whether parameters have other types than in the trace."""
-        return any(p.dtype is not self._own.get(name) for name, p in self.named_parameters())
+    @property
+    def _converted(self) -> str | None:
+        """The name of a parameter that has another type than in the trace; None if all have theirs."""
+        now = self.named_parameters(remove_duplicate=False)
+        return next((name for name, p in now if p.dtype != self._types.get(name, p.dtype)), None)
 
     @property
     def fewest(self) -> int:
@@ -389,6 +386,16 @@ class ProgramModule(nn.Module):
         read = [n.args[0] for n in graph.nodes if n.target is torch.ops.aten.embedding.default]
         names = [held.get(n.name) for n in read if isinstance(n, fx.Node)]
         return [self.get_parameter(name) for name in names if name is not None]
+
+    def _retyped(self, error: RuntimeError) -> MptkError | None:
+        """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
+        if (name := self._converted) is None:
+            return None
+        old, new = self._types[name], self.get_parameter(name).dtype
+        return MptkError(
+            f"this module was converted from {old} to {new}, and its graph names types of the trace "
+            f"({first_line(error)}); convert it back, or convert the module before it is pruned"
+        )
 
     def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)

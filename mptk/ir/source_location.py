@@ -42,7 +42,16 @@ class SourceLocation:
 def module_paths(node: fx.Node) -> list[str]:
     """The modules in which a call was made, outermost first, as the user names them; "" is the model itself."""
     modules = (node.meta.get("nn_module_stack") or {}).values()
-    return [path.removeprefix("module").removeprefix(".") for path, *_ in modules]
+    return [_SLICED.sub(_unsliced, path.removeprefix("module").removeprefix(".")) for path, *_ in modules]
+
+
+_SLICED = re.compile(r"\.slice\((None|\d+), [^()]*\)(?:\.(\d+))?")
+"""What export calls a part of a list, ``layers[1:3]``, if two names have the same module."""
+
+
+def _unsliced(found: re.Match[str]) -> str:
+    first = 0 if found[1] == "None" else int(found[1])
+    return "" if found[2] is None else f".{first + int(found[2])}"
 
 
 def past_module(program: Program, weight: str) -> bool:

@@ -114,7 +114,8 @@ def bench_graphs(
     the caller's work nor the first run of a session is timed.
 
     Args:
-        graphs: name → a folder with a main graph, or the file. The others are compared with the first.
+        graphs: name → a folder with a main graph, or the file. The others are compared with the first. A graph that has
+            two names is timed under the first.
         lengths: tokens of the prompt, in the cache, or of a text.
         batches: batch sizes.
         threads: thread counts, each measured in its own sessions.
@@ -130,7 +131,7 @@ def bench_graphs(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
-    say, models = progress or silent, _of_one_kind({name: onnx_file(path) for name, path in graphs.items()})
+    say, models = progress or silent, _of_one_kind(_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = _cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
@@ -162,6 +163,15 @@ def _cases(
     timed = {phase: file for phase, file in parts.items() if phases is None or phase in phases}
     sizes = {phase: lengths_of(file, phase, lengths) for phase, file in timed.items()}
     return [Case(p, n, b, t) for t in threads for p in timed for b in batches for n in sizes[p]]
+
+
+def _distinct(graphs: Mapping[str, Path]) -> dict[str, Path]:
+    """Name → file of each graph, once: a folder and a file in it may be the same."""
+    files = {name: onnx_file(path) for name, path in graphs.items()}
+    first: dict[Path, str] = {}
+    for name, file in files.items():
+        first.setdefault(file.resolve(), name)
+    return {name: files[name] for name in first.values()}
 
 
 def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:

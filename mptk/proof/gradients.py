@@ -32,6 +32,9 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     if not trained or compiled.program is not compiled.exact or compiled.epsilons or bytes_needed > free_memory() / 2:
         return []
     sample = samples if samples.together is not None else samples[: 2 if len(samples) > 1 else 1]
+    if compiled.program.types is not None:  # these programs compute in one type
+        wide = compiled.program.types.wide
+        sample = sample.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor)
     expected, found = run_backward(masked, trained, sample), cut_gradients(written, trained, sample)
     pairs = [(found[name], cut.slice(expected[name], analysis.weights[name])) for name in trained]
     one, other = (torch.cat([pair[i].flatten() for pair in pairs])[None, None] for i in (0, 1))

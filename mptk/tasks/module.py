@@ -20,6 +20,7 @@ from mptk.errors import MptkError, exhausted, first_line
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
+from mptk.ir.copies import separate
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import Dense, OnnxForm
@@ -173,6 +174,11 @@ def named_inputs(
         inputs = (inputs,)
     if not isinstance(inputs, Mapping):
         if len(inputs) > len(names):
+            if not names:
+                raise MptkError(
+                    "forward takes its inputs by *args, and mptk needs a name for each; give forward named arguments, "
+                    "as def forward(self, x, y)"
+                )
             raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
         inputs = dict(zip(names, inputs, strict=False))
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
@@ -180,7 +186,7 @@ def named_inputs(
         raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
-    found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}
+    found = dict(zip(inputs, separate([tensor.detach().cpu() for tensor in inputs.values()]), strict=True))
     floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and dtype is not None}
     if isinstance(dtype, torch.dtype):
         return found | {name: tensor.to(dtype) for name, tensor in floats.items()}

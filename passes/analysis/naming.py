@@ -35,9 +35,16 @@ def name_family(group: Group, layers: int) -> tuple[str, str]:
 
 
 def name_blocked(axis: Axis) -> str:
-    """A name of an axis that cannot be cut."""
-    vocabulary = ("the model's output", "indexed by the model's input")
-    return "vocab" if any(sign in reason for reason in axis.frozen for sign in vocabulary) else "axis"
+    """A name of an axis that cannot be cut. Rows of a table are named before its columns: a tied head has both."""
+
+    def is_said(sign: str) -> bool:
+        return any(sign in reason for reason in axis.frozen)
+
+    if is_said("indexed by the model's input"):
+        return "vocab"
+    if "embedding" in axis.roles:
+        return "hidden"
+    return "output" if is_said("the model's output") else "axis"
 
 
 def distinct(names: Iterable[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 Cases: the example; a second call, as a module may keep state; other sizes of all inputs; a size of 1, which
 torch.export takes for more than 1 wherever ``forward`` asks; other strides; gradients on, and inputs that require them.
-What differs only at 1, for other strides or with gradients is refused at the call. At last the gradients of one sample
-are compared. Each case has a copy of the module, so that the user's stays as it is.
+What differs only at 1, for other strides or with gradients is refused at the call. A size of 1 that the module itself
+refuses says nothing, as another input may have to be of that size, too: it is tried in all inputs at once, and only
+refused if it never runs. At last the gradients of one sample are compared. Each case has a copy of the module, so that
+the user's stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import sympy
@@ -51,20 +54,28 @@ def compared(
             "torch.no_grad()"
         )
     pair.check_state(inputs)
-    several = set()
+    several, ran, failed = set[str](), set[str](), set[str]()
     for values in others(program):
         shapes = program.sizes.shapes(values)
-        given = None if shapes is None else [resized(x, s) for x, s in zip(inputs, shapes, strict=True)]
-        if given is None or not (apart := pair.apart(given)):
+        if shapes is None:
             continue
-        ones = {symbol for symbol, value in values.items() if value == 1}
-        if not ones and apart == BOTH_FAIL:
+        given = [resized(x, s) for x, s in zip(inputs, shapes, strict=True)]
+        ones = {str(symbol) for symbol, value in values.items() if value == 1}
+        apart = pair.apart(given)
+        if ones and apart and not pair.module_runs(given):
+            given = [x if x.is_floating_point() else torch.zeros_like(x) for x in given]  # 0 is in a table of one row
+            apart = pair.apart(given)
+            if apart and not pair.module_runs(given):
+                failed |= ones
+                continue
+        ran |= ones
+        if not apart or (not ones and apart == BOTH_FAIL):
             continue
         if not ones:
             raise MptkError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
-        if not any(str(symbol) in several for symbol in ones):
-            several |= {str(symbol) for symbol in ones}
-    found = replace(program, limits=replace(program.limits, several=frozenset(several)))
+        if several.isdisjoint(ones):
+            several |= ones
+    found = replace(program, limits=replace(program.limits, several=frozenset(several | (failed - ran))))
     return replace(found, limits=replace(found.limits, **limits_at_calls(pair, inputs)))
 
 
@@ -94,14 +105,17 @@ WITH_TENSORS = "write what depends on sizes or state with tensors (docs/tracing.
 
 
 def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
-    """Other sizes than the example's: each of them 1, all of them 1, and all of them larger."""
+    """Other sizes than the example's: each of them 1, each dimension of all inputs, all of them; and all larger."""
     sizes = program.sizes
     traced = example_sizes(program)
     symbols = [s for s in sizes.symbols() if s in traced]
-    for symbol in symbols:
-        yield {**traced, symbol: 1}
-    if len(symbols) > 1:
-        yield dict.fromkeys(symbols, 1)
+    dimensions = zip_longest(*(own for _, own in sizes.inputs))
+    together = [{size for size in each if size in traced} for each in dimensions]
+    tried: list[set[sympy.Symbol]] = []
+    for ones in (*({symbol} for symbol in symbols), *together, set(symbols)):
+        if ones and ones not in tried:
+            tried.append(ones)
+            yield {**traced, **dict.fromkeys(ones, 1)}
     for more in range(1, 9):
         larger = {symbol: traced[symbol] + more for symbol in symbols}
         if symbols and sizes.shapes(larger) is not None:
@@ -156,6 +170,14 @@ class Pair:
                 f"forward changes {', '.join(changed)} at each call, which a trace holds as one value; keep such state "
                 "in a buffer, with tensors"
             )
+
+    def module_runs(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the module itself takes these inputs."""
+        try:
+            flat(self.module(), inputs)
+        except Exception:  # noqa: BLE001 (a module may raise anything)
+            return False
+        return True
 
     def check_state(self, inputs: Sequence[Tensor]) -> None:
         """Call the module and the program twice.

@@ -26,7 +26,7 @@ from mptk.compat.torch import (
 )
 from mptk.errors import MptkError, first_line
 from mptk.ir.containers import Container, take_apart
-from mptk.ir.copies import copied
+from mptk.ir.copies import copied, separate
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.ops import is_open, storage, written
 from mptk.ir.program import STATE_COPY, Program, ProgramModule
@@ -72,9 +72,11 @@ class Flat(nn.Module):
         self.module, self.names = module, tuple(names)
         self.keywords = uncached(module)
         self.returned = Returned()
+        first = () if isinstance(module, PreTrainedModel) else argument_names(module)[: len(names)]
+        self.named = bool(names) and self.names != first  # else by position, as a forward hook reads its inputs
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        named = dict(zip(self.names, inputs, strict=True)) if self.names else {}
+        named = dict(zip(self.names, inputs, strict=True)) if self.named else {}
         with assignments_written(self.module):
             output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
@@ -207,7 +209,7 @@ def export_program(
             fake_weights(wrapper, inputs) as fake_inputs,
             torch.set_grad_enabled(torch.is_grad_enabled() and not isinstance(_inner(wrapper), PreTrainedModel)),
         ):
-            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
+            exported = torch.export.export(wrapper, separate(fake_inputs), dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
     except Exception as error:

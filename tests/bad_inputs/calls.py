@@ -181,7 +181,7 @@ INPUTS = [
     Call("example inputs on the meta device", inputs(X.to("meta")), ("input", "meta")),
     Call("example inputs that are sparse", inputs(X.to_sparse()), ("input", "sparse")),
     Call("example inputs that are quantized", inputs(quantized()), ("input", "quantized")),
-    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), ("give them by name",)),
+    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), ("by *args", "named")),
     Call("example inputs twice", settings(inputs="x.safetensors"), ("twice",)),
     Call("an inputs file that is not there", settings(example_inputs=None, inputs="no.safetensors"), ("cannot read",)),
 ]

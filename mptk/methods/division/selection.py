@@ -89,6 +89,9 @@ def located(analysis: Analysis, name: str) -> tuple[str, int | None]:
         return whole, int(number)
     if parts:
         raise MptkError(f"no layer {name!r}; there are {parts[0].name} to {parts[-1].name}")
+    if fixed := next((axis for axis in analysis.blocked if axis.name == name), None):
+        why = fixed.reasons[0].partition(" (")[0]
+        raise MptkError(f"{name} is no family, and keeps its {fixed.size} channels: {why}; leave it out")
     example = next((f" (and layers of them, as {f.parts[0].name})" for f in analysis.families if f.parts), "")
     raise MptkError(f"no family {name!r}; there are {', '.join(known)}{example}")
 

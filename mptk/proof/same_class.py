@@ -1,0 +1,138 @@
+"""same_class: whether a transformers model in memory computes what its class computes with the same config and weights.
+
+A stock folder holds a config and weights, and nothing of a hook, of another ``forward``, or of a number that was set
+in a module. Both are run on the same inputs, module by module. The first module that gets the same and gives something
+else is the one that was changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mptk.compat.torch import tree_leaves
+from mptk.errors import MptkError
+from mptk.io.anew import make_anew
+from mptk.io.checkpoint import fill
+from mptk.io.models import Loaded
+from mptk.io.resident import free_memory
+from mptk.ir.copies import copied
+from mptk.ir.samples import Samples
+from mptk.protocols.task import Task
+from passes.frontend.eager import relative
+from passes.verify import TOLERANCE, WIDEST
+
+SAME_RESULT = 1e-6
+"""Largest difference of two results of the same calls on the same numbers."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the module at ``path``: its tensors."""
+
+    path: str
+    given: list[Tensor]
+    result: list[Tensor]
+
+
+@torch.no_grad()
+def check_same_class(loaded: Loaded, task: Task, samples: Samples, *, failed: bool = False) -> None:
+    """Raise MptkError if a transformers model in memory computes otherwise than its class, with the module's name.
+
+    ``failed``: a proof failed, so a smaller difference counts. A model that is too large to be held once more in
+    float32 is not compared.
+    """
+    model = loaded.model
+    too_large = 4 * sum(p.numel() for p in model.parameters()) > free_memory() / 2
+    if not loaded.live or not isinstance(model, PreTrainedModel) or loaded.weights is None or too_large:
+        return
+    held = {name: loaded.weights[name] for name in loaded.weights}
+    try:
+        anew = make_anew(type(model), model.config)
+        fill(anew, held)
+        for name, buffer in anew.named_buffers():
+            if name in held:
+                buffer.copy_(held[name])
+        expected, calls = _watch(anew, lambda module: task.output(module, samples))
+        own = copied(model, lambda name, tensor: held.get(name, tensor))
+        found, mine = _watch(own, lambda module: task.output(module, samples))
+    except Exception:  # noqa: BLE001  # a class may raise anything; a folder of it is refused where it is loaded
+        return
+    apart = _apart(found, expected)
+    if apart <= (TOLERANCE if failed else WIDEST):
+        return
+    path, much = _first_changed(calls, mine) or ("", apart)
+    kind = type(model).__name__
+    raise MptkError(
+        f"the reloaded {kind} computes otherwise at {path or 'the model itself'} by {much:.0e} of the largest: the "
+        "module in memory has a hook, another forward or other numbers (an epsilon, a scale) than its config says, and "
+        "a checkpoint holds only config and weights; put the change into one of these, or use --target graph"
+    )
+
+
+def _first_changed(anew: list[Call], own: list[Call]) -> tuple[str, float] | None:
+    """The first call that gets the same as in the class and gives something else, and the difference.
+
+    A call ends before the call of the module around it, so the innermost module is first.
+    """
+    left: dict[str, list[Call]] = {}
+    for call in anew:
+        left.setdefault(call.path, []).append(call)
+    for call in own:
+        if not left.get(call.path):
+            continue
+        other = left[call.path].pop(0)
+        much = _apart(call.result, other.result)
+        if much > SAME_RESULT and _apart(call.given, other.given) <= SAME_RESULT:
+            return call.path, much
+    return None
+
+
+def _apart(one: list[Tensor], other: list[Tensor]) -> float:
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    return max((relative(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+def _watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list[Tensor], list[Call]]:
+    """What a run gives, and the calls of all modules, in the order in which they end."""
+    calls: list[Call] = []
+    with _watched(model, calls), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _tensors(run(model)), calls
+
+
+@contextmanager
+def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    begun: list[list[Tensor]] = []
+    paths = {module: path for path, module in model.named_modules()}
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        begun.append(_tensors((args, kwargs)))
+
+    def end(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        calls.append(Call(paths[module], begun.pop(), _tensors(result)))
+
+    hooks = [
+        handle
+        for module in paths
+        for handle in (
+            module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+            module.register_forward_hook(end, with_kwargs=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,0 +1,96 @@
+"""Texts that a caller has in memory: whatever gives strings, or rows with text in them, is data.
+
+It reaches for mptk.api.samples: a run does not show its windows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import toy_checkpoints as toys
+
+import mptk
+from mptk import MptkError
+from mptk.api.samples import check_texts, collected
+from mptk.io.live import open_live
+from mptk.io.models import Loaded
+from mptk.tasks import task_of
+
+TEXTS = [" ".join(toys.WORDS[i : i + 9]) for i in range(9)]
+ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return open_live(toys.llama(), toys.tokenizer())
+
+
+def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
+    return collected(data, loaded, task_of(loaded), 3, 8, seed).inputs["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: ROWS,
+        lambda: ROWS["text"],
+        lambda: ROWS.to_iterable_dataset(),
+        lambda: (text for text in TEXTS),
+        lambda: tuple(TEXTS),
+        lambda: ({"text": text} for text in TEXTS),
+        lambda: itertools.cycle(TEXTS),
+    ],
+    ids=["data set", "column", "iterable data set", "generator", "tuple", "rows", "endless"],
+)
+def test_texts_of_every_form_are_read_as_a_list_of_them_is(made: Callable[[], Any], loaded: Loaded) -> None:
+    assert torch.equal(windows(loaded, made()), windows(loaded, TEXTS))
+
+
+def test_no_more_of_an_endless_text_is_read_than_windows_are_chosen_from(loaded: Loaded) -> None:
+    assert windows(loaded, itertools.cycle(TEXTS), seed=0).shape == (3, 8)
+
+
+@pytest.mark.parametrize("empty", [list, tuple, lambda: iter(()), lambda: ROWS.select([])])
+def test_empty_data_is_said_to_be_empty(empty: Callable[[], Any], loaded: Loaded) -> None:
+    with pytest.raises(MptkError, match=r"^data is empty; give texts, token ids"):
+        windows(loaded, empty())
+
+
+def test_rows_without_text_name_their_columns(loaded: Loaded) -> None:
+    with pytest.raises(MptkError, match=r"data has no columns of strings \(stars\)"):
+        windows(loaded, ROWS.remove_columns("text"))
+
+
+def test_rows_of_tensors_are_inputs_as_before(loaded: Loaded) -> None:
+    ids = torch.arange(3, 51).view(6, 8)
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    assert torch.equal(windows(loaded, rows), ids[:3])
+
+
+def test_texts_beside_a_vocabulary_may_be_of_a_data_set_and_are_not_lost_to_a_look() -> None:
+    check_texts(data=ROWS, eval_data=ROWS["text"])
+    texts: Iterator[str] = iter(TEXTS)
+    with pytest.raises(MptkError, match="give a list of texts"):
+        check_texts(data=texts)
+    assert next(texts) == TEXTS[0]
+
+
+def test_a_run_takes_a_data_set() -> None:
+    small = mptk.prune(
+        toys.llama(),
+        tokenizer=toys.tokenizer(),
+        data=ROWS,
+        method="magnitude",
+        tolerance=1.0,
+        progress=None,
+        samples=2,
+        length=8,
+        eval_length=8,
+    )
+    assert small is not None
+    assert small.report.settings.data == "samples given in Python"

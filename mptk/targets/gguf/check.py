@@ -178,7 +178,9 @@ def _check_field(found: GgufFile, key: str, expected: object) -> None:
     if not same:
         raise found.fail(key, value, expected)
     if not _has_type(found.fields[key], expected):
-        raise ProofError(f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {AGAIN}")
+        raise ProofError(
+            f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {AGAIN}"
+        )
 
 
 def _has_type(field: ReaderField, expected: object) -> bool:

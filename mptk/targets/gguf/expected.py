@@ -1,8 +1,8 @@
 """expected: the fields that a GGUF file of a folder must have, from its config and its tokenizer as transformers reads
 them, and from the shapes of the file's own tensors.
 
-It is written apart from the code that writes the fields (``architectures``, ``tokenizer``, ``weights``): a mistake there
-must not be expected here, too. Shared are only the facts on llama.cpp in ``ARCHITECTURES``.
+It is written apart from the code that writes the fields (``architectures``, ``tokenizer``, ``weights``): a mistake
+there must not be expected here, too. Shared are only the facts on llama.cpp in ``ARCHITECTURES``.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ SPLITTING: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "dbrx": ((_WORDS % r"\p{N}{1,3}",), False),
     "tekken": ((_CASES,), True),
 }
-"""llama.cpp's names of ways to split text → its expressions, one after the other, and whether whole words come first."""
+"""llama.cpp's name of a way to split text → its expressions, in order, and whether whole words come first."""
 TEXTS = (
     "The quick brown fox's 12 jumps over 3,456 lazy dogs.",
     "We'VE  two   spaces,\n\nlines\r\nand\ttabs; it's 2026 - o'clock",
@@ -200,7 +200,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, rows: int, *, bytes_too: bool, unknown: str | None
 ) -> tuple[list[str], list[int]]:
     added, known = tokenizer.added_tokens_decoder, len(tokenizer)
-    words = tokenizer.convert_ids_to_tokens(range(min(rows, known)))
+    words = tokenizer.convert_ids_to_tokens([*range(min(rows, known))])
     names, types = list[str](), list[int]()
     for i in range(rows):
         word = words[i] if i < len(words) else None
@@ -250,7 +250,7 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> Fields:
 
 
 def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
-    """Raise ProofError unless llama.cpp's way ``name`` to split text is the tokenizer's. ``said``: the error's start."""
+    """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
         raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's")
     patterns, whole_words = SPLITTING[str(name)]

@@ -152,6 +152,7 @@ GGUF_FAMILIES = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
 
 class GgufFolder:
     """What the GGUF file of a pruned folder holds. ``layers``: the widths of each layer. ``notes``: for the user.
+    ``proof``: the differences of the file that ``mptk.gguf`` wrote.
 
     Args:
         place: the folder.
@@ -189,16 +190,14 @@ class GgufFolder:
         self.weights = GgufWeights(tensors.updated(divisors), self.base, size, kind)
         if pattern is not None:
             _check_pattern(pattern, self.base, self.weights)
+        self.notes, self.proof = list(self.weights.notes), list[Difference]()
+        if config is not None and (window := ignored_window(config, self.base)):
+            ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
+            self.notes.append(ignored)
 
     @property
     def layers(self) -> list[LayerWidths]:
         return self.weights.layers
-
-    @property
-    def notes(self) -> list[str]:
-        window = None if self.config is None else ignored_window(self.config, self.base)
-        ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
-        return [*self.weights.notes, *([ignored] if window else [])]
 
     def write(self, out: Path) -> list[Difference]:
         """Write the file and read it back. Returns and raises as ``check``."""

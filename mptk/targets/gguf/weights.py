@@ -7,18 +7,16 @@ of widths. So llama.cpp runs models that no transformers class can hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from mptk.config.choices import GgufType
@@ -28,6 +26,7 @@ from mptk.targets.gguf.architectures import Architecture, shifted
 
 EQUAL, RAGGED = "llama", "deci"
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+ARCHITECTURE = "general.architecture"
 TABLE, HEAD = "token_embd.weight", "output.weight"
 FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
@@ -161,16 +160,7 @@ class GgufWeights:
         writer = GGUFWriter(out, self.architecture)
         self._describe(writer)
         describe(writer)
-        for name, kind in self.kinds.items():
-            shape = self.tensors.like(name).shape
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name in self.tensors:
-            writer.write_tensor_data(self._numbers(name))
-        writer.close()
+        _write_tensors(writer, self.tensors, self.kinds)
 
     def kinds_as(self, kind: GgufType) -> dict[str, Kind]:
         """The type of each tensor if the matrices are of type ``kind``."""
@@ -263,6 +253,27 @@ class GgufWeights:
         writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    def _numbers(self, name: str) -> npt.NDArray[Any]:
-        """The tensor ``name`` as the file has it."""
-        return gguf.quantize(self.tensors[name].float().contiguous().numpy(), self.kinds[name])
+
+def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
+    """Write the tensors in float32, with the fields of another file of the same model."""
+    kinds = weights.kinds_as("f32")
+    writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
+    for name, field in like.fields.items():
+        if name not in writer.kv_data[0] and not name.startswith("GGUF."):
+            items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
+    _write_tensors(writer, weights.tensors, kinds)
+
+
+def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kind]) -> None:
+    """Write the tensors behind the writer's fields, and close the file. One tensor is in memory at a time."""
+    for name, kind in kinds.items():
+        shape = tensors.like(name).shape
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind in kinds.items():
+        writer.write_tensor_data(gguf.quantize(tensors[name].float().contiguous().numpy(), kind))
+    writer.close()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONTEXT = 64
+CONTEXT = 256
 """Tokens of the longest prompt, with one that follows. Short, as its cache is reserved for all of them."""
+SMALL = 1 << 26
+"""Bytes of a file that one thread runs as fast: on a busy machine several wait for each other."""
 
 
 def has_llama_cpp() -> bool:
@@ -48,6 +51,8 @@ def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
     params = xllamacpp.CommonParams()
     params.model.path = asked["file"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = CONTEXT, 1, 0, 0
+    threads = 1 if Path(asked["file"]).stat().st_size < SMALL else os.cpu_count() or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = params.fit_params = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -25,8 +25,8 @@ from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
 from mptk.targets.gguf.architectures import GELU, ignored_window
-from mptk.targets.gguf.check import AGAIN, GgufFile
-from mptk.targets.gguf.expected import TEXTS
+from mptk.targets.gguf.check import GgufFile
+from mptk.targets.gguf.expected import AGAIN, TEXTS
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget

@@ -24,7 +24,14 @@ from mptk.io.untrusted import check_gguf
 from mptk.ir.weights import Weights
 from mptk.reading import brief, damaged
 from mptk.targets.gguf.architectures import Architecture
-from mptk.targets.gguf.expected import Fields, check_splitting, expect_settings, expect_vocabulary, expect_widths
+from mptk.targets.gguf.expected import (
+    AGAIN,
+    Fields,
+    check_splitting,
+    expect_settings,
+    expect_vocabulary,
+    expect_widths,
+)
 
 DESCRIBE = (
     *("general.name", "general.author", "general.version", "general.organization", "general.finetune"),
@@ -35,11 +42,11 @@ DESCRIBE = (
 """Starts of the names of fields that no program computes with."""
 READER = "GGUF."
 """Fields that the reader makes of the file's head."""
+VERSION = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
 TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 ITEMS = {**TYPES, int: GGUFValueType.INT32}
 """The types in which llama.cpp reads a value, and the items of a list."""
-AGAIN = "do not use it, and write it again"
 MISSING = object()
 STEPS: Mapping[Kind, tuple[float, float, bool]] = {
     Kind.Q8_0: (127, 0.6, False),
@@ -76,8 +83,15 @@ class GgufFile:
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.values = {name: field.contents() for name, field in self.fields.items()}
             self.shapes = {name: tuple(map(int, reversed(each.shape))) for name, each in self.tensors.items()}
+            version = int(reader.fields[VERSION].contents())
+            end = max((int(each.data_offset + each.n_bytes) for each in reader.tensors), default=0)
+            whole = end + -end % reader.alignment
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise damaged(file)(first_line(error)) from error
+        if version != gguf.GGUF_VERSION:
+            raise damaged(file)(f"it is of version {version} of the format, and mptk writes {gguf.GGUF_VERSION}")
+        if file.stat().st_size != whole:
+            raise damaged(file)(f"it has {file.stat().st_size} bytes, and its tensors end at {whole}")
 
     @property
     def kinds(self) -> dict[str, Kind]:

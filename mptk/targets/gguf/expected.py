@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mptk.errors import ProofError
 from mptk.targets.gguf.architectures import ARCHITECTURES
 
+AGAIN = "do not use it, and write it again"
 Fields = dict[str, object]
 Shapes = Mapping[str, tuple[int, ...]]
 WHOLE: Mapping[str, tuple[str, ...]] = {
@@ -252,17 +253,19 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> Fields:
 def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
-        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's")
+        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {AGAIN}")
     patterns, whole_words = SPLITTING[str(name)]
     backend = tokenizer.backend_tokenizer
     own = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(each), "isolated") for each in patterns])
     if bool(json.loads(backend.to_str())["model"].get("ignore_merges")) != whole_words:
-        raise ProofError(f"{said} is {name!r}, which takes whole words {'' if whole_words else 'not '}first")
+        taken = "first" if whole_words else "not first"
+        raise ProofError(f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {AGAIN}")
     for text in TEXTS:
         one, other = _places(own, text), _places(backend.pre_tokenizer, text)
         if one != other:
             at = next((b for a, b in zip(one, other, strict=False) if a != b), other[-1])
-            raise ProofError(f"{said} is {name!r}, which splits {text[slice(*at)]!r} otherwise than the folder's")
+            what = repr(text[slice(*at)])
+            raise ProofError(f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {AGAIN}")
 
 
 def _places(splitter: pre_tokenizers.PreTokenizer | None, text: str) -> Sequence[tuple[int, int]]:

@@ -34,6 +34,7 @@ from mptk.methods.drafter import with_drafter
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
+from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion
@@ -118,6 +119,7 @@ def verify(
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
+    check_planted(compiled, (prepared.target, ONNX), folder)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, PRUNE_AGAIN)
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])

@@ -18,6 +18,7 @@ from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
 from mptk.reading import damaged
 from mptk.targets.archive import ARCHIVE, open_archive, saved_names, write_archive
+from mptk.targets.beside import check_weight_files
 from passes.transforms.retype import Retype, restored
 from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, difference, prove, widen
 
@@ -40,6 +41,10 @@ class GraphTarget(Target):
         write_weights(folder / WEIGHTS, held(compiled))
         write_archive(folder / ARCHIVE, own_types(compiled, compiled.program))
         return []
+
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        check_weight_files(folder, {WEIGHTS: (frozenset(held(compiled)), {})})
+        return frozenset({WEIGHTS, ARCHIVE})
 
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()

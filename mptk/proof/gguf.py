@@ -91,7 +91,7 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
     with scratch() as place:
         if GgufFile(file).common is not Kind.F32:
-            copy = place.folder / "float.gguf"
+            copy = place.folder / file.name
             write_floats(copy, made.weights, GGUFReader(file))
             file = copy
         found.append(_compare_logits(made, made.config, file))

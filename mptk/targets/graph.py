@@ -18,7 +18,6 @@ from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
 from mptk.reading import damaged
 from mptk.targets.archive import ARCHIVE, open_archive, saved_names, write_archive
-from mptk.targets.beside import check_weight_files
 from passes.transforms.retype import Retype, restored
 from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, difference, prove, widen
 
@@ -43,7 +42,6 @@ class GraphTarget(Target):
         return []
 
     def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
-        check_weight_files(folder, {WEIGHTS: (frozenset(held(compiled)), {})})
         return frozenset({WEIGHTS, ARCHIVE})
 
     def wrote(self, folder: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 CONTEXT = 256
 """Tokens of the longest prompt, with one that follows. Short, as its cache is reserved for all of them."""
-SMALL = 1 << 26
+SMALL = 1 << 31
 """Bytes of a file that one thread runs as fast: on a busy machine several wait for each other."""
 
 

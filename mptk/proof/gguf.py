@@ -39,7 +39,7 @@ MOST_TOKENS = 200
 """Of a text to read; longer ones do not fit llama.cpp's context here."""
 LIKELIEST = 50
 """Next tokens that are compared after each prompt."""
-CLOSE, ROUNDED = 1e-4, 1e-2
+CLOSE, ROUNDED = 1e-3, 1e-2
 """Largest difference of a log probability, as a share of the largest; the second if llama.cpp computes the activation
 by a table of half precision."""
 SAME = 1e-5

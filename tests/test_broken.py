@@ -157,7 +157,7 @@ def test_without_llama_cpp_a_note_says_so(written: Published, monkeypatch: pytes
     monkeypatch.setattr("mptk.proof.gguf.has_llama_cpp", lambda: False)
     proof = mptk.verify(written.place, like=written.place.with_name("out"))
     assert [row.stage for row in proof] == ["GGUF fields", "GGUF tensors"]
-    assert proof.notes == ["llama.cpp was not asked, as it is not installed: pip install xllamacpp"]
+    assert proof.notes == ["llama.cpp was not asked, as it is not installed; run: pip install 'mptk[llama-cpp]'"]
 
 
 # ---- the command ----

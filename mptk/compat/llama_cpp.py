@@ -17,7 +17,7 @@ from typing import Any
 
 CONTEXT = 256
 """Tokens of the longest prompt, with one that follows. Short, as its cache is reserved for all of them."""
-SMALL = 1 << 31
+ONE_THREAD = 1 << 31
 """Bytes of a file that one thread runs as fast: on a busy machine several wait for each other."""
 
 
@@ -51,7 +51,7 @@ def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
     params = xllamacpp.CommonParams()
     params.model.path = asked["file"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = CONTEXT, 1, 0, 0
-    threads = 1 if Path(asked["file"]).stat().st_size < SMALL else os.cpu_count() or 1
+    threads = 1 if Path(asked["file"]).stat().st_size < ONE_THREAD else os.cpu_count() or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = params.fit_params = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

@@ -1,6 +1,6 @@
 """gguf: prove a GGUF file against the folder that it was made from, when it is written and again by ``verify``.
 
-Fields and tensors are compared by mptk alone (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must
+Fields and tensors are compared by mptk itself (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must
 also compute the folder's logits and read text as the folder's tokenizer.
 """
 
@@ -26,14 +26,14 @@ from mptk.publish.manifest import check_manifest
 from mptk.report.runs import pruned_name
 from mptk.targets.gguf.architectures import GELU, ignored_window
 from mptk.targets.gguf.check import GgufFile
-from mptk.targets.gguf.expected import AGAIN, TEXTS
+from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget
 from passes.verify import Difference
 
-LOGITS, READING = "llama.cpp logits", "llama.cpp reads text"
-PROMPT = 24
+LOGITS_STAGE, TEXT_STAGE = "llama.cpp logits", "llama.cpp reads text"
+PROMPT_TOKENS = 24
 """Tokens of the prompt whose logits are compared: enough for positions to matter, and below every window."""
 MOST_TOKENS = 200
 """Of a text to read; longer ones do not fit llama.cpp's context here."""
@@ -80,7 +80,7 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
         ProofError: llama.cpp does not read the file, or computes or reads something else.
     """
     if not has_llama_cpp():
-        return [], ["llama.cpp was not asked, as it is not installed: pip install xllamacpp"]
+        return [], ["llama.cpp was not asked, as it is not installed; run: pip install 'mptk[llama-cpp]'"]
     found, notes = list[Difference](), list[str]()
     if made.tokenizer is not None:
         found.append(_compare_reading(made, file))
@@ -99,7 +99,7 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
 
 
 def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> Difference:
-    longest = min(filter(None, (PROMPT, config.max_position_embeddings - 1, ignored_window(config, made.base))))
+    longest = min(filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, ignored_window(config, made.base))))
     ids = torch.randint(made.weights.table[0], (longest,), generator=torch.Generator().manual_seed(0))
     (found,) = _ask(made, file, [ids.tolist()])
     model = models.load(str(made.place)).model
@@ -107,12 +107,12 @@ def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> D
         expected = model(ids[None]).logits[0, -1].log_softmax(-1)
     wanted = torch.tensor([float(expected[token]) for token in found])
     difference = _difference(
-        LOGITS, torch.tensor(list(found.values())), wanted, ROUNDED if made.base.activations is GELU else CLOSE
+        LOGITS_STAGE, torch.tensor(list(found.values())), wanted, ROUNDED if made.base.activations is GELU else CLOSE
     )
     if not difference.ok:
         raise ProofError(
             f"the proof fails: llama.cpp computes other logits of {file.name} than transformers of the folder, by "
-            f"{difference.max_abs:.2g}; {AGAIN}"
+            f"{difference.max_abs:.2g}; {WRITE_AGAIN}"
         )
     return difference
 
@@ -123,13 +123,13 @@ def _compare_reading(made: GgufFolder, file: Path) -> Difference:
     pairs = [(text, made.tokenizer(text).input_ids) for text in TEXTS]
     pairs = [(text, ids) for text, ids in pairs if len(ids) < MOST_TOKENS]
     found = _ask(made, file, [prompt for pair in pairs for prompt in pair])
-    worst = Difference(READING, 0.0, 0.0, SAME)
+    worst = Difference(TEXT_STAGE, 0.0, 0.0, SAME)
     for (text, _), one, other in zip(pairs, found[::2], found[1::2], strict=True):
         numbers = torch.tensor([one.get(token, -torch.inf) for token in other])
-        difference = _difference(READING, numbers, torch.tensor(list(other.values())), SAME)
+        difference = _difference(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
         if not difference.ok:
             raise ProofError(
-                f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {AGAIN}"
+                f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}"
             )
         worst = max(worst, difference, key=lambda each: each.relative)
     return worst
@@ -140,7 +140,7 @@ def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[d
     written = tokenizer("a", add_special_tokens=False).input_ids[-1]
     answer = log_probabilities(file, prompts, written, LIKELIEST)
     if isinstance(answer, str):
-        raise ProofError(f"the proof fails: llama.cpp does not run {file.name} ({answer}); {AGAIN}")
+        raise ProofError(f"the proof fails: llama.cpp does not run {file.name} ({answer}); {WRITE_AGAIN}")
     return answer
 
 

@@ -20,7 +20,7 @@ from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.publish.licence import CARD, notices
 from mptk.publish.manifest import MARKER, RUNGS, file_sha256, listed
 
-OWN = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
+ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
 """Files that any folder has, or may have."""
 
 
@@ -32,7 +32,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
     found, settings, dense = listed(folder), compiled.prepared.settings, compiled.prepared.loaded.path
     for name in (each for each in (*found, MARKER) if each.endswith(".json")):
         _check_once(folder, name)
-    known = set(OWN)
+    known = set(ALWAYS)
     for target in targets:
         files = target.files(compiled, folder)
         if files is None:

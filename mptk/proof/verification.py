@@ -79,7 +79,7 @@ def verify(
     from the dense model and the plan; the folder's report must agree.
 
     A GGUF file is proven against the folder that it was made from: each field and each tensor is compared and, if
-    llama.cpp (``xllamacpp``) can be imported, its logits and how it reads text.
+    llama.cpp (extra ``llama-cpp``) can be imported, its logits and how it reads text.
 
     Args:
         folder: an ``--out`` folder of ``prune``, or a GGUF file of one.

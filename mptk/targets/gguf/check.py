@@ -23,10 +23,11 @@ from mptk.errors import ProofError, first_line
 from mptk.io.untrusted import check_gguf
 from mptk.ir.weights import Weights
 from mptk.reading import brief, damaged
+from mptk.targets.beside import MISSING
 from mptk.targets.gguf.architectures import Architecture
 from mptk.targets.gguf.expected import (
-    AGAIN,
-    Fields,
+    WRITE_AGAIN,
+    GgufFields,
     check_splitting,
     expect_settings,
     expect_vocabulary,
@@ -41,14 +42,18 @@ DESCRIBE = (
 )
 """Starts of the names of fields that no program computes with."""
 READER = "GGUF."
-"""Fields that the reader makes of the file's head."""
+"""GgufFields that the reader makes of the file's head."""
 VERSION = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
-TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-ITEMS = {**TYPES, int: GGUFValueType.INT32}
+SCALAR_TYPES = {
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    str: GGUFValueType.STRING,
+}
+ITEM_TYPES = {**SCALAR_TYPES, int: GGUFValueType.INT32}
 """The types in which llama.cpp reads a value, and the items of a list."""
-MISSING = object()
-STEPS: Mapping[Kind, tuple[float, float, bool]] = {
+BLOCK_STEPS: Mapping[Kind, tuple[float, float, bool]] = {
     Kind.Q8_0: (127, 0.6, False),
     Kind.Q5_1: (31, 0.6, True),
     Kind.Q5_0: (16, 1.1, False),
@@ -58,8 +63,9 @@ STEPS: Mapping[Kind, tuple[float, float, bool]] = {
 """How finely a type rounds: steps of a block's largest number (or of its range, if it has an offset), the largest error
 in steps (a half, and what its scale of half precision adds; a whole step where the range has no room for one end), and
 whether it has an offset."""
-BLOCK = 32
-FLOATS: Mapping[Kind, tuple[float, float]] = {
+BLOCK_LENGTH = 32
+GIVEN_LIKE = f"if it was written with --like, give the same file as --model; else {WRITE_AGAIN}"
+FLOAT_ERRORS: Mapping[Kind, tuple[float, float]] = {
     Kind.F32: (0.0, 0.0),
     Kind.F16: (2.0**-11, 2.0**-25),
     Kind.BF16: (2.0**-8, 2.0**-133),
@@ -115,9 +121,8 @@ class GgufFile:
 
     def fail(self, field: str, has: object, wanted: object) -> ProofError:
         """The error that a field has another value than the folder gives."""
-        return ProofError(
-            f"the proof fails: {field} in {self.file.name} is {_said(has)}, but {_said(wanted)} in the folder; {AGAIN}"
-        )
+        said = f"the proof fails: {field} in {self.file.name} is {_said(has)}, but {_said(wanted)} in the folder"
+        return ProofError(f"{said}; {GIVEN_LIKE if has is MISSING else WRITE_AGAIN}")
 
 
 def check_fields(
@@ -152,10 +157,10 @@ def check_fields(
         if not lists and settings[key] != widths[key]:
             raise ProofError(
                 f"the proof fails: the tensors of {found.file.name} have {key} {widths[key]}, but {settings[key]} in "
-                f"the folder; {AGAIN}"
+                f"the folder; {WRITE_AGAIN}"
             )
     kind = found.common
-    expected: Fields = {
+    expected: GgufFields = {
         "general.architecture": own,
         "general.name": name,
         "general.file_type": int(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"]),
@@ -193,14 +198,14 @@ def _check_field(found: GgufFile, key: str, expected: object) -> None:
         raise found.fail(key, value, expected)
     if not _has_type(found.fields[key], expected):
         raise ProofError(
-            f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {AGAIN}"
+            f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {WRITE_AGAIN}"
         )
 
 
 def _has_type(field: ReaderField, expected: object) -> bool:
     if isinstance(expected, list):
-        return not expected or field.types[-1] is ITEMS[type(expected[0])]
-    return field.types[0] is TYPES[type(expected)]
+        return not expected or field.types[-1] is ITEM_TYPES[type(expected[0])]
+    return field.types[0] is SCALAR_TYPES[type(expected)]
 
 
 def _check_given(found: GgufFile, key: str, given: object) -> None:
@@ -211,12 +216,9 @@ def _check_given(found: GgufFile, key: str, given: object) -> None:
     if given is not MISSING:
         raise ProofError(
             f"the proof fails: {key} in {found.file.name} is {_said(value)}, but {_said(given)} in the dense model's "
-            f"file; {AGAIN}"
+            f"file; {WRITE_AGAIN}"
         )
-    raise ProofError(
-        f"the proof fails: {key} in {found.file.name} does not follow from the folder; if the file was written with "
-        "--like, give the same file as --model; else do not use it, and write it again"
-    )
+    raise ProofError(f"the proof fails: {key} in {found.file.name} does not follow from the folder; {GIVEN_LIKE}")
 
 
 def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str, Kind]]) -> float:
@@ -233,7 +235,7 @@ def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str
     more = sorted(found.tensors.keys() ^ set(tensors))
     if more:
         where = "is not a tensor of the folder" if more[0] in found.tensors else "is missing"
-        raise ProofError(f"the proof fails: {more[0]} in {found.file.name} {where}; {AGAIN}")
+        raise ProofError(f"the proof fails: {more[0]} in {found.file.name} {where}; {WRITE_AGAIN}")
     if found.kinds not in kinds:
         odd = next(name for name, kind in found.kinds.items() if kind is not kinds[0][name])
         raise found.fail(f"the type of {odd}", found.kinds[odd].name, kinds[0][odd].name)
@@ -250,26 +252,26 @@ def _check_tensor(found: GgufFile, tensor: ReaderTensor, weight: npt.NDArray[np.
     """Bit by bit against the weight rounded again; and number by number, as rounding may itself be wrong."""
     kind, said = tensor.tensor_type, f"the proof fails: {tensor.name} in {found.file.name} is not the folder's"
     if tensor.data.tobytes() != gguf.quantize(weight, kind).tobytes():
-        raise ProofError(f"{said}; {AGAIN}")
+        raise ProofError(f"{said}; {WRITE_AGAIN}")
     read = gguf.dequantize(tensor.data, kind).reshape(weight.shape)
     error = np.abs(read - weight)
     if not (error <= _allowed(weight, kind)).all():
-        raise ProofError(f"{said}: it differs by {float(error.max()):.2g}, more than {kind.name} rounds; {AGAIN}")
+        raise ProofError(f"{said}: it differs by {float(error.max()):.2g}, more than {kind.name} rounds; {WRITE_AGAIN}")
     largest = float(np.abs(weight).max()) if weight.size else 0.0
     return float(error.max()) / largest if largest else 0.0
 
 
 def _allowed(weight: npt.NDArray[np.float32], kind: Kind) -> npt.NDArray[np.float32]:
     """The largest error that a type may make of each number."""
-    if kind in FLOATS:
-        share, least = FLOATS[kind]
+    if kind in FLOAT_ERRORS:
+        share, least = FLOAT_ERRORS[kind]
         return np.abs(weight) * np.float32(share) + np.float32(least)
-    count, most, offset = STEPS[kind]
-    blocks = weight.reshape(-1, BLOCK)
+    count, most, offset = BLOCK_STEPS[kind]
+    blocks = weight.reshape(-1, BLOCK_LENGTH)
     span = blocks.max(1) - blocks.min(1) if offset else np.abs(blocks).max(1)
     # An offset is rounded to half precision, too; and so small a step that half precision has no digits for it.
     slack = np.abs(blocks).max(1) * np.float32(2.0**-11 if offset else 0) + np.float32(2.0**-24 * count)
-    allowed: npt.NDArray[np.float32] = np.repeat(span / count * most + slack, BLOCK).reshape(weight.shape)
+    allowed: npt.NDArray[np.float32] = np.repeat(span / count * most + slack, BLOCK_LENGTH).reshape(weight.shape)
     return allowed
 
 

@@ -19,10 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mptk.errors import ProofError
 from mptk.targets.gguf.architectures import ARCHITECTURES
 
-AGAIN = "do not use it, and write it again"
-Fields = dict[str, object]
-Shapes = Mapping[str, tuple[int, ...]]
-WHOLE: Mapping[str, tuple[str, ...]] = {
+WRITE_AGAIN = "do not use it, and write it again"
+GgufFields = dict[str, object]
+TensorShapes = Mapping[str, tuple[int, ...]]
+COUNTS: Mapping[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
     "block_count": ("num_hidden_layers",),
@@ -48,7 +48,7 @@ TRUTH: Mapping[str, tuple[str, ...]] = {
     "expert_weights_norm": ("norm_topk_prob",),
 }
 """Field → its names in a config, for numbers, real numbers and yes or no."""
-YARN = {
+YARN_FIELDS = {
     "rope.scaling.yarn_ext_factor": "extrapolation_factor",
     "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -60,14 +60,18 @@ BUILT_IN = {"layer_norm_eps": "attention.layer_norm_epsilon", "expert_gating_fun
 """What a class of transformers has built in (``Architecture.written``), by the names of fields."""
 
 
-def expect_settings(config: PreTrainedConfig) -> Fields:
+def expect_settings(config: PreTrainedConfig) -> GgufFields:
     """The fields of a model's numbers, without the architecture's name before them."""
     base = ARCHITECTURES[config.model_type]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
-    found: Fields = {"attention.head_count_kv": groups, "attention.key_length": size, "attention.value_length": size}
-    for table, kind in ((WHOLE, int), (REAL, float), (TRUTH, bool)):
+    found: GgufFields = {
+        "attention.head_count_kv": groups,
+        "attention.key_length": size,
+        "attention.value_length": size,
+    }
+    for table, kind in ((COUNTS, int), (REAL, float), (TRUTH, bool)):
         for key, names in table.items():
             value = next((each for name in names if (each := getattr(config, name, None)) is not None), None)
             if value is not None:
@@ -95,14 +99,14 @@ def _rope(config: PreTrainedConfig, size: int) -> Iterator[tuple[str, object]]:
     if kind in ("linear", "yarn"):
         yield "rope.scaling.factor", float(rope["factor"])
     if kind == "yarn":
-        yield from ((key, float(rope[name])) for key, name in YARN.items() if rope.get(name) is not None)
+        yield from ((key, float(rope[name])) for key, name in YARN_FIELDS.items() if rope.get(name) is not None)
     if kind == "longrope":
         yield "rope.scaling.attn_factor", float(ROPE_INIT_FUNCTIONS["longrope"](config)[1])
     if kind in ("yarn", "longrope") and (length := rope.get("original_max_position_embeddings")):
         yield "rope.scaling.original_context_length", int(length)
 
 
-def expect_widths(shapes: Shapes, size: int, *, lists: bool) -> Fields:
+def expect_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields:
     """The fields of the widths that a file's tensors have. ``size``: of a head; ``lists``: each layer has its own."""
     layers = range(1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blk.")), default=-1))
 
@@ -118,7 +122,7 @@ def expect_widths(shapes: Shapes, size: int, *, lists: bool) -> Fields:
         "attention.head_count_kv": [rows // size for rows in keys],
         "feed_forward_length": channels,
     }
-    found: Fields = {key: values if lists else values[0] for key, values in each.items()}
+    found: GgufFields = {key: values if lists else values[0] for key, values in each.items()}
     rows, hidden = shapes["token_embd.weight"]
     found |= {"block_count": len(layers), "embedding_length": hidden, "vocab_size": rows}
     found |= {"attention.key_length": size, "attention.value_length": size}
@@ -133,7 +137,7 @@ def expect_widths(shapes: Shapes, size: int, *, lists: bool) -> Fields:
 
 # ---- the tokenizer ----
 
-SPECIAL = {
+SPECIAL_IDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "unk": "unknown_token_id",
@@ -167,14 +171,14 @@ TEXTS = (
 """Texts of words, numbers, spaces, cases and scripts, on which ways to split text differ."""
 
 
-def expect_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, rows: int) -> Fields:
+def expect_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, rows: int) -> GgufFields:
     """The fields of the tokenizer, by their whole names. ``rows``: of the embedding table."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     spaces = bool(spec.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, rows, bytes_too=spaces, unknown=spec.get("unk_token"))
     pairs = [each.split(" ") if isinstance(each, str) else each for each in spec["merges"]]
     before, after = _around(tokenizer)
-    found: Fields = {
+    found: GgufFields = {
         "model": "llama" if spaces else "gpt2",
         "tokens": tokens,
         "token_type": types,
@@ -189,7 +193,7 @@ def expect_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         found |= {"pre": "default", "scores": [-float(order.get(token, len(pairs))) for token in tokens]}
     elif pairs:
         found["merges"] = [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]
-    for name, key in SPECIAL.items():
+    for name, key in SPECIAL_IDS.items():
         number = getattr(tokenizer, f"{name}_token_id", None)
         number = getattr(config, f"{name}_token_id", None) if number is None else number
         if isinstance(number, int) and number < rows:
@@ -239,12 +243,12 @@ def _prefixes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text[:1] in (" ", "▁", "Ġ")
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> Fields:
+def _templates(tokenizer: PreTrainedTokenizerBase) -> GgufFields:
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return {"tokenizer.chat_template": template} if template else {}
     others = {name: text for name, text in template.items() if name != "default"}
-    found: Fields = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    found: GgufFields = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
     if others:
         found["tokenizer.chat_templates"] = sorted(others)
     return found | ({"tokenizer.chat_template": template["default"]} if "default" in template else {})
@@ -253,19 +257,19 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> Fields:
 def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
-        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {AGAIN}")
+        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}")
     patterns, whole_words = SPLITTING[str(name)]
     backend = tokenizer.backend_tokenizer
     own = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(each), "isolated") for each in patterns])
     if bool(json.loads(backend.to_str())["model"].get("ignore_merges")) != whole_words:
         taken = "first" if whole_words else "not first"
-        raise ProofError(f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {AGAIN}")
+        raise ProofError(f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}")
     for text in TEXTS:
         one, other = _places(own, text), _places(backend.pre_tokenizer, text)
         if one != other:
             at = next((b for a, b in zip(one, other, strict=False) if a != b), other[-1])
             what = repr(text[slice(*at)])
-            raise ProofError(f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {AGAIN}")
+            raise ProofError(f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}")
 
 
 def _places(splitter: pre_tokenizers.PreTokenizer | None, text: str) -> Sequence[tuple[int, int]]:

@@ -84,8 +84,8 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
     found, notes = list[Difference](), list[str]()
     if made.tokenizer is not None:
         found.append(_compare_reading(made, file))
-    if made.config is None:
-        return found, notes
+    if made.config is None or not models.has_tokenizer(made.place):
+        return found, [*notes, "llama.cpp's logits were not compared, as the folder has no config and tokenizer"]
     needed = 8 * sum(like.numel() for like in made.weights.tensors.likes.values())  # in llama.cpp and in transformers
     if needed > free_memory():
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]

@@ -178,12 +178,12 @@ class GgufFolder:
         name: str = "",
     ) -> None:
         self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
-        self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
         if config is not None:
             self.base, size, divisors = architecture_of(config), head_dim(config), rope_divisors(config)
         else:
             dense = _dense(place, plan, pattern)
             self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
+        self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
         tied = bool(getattr(config, "tie_word_embeddings", False))
         tensors = arranged(weights, self.base, size, tied=tied)
         self.head_dim = size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mptk.compile.changes import COMPENSATION
 from mptk.config.recipe import RECIPE_FILE
@@ -19,6 +19,7 @@ from mptk.protocols.report import PROVEN_ON, REPORT_FILE
 from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.publish.licence import CARD, notices
 from mptk.publish.manifest import MARKER, RUNGS, file_sha256, listed
+from mptk.targets.beside import READ
 
 ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
 """Files that any folder has, or may have."""
@@ -44,6 +45,8 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         known.add(COMPENSATION)
     if settings.shared:
         known |= {name for name in found if name.startswith(f"{RUNGS}/")}
+    if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
+        known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
     known |= {each.name for each in notices(dense) if _same(each, folder / each.name)}
     if more := sorted(set(found) - known):
         raise ProofError(

@@ -53,7 +53,7 @@ SCALAR_TYPES = {
 }
 ITEM_TYPES = {**SCALAR_TYPES, int: GGUFValueType.INT32}
 """The types in which llama.cpp reads a value, and the items of a list."""
-BLOCK_STEPS: Mapping[Kind, tuple[float, float, bool]] = {
+ROUNDING: Mapping[Kind, tuple[float, float, bool]] = {
     Kind.Q8_0: (127, 0.6, False),
     Kind.Q5_1: (31, 0.6, True),
     Kind.Q5_0: (16, 1.1, False),
@@ -266,7 +266,7 @@ def _allowed(weight: npt.NDArray[np.float32], kind: Kind) -> npt.NDArray[np.floa
     if kind in FLOAT_ERRORS:
         share, least = FLOAT_ERRORS[kind]
         return np.abs(weight) * np.float32(share) + np.float32(least)
-    count, most, offset = BLOCK_STEPS[kind]
+    count, most, offset = ROUNDING[kind]
     blocks = weight.reshape(-1, BLOCK_LENGTH)
     span = blocks.max(1) - blocks.min(1) if offset else np.abs(blocks).max(1)
     # An offset is rounded to half precision, too; and so small a step that half precision has no digits for it.

@@ -19,9 +19,10 @@ SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
 FUZZ_ARGS ?= --programs 5000 --modules 400 --edges 400 --jobs 2 --json benchmarks/results/fuzz.json
 FUZZ_FILES_ARGS ?= --minutes 30
+BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test test-long check docs format test-lowest fuzz fuzz-files crash soak mutants clean
+.PHONY: help demo test test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
@@ -33,6 +34,7 @@ help:
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs and 800 modules: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
 	@echo "make fuzz-files   damaged files for every reader, half an hour: read, or refused in one line; FUZZ_FILES_ARGS=..."
+	@echo "make broken       published folders and files with one fault each, which verify must refuse; BROKEN_ARGS=..."
 	@echo "make soak         an hour of random commands, a fifth of them killed; SOAK_ARGS=... for other numbers"
 	@echo "make crash        160 kills of commands: what the next run makes of them; CRASH_ARGS=... for other numbers"
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
@@ -88,6 +90,9 @@ fuzz-files: $(VENV)/.installed-dev
 
 crash: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.crash $(CRASH_ARGS)
+
+broken: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.broken $(BROKEN_ARGS)
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)

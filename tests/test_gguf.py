@@ -304,6 +304,7 @@ def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qw
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["ignore_merges"] = merged
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    words = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     writer = library.GGUFWriter(tmp_path / "out.gguf", "qwen3")
     tokenizer.write_tokenizer(writer, tmp_path, words, tiny.VOCAB + 4)
     written = writer.kv_data[0]
@@ -316,7 +317,7 @@ def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qw
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "a pre-tokenizer of type Whitespace that mptk does not know"),
         ({"normalizer": {"type": "Lowercase"}}, "a normalizer of type Lowercase"),
-        ({"model": {"type": "WordLevel", "vocab": {}}}, "a vocabulary of type WordLevel"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "a vocabulary of type WordLevel"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_have(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -324,5 +325,6 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(change: dict[str, Any], said: 
     words.save_pretrained(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+    words = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     with pytest.raises(MptkError, match=f"{said}.*--like"):
         tokenizer.write_tokenizer(library.GGUFWriter(tmp_path / "out.gguf", "qwen3"), tmp_path, words, tiny.VOCAB)

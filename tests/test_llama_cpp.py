@@ -19,6 +19,7 @@ from mptk.api import graphs as api
 from mptk.ir.weights import Weights
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import LayerWidths
+from tests.broken import gguf as gguf_files
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
 
@@ -89,6 +90,20 @@ def test_other_layers_are_lists_of_the_architecture_that_has_them(
     assert torch.equal(tensors["blk.2.ffn_down.weight"], weights["model.layers.2.mlp.down_proj.weight"])
     assert torch.equal(tensors["blk.2.attn_norm.weight"], weights["model.layers.2.input_layernorm.weight"])
     assert len(tensors) == len(GGUFReader(dense / "dense.gguf").tensors)
+    proof = mptk.verify(tmp_path / "out.gguf", like=ragged.place, model=dense / "dense.gguf")
+    assert [row.stage for row in proof] == ["GGUF fields", "GGUF tensors"]
+    with pytest.raises(MptkError, match="is a graph without a config; give the dense model's GGUF file"):
+        mptk.verify(tmp_path / "out.gguf", like=ragged.place)
+    for name, damage, said in (
+        ("rope.freq_base", gguf_files.times("rope.freq_base", 2), r"deci\.rope\.freq_base in .* in the dense model's"),
+        ("rope.freq_base", gguf_files.drop("rope.freq_base"), r"rope\.freq_base in .* is missing"),
+        ("feed_forward_length", gguf_files.item("feed_forward_length", 0, 64), r"feed_forward_length\[0\] in .* is 64"),
+        ("tokens", gguf_files.swap(gguf_files.TOKENS, 5, 6), r"tokenizer\.ggml\.tokens in .* in the dense model's"),
+    ):
+        shutil.copyfile(tmp_path / "out.gguf", tmp_path / f"{name}.gguf")
+        damage(tmp_path / f"{name}.gguf")
+        with pytest.raises(ProofError, match=said):
+            mptk.verify(tmp_path / f"{name}.gguf", like=ragged.place, model=dense / "dense.gguf")
 
 
 def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from mptk.api.sources import GivenInputs, source_of
 from mptk.api.words import public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import sources_forgotten
-from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
 from mptk.config.choices import GgufType
 from mptk.config.settings import Settings
@@ -40,16 +39,13 @@ from mptk.ort.bench import LENGTHS, Bench, bench_graphs
 from mptk.ort.decoder import found_graph, model_folder, onnx_file
 from mptk.ort.steps import graphs_of
 from mptk.progress import Progress, silent, within
+from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm
-from mptk.protocols.report import Report
 from mptk.publish.folder import check_apart, check_replaceable, publish
-from mptk.publish.manifest import check_manifest
-from mptk.report.runs import pruned_name
 from mptk.staged.staged import EXECUTOR
-from mptk.targets.gguf.folder import GgufFolder, Pattern
-from mptk.targets.graph import GraphTarget
+from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe, quantized_extras
 from mptk.tasks import CAUSAL_LM, form_of, open_task
 from mptk.tasks.exporting import cut
@@ -159,25 +155,19 @@ def gguf(
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
             or ``out`` cannot be written.
-        ProofError: the written file differs from the folder.
+        ProofError: the file, which is read back, differs from the folder; or llama.cpp, if it can be imported, computes
+            something else of it. Nothing is written then.
     """
     folder = folder.place if isinstance(folder, Pruned) else folder
-    place, pattern = path_of(folder), None if like is None else models.locate(str(like))
-    if pattern is not None and pattern.is_dir():
-        raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
-    check_apart(Path(out), place, *([] if pattern is None else [pattern]))
-    check_manifest(place)
-    config = None if GraphTarget().wrote(place) else models.load_config(str(place))
-    made = GgufFolder(
-        place,
-        stored_weights(place, trust=False),
-        Plan.load(place / "plan.json"),
-        config,
-        None if pattern is None else Pattern(pattern),
-        type,
-        pruned_name(Report.read(place)),
-    )
-    write_result(path_of(out), made.write)
+    made = open_folder(folder, like, type)
+    check_apart(Path(out), made.place, *([] if made.pattern is None else [made.pattern.file]))
+
+    def write(file: Path) -> None:
+        differences = made.write(file)
+        proof, notes = run_llama_cpp(made, file)
+        made.proof, made.notes = [*differences, *proof], [*made.notes, *notes]
+
+    write_result(path_of(out), write)
     return made
 
 

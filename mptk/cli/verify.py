@@ -28,13 +28,27 @@ NEW_TOKENS = 32
 """Tokens that models write after each prompt of a report."""
 
 
-@command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
+@command(
+    examples=(
+        "verify runs/m30",
+        "verify runs/m30 --model models/dense",
+        "verify runs/m30.gguf --like runs/m30",
+    )
+)
 def verify(
-    folder: Folder,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The --out folder of `mptk prune`, or a GGUF file of one.")
+    ],
     settings: Settings,
     model: DenseOption = None,
+    like: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For a GGUF file: the folder that it was made from.")
+    ] = None,
 ) -> None:
-    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails.
+
+    A GGUF file is compared with its folder: each field, each tensor and, if llama.cpp is installed, its logits.
+    """
     from mptk.proof import verification
     from mptk.report import sections as report
 
@@ -43,6 +57,7 @@ def verify(
         proof = verification.verify(
             folder,
             model=model,
+            like=like,
             **values(settings, "verify"),
         )
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")

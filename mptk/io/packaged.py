@@ -119,6 +119,13 @@ ALIASES: Mapping[str, Packaged] = {
 }
 
 
+def check_folder_named(place: str | Path, makes: str) -> None:
+    """Raise MptkError if ``place``, which must be a folder, is a packaged model's name. ``makes``: the command."""
+    if str(place) in ALIASES and not Path(place).exists():
+        command = f"`mptk {makes} {place} --out DIR`"
+        raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
+
+
 def cached(alias: str) -> Path | None:
     """The alias's GGUF file or folder, if it has been fetched; else None."""
     path = _target(alias)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
+from mptk.io.packaged import check_folder_named
 from mptk.ort.embeddings import EMBEDDINGS, Embeddings
 from mptk.ort.sessions import CPU, memory_of, open_file
 
@@ -56,6 +57,7 @@ def onnx_file(path: str | Path) -> Path:
     """``found_graph``. Raises MptkError if there is none."""
     if (file := found_graph(path)) is not None:
         return file
+    check_folder_named(path, "export")
     missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
     raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
 

@@ -16,6 +16,7 @@ from mptk.conversions import CONVERSIONS
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.files import json_text
+from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
@@ -57,6 +58,9 @@ def check_files(report: Report, folder: Path) -> None:
         _require(f"quantized.{scheme}.file", folder / said["file"] in graphs[scheme], True)
         _require(f"quantized.{scheme}.bytes", said["bytes"], bytes_of(graphs[scheme]))
     _require("weights_sha256", report.weights_sha256, weights_digest(folder))
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "transformers_version" in config:  # by which transformers decides how it reads some tokenizers
+        _require("versions.transformers", report.versions.get("transformers"), config["transformers_version"])
 
 
 def _target_of(folder: Path) -> str:

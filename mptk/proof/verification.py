@@ -19,8 +19,10 @@ from mptk.conversions import converted, planned
 from mptk.conversions.vocabulary.convert import unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
+from mptk.files import path_of
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
+from mptk.io.packaged import check_folder_named
 from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -31,6 +33,8 @@ from mptk.methods.division.budget import alignment
 from mptk.methods.drafter import with_drafter
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
+from mptk.proof.gguf import open_folder, run_llama_cpp
+from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion
@@ -45,6 +49,7 @@ from mptk.tasks.of_folder import task_of_folder
 from passes.analysis import group
 from passes.verify import Difference
 
+GGUF_MAGIC = b"GGUF"
 PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
@@ -61,6 +66,7 @@ class Proof(list[Difference]):
 def verify(
     folder: str | Path,
     *,
+    like: str | Path | None = None,
     model: str | Path | nn.Module | None = None,
     trust_remote_code: bool = False,
     proof_length: int = Settings.proof_length,
@@ -72,9 +78,14 @@ def verify(
     First every file is compared with the folder's manifest. Then weights, config, widths and costs are computed again
     from the dense model and the plan; the folder's report must agree.
 
+    A GGUF file is proven against the folder that it was made from: each field and each tensor is compared and, if
+    llama.cpp (extra ``llama-cpp``) can be imported, its logits and how it reads text.
+
     Args:
-        folder: an ``--out`` folder of ``prune``.
-        model: the dense model, if it has moved; or the module, if it was pruned in memory.
+        folder: an ``--out`` folder of ``prune``, or a GGUF file of one.
+        like: of a GGUF file: the folder. It is not proven by this; verify it, too.
+        model: the dense model, if it has moved; or the module, if it was pruned in memory. Of a GGUF file that was
+            written with ``like``: the same dense model's GGUF file.
         trust_remote_code: whether the model's own Python code may run; the folder's report does not decide this.
         proof_length: tokens of the longest sequence in the proof, to go beyond the model's windows.
         memory, device: as in ``Settings``.
@@ -83,7 +94,12 @@ def verify(
         MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
             missing, or not the one that was pruned; or a stage exceeds its tolerance.
     """
+    if is_gguf(folder):
+        return _verify_gguf(path_of(folder), like, model)
+    if like is not None:
+        raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
+    check_folder_named(folder, "prune")
     plan, report = plan_of(folder), Report.read(folder)
     check_manifest(folder)
     with _readable(folder):
@@ -105,7 +121,34 @@ def verify(
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, PRUNE_AGAIN)
+    check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
+
+
+def is_gguf(place: str | Path) -> bool:
+    """Whether a place is named as a GGUF file, or begins as one does."""
+    path = path_of(place)
+    if path.suffix.lower() == ".gguf":
+        return not path.is_dir()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
+def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Module | None) -> Proof:
+    if not file.is_file():
+        raise MptkError(f"there is no file {file}; check the path")
+    if like is None:
+        raise MptkError(
+            f"{file} is a GGUF file, which is proven against the folder that it was made from; add --like DIR"
+        )
+    if isinstance(model, nn.Module):
+        raise MptkError("the dense model of a GGUF file is a GGUF file, too; give its path")
+    made = open_folder(like, model)
+    differences = made.check(file)
+    more, notes = run_llama_cpp(made, file)
+    return Proof([*differences, *more], [*made.notes, *notes])
 
 
 def _analysed(

@@ -324,6 +324,14 @@ class Target(Protocol):
         """Whether ``folder`` was written for this target."""
         ...
 
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str] | None:
+        """The names of the files that ``emit`` may have written, by which ``verify`` finds planted ones; None: any.
+
+        Raises:
+            ProofError: one of them holds more than ``emit`` writes.
+        """
+        return None
+
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         """The parts of ``folder`` that must equal the cut program. ``crossed``: positions that decoding must cross.
 

@@ -17,6 +17,7 @@ from mptk.config.setting import from_json
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
+from mptk.io.packaged import check_folder_named
 from mptk.protocols.shapes import Shapes
 from mptk.reading import Json, brief, damaged, made, read_json
 
@@ -243,6 +244,7 @@ class Report:
     @staticmethod
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
+        check_folder_named(folder, "prune")
         path = Path(folder) / REPORT_FILE
         tidy(path.parent.parent)
         if not path.is_file():

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import safe_open
+
 from mptk.errors import ProofError
 from mptk.files import scratch
 from mptk.io.checkpoint import copy_processors, save_tokenizer
@@ -16,6 +18,7 @@ from mptk.io.diffusion import others
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.publish.manifest import file_digests, listed
+from mptk.tasks.transformers_js import CONFIG_KEY
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
 """Files that a tokenizer or a processor reads if they exist."""
@@ -77,6 +80,34 @@ def check_pipeline(loaded: Loaded, folder: Path) -> None:
     for name, one, other in zip(known, digests, digests[len(known) :], strict=False):
         if one != other:
             fail(f"{name} is not the dense pipeline's")
+
+
+WeightFile = tuple[frozenset[str], Mapping[str, str]]
+"""The names of a file's tensors, and what its header says beside them."""
+UNCHECKED = frozenset({"transformers_version", CONFIG_KEY})
+"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_config``)."""
+
+
+def check_keys(name: str, found: JsonObject, expected: JsonObject) -> None:
+    """Raise ProofError if a JSON file has a field that mptk does not write, or another value in one.
+
+    A loader may act on a field that the class of the config drops when it is loaded. What is missing has its default.
+    """
+    there = dict(leaves(expected))
+    for path, value in leaves({key: value for key, value in found.items() if key not in UNCHECKED}):
+        require(name, path, value, there.get(path, MISSING))
+
+
+def check_weight_files(folder: Path, expected: Mapping[str, WeightFile]) -> None:
+    """Raise ProofError if a file of weights has another tensor than mptk writes, or another header."""
+    for name, (tensors, metadata) in expected.items():
+        if not (folder / name).is_file():
+            fail(f"{name} is missing")
+        with safe_open(folder / name, "pt") as opened:
+            there, said = frozenset(opened.keys()), opened.metadata() or {}
+        if there != tensors:
+            fail(f"{min(there ^ tensors)} is {'missing in' if tensors - there else 'a tensor too many in'} {name}")
+        compare(f"the header of {name}", said, metadata)
 
 
 CONFIG_STAGE = "config"

@@ -44,6 +44,9 @@ class GraphTarget(Target):
         write_archive(folder / ARCHIVE, own_types(compiled, compiled.program))
         return []
 
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        return frozenset({WEIGHTS, ARCHIVE})
+
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 

@@ -103,6 +103,9 @@ class NemotronNasTarget(StockTarget):
         shutil.copyfile(OWN_CODE, folder / OWN_CODE.name)
         return super().emit(compiled, sets, folder, log)
 
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        return super().files(compiled, folder) | {OWN_CODE.name}
+
     def limits(self, compiled: Compiled) -> list[str]:
         assert compiled.written is not None
         return unread(compiled.written.stock.config)

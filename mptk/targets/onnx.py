@@ -23,10 +23,19 @@ from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Prepared, Target
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
+from mptk.publish.manifest import listed
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, float_file, quantized_files
+from passes.targets.onnx.names import (
+    ENDINGS,
+    ONNX_FILE,
+    ONNX_FOLDER,
+    data_file,
+    float_file,
+    quantized,
+    quantized_files,
+)
 from passes.verify import Difference
 
 
@@ -53,6 +62,21 @@ class OnnxTarget(Target):
         else:
             notes.append(_alone(prepared.loaded, out))
         return notes
+
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        form, there = compiled.prepared.task.onnx, folder / ONNX_FOLDER
+        if form is None or not there.is_dir():
+            return frozenset()
+        names = [Path(name) for name in form.graphs]
+        graphs = [str(each) for name in names for each in (name, *(quantized(name, scheme) for scheme in ENDINGS))]
+        data = [data_file(name) for name in graphs if (there / name).is_file()]
+        beside: list[str] = []
+        if compiled.written is None:
+            with scratch() as place:
+                _alone(compiled.prepared.loaded, place.folder)
+                beside = listed(place.folder)
+        own = (f"{ONNX_FOLDER}/{name}" for name in (*graphs, *data, *beside))
+        return frozenset([*own, *form.described])
 
     def wrote(self, folder: Path) -> bool:
         return next((folder / ONNX_FOLDER).glob("*.onnx"), None) is not None

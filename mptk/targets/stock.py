@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,21 +11,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError, ProofError
+from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
+from mptk.io.diffusion import others
 from mptk.io.drafter import open_drafter
 from mptk.io.resident import Resident
+from mptk.io.tensors import writer
+from mptk.io.untrusted import CONFIG, GENERATION, read_object
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, CutDrafter, Further, SampleSets, Written
+from mptk.publish.manifest import listed
 from mptk.staged.staged import Executor
-from mptk.targets.beside import check_beside, check_pipeline, write_beside, write_pipeline
+from mptk.targets.beside import (
+    WeightFile,
+    check_beside,
+    check_keys,
+    check_pipeline,
+    check_weight_files,
+    write_beside,
+    write_pipeline,
+)
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.frontend.trace import trace
@@ -94,24 +108,26 @@ class StockTarget(Target):
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
-        loaded, written = compiled.prepared.loaded, compiled.written
-        assert written is not None
-        state = compiled.program.state_dict().cast(compiled.prepared.dtype)
-        shard = compiled.prepared.settings.max_shard_size or SHARD
-        heads = written.drafter or CutDrafter("")
-        write_checkpoint(
-            state,
-            written.stock,
-            loaded.model,
-            loaded.tokenizer,
-            folder,
-            portable=portable,
-            max_shard_size=shard,
-            beside=heads.weights.cast(compiled.prepared.dtype),
-        )
-        copy_processors(loaded.path, folder, same_features=same_features(compiled))
-        write_pipeline(loaded, folder)
-        return [written.note, heads.note, *self.limits(compiled)]
+        assert compiled.written is not None
+        _write(compiled, folder)
+        write_pipeline(compiled.prepared.loaded, folder)
+        heads = compiled.written.drafter or CutDrafter("")
+        return [compiled.written.note, heads.note, *self.limits(compiled)]
+
+    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        held: dict[str, WeightFile] = {}
+
+        def note(tensors: Mapping[str, object], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+            Path(file).touch()
+            held[Path(file).name] = frozenset(tensors), metadata or {}
+
+        with scratch() as place:
+            _write(compiled, place.folder, lambda weights: note)
+            for name in (CONFIG, GENERATION):
+                if (place.folder / name).is_file() and (folder / name).is_file():
+                    check_keys(name, read_object(folder / name), read_object(place.folder / name))
+            check_weight_files(folder, held)
+            return frozenset([*listed(place.folder), *others(compiled.prepared.loaded.path)])
 
     def limits(self, compiled: Compiled) -> list[str]:
         """Notes on programs that do not read the folder."""
@@ -151,6 +167,25 @@ class StockTarget(Target):
             dynamic = True if length is None else (0,)
             run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
         return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, further=further)
+
+
+def _write(compiled: Compiled, folder: Path, save: Callable[[Weights], Callable[..., None]] = writer) -> None:
+    """Write the checkpoint, and what prepares its inputs. ``save``: as of ``write_checkpoint``."""
+    loaded, written = compiled.prepared.loaded, compiled.written
+    assert written is not None
+    heads = written.drafter or CutDrafter("")
+    write_checkpoint(
+        compiled.program.state_dict().cast(compiled.prepared.dtype),
+        written.stock,
+        loaded.model,
+        loaded.tokenizer,
+        folder,
+        portable=portable,
+        max_shard_size=compiled.prepared.settings.max_shard_size or SHARD,
+        beside=heads.weights.cast(compiled.prepared.dtype),
+        save=save,
+    )
+    copy_processors(loaded.path, folder, same_features=same_features(compiled))
 
 
 def traced_like(loaded: models.Loaded, task: Task, executor: Executor) -> StageOutputs:

@@ -33,8 +33,10 @@ from mptk.targets.gguf.architectures import (
     rope_divisors,
     write_settings,
 )
+from mptk.targets.gguf.check import GgufFile, check_fields, check_tensors
 from mptk.targets.gguf.tokenizer import write_tokenizer
 from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
+from passes.verify import Difference
 
 DROPPED = (
     "GGUF.",
@@ -97,15 +99,24 @@ class Pattern:
         return self.fields[name].value
 
     def fill(self, writer: GGUFWriter) -> None:
-        """Write the fields that the writer does not have yet and that do not describe single layers."""
-        own = f"{self.architecture}."
+        """Write the fields that the writer does not have yet."""
         for name, field in self._kept():
-            key = f"{writer.arch}.{name.removeprefix(own)}" if name.startswith(own) else name
-            if key not in writer.kv_data[0] and not (name.startswith(own) and field.items is not None):
+            own = name.startswith(f"{self.architecture}.")
+            key = f"{writer.arch}.{name.removeprefix(f'{self.architecture}.')}" if own else name
+            if key not in writer.kv_data[0]:
                 writer.add_key_value(key, field.value, field.type, sub_type=field.items)
 
+    @property
+    def values(self) -> dict[str, object]:
+        """The fields that hold for a cut model, too, without the architecture before their names."""
+        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._kept()}
+
     def _kept(self) -> Iterator[tuple[str, GgufField]]:
-        return ((name, field) for name, field in self.fields.items() if not name.startswith(DROPPED))
+        """Fields that describe neither the pattern's own weights nor single layers."""
+        own = f"{self.architecture}."
+        for name, field in self.fields.items():
+            if not name.startswith(DROPPED) and not (name.startswith(own) and field.items is not None):
+                yield name, field
 
     def tensor(self, name: str) -> dict[str, Tensor]:
         """The float32 tensor ``name`` by its name, if the file has it."""
@@ -131,12 +142,17 @@ class Pattern:
             )
 
 
+FIELDS, TENSORS = "GGUF fields", "GGUF tensors"
+MOST_ROUNDED = 0.15
+"""Errors of numbers are given as shares of the largest one of their tensor; 4 bits have steps of an eighth of it, and
+the scale of a block is itself rounded. Each number is checked against its own block's bound."""
 GGUF_FAMILIES = ("q_heads", "kv_groups", "heads", "ffn", "layers", "hidden")
 """The families of a graph that a GGUF file can hold cut."""
 
 
 class GgufFolder:
     """What the GGUF file of a pruned folder holds. ``layers``: the widths of each layer. ``notes``: for the user.
+    ``proof``: the differences of the file that ``mptk.gguf`` wrote.
 
     Args:
         place: the folder.
@@ -167,25 +183,40 @@ class GgufFolder:
         else:
             dense = _dense(place, plan, pattern)
             self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
+        self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
         tied = bool(getattr(config, "tie_word_embeddings", False))
         tensors = arranged(weights, self.base, size, tied=tied)
+        self.head_dim = size
         self.weights = GgufWeights(tensors.updated(divisors), self.base, size, kind)
         if pattern is not None:
             _check_pattern(pattern, self.base, self.weights)
+        self.notes, self.proof = list(self.weights.notes), list[Difference]()
+        if config is not None and (window := ignored_window(config, self.base)):
+            ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
+            self.notes.append(ignored)
 
     @property
     def layers(self) -> list[LayerWidths]:
         return self.weights.layers
 
-    @property
-    def notes(self) -> list[str]:
-        window = None if self.config is None else ignored_window(self.config, self.base)
-        ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
-        return [*self.weights.notes, *([ignored] if window else [])]
-
-    def write(self, out: Path) -> None:
-        """Write the file and read it back. Raises ProofError if a tensor that was read back differs."""
+    def write(self, out: Path) -> list[Difference]:
+        """Write the file and read it back. Returns and raises as ``check``."""
         self.weights.write(out, self._describe)
+        return self.check(out)
+
+    def check(self, out: Path) -> list[Difference]:
+        """Compare a file with the folder: its fields, and its tensors, which may differ by what their type rounds.
+
+        Raises:
+            MptkError: the file is damaged.
+            ProofError: a field or a tensor differs.
+        """
+        found = GgufFile(out)
+        kinds = [self.weights.kinds_as(kind) for kind in (found.type, "auto")]
+        worst = check_tensors(found, self.weights.tensors, kinds)
+        known = {} if self.pattern is None else self.pattern.values
+        check_fields(found, self.config, self.tokenizer, known, self.base, self.head_dim, self.name)
+        return [Difference(FIELDS, 0.0, 0.0, 0.0), Difference(TENSORS, worst, worst, MOST_ROUNDED)]
 
     def _describe(self, writer: GGUFWriter) -> None:
         writer.add_name(self.name)
@@ -193,9 +224,8 @@ class GgufFolder:
             write_settings(writer, self.config, self.base)
         if self.pattern is not None:
             self.pattern.fill(writer)
-        else:
-            tokenizer = models.load_tokenizer(str(self.place))
-            write_tokenizer(writer, self.place, tokenizer, self.weights.table[0])
+        if self.tokenizer is not None:
+            write_tokenizer(writer, self.place, self.tokenizer, self.weights.table[0])
 
 
 def _dense(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:

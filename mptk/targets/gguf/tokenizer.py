@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.reading import Json, damaged, read_json
+from mptk.reading import Json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +35,7 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedToken
     Raises:
         MptkError: llama.cpp has no such tokenizer.
     """
-    spec = read_json(folder / "tokenizer.json", damaged(folder / "tokenizer.json"))
+    spec = _spec(tokenizer)
     if spec["model"]["type"] != "BPE":
         raise _unknown(f"a vocabulary of type {spec['model']['type']}")
     tokens, types = _tokens(spec, rows)
@@ -53,6 +54,15 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedToken
         "eos": ids[-1] == tokenizer.eos_token_id,
     }
     special.add_to_gguf(writer, quiet=True)
+
+
+def _spec(tokenizer: PreTrainedTokenizerBase) -> Json:
+    """The fast tokenizer as transformers reads it: some classes read the same tokenizer.json otherwise."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unknown("no fast form")
+    spec: Json = json.loads(backend.to_str())
+    return spec
 
 
 def _tokens(spec: Json, rows: int) -> tuple[list[str], list[TokenType]]:

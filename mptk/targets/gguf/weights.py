@@ -7,27 +7,26 @@ of widths. So llama.cpp runs models that no transformers class can hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from mptk.config.choices import GgufType
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError
 from mptk.ir.weights import Weights
 from mptk.targets.gguf.architectures import Architecture, shifted
 
 EQUAL, RAGGED = "llama", "deci"
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+ARCHITECTURE = "general.architecture"
 TABLE, HEAD = "token_embd.weight", "output.weight"
 FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
@@ -132,7 +131,7 @@ class GgufWeights:
 
     def __init__(self, tensors: Weights, architecture: Architecture, head_dim: int, kind: GgufType) -> None:
         self.tensors, self.base, self.head_dim, self.type = tensors, architecture, head_dim, kind
-        self.kinds = {name: self._kind(name) for name in tensors}
+        self.kinds = self.kinds_as(kind)
         self.layers = self._layers()
         self.leading = next((i for i, layer in enumerate(self.layers) if layer.experts), len(self.layers))
         self._check_widths()
@@ -157,33 +156,23 @@ class GgufWeights:
         return [f"{kept} matrices are float16, as 32 does not divide their rows"] if kept else []
 
     def write(self, out: Path, describe: Callable[[GGUFWriter], None]) -> None:
-        """Write the file and read it back. ``describe`` writes the fields that the widths do not determine.
-
-        Raises:
-            ProofError: a tensor that was read back differs.
-        """
+        """Write the file. ``describe`` writes the fields that the widths do not determine."""
         writer = GGUFWriter(out, self.architecture)
         self._describe(writer)
         describe(writer)
-        for name, kind in self.kinds.items():
-            shape = self.tensors.like(name).shape
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name in self.tensors:
-            writer.write_tensor_data(self._numbers(name))
-        writer.close()
-        self._check(out)
+        _write_tensors(writer, self.tensors, self.kinds)
 
-    def _kind(self, name: str) -> Kind:
+    def kinds_as(self, kind: GgufType) -> dict[str, Kind]:
+        """The type of each tensor if the matrices are of type ``kind``."""
+        return {name: self._kind(name, kind) for name in self.tensors}
+
+    def _kind(self, name: str, asked: GgufType) -> Kind:
         like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
         if held not in HELD:
             raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
         if like.ndim == 1 or FULL.search(name):
             return Kind.F32
-        kind = HELD[held] if self.type == "auto" else Kind[self.type.upper()]
+        kind = HELD[held] if asked == "auto" else Kind[asked.upper()]
         block = gguf.GGML_QUANT_SIZES[kind][0]
         if like.shape[-1] % block:
             return Kind.F16
@@ -256,16 +245,35 @@ class GgufWeights:
             if shared := self._shared_width():
                 writer.add_expert_shared_feed_forward_length(shared)
                 writer.add_expert_shared_count(shared // sparse.ffn)
-        kind = self.kinds[TABLE] if self.type == "auto" else Kind[self.type.upper()]
+        sizes = dict.fromkeys(self.kinds.values(), 0)  # the type of most numbers in matrices names the file's
+        for name, kind in self.kinds.items():
+            like = self.tensors.like(name)
+            sizes[kind] += like.numel() if name.startswith("blk.") and like.ndim > 1 else 0
+        kind = max(sizes, key=lambda kind: (sizes[kind], kind))
         writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    def _numbers(self, name: str) -> npt.NDArray[Any]:
-        """The tensor ``name`` as the file has it."""
-        return gguf.quantize(self.tensors[name].float().contiguous().numpy(), self.kinds[name])
 
-    def _check(self, out: Path) -> None:
-        written = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
-        for name in self.tensors:
-            if name not in written or written[name].data.tobytes() != self._numbers(name).tobytes():
-                raise ProofError(f"the proof fails: {name} in {out.name} is not the folder's; write it again")
+def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
+    """Write the tensors in float32, with the fields of another file of the same model."""
+    kinds = weights.kinds_as("f32")
+    writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
+    for name, field in like.fields.items():
+        if name not in writer.kv_data[0] and not name.startswith("GGUF."):
+            items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
+    _write_tensors(writer, weights.tensors, kinds)
+
+
+def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kind]) -> None:
+    """Write the tensors behind the writer's fields, and close the file. One tensor is in memory at a time."""
+    for name, kind in kinds.items():
+        shape = tensors.like(name).shape
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind in kinds.items():
+        writer.write_tensor_data(gguf.quantize(tensors[name].float().contiguous().numpy(), kind))
+    writer.close()

@@ -34,6 +34,7 @@ def write_checkpoint(
     portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
     max_shard_size: int | str = "5GB",
     beside: Weights = NONE,
+    save: Callable[[Weights], Callable[..., None]] = writer,
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
@@ -47,6 +48,7 @@ def write_checkpoint(
         max_shard_size: largest weights file. A larger model gets several files and an index.
         beside: further weights, which the stock class does not hold. The forms that it splits when it is saved (the
             experts of a layer) are split in them, too.
+        save: makes, of all weights, the function that writes a file of them.
 
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
@@ -63,7 +65,7 @@ def write_checkpoint(
         _attach(shell, name, beside.like(name))
     weights = weights.updated(beside)
     later = {name: deferred(name, weights.like(name)) for name in shell.state_dict()}
-    with saved_by(split, writer(weights)):
+    with saved_by(split, save(weights)):
         shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,149 @@
+"""gguf: prove a GGUF file against the folder that it was made from, when it is written and again by ``verify``.
+
+Fields and tensors are compared by mptk itself (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must
+also compute the folder's logits and read text as the folder's tokenizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
+from transformers import PreTrainedConfig
+
+from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
+from mptk.compile.changes import stored_weights
+from mptk.config.choices import GgufType
+from mptk.errors import MptkError, ProofError
+from mptk.files import path_of, scratch
+from mptk.io import models
+from mptk.io.resident import free_memory
+from mptk.ir.plan import Plan
+from mptk.protocols.report import Report
+from mptk.publish.manifest import check_manifest
+from mptk.report.runs import pruned_name
+from mptk.targets.gguf.architectures import GELU, ignored_window
+from mptk.targets.gguf.check import GgufFile
+from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
+from mptk.targets.gguf.folder import GgufFolder, Pattern
+from mptk.targets.gguf.weights import write_floats
+from mptk.targets.graph import GraphTarget
+from passes.verify import Difference
+
+LOGITS_STAGE, TEXT_STAGE = "llama.cpp logits", "llama.cpp reads text"
+PROMPT_TOKENS = 24
+"""Tokens of the prompt whose logits are compared: enough for positions to matter, and below every window."""
+MOST_TOKENS = 200
+"""Of a text to read; longer ones do not fit llama.cpp's context here."""
+LIKELIEST = 50
+"""Next tokens that are compared after each prompt."""
+CLOSE, ROUNDED = 1e-3, 1e-2
+"""Largest difference of a log probability, as a share of the largest; the second if llama.cpp computes the activation
+by a table of half precision."""
+SAME = 1e-5
+"""The same for two runs of llama.cpp on the same tokens."""
+
+
+def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "auto") -> GgufFolder:
+    """What the GGUF file of a pruned folder holds. ``like``: the dense model's GGUF file, or its packaged alias.
+
+    Raises:
+        MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; or llama.cpp cannot compute
+            it.
+    """
+    place, pattern = path_of(folder), None if like is None else models.locate(str(like))
+    if pattern is not None and pattern.is_dir():
+        raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
+    report = Report.read(place if place.exists() else folder)
+    check_manifest(place)
+    config = None if GraphTarget().wrote(place) else models.load_config(str(place))
+    return GgufFolder(
+        place,
+        stored_weights(place, trust=False),
+        Plan.load(place / "plan.json"),
+        config,
+        None if pattern is None else Pattern(pattern),
+        kind,
+        pruned_name(report),
+    )
+
+
+def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[str]]:
+    """The differences of what llama.cpp computes of ``file``, and notes on what could not be compared.
+
+    The logits are of the file's fields with the folder's weights in float32, whatever the type of its matrices, so that
+    rounding hides nothing; each tensor was compared before.
+
+    Raises:
+        ProofError: llama.cpp does not read the file, or computes or reads something else.
+    """
+    if not has_llama_cpp():
+        return [], ["llama.cpp was not asked, as it is not installed; run: pip install 'mptk[llama-cpp]'"]
+    found, notes = list[Difference](), list[str]()
+    if made.tokenizer is not None:
+        found.append(_compare_reading(made, file))
+    if made.config is None or not models.has_tokenizer(made.place):
+        return found, [*notes, "llama.cpp's logits were not compared, as the folder has no config and tokenizer"]
+    needed = 8 * sum(like.numel() for like in made.weights.tensors.likes.values())  # in llama.cpp and in transformers
+    if needed > free_memory():
+        return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
+    with scratch() as place:
+        if GgufFile(file).common is not Kind.F32:
+            copy = place.folder / file.name
+            write_floats(copy, made.weights, GGUFReader(file))
+            file = copy
+        found.append(_compare_logits(made, made.config, file))
+    return found, notes
+
+
+def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> Difference:
+    longest = min(filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, ignored_window(config, made.base))))
+    ids = torch.randint(made.weights.table[0], (longest,), generator=torch.Generator().manual_seed(0))
+    (found,) = _ask(made, file, [ids.tolist()])
+    model = models.load(str(made.place)).model
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0, -1].log_softmax(-1)
+    wanted = torch.tensor([float(expected[token]) for token in found])
+    difference = _difference(
+        LOGITS_STAGE, torch.tensor(list(found.values())), wanted, ROUNDED if made.base.activations is GELU else CLOSE
+    )
+    if not difference.ok:
+        raise ProofError(
+            f"the proof fails: llama.cpp computes other logits of {file.name} than transformers of the folder, by "
+            f"{difference.max_abs:.2g}; {WRITE_AGAIN}"
+        )
+    return difference
+
+
+def _compare_reading(made: GgufFolder, file: Path) -> Difference:
+    """After a text and after the tokens that it is for the folder's tokenizer, the next tokens must be the same."""
+    assert made.tokenizer is not None
+    pairs = [(text, made.tokenizer(text).input_ids) for text in TEXTS]
+    pairs = [(text, ids) for text, ids in pairs if len(ids) < MOST_TOKENS]
+    found = _ask(made, file, [prompt for pair in pairs for prompt in pair])
+    worst = Difference(TEXT_STAGE, 0.0, 0.0, SAME)
+    for (text, _), one, other in zip(pairs, found[::2], found[1::2], strict=True):
+        numbers = torch.tensor([one.get(token, -torch.inf) for token in other])
+        difference = _difference(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
+        if not difference.ok:
+            raise ProofError(
+                f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}"
+            )
+        worst = max(worst, difference, key=lambda each: each.relative)
+    return worst
+
+
+def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[dict[int, float]]:
+    tokenizer = made.tokenizer or models.load_tokenizer(str(made.place))
+    written = tokenizer("a", add_special_tokens=False).input_ids[-1]
+    answer = log_probabilities(file, prompts, written, LIKELIEST)
+    if isinstance(answer, str):
+        raise ProofError(f"the proof fails: llama.cpp does not run {file.name} ({answer}); {WRITE_AGAIN}")
+    return answer
+
+
+def _difference(stage: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Difference:
+    apart = float((found - expected).abs().max())
+    return Difference(stage, apart, apart / float(expected.abs().max()), tolerance)

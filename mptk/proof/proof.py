@@ -46,12 +46,19 @@ def work(settings: Settings, long: bool) -> dict[str, Pass]:
 
 
 def prove_folder(
-    compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples, *, whole: bool = True
+    compiled: Compiled,
+    targets: Sequence[Target],
+    folder: Path,
+    samples: Samples,
+    *,
+    whole: bool = True,
+    again: bool = False,
 ) -> Proven:
     """The difference at every stage: of the cut program, and of each target's files in ``folder``.
 
     ``samples``: the proof's batches are made from them (``proof_batches``). ``whole``: whether a wrong optional file is
-    an error; if not, it is removed.
+    an error; if not, it is removed. ``again``: whether another process wrote the folder; then it is also compared with
+    what is written anew.
 
     Raises:
         MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.
@@ -85,6 +92,9 @@ def prove_folder(
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
     notes: list[str] = []
+    said = [reached.note]
+    if again and all(d.ok for d in found):
+        said += [target.remade(compiled, folder, batches) for target in targets]
     if all(d.ok for d in found):
         extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
         more, notes = proven_extras(extras, whole)
@@ -92,7 +102,7 @@ def prove_folder(
     if notes:  # the config says which files there are
         for target in targets:
             target.checks(compiled, folder, reached.borders)
-    return Proven(tuple(found), max(map(_length, batches)), reached.note, tuple(notes))
+    return Proven(tuple(found), max(map(_length, batches)), "; ".join(filter(None, said)), tuple(notes))
 
 
 def proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:

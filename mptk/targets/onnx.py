@@ -24,10 +24,17 @@ from mptk.protocols.chain import Compiled, Prepared, Target
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.targets.beside import check_beside, compare, fail
+from mptk.tasks.exporting import EXPORTER, VERSION
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, float_file, quantized_files
+from passes.targets.onnx.structure import compare_constants, compare_structures
+from passes.targets.onnx.tensors import read_lazily
 from passes.verify import Difference
+
+
+UNLIKE = ("source", EXPORTER, VERSION)
+"""Entries of a graph's metadata that do not change what it computes, and depend on when and where it was made."""
 
 
 class OnnxTarget(Target):
@@ -82,6 +89,31 @@ class OnnxTarget(Target):
             _export(compiled, form, settings, batches[0], staging.folder, Log())
             pairs = [(main, staging.folder / ONNX_FILE)]
             return _quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
+
+    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+        """Write the float graphs again and compare them with the folder's, node for node and weight for weight.
+
+        Returns a note if they differ, but another version of an exporter wrote the folder's.
+
+        Raises:
+            ProofError: they differ.
+        """
+        form, graphs = compiled.prepared.task.onnx, folder / ONNX_FOLDER
+        if form is None or not graphs.is_dir():
+            return ""
+        with scratch() as staging:
+            _export(compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log())
+            for name in form.graphs:
+                found, again = read_lazily(graphs / name), read_lazily(staging.folder / name)
+                written, now = found.metadata_props.get(EXPORTER), again.metadata_props[EXPORTER]
+                apart = compare_structures(found, again, UNLIKE) or compare_constants(found, again)
+                if apart and written != now:
+                    return f"{name} is not what this exporter writes ({now}); it was written by {written}: {apart}"
+                if apart:
+                    raise ProofError(
+                        f"the proof fails at '{name} written again': {apart}; do not use it, and prune the model again"
+                    )
+        return ""
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """The quantised graphs, with differences as in ``rounded``, and the files that describe the graphs."""

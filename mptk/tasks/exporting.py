@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOu
 
 HALF, DTYPE = "float16", "dtype"
 """A type, and the key in a graph's metadata of the type in which it computes."""
+VERSION, EXPORTER = "mptk_version", "exporter"
+"""The keys of the versions of mptk, and of the packages that decide about a graph's nodes."""
+EXPORTERS = ("torch", "transformers", "onnxscript", "onnx-ir")
 CHANGED = "padding changes what the model computes, with a mask as well; give the ONNX graph rows of one length"
 
 GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
@@ -177,7 +181,8 @@ def quantised(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log
 def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
     said = {
-        "mptk_version": __version__,
+        VERSION: __version__,
+        EXPORTER: ", ".join(f"{name} {version(name)}" for name in EXPORTERS),
         "source": dense.loaded.source,
         DTYPE: HALF if dense.settings.onnx_dtype == HALF else "float32",
     }

@@ -8,6 +8,9 @@ Then each output of a product and each block of its inputs must satisfy:
    Calibration moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
 3. float16: every number is the nearest one.
 
+And the graph must be, node for node, what the scheme's passes make of the float graph. So whatever the float graph
+computes right for a length, a batch or a cache, the quantised graph computes in the same way.
+
 Channels of equal size may be sorted in another order on another processor, so columns that do not match are tried in
 each other's place.
 """
@@ -17,17 +20,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import common
 from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.progress import steps
 from passes.targets.onnx.balance import gated
+from passes.targets.onnx.block_weights import BlockWeightsPass
+from passes.targets.onnx.float16 import Float16Pass
+from passes.targets.onnx.look_up import LookUpInBlocksPass
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
+from passes.targets.onnx.structure import compare_structures
 from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily, shape_of, tensor_of
 
 HALF_STEP = 0.505
@@ -104,19 +113,32 @@ def check_quantized(source: Path, file: Path, scheme: str) -> float:
         ProofError: a weight is missing, or is further from the float one than rounding explains. The message names it.
     """
     check = _check_halves if scheme == "fp16" else _check_blocks
-    worst = check(source, read_lazily(file), scheme)
+    quantized = read_lazily(file)
+    worst, expected = check(source, quantized, scheme)
     name = max(worst, key=worst.__getitem__)
     if not worst[name] <= 1:
         _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding explains")
+    expected.metadata_props.update(read_float(source).metadata_props)
+    _check_structure(expected, quantized, scheme)
     return worst[name]
+
+
+def _check_structure(expected: ir.Model, quantized: ir.Model, scheme: str) -> None:
+    """``expected``: the float graph after the scheme's passes, with the float graph's metadata."""
+    expected.metadata_props["quantization"] = scheme
+    if apart := compare_structures(quantized, expected):
+        _fail(scheme, f"the graph is not what quantising makes of the float graph: {apart}")
 
 
 def _fail(scheme: str, what: str) -> None:
     raise ProofError(f"the proof fails at '{scheme} weights': {what}; quantise the model again")
 
 
-def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
-    """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks."""
+def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:
+    """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks.
+
+    And the graph that the scheme's passes make, without numbers: how a weight is rounded changes no node.
+    """
     rounded = {_name(node): node for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     ir.passes.Sequential(*even_channels(source))(model)
@@ -131,7 +153,10 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
         name: float(read(rounded[name]).deviations(weight.numpy()).max())
         for name, weight in steps(weights.items(), f"{scheme} weights")
     }
-    return worst | _check_lookup(model, quantized) | _check_rest(model, quantized)
+    worst |= _check_lookup(model, quantized) | _check_rest(model, quantized)
+    bits: Literal[8, 4] = 8 if scheme == "int8" else 4
+    blocks = BlockWeightsPass(bits, source, numbers=False), LookUpInBlocksPass(source, numbers=False)
+    return worst, ir.passes.Sequential(*blocks, common.RemoveUnusedNodesPass())(model).model
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
@@ -226,8 +251,11 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
     return worst
 
 
-def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
-    """Float32 constant of the source → its largest difference, as a share of the rounding error of float16."""
+def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:
+    """Float32 constant of the source → its largest difference, as a share of the rounding error of float16.
+
+    And the source in float16.
+    """
     worst = {}
     for name, value in read_lazily(source).graph.initializers.items():
         if tensor_of(value).dtype is not ir.DataType.FLOAT or not tensor_of(value).size:
@@ -237,7 +265,7 @@ def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
             _fail(scheme, f"{name} is missing")
             break
         worst[name] = max(_halved(*pair) for pair in _pairs(tensor_of(value), other.const_value))
-    return worst
+    return worst, Float16Pass()(read_float(source)).model
 
 
 def _halved(exact: Floats, found: npt.NDArray[np.floating[npt.NBitBase]]) -> float:

@@ -16,12 +16,13 @@ from mptk.errors import MptkError, ProofError, first_line
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import save_tokenizer
+from mptk.io.data import positions_of
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Prepared, Target
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.exporting import EXPORTER, VERSION
@@ -71,7 +72,8 @@ class OnnxTarget(Target):
         loaded = compiled.prepared.loaded
         if compiled.written is None:
             check_beside(folder / ONNX_FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
-        return form.stages(folder / ONNX_FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
+        use = Use(crossed, positions(compiled))
+        return form.stages(folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
@@ -131,6 +133,12 @@ class OnnxTarget(Target):
             if (folder / name).is_file()
         ]
         return [*graphs, *described]
+
+
+def positions(compiled: Compiled) -> int:
+    """How many positions the model has; 0 if it is not known."""
+    model = compiled.prepared.loaded.model
+    return (positions_of(model.config) or 0) if isinstance(model, PreTrainedModel) else 0
 
 
 def form_for(prepared: Prepared) -> OnnxForm:

@@ -73,8 +73,8 @@ class DualEncoderForm(ModelForm):
         known = AXES.get(name, ())[1:]
         return ("image_batch_size", *(known if len(known) == rank - 1 else (f"{name}_{i}" for i in range(1, rank))))
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / ONNX_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
         return stages_of(partial(embeddings, graph), graph, self.unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:

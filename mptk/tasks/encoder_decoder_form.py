@@ -28,7 +28,7 @@ from mptk.ir.samples import Samples
 from mptk.ort.decoder import MERGED_FILE
 from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
@@ -142,12 +142,12 @@ class EncoderDecoderForm(OnnxForm):
         notes = quantised(dense, [folder / name for name in self.graphs], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        run = OrtEncoderDecoder(folder / MERGED_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        run = OrtEncoderDecoder(use.graph(folder / MERGED_FILE), device)
 
         def steps(samples: Samples) -> Tensor:
             ids = samples.inputs[DECODER_IDS]
-            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], crossed)
+            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], use.crossed)
             return run(with_mask(samples.inputs), [prompts[0], *calls])
 
         return stages_of(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})

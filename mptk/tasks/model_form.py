@@ -18,7 +18,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples, joined
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import (
     CHANGED,
@@ -91,8 +91,8 @@ class ModelForm(OnnxForm):
         known = AXES.get(name, TOKEN_AXES)
         return known if len(known) == rank else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / ONNX_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
         return stages_of(graph.all if graph.several else graph, graph, self.unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:

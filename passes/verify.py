@@ -178,7 +178,7 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
         ValueError: there are too few outputs, or too many.
     """
     largest, scale = 0.0, 0.0
-    for one, other in _parts(found, reference):
+    for one, other in parts_of(found, reference):
         if one.shape != other.shape:
             raise ValueError(f"the outputs are {list(one.shape)}, not {list(other.shape)}")
         if not one.numel():
@@ -193,7 +193,7 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
     return Difference(stage, largest, largest / scale, tolerance)
 
 
-def _parts(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_of(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs and what they must be, ``POSITIONS_AT_ONCE`` at a time."""
     if isinstance(found, Placed):
         rows = (torch.arange(len(found.places)) if found.of is None else found.of)[:, None]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import Settings
@@ -20,18 +21,19 @@ from mptk.io.data import positions_of
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
-from mptk.ir.samples import Samples
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Compiled, Prepared, Target
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.targets.beside import check_beside, compare, fail
-from mptk.tasks.exporting import EXPORTER, VERSION
+from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, float_file, quantized_files
 from passes.targets.onnx.structure import compare_constants, compare_structures
 from passes.targets.onnx.tensors import read_lazily
-from passes.verify import Difference
+from passes.verify import Difference, Placed, StageOutputs
 
 
 UNLIKE = ("source", EXPORTER, VERSION)
@@ -123,8 +125,12 @@ class OnnxTarget(Target):
         if form is None:
             return []
 
+        settings, reached = compiled.prepared.settings, positions(compiled)
+
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
-            return _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
+            found = _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
+            stages = form.stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
+            return [*found, *_in_use(scheme, [run for run, _ in stages.values()], batches)]
 
         graphs = quantized_extras(folder / ONNX_FOLDER, form, check)
         described = [
@@ -229,6 +235,31 @@ def _export(
     prepared = compiled.prepared
     dense = Dense(prepared.loaded, settings, compiled.analysis.program, prepared.executor)
     return form.export(dense, compiled.chosen.plan, samples, folder, log)
+
+
+def _in_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:
+    """Compare how a quantised graph is used with its own outputs for whole samples, which the first run gives.
+
+    Nothing if the graph gives only some of these.
+    """
+    pairs = list[tuple[Tensor | Placed, Tensor]]()
+    for batch in batches:
+        plain, *others = (_outputs(run, batch) for run in runs)
+        wholes = [each.outputs if isinstance(each, Placed) else each for each in plain]
+        if any(isinstance(each, Placed) and each.places.shape[1] != _length(batch) for each in plain):
+            return []
+        pairs += [pair for other in others for pair in zip(other, wholes, strict=True)]
+    return [use_apart(scheme, pairs)] if pairs else []
+
+
+def _outputs(run: Program | StageOutputs, batch: Samples) -> Sequence[Tensor | Placed]:
+    assert not isinstance(run, Program)
+    found = run(batch)
+    return [found] if isinstance(found, Tensor | Placed) else found
+
+
+def _length(batch: Samples) -> int:
+    return max((tensor.shape[1] for tensor in batch.tensors if is_tokens(tensor)), default=0)
 
 
 def _quantized(

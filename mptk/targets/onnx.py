@@ -31,7 +31,7 @@ from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, float_file, quantized_files
-from passes.targets.onnx.structure import compare_constants, compare_structures
+from passes.targets.onnx.structure import compare_constants, compare_structures, compare_with_weights
 from passes.targets.onnx.tensors import read_lazily
 from passes.verify import Difference, Placed, StageOutputs
 
@@ -74,6 +74,7 @@ class OnnxTarget(Target):
         loaded = compiled.prepared.loaded
         if compiled.written is None:
             check_beside(folder / ONNX_FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
+        _check_weights(form, compiled, folder / ONNX_FOLDER)
         use = Use(crossed, positions(compiled))
         return form.stages(folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings)
 
@@ -235,6 +236,16 @@ def _export(
     prepared = compiled.prepared
     dense = Dense(prepared.loaded, settings, compiled.analysis.program, prepared.executor)
     return form.export(dense, compiled.chosen.plan, samples, folder, log)
+
+
+def _check_weights(form: OnnxForm, compiled: Compiled, folder: Path) -> None:
+    """Raise ProofError if a table in a float graph has some rows of a weight, and others that are not the weight's."""
+    for name in form.graphs:
+        if not (folder / name).is_file():
+            continue  # the stages say so
+        matrices = ((key, t.detach().float().cpu().numpy()) for key, t in compiled.program.state.items() if t.ndim == 2)
+        if wrong := compare_with_weights(read_lazily(folder / name), matrices):
+            raise ProofError(f"the proof fails at 'ONNX weights' of {name}: {wrong}; do not use it")
 
 
 def _in_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.tensors import Array, parts, shape_of, tensor_of
@@ -153,8 +154,51 @@ def _apart(found: Array, expected: Array) -> Array:
     return np.asarray(~(np.abs(one - other) <= allowed) & ~same)
 
 
-def constants_of(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """The constants of a graph that hold more than one number, by name."""
-    for name, value in model.graph.initializers.items():
-        if tensor_of(value).size > 1:
-            yield name, tensor_of(value)
+def compare_with_weights(model: ir.Model, weights: Iterable[tuple[str, Array]]) -> str:
+    """The first row of a table in the graph that is not the weight's, if other rows of it are; "" if there is none.
+
+    A table of tokens or positions is read only in the rows that samples need, so a run does not show the others; every
+    row of another matrix is part of every result. A table of which no row is a weight's was computed from one, so that
+    the rows that samples read show it.
+
+    ``weights``: matrices by name, float32.
+    """
+    read = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
+    held = {str(v.name): v.const_value for v in read if v is not None and v.const_value is not None}
+    matrices = {n: t for n, t in held.items() if t.dtype is ir.DataType.FLOAT and len(shape_of(t)) == 2 and t.size}
+    sizes = {shape_of(t) for t in matrices.values()}
+    known: dict[tuple[int, int], dict[str, Prints]] = {}
+    for name, weight in weights:
+        rows, columns = weight.shape
+        for shape, axis in (((rows, columns), 0), ((columns, rows), 1)):
+            if shape in sizes:
+                known.setdefault(shape, {})[name] = prints(weight, axis)
+    for name, tensor in matrices.items():
+        shape = shape_of(tensor)
+        found, alike = prints(tensor.numpy(), 0), known.get((shape[0], shape[1]), {})
+        same = {weight: (found == other) & (found != 0) for weight, other in alike.items()}
+        if any(np.array_equal(found, other) for other in alike.values()) or not any(map(np.any, same.values())):
+            continue
+        weight = max(same, key=lambda each: int(same[each].sum()))
+        wrong = int(np.flatnonzero(found != alike[weight])[0])
+        return f"row {wrong} of the constant {name} is not the one of {weight}"
+    return ""
+
+
+Prints = npt.NDArray[np.uint32]
+"""A number for each row; 0 for a row of zeros."""
+
+
+def prints(matrix: Array, axis: int) -> Prints:
+    """A number for each row, or each column if ``axis`` is 1, of a float32 matrix. Two that are equal have equal ones."""
+    counts = matrix.shape[1 - axis]
+    factors = np.random.default_rng(counts).integers(1, 1 << 32, counts, np.uint32) | np.uint32(1)
+    bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)
+    if axis:
+        return _sum(bits[rows] * factors[rows, None] for rows in parts(bits.shape))
+    return np.concatenate([(bits[rows] * factors).sum(axis=1, dtype=np.uint32) for rows in parts(bits.shape)])
+
+
+def _sum(products: Iterable[Prints]) -> Prints:
+    whole: Prints = np.add.reduce([each.sum(axis=0, dtype=np.uint32) for each in products], axis=0, dtype=np.uint32)
+    return whole

@@ -69,6 +69,7 @@ def prove_folder(
     reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
+    more = further_batches(compiled, batches[0], bool(longer))
     run = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
     written: dict[str, tuple[Program | StageOutputs, float]] = {}
@@ -79,9 +80,9 @@ def prove_folder(
         one, other = each.equal(compiled.prepared.executor)
         found += run(one, {each.stage: (other, TOLERANCE)}, *batches)
     if compiled.program is compiled.exact:
-        found += run(compiled.masked, rewritten | written, *batches)
+        found += run(compiled.masked, rewritten | written, *batches, *more)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
-        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
+        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches, *more)
     if all(d.ok for d in found):
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
@@ -175,6 +176,18 @@ def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> 
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
 
     return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+
+
+def further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> list[Samples]:
+    """Batches of other sizes and values, for the target's stages, if the model is written as ONNX.
+
+    ``longer``: whether the model takes any length.
+    """
+    prepared = compiled.prepared
+    if prepared.task.onnx is None or not prepared.settings.onnx:
+        return []
+    found = prepared.task.onnx.batches(short_batch, compiled.chosen.plan.digest, longer)
+    return [batch for batch in found if _takes(prepared.analysis.program, batch)]
 
 
 def _takes(program: Program, samples: Samples) -> bool:

@@ -102,6 +102,14 @@ class OnnxForm(Protocol):
         """
         ...
 
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        """What the proof also runs, besides its own batches: other sizes and values, drawn by ``seed``.
+
+        Empty if the stages run other sizes by themselves. ``samples``: the proof's short batch. ``longer``: whether
+        the program takes any length.
+        """
+        return []
+
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
         ...

@@ -30,6 +30,7 @@ from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, H
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.tasks import sizes
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,
@@ -151,6 +152,10 @@ class EncoderDecoderForm(OnnxForm):
             return run(with_mask(samples.inputs), [prompts[0], *calls])
 
         return stages_of(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
+
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        found = sizes.texts if longer and IDS in samples.inputs else sizes.rows
+        return list(found(samples, seed))
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = OrtEncoderDecoder(file, device)

@@ -56,6 +56,8 @@ TRACED_IMAGES = 3
 """Images to trace with."""
 WITH_SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
+TILES = 3
+"""How often the stage of sizes gives all images to the vision encoder: nine of the short rows, three of the long one."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
 IMAGE_AXES: Axes = ("num_images", "num_channels", "height", "width")
@@ -138,7 +140,7 @@ class ImageTextForm(OnnxForm):
         runs: dict[str, StageOutputs] = {
             case.stage: partial(pictured, decoder, partial(decoded, decoder, case, use.crossed)) for case in CASES
         }
-        runs[SIZES] = partial(pictured, decoder, partial(sized, decoder, use.positions))
+        runs[SIZES] = partial(pictured, decoder, partial(sized, decoder, use.positions), tiles=TILES)
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
         }
@@ -160,10 +162,14 @@ def images_in(samples: Samples) -> dict[str, Tensor]:
     return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
-def pictured(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples) -> Placed:
-    """What ``run`` gives for the embeddings of samples with images."""
+def pictured(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples, tiles: int = 1) -> Placed:
+    """What ``run`` gives for the embeddings of samples with images.
+
+    ``tiles``: how many times the graphs of embeddings get all samples at once; the last ones' are taken.
+    """
     assert decoder.embeddings is not None
-    read = {EMBEDDINGS: decoder.embeddings(samples.inputs[IDS], images_in(samples))}
+    tiled = samples.repeated(tiles)
+    read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], images_in(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
     return run(Samples(read | numbered))
 

@@ -33,10 +33,15 @@ OPEN = ExitStack()
 """What makes traces and translations only once for all rows of a kind."""
 
 
-def publish(kind: str, place: Path) -> Published:
+def remember() -> None:
+    """Let traces and translations be made once from here on, until this is called again."""
     OPEN.close()
     OPEN.enter_context(lab.remembered())
     OPEN.enter_context(traces.remembered())
+
+
+def publish(kind: str, place: Path) -> Published:
+    remember()
     scheme = SCHEMES.get(kind)
     return Published(Lab(place, quantize=() if scheme is None else (scheme,)).folder, mptk.verify)
 
@@ -63,10 +68,10 @@ def at(kind: str, change: Change) -> Edit:
 # ---- what is computed from what goes in ----
 
 
-def off(*lines: str) -> Change:
-    """Logits that are off by 0.1 if ``wrong`` is true."""
-    shift = "by = Cast<to=1>(wrong)", "tenth = Mul(by, 0.1)", "damaged = Add(logits, tenth)"
-    return lambda file: rewired(file, "logits", *lines, *shift)
+def off(*lines: str, output: str = "logits") -> Change:
+    """An output that is off by 0.1 if ``wrong`` is true."""
+    shift = "by = Cast<to=1>(wrong)", "tenth = Mul(by, 0.1)", f"damaged = Add({output}, tenth)"
+    return lambda file: rewired(file, output, *lines, *shift)
 
 
 def when(name: str, test: str, number: float) -> Change:

@@ -35,7 +35,6 @@ from passes.targets.onnx.structure import compare_constants, compare_structures,
 from passes.targets.onnx.tensors import read_lazily
 from passes.verify import Difference, Placed, StageOutputs
 
-
 UNLIKE = ("source", EXPORTER, VERSION)
 """Entries of a graph's metadata that do not change what it computes, and depend on when and where it was made."""
 

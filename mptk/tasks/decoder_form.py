@@ -203,7 +203,9 @@ def sized(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
 
 def as_rows(runs: Sequence[Placed]) -> Placed:
     """Runs with different numbers of rows and tokens as one, in which each output is a row."""
-    flat = [(run.outputs.flatten(0, 1)[:, None], run.places.reshape(-1, 1), run.of, run.places.shape[1]) for run in runs]
+    flat = [
+        (run.outputs.flatten(0, 1)[:, None], run.places.reshape(-1, 1), run.of, run.places.shape[1]) for run in runs
+    ]
     of = [rows.repeat_interleave(count) for _, _, rows, count in flat if rows is not None]
     return Placed(torch.cat([x for x, *_ in flat]), torch.cat([x for _, x, *_ in flat]), torch.cat(of))
 

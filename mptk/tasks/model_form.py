@@ -20,6 +20,7 @@ from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.tasks import sizes
 from mptk.tasks.exporting import (
     CHANGED,
     HALF,
@@ -33,7 +34,6 @@ from mptk.tasks.exporting import (
     stages_of,
     traced_as,
 )
-from mptk.tasks import sizes
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.image_forms import PIXELS
 from mptk.tasks.padding import IDS, is_text, with_mask

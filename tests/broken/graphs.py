@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import lab
 import numpy as np
 import onnx
 import onnx_ir as ir
-from graph_damage import exchanged, rewired
-import lab
 import traces
+from graph_damage import exchanged, rewired
 from lab import Edit, Lab
 from onnx import numpy_helper
 from safetensors.torch import load_file
-from test_emissions import GRAPHS, NEW, PAST, ROWS as SHAPE, TOTAL
+from test_emissions import GRAPHS, NEW, PAST, TOTAL
+from test_emissions import ROWS as SHAPE
 
 import mptk
 from mptk.files import write_json
@@ -120,9 +121,7 @@ def rows_swapped(file: Path) -> None:
 
 def unseen_last(file: Path) -> None:
     (one,) = unseen(file.parent.parent, 1)
-    off(
-        "last = Gather(input_ids, -1)", "end = Gather(last, -1)", f"wrong = Equal(end, {one})"
-    )(file)
+    off("last = Gather(input_ids, -1)", "end = Gather(last, -1)", f"wrong = Equal(end, {one})")(file)
 
 
 ALL_PADDED = ("seen = ReduceMax<keepdims=0>(attention_mask, [1])", "least = ReduceMin<keepdims=0>(seen)")
@@ -218,6 +217,7 @@ def with_constant(choose: Callable[[str, np.ndarray], bool], change: Callable[[n
 
 def one_more(place: int) -> Change:
     """The whole number at one place among the graph's constants of sizes, one larger."""
+
     def apply(file: Path) -> None:
         model = onnx.load(file, load_external_data=False)
         found = [c for c in model.graph.initializer if c.data_type == onnx.TensorProto.INT64]
@@ -315,7 +315,9 @@ def quantised(kind: str) -> dict[str, Change]:
     return {
         "a code is two off": with_constant(codes, two_off),
         "codes of two outputs swapped": with_constant(codes, lambda a: a[[1, 0, *range(2, len(a))]]),
-        "a scale is 3 % larger": with_constant(scales, lambda a: a * np.where(np.arange(a.size) == 9, 1.03, 1).reshape(a.shape).astype(a.dtype)),
+        "a scale is 3 % larger": with_constant(
+            scales, lambda a: a * np.where(np.arange(a.size) == 9, 1.03, 1).reshape(a.shape).astype(a.dtype)
+        ),
         "activations are not rounded": attribute("accuracy_level", lambda a: setattr(a, "i", 0)),
     }
 

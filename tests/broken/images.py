@@ -62,7 +62,11 @@ FEATURES, EMBEDS = "image_features", "inputs_embeds"
 PAST = size("past_key_values.0.key", 2)
 LARGE = ("most = ReduceMax<keepdims=0>(pixel_values)", "wrong = Greater(most, 5.5)")
 DARK = ("most = ReduceMax<keepdims=0>(pixel_values)", "wrong = Less(most, -2.0)")
-BLANK = ("most = ReduceMax<keepdims=0>(pixel_values)", "least = ReduceMin<keepdims=0>(pixel_values)", "wrong = Equal(most, least)")
+BLANK = (
+    "most = ReduceMax<keepdims=0>(pixel_values)",
+    "least = ReduceMin<keepdims=0>(pixel_values)",
+    "wrong = Equal(most, least)",
+)
 
 CHANGES: dict[str, dict[str, tuple[str, Change]]] = {
     VIT: {

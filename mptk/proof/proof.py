@@ -69,7 +69,7 @@ def prove_folder(
     reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
-    more = further_batches(compiled, batches[0], bool(longer))
+    others = further_batches(compiled, batches[0], bool(longer))
     run = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
     written: dict[str, tuple[Program | StageOutputs, float]] = {}
@@ -80,9 +80,9 @@ def prove_folder(
         one, other = each.equal(compiled.prepared.executor)
         found += run(one, {each.stage: (other, TOLERANCE)}, *batches)
     if compiled.program is compiled.exact:
-        found += run(compiled.masked, rewritten | written, *batches, *more)
+        found += run(compiled.masked, rewritten | written, *batches, *others)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
-        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches, *more)
+        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches, *others)
     if all(d.ok for d in found):
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):

@@ -15,7 +15,7 @@ from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense
+from mptk.protocols.onnx_form import Dense, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import Traced, equal, stages_of
 from mptk.tasks.inputs.captioned import Captioned

@@ -57,7 +57,7 @@ TRACED_IMAGES = 3
 WITH_SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
 TILES = 3
-"""How often the stage of sizes gives all images to the vision encoder: nine of the short rows, three of the long one."""
+"""How often the stage of sizes gives its images to the vision encoder: then there are three and nine."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
 IMAGE_AXES: Axes = ("num_images", "num_channels", "height", "width")

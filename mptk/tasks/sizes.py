@@ -1,7 +1,7 @@
 """sizes: samples of other sizes and values than the proof's own, drawn by a seed, for graphs without a cache.
 
-What such a graph computes for a text depends on the whole text, so each length needs a run of the reference. A decoder's
-stages run other sizes by themselves: a position's logits are the same however its text goes on.
+What such a graph computes for a text depends on the whole text, so each length needs a run of the reference. The stages
+of a decoder run other sizes by themselves: a position's logits are the same however its text goes on.
 """
 
 from __future__ import annotations

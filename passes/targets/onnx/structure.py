@@ -1,7 +1,7 @@
 """structure: whether two ONNX graphs are the same, node for node, whatever their nodes and values are called.
 
-Each node has a digest of its operator, its attributes and the digests of what it reads, so two nodes have one digest only
-if everything before them is the same. Constants enter by their numbers if these are sizes, indices or scalars, else by
+Each node has a digest of its operator, its attributes and the digests of what it reads, so two nodes have one digest
+only if everything before them is the same. Constants enter by their numbers if these are sizes, indices or scalars, else by
 name, type and shape: numbers of weights may differ by rounding, and are compared by ``compare_constants``.
 
 A graph that is wrong only for one length, batch or token differs from the right one in a node, a constant or an entry
@@ -23,7 +23,7 @@ from passes.targets.onnx.tensors import Array, parts, shape_of, tensor_of
 EXACT = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 """Types of sizes and indices."""
 ROUNDINGS = 8
-"""How many units in the last place a weight may be away: another processor multiplies folded scales in another order."""
+"""How many units in the last place a weight may be away: another processor may round a folded scale otherwise."""
 
 Digests = dict[str, str]
 """Digest → what it is of, in words."""
@@ -140,7 +140,7 @@ def differing_row(found: Array, expected: Array) -> int | None:
             continue
         wrong = np.flatnonzero(_apart(flat[rows], other[rows]).any(axis=1))
         if len(wrong):
-            return rows.start + int(wrong[0])
+            return int(rows.start) + int(wrong[0])
     return None
 
 
@@ -167,21 +167,20 @@ def compare_with_weights(model: ir.Model, weights: Iterable[tuple[str, Array]]) 
     held = {str(v.name): v.const_value for v in read if v is not None and v.const_value is not None}
     matrices = {n: t for n, t in held.items() if t.dtype is ir.DataType.FLOAT and len(shape_of(t)) == 2 and t.size}
     sizes = {shape_of(t) for t in matrices.values()}
-    known: dict[tuple[int, int], dict[str, Prints]] = {}
+    known: dict[tuple[int, ...], dict[str, Prints]] = {}
     for name, weight in weights:
         rows, columns = weight.shape
         for shape, axis in (((rows, columns), 0), ((columns, rows), 1)):
             if shape in sizes:
                 known.setdefault(shape, {})[name] = prints(weight, axis)
     for name, tensor in matrices.items():
-        shape = shape_of(tensor)
-        found, alike = prints(tensor.numpy(), 0), known.get((shape[0], shape[1]), {})
-        same = {weight: (found == other) & (found != 0) for weight, other in alike.items()}
-        if any(np.array_equal(found, other) for other in alike.values()) or not any(map(np.any, same.values())):
+        found, alike = prints(tensor.numpy(), 0), known.get(shape_of(tensor), {})
+        same = {weight: int(((found == other) & (found != 0)).sum()) for weight, other in alike.items()}
+        if any(np.array_equal(found, other) for other in alike.values()) or not any(same.values()):
             continue
-        weight = max(same, key=lambda each: int(same[each].sum()))
-        wrong = int(np.flatnonzero(found != alike[weight])[0])
-        return f"row {wrong} of the constant {name} is not the one of {weight}"
+        likeliest = max(same, key=same.__getitem__)
+        wrong = int(np.flatnonzero(found != alike[likeliest])[0])
+        return f"row {wrong} of the constant {name} is not the one of {likeliest}"
     return ""
 
 
@@ -190,7 +189,7 @@ Prints = npt.NDArray[np.uint32]
 
 
 def prints(matrix: Array, axis: int) -> Prints:
-    """A number for each row, or each column if ``axis`` is 1, of a float32 matrix. Two that are equal have equal ones."""
+    """A number for each row, or each column if ``axis`` is 1, of a float32 matrix; equal rows have equal ones."""
     counts = matrix.shape[1 - axis]
     factors = np.random.default_rng(counts).integers(1, 1 << 32, counts, np.uint32) | np.uint32(1)
     bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)

@@ -361,4 +361,9 @@ def rows() -> Iterator[Broken]:
                 yield Broken(kind, name, at(kind, change))
 
 
+CALIBRATED = (
+    "calibration moves a weight in 4 bits by up to 2.6 steps, by a text that the folder does not hold: a wrong code that "
+    "is nearer than that is what another text would give"
+)
+OUT_OF_REACH = {"a code is two off": CALIBRATED, "a scale is 3 % larger": CALIBRATED}
 ROWS = list(rows())

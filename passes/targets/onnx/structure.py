@@ -1,8 +1,8 @@
 """structure: whether two ONNX graphs are the same, node for node, whatever their nodes and values are called.
 
 Each node has a digest of its operator, its attributes and the digests of what it reads, so two nodes have one digest
-only if everything before them is the same. Constants enter by their numbers if these are sizes, indices or scalars, else by
-name, type and shape: numbers of weights may differ by rounding, and are compared by ``compare_constants``.
+only if everything before them is the same. Constants enter by their numbers if these are sizes, indices or scalars,
+else by name, type and shape: numbers of weights may differ by rounding, and are compared by ``compare_constants``.
 
 A graph that is wrong only for one length, batch or token differs from the right one in a node, a constant or an entry
 of the metadata. No run has to meet that length to find it.

@@ -37,13 +37,15 @@ WIDEST = 1e-3
 
 @dataclass(frozen=True)
 class Placed:
-    """Outputs at some positions: [rows, n, …], of the first rows of the samples.
+    """Outputs at some positions: [rows, n, …].
 
     ``places``: the position of each in its sample, int64 [rows, n]; -1: it is at padding, and may be anything.
+    ``of``: the sample of each row, int64 [rows]; None: the first samples.
     """
 
     outputs: Tensor
     places: Tensor
+    of: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
         ValueError: there are too few outputs, or too many.
     """
     largest, scale = 0.0, 0.0
-    for one, other in _parts(found, reference):
+    for one, other in parts_of(found, reference):
         if one.shape != other.shape:
             raise ValueError(f"the outputs are {list(one.shape)}, not {list(other.shape)}")
         if not one.numel():
@@ -191,10 +193,10 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
     return Difference(stage, largest, largest / scale, tolerance)
 
 
-def _parts(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_of(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs and what they must be, ``POSITIONS_AT_ONCE`` at a time."""
     if isinstance(found, Placed):
-        rows = torch.arange(len(found.places))[:, None]
+        rows = (torch.arange(len(found.places)) if found.of is None else found.of)[:, None]
         for outputs, places in zip(
             found.outputs.split(POSITIONS_AT_ONCE, 1), found.places.split(POSITIONS_AT_ONCE, 1), strict=True
         ):

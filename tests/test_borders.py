@@ -114,10 +114,10 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def prefill(self, ids: object, mask: object, positions: None) -> tuple[object, int]:
-        return self.decode(ids, 0, positions)
+    def empty(self, batch: int) -> int:
+        return 0
 
-    def decode(self, ids: object, cache: int, positions: None) -> tuple[object, int]:
+    def step(self, ids: object, mask: object, cache: int, positions: None) -> tuple[object, int]:
         many = ids.shape[1]  # type: ignore[attr-defined]
         self.asked.append((cache, many))
         return torch.arange(cache, cache + many).float().reshape(1, -1, 1).numpy(), cache + many

@@ -63,7 +63,7 @@ GRAPHS = {
         "logits",
     ),
 }
-STAGES = ["prefill", "padded left", "padded right", "decode", "without images"]
+STAGES = ["prefill", "padded left", "padded right", "decode", "sizes", "without images"]
 
 
 @dataclass

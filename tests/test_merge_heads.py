@@ -141,7 +141,7 @@ def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) ->
     stages = [d.stage for d in mptk.verify(cut)]
     assert stages == [row["stage"] for row in mptk.Pruned.open(cut).report.proof]
     assert stages[2:5] == ["KV heads", "rewritten graph", "reloaded checkpoint"]
-    assert stages[-1] == "ONNX Runtime decode"
+    assert stages[-1] == "ONNX Runtime sizes"
 
 
 def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, dense: str, inside: Inside) -> None:

@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path) -> None:
     report = mptk.prune(checkpoint, tmp_path / "out", SETTINGS).report
     assert OrtDecoder(tmp_path / "out", threads=1).half
-    cases = {f"ONNX Runtime {case}" for case in ("prefill", "padded left", "padded right", "decode")}
+    cases = {f"ONNX Runtime {case}" for case in ("prefill", "padded left", "padded right", "decode", "sizes")}
     stages = {*cases, "fp16 weights", "fp16 logits"}
     assert stages <= {d["stage"] for d in report.proof}
     verified = mptk.verify(tmp_path / "out")

@@ -330,7 +330,7 @@ def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
 def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(folders: Path, tmp_path: Path) -> None:
     settings = Settings(sparsity=0.3, tolerance=0.3, method="random", quantize=("int8",), **SETTINGS)
     report = mptk.prune(str(folders / "encoder-decoder"), tmp_path / "out", settings).report
-    assert [row["stage"] for row in report.proof][-2:] == ["int8 weights", "int8 logits"]
+    assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 logits", "int8 in use"]
     graphs = tmp_path / "out" / "onnx"
     sizes = [file.stat().st_size for file in graphs.glob("*_quantized.onnx*")]
     assert report.quantized["int8"]["file"] == "onnx/decoder_model_merged_quantized.onnx"

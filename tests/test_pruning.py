@@ -48,7 +48,7 @@ def gpt2(tmp_path_factory) -> str:
     return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
 
 
-CASES = ("prefill", "padded left", "padded right", "decode")
+CASES = ("prefill", "padded left", "padded right", "decode", "sizes")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
         "ONNX Runtime padded left",
         "ONNX Runtime padded right",
         "ONNX Runtime decode",
+        "ONNX Runtime sizes",
     ]
     assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report.proof)
     assert report.cost["pruned"]["parameters"] < report.cost["dense"]["parameters"]
@@ -104,7 +105,12 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     settings = replace(SETTINGS, logits="last", quantize=("int8",), objective="prefill")
     report = mptk.prune(llama, tmp_path / "out", settings).report
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
-    assert [d["stage"] for d in report.proof][-3:] == ["ONNX Runtime decode", "int8 weights", "int8 logits"]
+    assert [d["stage"] for d in report.proof][-4:] == [
+        "ONNX Runtime sizes",
+        "int8 weights",
+        "int8 logits",
+        "int8 in use",
+    ]
     assert all(d["ok"] for d in report.proof)
     assert "quality" not in report.quantized["int8"]
 

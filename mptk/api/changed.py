@@ -31,7 +31,7 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.proof.claims import LATER
 from mptk.proof.proof import check_proof
-from mptk.protocols.onnx_form import Dense
+from mptk.protocols.onnx_form import Dense, Use
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
@@ -201,4 +201,4 @@ def _write_onnx(
     assert form is not None
     program = traced(loaded, task, EXECUTOR)
     form.export(Dense(loaded, settings, program), None, task.example(loaded.model), folder, Log())
-    return form.stages(folder, (), EXECUTOR.device, settings).stages
+    return form.stages(folder, Use(), EXECUTOR.device, settings).stages

@@ -42,7 +42,7 @@ from mptk.progress import Progress, silent, within
 from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
@@ -134,7 +134,7 @@ def _export_module(
     dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, samples, folder, Log())
     program = cut(program, dense, plan, Log())
-    stages = form.stages(folder, (), EXECUTOR.device, settings).stages
+    stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
     return folder
 

@@ -128,6 +128,12 @@ class OrtDecoder:
         """Run the next tokens, n in each row, after those in ``cache``, which stays usable."""
         return self._run(tokens, np.ones(tokens.shape[:2], dtype=np.int64), cache, positions)
 
+    def step(
+        self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None = None
+    ) -> tuple[LogitsArray, Cache]:
+        """``decode``, in which some of the new tokens may be padding: ``mask`` is 0 for these."""
+        return self._run(tokens, mask, cache, positions)
+
     def logits(self, ids: Ids) -> LogitsArray:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
@@ -168,6 +174,11 @@ class OrtDecoder:
             typed = numbers.astype(NUMPY_TYPES[self.inputs[name].type])
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
+
+    def bytes_of(self, batch: int) -> int:
+        """The size of one position in a cache of ``batch`` rows."""
+        shapes = [(self.inputs[name].shape, NUMPY_TYPES[self.inputs[name].type]) for name in self.past]
+        return sum(batch * shape[1] * shape[3] * np.dtype(kind).itemsize for shape, kind in shapes)
 
     def feeds(
         self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None = None

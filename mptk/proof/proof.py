@@ -48,12 +48,19 @@ def work(settings: Settings, long: bool) -> dict[str, Pass]:
 
 
 def prove_folder(
-    compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples, *, whole: bool = True
+    compiled: Compiled,
+    targets: Sequence[Target],
+    folder: Path,
+    samples: Samples,
+    *,
+    whole: bool = True,
+    again: bool = False,
 ) -> Proven:
     """The difference at every stage: of the cut program, and of each target's files in ``folder``.
 
     ``samples``: the proof's batches are made from them (``proof_batches``). ``whole``: whether a wrong optional file is
-    an error; if not, it is removed.
+    an error; if not, it is removed. ``again``: whether another process wrote the folder; then it is also compared with
+    what is written anew.
 
     Raises:
         MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.
@@ -64,6 +71,7 @@ def prove_folder(
     reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
     batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
+    others = further_batches(compiled, batches[0], bool(longer))
     run_all = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
     written: dict[str, tuple[Program | StageOutputs, float]] = {}
@@ -74,9 +82,9 @@ def prove_folder(
         one, other = each.equal(compiled.prepared.executor)
         found += run_all(one, {each.stage: (other, TOLERANCE)}, *batches)
     if compiled.program is compiled.exact:
-        found += run_all(compiled.masked, rewritten | written, *batches)
+        found += run_all(compiled.masked, rewritten | written, *batches, *others)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
-        found += run_all(compiled.masked, rewritten, *batches) + run_all(compiled.program, written, *batches)
+        found += run_all(compiled.masked, rewritten, *batches) + run_all(compiled.program, written, *batches, *others)
     if all(d.ok for d in found):
         found += _behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
@@ -91,6 +99,9 @@ def prove_folder(
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
     notes: list[str] = []
+    said = [reached.note]
+    if again and all(d.ok for d in found):
+        said += [target.remade(compiled, folder, batches) for target in targets]
     if all(d.ok for d in found):
         extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
         more, notes = proven_extras(extras, whole)
@@ -98,7 +109,7 @@ def prove_folder(
     if notes:  # the config says which files there are
         for target in targets:
             target.checks(compiled, folder, reached.borders)
-    return Proven(tuple(found), max(map(_length, batches)), reached.note, tuple(notes))
+    return Proven(tuple(found), max(map(_length, batches)), "; ".join(filter(None, said)), tuple(notes))
 
 
 def proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
@@ -171,6 +182,18 @@ def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> 
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
 
     return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+
+
+def further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> list[Samples]:
+    """Batches of other sizes and values, for the target's stages, if the model is written as ONNX.
+
+    ``longer``: whether the model takes any length.
+    """
+    prepared = compiled.prepared
+    if prepared.task.onnx is None or not prepared.settings.onnx:
+        return []
+    found = prepared.task.onnx.batches(short_batch, compiled.chosen.plan.digest, longer)
+    return [batch for batch in found if _takes(prepared.analysis.program, batch)]
 
 
 def _takes(program: Program, samples: Samples) -> bool:

@@ -119,7 +119,7 @@ def verify(
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
-    proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
+    proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
     check_proof(proven.differences, PRUNE_AGAIN)
     check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])

@@ -344,6 +344,17 @@ class Target(Protocol):
         """Parts that may differ by rounding, as a graph in float16. They are checked last."""
         return []
 
+    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+        """Write again what only a comparison with the written can prove, as a graph that is wrong for one length.
+
+        ``verify`` asks for it, ``prune`` does not: it would compare its files with themselves. Returns a note; may be
+        empty.
+
+        Raises:
+            ProofError: ``folder`` holds something else.
+        """
+        return ""
+
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """Parts that are left out of the folder if their check fails, as a quantised graph. They are checked last."""
         return []

@@ -19,7 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.onnx.names import ONNX_FILE
+from passes.targets.onnx.names import ONNX_FILE, quantized
 from passes.verify import Difference
 
 
@@ -51,6 +51,23 @@ class Dense:
         return output
 
 
+@dataclass(frozen=True)
+class Use:
+    """How graphs are used in a proof, and which.
+
+    ``crossed``: positions that decoding must cross. ``positions``: how many the model has; 0: not known. ``scheme``: of
+    the quantised graphs; empty: the main ones.
+    """
+
+    crossed: Sequence[int] = ()
+    positions: int = 0
+    scheme: str = ""
+
+    def graph(self, file: Path) -> Path:
+        """The scheme's graph beside the main one in ``file``."""
+        return quantized(file, self.scheme) if self.scheme else file
+
+
 class OnnxForm(Protocol):
     """How to write a kind of model as ONNX, and how to run the graphs.
 
@@ -75,15 +92,23 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
         """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
 
-        ``crossed``: positions that decoding must cross. ``settings``: the form that the graphs must have.
+        ``settings``: the form that the graphs must have.
 
         Raises:
             ProofError: a graph differs from what the settings ask for.
         """
         ...
+
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        """What the proof also runs, besides its own batches: other sizes and values, drawn by ``seed``.
+
+        Empty if the stages run other sizes by themselves. ``samples``: the proof's short batch. ``longer``: whether
+        the program takes any length.
+        """
+        return []
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""

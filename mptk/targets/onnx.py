@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import Settings
@@ -16,15 +17,18 @@ from mptk.errors import MptkError, ProofError, first_line
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import save_tokenizer
+from mptk.io.data import positions_of
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
-from mptk.ir.samples import Samples
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Compiled, Prepared, Target
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.publish.manifest import listed
 from mptk.targets.beside import check_beside, compare, fail
+from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import (
@@ -36,7 +40,12 @@ from passes.targets.onnx.names import (
     quantized,
     quantized_files,
 )
-from passes.verify import Difference
+from passes.targets.onnx.structure import compare_constants, compare_structures, compare_with_weights
+from passes.targets.onnx.tensors import read_lazily
+from passes.verify import Difference, Placed, StageOutputs
+
+UNLIKE = ("source", EXPORTER, VERSION)
+"""Entries of a graph's metadata that do not change what it computes, and depend on when and where it was made."""
 
 
 class OnnxTarget(Target):
@@ -88,7 +97,9 @@ class OnnxTarget(Target):
         loaded = compiled.prepared.loaded
         if compiled.written is None:
             check_beside(folder / ONNX_FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
-        return form.stages(folder / ONNX_FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
+        _check_weights(form, compiled, folder / ONNX_FOLDER)
+        use = Use(crossed, positions(compiled))
+        return form.stages(folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
@@ -107,14 +118,43 @@ class OnnxTarget(Target):
             pairs = [(main, staging.folder / ONNX_FILE)]
             return _quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
 
+    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+        """Write the float graphs again and compare them with the folder's, node for node and weight for weight.
+
+        Returns a note if they differ, but another version of an exporter wrote the folder's.
+
+        Raises:
+            ProofError: they differ.
+        """
+        form, graphs = compiled.prepared.task.onnx, folder / ONNX_FOLDER
+        if form is None or not graphs.is_dir():
+            return ""
+        with scratch() as staging:
+            _export(compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log())
+            for name in form.graphs:
+                found, again = read_lazily(graphs / name), read_lazily(staging.folder / name)
+                written, now = found.metadata_props.get(EXPORTER), again.metadata_props[EXPORTER]
+                apart = compare_structures(found, again, UNLIKE) or compare_constants(found, again)
+                if apart and written != now:
+                    return f"{name} is not what this exporter writes ({now}); it was written by {written}: {apart}"
+                if apart:
+                    raise ProofError(
+                        f"the proof fails at '{name} written again': {apart}; do not use it, and prune the model again"
+                    )
+        return ""
+
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """The quantised graphs, with differences as in ``rounded``, and the files that describe the graphs."""
         form, device = compiled.prepared.task.onnx, compiled.prepared.executor.device
         if form is None:
             return []
 
+        settings, reached = compiled.prepared.settings, positions(compiled)
+
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
-            return _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
+            found = _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
+            stages = form.stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
+            return [*found, *_in_use(scheme, [run for run, _ in stages.values()], batches)]
 
         graphs = quantized_extras(folder / ONNX_FOLDER, form, check)
         described = [
@@ -123,6 +163,12 @@ class OnnxTarget(Target):
             if (folder / name).is_file()
         ]
         return [*graphs, *described]
+
+
+def positions(compiled: Compiled) -> int:
+    """How many positions the model has; 0 if it is not known."""
+    model = compiled.prepared.loaded.model
+    return (positions_of(model.config) or 0) if isinstance(model, PreTrainedModel) else 0
 
 
 def form_for(prepared: Prepared) -> OnnxForm:
@@ -213,6 +259,41 @@ def _export(
     prepared = compiled.prepared
     dense = Dense(prepared.loaded, settings, compiled.analysis.program, prepared.executor)
     return form.export(dense, compiled.chosen.plan, samples, folder, log)
+
+
+def _check_weights(form: OnnxForm, compiled: Compiled, folder: Path) -> None:
+    """Raise ProofError if a table in a float graph has some rows of a weight, and others that are not the weight's."""
+    for name in form.graphs:
+        if not (folder / name).is_file():
+            continue  # the stages say so
+        matrices = ((key, t.detach().float().cpu().numpy()) for key, t in compiled.program.state.items() if t.ndim == 2)
+        if wrong := compare_with_weights(read_lazily(folder / name), matrices):
+            raise ProofError(f"the proof fails at 'ONNX weights' of {name}: {wrong}; do not use it")
+
+
+def _in_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:
+    """Compare how a quantised graph is used with its own outputs for whole samples, which the first run gives.
+
+    Nothing if the graph gives only some of these.
+    """
+    pairs = list[tuple[Tensor | Placed, Tensor]]()
+    for batch in batches:
+        plain, *others = (_outputs(run, batch) for run in runs)
+        wholes = [each.outputs if isinstance(each, Placed) else each for each in plain]
+        if any(isinstance(each, Placed) and each.places.shape[1] != _length(batch) for each in plain):
+            return []
+        pairs += [pair for other in others for pair in zip(other, wholes, strict=True)]
+    return [use_apart(scheme, pairs)] if pairs else []
+
+
+def _outputs(run: Program | StageOutputs, batch: Samples) -> Sequence[Tensor | Placed]:
+    assert not isinstance(run, Program)
+    found = run(batch)
+    return [found] if isinstance(found, Tensor | Placed) else found
+
+
+def _length(batch: Samples) -> int:
+    return max((tensor.shape[1] for tensor in batch.tensors if is_tokens(tensor)), default=0)
 
 
 def _quantized(

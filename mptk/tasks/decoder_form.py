@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
@@ -18,13 +20,14 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
-from mptk.ort.decoder import GRAPH_FILE, Ids, OrtDecoder
+from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
-from mptk.protocols.values import Checks
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
+from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import about, cut, logits_apart, quantised
 from mptk.tasks.genai import GENAI_FILE, write_genai_config
 from mptk.tasks.inputs.image_forms import POSITIONS
+from mptk.tasks.sizes import MOST_ROWS
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
@@ -73,6 +76,14 @@ CASES = (
     DecodingCase("ONNX Runtime decode", STEPS),
 )
 """What the proof runs, on several short rows and on one long row."""
+SIZES_STAGE = "ONNX Runtime sizes"
+"""The stage that runs ``size_cases``, and a cache as long as the model has positions."""
+TOKENS_AT_ONCE = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
+"""Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
+FAR_BYTES = 1 << 26
+"""The size of the cache that is as long as the model has positions; longer ones are cut off."""
+FAR_TOKENS = 3
+"""New tokens after that cache."""
 
 
 class DecoderForm(OnnxForm):
@@ -97,12 +108,12 @@ class DecoderForm(OnnxForm):
         text = None if samples is None else samples.inputs["input_ids"]
         return quantised(dense, [file], text, log)
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        decoder = opened(folder / GRAPH_FILE, device, settings)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = opened(use.graph(folder / GRAPH_FILE), device, settings)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-        stages: dict[str, tuple[Program | StageOutputs, float]] = {
-            case.stage: (partial(decoded, decoder, case, crossed), tolerance) for case in CASES
-        }
+        runs: dict[str, StageOutputs] = {case.stage: partial(decoded, decoder, case, use.crossed) for case in CASES}
+        runs[SIZES_STAGE] = partial(sized, decoder, use.positions)
+        stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
         return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
@@ -135,24 +146,92 @@ def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
 def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions.
 
-    ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens.
+    ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens. If
+    prompts are padded and calls follow, there is one more row, whose prompt is only padding.
     """
-    tokens, numbered = samples.inputs[decoder.reads], samples.inputs.get(POSITIONS)
+    tokens = samples.inputs[decoder.reads]
     prompts, calls = case.calls(len(tokens), tokens.shape[1], crossed)
+    of = torch.arange(len(tokens))
+    if case.padded and calls:
+        prompts, of = [*prompts, 0], torch.cat([of, of[:1]])
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
-    places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
-    mask = (places[0] >= 0).long()
-    first, positions = _at(tokens, places[0]).numpy(), _numbers(numbered, places[0])
-    found, cache = decoder.prefill(first, mask.numpy(), positions)
-    logits = [torch.from_numpy(found.copy())]
-    done = torch.tensor(prompts)[:, None]
-    for count in calls:
-        places.append(done + torch.arange(count))
-        found, cache = decoder.decode(_at(tokens, places[-1]).numpy(), cache, _numbers(numbered, places[-1]))
+    first = torch.stack([_place(count, width, case.padded) for count in prompts])
+    return called(decoder, samples, of, first, calls)
+
+
+def called(
+    decoder: OrtDecoder, samples: Samples, of: Tensor, first: Tensor, calls: Sequence[int], cache: Cache | None = None
+) -> Placed:
+    """The logits of a first call and of those after it, with their positions.
+
+    ``of``: the sample of each row. ``first``: the positions of the first call's tokens, int64 [rows, n], -1 at padding.
+    ``calls``: tokens of each call after it. ``cache``: before the first call, of padding; None: an empty one.
+    """
+    tokens, numbered = samples.inputs[decoder.reads][of], samples.inputs.get(POSITIONS)
+    numbered = None if numbered is None else numbered[of]
+    places, logits = list[Tensor](), list[Tensor]()
+    done = (first >= 0).sum(1, keepdim=True)
+    cache = decoder.empty(len(of)) if cache is None else cache
+    for place in (first, *(done + before + torch.arange(n) for n, before in zip(calls, _before(calls), strict=True))):
+        mask = (place >= 0).long().numpy()
+        found, cache = decoder.step(_at(tokens, place).numpy(), mask, cache, _numbers(numbered, place))
         logits.append(torch.from_numpy(found.copy()))
-        done = done + count
-    told = [place[:, -1:] for place in places] if decoder.last_only else places
-    return Placed(torch.cat(logits, 1), torch.cat(told, 1))
+        places.append(place[:, -1:] if decoder.last_only else place)
+    return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
+
+
+def _before(calls: Sequence[int]) -> list[int]:
+    """The tokens of all calls before each."""
+    return list(accumulate(calls, initial=0))[:-1]
+
+
+def sized(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
+    """The logits of ``size_cases``, and behind a cache of padding that fills the model's ``positions`` (0: unknown)."""
+    tokens = samples.inputs[decoder.reads]
+    runs = list[Placed]()
+    for rows, (first, *calls) in size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
+        of = torch.arange(rows) % len(tokens)
+        runs.append(called(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
+    past = min(positions, FAR_BYTES // decoder.bytes_of(len(tokens))) - FAR_TOKENS
+    if past > 0 and tokens.shape[1] >= FAR_TOKENS:
+        filled = decoder.filled(len(tokens), past)
+        far = Cache(filled.values, np.zeros_like(filled.mask))
+        of, first_tokens = torch.arange(len(tokens)), torch.arange(FAR_TOKENS).expand(len(tokens), -1)
+        runs.append(called(decoder, samples, of, first_tokens, (), far))
+    return as_rows(runs)
+
+
+def as_rows(runs: Sequence[Placed]) -> Placed:
+    """Runs with different numbers of rows and tokens as one, in which each output is a row."""
+    flat = [
+        (run.outputs.flatten(0, 1)[:, None], run.places.reshape(-1, 1), run.of, run.places.shape[1]) for run in runs
+    ]
+    of = [rows.repeat_interleave(count) for _, _, rows, count in flat if rows is not None]
+    return Placed(torch.cat([x for x, *_ in flat]), torch.cat([x for _, x, *_ in flat]), torch.cat(of))
+
+
+def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows, and the tokens of each call, at most ``length`` together.
+
+    For the proof's short rows: one token at a time, so that every length of the cache is met; each number of rows up to
+    ``MOST_ROWS``; and each of ``TOKENS_AT_ONCE`` in one of them, in an order drawn by ``seed``. For a longer row: a step at
+    each power of two beyond these, and beside it.
+    """
+    if length > PROOF_SHAPE[1]:
+        powers = [1 << i for i in range(PROOF_SHAPE[1].bit_length(), length.bit_length())]
+        cuts = sorted({near for power in powers for near in range(power - 1, power + 3) if near < length} | {length})
+        yield 1, [later - sooner for sooner, later in pairwise([0, *cuts])]
+        return
+    yield 1, [1] * length
+    calls = {rows: [1] for rows in range(1, MOST_ROWS + 1)}
+    for count in TOKENS_AT_ONCE:
+        fitting = [rows for rows, found in calls.items() if sum(found) + count <= length]
+        if fitting:
+            calls[min(fitting, key=lambda rows: rows * (sum(calls[rows]) + count))].append(count)
+    draw = random.Random(seed)
+    for rows, found in calls.items():
+        draw.shuffle(found)
+        yield rows, found
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:

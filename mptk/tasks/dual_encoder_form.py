@@ -15,7 +15,7 @@ from mptk.errors import MptkError
 from mptk.ir.samples import Samples, joined
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense
+from mptk.protocols.onnx_form import Dense, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import Traced, equal, stages_of
 from mptk.tasks.inputs.captioned import Captioned
@@ -73,8 +73,8 @@ class DualEncoderForm(ModelForm):
         known = AXES.get(name, ())[1:]
         return ("image_batch_size", *(known if len(known) == rank - 1 else (f"{name}_{i}" for i in range(1, rank))))
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / ONNX_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
         return stages_of(partial(embeddings, graph), graph, self.unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:

@@ -28,8 +28,9 @@ from mptk.ir.samples import Samples
 from mptk.ort.decoder import MERGED_FILE
 from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.tasks import sizes
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,
@@ -142,15 +143,19 @@ class EncoderDecoderForm(OnnxForm):
         notes = quantised(dense, [folder / name for name in self.graphs], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        run = OrtEncoderDecoder(folder / MERGED_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        run = OrtEncoderDecoder(use.graph(folder / MERGED_FILE), device)
 
         def steps(samples: Samples) -> Tensor:
             ids = samples.inputs[DECODER_IDS]
-            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], crossed)
+            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], use.crossed)
             return run(with_mask(samples.inputs), [prompts[0], *calls])
 
         return stages_of(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
+
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        found = sizes.texts if longer and IDS in samples.inputs else sizes.rows
+        return list(found(samples, seed))
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = OrtEncoderDecoder(file, device)

@@ -27,10 +27,10 @@ from mptk.ir.samples import Samples
 from mptk.ort.decoder import MERGED_FILE, OrtDecoder
 from mptk.ort.embeddings import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, VISION_FILE
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import CASES, DecodingCase, decoded, opened
+from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decoded, opened, sized
 from mptk.tasks.encoder_decoder_form import output_names, with_outputs
 from mptk.tasks.exporting import about, check_float, cut, equal, logits_apart, quantised
 from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
@@ -56,6 +56,8 @@ TRACED_IMAGES = 3
 """Images to trace with."""
 WITH_SEVERAL = 5
 """The rank of ``pixel_values`` if samples may have several images."""
+TILES = 3
+"""How often the stage of sizes gives its images to the vision encoder: then there are three and nine."""
 LAST = 2
 """Tokens of the second call with which a trace is checked."""
 IMAGE_AXES: Axes = ("num_images", "num_channels", "height", "width")
@@ -133,18 +135,23 @@ class ImageTextForm(OnnxForm):
         )
         return quantised(dense, [folder / name for name in self.graphs], None, log)
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        decoder = opened(folder / MERGED_FILE, device, settings)
-        stages: dict[str, tuple[Program | StageOutputs, float]] = {
-            case.stage: (partial(pictured, decoder, case, crossed), RUNTIME_TOLERANCE) for case in CASES
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = opened(use.graph(folder / MERGED_FILE), device, settings)
+        runs: dict[str, StageOutputs] = {
+            case.stage: partial(pictured, decoder, partial(decoded, decoder, case, use.crossed)) for case in CASES
         }
-        run, ran = partial(pictured, decoder, CASES[-1], ()), decoder.providers[0]
+        runs[SIZES_STAGE] = partial(pictured, decoder, partial(sized, decoder, use.positions), tiles=TILES)
+        stages: dict[str, tuple[Program | StageOutputs, float]] = {
+            name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
+        }
+        run = partial(pictured, decoder, partial(decoded, decoder, CASES[-1], ()))
+        ran = decoder.providers[0]
         further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(taken, decoder), ran)}
         return Checks(stages=stages, ran=dict.fromkeys(stages, ran), further=further)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
-        return lambda samples: pictured(decoder, CASES[0], (), samples).outputs
+        return lambda samples: pictured(decoder, partial(decoded, decoder, CASES[0], ()), samples).outputs
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return logits_apart(scheme, pairs)
@@ -155,12 +162,16 @@ def images_in(samples: Samples) -> dict[str, Tensor]:
     return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
-def pictured(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
-    """``decoded`` for samples with images."""
+def pictured(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples, tiles: int = 1) -> Placed:
+    """What ``run`` gives for the embeddings of samples with images.
+
+    ``tiles``: how many times the graphs of embeddings get all samples at once; the last ones' are taken.
+    """
     assert decoder.embeddings is not None
-    read = {EMBEDDINGS: decoder.embeddings(samples.inputs[IDS], images_in(samples))}
+    tiled = samples.repeated(tiles)
+    read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], images_in(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
-    return decoded(decoder, case, crossed, Samples(read | numbered))
+    return run(Samples(read | numbered))
 
 
 def taken(decoder: OrtDecoder, samples: Samples) -> bool:

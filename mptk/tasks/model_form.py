@@ -18,8 +18,9 @@ from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples, joined
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.tasks import sizes
 from mptk.tasks.exporting import (
     CHANGED,
     HALF,
@@ -34,6 +35,7 @@ from mptk.tasks.exporting import (
     traced_as,
 )
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.image_forms import PIXELS
 from mptk.tasks.padding import IDS, is_text, with_mask
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
@@ -91,9 +93,17 @@ class ModelForm(OnnxForm):
         known = AXES.get(name, TOKEN_AXES)
         return known if len(known) == rank else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / ONNX_FILE, device)
+    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
         return stages_of(graph.all if graph.several else graph, graph, self.unpadded)
+
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        if is_text(samples.inputs):
+            return list(sizes.texts(samples, seed)) if longer else []
+        found = list(sizes.rows(samples, seed))
+        # A finder of objects takes the best of many boxes: images without objects have none that is clearly best.
+        images = PIXELS in samples.inputs and self.output in (LOGITS, FEATURES) and not self.more
+        return list(map(sizes.values, found)) if images else found
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)

@@ -226,6 +226,9 @@ class ModuleForm(ModelForm):
         count = len(results) if isinstance(results, tuple | list) else 1
         return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
 
+    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        return []  # what a module's inputs may be, only its author knows
+
     def axes(self, name: str, rank: int) -> Axes:
         known = name in AXES or name == IDS
         return super().axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))

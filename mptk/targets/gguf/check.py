@@ -43,7 +43,7 @@ DESCRIBE = (
 """Starts of the names of fields that no program computes with."""
 READER = "GGUF."
 """GgufFields that the reader makes of the file's head."""
-VERSION = "GGUF.version"
+FORMAT_FIELD = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
 SCALAR_TYPES = {
     bool: GGUFValueType.BOOL,
@@ -89,7 +89,7 @@ class GgufFile:
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.values = {name: field.contents() for name, field in self.fields.items()}
             self.shapes = {name: tuple(map(int, reversed(each.shape))) for name, each in self.tensors.items()}
-            version = int(reader.fields[VERSION].contents())
+            version = int(reader.fields[FORMAT_FIELD].contents())
             end = max((int(each.data_offset + each.n_bytes) for each in reader.tensors), default=0)
             whole = end + -end % reader.alignment
         except Exception as error:  # the reader checks little of what it reads: any error may come

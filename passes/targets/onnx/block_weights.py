@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,11 +31,13 @@ ZERO_POINT = 128
 class BlockWeightsPass(ir.passes.InPlacePass):
     """Round the weights of products to blocks of 8 or 4 bits. With 4, the output projection has 8.
 
-    ``source``: the file of the graph. Rounded weights wait in a temporary file beside it.
+    ``source``: the file of the graph. Rounded weights wait in a temporary file beside it. ``numbers``: False if only
+    the graph's structure counts; then no weight is rounded, and the constants are zeros.
     """
 
     bits: Literal[8, 4]
     source: Path
+    numbers: bool = True
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         formats, spill = self._formats(model), Spill(self.source.parent)
@@ -43,10 +45,11 @@ class BlockWeightsPass(ir.passes.InPlacePass):
         order = sorted(formats.items(), key=lambda item: item[1])
         for name, (bits, block) in steps(order, f"weights in {self.bits}-bit blocks"):
             names = [f"Q{bits}", "scales", "zero_points"]
-            arrays = dict(zip(names, rounded(weight_of(nodes[name]), bits, block), strict=False))
-            set_blocks(
-                model.graph, nodes[name], bits, block, {part: spill.keep(array) for part, array in arrays.items()}
-            )
+            if self.numbers:
+                kept: list[ir.TensorProtocol] = [*map(spill.keep, rounded(weight_of(nodes[name]), bits, block))]
+            else:
+                kept = unrounded(shape_of(tensor_of(nodes[name].inputs[1])), bits, block)
+            set_blocks(model.graph, nodes[name], bits, block, dict(zip(names, kept, strict=False)))
         return ir.passes.PassResult(model, bool(formats))
 
     def ensures(self, model: ir.Model) -> None:
@@ -80,6 +83,22 @@ def rounded(weight: Array, bits: int, block: int) -> list[Array]:
     quantizer = ort.DefaultWeightOnlyQuantizer(config)
     done = [quantizer.qbits_block_quant(np.ascontiguousarray(weight[:, outputs])) for outputs in parts(weight.shape, 1)]
     return [np.concatenate(arrays) for arrays in zip(*done, strict=True)][: 2 if symmetric else 3]
+
+
+def unrounded(shape: Sequence[int], bits: int, block: int) -> list[ir.TensorProtocol]:
+    """The constants of ``rounded`` for a weight of this shape, of zeros that take no memory before they are read."""
+    (inputs, outputs), packed = shape, 8 // bits
+    blocks = -(-inputs // block)
+    codes = zeros(ir.DataType.UINT8, outputs, blocks, block // packed)
+    if bits == 8:
+        return [codes, zeros(ir.DataType.FLOAT, outputs, blocks)]
+    flat = zeros(ir.DataType.FLOAT, outputs * blocks), zeros(ir.DataType.UINT8, outputs * -(-blocks // packed))
+    return [codes, *flat]
+
+
+def zeros(kind: ir.DataType, *shape: int) -> ir.LazyTensor:
+    """A constant of zeros."""
+    return ir.LazyTensor(lambda: ir.Tensor(np.zeros(shape, kind.numpy())), kind, ir.Shape(shape))
 
 
 ACCURACY_LEVEL = 4

@@ -8,26 +8,36 @@ Then each output of a product and each block of its inputs must satisfy:
    Calibration moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
 3. float16: every number is the nearest one.
 
+And the graph must be, node for node, what the scheme's passes make of the float graph. So whatever the float graph
+computes right for a length, a batch or a cache, the quantised graph computes in the same way.
+
 Channels of equal size may be sorted in another order on another processor, so columns that do not match are tried in
 each other's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import common
 from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.progress import steps
 from passes.targets.onnx.balance import gated
+from passes.targets.onnx.block_weights import BlockWeightsPass
+from passes.targets.onnx.float16 import Float16Pass
+from passes.targets.onnx.look_up import LookUpInBlocksPass
+from passes.targets.onnx.names import scheme_of
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
+from passes.targets.onnx.structure import compare_constants, compare_structures
 from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily, shape_of, tensor_of
 
 HALF_STEP = 0.505
@@ -38,7 +48,7 @@ FLOAT16_ROUNDING, FLOAT16_LEAST, FLOAT16_LARGEST = 2.0**-11, 2.0**-23, 65504.0
 """float16: the relative rounding error, the absolute one near 0 (numbers start at 1e-7), the largest number."""
 
 SHIFT = 1e-4
-"""Allowed difference of float32 constants, relative to the largest. A norm's scale depends on a run of the graph."""
+"""Allowed difference of float32 constants, relative to each number. A norm's scale depends on a run of the graph."""
 DIVERGENCES = {"fp16": 1e-3, "int8": 0.1, "int4": 1.0}
 """Allowed divergence of the logits, in nats for each token. SmolLM2-135M on WikiText-2: 6e-6, 0.008 and 0.09."""
 
@@ -104,19 +114,41 @@ def check_quantized(source: Path, file: Path, scheme: str) -> float:
         ProofError: a weight is missing, or is further from the float one than rounding explains. The message names it.
     """
     check = _check_halves if scheme == "fp16" else _check_blocks
-    worst = check(source, read_lazily(file), scheme)
+    quantized = read_lazily(file)
+    worst, expected = check(source, quantized, scheme)
     name = max(worst, key=worst.__getitem__)
     if not worst[name] <= 1:
         _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding explains")
+    if moved := compare_constants(quantized, read_float(source)) if scheme != "fp16" else "":
+        _fail(scheme, moved)
+    expected.metadata_props.update(read_float(source).metadata_props)
+    # A main graph in float16 says so itself; ``verify`` compares all its metadata with those that it writes again.
+    _check_structure(expected, quantized, scheme, () if scheme_of(file) else ("dtype", "quantization"))
     return worst[name]
+
+
+def _check_structure(expected: ir.Model, quantized: ir.Model, scheme: str, unlike: Collection[str]) -> None:
+    """``expected``: the float graph after the scheme's passes, with its metadata. ``unlike``: as below."""
+    expected.metadata_props["quantization"] = scheme
+    for node in expected.graph:
+        # ``gptq`` writes scales and zero points flat, ONNX Runtime's quantiser does not; the kernel reads either.
+        for value in node.inputs[2:] if node.op_type == "MatMulNBits" else ():
+            other = quantized.graph.initializers.get(str(value.name)) if value is not None else None
+            if value is not None and other is not None and tensor_of(other).size == tensor_of(value).size:
+                value.const_value = tensor_of(other)
+    if apart := compare_structures(quantized, expected, unlike):
+        _fail(scheme, f"the graph is not what quantising makes of the float graph: {apart}")
 
 
 def _fail(scheme: str, what: str) -> None:
     raise ProofError(f"the proof fails at '{scheme} weights': {what}; quantise the model again")
 
 
-def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
-    """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks."""
+def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:
+    """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks.
+
+    And the graph that the scheme's passes make, without numbers: how a weight is rounded changes no node.
+    """
     rounded = {_name(node): node for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     ir.passes.Sequential(*even_channels(source))(model)
@@ -131,7 +163,10 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
         name: float(read(rounded[name]).deviations(weight.numpy()).max())
         for name, weight in steps(weights.items(), f"{scheme} weights")
     }
-    return worst | _check_lookup(model, quantized) | _check_rest(model, quantized)
+    worst |= _check_lookup(model, quantized) | _check_rest(model, quantized)
+    bits: Literal[8, 4] = 8 if scheme == "int8" else 4
+    blocks = BlockWeightsPass(bits, source, numbers=False), LookUpInBlocksPass(source, numbers=False)
+    return worst, ir.passes.Sequential(*blocks, common.RemoveUnusedNodesPass())(model).model
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
@@ -213,7 +248,10 @@ def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
 
 
 def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
-    """Constant that stays in float32 (norm, table) → its largest difference as a share of the allowed one."""
+    """Constant that stays in float32 (norm, table) → its largest difference as a share of the allowed one.
+
+    Scales come from a run of the graph, so only those may move at all.
+    """
     worst = {}
     for name, value in model.graph.initializers.items():
         other = quantized.graph.initializers.get(name)
@@ -221,13 +259,21 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
             continue
         if value.const_value.dtype is ir.DataType.FLOAT and value.const_value.size:
             pairs = list(_pairs(value.const_value, other.const_value))
-            apart = max(np.nan_to_num(np.abs(found - exact), nan=np.inf).max() for exact, found in pairs)
-            worst[name] = float(apart / max(FLOAT16_LEAST, *(np.abs(exact).max() for exact, _ in pairs)) / SHIFT)
+            worst[name] = max(_shifted(exact, found) for exact, found in pairs)
     return worst
 
 
-def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
-    """Float32 constant of the source → its largest difference, as a share of the rounding error of float16."""
+def _shifted(exact: Floats, found: Floats) -> float:
+    """The largest difference, as a share of the allowed one."""
+    apart = np.abs(found - exact) / np.maximum(np.abs(exact), FLOAT16_LEAST)
+    return float(np.nan_to_num(apart, nan=np.inf).max()) / SHIFT
+
+
+def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:
+    """Float32 constant of the source → its largest difference, as a share of the rounding error of float16.
+
+    And the source in float16.
+    """
     worst = {}
     for name, value in read_lazily(source).graph.initializers.items():
         if tensor_of(value).dtype is not ir.DataType.FLOAT or not tensor_of(value).size:
@@ -237,7 +283,7 @@ def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
             _fail(scheme, f"{name} is missing")
             break
         worst[name] = max(_halved(*pair) for pair in _pairs(tensor_of(value), other.const_value))
-    return worst
+    return worst, Float16Pass()(read_float(source)).model
 
 
 def _halved(exact: Floats, found: npt.NDArray[np.floating[npt.NBitBase]]) -> float:

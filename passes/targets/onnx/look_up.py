@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.block_weights import BLOCK, ZERO_POINT
+from passes.targets.onnx.block_weights import BLOCK, ZERO_POINT, zeros
 from passes.targets.onnx.plain_products import constant, looks_up_tokens, put
 from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 
@@ -18,16 +18,19 @@ from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 class LookUpInBlocksPass(ir.passes.InPlacePass):
     """Look the embedding up in 8-bit blocks: the output projection's, if that is its transpose.
 
-    ``source``: the file of the graph. The rounded table waits in a temporary file beside it.
+    ``source``: the file of the graph. The rounded table waits in a temporary file beside it. ``numbers``: as of
+    ``BlockWeightsPass``.
     """
 
     source: Path
+    numbers: bool = True
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         found = [node for node in graph if looks_up_tokens(graph, node)]
         for node in found:
-            blocks, scales = _blocks_of(graph, node.inputs[0], Spill(self.source.parent))  # type: ignore[arg-type]
+            spill = Spill(self.source.parent) if self.numbers else None
+            blocks, scales = _blocks_of(graph, node.inputs[0], spill)  # type: ignore[arg-type]
             _look_up(graph, node, blocks, scales)
         return ir.passes.PassResult(model, bool(found))
 
@@ -38,13 +41,18 @@ class LookUpInBlocksPass(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"{left[0]} looks up a float table")
 
 
-def _blocks_of(graph: ir.Graph, table: ir.Value, spill: Spill) -> tuple[ir.Value, ir.Value]:
-    """A table [rows, width] as uint8 [rows, blocks, block] and float32 [rows, blocks, 1]."""
+def _blocks_of(graph: ir.Graph, table: ir.Value, spill: Spill | None) -> tuple[ir.Value, ir.Value]:
+    """A table [rows, width] as uint8 [rows, blocks, block] and float32 [rows, blocks, 1]; without a ``spill`` zeros."""
     blocks = graph.initializers.get(f"{table.name}.T_Q8")
     if blocks is not None:
         shared = tensor_of(graph.initializers[f"{table.name}.T_scales"])
         shape = (*shape_of(tensor_of(blocks))[:2], 1)
         scales: ir.TensorProtocol = lazy(shared, lambda: shared.numpy().reshape(shape), shape)
+    elif spill is None:
+        rows, width = shape_of(tensor_of(table))
+        count = -(-width // BLOCK)
+        blocks = constant(graph, f"{table.name}_Q8", zeros(ir.DataType.UINT8, rows, count, BLOCK))
+        scales = zeros(ir.DataType.FLOAT, rows, count, 1)
     else:
         codes, found = quantize_rows(tensor_of(table).numpy())
         blocks, scales = constant(graph, f"{table.name}_Q8", spill.keep(codes)), spill.keep(found)

@@ -17,7 +17,6 @@ from mptk.chain.describe import graph_sizes
 from mptk.chain.job import Finished
 from mptk.chain.recovery import recovery
 from mptk.chain.rewritten import WEIGHTS_CHANGED, ChangedWeights, write_changed_weights
-from mptk.compile.trace import traced
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.checkpoint import save_tokenizer
@@ -172,7 +171,7 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
         reloaded = open_archive(folder / ARCHIVE, read_weights(folder))
         stages: dict[str, tuple[Program | StageOutputs, float]] = {"reloaded weights": (reloaded, TOLERANCE)}
         if (place / ONNX_FOLDER).is_dir():
-            stages |= _write_onnx(reloaded.module().eval(), folder / ONNX_FOLDER, report, samples)
+            stages |= _write_onnx(reloaded, folder / ONNX_FOLDER, report, samples)
         proof = prove(in_memory, stages, samples)
         check_proof(proof, "nothing was written. Please report this model")
         changed = [name for name, tensor in stored.items() if not tensor.equal(new[name])]
@@ -193,12 +192,13 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
 
 
 def _write_onnx(
-    module: nn.Module, folder: Path, report: Report, samples: Samples
+    program: Program, folder: Path, report: Report, samples: Samples
 ) -> Mapping[str, tuple[Program | StageOutputs, float]]:
-    """Write a module's graphs. Returns the stages of their proof."""
+    """Write a module's graphs, of the program itself and not of a new trace. Returns the stages of their proof."""
+    module, settings = program.module().eval(), replace(report.settings, quantize=tuple(report.quantized), strict=True)
     loaded, task = source_of(module, trust=False, tokenizer=None, example_inputs=samples.inputs).load(Resident(0))
-    form, settings = task.onnx, replace(report.settings, quantize=tuple(report.quantized), strict=True)
+    form = task.onnx
     assert form is not None
-    program = traced(loaded, task, EXECUTOR)
-    form.export(Dense(loaded, settings, program), None, task.example(loaded.model), folder, Log())
+    dense = Dense(loaded, settings, program, about={"plan_sha256": report.plan_sha256})
+    form.export(dense, None, task.example(loaded.model), folder, Log())
     return form.stages(folder, Use(), EXECUTOR.device, settings).stages

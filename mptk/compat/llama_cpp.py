@@ -60,6 +60,8 @@ def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
     how = {"n_predict": 1, "max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logprobs": asked["count"]}
     how |= {"logit_bias": [[asked["written"], 100.0]], "cache_prompt": False}
     answers = [server.handle_completions({"prompt": prompt, **how}) for prompt in asked["prompts"]]
+    if refused := next((answer for answer in answers if "choices" not in answer), None):
+        raise RuntimeError(str(refused.get("error", refused))[:200])
     tops = [answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers]
     return [{each["id"]: each["logprob"] for each in top} for top in tops]
 

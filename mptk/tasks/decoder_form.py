@@ -78,7 +78,7 @@ CASES = (
 """What the proof runs, on several short rows and on one long row."""
 SIZES_STAGE = "ONNX Runtime sizes"
 """The stage that runs ``size_cases``, and a cache as long as the model has positions."""
-TOKENS_AT_ONCE = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
+SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
 FAR_BYTES = 1 << 26
 """The size of the cache that is as long as the model has positions; longer ones are cut off."""
@@ -214,7 +214,7 @@ def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
     """Rows, and the tokens of each call, at most ``length`` together.
 
     For the proof's short rows: one token at a time, so that every length of the cache is met; each number of rows up to
-    ``MOST_ROWS``; and each of ``TOKENS_AT_ONCE`` in one of them, in an order drawn by ``seed``. For a longer row: a step at
+    ``MOST_ROWS``; each of ``SEVERAL_NEW`` in one of them, in an order drawn by ``seed``. For a longer row: a step at
     each power of two beyond these, and beside it.
     """
     if length > PROOF_SHAPE[1]:
@@ -224,7 +224,7 @@ def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
         return
     yield 1, [1] * length
     calls = {rows: [1] for rows in range(1, MOST_ROWS + 1)}
-    for count in TOKENS_AT_ONCE:
+    for count in SEVERAL_NEW:
         fitting = [rows for rows, found in calls.items() if sum(found) + count <= length]
         if fitting:
             calls[min(fitting, key=lambda rows: rows * (sum(calls[rows]) + count))].append(count)

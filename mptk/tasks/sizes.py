@@ -17,7 +17,7 @@ from mptk.tasks.inputs.image_forms import PIXELS
 OTHER_LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33)
 """Tokens of a text: about powers of two, at which kernels and exporters change."""
 MOST_ROWS = 9
-MOST_TOKENS = 96
+TOKENS_TRIED = 96
 """Tokens of one batch, so that these cost little."""
 TEXTS_TRIED = 4
 """Batches of texts."""
@@ -38,7 +38,7 @@ def texts(samples: Samples, seed: str) -> Iterator[Samples]:
     draw = random.Random(seed)
     known = [length for length in OTHER_LENGTHS if length < min(lengths)]
     for length in draw.sample(known, min(TEXTS_TRIED, len(known))):
-        count = draw.randint(1, min(MOST_ROWS, max(1, MOST_TOKENS // length)))
+        count = draw.randint(1, min(MOST_ROWS, max(1, TOKENS_TRIED // length)))
         cut = {name: x[:, :length] if name in read else x for name, x in samples.inputs.items()}
         yield Samples(cut)[torch.arange(count) % len(samples)]
 

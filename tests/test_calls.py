@@ -277,6 +277,17 @@ def closed_over() -> Callable[..., Any]:
     return body
 
 
+class Ticking:
+    """A callable object that keeps a number."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, net: Any, x: Tensor) -> Tensor:
+        self.calls += 1
+        return net.out(net.down(net.up(x)))
+
+
 class Counting(Net):
     calls = 0
 
@@ -297,6 +308,13 @@ def test_state_outside_of_a_module_is_refused_by_name(body: Any, name: str) -> N
 
 def test_state_of_a_class_and_of_a_hook_is_refused_by_name() -> None:
     plain = lambda net, x: net.out(net.down(net.up(x)))  # noqa: E731
+    with pytest.raises(MptkError, match=r"forward changes body at each call"):
+        prune(Ticking())
+    listed = Net(plain)
+    listed.bodies = [closed_over()]
+    listed.body = lambda net, x: net.bodies[0](net, x)
+    with pytest.raises(MptkError, match=r"forward changes body.calls at each call"):
+        mptk.prune(listed, example_inputs=X, **ASKED)
     with pytest.raises(MptkError, match=r"forward changes Counting.calls at each call"):
         mptk.prune(Counting(plain), example_inputs=X, **ASKED)
     seen = {"calls": 0}

@@ -6,7 +6,8 @@ import contextlib
 import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import FunctionType, ModuleType
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -96,19 +97,31 @@ def outside(module: nn.Module) -> dict[str, str]:
                     functions.append(function)
                 elif not name.startswith("__"):
                     found[f"{kind.__name__}.{name}"] = _said(value, 6, known)
-        held = [*vars(part).values(), *forward_hooks(part)]
-        functions += [value for value in held if isinstance(value, FunctionType)]
+        functions += _functions_in([*vars(part).values(), *forward_hooks(part)], 4)
     while functions:
         function = functions.pop()
         if id(function) in seen or not _is_own(function.__module__):
             continue
         seen.add(id(function))
         for name, value in _named_in(function):
-            if isinstance(value, FunctionType):
-                functions.append(value)
-            elif not isinstance(value, ModuleType):
+            functions += _functions_in(value, 4)
+            if not isinstance(value, FunctionType | ModuleType):
                 found[name] = _said(value, 6, known)
     return found
+
+
+def _functions_in(value: object, depth: int) -> list[FunctionType]:
+    """The functions that a value is or holds, in collections and in ``functools.partial``."""
+    if isinstance(value, FunctionType):
+        return [value]
+    if isinstance(value, MethodType):
+        return _functions_in(value.__func__, depth)
+    if isinstance(value, partial):
+        return _functions_in([value.func, value.args, value.keywords], depth)
+    if depth == 0 or not isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
+        return []
+    parts = value.values() if isinstance(value, Mapping) else value
+    return [function for each in parts for function in _functions_in(each, depth - 1)]
 
 
 def _is_own(name: str | None) -> bool:
@@ -138,7 +151,9 @@ def _said(value: object, depth: int, known: Collection[int]) -> str:
         return ""
     if isinstance(value, Tensor):
         return "meta" if value.is_meta else str((value.dtype, value.tolist()))
-    if isinstance(value, (nn.Module, type)) or callable(value) or depth == 0:
+    if isinstance(value, (nn.Module, type, FunctionType, MethodType)) or depth == 0:
+        return ""
+    if callable(value) and not _is_own(type(value).__module__):  # a library's, which may keep caches
         return ""
     if isinstance(value, Mapping):
         return str({str(key): _said(part, depth - 1, known) for key, part in value.items()})

@@ -40,6 +40,8 @@ class SizeCalls(SizeOperations):
     def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         if not any(isinstance(each, fx.Node) for each in arguments):
             return function(*arguments)
+        if function is math.trunc and _is_whole(arguments[0]):  # which ONNX has only of floats
+            return arguments[0]
         call = self.graph.call_function(function, arguments)
         values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments)
         call.meta = {**self.meta, "val": function(*values)}
@@ -47,14 +49,20 @@ class SizeCalls(SizeOperations):
 
 
 def _floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
+    if _is_whole(x):
+        return x
     return calls.floordiv(*x.args) if _is_quotient(x) else calls.floor_to_int(x)
 
 
 def _ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
+    if _is_whole(x):
+        return x
     return calls.neg(calls.floordiv(calls.neg(x.args[0]), x.args[1])) if _is_quotient(x) else calls.ceil_to_int(x)
 
 
 def _round(calls: SizeCalls, x: SizeValue, digits: None = None) -> SizeValue:
+    if _is_whole(x):
+        return x
     return calls.round_quotient(*x.args) if _is_quotient(x) else calls.round_to_int(x)
 
 
@@ -80,12 +88,35 @@ WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
 """Functions of sizes that torch.export traces and does not write → what writes them in primitive ones."""
 
 
-def write_size_functions(graph: fx.Graph) -> None:
-    """Write the graph's own functions of sizes in those that torch.export can write, in place."""
+def _remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
+    """``a % b`` of floats by other functions; of whole numbers as it is."""
+    if _is_whole(a) and _is_whole(b):
+        return calls.mod(a, b)
+    one, other = (calls.apply(torch.sym_float, each) for each in (a, b))
+    whole = calls.apply(torch.sym_float, calls.floor_to_int(calls.truediv(one, other)))
+    return calls.sub(one, calls.mul(whole, other))
+
+
+class ExporterCalls(SizeCalls):
+    """Functions of sizes as the ONNX exporter can write them: it has floor, and its floats are float32."""
+
+    steep = 2.0**100
+
+    def floor_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
+        return self.apply(math.floor, x)
+
+
+NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _remainder}
+"""Functions of sizes that the ONNX exporter writes wrong."""
+
+
+def write_size_functions(graph: fx.Graph, *, onnx: bool = False) -> None:
+    """Write the graph's own functions of sizes in those that torch.export can write, or the ONNX exporter, in place."""
+    written, kind = (WRITTEN_OUT | NOT_IN_ONNX, ExporterCalls) if onnx else (WRITTEN_OUT, SizeCalls)
     for node in list(graph.nodes):
-        if node.target in WRITTEN_OUT and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
+        if node.target in written and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
             with graph.inserting_before(node):
-                found = WRITTEN_OUT[node.target](SizeCalls(graph, node), *node.args)
+                found = written[node.target](kind(graph, node), *node.args)
             node.replace_all_uses_with(found)
             graph.erase_node(node)
 

@@ -20,15 +20,16 @@ SizeValue = Any
 """A number in Python, or what a format has for one that depends on sizes."""
 
 
-STEEP = 1e300
-"""Makes at least 1 of any number that is not 0 here."""
-
-
 class SizeOperations:
     """Functions of sizes in primitive ones: the names are those of torch's interpreter of such expressions.
 
     A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
+
+    ``steep``: makes at least 1 of any number that is not 0 here. It is a power of two: nothing is rounded if sympy
+    multiplies each part of a sum by it.
     """
+
+    steep = 2.0**900
 
     def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         """A primitive function of numbers and values."""
@@ -49,7 +50,8 @@ class SizeOperations:
     def floor_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         """Without a choice between two values, in which an expression is written several times."""
         whole = self.apply(math.trunc, x)
-        below = self.maximum(-1.0, self.minimum(0.0, self.mul(self.sub(x, whole), STEEP)))  # -1 if x < whole, else 0
+        rest = self.sub(x, self.apply(torch.sym_float, whole))  # ONNX mixes no types
+        below = self.maximum(-1.0, self.minimum(0.0, self.mul(rest, self.steep)))  # -1 if x < whole, else 0
         return self.add(whole, self.apply(math.trunc, below))
 
     def ceil_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
@@ -58,7 +60,8 @@ class SizeOperations:
     def round_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         """To the nearest whole number, and from the middle to the even one, as Python rounds."""
         up = self.floor_to_int(self.add(x, 0.5))
-        beside = self.minimum(1.0, self.mul(self.abs(self.sub(self.sub(up, x), 0.5)), STEEP))  # 0 if x is in the middle
+        apart = self.abs(self.sub(self.sub(self.apply(torch.sym_float, up), x), 0.5))
+        beside = self.minimum(1.0, self.mul(apart, self.steep))  # 0 if x is in the middle
         return self.sub(up, self.mul(self.sub(1, self.apply(math.trunc, beside)), self.mod(up, 2)))
 
     def round_quotient(self, a: SizeValue, b: SizeValue) -> SizeValue:

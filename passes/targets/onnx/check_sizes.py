@@ -121,6 +121,8 @@ class SizeNodes(SizeOperations):
             return self._op("Div", [self._cast(each, FLOAT) for each in given], FLOAT)
         if function is operator.floordiv:
             return self._divide(*given)
+        if function is operator.mod and self._type(*given) is FLOAT:  # ONNX's has the dividend's sign, of floats
+            return self.sub(given[0], self.mul(given[1], self._divide(*given)))
         if function not in ARITHMETIC:
             raise KeyError(function)
         return self._op(ARITHMETIC[function], self._alike(*given), self._type(*given))

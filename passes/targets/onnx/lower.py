@@ -79,7 +79,7 @@ class LowerOps(Pass):
 
     def run(self, program: Program) -> PassResult:
         module = program.copy_graph()
-        write_size_functions(module.graph)
+        write_size_functions(module.graph, onnx=True)
         nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
         if all(_functional(node) for node in nodes):
             for node in nodes:

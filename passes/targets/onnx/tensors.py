@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from mptk.errors import MptkError, first_line
 from mptk.files import write_together
 from passes.targets.onnx.names import data_file
 
@@ -59,11 +60,20 @@ def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> N
 
 
 def save_graph(model: ir.Model, file: Path) -> Path:
-    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
+    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it.
+
+    Raises:
+        MptkError: ONNX does not accept it, as the exporter mixed types in arithmetic on sizes.
+    """
     data = data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
-        onnx.checker.check_model(temporary / file.name, full_check=True)
+        try:
+            onnx.checker.check_model(temporary / file.name, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise MptkError(
+                f"torch.onnx writes a graph that ONNX does not accept ({first_line(error)}); leave out ONNX"
+            ) from error
     return file
 
 

@@ -189,6 +189,43 @@ def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not() -> None:
         held.model.double()(X.double())
 
 
+# ---- names ----
+
+
+class Named(Net):
+    def forward(self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        y = self.out(self.down(self.up(x)))
+        y = y if bias is None else y + bias
+        return y if scale is None else y * scale
+
+
+class ByPosition(Net):
+    def forward(self, x: Tensor, scale: Tensor, /) -> Tensor:
+        return self.out(self.down(self.up(x))) * scale
+
+
+class ByName(Net):
+    def forward(self, *, x: Tensor, scale: Tensor) -> Tensor:
+        return self.out(self.down(self.up(x))) * scale
+
+
+def test_inputs_by_position_and_by_name_are_forwards_own(tmp_path: Path) -> None:
+    """The second argument by position is not the second of the example."""
+    scale = torch.rand(3, 1, 1)
+    given = {"x": X, "scale": scale}
+    named = mptk.prune(Named(len).eval(), tmp_path / "out", example_inputs=given, onnx=False, **ASKED)
+    for module in (named.model, mptk.Pruned.open(tmp_path / "out").model):
+        assert torch.equal(module(X, scale=scale), module(scale=scale, x=X))
+        with pytest.raises(TypeError, match="takes scale by name: in the traced module another argument stands there"):
+            module(X, scale)
+        with pytest.raises(TypeError, match=r"forward\(\) takes x, scale"):
+            module(X, bias=scale)
+    placed = mptk.prune(ByPosition(len).eval(), example_inputs=(X, scale), **ASKED).model
+    assert placed(X, scale).shape == (3, 6, 4)
+    only = mptk.prune(ByName(len).eval(), example_inputs=given, **ASKED).model
+    assert only(**given).shape == (3, 6, 4)
+
+
 # ---- containers ----
 
 

@@ -49,6 +49,7 @@ class Program:
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
         inputs: the arguments of the module's ``forward`` that the user's inputs are, if known.
+        positional: how many of them ``forward`` takes by position in this order; None: all.
         limits: what the trace fixed.
         frozen: names of the parameters that require no gradient in the traced module.
         types: the floating types of the traced module, if the program computes in another.
@@ -67,6 +68,7 @@ class Program:
     types: Types | None = None
     source: nn.Module | None = field(default=None, repr=False, compare=False)
     outputs: Container | None = field(default=None, compare=False)
+    positional: int | None = None
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -292,7 +294,7 @@ class ProgramModule(nn.Module):
         super().__init__()
         self._graph = (plain(stateful(program.graph)),)  # in a tuple: a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
-        self.input_names = program.inputs
+        self.input_names, self.positional = program.inputs, program.positional
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         self._outputs, self._input_types = program.outputs, program.input_types
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
@@ -316,7 +318,10 @@ class ProgramModule(nn.Module):
             MptkError: they have sizes, types or strides for which the trace does not hold, or it does not hold while
                 gradients are on.
         """
-        tensors = self._in_order(inputs, named)
+        return self.run(self._in_order(inputs, named))
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """Run the graph on inputs in the order of the trace. Raises MptkError as ``forward``."""
         self._check_call(tensors)
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_exporting() or shapes not in self._met:
@@ -399,6 +404,9 @@ class ProgramModule(nn.Module):
 
     def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)
+        if self.positional is not None and self.positional < len(inputs) <= len(self.input_names):
+            said = ", ".join(self.input_names[self.positional :])
+            raise TypeError(f"forward() takes {said} by name: in the traced module another argument stands there")
         names = self.input_names[len(inputs) : count]
         if len(inputs) + len(named) != count or set(names) != set(named):
             said = ", ".join(self.input_names) or f"{count} tensors"

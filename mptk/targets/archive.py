@@ -52,6 +52,7 @@ class Beside:
     gradients: Literal["", "off", "inputs"]
     trains: str
     outputs: object
+    positional: int | None
 
 
 def saved_names(program: Program) -> list[str]:
@@ -100,6 +101,7 @@ def _beside(program: Program) -> Beside:
         limits.gradients,
         limits.trains,
         None if program.outputs is None else program.outputs.to_json(),
+        program.positional,
     )
 
 
@@ -179,6 +181,7 @@ def open_archive(file: Path, weights: Weights) -> Program:
         _limits(beside, conditions, said),
         frozenset(beside.frozen),
         outputs=_outputs(beside, said),
+        positional=beside.positional,
     )
 
 

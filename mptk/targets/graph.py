@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
@@ -67,12 +67,12 @@ class GraphTarget(Target):
 
 
 def own_difference(
-    compiled: Compiled, reference: Program, make: Callable[[], nn.Module], batches: Sequence[Samples]
+    compiled: Compiled, reference: Program, make: Callable[[], ProgramModule], batches: Sequence[Samples]
 ) -> Difference:
     """The difference of a module in its own types from ``reference``. ``make``: makes the module."""
 
     def outputs(samples: Samples) -> Tensor:
-        found: Tensor = make()(*samples.tensors)  # a call may change the module's buffers
+        found: Tensor = make().run(samples.tensors)  # a call may change the module's buffers
         return found
 
     executor = compiled.prepared.executor

@@ -203,7 +203,10 @@ class Pair:
 
     def kept(self) -> Callable[..., object]:
         """The program as it keeps its state: itself if it has none."""
-        return ProgramModule(self.program) if self.program.keeps_state else self.program
+        if not self.program.keeps_state:
+            return self.program
+        module = ProgramModule(self.program)
+        return lambda *inputs: module.run(inputs)
 
 
 def apart_of(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:

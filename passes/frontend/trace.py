@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, TypeGuard
 
 import sympy
@@ -176,15 +177,19 @@ def trace(
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
     arguments = names or argument_names(module)[: len(given)]
-    return replace(found, inputs=arguments if len(arguments) == len(given) else ())
+    if len(arguments) != len(given):
+        return replace(found, inputs=())
+    pairs = zip(arguments, argument_names(module), strict=False)
+    positional = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return replace(found, inputs=arguments, positional=positional)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """The arguments that ``forward`` takes by position and by name."""
+    """The arguments that ``forward`` takes by position."""
     if isinstance(module, ProgramModule):
-        return module.input_names
-    arguments = _signature(module).parameters.items()
-    return tuple(name for name, p in arguments if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return module.input_names[: module.positional]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(name for name, p in _signature(module).parameters.items() if p.kind in kinds)
 
 
 def export_program(

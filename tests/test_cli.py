@@ -157,7 +157,7 @@ def test_prune_reports_what_it_printed(pruned):
     assert abs(report["sparsity"] - 0.3) <= 0.01
     assert (report["settings"]["method"], report["settings"]["samples"]) == ("wanda", 4)
     assert set(report["files"]) == {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"mptk.json"}
-    assert [stage["ok"] for stage in report["proof"]] == [True] * 8
+    assert [stage["ok"] for stage in report["proof"]] == [True] * 9
     for name, family in report["families"].items():
         if family["width"] < family["of"]:
             assert re.search(rf"{name} .* {family['of']} → {family['width']} ", result.stdout)
@@ -200,7 +200,7 @@ def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mp
     out, _ = pruned
     result = mptk("verify", out)
     assert result.code == 0
-    assert len(re.findall(r" ok\b", result.stdout)) == 8
+    assert len(re.findall(r" ok\b", result.stdout)) == 9
     broken = tmp_path / "broken"
     shutil.copytree(out, broken)
     state = load_file(broken / "model.safetensors")

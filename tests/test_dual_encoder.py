@@ -273,6 +273,6 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
 
 def test_a_graph_of_texts_and_images_is_quantised(world: Path, tmp_path: Path) -> None:
     report = mptk.prune(str(world / "clip"), tmp_path / "out", **ASKED, data="random", quantize=("int8",)).report
-    assert [row["stage"] for row in report.proof][-2:] == ["int8 weights", "int8 features"]
+    assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 features", "int8 in use"]
     whole, rounded = (tmp_path / "out" / "onnx" / f"{name}.onnx_data" for name in ("model", "model_quantized"))
     assert rounded.stat().st_size < whole.stat().st_size / 2

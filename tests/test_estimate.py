@@ -20,7 +20,7 @@ from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
-from mptk.api import recovery
+from mptk.chain import recovery
 from mptk.chain.amounts import settled
 from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.config.learning import Learning, Training

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 import mptk
 from mptk import MptkError
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.decoder_form import MOST_ROWS, NEW_TOKENS, size_cases
+from mptk.tasks.decoder_form import SEVERAL_NEW, size_cases
+from mptk.tasks.sizes import MOST_ROWS
 from passes.targets.onnx.structure import compare_structures, compare_with_weights, differing_row
 from tests.broken import Published, check
 from tests.broken.graphs import CONDITIONS, FLOAT, ROWS, at
@@ -72,7 +73,7 @@ def test_the_folder_that_they_damage_is_whole(lab: Lab) -> None:
 def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met() -> None:
     cases = list(size_cases("a plan", 48))
     assert {rows for rows, _ in cases} == set(range(1, MOST_ROWS + 1))
-    assert {count for _, calls in cases for count in calls} == {1, *NEW_TOKENS}
+    assert {count for _, calls in cases for count in calls} == {1, *SEVERAL_NEW}
     assert all(sum(calls) <= 48 for _, calls in cases)
     assert cases[0] == (1, [1] * 48)
     assert list(size_cases("another plan", 48)) != cases

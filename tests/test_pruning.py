@@ -106,10 +106,10 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     report = mptk.prune(llama, tmp_path / "out", settings).report
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
     assert [d["stage"] for d in report.proof][-4:] == [
+        "ONNX Runtime decode",
         "ONNX Runtime sizes",
         "int8 weights",
         "int8 logits",
-        "int8 in use",
     ]
     assert all(d["ok"] for d in report.proof)
     assert "quality" not in report.quantized["int8"]

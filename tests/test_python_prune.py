@@ -267,7 +267,7 @@ def test_a_new_head_of_zeros_hides_no_wrong_cut(inside: Inside) -> None:
     module = HeadOnly(net)
     found = mptk.prune(module, example_inputs=EXAMPLE, progress=None)
     assert not found.model(*EXAMPLE).any()
-    assert found.report.proof[-1]["stage"] == "random in place of zeros"
+    assert "random in place of zeros" in {row["stage"] for row in found.report.proof}
 
     def wrong(result: PassResult) -> PassResult:
         name = next(n for n in result.program.parameters if n.endswith("down.weight"))

@@ -153,14 +153,14 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
 
     inside.around("mptk.chain.prune.prove_folder", checked)
     report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
-    own, main, smoothing, int8, whole = proven
-    assert own == int8 == whole == (GPU, {"device_id": 1, "use_tf32": 0})
+    own, main, smoothing, int8, whole, used = proven
+    assert own == int8 == whole == used == (GPU, {"device_id": 1, "use_tf32": 0})
     assert smoothing == (HOST, {}), "everywhere the same scales"
     assert main == (HOST, {}), "only its type is looked at"
     ran = {str(d["stage"]): d.get("ran") for d in report.proof}
     assert {ran.pop(stage) for stage in list(ran) if stage.startswith("ONNX Runtime")} == {HOST}
     assert set(ran.values()) == {None}
-    assert [d.ran for d in mptk.verify(tmp_path / "out")].count(HOST) == 4
+    assert [d.ran for d in mptk.verify(tmp_path / "out")].count(HOST) == 5
 
 
 def test_open_session_takes_threads_and_entries(folder: Path) -> None:

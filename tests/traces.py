@@ -41,6 +41,7 @@ LEFT_OUT = (
     *("_forward_hooks", "_forward_pre_hooks"),  # told by ``_plain``
     *("_backward", "_state_dict", "_load_state_dict"),  # hooks: there are none
     *("generation_config", "name_or_path", "_weight_conversions"),  # of no effect on a forward pass
+    "returned",  # what the last call returned: a trace tells it anew
 )
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""

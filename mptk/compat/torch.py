@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "custom_function",
     "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
+    "field_names",
     "forward_hooks",
     "gradient_hooks",
     "located",
@@ -127,6 +129,12 @@ def forward_hooks(module: nn.Module) -> list[object]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
+    """The names of a named tuple's fields, which have an underscore though they are public; None of another tuple."""
+    found: tuple[str, ...] | None = getattr(value, "_fields", None)
+    return found
+
+
 def samples_last(value: Tensor) -> Tensor:
     """A value within ``torch.vmap`` with the hidden dimensions after its own; any other value as it is.
 
@@ -200,10 +208,12 @@ def _in_kernel(stack: str) -> bool:
     return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
-def size_expression(size: torch.SymInt) -> object:
-    """A symbolic size as a sympy expression. Comparing the sizes themselves would add a guard to the graph."""
-    expression: object = size.node.expr
-    return expression
+def size_expression(size: torch.SymInt | torch.SymBool) -> Any:
+    """A symbolic size, or a condition on sizes, as a sympy expression.
+
+    Comparing the sizes themselves would add a guard to the graph.
+    """
+    return size.node.expr
 
 
 def build_exported(

@@ -70,11 +70,6 @@ def _traced_as_it_computes(loaded: Loaded, example: Samples, dynamic: bool | tup
     except GradientMode:
         with torch.no_grad():
             return _traced_and_compared(loaded, example, dynamic)
-    except MptkError as error:
-        if "requires grad" not in str(error):  # a write in place, which only runs without gradients
-            raise
-        with torch.no_grad():
-            return _traced_and_compared(loaded, example, dynamic)
 
 
 def _traced_and_compared(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mptk.compat.torch import field_names
 from mptk.errors import MptkError
 
 TENSOR, CONSTANT = "tensor", "constant"
@@ -117,9 +118,9 @@ def _template(output: object, tensors: list[Tensor]) -> Container:
     kind = type(output)
     if isinstance(output, CONSTANTS):
         return Container(CONSTANT, value=output)
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
+    if isinstance(output, tuple) and (fields := field_names(output)) is not None:
         parts = tuple(_template(part, tensors) for part in output)
-        return Container("namedtuple", parts, tuple(output._fields), kind.__name__, made=kind)
+        return Container("namedtuple", parts, fields, kind.__name__, made=kind)
     if isinstance(output, tuple | list):
         name = "tuple" if isinstance(output, tuple) else "list"
         return Container(name, tuple(_template(part, tensors) for part in output))

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from mptk.compat.symbols import Symbols, expression, interpret
+from mptk.compat.torch import size_expression
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, solve_size
 from mptk.ir.size_functions import SizeOperations, SizeValue
@@ -188,10 +189,21 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
         holds, message = node.args
         if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
             value = _computed(holds, known)
-            found.append(value.node.expr.xreplace(own) if isinstance(value, torch.SymBool) else sympy.sympify(value))
+            condition = size_expression(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
+            found.append(condition.xreplace(own))
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+            _erase_unused(graph, holds)
     return found
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a call that nothing reads, and what it only reads."""
+    if node.op != "call_function" or node.users:
+        return
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for each in read:
+        _erase_unused(graph, each)
 
 
 def _computed(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:

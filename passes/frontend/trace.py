@@ -173,7 +173,14 @@ def trace(
         sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
     else:
         sizes = dynamic
-    found = replace(export_program(wrap(copied(module), names), given, dynamic=sizes), source=wrap(module, names))
+    try:
+        exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+    except MptkError:
+        if not torch.is_grad_enabled():
+            raise
+        with torch.no_grad():  # some writes in place run only without gradients
+            exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+    found = replace(exported, source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
     arguments = names or argument_names(module)[: len(given)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
@@ -212,7 +212,9 @@ class GgufFolder:
             ProofError: a field or a tensor differs.
         """
         found = GgufFile(out)
-        kinds = [self.weights.kinds_as(kind) for kind in (found.type, "auto")]
+        # Of narrow matrices most may be float16, so the commonest type is only the likeliest one that was asked for.
+        asked: list[GgufType] = [found.type, *get_args(GgufType)]
+        kinds = [self.weights.kinds_as(kind) for kind in asked]
         worst = check_tensors(found, self.weights.tensors, kinds)
         known = {} if self.pattern is None else self.pattern.values
         check_fields(found, self.config, self.tokenizer, known, self.base, self.head_dim, self.name)

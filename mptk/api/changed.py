@@ -145,8 +145,8 @@ def write_again(
 ) -> Finished | Report:
     """Write the pruned folder ``place`` to ``out`` with other weights, and prove it.
 
-    The graph of a module whose dense module is not in memory is compared with itself, in a process of its own weights:
-    its structure is the one that was proven.
+    If the dense module of a graph is not in memory, the graph as it is read back is compared with the graph in memory:
+    its structure is the one that was proven. A report that was only read lets no code of a model run.
 
     Raises:
         MptkError: the dense model is needed and not found; or as ``mptk.prune``.
@@ -154,7 +154,8 @@ def write_again(
     plain = report.live and (place / ARCHIVE).is_file() and not (place / "config.json").is_file()
     if plain and origin.opened is None and origin.model is None:
         return _write_graph(place, out, report, weights)
-    used = replace(report.settings, resume=False, overwrite=False, minutes=None)
+    trusted = report.settings.trust_remote_code and origin.opened is not None
+    used = replace(report.settings, resume=False, overwrite=False, minutes=None, trust_remote_code=trusted)
     job, settings = recovery(place, out, used, origin.model, origin.opened)
     return write_changed_weights(ChangedWeights(place, report, weights, origin.sets), job, settings, context)
 

@@ -146,18 +146,29 @@ STATELESS = frozenset(
 _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 
 
-def _said(value: object, depth: int, known: Collection[int]) -> str:
-    if id(value) in known:
+def _said(value: object, depth: int, known: Collection[int], seen: set[int] | None = None) -> str:
+    """A value as text to compare. ``seen``: what was said already; of what many things hold it is said once."""
+    seen = set() if seen is None else seen
+    if id(value) in known or len(seen) > MOST_SAID:
         return ""
     if isinstance(value, Tensor):
         return "meta" if value.is_meta else str((value.dtype, value.tolist()))
-    if isinstance(value, (nn.Module, type, FunctionType, MethodType)) or depth == 0:
+    if isinstance(value, (nn.Module, type, FunctionType, MethodType, ModuleType)) or depth == 0:
         return ""
     if callable(value) and not _is_own(type(value).__module__):  # a library's, which may keep caches
         return ""
-    if isinstance(value, Mapping):
-        return str({str(key): _said(part, depth - 1, known) for key, part in value.items()})
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return str([_said(part, depth - 1, known) for part in value])
     held = getattr(value, "__dict__", None)
-    return repr(value) if held is None else str({name: _said(part, depth - 1, known) for name, part in held.items()})
+    if held is None and not isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
+        return repr(value)
+    if id(value) in seen:
+        return ""
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        return str({str(key): _said(part, depth - 1, known, seen) for key, part in value.items()})
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return str([_said(part, depth - 1, known, seen) for part in value])
+    return str({name: _said(part, depth - 1, known, seen) for name, part in (held or {}).items()})
+
+
+MOST_SAID = 5_000
+"""Objects and collections that are looked into for one value: code may name objects that hold a whole program."""

@@ -115,7 +115,7 @@ def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
     }
 
 
-def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files that a tokenizer writes, to see whether it was changed."""
     with scratch() as place:
         save_tokenizer(tokenizer, place.folder)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from mptk.api.changed import FirstRun, Snapshot, check_same, saved_files, write_again
+from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, write_again
 from mptk.api.display import shown
 from mptk.api.samples import Data, check_texts, given, names_of
 from mptk.api.sources import GivenInputs, Model, source_for
@@ -103,11 +103,11 @@ class Pruned:
         Raises:
             MptkError: a file of the folder is damaged.
         """
-        found = self._opened()
+        found = self._open_folder()
         self._snapshot = Snapshot.of(found)
         return found
 
-    def _opened(self) -> nn.Module:
+    def _open_folder(self) -> nn.Module:
         """The model as the folder holds it."""
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
@@ -125,7 +125,7 @@ class Pruned:
             found = self.compiled.prepared.loaded.tokenizer
         else:
             found = models.load_tokenizer(str(self.proven)) if models.has_tokenizer(self.proven) else None
-        self._tokenizer_files = None if found is None else saved_files(found)
+        self._tokenizer_files = None if found is None else read_saved_files(found)
         return found
 
     @property
@@ -134,7 +134,7 @@ class Pruned:
         if "model" not in self.__dict__:
             return False
         if self._snapshot is None:  # the caller put a model of their own here
-            self._snapshot = Snapshot.of(self._opened())
+            self._snapshot = Snapshot.of(self._open_folder())
         return self._snapshot.differs(self.model)
 
     @public
@@ -162,7 +162,7 @@ class Pruned:
         check_same("plan", self.plan.digest, plan_of(self.proven).digest)
         check_same("report", json_text(self.report.to_json()), self._reported)
         if (words := self.__dict__.get("tokenizer")) is not None:
-            check_same("tokenizer", saved_files(words), self._tokenizer_files)
+            check_same("tokenizer", read_saved_files(words), self._tokenizer_files)
         if self._snapshot is not None:
             self._snapshot.check_configs(self.model)
 

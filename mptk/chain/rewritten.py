@@ -55,7 +55,7 @@ class ChangedWeights:
         assert prepared.plan is not None
         assert prepared.cut is not None
         analysis, cut = prepared.analysis, prepared.cut
-        stored = self._stored(prepared)
+        stored = self._read_stored(prepared)
         named = {*self.report.trained}
         if (biases := self.folder / COMPENSATION).is_file():  # the method changed these, too
             named |= load_tensors(biases, damaged(biases)).keys()
@@ -73,12 +73,12 @@ class ChangedWeights:
         """Put the first run's recipe into ``folder``: it says how the cut was made, and no run repeats the rest."""
         shutil.copy(self.folder / RECIPE_FILE, folder)
 
-    def _stored(self, prepared: Prepared) -> Weights:
+    def _read_stored(self, prepared: Prepared) -> Weights:
         return stored_weights(self.folder, prepared.settings.trust_remote_code)
 
     def check_adopted(self, compiled: Compiled) -> None:
         """Raise MptkError if the cut model would not have these weights, for example a norm's that the cut scales."""
-        expected, stored = compiled.program.state_dict(), self._stored(compiled.prepared)
+        expected, stored = compiled.program.state_dict(), self._read_stored(compiled.prepared)
         for name, weight in self.weights.items():
             there = expected if name in expected else stored  # a class may have weights that it does not use
             if name not in there or not there[name].to(weight.dtype).equal(weight):
@@ -95,7 +95,7 @@ def write_changed_weights(changed: ChangedWeights, job: Job, settings: Settings,
         MptkError: as ``mptk.prune``; or a changed weight is one that the cut makes anew.
     """
     found: Finished = started(
-        partial(_written_again, changed),
+        partial(_write_and_prove, changed),
         replace(job, given=changed.adopt, samples=lambda _: Given(), needs=None),  # data is not read again
         settings,
         context,
@@ -104,7 +104,7 @@ def write_changed_weights(changed: ChangedWeights, job: Job, settings: Settings,
     return found
 
 
-def _written_again(changed: ChangedWeights, job: Job, prepared: Prepared, context: Context) -> Finished:
+def _write_and_prove(changed: ChangedWeights, job: Job, prepared: Prepared, context: Context) -> Finished:
     before, sets = changed.report, changed.sets
     if sets is None:
         samples, _ = proof_samples(changed.folder, prepared.task.examples(prepared.loaded.model))

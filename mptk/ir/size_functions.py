@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ SizeValue = Any
 """A number in Python, or what a format has for one that depends on sizes."""
 
 
-class SizeOperations:
+class SizeOperations(ABC):
     """Functions of sizes in primitive ones: the names are those of torch's interpreter of such expressions.
 
     A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
@@ -31,9 +32,9 @@ class SizeOperations:
 
     steep = 2.0**900
 
+    @abstractmethod
     def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         """A primitive function of numbers and values."""
-        raise NotImplementedError
 
     def constant(self, number: Any, dtype: torch.dtype) -> SizeValue:
         return {torch.int64: int, torch.bool: bool}.get(dtype, float)(number)

@@ -81,7 +81,7 @@ def compared(
 
 def limits_at_calls(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """The fields of ``Limits`` on strides, gradients and training."""
-    strided = [transposed(x) for x in inputs]
+    strided = [transpose_memory(x) for x in inputs]
     found: dict[str, Any] = {"contiguous": pair.apart(strided) not in ("", BOTH_FAIL)}
     if pair.apart(inputs, on=True):
         return {**found, "gradients": "off"}
@@ -91,7 +91,7 @@ def limits_at_calls(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return {**found, "trains": compare_gradients(pair, inputs)}
 
 
-def transposed(tensor: Tensor) -> Tensor:
+def transpose_memory(tensor: Tensor) -> Tensor:
     """The same numbers with the last two dimensions in the other order in memory."""
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.ndim > 1 else tensor
 

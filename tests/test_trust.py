@@ -122,7 +122,7 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
 
 
 def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
-    assert Report.read(own_pruned).settings.trust_remote_code
+    assert "trust_remote_code" not in raw_report(own_pruned)["settings"]
     (own.parent / "ran").unlink(missing_ok=True)
     for run in (
         lambda: mptk.verify(own_pruned),

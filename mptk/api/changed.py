@@ -43,6 +43,7 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import WEIGHTS, read_weights
 from mptk.tasks.module import Module
+from mptk.trust import NO_CODE, Trust
 from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import TOLERANCE, StageOutputs, prove
 
@@ -133,11 +134,15 @@ def check_same(what: str, now: object, before: object) -> None:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """What is known of the run that made a folder: the dense model, its task, and the samples; None if it is not."""
+    """What is known of the run that made a folder: the dense model, its task, and the samples; None if it is not.
+
+    ``trust``: the caller's word on code, in the call that made the result or opened the folder.
+    """
 
     opened: tuple[Loaded, Task] | None = None
     model: str | nn.Module | None = None
     sets: SampleSets | None = None
+    trust: Trust = NO_CODE
 
 
 def write_again(
@@ -154,8 +159,9 @@ def write_again(
     plain = report.live and (place / ARCHIVE).is_file() and not (place / "config.json").is_file()
     if plain and origin.opened is None and origin.model is None:
         return _write_graph(place, out, report, weights)
-    trusted = report.settings.trust_remote_code and origin.opened is not None
-    used = replace(report.settings, resume=False, overwrite=False, minutes=None, trust_remote_code=trusted)
+    used = replace(
+        report.settings, resume=False, overwrite=False, minutes=None, trust_remote_code=origin.trust.allows_code
+    )
     job, settings = recovery(place, out, used, origin.model, origin.opened)
     return write_changed_weights(ChangedWeights(place, report, weights, origin.sets), job, settings, context)
 
@@ -197,7 +203,7 @@ def _write_onnx(
 ) -> Mapping[str, tuple[Program | StageOutputs, float]]:
     """Write a module's graphs, of the program itself and not of a new trace. Returns the stages of their proof."""
     module, settings = program.module().eval(), replace(report.settings, quantize=tuple(report.quantized), strict=True)
-    loaded, task = source_of(module, trust=False, tokenizer=None, example_inputs=samples.inputs).load(Resident(0))
+    loaded, task = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=samples.inputs).load(Resident(0))
     form = task.onnx
     assert form is not None
     dense = Dense(loaded, settings, program, about={"plan_sha256": report.plan_sha256})

@@ -50,6 +50,7 @@ from mptk.targets.onnx import describe, quantized_extras
 from mptk.tasks import CAUSAL_LM, form_of, open_task
 from mptk.tasks.exporting import cut
 from mptk.tasks.of_folder import inputs_of_folder
+from mptk.trust import NO_CODE
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
@@ -125,7 +126,7 @@ def _export_module(
     metadata: Mapping[str, str],
 ) -> Path:
     """Write a plain module as ONNX, and compare ONNX Runtime with it."""
-    source = source_of(module, trust=False, tokenizer=None, example_inputs=example_inputs)
+    source = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=example_inputs)
     loaded, task = source.load(Resident(0))
     form = task.onnx
     assert form is not None
@@ -224,7 +225,7 @@ def export_folder(
 def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
     """The model as it is written as ONNX, and its form. Raises MptkError as ``export_folder``."""
     resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
+    loaded, task = open_task(model, resident, trust=settings.trust)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)

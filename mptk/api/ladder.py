@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from mptk.api.changed import FirstRun
 from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
 from mptk.api.samples import Data
 from mptk.api.sources import GivenInputs, Model
@@ -25,6 +26,7 @@ from mptk.protocols.report import Report
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart, publish
 from mptk.publish.manifest import check_manifest
+from mptk.trust import Trust, trust_by_caller
 
 
 @public
@@ -70,20 +72,25 @@ def ladder(
     with reporting(progress) as say:
         if chosen.shared:
             found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
-            return [_pruned(place, found), *(rung(place, size) for size in sparsities[1:])]
+            return [
+                _pruned(place, found, chosen.trust),
+                *(rung(place, size, trust_remote_code=chosen.trust_remote_code) for size in sparsities[1:]),
+            ]
         steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
 
         def context(step: LadderRun) -> Context:
             say(f"sparsity {step.out.name}", 0, 0)
             return Context(Log(on_record=on_stage), say)
 
-        return [_pruned(step.out, found) for step, found in climb(ready, place, steps, context) if leads()]
+        return [
+            _pruned(step.out, found, chosen.trust) for step, found in climb(ready, place, steps, context) if leads()
+        ]
 
 
-def _pruned(place: Path, found: Finished | None) -> Pruned:
+def _pruned(place: Path, found: Finished | None, trust: Trust) -> Pruned:
     report = Report.read(place)
     compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-    return Pruned(report, place, compiled=compiled)
+    return Pruned(report, place, compiled=compiled, origin=FirstRun(trust=trust))
 
 
 def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
@@ -93,7 +100,14 @@ def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estim
 
 
 @public
-def rung(folder: str | Path, size: float, out: str | Path | None = None, *, overwrite: bool = False) -> Pruned:
+def rung(
+    folder: str | Path,
+    size: float,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Pruned:
     """A smaller size of a ladder whose sizes share weights, as the ordinary folder that the ladder proved::
 
         small = mptk.rung("runs/m", 0.4, "runs/small").model
@@ -106,6 +120,7 @@ def rung(folder: str | Path, size: float, out: str | Path | None = None, *, over
         size: its sparsity, as the ladder was given it.
         out: the folder to write; None: a temporary one, which lives as long as the result.
         overwrite: as in ``Settings``.
+        trust_remote_code: as in ``Pruned.open``.
 
     Raises:
         MptkError: the folder was changed, or has no such size; or ``out`` cannot be written.
@@ -119,7 +134,8 @@ def rung(folder: str | Path, size: float, out: str | Path | None = None, *, over
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
         restore_rung(place, name, new)
-    return Pruned(Report.read(made), made, kept=kept)
+    origin = FirstRun(trust=trust_by_caller(trust_remote_code))
+    return Pruned(Report.read(made), made, kept=kept, origin=origin)
 
 
 def checked_sizes(folder: Path) -> list[str]:

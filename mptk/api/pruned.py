@@ -40,6 +40,7 @@ from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import MARKER, check_manifest
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
+from mptk.trust import trust_by_caller
 
 Shown = Progress | Literal["auto"] | None
 """Where to show progress: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
@@ -81,15 +82,18 @@ class Pruned:
 
     @staticmethod
     @public
-    def open(folder: str | Path, *, model: str | Path | nn.Module | None = None) -> Pruned:
+    def open(
+        folder: str | Path, *, model: str | Path | nn.Module | None = None, trust_remote_code: bool = False
+    ) -> Pruned:
         """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published.
 
         ``model``: the dense model, if it has moved or was pruned in memory. Only changed weights need it, to be proven.
+        ``trust_remote_code``: whether the model's own Python code may run; the folder's report does not decide this.
         """
         report = Report.read(folder)
         check_manifest(Path(folder))
         dense = str(model) if isinstance(model, Path) else model
-        return Pruned(report, Path(folder), origin=FirstRun(model=dense))
+        return Pruned(report, Path(folder), origin=FirstRun(model=dense, trust=trust_by_caller(trust_remote_code)))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -111,9 +115,9 @@ class Pruned:
         """The model as the folder holds it."""
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
-        trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self.proven)
+        trust, dtype = self._origin.trust, stored_dtype(self.proven)
         with reporting(None):
-            found = models.load(str(self.proven), dtype=dtype, trust_remote_code=trust, local=True).model
+            found = models.load_whole(str(self.proven), dtype=dtype, trust=trust, local=True).model
         if self._kept is not None:  # a temporary folder's name would be in what is written of the model
             forget_folder(found, self.proven)
         return found
@@ -124,7 +128,8 @@ class Pruned:
         if self.compiled is not None:
             found = self.compiled.prepared.loaded.tokenizer
         else:
-            found = models.load_tokenizer(str(self.proven)) if models.has_tokenizer(self.proven) else None
+            known = models.has_tokenizer(self.proven)
+            found = models.load_tokenizer(str(self.proven), trust=self._origin.trust) if known else None
         self._tokenizer_files = None if found is None else read_saved_files(found)
         return found
 
@@ -282,7 +287,7 @@ def finished(
     if found is None:
         return None
     prepared = found.compiled.prepared
-    origin = FirstRun((prepared.given, prepared.task), sets=found.sets)
+    origin = FirstRun((prepared.given, prepared.task), sets=found.sets, trust=prepared.given.trust)
     return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
 
 

@@ -23,6 +23,7 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
 from mptk.tasks import open_task, task_of
 from mptk.tasks.module import Module, example_samples, read_inputs
+from mptk.trust import Trust
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
@@ -47,7 +48,7 @@ class Source:
 
 
 def source_of(
-    model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: GivenInputs | None
+    model: Model, *, trust: Trust, tokenizer: PreTrainedTokenizerBase | None, example_inputs: GivenInputs | None
 ) -> Source:
     """Open the model that a run starts from.
 
@@ -60,8 +61,8 @@ def source_of(
 
         def opened(resident: Resident) -> tuple[Loaded, Task]:
             if example_inputs is None and tokenizer is None:
-                return open_task(name, resident, trust_remote_code=trust)
-            loaded = models.open_weights(name, resident, trust_remote_code=trust)
+                return open_task(name, resident, trust=trust)
+            loaded = models.open_weights(name, resident, trust=trust)
             loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
             return loaded, _task(loaded, example_inputs)
 
@@ -73,7 +74,7 @@ def source_of(
             f"{type(model).__name__} is not a transformers model, so mptk cannot know its inputs; give "
             "example_inputs, the tensors that forward() takes"
         )
-    loaded = open_live(model, tokenizer, trusted=trust)
+    loaded = open_live(model, tokenizer, trust=trust)
     task = _task(loaded, example_inputs)
     needs = None if plain else partial(estimated_for, loaded.model, loaded.dtype)
     return Source(name_of(model), lambda _: (loaded, task), needs, plain)
@@ -96,7 +97,7 @@ def source_for(
             )
         example_inputs = read_inputs(settings.inputs)
         settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
-    trust = settings.trust_remote_code
+    trust = settings.trust
     source = source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs)
     return source, replace(settings, target="graph") if source.plain and settings.target == "stock" else settings
 

@@ -45,6 +45,7 @@ from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 from mptk.tasks.module import Module
 from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
+from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
 
 
@@ -84,7 +85,8 @@ def evaluate(
     resident, executor = execution(settings)
     with explained(), reporting(progress) as say:
         say("load", 0, 0)
-        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs)
+        trust = trust_by_caller(trust_remote_code)
+        runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
         if in_memory(data):
@@ -101,12 +103,12 @@ def evaluate(
         return dict(task.quality(runs, sets, say))
 
 
-def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
+def reads_text(model: str, *, trust: Trust) -> bool:
     """Whether the model is measured as a text decoder. Raises MptkError if no task takes it."""
     folder = Path(model)
     if (folder / REPORT_FILE).is_file() and Report.read(folder).task == Module.name:
         return False
-    return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
+    return kind_of(model, trust=trust) is CAUSAL_LM
 
 
 @dataclass(eq=False)
@@ -118,7 +120,7 @@ class _Programs:
 
     resident: Resident
     executor: Executor
-    trust: bool
+    trust: Trust
     tokenizer: PreTrainedTokenizerBase | None
     example_inputs: GivenInputs | None
     names: list[str] = field(default_factory=list)
@@ -265,7 +267,9 @@ def generate(
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
 
 
-def continuations(folder: Path, prompts: Sequence[str], tokens: int, dense: str | None = None) -> dict[str, list[str]]:
+def continuations(
+    folder: Path, prompts: Sequence[str], tokens: int, dense: str | None, trust: Trust
+) -> dict[str, list[str]]:
     """What the dense and the pruned model of a folder write after each prompt, greedily.
 
     Returns:
@@ -274,9 +278,9 @@ def continuations(folder: Path, prompts: Sequence[str], tokens: int, dense: str 
     Raises:
         MptkError: as ``generate``; or the dense model is not found, or is another one.
     """
-    pruned = Pruned.open(folder)
+    pruned = Pruned.open(folder, trust_remote_code=trust.allows_code)
     report = pruned.report
-    loaded = open_dense(report.model, report.model_sha256, dense, False, Resident(0), live=report.live)
+    loaded = open_dense(report.model, report.model_sha256, dense, trust, Resident(0), live=report.live)
     whole, words = loaded.whole(), loaded.tokenizer
     return {
         "dense": generate(whole, prompts, tokenizer=words, max_new_tokens=tokens),
@@ -329,11 +333,11 @@ def of_model(
     limit: int | None,
 ) -> tuple[Perplexity | None, dict[str, dict[str, float]] | None]:
     """The perplexity of a decoder in torch on ``data``, and its results in ``tasks``; None if not asked for."""
-    trust, measured, scores = settings.trust_remote_code, None, None
+    trust, measured, scores = settings.trust, None, None
     evaluation.check_trusted(include_path, trust)
     progress("load", 0, 0)
     there = find_device(settings.device)
-    loaded = load_decoder(model, trust_remote_code=trust)
+    loaded = load_decoder(model, trust=trust)
     module = loaded.model.to(there)  # type: ignore[arg-type]
     if data is not None:
         text.check_length(loaded.model, length)
@@ -342,7 +346,7 @@ def of_model(
         measured = _measured(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
     if tasks:
         progress("lm-eval", 0, 0)
-        scores = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit, trust_remote_code=trust)
+        scores = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit, trust=trust)
     return measured, scores
 
 

@@ -51,7 +51,7 @@ def describe(
         model=absolute(prepared.source),
         model_sha256=prepared.origin.model,
         live=prepared.loaded.live,
-        settings=prepared.settings,
+        settings=replace(prepared.settings, trust_remote_code=False),  # a word of this call, not of the result
         families=widths(prepared.analysis, chosen.plan),
         sparsity=1 - figures["pruned"]["block"] / prepared.cost.dense.block,
         cost=figures,

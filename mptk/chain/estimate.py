@@ -32,6 +32,7 @@ from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
 from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import device_memory, find_device
+from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, config_borders
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
@@ -48,10 +49,10 @@ def estimator(model: str) -> Callable[..., Estimate]:
     """
 
     @cache
-    def opened(trust: bool) -> tuple[PreTrainedModel, torch.dtype]:
-        return models.skeleton(model, trust_remote_code=trust), _stored(model, trust)
+    def opened(trust: Trust) -> tuple[PreTrainedModel, torch.dtype]:
+        return models.skeleton(model, trust=trust), _stored(model, trust)
 
-    return lambda settings, **more: estimated_for(*opened(settings.trust_remote_code), settings, **more)
+    return lambda settings, **more: estimated_for(*opened(settings.trust), settings, **more)
 
 
 def estimated(model: str, settings: Settings) -> Estimate:
@@ -92,12 +93,12 @@ def _number(value: object) -> int:
     return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
 
 
-def _stored(model: str, trust: bool) -> torch.dtype:
+def _stored(model: str, trust: Trust) -> torch.dtype:
     """The type of a checkpoint's weights: from its files or, without files, from its config."""
     folder = path_of(model)
     if any(folder.glob("*.safetensors")):
         return stored_dtype(folder)
-    dtype = models.load_config(model, trust_remote_code=trust).dtype
+    dtype = models.load_config(model, trust=trust).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -7,7 +7,7 @@ model, its analysis and a cached teacher. Steps and minutes are those of the who
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mptk.chain.job import Finished, Job
 from mptk.chain.prune import FOUND, described, run, started
 from mptk.chain.shared import check_shared, together
 from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
-from mptk.config.setting import with_keywords
+from mptk.config.setting import to_json, with_keywords
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
@@ -153,7 +153,7 @@ def selects(settings: Settings) -> bool:
 def _earlier(place: Path) -> Mapping[str, object]:
     """The settings of a rung that was begun or finished; empty if there is none."""
     kept = kept_settings(place)
-    return kept if kept or not (place / MARKER).is_file() else asdict(Report.read(place).settings)
+    return kept if kept or not (place / MARKER).is_file() else to_json(Report.read(place).settings)
 
 
 def climb(

@@ -59,7 +59,7 @@ def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, .
         raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
-    changes = changes_of(analysis, cut, folder, report, settings.trust_remote_code) if holds() else {}
+    changes = changes_of(analysis, cut, folder, report, settings.trust) if holds() else {}
     return Chosen(plan, cut, changes, tuple(report.trained))
 
 

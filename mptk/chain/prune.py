@@ -7,7 +7,7 @@ Report. A folder is published only if every stage of the proof is within its tol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from mptk.compile.changes import COMPENSATION
 from mptk.compile.cut import changed, compile_plan
 from mptk.compile.trace import fixed_sizes, one_length, trained_otherwise
 from mptk.config.recipe import write_recipe
+from mptk.config.setting import to_json
 from mptk.config.settings import Settings
 from mptk.conversions import fitted, with_conversions
 from mptk.distributed.processes import describe as describe_processes
@@ -202,7 +203,7 @@ def keeps_stages(settings: Settings) -> bool:
 def described(source: str, settings: Settings) -> dict[str, object]:
     """The values that an unfinished run stores and that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
-    return {"model": source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
+    return {"model": source, **{k: v for k, v in to_json(settings).items() if k not in may_differ}}
 
 
 def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:

@@ -52,7 +52,7 @@ def recovery(
     Raises:
         MptkError: the folder holds no pruned model, or was changed.
     """
-    folder, trust = Path(folder), settings.trust_remote_code
+    folder, trust = Path(folder), settings.trust
     report = Report.read(folder)
     check_manifest(folder)
     changes = {**values(settings, "recover"), "learning": settings.learning}

@@ -74,7 +74,7 @@ class ChangedWeights:
         shutil.copy(self.folder / RECIPE_FILE, folder)
 
     def _read_stored(self, prepared: Prepared) -> Weights:
-        return stored_weights(self.folder, prepared.settings.trust_remote_code)
+        return stored_weights(self.folder, prepared.loaded.trust)
 
     def check_adopted(self, compiled: Compiled) -> None:
         """Raise MptkError if the cut model would not have these weights, for example a norm's that the cut scales."""

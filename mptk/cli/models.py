@@ -114,7 +114,7 @@ def analyze(
     check_engines(settings.engines, settings.target)
     with stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        skeleton = models.skeleton(model, trust=settings.trust)
         example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
         analysis = api.analyze(skeleton, example)
         check_aligned(analysis, settings)
@@ -151,6 +151,6 @@ def show_program(
     chosen = None if plan is None else Plan.load(plan)
     with stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        skeleton = models.skeleton(model, trust=settings.trust)
         text = api.show(skeleton, after=after, plan=chosen, source=source)
     echo(text, end="")

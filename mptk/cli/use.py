@@ -189,13 +189,13 @@ def evaluate(
     from mptk.api import use
 
     check_eval(data, tasks, runtime)
-    trust, views = settings.trust_remote_code, list[RenderableType]()
+    views = list[RenderableType]()
     result: dict[str, object] = {"model": model}
     measured, scores = None, None
     with stages(err) as progress:
         if runtime == "onnx":
             measured = use.of_graph(model, str(data), settings, progress, length, windows)
-        elif tasks or use.reads_text(model, trust_remote_code=trust):
+        elif tasks or use.reads_text(model, trust=settings.trust):
             measured, scores = use.of_model(
                 model, data, settings, progress, length, windows, names(tasks), include_path, limit
             )
@@ -206,7 +206,7 @@ def evaluate(
                 windows=windows or Settings.eval_windows,
                 length=length,
                 device=settings.device,
-                trust_remote_code=trust,
+                trust_remote_code=settings.trust_remote_code,
                 progress=progress,
             )
             result |= found

@@ -17,12 +17,14 @@ from mptk.cli.options import (
     JsonOption,
     out_file,
     out_folder,
+    refuse,
 )
 from mptk.config.setting import values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import within
+from mptk.trust import Trust
 
 NEW_TOKENS = 32
 """Tokens that models write after each prompt of a report."""
@@ -111,6 +113,8 @@ def show_report(
         typer.Option(help="Show what the dense and the pruned model write after this text; repeat it for several."),
     ] = None,
     model: DenseOption = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.report import sections as report
@@ -118,10 +122,15 @@ def show_report(
 
     if model is not None and not prompt:
         raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
+    if not prompt:
+        refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
     folders = with_rungs(folders)
     runs = read_runs(folders)
     if prompt:
-        runs = [replace(run, texts=texts(folder, prompt, model)) for folder, run in zip(folders, runs, strict=True)]
+        runs = [
+            replace(run, texts=texts(folder, prompt, model, settings.trust))
+            for folder, run in zip(folders, runs, strict=True)
+        ]
     if html is not None:
         from mptk.report.page.render import report_page
 
@@ -135,9 +144,9 @@ def show_report(
     out.print(f"files in {folders[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
 
 
-def texts(folder: Path, prompts: Sequence[str], model: str | None) -> dict[str, tuple[str, str]]:
+def texts(folder: Path, prompts: Sequence[str], model: str | None, trust: Trust) -> dict[str, tuple[str, str]]:
     """Prompt → what the dense and the pruned model write after it."""
     from mptk.api.use import continuations
 
-    found = continuations(folder, prompts, NEW_TOKENS, model)
+    found = continuations(folder, prompts, NEW_TOKENS, model, trust)
     return dict(zip(prompts, zip(found["dense"], found["pruned"], strict=True), strict=True))

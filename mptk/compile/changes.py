@@ -19,13 +19,14 @@ from mptk.ir.weights import Lazy, Weights
 from mptk.protocols.report import Report
 from mptk.reading import damaged
 from mptk.targets.graph import WEIGHTS, GraphTarget
+from mptk.trust import Trust
 from passes.transforms.masked_reference import keep_along
 
 COMPENSATION = "compensation.safetensors"
 """A folder's file of corrected biases (FLAP)."""
 
 
-def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: bool) -> Mapping[str, Tensor]:
+def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: Trust) -> Mapping[str, Tensor]:
     """The weights in which the folder differs from a cut of the dense model: trained weights, or FLAP's biases.
 
     Raises:
@@ -55,11 +56,11 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
     return widened(analysis, cut, small.selected(names))
 
 
-def stored_weights(folder: Path, trust: bool) -> Weights:
+def stored_weights(folder: Path, trust: Trust) -> Weights:
     """The weights in a pruned folder, by name, of a checkpoint or of a graph."""
     if GraphTarget().wrote(folder):
         return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
-    small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
+    small = models.open_weights(str(folder), Resident(0), trust=trust).weights
     assert small is not None
     return small
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from operator import attrgetter
 from pathlib import Path
@@ -97,7 +97,7 @@ class Setting:
     of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
     ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
     reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
-    another value.
+    another value. ``said_in_call``: it holds only in the call in which the caller said it: no file stores or sets it.
     """
 
     help: str
@@ -111,6 +111,7 @@ class Setting:
     form: Literal["plain", "share", "size", "path", "number or text"] = "plain"
     recipe: Literal["written", "read", "refused"] = "written"
     resumable: bool = False
+    said_in_call: bool = False
 
 
 def setting(default: Default, *declared: Any, **more: Any) -> Default:
@@ -246,8 +247,15 @@ def _replaced(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     return replace(record, **changes)
 
 
+def to_json(record: Record) -> dict[str, object]:
+    """The record as plain values, without settings that hold only in the call in which they were said."""
+    inner = {each.path for each in type(record).declared if each.setting.said_in_call}
+    assert not any("." in path for path in inner), "a setting said in a call is in no inner record"
+    return {name: value for name, value in asdict(record).items() if name not in inner}
+
+
 def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
-    """Read a record back from ``dataclasses.asdict`` and JSON. Fields that this version lacks are ignored.
+    """Read a record back from ``to_json``. Fields that this version lacks are ignored, and those said in each call.
 
     Raises:
         ValueError: ``data`` does not hold such a record; the message says where.
@@ -259,7 +267,7 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
     for name in (each.name for each in fields(kind)):
         if isinstance(hints[name], type) and issubclass(hints[name], Record):
             given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")
-        elif name in data:
+        elif name in data and not known[name].setting.said_in_call:
             given[name] = known[name].kept(data[name]) if isinstance(data[name], list) else data[name]
     try:
         return kind(**given)

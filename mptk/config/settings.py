@@ -52,6 +52,7 @@ from mptk.config.learning import (
 )
 from mptk.config.setting import COUNT, SEED, Choices, record, setting
 from mptk.errors import MptkError
+from mptk.trust import Trust, trust_by_caller
 
 
 @record
@@ -253,8 +254,9 @@ class Settings(CutSettings):
         False,
         "Run the Python code in the model's repository.",
         MACHINE,
-        (*READING, "analyze", "show", "verify", "rerun", "export", "eval"),
+        (*READING, "analyze", "show", "verify", "rerun", "report", "export", "eval"),
         recipe="refused",
+        said_in_call=True,
     )
 
     def __post_init__(self) -> None:
@@ -281,6 +283,11 @@ class Settings(CutSettings):
                 raise MptkError(f"{name} {data} is not a {INPUTS} file, as --inputs needs; give one, or leave it out")
         if self.vocabulary is not None:
             raise MptkError("vocabulary trimming needs a text model; leave out --inputs or --vocabulary")
+
+    @property
+    def trust(self) -> Trust:
+        """Whether the model's own code may run. Settings of a file never let it (``from_json``)."""
+        return trust_by_caller(self.trust_remote_code)
 
     @property
     def fixed(self) -> bool:

@@ -14,6 +14,7 @@ from mptk.io.live import open_live, weights_fingerprint
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
 from mptk.publish.manifest import file_digests
+from mptk.trust import Trust
 
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 _READERS = (
@@ -57,7 +58,7 @@ def open_dense(
     said: str,
     expected: str,
     model: str | nn.Module | None,
-    trust: bool,
+    trust: Trust,
     resident: Resident,
     *,
     live: bool = False,
@@ -80,20 +81,20 @@ def open_dense(
     source = model or said
     if fingerprint(source, local=model is None) != expected:
         raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
-    return models.open_weights(source, resident, trust_remote_code=trust, local=model is None)
+    return models.open_weights(source, resident, trust=trust, local=model is None)
 
 
 def _open_same_weights(
-    said: str, expected: str, model: str | nn.Module | None, trust: bool, resident: Resident, live: bool
+    said: str, expected: str, model: str | nn.Module | None, trust: Trust, resident: Resident, live: bool
 ) -> models.Loaded:
     """The dense model, if it has the weights that were pruned."""
     if not live:
         raise MptkError("this folder was pruned from files; give the name of that model, and not a model in memory")
     if isinstance(model, nn.Module):
-        loaded = open_live(model, trusted=trust)
+        loaded = open_live(model, trust=trust)
     else:
         try:
-            loaded = models.open_weights(model or said, resident, trust_remote_code=trust, local=model is None)
+            loaded = models.open_weights(model or said, resident, trust=trust, local=model is None)
         except MptkError as error:
             if model is not None:
                 raise

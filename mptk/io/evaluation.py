@@ -17,6 +17,7 @@ from mptk.errors import MptkError, first_line
 from mptk.io import models
 from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count
+from mptk.trust import NO_CODE, Trust
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -115,7 +116,7 @@ def zero_shot(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    trust_remote_code: bool = False,
+    trust: Trust = NO_CODE,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-evaluation-harness. Returns task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
 
@@ -124,13 +125,13 @@ def zero_shot(
         tasks: names of tasks or groups.
         include_path: folder with more task files. They can run code: functions that they name, and templates.
         limit: use only this many examples of each task, from the first on; all if None.
-        trust_remote_code: whether the code of these files may run.
+        trust: whether the code of these files may run.
 
     Raises:
         MptkError: lm-eval is not installed, has no such task, or fails at one; the model has no tokenizer; or the files
             of ``include_path`` are not trusted.
     """
-    check_trusted(include_path, trust_remote_code)
+    check_trusted(include_path, trust)
     if importlib.util.find_spec("lm_eval") is None:
         raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
     import lm_eval
@@ -158,9 +159,9 @@ def zero_shot(
     }
 
 
-def check_trusted(include_path: str | Path | None, trusted: bool) -> None:
+def check_trusted(include_path: str | Path | None, trust: Trust) -> None:
     """Raise MptkError for task files that the caller does not trust: functions and templates in them are code."""
-    if include_path is not None and not trusted:
+    if include_path is not None and not trust.allows_code:
         raise MptkError(
             f"the task files in {include_path} can run Python code on this machine; read them, and if you trust them "
             "pass --trust-remote-code (trust_remote_code=True)"

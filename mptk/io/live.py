@@ -26,9 +26,10 @@ from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
 from mptk.ir.copies import copied
 from mptk.ir.weights import Lazy, Weights
+from mptk.trust import NO_CODE, Trust
 
 
-def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:
+def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trust: Trust = NO_CODE) -> Loaded:
     """A model in memory as a run takes it, with its weights as they are now.
 
     ``tokenizer``: if None, that of the folder or hub model that a transformers model was loaded from, if it is here.
@@ -47,9 +48,9 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
         _restore_rounded(bare, model)
         _describe(model, folder, home, dtype)
         if tokenizer is None and home is not None and models.has_tokenizer(home):
-            tokenizer = models.load_tokenizer(str(home), trust_remote_code=trusted)
+            tokenizer = models.load_tokenizer(str(home), trust=trust)
     made: PreTrainedModel = bare  # type: ignore[assignment]  # any module: only the task ``module`` gets another
-    return Loaded(made, tokenizer, source, folder, trusted, dtype, _weights(model), live=True)
+    return Loaded(made, tokenizer, source, folder, trust, dtype, _weights(model), live=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

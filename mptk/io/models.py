@@ -38,6 +38,7 @@ from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.publish.licence import write_stub
+from mptk.trust import NO_CODE, Trust, trust_by_caller
 
 _CONVERSION = 3  # Raise it if the same file or checkpoint is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -60,7 +61,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase | None
     source: str
     path: Path
-    trusted: bool = False
+    trust: Trust = NO_CODE
     dtype: torch.dtype = torch.float32
     weights: Weights | None = None
     live: bool = False
@@ -109,10 +110,17 @@ def load(
         MptkError: there is no such model; its weights are pickles, or lack some parameters; it needs code that is not
             trusted; or transformers cannot read the GGUF file.
     """
-    return _load(str(model), trust_remote_code, local, dtype=dtype)
+    return load_whole(str(model), dtype=dtype, trust=trust_by_caller(trust_remote_code), local=local)
 
 
-def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:
+def load_whole(
+    model: str, *, dtype: torch.dtype = torch.float32, trust: Trust = NO_CODE, local: bool = False
+) -> Loaded:
+    """As ``load``, for callers that hold the user's word on code."""
+    return _load(model, trust, local, dtype=dtype)
+
+
+def open_weights(model: str, resident: Resident, *, trust: Trust = NO_CODE, local: bool = False) -> Loaded:
     """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
 
     Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are made
@@ -120,11 +128,11 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     """
     files = Files()
     with files.unread():
-        loaded = _load(model, trust_remote_code, local, dtype=torch.float32)
+        loaded = _load(model, trust, local, dtype=torch.float32)
     return replace(loaded, weights=files.weights(loaded.model, resident))
 
 
-def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
+def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
     folder = _checkpoint(model, local=local)
     with _explained(model):
         config = _config(folder, trust)
@@ -136,36 +144,36 @@ def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
         note = f"{model} is quantised ({method}): its weights were read as floats, and the result has float weights"
         folder = build_private(_converted(folder), partial(write_float, folder, settings))
         with _explained(model):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.allows_code)
     elif (found := quantized_dtype(folder)) is not None:
         raise MptkError(
             f"{model} has weights of type {found}, and its config.json has no quantization_config; give the float "
             "checkpoint"
         )
-    module = _from_pretrained(folder, model, config=config, trust_remote_code=trust, **options)
+    module = _from_pretrained(folder, model, config=config, trust_remote_code=trust.allows_code, **options)
     tokenizer = _tokenizer(folder, model, trust) if has_tokenizer(folder) else None
     return Loaded(module, tokenizer, model, folder, trust, stored_dtype(folder), note=note)
 
 
-def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Trust = NO_CODE) -> PreTrainedModel:
     """The model of :func:`load` on the meta device, without weights.
 
     It needs only the config, or the metadata of a GGUF file that has not been converted yet.
     """
-    config = load_config(model, trust_remote_code=trust_remote_code)
+    config = load_config(model, trust=trust)
     with _explained(model), torch.device("meta"):
         kind = opener(config)
         if issubclass(kind, PreTrainedModel):
             module = kind(config).to(dtype)
         else:  # an auto class
-            module = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module = kind.from_config(config, dtype=dtype, trust_remote_code=trust.allows_code)
     made: PreTrainedModel = module.eval()
     if (count := sum(p.numel() for p in made.parameters())) > PARAMETERS:
         raise MptkError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json")
     return made
 
 
-def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(model: str, *, trust: Trust = NO_CODE) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
     gguf = _gguf(model)
     if gguf is not None and not _converted(gguf).is_dir():
@@ -173,12 +181,12 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
             return gguf_config(gguf)
     folder = _checkpoint(model, weights=False)
     with _explained(model):
-        config = _config(folder, trust_remote_code)
+        config = _config(folder, trust)
     check_sizes(model, config)
     return config
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, trust: Trust = NO_CODE) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model`` (any spelling that :func:`load` takes).
 
     Raises:
@@ -187,19 +195,19 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     folder = _checkpoint(model, weights=False)
     if not has_tokenizer(folder):
         raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
-    return _tokenizer(folder, model, trust_remote_code)
+    return _tokenizer(folder, model, trust)
 
 
 def config_in(loaded: Loaded) -> PreTrainedConfig:
     """The config in a loaded model's folder. The model's own config has the dtype of loading."""
     with _explained(loaded.source):
-        return _config(loaded.path, loaded.trusted)
+        return _config(loaded.path, loaded.trust)
 
 
-def _config(folder: Path, trust: bool) -> PreTrainedConfig:
+def _config(folder: Path, trust: Trust) -> PreTrainedConfig:
     if is_diffusers(folder):
         return read_config(folder)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust.allows_code)
     return config
 
 
@@ -365,9 +373,9 @@ def has_tokenizer(folder: Path) -> bool:
     return any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
-def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, model: str, trust: Trust) -> PreTrainedTokenizerBase:
     with _explained(model):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.allows_code)
         tokenizer("a")  # some damage shows at the first text
     return tokenizer
 

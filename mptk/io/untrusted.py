@@ -29,6 +29,8 @@ SIZES = (
     "max_position_embeddings",
 )
 """Names that transformers gives to what every config of text has."""
+KERNELS = tuple(f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts"))
+"""Fields that transformers reads of a config and may take as a repository's name. They are code, whoever is trusted."""
 LARGEST_SIZE = 1 << 31
 """No number of a config that is a size is as large."""
 MOST_LAYERS = 10_000
@@ -78,12 +80,24 @@ def check_config(file: Path) -> Json:
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
             raise damaged(file)(f"{name} is {brief(repr(said))}, which is not a number type")
+    _check_kernels(content, file)
     for name, value in _numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
         if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
             raise damaged(file)(f"{name} is {value}")
     return content
+
+
+def _check_kernels(content: object, file: Path) -> None:
+    """Raise MptkError if a config, or a config in it, names a kernel of a hub: native code that would be fetched."""
+    if not isinstance(content, dict):
+        return
+    for name, value in content.items():
+        for kernel in value.values() if isinstance(value, dict) else [value]:
+            if name in KERNELS and isinstance(kernel, str) and "/" in kernel:
+                raise damaged(file, f"remove {name}")(f"{name} asks for native code of a hub, {brief(repr(kernel))}")
+        _check_kernels(value, file)
 
 
 def read_object(file: Path) -> Json:

@@ -30,6 +30,7 @@ from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget
+from mptk.trust import NO_CODE
 from passes.verify import Difference
 
 LOGITS_STAGE, TEXT_STAGE = "llama.cpp logits", "llama.cpp reads text"
@@ -61,7 +62,7 @@ def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "a
     config = None if GraphTarget().wrote(place) else models.load_config(str(place))
     return GgufFolder(
         place,
-        stored_weights(place, trust=False),
+        stored_weights(place, trust=NO_CODE),
         Plan.load(place / "plan.json"),
         config,
         None if pattern is None else Pattern(pattern),
@@ -102,7 +103,7 @@ def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> D
     longest = min(filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, ignored_window(config, made.base))))
     ids = torch.randint(made.weights.table[0], (longest,), generator=torch.Generator().manual_seed(0))
     (found,) = _ask(made, file, [ids.tolist()])
-    model = models.load(str(made.place)).model
+    model = models.load_whole(str(made.place)).model
     with torch.no_grad():
         expected = model(ids[None]).logits[0, -1].log_softmax(-1)
     wanted = torch.tensor([float(expected[token]) for token in found])

@@ -46,6 +46,7 @@ from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks.of_folder import task_of_folder
+from mptk.trust import trust_by_caller
 from passes.analysis import group
 from passes.verify import Difference
 
@@ -105,17 +106,18 @@ def verify(
     with _readable(folder):
         check_files(report, folder)
     resident, executor = execution(Settings(memory=memory, device=device))
+    trust = trust_by_caller(trust_remote_code)
     dense = str(model) if isinstance(model, Path) else model
-    loaded = open_dense(report.model, report.model_sha256, dense, trust_remote_code, resident, live=report.live)
+    loaded = open_dense(report.model, report.model_sha256, dense, trust, resident, live=report.live)
     check_code(loaded.path, folder)
     context = Context(Log(), silent)
     start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
     loaded, analysis = start.loaded, start.analysis
-    settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
+    settings = replace(report.settings, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
-    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
+    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust))
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)

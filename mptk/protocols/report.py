@@ -13,7 +13,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from mptk.config.setting import from_json
+from mptk.config.setting import from_json, to_json
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
@@ -235,7 +235,7 @@ class Report:
 
     def to_json(self) -> Json:
         """The content of ``report.json``."""
-        return {"format": REPORT_FORMAT, **asdict(self)}
+        return {"format": REPORT_FORMAT, **asdict(self), "settings": to_json(self.settings)}
 
     def write(self, folder: Path) -> None:
         """Write ``folder/report.json``."""

@@ -141,16 +141,15 @@ class StockTarget(Target):
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         assert compiled.written is not None
         loaded, task = compiled.prepared.loaded, compiled.prepared.task
-        trust = compiled.prepared.settings.trust_remote_code
         check_code(loaded.path, folder)
-        config = check_config(compiled.written, folder, trust)
+        config = check_config(compiled.written, folder, loaded.trust)
         beside = partial(write_beside, loaded, same_features=same_features(compiled))
         check_beside(folder, beside, all_known=loaded.tokenizer is not None)
         check_pipeline(loaded, folder)
         check_reading(compiled, folder)
         heads = check_heads(compiled, folder)
         executor = compiled.prepared.executor
-        reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
+        reloaded = models.open_weights(str(folder), Resident(0), trust=loaded.trust)
         assert reloaded.weights is not None
         weights = stored_weights(reloaded.weights, compiled.program.state_dict())
         further: dict[str, Further] = {}
@@ -215,8 +214,8 @@ def check_heads(compiled: Compiled, folder: Path) -> list[Difference]:
     heads = compiled.written.drafter
     if heads is None or heads.difference is None:
         return []
-    trust = compiled.prepared.settings.trust_remote_code
-    opened = open_drafter(models.open_weights(str(folder), Resident(0), trust_remote_code=trust), folder, Resident(0))
+    trust = compiled.prepared.loaded.trust
+    opened = open_drafter(models.open_weights(str(folder), Resident(0), trust=trust), folder, Resident(0))
     if opened is None:
         raise ProofError(f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again")
     expected = heads.weights.cast(compiled.prepared.dtype)
@@ -229,7 +228,7 @@ def check_reading(compiled: Compiled, folder: Path) -> None:
     """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's, if that has one."""
     prepared = compiled.prepared
     if (dense := prepared.given.tokenizer) is not None:
-        written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)
+        written = models.load_tokenizer(str(folder), trust=prepared.loaded.trust)
         kept = next((each.tokens for each in prepared.conversions if each.tokens is not None), None)
         check_same_reading(dense, written, kept)
 

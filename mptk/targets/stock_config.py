@@ -17,6 +17,7 @@ from mptk.protocols.values import Written
 from mptk.publish.manifest import file_sha256
 from mptk.targets.beside import CONFIG_STAGE, JsonObject, compare, fail, leaves, require
 from mptk.tasks.transformers_js import CONFIG_KEY, entry
+from mptk.trust import Trust
 from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import Difference
 
@@ -37,13 +38,13 @@ def config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
     return changes
 
 
-def check_config(written: Written, folder: Path, trust: bool) -> Difference:
+def check_config(written: Written, folder: Path, trust: Trust) -> Difference:
     """The stage ``config``: config.json and generation_config.json in ``folder``. Run ``check_code`` first.
 
     Raises:
         MptkError: a field or a file differs from the dense model cut to the plan.
     """
-    found = models.load_config(str(folder), trust_remote_code=trust)
+    found = models.load_config(str(folder), trust=trust)
     raw = read_object(folder / "config.json")
     compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)

@@ -23,6 +23,7 @@ from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS, MASKS
 from mptk.tasks.seq2seq import Seq2Seq
+from mptk.trust import NO_CODE, Trust
 
 CAUSAL_LM = CausalLM()
 HEAD_TASKS: tuple[Task, ...] = (
@@ -57,21 +58,21 @@ def tasks() -> dict[str, Task]:
     return with_plugins(TASKS, "mptk.tasks")
 
 
-def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False) -> tuple[Loaded, Task]:
+def open_task(model: str, resident: Resident, *, trust: Trust = NO_CODE) -> tuple[Loaded, Task]:
     """Open a model (``models.open_weights``) with the first task that takes it.
 
     Raises:
         MptkError: as ``models.load``; or no task takes the model, which is checked before weights are read.
     """
-    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    config = models.load_config(model, trust=trust)
     task = _find(model, config, classes_of(config))
-    loaded = models.open_weights(model, resident, trust_remote_code=trust_remote_code)
+    loaded = models.open_weights(model, resident, trust=trust)
     return loaded, task.bind(loaded)
 
 
-def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
+def kind_of(model: str, *, trust: Trust = NO_CODE) -> Task:
     """The task of a model, from only its config. Raises MptkError if there is no such model, or no task takes it."""
-    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    config = models.load_config(model, trust=trust)
     return _find(model, config, classes_of(config))
 
 
@@ -111,9 +112,9 @@ def known_task(model: nn.Module) -> Task | None:
     return _first(model.config, {type(model)}) if isinstance(model, PreTrainedModel) else None
 
 
-def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
+def check_decoder(model: str, *, trust: Trust = NO_CODE) -> None:
     """Raise MptkError if a model is not a causal language model by its config."""
-    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    config = models.load_config(model, trust=trust)
     reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:
         raise MptkError(
@@ -122,14 +123,14 @@ def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
         )
 
 
-def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
+def load_decoder(model: str, *, trust: Trust = NO_CODE) -> Loaded:
     """Load a causal language model.
 
     Raises:
         MptkError: as ``models.load``; or it is of another kind, which is checked before weights are read.
     """
-    check_decoder(model, trust_remote_code=trust_remote_code)
-    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    check_decoder(model, trust=trust)
+    loaded = models.load_whole(model, trust=trust)
     with torch.no_grad():
         example = CAUSAL_LM.example(loaded.model)
         CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None), example)

@@ -112,7 +112,7 @@ def preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> An
         MptkError: the model has none. ``what``: its name; ``packages``: a remedy of its own.
     """
     try:
-        return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+        return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trust.allows_code)
     except (OSError, ValueError, ImportError) as error:
         raise MptkError(
             f"{loaded.source} has no {what} that transformers can load ({first_line(error)}); add its "

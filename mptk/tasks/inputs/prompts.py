@@ -19,6 +19,7 @@ from mptk.tasks.inputs.image_forms import POSITIONS, positions
 from mptk.tasks.inputs.image_text import image_token
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.padding import IDS
+from mptk.trust import NO_CODE
 
 SEVERAL_AXES = 3
 """The rank of a decoder's positions that are on several axes."""
@@ -40,7 +41,7 @@ def prompt_with_images(
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     chat = Chat([{"role": "user", "content": parts}], list(images), "the prompt")
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=NO_CODE.allows_code)
         opened = [open_image(path) for path in images]
         made = processor(text=[chat.text(processor, asks=True)], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:

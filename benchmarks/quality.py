@@ -46,6 +46,7 @@ from mptk.cost.estimate import this_machine
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
 from mptk.protocols.report import Report
+from mptk.trust import trust_by_caller
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
@@ -112,7 +113,7 @@ def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, A
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
     if tasks["tasks"]:
-        scores = zero_shot(loaded, **tasks, trust_remote_code=True)  # whoever runs this names the task files
+        scores = zero_shot(loaded, **tasks, trust=trust_by_caller(True))  # whoever runs this names the task files
         found |= {"tasks": {task: score(values) for task, values in scores.items()}, "limit": tasks["limit"]}
     return found
 

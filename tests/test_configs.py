@@ -19,6 +19,7 @@ from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.targets.stock import Written
 from mptk.targets.stock_config import check_config, config_changes
+from mptk.trust import NO_CODE
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 
@@ -44,7 +45,7 @@ def write(
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str) -> None:
     written = write(tmp_path, name)
-    assert check_config(written, tmp_path / "out", False).ok
+    assert check_config(written, tmp_path / "out", NO_CODE).ok
     assert config_changes(written, tmp_path) == {}
 
 
@@ -52,7 +53,7 @@ def test_numbers_that_are_not_finite_are_equal_too(tmp_path: Path) -> None:
     sizes = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 4, "n_groups": 1, "vocab_size": 30}
     config = Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, math.inf))
     written = write(tmp_path, Mamba2ForCausalLM(config))
-    assert check_config(written, tmp_path / "out", False).ok
+    assert check_config(written, tmp_path / "out", NO_CODE).ok
 
 
 def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Path) -> None:
@@ -66,11 +67,11 @@ def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Pat
 def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:
     changed = {"rms_norm_eps": 2e-6}
     written = write(tmp_path / "listed", "llama", changed=changed)
-    assert check_config(written, tmp_path / "listed" / "out", False).ok
+    assert check_config(written, tmp_path / "listed" / "out", NO_CODE).ok
     assert config_changes(written, tmp_path) == {"rms_norm_eps": [1e-6, 2e-6]}
     written = write(tmp_path / "silent", "llama", changed=changed, listed=False)
     with pytest.raises(MptkError, match=r"rms_norm_eps of config\.json is 2e-06, but 1e-06 in the dense model"):
-        check_config(written, tmp_path / "silent" / "out", False)
+        check_config(written, tmp_path / "silent" / "out", NO_CODE)
 
 
 @pytest.mark.parametrize(("file", "change"), [("config.json", {"use_cache": False}), ("generation_config.json", None)])
@@ -84,4 +85,4 @@ def test_every_field_counts_and_every_file(tmp_path: Path, file: str, change: di
     with pytest.raises(
         MptkError, match=r"the proof fails at 'config': .*(use_cache|generation_config.json is missing)"
     ):
-        check_config(written, tmp_path / "out", False)
+        check_config(written, tmp_path / "out", NO_CODE)

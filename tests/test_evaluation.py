@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from mptk import MptkError
 from mptk.io import data, evaluation, models, packaged
+from mptk.trust import trust_by_caller
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ class TestZeroShot:
         model.save_pretrained(task / "toy")
         tokenizer.save_pretrained(task / "toy")
         results = evaluation.zero_shot(
-            str(task / "toy"), ["toy_task"], include_path=task, limit=4, trust_remote_code=True
+            str(task / "toy"), ["toy_task"], include_path=task, limit=4, trust=trust_by_caller(True)
         )
         # Labels alternate while question and choices stay: exactly half of the first four are answered right.
         assert results["toy_task"]["acc,none"] == 0.5
@@ -115,7 +116,7 @@ class TestZeroShot:
         )
         names = ["toy_task", "nothing_like_it"]
         with pytest.raises(MptkError, match="no task 'nothing_like_it'"):
-            evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust_remote_code=True)
+            evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust=trust_by_caller(True))
 
     def test_a_task_that_fails_is_one_line(self, task: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
         """lm-eval is stood in for: what it raises is that of data sets, templates and functions."""

@@ -25,6 +25,7 @@ from mptk.compile.changes import changes_of
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, divide, levels
+from mptk.trust import NO_CODE
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -149,7 +150,7 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
         with pytest.raises(MptkError, match=rf"does not hold {re.escape(name)} of shape"):
-            changes_of(analysis, cut, folder, report, trust=False)
+            changes_of(analysis, cut, folder, report, trust=NO_CODE)
 
 
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from mptk.targets.gguf import architectures, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.gguf.weights import GgufWeights, arranged
+from mptk.trust import NO_CODE
 
 CLOSE, ROUNDED = 2e-5, 1e-2
 """Largest difference of a log probability; where llama.cpp computes GELU by a table of half precision."""
@@ -36,7 +37,7 @@ CLOSE, ROUNDED = 2e-5, 1e-2
 
 def write(folder: Path, out: Path, kind: GgufType = "auto") -> GgufFolder:
     """A whole model's folder as a file."""
-    weights, config = stored_weights(folder, trust=False), models.load_config(str(folder))
+    weights, config = stored_weights(folder, trust=NO_CODE), models.load_config(str(folder))
     made = GgufFolder(folder, weights, Plan({}), config, None, kind)
     made.write(out)
     return made
@@ -200,7 +201,7 @@ def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
 
 def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
     config = tiny.model("starcoder2").config
-    weights = stored_weights(tiny.save("starcoder2", tmp_path / "model"), trust=False)
+    weights = stored_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
     halves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         name: (lambda tensor: tensor[:, :32]) if "o_proj" in name else (lambda tensor: tensor[:32])
         for name in weights

@@ -45,6 +45,7 @@ from mptk import MptkError
 from mptk.compat.transformers import config_field
 from mptk.io import models
 from mptk.io.resident import Resident
+from mptk.trust import trust_by_caller
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.arange(3, 40)[None]
@@ -147,7 +148,7 @@ class TestNothingRuns:
         own = models.load(str(folder), trust_remote_code=True).model
         assert type(own).__name__ == "OwnForCausalLM"
         assert torch.equal(logits(own), logits(toys.llama()))
-        assert type(models.skeleton(str(folder), trust_remote_code=True)).__name__ == "OwnForCausalLM"
+        assert type(models.skeleton(str(folder), trust=trust_by_caller(True))).__name__ == "OwnForCausalLM"
 
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}

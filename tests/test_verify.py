@@ -18,6 +18,7 @@ from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import within
 from mptk.proof.verification import changes_of
 from mptk.report.sections import proof_view
+from mptk.trust import NO_CODE
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -142,10 +143,10 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
     """Of FLAP; anything else there would be weights that nobody has proven."""
     analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
     save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
-    assert set(changes_of(analysis, Plan({}), tmp_path, {}, False)) == {"0.bias"}
+    assert set(changes_of(analysis, Plan({}), tmp_path, {}, NO_CODE)) == {"0.bias"}
     save_file({name: bias}, tmp_path / "compensation.safetensors")
     with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is not a bias of the model"):
-        changes_of(analysis, Plan({}), tmp_path, {}, False)
+        changes_of(analysis, Plan({}), tmp_path, {}, NO_CODE)
 
 
 def test_progress_names_the_stage_that_is_proven() -> None:

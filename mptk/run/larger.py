@@ -2,8 +2,8 @@
 
 The run stays one on the dense model: its plan has the dense model's units, which are among those of the larger folder,
 and the dense model is what the budget is a share of, the teacher, and the reference for quality and for the proof. Only
-where units are chosen and fitted, the dense model is replaced by ``begun``: the larger model in dense shapes, whose
-removed units are 0.
+where units are chosen and fitted, ``take_larger`` gives the larger model in dense shapes, whose removed units are 0, in
+the place of the dense model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import disturbed
 
 
-def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, ...], origin: Origin) -> Chosen | None:
+def read_larger(
+    settings: Settings, model: Analysed, conversions: tuple[Conversion, ...], origin: Origin
+) -> Chosen | None:
     """The choice and the weights of the folder ``settings.larger``; None if there is none, or a plan is given.
 
     ``model``: the dense model after ``conversions``. ``origin``: of the run.
@@ -55,7 +57,7 @@ def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, .
         raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
     if plan.divided:
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
-    if why := refusal(analysis, plan.families):
+    if why := find_refusal(analysis, plan.families):
         raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
@@ -63,7 +65,7 @@ def opened(settings: Settings, model: Analysed, conversions: tuple[Conversion, .
     return Chosen(plan, cut, changes, tuple(report.trained))
 
 
-def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
+def find_refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     """The reason why a cut of these families cannot be cut further, or None.
 
     It can be if zeros in the place of removed units compute the same.
@@ -76,7 +78,7 @@ def refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     return None
 
 
-def further(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
+def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     """``prepared`` with the candidates from which each of ``sparsities`` can be reached by a further cut.
 
     Raises:
@@ -84,7 +86,7 @@ def further(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     """
     if not sparsities:
         return prepared
-    if why := refusal(prepared.analysis, prepared.families):
+    if why := find_refusal(prepared.analysis, prepared.families):
         raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
     refused: list[MptkError] = []
 
@@ -105,7 +107,7 @@ def further(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     raise refused[0]
 
 
-def begun(prepared: Prepared) -> Prepared:
+def take_larger(prepared: Prepared) -> Prepared:
     """The model that units are chosen from and fitted to: the larger one in dense shapes; else the dense one."""
     start, loaded, analysis = prepared.start, prepared.loaded, prepared.analysis
     if start is None:
@@ -119,8 +121,8 @@ def begun(prepared: Prepared) -> Prepared:
     return replace(prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense)
 
 
-def joined(prepared: Prepared, chosen: Chosen) -> Chosen:
-    """A choice from ``begun`` with the weights that it leaves as the larger folder has them.
+def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """A choice from ``take_larger`` with the weights that it leaves as the larger folder has them.
 
     Raises:
         MptkError: the method chose units that are gone.

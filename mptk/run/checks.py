@@ -19,7 +19,7 @@ from mptk.protocols.chain import Target
 from mptk.targets import find_target, targets
 
 
-def given_plan(settings: Settings) -> Plan | None:
+def read_plan(settings: Settings) -> Plan | None:
     """The plan that the settings name. A run reads the file only once, so later changes of the file have no effect."""
     return None if settings.plan is None else Plan.load(settings.plan)
 
@@ -27,7 +27,7 @@ def given_plan(settings: Settings) -> Plan | None:
 def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
     """Raise MptkError for settings that no model can meet, and paths of data that are not there, before any work.
 
-    ``plan``, ``texts``: a job's plan and vocabulary.
+    ``plan``, ``texts``: a run's plan and vocabulary.
     """
     data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
     method = find_method(settings.method)

@@ -40,7 +40,7 @@ PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 def describe(
     compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, context: Context
 ) -> Report:
-    """The report of a proven folder without its quality, which ``measured`` adds."""
+    """The report of a proven folder without its quality, which ``measure`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
@@ -98,12 +98,12 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
 
 
 def work(settings: Settings) -> dict[str, Pass]:
-    """The cost of ``measured``."""
+    """The cost of ``measure``."""
     s = settings
     return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)}
 
 
-def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
+def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
     """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
     prepared = compiled.prepared
     rounded: dict[str, Callable[[Samples], Tensor]] = {}

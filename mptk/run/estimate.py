@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from mptk.chain import describe
-from mptk.chain.amounts import in_time, learns, said, written
 from mptk.compat.transformers import config_field
 from mptk.config.settings import Settings
 from mptk.conversions import dense_models
-from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine
+from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine, total
 from mptk.distributed.processes import blocks
 from mptk.errors import MptkError
 from mptk.files import path_of
@@ -32,6 +29,8 @@ from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
 from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import device_memory, find_device
+from mptk.run import describe
+from mptk.run.amounts import count_written, learns_masks, say_numbers
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, config_borders
 
@@ -39,67 +38,61 @@ ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 """Bytes of a number in an ONNX graph."""
 
 
-def estimator(model: str) -> Callable[..., Estimate]:
-    """Estimates what ``prune(model, …, settings)`` needs. It reads only the config, once, and downloads no weights.
+@dataclass(frozen=True)
+class Estimator:
+    """Estimates what runs on a model need.
 
-    Keywords are those of ``estimated_for``.
+    ``model``: its parameters may have no values. ``stored``: the type of its checkpoint. ``kept``: the share of the
+    parameters that a plan keeps, if there is one. ``cuts``: number of cuts that are only measured, on ``texts`` texts,
+    for an advice; 0: of a run that makes its cut. ``sparsities``: of a ladder, whose runs are added up.
+    """
 
-    Raises, when it is called:
+    model: PreTrainedModel
+    stored: torch.dtype
+    kept: float = 1.0
+    cuts: int = 0
+    texts: int = 1
+    sparsities: Sequence[float] = ()
+
+    def estimate(self, settings: Settings) -> Estimate:
+        """What a run with complete settings needs."""
+        if self.sparsities:
+            each = replace(self, sparsities=())
+            return total([each.estimate(replace(settings, sparsity=sparsity)) for sparsity in self.sparsities])
+        config = self.model.config.get_text_config()
+        stored = self.stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
+        heads, vocab, experts = (_number(config_field(config, name)) for name in names)
+        parts = blocks(self.model)
+        sizes = ModelSizes.of(self.model, parts, stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
+        borders = [b for b in config_borders(self.model.config.to_dict()) if b + MARGIN <= settings.proof_length]
+        device = find_device(settings.device)
+        rates = this_machine(device, getattr(torch, settings.compute_dtype))
+        if self.cuts:
+            work, does = advice_work(settings, sizes, self.cuts, self.texts), advice.said(settings)
+        else:
+            work, does = work_of(settings, sizes, bool(borders), self.kept), say_numbers(settings)
+        where = "" if device.type == "cpu" else str(device)
+        return replace(estimate(sizes, work, rates, memory_bound(settings.memory), where), does=does)
+
+
+def read_estimator(model: str, trust: Trust) -> Estimator:
+    """The estimator of the model of that name. It reads only the config, and downloads no weights.
+
+    Raises:
         MptkError: there is no such model.
     """
-
-    @cache
-    def opened(trust: Trust) -> tuple[PreTrainedModel, torch.dtype]:
-        return models.skeleton(model, trust=trust), _stored(model, trust)
-
-    return lambda settings, **more: estimated_for(*opened(settings.trust), settings, **more)
-
-
-def estimated(model: str, settings: Settings) -> Estimate:
-    """What ``prune(model, …, settings)`` needs, with what its minutes allow. Raises the errors of ``estimator``."""
-    needs = estimator(model)
-    return needs(in_time(settings, needs))
-
-
-def estimated_for(
-    model: PreTrainedModel,
-    checkpoint: torch.dtype,
-    settings: Settings,
-    kept: float = 1.0,
-    cuts: int = 0,
-    texts: int = 1,
-) -> Estimate:
-    """What a run on a model needs. The model may have no weights; its checkpoint has type ``dtype``.
-
-    ``kept``: the share of the parameters that a plan keeps, if there is one. ``cuts``: number of cuts that are only
-    measured, on ``texts`` texts, for an advice; 0: of a run that makes its cut.
-    """
-    config = model.config.get_text_config()
-    stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
-    heads, vocab, experts = (_number(config_field(config, name)) for name in names)
-    sizes = ModelSizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
-    borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
-    device = find_device(settings.device)
-    rates = this_machine(device, getattr(torch, settings.compute_dtype))
-    advises = advice_work(settings, sizes, cuts, texts) if cuts else None
-    work = advises or work_of(settings, sizes, bool(borders), kept)
-    found = estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
-    return replace(found, does=advice.said(settings) if cuts else said(settings))
+    skeleton = models.skeleton(model, trust=trust)
+    folder = path_of(model)
+    if any(folder.glob("*.safetensors")):
+        return Estimator(skeleton, stored_dtype(folder))
+    dtype = models.load_config(model, trust=trust).dtype
+    return Estimator(skeleton, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
 def _number(value: object) -> int:
     """A number of a config; the largest of one for each stage, 0 if there is none."""
     return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
-
-
-def _stored(model: str, trust: Trust) -> torch.dtype:
-    """The type of a checkpoint's weights: from its files or, without files, from its config."""
-    folder = path_of(model)
-    if any(folder.glob("*.safetensors")):
-        return stored_dtype(folder)
-    dtype = models.load_config(model, trust=trust).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float = 1.0) -> Work:
@@ -123,7 +116,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         evaluated=max(COMPARED_TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        models=dense_models(s) if learns(s) else 1,
+        models=dense_models(s) if learns_masks(s) else 1,
     )
 
 
@@ -136,7 +129,7 @@ def advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) ->
 
 def _data(settings: Settings) -> dict[str, Pass]:
     """The work of generating text with the model: it reads its weights once for every token of a batch of windows."""
-    s, count = settings, written(settings)
+    s, count = settings, count_written(settings)
     reads = s.length * -(-count // rows_at_once(s.length))
     return {"calibration data": Pass(2 * count * s.length, s.length, reads)} if count else {}
 

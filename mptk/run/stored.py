@@ -1,9 +1,9 @@
-"""kept: store the choice and the fitted weights of an unfinished run in its folder."""
+"""stored: store the choice and the fitted weights of an unfinished run in its folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -16,17 +16,20 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.values import SampleSets
 from mptk.reading import Made, read_as
+from mptk.run.run import Run
 from mptk.staged.spool import spooled
 
 KEPT_CHOICE, KEPT_FIT = "choice", "fitted"
 
 
-def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[], Chosen]) -> Chosen:
-    """The stored choice of the unfinished run; if there is none, the result of ``make``, which is stored.
+def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
+    """The stored choice of the unfinished run; if there is none, the method's, which is stored.
 
     A choice that was trained is not stored: training writes its own checkpoints.
     """
+    folder = run.folder
     if folder is not None and folder.holds(f"{KEPT_CHOICE}.json"):
         known = _known(folder, KEPT_CHOICE, KeptChoice)
         plan = Plan.from_json(known["plan"])
@@ -34,26 +37,24 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
         cut, trained, notes = resolve_plan(prepared.analysis, plan), tuple(known["trained"]), tuple(known["notes"])
         losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
         return Chosen(plan, cut, changes, trained, losses, notes)
-    chosen = make()
+    chosen = prepared.method.choose(prepared, sets, run)
     if folder is not None and leads() and chosen.witness is None and not chosen.steps:
         said = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
         _save(folder, KEPT_CHOICE, chosen.changes, {**said, "losses": chosen.losses, "notes": chosen.notes})
     return chosen
 
 
-def kept_fit(
-    prepared: Prepared, folder: RunFolder | None, make: Callable[[], Mapping[str, Tensor]]
-) -> Mapping[str, Tensor]:
-    """The stored fitted weights of the unfinished run; if there are none, ``make``'s, which the main process stores.
+def read_fit(prepared: Prepared, folder: RunFolder | None) -> Mapping[str, Tensor] | None:
+    """The stored fitted weights of the unfinished run; None if there are none."""
+    if folder is None or not folder.holds(f"{KEPT_FIT}.json"):
+        return None
+    return _stored(folder, KEPT_FIT, _known(folder, KEPT_FIT, KeptFit)["changes"], prepared)
 
-    The other processes compute their own.
-    """
-    if folder is not None and folder.holds(f"{KEPT_FIT}.json"):
-        return _stored(folder, KEPT_FIT, _known(folder, KEPT_FIT, KeptFit)["changes"], prepared)
-    weights = make()
+
+def store_fit(weights: Mapping[str, Tensor], folder: RunFolder | None) -> None:
+    """Store fitted weights, if the run keeps its stages. Only the main process does: the others compute their own."""
     if folder is not None and leads():
         _save(folder, KEPT_FIT, weights, {"changes": list(weights)})
-    return weights
 
 
 class KeptFit(TypedDict):

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from mptk.chain.amounts import TRAINED_PER_HELD_OUT, measured, wanted, watched
-from mptk.chain.job import Given, Job
 from mptk.compile.dense_outputs import with_outputs
 from mptk.compile.trace import fitting
 from mptk.config.choices import IN_MEMORY
@@ -18,89 +16,95 @@ from mptk.io import data
 from mptk.ir.samples import Samples, concatenated
 from mptk.protocols.chain import Prepared
 from mptk.protocols.origin import check_samples
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols.values import SampleSets
+from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
+from mptk.run.given_samples import collect_given
+from mptk.run.open import Dense
+from mptk.run.run import Run
 
 KEPT_SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 
 
-def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
+def read_samples(prepared: Prepared, run: Run, dense: Dense, *, measures: bool = True) -> tuple[SampleSets, Dense]:
     """Samples to train, calibrate and measure on. The first of several processes makes them; the others read them.
 
+    ``dense``: of this run; it is returned with the caller's samples, which further runs on the same model share.
     ``measures``: whether there are samples to measure on.
     """
-    s, task, folder = prepared.settings, prepared.task, context.folder
-    given = Given() if job.samples is None else job.samples(prepared)
-    own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
-    count = wanted(s, own=own)
-    with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
+    s, task, folder = prepared.settings, prepared.task, run.folder
+    if run.inputs.has_samples and dense.training is None and dense.evaluation is None:
+        training, evaluation = collect_given(prepared, run.inputs)
+        dense = replace(dense, training=training, evaluation=evaluation)
+    own, source = s.data == data.SELF and dense.training is None, s.eval_data or s.data
+    count = count_samples(s, own=own)
+    with run.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(KEPT_SAMPLES)
         if kept is None:
-            more = measured(s, count) if own and measures and given.evaluation is None else 0
-            say = partial(context.progress, "calibration data")
-            made = given.training or task.samples(prepared.loaded, s, count + more, say)
+            more = count_measured(s, count) if own and measures and dense.evaluation is None else 0
+            say = partial(run.progress, "calibration data")
+            made = dense.training or task.samples(prepared.loaded, s, count + more, say)
             kept = made[:count].saved("training") | (made[count:].saved("evaluation") if more else {})
             if folder is not None:
                 folder.save(KEPT_SAMPLES, kept)
-        elif given.training is not None and folder is not None:
-            check_samples(kept, given.training[:count].saved("training"), folder.path)
+        elif dense.training is not None and folder is not None:
+            check_samples(kept, dense.training[:count].saved("training"), folder.path)
         examples = task.examples(prepared.loaded.model)
-        training, evaluation = (Samples.restored(kept, examples, what) for what in ("training", "evaluation"))
-        assert training is not None
+        restored, written = (Samples.restored(kept, examples, what) for what in ("training", "evaluation"))
+        assert restored is not None
         if not measures:
-            evaluation = training
-        elif given.evaluation is not None:
-            evaluation = given.evaluation
-        elif evaluation is not None:
-            evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
-            source = data.SELF
+            measured = restored
+        elif dense.evaluation is not None:
+            measured = dense.evaluation
+        elif written is not None:  # the model wrote it
+            measured, source = written.shortened(s.eval_windows, s.eval_length), data.SELF
         else:
-            evaluation = task.evaluation(prepared.loaded, s)
+            measured = task.evaluation(prepared.loaded, s)
     program = prepared.analysis.program
-    training = fitting(task, program, training, "data")
-    evaluation = fitting(task, program, evaluation, "eval_data")
+    restored = fitting(task, program, restored, "data")
+    measured = fitting(task, program, measured, "eval_data")
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
-    training, held_out = apart(training, s)
-    return SampleSets(training, training[: s.windows], evaluation, said, task.sequences, held_out)
+    used, held_out = hold_out(restored, s)
+    return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), dense
 
 
-def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
+def hold_out(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
     """Split samples into training samples and held-out ones, which are the last; a single sample is not held out."""
     used = len(samples) * TRAINED_PER_HELD_OUT // (TRAINED_PER_HELD_OUT + 1)
-    count = min(watched(settings, used), len(samples) - 1)
+    count = min(count_held_out(settings, used), len(samples) - 1)
     return (samples[:-count], samples[-count:]) if count else (samples, None)
 
 
-def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
+def add_dense_outputs(prepared: Prepared, sets: SampleSets, run: Run) -> SampleSets:
     """The sets with the dense model's outputs as targets, if the task's loss compares outputs."""
     if not prepared.task.compares or prepared.plan is not None:
         return sets
-    with context.stage("dense outputs"):
+    with run.stage("dense outputs"):
         return replace(sets, calibration=with_outputs(prepared, sets.calibration))
 
 
-def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets, dict[str, Samples]]:
+def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Samples]]:
     """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it.
 
     Raises:
         MptkError: a source has fewer than two samples.
     """
     s, task, program = replace(prepared.settings, search=False), prepared.task, prepared.analysis.program
-    total, plain = wanted(s, own=s.data == data.SELF), replace(s.learning, steps=0)
+    total, plain = count_samples(s, own=s.data == data.SELF), replace(s.learning, steps=0)
     both = replace(s, samples=total + s.eval_windows, learning=plain)
-    own = None if job.samples is None else job.samples(replace(prepared, settings=both)).training
+    own = collect_given(replace(prepared, settings=both), run.inputs)[0] if run.inputs.has_samples else None
     names = [IN_MEMORY] if own is not None else data.source_names(s.data)
     count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
-    with context.stage("calibration data"):
+    with run.stage("calibration data"):
         for name in names:
-            say = partial(context.progress, "calibration data")
+            say = partial(run.progress, "calibration data")
             given = replace(s, data=name)
             found = task.samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
             found = fitting(task, program, found, "data")
             last = min(s.eval_windows, len(found) // 2)
             if not last:
                 raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
-            used, guard = apart(found[: min(count, len(found) - last)], s)
+            used, guard = hold_out(found[: min(count, len(found) - last)], s)
             fitted.append(used)
             held_out += [] if guard is None else [guard]
             measured[name] = found[-last:]
@@ -109,6 +113,6 @@ def domains(job: Job, prepared: Prepared, context: Context) -> tuple[SampleSets,
     sets = SampleSets(concatenated(fitted), calibration, calibration, s.data, task.sequences, guards)
     if not task.compares:
         return sets, measured
-    with context.stage("dense outputs"):
+    with run.stage("dense outputs"):
         sets = replace(sets, calibration=with_outputs(prepared, calibration))
         return sets, {name: with_outputs(prepared, samples) for name, samples in measured.items()}

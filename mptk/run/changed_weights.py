@@ -8,49 +8,51 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
-from mptk.chain.describe import measured, publish_report
-from mptk.chain.job import Finished, Given, Job
-from mptk.chain.prune import cut_down, started, written_folder
 from mptk.compile.changes import COMPENSATION, stored_weights, widened
 from mptk.config.recipe import RECIPE_FILE
-from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.untrusted import load_tensors
 from mptk.ir.resolved_plan import renumbering
 from mptk.ir.weights import Weights
 from mptk.proof.claims import proof_samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols.values import SampleSets
+from mptk.publish.folder import publish
 from mptk.reading import damaged
+from mptk.run.describe import measure, publish_report
+from mptk.run.prepare import prepare
+from mptk.run.prune import Result, cut, keep_stages_on_failure, prove, write_report, write_targets
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.run.run import Run
+from mptk.trust import Trust
 
 WEIGHTS_CHANGED = "the weights were changed in memory after the proof of the cut, as by training, and proven again"
 """The note of a folder that was written again."""
 
 
 @dataclass(frozen=True)
-class ChangedWeights:
-    """Weights of a pruned model that differ from its folder's.
+class ChangedWeights(PrunedFolder):
+    """A pruned folder whose model has other weights in memory.
 
     Attributes:
-        folder: the folder that was pruned.
-        report: its report.
         weights: the present weights, by the small model's names.
         sets: the samples of the run that made the folder; None if they are not in memory.
     """
 
-    folder: Path
-    report: Report
-    weights: Mapping[str, Tensor]
+    reads_data: ClassVar[bool] = False
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     sets: SampleSets | None = None
 
-    def adopt(self, prepared: Prepared) -> Chosen:
+    def read_estimator(self, trust: Trust) -> None:
+        """Nothing is trained or read."""
+
+    def read_choice(self, prepared: Prepared) -> Chosen:
         """The plan with the changed weights as trained ones."""
         assert prepared.plan is not None
         assert prepared.cut is not None
@@ -69,10 +71,6 @@ class ChangedWeights:
                 found[name] = weight
         return Chosen(prepared.plan, cut, widened(analysis, cut, Weights(found)), tuple(found))
 
-    def keep_recipe(self, folder: Path) -> None:
-        """Put the first run's recipe into ``folder``: it says how the cut was made, and no run repeats the rest."""
-        shutil.copy(self.folder / RECIPE_FILE, folder)
-
     def _read_stored(self, prepared: Prepared) -> Weights:
         return stored_weights(self.folder, prepared.loaded.trust)
 
@@ -88,39 +86,37 @@ class ChangedWeights:
                 )
 
 
-def write_changed_weights(changed: ChangedWeights, job: Job, settings: Settings, context: Context) -> Finished:
-    """Write the folder of ``job`` with changed weights, and prove it. ``settings``: only what computes counts.
+def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
+    """Write the folder again with changed weights, and prove it. Of ``run.settings`` only what computes counts.
 
     Raises:
-        MptkError: as ``mptk.prune``; or a changed weight is one that the cut makes anew.
+        MptkError: as ``prune``; or a changed weight is one that the cut makes anew.
     """
-    found: Finished = started(
-        partial(_write_and_prove, changed),
-        replace(job, given=changed.adopt, samples=lambda _: Given(), needs=None),  # data is not read again
-        settings,
-        context,
-        trains=False,
-    )
-    return found
-
-
-def _write_and_prove(changed: ChangedWeights, job: Job, prepared: Prepared, context: Context) -> Finished:
-    before, sets = changed.report, changed.sets
-    if sets is None:
-        samples, _ = proof_samples(changed.folder, prepared.task.examples(prepared.loaded.model))
-        sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
-    compiled, witnessed = cut_down(job, prepared, sets, context)
-    changed.check_adopted(compiled)
-    report = written_folder(job, compiled, sets, witnessed, context, changed.keep_recipe)
-    report = replace(
-        report,
-        changed=True,
-        **{name: getattr(before, name) for name in ("settings", "splits", "data", "recovery", "search")},
-        **{name: getattr(before, name) for name in ("vocabulary", "kv_heads")},
-        notes=list(dict.fromkeys([*before.notes, *report.notes, WEIGHTS_CHANGED])),
-    )
-    if changed.sets is not None:
-        report = measured(report, compiled, sets, job.out, context)
-    else:
-        publish_report(report, compiled, job.out)
-    return Finished(report, compiled, sets)
+    prepared, dense = prepare(changed, run)
+    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    with keep_stages_on_failure(prepared, run):
+        sets = changed.sets
+        if sets is None:
+            samples, _ = proof_samples(changed.folder, prepared.task.examples(prepared.loaded.model))
+            sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
+        compiled, checked = cut(changed, prepared, sets, run)
+        changed.check_adopted(compiled)
+        with publish(run.out) as folder:
+            notes = write_targets(compiled, sets, folder, run)
+            proven = prove(compiled, sets, folder, checked, run)
+            # The first run's recipe says how the cut was made, and no run repeats the rest.
+            shutil.copy(changed.folder / RECIPE_FILE, folder)
+            report = write_report(compiled, proven, sets, notes, folder, run)
+        before = changed.report
+        report = replace(
+            report,
+            changed=True,
+            **{name: getattr(before, name) for name in ("settings", "splits", "data", "recovery", "search")},
+            **{name: getattr(before, name) for name in ("vocabulary", "kv_heads")},
+            notes=list(dict.fromkeys([*before.notes, *report.notes, WEIGHTS_CHANGED])),
+        )
+        if changed.sets is not None:
+            report = measure(report, compiled, sets, run.out, run)
+        else:
+            publish_report(report, compiled, run.out)
+    return Result(report, compiled, sets, dense)

@@ -5,23 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from mptk.chain import larger
-from mptk.chain.checks import check_divides, check_ragged
-from mptk.chain.estimate import check_fits
-from mptk.chain.job import AnalysedDense, Job
-from mptk.chain.samples import KEPT_SAMPLES
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.choices import FREE, IN_MEMORY
 from mptk.config.settings import Settings
 from mptk.conversions import converted, wanted
 from mptk.cost.budgets import CACHED
-from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import once
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.models import Loaded
-from mptk.io.resident import Resident, free_memory
+from mptk.io.resident import free_memory
 from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
@@ -30,91 +24,95 @@ from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
 from mptk.methods.division.selection import LayerSelection, expanded, selected
-from mptk.progress import Progress
 from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
-from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.run_folder import kept_tensors
-from mptk.protocols.task import Task
-from mptk.protocols.values import Context
 from mptk.publish.folder import check_apart
-from mptk.staged.staged import Executor
+from mptk.run.checks import check_divides, check_ragged
+from mptk.run.larger import keep_reachable, read_larger
+from mptk.run.open import Dense, Opened, open_named
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.run.run import Run, Start
+from mptk.run.samples import KEPT_SAMPLES
 from mptk.targets import find_target
 from passes.analysis import group
 from passes.targets.legalize import portable
 
 
-def announce(needs: Estimate, job: Job, context: Context) -> None:
-    """Estimate what the run needs. Raises MptkError if the machine has less."""
-    context.progress(str(needs), 0, 0)
-    check_fits(needs, job.out)
+def prepare(model: Start, run: Run, dense: Dense | None = None) -> tuple[Prepared, Dense]:
+    """Load, trace, analyse and find legal widths. Returns what further runs on the same model share, too.
 
-
-def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
-    """Load, trace, analyse and find legal widths.
+    ``dense``: of an earlier run on the same model.
 
     Raises:
         MptkError: one of these fails; no legal widths meet the budget; or the cut model cannot be trained.
     """
-    resident, executor = execution(settings)
-    with context.stage("load"):
-        loaded, task, origin = opened(job, resident, settings)
-    model, conversions = job.dense(lambda: analysed(job, settings, loaded, task, executor, context))
-    if (length := model.task.only_length(model.analysis.program)) is not None:
+    settings = run.settings
+    with run.stage("load"):
+        given, origin = open_unchanged(model, run, dense)
+    dense = dense or analyse(given, run)
+    if (length := dense.model.task.only_length(dense.model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
-    with context.stage("legalise"):
-        start = larger.opened(settings, model, conversions, origin)
-        prepared = legalise(job.source, settings, model, context.progress, conversions, job.plan, start)
-        prepared = larger.further(prepared, job.further)
-    prepared = replace(prepared, executor=executor, origin=origin)
+    with run.stage("legalise"):
+        larger = read_larger(settings, dense.model, dense.conversions, origin)
+        prepared = legalise(run, settings, dense.model, dense.conversions, larger)
+        prepared = keep_reachable(prepared, run.further)
+    prepared = replace(prepared, executor=run.executor, origin=origin)
     under = prepared.norms_change
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}")
-    return prepared
+    return prepared, dense
 
 
-def analysed(
-    job: Job, settings: Settings, loaded: Loaded, task: Task, executor: Executor, context: Context
-) -> AnalysedDense:
-    """The opened model, traced and analysed, after its conversions; and these.
+def analyse(given: Opened, run: Run) -> Dense:
+    """Trace and analyse an open model, and convert it as the settings and the plan ask.
 
     Raises:
         MptkError: one of these fails; or data, memory or the forms to write do not suit the model.
     """
-    like = check_data(job, loaded, task, settings)
+    settings, loaded, task = run.settings, given.loaded, given.task
+    like = check_data(given, run)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     check_whole(loaded, settings)
-    classed = find_target(settings.target).classed
-    with context.stage("trace"):
-        like = like if classed else None  # a graph that is written takes other sizes
-        program = traced(loaded, task, executor, settings.length, like, not classed)
-        find_target(settings.target).check_program(program)
-    if classed:
+    target = find_target(settings.target)
+    with run.stage("trace"):
+        like = like if target.classed else None  # a graph that is written takes other sizes
+        program = traced(loaded, task, run.executor, settings.length, like, not target.classed)
+        target.check_program(program)
+    if target.classed:
         check_same_class(loaded, task, task.example(loaded.model))
     if (length := task.only_length(program)) is not None:
         check_classed(loaded, settings, length)
-    with context.stage("analyse"):
+    with run.stage("analyse"):
         model = Analysed(loaded, task, group.analyze(program))
-    changes = wanted(settings, job.plan, job.vocabulary)
-    return converted(model, changes, context, executor, length or settings.length, like)
+    changes = wanted(settings, run.plan, run.inputs.texts)
+    return Dense(given, *converted(model, changes, run, run.executor, length or settings.length, like))
 
 
-def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:
-    """The dense model, its task, and digests of the run's inputs.
+def open_unchanged(model: Start, run: Run, dense: Dense | None) -> tuple[Opened, Origin]:
+    """The dense model and its task, and digests of the run's inputs.
 
     Raises:
-        MptkError: as ``job.load``; or the model's files changed while they were read.
+        MptkError: the model cannot be opened; or its files changed while they were read.
     """
-    before = states_of(job.source)
-    loaded, task = job.load(resident)
-    origin = once(lambda: origin_of(job.source, loaded, settings, job.start, job.plan))
-    if before and not loaded.live and states_of(job.source) != before:
-        raise MptkError(f"{job.source} changed while it was opened; start again")
-    return loaded, task, origin
+    before = states_of(run.source)
+    given = dense.given if dense is not None else open_start(model, run)
+    origin = once(lambda: origin_of(run.source, given.loaded, run.settings, run.start, run.plan))
+    if before and not given.loaded.live and states_of(run.source) != before:
+        raise MptkError(f"{run.source} changed while it was opened; start again")
+    return given, origin
+
+
+def open_start(model: Start, run: Run) -> Opened:
+    """Open what a run starts from, if it is not open yet."""
+    trust = run.settings.trust
+    if isinstance(model, PrunedFolder):
+        return model.open_dense(run.resident, trust)
+    return open_named(model, run.resident, trust, run.inputs) if isinstance(model, str) else model
 
 
 def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
@@ -126,19 +124,20 @@ def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
         )
 
 
-def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
+def check_data(given: Opened, run: Run) -> Samples | None:
     """Read one sample of each source, to fail early; returns one if it is available at once.
 
     A run that is resumed has samples, and reads only what it measures on.
 
     Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
+    settings, loaded, task = run.settings, given.loaded, given.task
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
-    check_apart(job.out, *data.read_places(named), *filter(None, [settings.larger]))
-    if job.samples is not None:
+    check_apart(run.out, *data.read_places(named), *filter(None, [settings.larger]))
+    if run.inputs.has_samples or not run.reads_data:
         return None
-    check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
-    kept = kept_tensors(job.out, KEPT_SAMPLES) if settings.resume else None
+    check_apart(run.out, *data.read_places(settings.data, settings.eval_data))
+    kept = kept_tensors(run.out, KEPT_SAMPLES) if settings.resume else None
     like = None if kept is None else Samples.restored(kept, task.examples(loaded.model), "training")
     if like is not None:
         like = like[:1]
@@ -168,17 +167,15 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 
 
 def legalise(
-    source: str,
+    run: Run,
     settings: Settings,
     model: Analysed,
-    progress: Progress,
     conversions: tuple[Conversion, ...] = (),
-    plan: Plan | None = None,
-    start: Chosen | None = None,
+    larger: Chosen | None = None,
 ) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
-    ``conversions``: the conversions that made ``model``. ``start``: a larger cut, which the run begins with.
+    ``conversions``: the conversions that made ``model``. ``larger``: a larger cut, which the run begins with.
     """
     loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
     before = None if compared is None else compared.analysis
@@ -187,7 +184,7 @@ def legalise(
     if settings.portable and not (settings.families or settings.fixed or settings.engines):
         legal = portable(analysis, legal, {*settings.widths, *settings.keep})
     stored = stored_type(settings, loaded)
-    plan = plan or Plan({})
+    plan = run.plan or Plan({})
     parts = model.task.parts(loaded.model)
     families, keep = (expanded(names, analysis, legal, parts) for names in (settings.families, settings.keep))
     settings = replace(settings, families=families, keep=keep)
@@ -199,15 +196,15 @@ def legalise(
         check_ragged(target, f"{layer} of the plan")
     if settings.budget in CACHED and not model.task.caches:
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
-    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before, list(plan.families))
-    prepared = Prepared(source, settings, loaded, model.task, method, target, analysis, legal, cost)
-    prepared = replace(prepared, conversions=conversions, start=start)
+    cost, settings = budgeted(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
+    prepared = Prepared(run.source, settings, loaded, model.task, method, target, analysis, legal, cost)
+    prepared = replace(prepared, conversions=conversions, start=larger)
     if settings.fixed:
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     check_any(analysis, cost)
     check_left(cost, settings)
-    return by_layer(with_candidates(prepared, selection, before), selection, before)
+    return divide_by_layer(add_candidates(prepared, selection, before), selection, before)
 
 
 def check_left(cost: CostModel, settings: Settings) -> None:
@@ -219,7 +216,7 @@ def check_left(cost: CostModel, settings: Settings) -> None:
         )
 
 
-def with_candidates(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
+def add_candidates(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
     """``prepared`` with the candidates of ``selection``, whose families are taken apart as it says."""
     p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
     if selection.alike:
@@ -232,7 +229,7 @@ def with_candidates(prepared: Prepared, selection: LayerSelection, before: Analy
     return replace(p, candidates=tuple(once(partial(find_widths, apart))))
 
 
-def by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
+def divide_by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
     """Make each layer of the divided families a family of its own; candidates keep equal widths."""
     s, whole, given = prepared.settings, prepared.analysis, selection.widths
     parts = {name: selection.layers(whole.family(name), s.layers == FREE) for name in prepared.families}

@@ -1,18 +1,15 @@
-"""samples: samples that the caller gives in memory, as texts, token ids, inputs or batches of these."""
+"""given_samples: samples that the caller gives in memory, as texts, token ids, inputs or batches of these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.chain.amounts import wanted
-from mptk.chain.job import Given
 from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io import data as text
@@ -23,30 +20,20 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
+from mptk.run.amounts import count_samples
+from mptk.run.inputs import Data, Inputs, is_in_memory
 from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
 from mptk.tasks.inputs.text import fitting
 from mptk.tasks.module import named_inputs
 from passes.check_cut import table_size
 
-Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
-"""A name as in ``--data``; or samples, ids [n, length], inputs by name, texts, rows of text, or batches of inputs."""
 _NOTHING = object()
-
-
-def in_memory(data: Data | None) -> bool:
-    """Whether ``data`` holds samples, not a name."""
-    return data is not None and not isinstance(data, str | Path)
-
-
-def names_of(**given: Data | None) -> dict[str, str]:
-    """Argument → its name in settings, for each argument that is given."""
-    return {n: IN_MEMORY if in_memory(data) else str(data) for n, data in given.items() if data is not None}
 
 
 def check_texts(**given: Data | None) -> None:
     """Raise MptkError if samples in memory hold token ids: ``vocabulary`` gives tokens other ids."""
     for name, data in given.items():
-        if not in_memory(data):
+        if not is_in_memory(data):
             continue
         once = isinstance(data, Iterator)  # which loses what is looked at
         first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterated(data), None)
@@ -56,27 +43,26 @@ def check_texts(**given: Data | None) -> None:
             )
 
 
-def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Given] | None:
-    """A function that gives a run the samples in memory; None if there are none."""
-    if not in_memory(data) and not in_memory(eval_data):
-        return None
+def collect_given(prepared: Prepared, inputs: Inputs) -> tuple[Samples | None, Samples | None]:
+    """The caller's samples to train and calibrate on, and to measure on; None: as the settings say.
 
-    def collect(prepared: Prepared) -> Given:
-        s = prepared.settings
-        opened = prepared.loaded, prepared.task
-        training = collected(data, *opened, wanted(s), s.length, s.seed) if in_memory(data) else None
-        check_fits(training, prepared.analysis.program)
-        if in_memory(eval_data):
-            measured = collected(eval_data, *opened, s.eval_windows, s.eval_length, None)
-            check_fits(measured, prepared.analysis.program)
-            return Given(training, measured)
-        own = training is not None and s.eval_data in (None, IN_MEMORY)
-        return Given(training, training[: s.eval_windows] if own and training is not None else None)
+    Raises:
+        MptkError: they are not of this model's kind, do not fit its program, or there are none.
+    """
+    s, program = prepared.settings, prepared.analysis.program
+    training = evaluation = None
+    if inputs.data is not None:
+        training = collect_samples(inputs.data, prepared.loaded, prepared.task, count_samples(s), s.length, s.seed)
+        check_fits(training, program)
+    if inputs.eval_data is not None:
+        evaluation = collect_samples(inputs.eval_data, prepared.loaded, prepared.task, s.eval_windows, s.eval_length)
+        check_fits(evaluation, program)
+    elif training is not None and s.eval_data in (None, IN_MEMORY):
+        evaluation = training[: s.eval_windows]
+    return training, evaluation
 
-    return collect
 
-
-def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
+def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
     """At most ``count`` samples of ``data``; windows of text have ``length`` tokens.
 
     ``seed``: shuffles them; None keeps the order of the text.

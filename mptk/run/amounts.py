@@ -1,0 +1,55 @@
+"""amounts: how many samples a run reads, writes and holds out, and its numbers in words."""
+
+from __future__ import annotations
+
+from mptk.config.settings import Settings
+from mptk.io import data
+from mptk.methods import find_method
+from mptk.methods.division.search import judged, searched
+from mptk.report.view import plural
+
+TRAINED_PER_HELD_OUT = 8
+"""Hold out at most one sample per this number of training samples."""
+
+
+def count_samples(settings: Settings, *, own: bool = False) -> int:
+    """Most samples that a run takes to calibrate and train on, with the held-out ones.
+
+    ``own``: whether the model writes them. As that takes long, it writes none for the training steps, which repeat the
+    others. So `mptk shapes` and a run that searches and then trains have the same text.
+    """
+    s = settings
+    used = max(s.windows, searched(s), 0 if own else s.steps * s.learning.training.batch)
+    return used + count_held_out(s, used)
+
+
+def count_held_out(settings: Settings, samples: int) -> int:
+    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
+    count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
+    return max(count, judged(samples)) if settings.search else count
+
+
+def count_measured(settings: Settings, count: int) -> int:
+    """Windows to measure on of the text that the model writes itself, beside ``count`` others."""
+    return min(count, settings.eval_windows) if settings.eval_data is None else 0
+
+
+def count_written(settings: Settings) -> int:
+    """Windows of text that the model writes itself: to calibrate and train on, and to measure on."""
+    count = count_samples(settings, own=True) if settings.data == data.SELF else 0
+    return count + count_measured(settings, count)
+
+
+def learns_masks(settings: Settings) -> bool:
+    """Whether the run learns masks."""
+    return not settings.fixed and find_method(settings.method).learns
+
+
+def say_numbers(settings: Settings) -> str:
+    """The numbers of complete settings in words, and bfloat16 if they are computed in it."""
+    found = [plural(settings.steps, "training step")] if settings.steps else []
+    found += [plural(settings.windows, "calibration window")] if not settings.fixed else []
+    found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
+    found += [f"{plural(settings.distil_epochs, 'epoch')} of local distillation"] if settings.distil_epochs else []
+    numbers = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    return f"{numbers} in bfloat16" if numbers and settings.compute_dtype == "bfloat16" else numbers

@@ -1,0 +1,203 @@
+"""ladder: models of several sizes in one run. Each is cut further from the next larger one and begins with its weights.
+
+Each rung is a run of its own (``mptk/run/larger.py``), with a folder, a proof and a report. They share the dense
+model, its analysis and a cached teacher. Steps and minutes are those of the whole ladder, in equal parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise, takewhile
+from pathlib import Path
+
+from mptk.compat.accelerate import own_state
+from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
+from mptk.config.setting import to_json, with_keywords
+from mptk.config.settings import Settings
+from mptk.distributed.processes import leads, once
+from mptk.errors import MptkError
+from mptk.files import discard
+from mptk.io.text.sources import RANDOM_DATA, SELF
+from mptk.ir.passes import Log
+from mptk.progress import silent
+from mptk.protocols.execution import execution
+from mptk.protocols.report import Report
+from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_settings
+from mptk.protocols.values import Context
+from mptk.publish.folder import check_replaceable
+from mptk.publish.manifest import MARKER, check_manifest, is_ours
+from mptk.run.checks import check_settings
+from mptk.run.inputs import Inputs
+from mptk.run.minutes import complete_settings, fill_in
+from mptk.run.prune import Result, prune
+from mptk.run.run import FOUND, Run, Start, at_work, describe_run, lock_outputs, read_estimator_of
+from mptk.run.shared import check_shared
+
+TEACHER = "teacher"
+"""Name of the folder of a cached teacher, within the folder of the unfinished ladder."""
+
+
+def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
+    """Raise MptkError if the sparsities or the settings do not suit a ladder."""
+    if len(sparsities) < 2:
+        raise MptkError("a ladder has two sizes or more; give them as 0.2,0.3,0.5, or --sparsity for one")
+    if not all(0 < s <= MOST_SPARSITY for s in sparsities):
+        raise MptkError(f"the sparsities of a ladder lie above 0 and are at most {MOST_SPARSITY}; give 0.2,0.3,0.5")
+    if any(one >= other for one, other in pairwise(sparsities)):
+        raise MptkError(
+            f"the sparsities of a ladder ascend, each once; give {','.join(map(name_size, sorted({*sparsities})))}"
+        )
+    given = {
+        "--plan": settings.plan is not None,
+        "--search": settings.search,
+        "--larger": settings.larger is not None,
+        "a latency": settings.max_ms is not None,
+        f"--layers {settings.layers}": settings.layers != UNIFORM,
+    }
+    if wrong := next((name for name, is_given in given.items() if is_given), None):
+        raise MptkError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
+    if settings.shared:
+        check_shared(settings)
+    if 0 < (steps := settings.steps) < len(sparsities):
+        count = len(sparsities)
+        raise MptkError(f"--steps {steps} is less than one for each of {count} models; give {count} or more")
+
+
+def name_size(sparsity: float) -> str:
+    """The name of a rung's folder."""
+    return f"{sparsity:g}"
+
+
+def divide_steps(asked: Settings, sparsities: Sequence[float]) -> Settings:
+    """The settings of a rung, with its part of the ladder's steps.
+
+    Raises:
+        MptkError: the sparsities or the settings do not suit a ladder.
+    """
+    check_ladder(sparsities, asked)
+    steps = asked.learning.steps
+    return asked if steps is None else with_keywords(asked, {"steps": steps // len(sparsities)})
+
+
+@contextmanager
+def open_ladder(
+    model: Start,
+    source: str,
+    out: Path,
+    asked: Settings,
+    sparsities: Sequence[float],
+    inputs: Inputs,
+    context: Context,
+) -> Iterator[list[Run]]:
+    """The runs of a ladder, the largest model first, whose outputs are locked; of sizes that share weights, one run.
+
+    Their settings are complete: those of the unfinished ladder if it is resumed. ``sparsities``: of the sizes.
+
+    Raises:
+        MptkError: as ``open_run``; the sparsities or the settings do not suit a ladder; or ``out`` is a result itself.
+    """
+    asked = divide_steps(asked, sparsities)
+    places = [out] if asked.shared else [out / name_size(sparsity) for sparsity in sparsities]
+    if not asked.shared and is_ours(out):
+        raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
+    with at_work(asked.device), lock_outputs(places, asked.overwrite, [source]):
+        check_settings(fill_in(asked), None, inputs.texts)
+        settings = once(lambda: complete_ladder(model, asked, sparsities, places))
+        resident, executor = execution(settings)
+        each = Run(
+            log=context.log,
+            progress=context.progress if leads() else silent,
+            source=source,
+            out=out,
+            settings=settings,
+            inputs=inputs,
+            estimator=read_estimator_of(model, asked.trust),
+            resident=resident,
+            executor=executor,
+        )
+        if asked.shared:
+            settings = replace(settings, sparsity=sparsities[0], minutes=None)
+            yield [replace(each, settings=settings, further=sparsities[1:], sizes=sparsities)]
+        else:
+            yield list_rungs(each, sparsities, places)
+
+
+def complete_ladder(model: Start, asked: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> Settings:
+    """The complete settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed.
+
+    Raises:
+        MptkError: minutes were given, and the ladder takes longer.
+    """
+    estimator = read_estimator_of(model, asked.trust)
+    whole = None if estimator is None else replace(estimator, sparsities=sparsities)
+    unfinished = next(filter(None, map(read_earlier, places)), {}) if asked.resume else {}
+    return complete_settings(asked, whole, unfinished=unfinished)[0]
+
+
+def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -> list[Run]:
+    """The runs of the rungs. ``each``: what they have in common; its output is the ladder's."""
+    settings, found, larger = each.settings, list[Run](), None
+    if settings.learning.teacher == "cached" and settings.learning.teacher_cache is None:
+        settings = with_keywords(settings, {"teacher_cache": str(beside(each.out) / TEACHER)})
+    for i, (place, sparsity) in enumerate(zip(places, sparsities, strict=True)):
+        seed = settings.seed + i if selects_windows(settings) else settings.seed
+        own = replace(settings, sparsity=sparsity, larger=larger, minutes=None, seed=seed)
+        found.append(each.at(place, own, sparsities[i + 1 :]))
+        larger = str(place.resolve())
+    return found
+
+
+def selects_windows(settings: Settings) -> bool:
+    """Whether the seed selects windows of a text: the next rung's are others, so that the ladder reads more."""
+    return settings.data not in (SELF, RANDOM_DATA, IN_MEMORY)
+
+
+def read_earlier(place: Path) -> Mapping[str, object]:
+    """The settings of a rung that was begun or finished; empty if there is none."""
+    kept = kept_settings(place)
+    return kept if kept or not (place / MARKER).is_file() else to_json(Report.read(place).settings)
+
+
+def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
+    """Run the rungs in order, and yield each with its result; None if an earlier run finished it."""
+    done = once(lambda: count_finished(rungs))
+    for rung in rungs[:done]:
+        yield rung, None
+    dense = None
+    for rung in rungs[done:]:
+        rung.progress(f"sparsity {rung.out.name}", 0, 0)
+        log = Log(on_record=rung.log.on_record)
+        with own_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
+            result = prune(model, replace(rung, log=log), dense)
+        dense = result.dense
+        yield rung, result
+    if beside(out).is_dir() and leads():
+        discard(beside(out))
+
+
+def count_finished(rungs: Sequence[Run]) -> int:
+    """The number of rungs that are finished. Raises MptkError if one of the others may not be written."""
+    done = len(list(takewhile(is_finished, rungs)))
+    for rung in rungs[done:]:
+        check_replaceable(rung.out, rung.settings.overwrite)
+        check_unfinished(rung.out, rung.described, rung.settings.resume, but=(*FOUND, GIVEN))
+    return done
+
+
+def is_finished(rung: Run) -> bool:
+    """Whether an earlier run of the ladder finished a rung.
+
+    Raises:
+        MptkError: its folder was changed, or made from another model or with other settings.
+    """
+    if not rung.settings.resume or kept_settings(rung.out) or not (rung.out / MARKER).is_file():
+        return False
+    report = Report.read(rung.out)
+    check_manifest(rung.out)
+    before, now = describe_run(rung.source, report.settings), rung.described
+    may_differ = {*FOUND} - {"sparsity"}
+    if changed := sorted(name for name in now.keys() - may_differ if before[name] != now[name]):
+        raise MptkError(f"{rung.out} was made with other settings ({', '.join(changed)}); give the same, or remove it")
+    return True

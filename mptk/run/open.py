@@ -1,0 +1,104 @@
+"""open: the dense model that a run starts from: a name, or what the caller holds in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.live import open_live, unwrapped
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident
+from mptk.ir.samples import Samples
+from mptk.protocols.conversion import Analysed, Conversion
+from mptk.protocols.task import Task
+from mptk.run.inputs import Inputs
+from mptk.tasks import open_task, task_of
+from mptk.tasks.module import Module, example_samples, read_inputs
+from mptk.trust import Trust
+
+Model = str | Path | nn.Module
+"""A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A dense model that is open, with its task. ``plain``: it is no transformers model, so it has no stock class."""
+
+    loaded: Loaded
+    task: Task
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model that is analysed, after its conversions, as the runs of a ladder share it.
+
+    ``given``: the model and task before conversions. ``training``, ``evaluation``: the caller's samples in memory,
+    which may come from an iterator that is read only once; None: they were not read yet.
+    """
+
+    given: Opened
+    model: Analysed
+    conversions: tuple[Conversion, ...]
+    training: Samples | None = None
+    evaluation: Samples | None = None
+
+
+def read_example_inputs(settings: Settings, inputs: Inputs) -> tuple[Settings, Inputs]:
+    """The example inputs of a file, which by default are also the data.
+
+    Raises:
+        MptkError: the file cannot be read; or example inputs are also given in memory.
+    """
+    if settings.inputs is None:
+        return settings, inputs
+    if inputs.example_inputs is not None:
+        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
+    settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
+    assert settings.inputs is not None
+    return settings, replace(inputs, example_inputs=read_inputs(settings.inputs))
+
+
+def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
+    """Open a model that the caller holds in memory.
+
+    Raises:
+        MptkError: example inputs are missing or empty; the weights are not in memory; or no task takes the model.
+    """
+    model = unwrapped(model)
+    plain = not isinstance(model, PreTrainedModel)
+    if plain and inputs.example_inputs is None:
+        raise MptkError(
+            f"{type(model).__name__} is not a transformers model, so mptk cannot know its inputs; give "
+            "example_inputs, the tensors that forward() takes"
+        )
+    loaded = open_live(model, inputs.tokenizer, trust=trust)
+    return Opened(loaded, find_task(loaded, inputs), plain)
+
+
+def open_named(name: str, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
+    """Open the model of that name. Raises MptkError as ``open_task``; or example inputs do not fit it."""
+    if inputs.example_inputs is None and inputs.tokenizer is None:
+        return Opened(*open_task(name, resident, trust=trust))
+    loaded = models.open_weights(name, resident, trust=trust)
+    loaded = loaded if inputs.tokenizer is None else replace(loaded, tokenizer=inputs.tokenizer)
+    return Opened(loaded, find_task(loaded, inputs))
+
+
+def open_model(model: Model, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
+    """Open a model by its name or in memory. Raises MptkError as ``open_named`` and ``open_in_memory``."""
+    if isinstance(model, nn.Module):
+        return open_in_memory(model, trust, inputs)
+    return open_named(str(model), resident, trust, inputs)
+
+
+def find_task(loaded: Loaded, inputs: Inputs) -> Task:
+    """The task of a loaded model: by its class, or to give the outputs of example inputs."""
+    example = inputs.example_inputs
+    return task_of(loaded) if example is None else Module(example_samples(loaded.model, example))

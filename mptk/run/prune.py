@@ -1,0 +1,230 @@
+"""prune: the main job from top to bottom, from a dense model to a proven folder.
+
+``prepare`` gives a Prepared, ``choose_units`` a Chosen, ``compile_plan`` a Compiled, ``prove`` a Proven, ``describe`` a
+Report. A folder is published only if every stage of the proof is within its tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import changed, compile_plan
+from mptk.compile.trace import fixed_sizes, one_length, trained_otherwise
+from mptk.config.recipe import write_recipe
+from mptk.conversions import fitted, with_conversions
+from mptk.distributed.processes import describe as describe_processes
+from mptk.distributed.processes import leads, processes
+from mptk.errors import MptkError, ProofError
+from mptk.io.tensors import write_weights
+from mptk.ir.plan import Plan
+from mptk.ir.weights import Weights
+from mptk.methods.division.budget import left_whole, nearest
+from mptk.methods.division.search import search_shapes, winner
+from mptk.methods.drafter import with_drafter
+from mptk.methods.maskprune.learner import start_training
+from mptk.proof.proof import check_proof, check_witness, prove_folder
+from mptk.proof.same_class import check_same_class
+from mptk.protocols.chain import Chosen, Compiled, Prepared, Proven
+from mptk.protocols.origin import origin_of
+from mptk.protocols.report import Report
+from mptk.protocols.values import SampleSets
+from mptk.publish.folder import publish
+from mptk.publish.licence import copy_notices
+from mptk.report.card import write_card
+from mptk.run.describe import describe, measure
+from mptk.run.larger import join_larger, take_larger
+from mptk.run.minutes import note_minutes
+from mptk.run.open import Dense
+from mptk.run.prepare import prepare
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.run.recover import distil, reconstruct, recover_quality
+from mptk.run.run import Run, Start
+from mptk.run.samples import KEPT_SAMPLES, add_dense_outputs, read_samples
+from mptk.run.stored import keep_choice
+from mptk.targets import written as targets_of
+from passes.verify import Difference
+
+REMEDY = "nothing was published. Please report this model"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The report of a proven folder, the compiled model, and the samples of the run.
+
+    ``report``: None in all processes but the first. ``dense``: what further runs on the same model share.
+    """
+
+    report: Report | None
+    compiled: Compiled
+    sets: SampleSets
+    dense: Dense
+
+
+def prune(model: Start, run: Run, dense: Dense | None = None) -> Result:
+    """Run every stage in order. Of several processes only the first writes, and has the report.
+
+    ``dense``: the dense model of an earlier run on it, which this run shares.
+
+    Raises:
+        MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
+            or a stage of the proof exceeds its tolerance. The output then stays as it was.
+    """
+    if run.settings.shared:
+        raise MptkError("only the sizes of a ladder can share weights; use mptk.ladder, or leave out --shared")
+    run.check_unfinished()
+    run.announce()
+    prepared, dense = prepare(model, run, dense)
+    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    with keep_stages_on_failure(prepared, run):
+        sets, dense = read_samples(prepared, run, dense)
+        sets = add_dense_outputs(prepared, sets, run)
+        if not isinstance(model, PrunedFolder):
+            prepared = fitted(prepared, sets.calibration, run)
+        if run.settings.search:
+            prepared = winner(prepared, search_shapes(prepared, sets, run))
+        run = start_processes(run)
+        compiled, checked = cut(model, prepared, sets, run)
+        compiled, further = recover_quality(compiled, sets, run)
+        processes().wait_for_everyone()  # the others may still read what the folder keeps
+        if not processes().is_main_process:
+            return Result(None, compiled, sets, dense)
+        with publish(run.out, overwrite=run.settings.overwrite) as folder:
+            notes = write_targets(compiled, sets, folder, run)
+            proven = prove(compiled, sets, folder, [*checked, *further], run)
+            write_recipe(folder, run.source, run.settings, run.start, run.sizes)
+            report = write_report(compiled, proven, sets, notes, folder, run)
+        try:
+            report = measure(report, compiled, sets, run.out, run)
+        finally:  # the folder is published: what a resumed run would need is done
+            run.remove_folder()
+    return Result(report, compiled, sets, dense)
+
+
+@contextmanager
+def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
+    """If a stage fails, the folder of the unfinished run stays only if it saves time later.
+
+    Raises:
+        MptkError: in place of a failed proof: an input changed during the run, which explains it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if run.folder is not None and leads():
+            run.folder.remove_unless(KEPT_SAMPLES)  # a new run can redo these as fast
+        if isinstance(error, ProofError):
+            check_unchanged(prepared, run)
+            if prepared.target.classed:
+                example = prepared.task.example(prepared.given.model)
+                check_same_class(prepared.given, prepared.task, example, failed=True)
+        raise
+
+
+def check_unchanged(prepared: Prepared, run: Run) -> None:
+    """Raise MptkError if an input of the run changed since the run began."""
+    prepared.origin.require(origin_of(run.source, prepared.given, prepared.settings, run.start, run.plan))
+
+
+def start_processes(run: Run) -> Run:
+    """The run with the processes that train, if it trains."""
+    if run.folder is None or not run.settings.steps:
+        return run
+    return replace(run, accelerator=start_training(run.settings.learning, run.folder))
+
+
+# ---- choosing and cutting ----
+
+
+def cut(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> tuple[Compiled, list[Difference]]:
+    """Choose what is cut, fit what stays, and cut. Also returns the difference of a model that learned its masks."""
+    base = take_larger(prepared)
+    chosen = model.read_choice(base) if isinstance(model, PrunedFolder) else choose_units(base, sets, run)
+    checked = []
+    if chosen.witness is not None:
+        analysis = changed(base, chosen)
+        checked.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
+    chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
+    return with_drafter(compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run)), checked
+
+
+def choose_units(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
+    """Choose what is cut: as a plan file says, or by the method."""
+    if prepared.plan is not None:
+        assert prepared.cut is not None
+        return with_conversions(prepared, Chosen(prepared.plan, prepared.cut))
+    s = prepared.settings
+    chosen = keep_choice(prepared, sets, run)
+    meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
+    return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
+
+
+# ---- writing ----
+
+
+def write_targets(compiled: Compiled, sets: SampleSets, folder: Path, run: Run) -> list[str]:
+    """Write the plan, the cut model and its graphs into ``folder``. Returns notes for the report."""
+    prepared, chosen = compiled.prepared, compiled.chosen
+    if run.folder is not None and run.accelerator is not None:
+        run.folder.finish(folder)
+    chosen.plan.save(folder / "plan.json")
+    if chosen.changes and not chosen.trained:
+        write_weights(folder / COMPENSATION, Weights(chosen.changes))
+    notes = [
+        prepared.loaded.note,
+        *chosen.notes,
+        describe_processes(run.accelerator) if run.accelerator else "",
+        note_minutes(prepared.settings),
+        one_length(prepared),
+        fixed_sizes(prepared),
+        trained_otherwise(prepared),
+        *(each.note for each in prepared.conversions),
+        left_whole(prepared.legal),
+        nearest(prepared),
+    ]
+    for target in targets_of(prepared.target, prepared.settings):
+        with run.stage(f"write {target.name}"):
+            notes += target.emit(compiled, sets, folder, run.log)
+    return notes
+
+
+def prove(compiled: Compiled, sets: SampleSets, folder: Path, checked: Sequence[Difference], run: Run) -> Proven:
+    """Prove what was written, and that no input changed meanwhile. ``checked``: differences of trained models.
+
+    Raises:
+        ProofError: a stage exceeds its tolerance.
+        MptkError: an input of the run changed.
+    """
+    prepared = compiled.prepared
+    targets = targets_of(prepared.target, prepared.settings)
+    with run.stage("prove"):
+        proven = prove_folder(compiled, targets, folder, sets.calibration, whole=prepared.settings.strict)
+    proven = replace(proven, differences=(*checked, *proven.differences))
+    check_proof(proven.differences, find_remedy(compiled))
+    check_unchanged(prepared, run)
+    return proven
+
+
+def find_remedy(compiled: Compiled) -> str:
+    """What to do if the proof fails."""
+    if compiled.written is None or not compiled.epsilons:
+        return REMEDY
+    changes = ", ".join(f"{old:g} → {new:g}" for old, new in compiled.epsilons.items())
+    return (
+        f"nothing was published. The cut changes the epsilon of norms in the config ({changes}); if the class reads it "
+        "for norms of small values, too, only --target graph can hold this cut; else please report this model"
+    )
+
+
+def write_report(
+    compiled: Compiled, proven: Proven, sets: SampleSets, notes: Sequence[str], folder: Path, run: Run
+) -> Report:
+    """Write notices, the report without its quality, and the card into ``folder``."""
+    copy_notices(compiled.prepared.loaded.path, folder)
+    report = describe(compiled, proven, sets, [*notes, *proven.left_out, proven.note], folder, run)
+    report.write(folder)
+    write_card(report, compiled, folder)
+    return report

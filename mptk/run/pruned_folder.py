@@ -1,0 +1,86 @@
+"""pruned_folder: a pruned folder that a run begins with: its cut and its weights, and training that is not its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from mptk.compile.changes import changes_of
+from mptk.config.setting import values
+from mptk.config.settings import Settings
+from mptk.distributed.processes import holds
+from mptk.io.dense import open_dense
+from mptk.io.resident import Resident
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.report import Report
+from mptk.publish.manifest import check_manifest
+from mptk.run.estimate import Estimator
+from mptk.run.open import Opened
+from mptk.targets.stock_config import check_code
+from mptk.tasks.of_folder import task_of_folder
+from mptk.trust import Trust
+
+
+@dataclass(frozen=True)
+class PrunedFolder:
+    """An ``--out`` folder of ``prune``, whose cut and weights a run begins with.
+
+    ``dense``: the dense model: its name if it has moved, itself if it was pruned in memory, or open already; None: as
+    the report says. ``reads_data``: whether the run reads data, to train or to measure on.
+    """
+
+    reads_data: ClassVar[bool] = True
+
+    folder: Path
+    report: Report
+    dense: str | nn.Module | Opened | None = None
+
+    @staticmethod
+    def read(folder: str | Path, dense: str | nn.Module | Opened | None = None) -> PrunedFolder:
+        """The folder, as it was published. Raises MptkError if it holds no pruned model, or was changed."""
+        report = Report.read(folder)
+        check_manifest(Path(folder))
+        return PrunedFolder(Path(folder), report, dense)
+
+    @property
+    def source(self) -> str:
+        """The name of the dense model."""
+        return self.dense if isinstance(self.dense, str) else self.report.model
+
+    def take_settings(self, asked: Settings) -> Settings:
+        """The settings of a run that begins with the folder.
+
+        What is cut comes from the report, all else from ``asked``: the report decides neither ``data``, which may name
+        something to download, nor whether the model's own Python code may run.
+        """
+        changes = {**values(asked, "recover"), "learning": asked.learning}
+        changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
+        changes |= dict.fromkeys(("search", "shared"), False)
+        return replace(self.report.settings, **changes, plan=str(self.folder / "plan.json"))
+
+    def open_dense(self, resident: Resident, trust: Trust) -> Opened:
+        """The dense model. Raises MptkError if it is not found, or was changed."""
+        if isinstance(self.dense, Opened):
+            return self.dense
+        report = self.report
+        loaded = open_dense(report.model, report.model_sha256, self.dense, trust, resident, live=report.live)
+        return Opened(loaded, task_of_folder(self.folder, report, loaded))
+
+    def read_estimator(self, trust: Trust) -> Estimator | None:
+        """The estimator of its recovery; None: the run is too short to need one."""
+        loaded = self.open_dense(Resident(0), trust).loaded
+        kept = self.report.cost["pruned"]["parameters"] / self.report.cost["dense"]["parameters"]
+        return Estimator(loaded.model, loaded.dtype, kept)
+
+    def read_choice(self, prepared: Prepared) -> Chosen:
+        """The plan and the weights that it has. Raises MptkError if code in it is not the dense model's."""
+        check_code(prepared.loaded.path, self.folder)
+        assert prepared.plan is not None
+        assert prepared.cut is not None
+        if not holds():
+            return Chosen(prepared.plan, prepared.cut)
+        changes = changes_of(prepared.analysis, prepared.cut, self.folder, self.report, prepared.loaded.trust)
+        return Chosen(prepared.plan, prepared.cut, changes)

@@ -1,0 +1,215 @@
+"""run: what a run is asked for, where its result goes, and what it may use. Every stage gets it as its context.
+
+``open_run`` locks the output, completes the settings and checks them, before anything else. ``prune``, ``recover``,
+``ladder``, ``advise`` and ``shapes`` then work in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from mptk.compat.accelerate import own_state
+from mptk.compat.torch import sources_forgotten
+from mptk.config.setting import to_json
+from mptk.config.settings import Settings
+from mptk.distributed.processes import leads, once
+from mptk.errors import explained
+from mptk.files import claimed
+from mptk.io.cache import tidy_shared
+from mptk.io.resident import Resident
+from mptk.ir.plan import Plan
+from mptk.progress import silent
+from mptk.protocols.execution import execution, find_device
+from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
+from mptk.protocols.values import Context
+from mptk.publish.folder import check_apart, check_replaceable
+from mptk.run.checks import check_settings, read_plan
+from mptk.run.estimate import Estimator, check_fits, read_estimator
+from mptk.run.inputs import Inputs
+from mptk.run.minutes import complete_settings, fill_in
+from mptk.run.open import Opened
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.staged.staged import EXECUTOR, Executor
+from mptk.trust import Trust
+
+Start = str | Opened | PrunedFolder
+"""What a run starts from: a model's name, a model in memory, or a pruned folder, whose plan and weights it trains."""
+
+FOUND = ("sparsity", "length", "eval_length", "families", "keep")
+"""Settings that the run itself fills in: from a latency, a trace of one length, or the families in a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Context):
+    """One run. Its log, progress, folder and accelerator are those of its ``Context``.
+
+    ``source``: the model as the user named it. ``start``: the pruned folder that it trains. ``settings``: complete.
+    ``plan``: what the settings' file of a plan says, read once, so that later changes of the file have no effect.
+    ``estimator``: estimates it; None if that is not possible. ``reads_data``: whether it reads data. ``further``:
+    sparsities to which its result is cut further. ``sizes``: the sparsities of all sizes, if they share weights.
+    """
+
+    source: str
+    out: Path
+    settings: Settings
+    inputs: Inputs = field(default_factory=Inputs)
+    start: Path | None = None
+    plan: Plan | None = None
+    estimator: Estimator | None = None
+    reads_data: bool = True
+    further: Sequence[float] = ()
+    sizes: Sequence[float] = ()
+    resident: Resident = field(default_factory=lambda: Resident(0))
+    executor: Executor = EXECUTOR
+
+    def at(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
+        """The same run with another output and other settings: a size of a ladder."""
+        return replace(self, out=out, settings=settings, further=further)
+
+    @property
+    def keeps_stages(self) -> bool:
+        """Whether it chooses or trains something that the folder of an unfinished run should hold."""
+        return not self.settings.fixed or self.settings.steps > 0
+
+    @property
+    def described(self) -> dict[str, object]:
+        """What an unfinished run holds of it, and must be equal to continue it."""
+        return describe_run(self.source, self.settings)
+
+    def check_unfinished(self) -> None:
+        """Raise MptkError if the unfinished run beside the output is another one, or is not to be resumed."""
+        if self.keeps_stages:
+            check_unfinished(self.out, self.described, self.settings.resume, but=(*FOUND, GIVEN))
+
+    def keep_in_folder(self, settings: Settings, digests: Mapping[str, str]) -> Self:
+        """The run with its folder, if it keeps stages. ``settings``, ``digests``: as ``prepare`` found them."""
+        run = replace(self, settings=settings)
+        if not run.keeps_stages:
+            return run
+        return replace(run, folder=RunFolder(run.out, {**run.described, GIVEN: dict(digests)}, settings.resume))
+
+    def remove_folder(self) -> None:
+        """Remove the folder of the unfinished run, if there is one."""
+        if self.folder is not None:
+            self.folder.remove()
+
+    def announce(self) -> None:
+        """Say what the run needs. Raises MptkError if the machine has less."""
+        if self.estimator is not None:
+            needed = self.estimator.estimate(self.settings)
+            self.progress(str(needed), 0, 0)
+            check_fits(needed, self.out)
+
+
+def describe_run(source: str, settings: Settings) -> dict[str, object]:
+    """The values of a run that must be equal to continue it."""
+    may_differ = {each.path for each in Settings.declared if each.setting.resumable}
+    return {"model": source, **{k: v for k, v in to_json(settings).items() if k not in may_differ}}
+
+
+@contextmanager
+def open_run(
+    model: Start,
+    source: str,
+    out: Path,
+    asked: Settings,
+    inputs: Inputs,
+    context: Context,
+    *,
+    advises: tuple[int, int] | None = None,
+    trains: bool = True,
+) -> Iterator[Run]:
+    """A run whose output is locked and whose settings are complete and checked, for one result or measurement.
+
+    ``advises``: cuts that are only measured, and texts to measure them on. ``trains``: whether the settings' steps are
+    run.
+
+    Raises:
+        MptkError: there is no such device; the output cannot be replaced, is an input of the run, or is locked by
+            another process; the settings suit no model; or minutes were given, and the run takes longer.
+    """
+    start = model.folder if isinstance(model, PrunedFolder) else None
+    with at_work(asked.device), lock_outputs([out], asked.overwrite, [source, *([] if start is None else [start])]):
+        if not trains:
+            asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
+        plan, recovers = read_plan(asked), start is not None
+        settings = fill_in(asked, recovers, plan)
+        check_settings(settings, plan, inputs.texts)
+        estimator = read_estimator_of(model, asked.trust)
+        if estimator is not None and advises is not None:
+            estimator = replace(estimator, cuts=advises[0], texts=advises[1])
+        if trains:
+            unfinished = kept_settings(out) if asked.resume and leads() else {}
+            settings = once(
+                lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
+            )
+        else:
+            settings = replace(settings, minutes=None, learning=replace(settings.learning, steps=0))
+        resident, executor = execution(settings)
+        yield Run(
+            log=context.log,
+            progress=context.progress if leads() else silent,
+            source=source,
+            out=out,
+            settings=settings,
+            inputs=inputs,
+            start=start,
+            plan=plan,
+            estimator=estimator,
+            reads_data=not isinstance(model, PrunedFolder) or model.reads_data,
+            resident=resident,
+            executor=executor,
+        )
+
+
+@contextmanager
+def at_work(device: str) -> Iterator[None]:
+    """Within it stages may work: torch's and accelerate's state is the run's own, and errors are one line.
+
+    Raises:
+        MptkError: this machine has no such device.
+    """
+    find_device(device)  # fail here: accelerate's message for a missing device is vague
+    with sources_forgotten(), own_state(device), explained():
+        yield
+
+
+def read_estimator_of(model: Start, trust: Trust) -> Estimator | None:
+    """Estimates runs on a model; None if that is not possible.
+
+    Raises:
+        MptkError: there is no such model.
+    """
+    if isinstance(model, PrunedFolder):
+        return model.read_estimator(trust)
+    if isinstance(model, Opened):
+        return None if model.plain else Estimator(model.loaded.model, model.loaded.dtype)
+    return read_estimator(model, trust)
+
+
+@contextmanager
+def lock_outputs(outs: Sequence[Path], overwrite: bool, sources: Sequence[str | Path]) -> Iterator[None]:
+    """Lock outputs and the folders of their unfinished runs, so that only this run uses them.
+
+    ``overwrite``: as in ``Settings``. ``sources``: what the run reads.
+
+    Raises:
+        MptkError: an output cannot be replaced, is one of ``sources``, or is locked by another process. If several
+            processes run, the first locks, and all of them raise.
+    """
+    for out in outs:
+        check_replaceable(out, overwrite)
+        check_apart(out, *sources)
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            tidy_shared()
+            for out in outs:
+                stack.enter_context(claimed(out))
+
+        once(lock)
+        yield

@@ -24,6 +24,7 @@ from mptk.config.choices import GgufType
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
+from mptk.files.outputs import check_apart, check_file
 from mptk.io import data, models
 from mptk.io.auto_classes import classes_of
 from mptk.io.cache import build_private, private_place
@@ -43,7 +44,7 @@ from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.publish.folder import check_apart, check_replaceable, publish
+from mptk.publish.folder import check_replaceable, publish
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe, quantized_extras
@@ -141,7 +142,12 @@ def _export_module(
 
 @public
 def gguf(
-    folder: str | Path | Pruned, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto"
+    folder: str | Path | Pruned,
+    out: str | Path,
+    *,
+    like: str | Path | None = None,
+    type: GgufType = "auto",
+    overwrite: bool = False,
 ) -> GgufFolder:
     """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
@@ -151,6 +157,7 @@ def gguf(
         like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
             the folder. A folder of the graph target needs it.
         type: the type of the matrices; auto: the type in which the folder has them.
+        overwrite: replace a file that ``gguf`` did not write, too.
 
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
@@ -159,8 +166,9 @@ def gguf(
             something else of it. Nothing is written then.
     """
     folder = folder.place if isinstance(folder, Pruned) else folder
+    check_file(out, "GGUF", overwrite)
     made = open_folder(folder, like, type)
-    check_apart(Path(out), made.place, *([] if made.pattern is None else [made.pattern.file]))
+    check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
     def write(file: Path) -> None:
         differences = made.write(file)

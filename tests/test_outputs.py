@@ -15,20 +15,20 @@ from commands import done, refused
 import mptk
 from mptk import MptkError
 from mptk.cli.main import app
-from mptk.cli.options import OPERANDS, PLACES, TEXTS, Output
+from mptk.cli.options import OPERANDS, READ_PLACES, SAMPLES_FROM, OutputOption
 from mptk.files import write_json
 from mptk.files.outputs import check_apart, check_file
 
 COMMANDS = {str(each.name): inspect.signature(each.callback).parameters for each in app.registered_commands}
-READ = (*OPERANDS, *PLACES, *TEXTS)
+READ = (*OPERANDS, *READ_PLACES, *SAMPLES_FROM)
 WORDS = {"prompts": "once", "size": "0.2", "alias": "smollm2-135m", "repo": "me/model"}
 """Arguments that name nothing on this machine."""
 FOLDERS = ("folder", "folders", "larger", "models", "include_path", "teacher_cache")
 
 
-def outputs_of(command: str) -> dict[str, Output]:
+def outputs_of(command: str) -> dict[str, OutputOption]:
     parts = {name: getattr(each.annotation, "__metadata__", ()) for name, each in COMMANDS[command].items()}
-    return {name: part for name, each in parts.items() for part in each if isinstance(part, Output)}
+    return {name: part for name, each in parts.items() for part in each if isinstance(part, OutputOption)}
 
 
 def test_each_path_is_known_as_what_is_read_or_written() -> None:
@@ -63,7 +63,7 @@ def words_of(command: str, given: dict[str, list[Path]]) -> list[object]:
         if found is None and each.default is inspect.Parameter.empty and name not in ("ctx", "settings"):
             found = ["unlike/it" + (".gguf" if command == "gguf" else "")]
         for value in found or []:
-            flag = next((part.flag for part in kinds if isinstance(part, Output) and part.flag), f"--{name}")
+            flag = next((part.flag for part in kinds if isinstance(part, OutputOption) and part.flag), f"--{name}")
             words += [value] if argument else [flag.replace("_", "-"), value]
     return words
 

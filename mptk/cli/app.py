@@ -22,7 +22,7 @@ from rich.console import RenderableType
 from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, lasting, lost, unprinted
-from mptk.cli.options import TYPED, Output, Overwrite, check_outputs, parameters, settings_from
+from mptk.cli.options import TYPED, OutputOption, Overwrite, check_outputs, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
@@ -128,8 +128,8 @@ def command(
     return add
 
 
-def _output(annotation: object) -> Output | None:
-    return next((each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, Output)), None)
+def _output(annotation: object) -> OutputOption | None:
+    return next((each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, OutputOption)), None)
 
 
 def _typed(context: typer.Context, name: str) -> bool:

@@ -52,7 +52,7 @@ DenseOption = Annotated[str | None, typer.Option("--model", help="The dense mode
 # ---- files and folders to write ----
 
 
-class Output(OptionInfo):
+class OutputOption(OptionInfo):
     """An option that names what a command writes.
 
     ``flag``: as it is typed; empty: after the parameter. ``content``: of a file, as ``mptk.files.outputs.check_file``
@@ -113,22 +113,22 @@ def _check_above(path: Path) -> None:
 
 def out_folder(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
-    return Output("--out", "", folder_to_write, help)
+    return OutputOption("--out", "", folder_to_write, help)
 
 
 def out_file(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
-    """An option for a file. ``content``: as of ``Output``. ``suffixes``: allowed ones. ``dash``: - is stdout."""
-    return Output(flag, content, file_to_write(*suffixes, dash=dash), help)
+    """An option for a file. ``content``: as of ``OutputOption``. ``suffixes``: allowed ones. ``dash``: - is stdout."""
+    return OutputOption(flag, content, file_to_write(*suffixes, dash=dash), help)
 
 
 OPERANDS = ("model", "models", "folder", "folders", "like", "include_path", "image", "config")
 """Parameters that name what a command reads, beside settings."""
-PLACES, TEXTS = ("plan", "larger", "inputs", "teacher_cache"), ("data", "eval_data", "vocabulary")
+READ_PLACES, SAMPLES_FROM = ("plan", "larger", "inputs", "teacher_cache"), ("data", "eval_data", "vocabulary")
 """Settings that name what is read: a file or folder; sources of samples."""
-REPORT = "report.json"
+REPORT_JSON = "report.json"
 
 
-def check_outputs(outputs: Mapping[str, Output], values: Mapping[str, object], overwrite: bool) -> None:
+def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
     """Raise MptkError if a command would replace what it reads, one of its other outputs, or a file of somebody else.
 
     ``outputs``: parameters that name what it writes. ``values``: of all parameters.
@@ -148,10 +148,10 @@ def check_outputs(outputs: Mapping[str, Output], values: Mapping[str, object], o
                 raise MptkError(f"{path} is where another option writes, too; give another {flag}")
 
 
-def _read(values: Mapping[str, object], outputs: Mapping[str, Output]) -> Iterator[Path]:
+def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> Iterator[Path]:
     """The files and folders that a command reads, with the dense model and the data of pruned folders."""
-    texts = [str(values[name]) for name in TEXTS if values.get(name) is not None]
-    for name in (*OPERANDS, *PLACES):
+    texts = [str(values[name]) for name in SAMPLES_FROM if values.get(name) is not None]
+    for name in (*OPERANDS, *READ_PLACES):
         given = values.get(name)
         for each in given if isinstance(given, list) else [given]:
             if each is None or name in outputs:
@@ -159,10 +159,10 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, Output]) -> Iterat
             place = path_of(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
             yield from _packaged(str(each))
-            if (place / REPORT).is_file():
-                report = read_json(place / REPORT, MptkError)
+            if (place / REPORT_JSON).is_file():
+                report = read_json(place / REPORT_JSON, MptkError)
                 yield from (path_of(name) for name in _named_in(report, "model"))
-                texts += [name for key in TEXTS for name in _named_in(report.get("settings"), key)]
+                texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
     if texts:
         from mptk.io.data import read_places
 

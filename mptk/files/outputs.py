@@ -29,7 +29,7 @@ _MARKS = {
 }
 """Kind of a file that mptk writes → the mark that it has. Of JSON it is the first key: a user's collection of results
 has it further within."""
-_ENDS = 1 << 16
+_MARKED_BYTES = 1 << 16
 """Bytes at the beginning and at the end of a file in which its mark is: a PDF has it at the end."""
 
 
@@ -92,8 +92,8 @@ def _ends(path: Path) -> bytes:
     """The first and the last bytes of a file; none if the user may not read it."""
     try:
         with path.open("rb") as file:
-            found = file.read(_ENDS)
-            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _ENDS))
-            return found + file.read(_ENDS)
+            found = file.read(_MARKED_BYTES)
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _MARKED_BYTES))
+            return found + file.read(_MARKED_BYTES)
     except OSError:
         return b""

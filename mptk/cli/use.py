@@ -142,10 +142,11 @@ def read_prompts(
     runner: TextGenerator, model: str, prompts: Sequence[str], images: Sequence[Path], chat: bool
 ) -> tuple[list[list[int]], PromptImages | None]:
     """The token ids of each prompt, and the images of the only one, if there are any."""
+    from mptk.ort.generation import encode_prompts
     from mptk.tasks.inputs.prompts import prompt_with_images
 
     if not images:
-        return [runner.encode(prompt, chat=chat) for prompt in prompts], None
+        return encode_prompts(runner.tokenizer, prompts, chat=chat), None
     if len(prompts) > 1:
         raise MptkError("--image is for one prompt; give the others in calls of their own")
     ids, found = prompt_with_images(model, runner.decoder, prompts[0], images)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import toy_checkpoints as toys
 from commands import done, refused
+from inside import Inside
 
 import mptk
 from mptk import MptkError
@@ -124,6 +126,28 @@ def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:
     assert mptk.Plan.load(file).families == {}
     with pytest.raises(MptkError, match="mptk did not write it as a JSON"):
         check_file(file, "JSON")
+
+
+@pytest.mark.parametrize("kind", ["advice", "analysis", "bench", "eval", "ops", "rerun", "shapes"])
+def test_results_of_commands_replace_each_other(kind: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"format": f"mptk-{kind}/1", "rows": [1] * 10**5})
+    check_file(tmp_path / "result.json", "JSON")
+
+
+def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08 of somebody")
+    with pytest.raises(MptkError, match=r"model\.onnx exists, and mptk did not write it as a graph"):
+        mptk.export(toys.llama(), tmp_path)
+    assert (tmp_path / "model.onnx").read_bytes() == b"\x08 of somebody"
+
+
+def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path, inside: Inside) -> None:
+    """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
+    inside.gives("mptk.api.ladder.checked_sizes", ["0.2"])
+    for place in (tmp_path / "rungs" / "0.2", tmp_path / "new", tmp_path):
+        with pytest.raises(MptkError, match=r"which is read|is what is read") as raised:
+            mptk.rung(tmp_path, 0.2, place, overwrite=True)
+        assert "overwrite" not in str(raised.value)
 
 
 def test_files_behind_links_of_a_folder_are_inputs(tmp_path: Path) -> None:

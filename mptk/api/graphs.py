@@ -73,6 +73,7 @@ def export(
     text: Tensor | None = None,
     objective: str = "decode",
     onnx_dtype: str = "auto",
+    overwrite: bool = False,
     **metadata: str,
 ) -> Path:
     """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
@@ -91,17 +92,22 @@ def export(
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
+        overwrite: replace graphs in ``folder`` that mptk did not write, too.
 
     Raises:
-        MptkError: the model keeps a state that is not keys and values; torch.export or the exporter refuses it; there
-            is no such scheme, objective or type; or quantised graphs are asked for and the model is not float32.
+        MptkError: ``folder`` lies in the ``Pruned``'s, or has graphs of somebody else; the model keeps a state that is
+            not keys and values; torch.export or the exporter refuses it; there is no such scheme, objective or type; or
+            quantised graphs are asked for and the model is not float32.
         ProofError: ONNX Runtime computes something else than the module.
     """
     check_whole(plan)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
+    for file in Path(folder).glob("*.onnx"):
+        check_file(file, "graph", overwrite)
     if isinstance(model, Pruned):
+        check_apart(folder, model.proven)
         inputs = inputs_of_folder(model.proven, model.report)
         model, example_inputs = model.model, inputs if example_inputs is None else example_inputs
     if not isinstance(model, PreTrainedModel):

@@ -25,6 +25,7 @@ _MARKS = {
     "page": re.compile(rb'\A<!doctype html>.*<meta name="generator" content="mptk-page/\d', re.S),
     "table": re.compile(rb"<!-- mptk-table/\d+ -->\s*\Z"),
     "plot": re.compile(rb"\A(" + _PLOTS + rb").*mptk-plot/\d", re.S),
+    "graph": re.compile(rb"\A\x08.*mptk_version", re.S),
     "GGUF": re.compile(rb"\AGGUF.*general\.source\.writer.*mptk-gguf/\d", re.S),
 }
 """Kind of a file that mptk writes → the mark that it has. Of JSON it is the first key: a user's collection of results

@@ -307,6 +307,11 @@ def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
         check_fits(found, tmp_path / "not" / "there")
 
 
+def test_a_temporary_folder_that_is_gone_is_no_error_of_the_estimate(tmp_path: Path, inside: Inside) -> None:
+    inside.bound("tempfile.tempdir", str(tmp_path / "gone"))
+    check_fits(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
+
+
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
     inside.bound("mptk.cost.estimate.SAMPLE", 1 << 16)

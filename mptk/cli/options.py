@@ -39,7 +39,7 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError, did_you_mean
 from mptk.files import path_of
 from mptk.files.outputs import check_apart, check_file
-from mptk.reading import read_json
+from mptk.reading import Json, json_object
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the running command's options that the user typed, without the recipe's."""
@@ -159,16 +159,23 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
             place = path_of(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
             yield from _packaged(str(each))
-            if (place / REPORT_JSON).is_file():
-                report = read_json(place / REPORT_JSON, MptkError)
-                yield from (path_of(name) for name in _named_in(report, "model"))
-                texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
+            report = _report_in(place)
+            yield from (path_of(name) for name in _named_in(report, "model"))
+            texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
     if texts:
         from mptk.io.data import read_places
 
         for text in texts:
             with contextlib.suppress(MptkError):  # which says it itself
                 yield from read_places(text)
+
+
+def _report_in(place: Path) -> Json:
+    """The report of a folder; empty if there is none, or a damaged one, which the command refuses."""
+    try:
+        return json_object(place / REPORT_JSON, MptkError)
+    except MptkError:
+        return {}
 
 
 def _named_in(content: object, key: str) -> list[str]:

@@ -141,6 +141,30 @@ def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_bytes() == b"\x08 of somebody"
 
 
+@pytest.mark.parametrize(
+    ("call", "given"),
+    [
+        ("prune", {"out": "model/inner"}),
+        ("prune", {"out": "out", "plan": "out/plan.json"}),
+        ("prune", {"out": "new", "teacher": "cached", "teacher_cache": "model/cache"}),
+        ("ladder", {"out": "model/sizes", "sparsities": [0.2, 0.4], "method": "wanda"}),
+        ("shapes", {"out": "model/shapes", "sparsity": 0.3}),
+    ],
+)
+def test_keywords_in_python_are_outputs_too(
+    call: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toys.saved(toys.llama(layers=1), Path("model"))
+    Path("out").mkdir()
+    mptk.Plan({}).save("out/plan.json")
+    Path("out/mptk.json").write_text('{"format": "mptk-output/1", "files": {"plan.json": ""}}')
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(MptkError, match=r"which is read; give another (out|teacher_cache)$|is what is read"):
+        getattr(mptk, call)("model", progress=None, overwrite=True, **given)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
 def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path, inside: Inside) -> None:
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
     inside.gives("mptk.api.ladder.checked_sizes", ["0.2"])

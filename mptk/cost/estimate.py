@@ -50,8 +50,8 @@ SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
 SLOW = 1.0
 """Seconds that one run of the timed product takes at most."""
-READ, WRITE = 5e8, 2e8
-"""Bytes a second of a disk that cannot be timed: an ordinary one's."""
+ORDINARY_DISK = (5e8, 2e8)
+"""Bytes a second that a disk reads and writes, if it cannot be timed."""
 RATES = ("flops", "read", "write", "speedup")
 RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
@@ -347,7 +347,7 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
                 folder.mkdir(parents=True, exist_ok=True)
             with scratch() if temporary else staged(folder) as staging:
                 return Machine(flops, *disk_rates(staging.folder), speedup)
-    return Machine(flops, READ, WRITE, speedup)
+    return Machine(flops, *ORDINARY_DISK, speedup)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -67,16 +67,17 @@ class ChatTemplate:
 
     def _filled(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
         pid, pipe = self._process = self._process or _started(self._owner)
+        late = False
         try:
             pipe.send((turns, options))
-            if not pipe.poll(WAITING_SECONDS):
+            if late := not pipe.poll(WAITING_SECONDS):
                 os.kill(pid, signal.SIGKILL)
             found, refused = json_of(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
         except MptkError as error:
             found, refused = None, f"what it writes cannot be used: {error}"
         except (OSError, EOFError):  # it was stopped, or its answer is too long
             ended = self._end()
-            late = os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in (signal.SIGPROF, signal.SIGKILL)
+            late |= os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGPROF
             bound = f"{TEMPLATE_SECONDS:.0f} s" if late else f"{TEMPLATE_MEMORY >> 20} MB"
             refused = f"it takes more than {bound}"
         if refused:
@@ -98,6 +99,8 @@ class ChatTemplate:
 def _started(owner: Owner) -> tuple[int, Connection]:
     here, there = Pipe()
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # else one may raise in the fork, out of _answer
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns of a fork, and waits for threads in it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the fork lacks: it waits for none
@@ -105,12 +108,15 @@ def _started(owner: Owner) -> tuple[int, Connection]:
         if not pid:
             _answer(owner, there)
     finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
         signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
     there.close()
     return pid, here
 
 
-def _answer(owner: Owner, pipe: Connection) -> NoReturn:
+def _answer(owner: Owner, pipe: Connection) -> None:
     """What the fork does: fill the template for each chat that it is sent, until the pipe ends."""
     try:
         _alone(pipe.fileno())
@@ -120,7 +126,7 @@ def _answer(owner: Owner, pipe: Connection) -> NoReturn:
             pipe.send_bytes(json_text(_fill(owner, turns, options)).encode())
             signal.setitimer(signal.ITIMER_PROF, 0)
     finally:  # also after an error within the handling of an error: nothing of this process may go on here
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object, str]:
@@ -144,13 +150,11 @@ def _alone(kept: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    most = os.sysconf("SC_OPEN_MAX")
     os.closerange(3, kept)
-    os.closerange(kept + 1, most)
+    os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + TEMPLATE_MEMORY
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
     logging.disable()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not here
     gc.freeze()  # garbage of this process has finalizers that are not the fork's to run

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from mptk import MptkError
 from mptk.api import graphs as api
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.files.outputs import check_apart
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
 from mptk.protocols.run_folder import check_unfinished
-from mptk.publish.folder import amend, check_apart, publish
+from mptk.publish.folder import amend, publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
 
 
@@ -339,7 +340,9 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(MptkError, match=r"is what is read, and .* would replace it; give another --out"):
             check_apart(Path("out"), source)
     check_apart(Path("new"), "out", "some/hub-model")
-    check_apart(Path("out/inside"), "out")
+    for inside in ("out/inside", "out/new/inside", "new/../out/inside"):
+        with pytest.raises(MptkError, match=r"lies in out, which is read; give another --out"):
+            check_apart(Path(inside), "out")
 
 
 # ---- the system says no ----

@@ -24,6 +24,7 @@ from mptk.config.choices import GgufType
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
+from mptk.files.outputs import check_apart, check_file
 from mptk.io import data, models
 from mptk.io.auto_classes import classes_of
 from mptk.io.cache import build_private, private_place
@@ -43,7 +44,7 @@ from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.publish.folder import check_apart, check_replaceable, publish
+from mptk.publish.folder import check_replaceable, publish
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe, quantized_extras
@@ -73,6 +74,7 @@ def export(
     text: Tensor | None = None,
     objective: str = "decode",
     onnx_dtype: str = "auto",
+    overwrite: bool = False,
     **metadata: str,
 ) -> Path:
     """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
@@ -91,17 +93,22 @@ def export(
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
+        overwrite: replace graphs in ``folder`` that mptk did not write, too.
 
     Raises:
-        MptkError: the model keeps a state that is not keys and values; torch.export or the exporter refuses it; there
-            is no such scheme, objective or type; or quantised graphs are asked for and the model is not float32.
+        MptkError: ``folder`` lies in the ``Pruned``'s, or has graphs of somebody else; the model keeps a state that is
+            not keys and values; torch.export or the exporter refuses it; there is no such scheme, objective or type; or
+            quantised graphs are asked for and the model is not float32.
         ProofError: ONNX Runtime computes something else than the module.
     """
     check_whole(plan)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
+    for file in Path(folder).glob("*.onnx"):
+        check_file(file, "graph", overwrite)
     if isinstance(model, Pruned):
+        check_apart(folder, model.proven)
         inputs = inputs_of_folder(model.proven, model.report)
         model, example_inputs = model.model, inputs if example_inputs is None else example_inputs
     if not isinstance(model, PreTrainedModel):
@@ -142,7 +149,12 @@ def _export_module(
 
 @public
 def gguf(
-    folder: str | Path | Pruned, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto"
+    folder: str | Path | Pruned,
+    out: str | Path,
+    *,
+    like: str | Path | None = None,
+    type: GgufType = "auto",
+    overwrite: bool = False,
 ) -> GgufFolder:
     """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
@@ -152,6 +164,7 @@ def gguf(
         like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
             the folder. A folder of the graph target needs it.
         type: the type of the matrices; auto: the type in which the folder has them.
+        overwrite: replace a file that ``gguf`` did not write, too.
 
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
@@ -160,8 +173,9 @@ def gguf(
             something else of it. Nothing is written then.
     """
     folder = folder.place if isinstance(folder, Pruned) else folder
+    check_file(out, "GGUF", overwrite)
     made = open_folder(folder, like, type)
-    check_apart(Path(out), made.place, *([] if made.pattern is None else [made.pattern.file]))
+    check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
     def write(file: Path) -> None:
         differences = made.write(file)

@@ -21,10 +21,11 @@ from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
 from mptk.files import scratch
+from mptk.files.outputs import check_apart
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
-from mptk.publish.folder import check_apart, publish
+from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.trust import Trust, trust_by_caller
 

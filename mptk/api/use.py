@@ -32,7 +32,7 @@ from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.generation import Sampling, TextGenerator, check_room
+from mptk.ort.generation import Sampling, TextGenerator, check_room, encode_prompts
 from mptk.progress import Count, Progress, silent
 from mptk.proof.verification import plan_of
 from mptk.protocols.conversion import Analysed
@@ -254,7 +254,7 @@ def generate(
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=session_device(device))
-        encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+        encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
@@ -264,7 +264,8 @@ def generate(
         raise MptkError(f"a {type(module).__name__} cannot generate text; give a language model of transformers")
     if words is None:
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
-    return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
+    encoded = encode_prompts(words, prompts, chat=chat)
+    return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 
 def continuations(
@@ -298,23 +299,17 @@ def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
 def _written(
     module: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    ids: list[int],
     limit: int,
     sampling: Sampling,
     seed: int,
-    chat: bool,
 ) -> str:
-    """The text that a transformers module generates after one prompt."""
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    else:
-        found = tokenizer(prompt)
+    """The text that a transformers module generates after a prompt of these token ids."""
     how: dict[str, object] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    check_room(positions_of(module.config), [list(found["input_ids"])], limit)
-    given = torch.tensor([list(found["input_ids"])], device=module.device)
+    check_room(positions_of(module.config), [ids], limit)
+    given = torch.tensor([ids], device=module.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = module.generate(given, max_new_tokens=limit, **how)

@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import once
 from mptk.files import claimed
+from mptk.files.outputs import check_apart
 from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
@@ -20,7 +22,7 @@ from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.report import Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
-from mptk.publish.folder import check_apart, check_replaceable
+from mptk.publish.folder import check_replaceable
 
 AnalysedDense = tuple[Analysed, tuple[Conversion, ...]]
 """The dense model after its conversions, and these."""
@@ -62,17 +64,19 @@ class Given:
 
 
 @contextmanager
-def held(job: Job, overwrite: bool) -> Iterator[None]:
+def held(job: Job, settings: Settings) -> Iterator[None]:
     """Lock the job's output and the folder of its unfinished run, so that only this run uses them.
-
-    ``overwrite``: as in ``Settings``.
 
     Raises:
         MptkError: the output cannot be replaced, is an input of the job, or is locked by another process. If several
             processes run, the first locks, and all of them raise.
     """
-    check_replaceable(job.out, overwrite)
-    check_apart(job.out, job.source, *([] if job.start is None else [job.start]))
+    check_replaceable(job.out, settings.overwrite)
+    places = job.source, job.start, settings.plan, settings.larger, settings.inputs
+    read = [place for place in places if place is not None]
+    check_apart(job.out, *read)
+    if (cache := settings.learning.teacher_cache) is not None:
+        check_apart(cache, *read, option="--teacher-cache")
     with ExitStack() as stack:
 
         def hold() -> None:

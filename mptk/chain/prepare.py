@@ -19,6 +19,7 @@ from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import once
 from mptk.errors import MptkError
+from mptk.files.outputs import check_apart
 from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident, free_memory
@@ -39,7 +40,6 @@ from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.run_folder import kept_tensors
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context
-from mptk.publish.folder import check_apart
 from mptk.staged.staged import Executor
 from mptk.targets import find_target
 from passes.analysis import group

@@ -85,7 +85,7 @@ def started(
 ) -> WorkResult:
     """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
-    with own_state(settings.device), explained(), held(job, settings.overwrite):
+    with own_state(settings.device), explained(), held(job, settings):
         if not trains:
             settings = replace(settings, samples=settings.windows, search_tokens=settings.trial_tokens)
         job = replace(job, plan=given_plan(settings))

@@ -50,7 +50,7 @@ def advise(
         ),
     ] = False,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
+    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
@@ -90,7 +90,7 @@ def shapes(
     settings: Settings,
     folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
+    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:

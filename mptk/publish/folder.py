@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import check_text, claimed, fill_folder, path_of, put_folder, tidy, writing
+from mptk.files import check_text, claimed, fill_folder, put_folder, tidy, writing
 from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
 
 NAMES_SHOWN = 5
@@ -74,15 +74,6 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
             raise MptkError(
                 f"{folder} holds {_some(names)}, {which}; give another --out, or add --overwrite, which {then}"
             )
-
-
-def check_apart(folder: Path, *sources: str | Path) -> None:
-    """Raise MptkError if writing ``folder`` would replace a file or folder that is read."""
-    place = folder.resolve()
-    for source in sources:
-        path = path_of(source)
-        if path.exists() and (path.resolve() == place or place in path.resolve().parents):
-            raise MptkError(f"{source} is what is read, and {folder} would replace it; give another --out")
 
 
 def _is_output(folder: Path) -> bool:

@@ -29,10 +29,10 @@ _known: dict[tuple[int, ...], str] = {}
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file. A file that was not touched since is not read again by this process."""
     with path.open("rb") as file:
-        key, began = _identity(file.fileno()), time.time_ns()
+        key, began = file_identity(file.fileno()), time.time_ns()
         if key not in _known:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if _identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
+            if file_identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
                 return digest
             _known[key] = digest
         return _known[key]
@@ -44,8 +44,12 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(file_sha256, paths))
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
-    state = os.fstat(descriptor)
+def file_identity(file: int | Path) -> tuple[int, ...]:
+    """What changes whenever a file's content does; its times come last. ``file``: a path or a descriptor.
+
+    Nobody can set back the last one, the time when the inode changed, as ``cp -p`` sets a file's own time.
+    """
+    state = os.stat(file)
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import once
-from mptk.files import claimed
+from mptk.files import check_scratch, claimed
 from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
@@ -76,6 +76,7 @@ def held(job: Job, overwrite: bool) -> Iterator[None]:
     with ExitStack() as stack:
 
         def hold() -> None:
+            check_scratch()
             tidy_shared()
             stack.enter_context(claimed(job.out))
 

@@ -91,7 +91,7 @@ class Staging:
         """Raise MptkError if the folder is no more under its path: what was written there meanwhile went elsewhere."""
         if self.place.leads_here():
             return
-        if not os.path.lexists(self.path):
+        if not os.fstat(self.place.own).st_nlink:  # it is nowhere; what stands there now, a library made again
             raise removed_meanwhile(str(self.path))
         raise MptkError(
             f"{self.path} is no longer the folder that this process made: somebody put another in its place, which "

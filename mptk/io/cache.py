@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mptk.errors import MptkError
+from mptk.errors import STAGED, MptkError
 from mptk.files import claimed, discard, path_of, put_made, tidy, tidy_scratch, writing
 from mptk.publish.manifest import check_manifest, write_manifest
 
@@ -35,6 +35,7 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     Raises:
         MptkError: the cache folder cannot be written.
     """
+    STAGED.add(str(target))
     if target.exists():
         return target
     with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):

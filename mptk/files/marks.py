@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from mptk.files.places import PLAIN_FILE
 
-WORD = "a folder that mptk made, 1: 6f0e4bb7d3a94e0c8e5b"
+MARK_WORD = "a folder that mptk made, 1: 6f0e4bb7d3a94e0c8e5b"
 MARK_BYTES = 4096
 """Size of a mark. It is written again in place and at once, so that a killed process leaves the old or the new one."""
 
@@ -60,5 +60,5 @@ def is_of(mark: Mapping[str, object], folder: int, name: str | None = None) -> b
 
 
 def _digest(made: Mapping[str, object]) -> str:
-    said = [WORD, *(str(made.get(key)) for key in ("token", "name", "folder"))]
+    said = [MARK_WORD, *(str(made.get(key)) for key in ("token", "name", "folder"))]
     return hashlib.sha256("\0".join(said).encode(errors="surrogatepass")).hexdigest()

@@ -6,7 +6,7 @@ Whoever may write into a folder can rename what is in it, and plant a link under
 - makes folders that only their owner can enter, so that nobody can exchange what is within;
 - refuses to work where another user could exchange the folder itself (``check_way``). That is why libraries, which
   take paths, may be given paths within such a folder: no other user can lead them elsewhere. mptk still compares
-  before it puts a result in its place, and before it removes anything (``Place.leads_here``).
+  before it puts a result in its place, and before it removes anything (``OpenFolder.leads_here``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT_GROUP = 0
 
 
 @dataclass(frozen=True)
-class Place:
+class OpenFolder:
     """A folder held open. ``at``, ``own``: descriptors of its parent and of itself."""
 
     path: Path

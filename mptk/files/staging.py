@@ -33,7 +33,7 @@ from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, removed_mea
 from mptk.files.marks import is_of, read_mark, write_mark
 from mptk.files.places import (
     PLAIN_FILE,
-    Place,
+    OpenFolder,
     check_way,
     is_own,
     lies_in,
@@ -65,7 +65,7 @@ class Staging:
     ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is only for its owner.
     """
 
-    def __init__(self, place: Place, lock: int) -> None:
+    def __init__(self, place: OpenFolder, lock: int) -> None:
         self.place, self.path, self.folder = place, place.path, place.path / NEW
         self._end = weakref.finalize(self, _close, place, lock, os.getpid())
         STAGED.add(str(self.path))
@@ -166,12 +166,12 @@ def take(path: Path) -> Staging | None:
             lock = _locked(own)
             if marked and lock is not None:
                 write_mark(lock, own, "", holder())
-                return Staging(Place(path, os.dup(at), os.dup(own)), lock)
+                return Staging(OpenFolder(path, os.dup(at), os.dup(own)), lock)
             if lock is not None:
                 os.close(lock)
             if not os.listdir(own):
                 os.rmdir(path.name, dir_fd=at)  # nobody's, or its owner is about to do the same
-            elif not marked and Place(path, at, own).leads_here():
+            elif not marked and OpenFolder(path, at, own).leads_here():
                 raise MptkError(
                     f"{path} has no mark that mptk made it, and files would be made there; rename or remove it, or "
                     "give another place"
@@ -224,7 +224,7 @@ def held_by(path: Path) -> dict[str, object]:
 # ---- whose a folder is ----
 
 
-def _made(at: int, parent: Path) -> tuple[Place, int]:
+def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
     """A new hidden folder in the folder ``at``, with its lock, which this process has, and its mark."""
     for _ in range(TRIES):
         token = f".mptk-{secrets.token_hex(6)}"
@@ -236,7 +236,7 @@ def _made(at: int, parent: Path) -> tuple[Place, int]:
             with contextlib.suppress(FileNotFoundError), opened(token, at) as own:  # if not, somebody tidied it away
                 if (lock := _locked(own, create=True)) is not None:
                     write_mark(lock, own, "", holder())
-                    return Place(parent / token, os.dup(at), os.dup(own)), lock
+                    return OpenFolder(parent / token, os.dup(at), os.dup(own)), lock
         except OSError:
             with contextlib.suppress(OSError):  # nobody would know whose it is
                 remove_tree(token, at)
@@ -244,7 +244,7 @@ def _made(at: int, parent: Path) -> tuple[Place, int]:
     raise FileNotFoundError(errno.ENOENT, "somebody removes each folder that is made there", str(parent))
 
 
-def _renamed(place: Place, name: str) -> bool:
+def _renamed(place: OpenFolder, name: str) -> bool:
     """Whether a hidden folder gets a name, which no other file or folder has, except an empty one."""
     try:
         os.rename(place.path.name, name, src_dir_fd=place.at, dst_dir_fd=place.at)
@@ -317,7 +317,7 @@ def _remove_if_free(at: int, path: Path) -> None:
             try:
                 if marked:
                     write_mark(lock, own, "")  # it names no owner any more: whoever meets it waits
-                    _remove(Place(path, at, own))
+                    _remove(OpenFolder(path, at, own))
                 elif _TOKEN.fullmatch(path.name) and not os.fstat(lock).st_size and os.listdir(own) == [LOCK]:
                     os.unlink(LOCK, dir_fd=own)  # its owner was killed before it had written its mark
                     os.rmdir(path.name, dir_fd=at)
@@ -325,7 +325,7 @@ def _remove_if_free(at: int, path: Path) -> None:
                 os.close(lock)
 
 
-def _close(place: Place, lock: int, owner: int) -> None:
+def _close(place: OpenFolder, lock: int, owner: int) -> None:
     if os.getpid() != owner:  # a fork of it
         return
     try:
@@ -336,7 +336,7 @@ def _close(place: Place, lock: int, owner: int) -> None:
         place.close()
 
 
-def _remove(place: Place) -> None:
+def _remove(place: OpenFolder) -> None:
     """Remove a folder of this process, and only then let a signal that came meanwhile stop it."""
     try:
         _removed(place)
@@ -345,7 +345,7 @@ def _remove(place: Place) -> None:
         raise
 
 
-def _removed(place: Place) -> None:
+def _removed(place: OpenFolder) -> None:
     """Remove a folder. Its lock goes last, so that what is left is never taken for another's."""
     with contextlib.suppress(OSError):
         _empty(place)
@@ -355,7 +355,7 @@ def _removed(place: Place) -> None:
             os.rmdir(place.path.name, dir_fd=place.at)
 
 
-def _empty(place: Place) -> None:
+def _empty(place: OpenFolder) -> None:
     """Remove everything but the lock. What a replacement took away, and did not replace, goes back first."""
     name = place.path.name
     target = "" if name.startswith(".mptk-") else name.removeprefix(".").removesuffix(".mptk")

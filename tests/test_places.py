@@ -118,6 +118,22 @@ def test_a_link_that_is_planted_during_a_run_leads_nowhere(
     assert sum(path.is_symlink() for path in place.iterdir()) == 1, "it is left as it is"
 
 
+def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(
+    tmp_path: Path, victim: Path, inside: Inside
+) -> None:
+    def exchanging(mkdir: Callable[..., None], name: str, *given: int, **at: int) -> None:
+        mkdir(name, *given, **at)
+        if name.startswith(".mptk-"):
+            os.rename(tmp_path / name, tmp_path / "away")
+            os.rename(victim, tmp_path / name)
+
+    inside.around("os.mkdir", exchanging)
+    with pytest.raises(OSError, match="not permitted"):
+        staged(tmp_path)
+    taken = next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-"))
+    require_untouched(taken)
+
+
 def test_a_folder_that_is_exchanged_while_it_is_discarded_stays(tmp_path: Path, victim: Path, inside: Inside) -> None:
     def exchanging(rename: Callable[..., None], *given: str, **at: int) -> None:
         if given[0] == "run":

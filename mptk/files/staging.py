@@ -165,6 +165,7 @@ def take(path: Path) -> Staging | None:
             marked = is_of(read_mark(own, LOCK), own)  # asked first: who removes the folder removes its mark last
             lock = _locked(own)
             if marked and lock is not None:
+                os.fchmod(own, 0o700)
                 write_mark(lock, own, "", holder())
                 return Staging(OpenFolder(path, os.dup(at), os.dup(own)), lock)
             if lock is not None:
@@ -234,14 +235,24 @@ def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
             continue
         try:
             with contextlib.suppress(FileNotFoundError), opened(token, at) as own:  # if not, somebody tidied it away
+                if not is_own(os.fstat(own)) or os.listdir(own):  # somebody put another in its place
+                    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(parent))
                 if (lock := _locked(own, create=True)) is not None:
                     write_mark(lock, own, "", holder())
                     return OpenFolder(parent / token, os.dup(at), os.dup(own)), lock
         except OSError:
             with contextlib.suppress(OSError):  # nobody would know whose it is
-                remove_tree(token, at)
+                _discard_new(token, at)
             raise
     raise FileNotFoundError(errno.ENOENT, "somebody removes each folder that is made there", str(parent))
+
+
+def _discard_new(token: str, at: int) -> None:
+    """Remove a new hidden folder that could not get its lock and its mark."""
+    with opened(token, at) as own, contextlib.suppress(FileNotFoundError):
+        if os.listdir(own) == [LOCK] and not read_mark(own, LOCK):
+            os.unlink(LOCK, dir_fd=own)
+    os.rmdir(token, dir_fd=at)
 
 
 def _renamed(place: OpenFolder, name: str) -> bool:

@@ -35,13 +35,12 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     Raises:
         MptkError: the cache folder cannot be written.
     """
+    if not target.exists():
+        with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
+            if not target.exists():
+                build(staging.folder / target.name)
+                put_made(staging, target, mode)
     STAGED.add(str(target))
-    if target.exists():
-        return target
-    with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
-        if not target.exists():
-            build(staging.folder / target.name)
-            put_made(staging, target, mode)
     return target
 
 

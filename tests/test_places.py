@@ -474,6 +474,12 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_line() -> None:
             spool.take("key")
 
 
+def test_a_folder_of_temporary_files_that_goes_is_one_clear_line(tmp_path: Path, inside: Inside) -> None:
+    inside.bound("tempfile.tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(MptkError, match=GONE.format(tmp_path / "tmp")):
+        scratch()
+
+
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
     settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:

@@ -127,9 +127,16 @@ def staged_openly(parent: Path) -> Staging:
 
 
 def scratch() -> Staging:
-    """A staging folder among the system's temporary files."""
+    """A staging folder among the system's temporary files.
+
+    Raises:
+        MptkError: as ``check_scratch``; or the folder of these files was removed.
+    """
     check_scratch()
-    return staged_openly(Path(tempfile.gettempdir()))
+    try:
+        return staged_openly(Path(tempfile.gettempdir()))
+    except FileNotFoundError as error:
+        raise removed_meanwhile(tempfile.gettempdir()) from error
 
 
 def check_scratch() -> None:

@@ -118,6 +118,23 @@ def test_a_link_that_is_planted_during_a_run_leads_nowhere(
     assert sum(path.is_symlink() for path in place.iterdir()) == 1, "it is left as it is"
 
 
+def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path: Path, victim: Path) -> None:
+    """By its owner, or by a group's member: nothing is published of what was written elsewhere, nothing is removed."""
+
+    def act() -> None:
+        (tmp_path / "place").rename(tmp_path / "away")
+        (tmp_path / "place").mkdir()
+        (tmp_path / "place" / ".out.mptk").symlink_to(victim)
+
+    (tmp_path / "place").mkdir()
+    with pytest.raises(
+        MptkError, match=rf"^{tmp_path}/place/\.out\.mptk is no longer the folder that this process made"
+    ):
+        published(tmp_path / "place", act)
+    require_untouched(victim)
+    assert names(tmp_path / "away") == []
+
+
 def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(
     tmp_path: Path, victim: Path, inside: Inside
 ) -> None:

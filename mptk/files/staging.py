@@ -89,7 +89,7 @@ class Staging:
 
     def check(self) -> None:
         """Raise MptkError if the folder is no more under its path: what was written there meanwhile went elsewhere."""
-        if self.place.leads_here():
+        if self.place.leads_here() and self._is_at_path():
             return
         if not os.fstat(self.place.own).st_nlink:  # it is nowhere; what stands there now, a library made again
             raise removed_meanwhile(str(self.path))
@@ -97,6 +97,13 @@ class Staging:
             f"{self.path} is no longer the folder that this process made: somebody put another in its place, which "
             "is left as it is; run again in a folder in which only you can write"
         )
+
+    def _is_at_path(self) -> bool:
+        """Whether the path, which libraries were given, leads here: a folder above may have been exchanged, too."""
+        try:
+            return os.path.samestat(os.fstat(self.place.own), self.path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def close(self) -> None:
         """Remove it."""

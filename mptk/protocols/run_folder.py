@@ -222,7 +222,7 @@ def check_run_folder(path: Path, resume: bool) -> None:
     if path.is_dir():
         with opened(path.parent) as at, opened(path.name, at) as own:
             names, mark = os.listdir(own), read_mark(own, RUN_MARK)
-            if not names or is_of(mark, own, path.name):
+            if not names or (is_own(os.fstat(own)) and is_of(mark, own, path.name)):
                 return
             if mark and not resume:
                 raise MptkError(

@@ -198,9 +198,9 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
     out, count = tmp_path / "out", 0
     write(out, "earlier")
 
-    def dying(rename: Callable[..., None], *given: Path) -> None:
+    def dying(rename: Callable[..., None], *given: str, **at: int) -> None:
         nonlocal count
-        rename(*given)
+        rename(*given, **at)
         count += 1
         if count == calls:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -361,9 +361,9 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_real_cause_is_named(tmp_path: Path, number: int, remedy: str) -> None:
     write(tmp_path / "out", "earlier")
 
-    def refused(real: Callable[..., int], *given: object, **_: object) -> int:
+    def refused(real: Callable[..., int], *given: object, **at: object) -> int:
         if given[1:] and isinstance(given[1], int) and not given[1] & os.O_CREAT:
-            return real(*given)  # it only reads
+            return real(*given, **at)  # it only reads
         raise OSError(number, os.strerror(number))
 
     for call in ("fill", "mkdir", "rename", "open"):
@@ -479,7 +479,9 @@ def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str
 def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(MptkError, match=r"out\.run is not an unfinished run, .*; give another --out, or rename"):
+    with pytest.raises(
+        MptkError, match=r"out\.run is not an unfinished run of this version .*; give another --out, or rename"
+    ):
         check_unfinished(tmp_path / "out", {}, resume=False)
 
 

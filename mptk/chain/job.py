@@ -10,7 +10,7 @@ from pathlib import Path
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import once
-from mptk.files import claimed
+from mptk.files import check_scratch, claimed
 from mptk.files.outputs import check_apart
 from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
@@ -80,6 +80,7 @@ def held(job: Job, settings: Settings) -> Iterator[None]:
     with ExitStack() as stack:
 
         def hold() -> None:
+            check_scratch()
             tidy_shared()
             stack.enter_context(claimed(job.out))
 

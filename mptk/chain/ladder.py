@@ -7,6 +7,7 @@ model, its analysis and a cached teacher. Steps and minutes are those of the who
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -21,10 +22,18 @@ from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
-from mptk.files import discard
+from mptk.files import claimed
 from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.protocols.report import Report
-from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_settings
+from mptk.protocols.run_folder import (
+    GIVEN,
+    beside,
+    check_run_folder,
+    check_unfinished,
+    kept_settings,
+    make_run_folder,
+    remove_run_folder,
+)
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
@@ -165,16 +174,52 @@ def climb(
     """
     if is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
-    done = once(lambda: finished(job, steps))
-    yield from ((rung, None) for rung in steps[:done])
-    left = steps[done:]
-    given = None if job.samples is None else first_only(job.samples)
-    job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()), samples=given)
-    for i, rung in enumerate(left, 1):
-        further = [each.settings.sparsity for each in left[i:]]
-        yield rung, run(replace(job, out=rung.out, further=further), rung.settings, context(rung))
-    if beside(out).is_dir() and leads():
-        discard(beside(out))
+    with locked(out, steps):
+        done = once(lambda: finished(job, steps))
+        yield from ((rung, None) for rung in steps[:done])
+        left = steps[done:]
+        given = None if job.samples is None else first_only(job.samples)
+        job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()), samples=given)
+        with teacher_kept(out, left):
+            for i, rung in enumerate(left, 1):
+                further = [each.settings.sparsity for each in left[i:]]
+                yield rung, run(replace(job, out=rung.out, further=further), rung.settings, context(rung))
+
+
+@contextmanager
+def locked(out: Path, steps: Sequence[LadderRun]) -> Iterator[None]:
+    """Lock the folder of a ladder and all of its rungs, since each will be replaced, however late.
+
+    Raises:
+        MptkError: as ``claimed``, for the first of them. If several processes run, the first locks.
+    """
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            for place in (out, *(rung.out for rung in steps)):
+                stack.enter_context(claimed(place))
+
+        once(lock)
+        yield
+
+
+@contextmanager
+def teacher_kept(out: Path, left: Sequence[LadderRun]) -> Iterator[None]:
+    """The folder of a teacher that these rungs share, which stays if they are not finished.
+
+    Raises:
+        MptkError: something that is not mptk's has its name.
+    """
+    place = beside(out)
+    shares = bool(left) and left[0].settings.learning.teacher_cache == str(place / TEACHER) and leads()
+    if shares:
+        check_run_folder(place, left[0].settings.resume)
+        make_run_folder(place)
+    try:
+        yield
+    finally:
+        if shares and (not (place / TEACHER).exists() or all((rung.out / MARKER).is_file() for rung in left)):
+            remove_run_folder(place)
 
 
 def finished(job: Job, steps: Sequence[LadderRun]) -> int:

@@ -64,7 +64,7 @@ def together(job: Job, prepared: Prepared, context: Context) -> Finished:
         own = replace(context, folder=folder.within(f"{sparsity:g}"))
         made.append(cut_down(job, smaller(made[-1], sparsity, job.further[i:]), sets, own)[0])
     (largest, witnessed), *others = recovered_together(made, sets, context)
-    full = [written(job, each, folder.path, sets, more, context) for each, more in others]
+    full = [written(job, each, folder.make(), sets, more, context) for each, more in others]
 
     def add(place: Path) -> None:
         for (each, _), kept in zip(others, full, strict=True):

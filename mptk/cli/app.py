@@ -147,7 +147,7 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove temporary files that killed commands left in the cache folder and beside the named files and folders.
+    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named.
 
     Raises:
         MptkError: a name is not UTF-8 text.
@@ -158,6 +158,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
             if isinstance(name, str | Path):
                 check_text(name)
                 tidy(path_of(name).parent)
+                tidy(path_of(name))  # of a ladder, whose sizes are made in it
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mptk.errors import MptkError
+from mptk.errors import STAGED, MptkError
 from mptk.files import (
     cannot_write,
     claimed,
@@ -51,12 +51,12 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     Raises:
         MptkError: the cache folder cannot be written.
     """
-    if target.exists():
-        return target
-    with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
-        if not target.exists():
-            build(staging.folder / target.name)
-            put_made(staging, target, mode)
+    if not target.exists():
+        with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
+            if not target.exists():
+                build(staging.folder / target.name)
+                put_made(staging, target, mode)
+    STAGED.add(str(target))
     return target
 
 

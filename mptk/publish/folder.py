@@ -28,6 +28,7 @@ def publish(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_replaceable(folder, overwrite)
     with claimed(folder) as staging, writing(folder, staging.path):
         yield staging.renew()
+        staging.check()
         write_manifest(staging.folder)
         put_folder(staging, folder, foreign(folder) if _is_output(folder) else ())
 

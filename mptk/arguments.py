@@ -1,11 +1,17 @@
-"""arguments: check the arguments of a public function against its annotations, before it does any work."""
+"""arguments: check the arguments of a public function against its annotations, before it does any work.
+
+Public calls of several threads take turns.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
+import threading
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,8 +30,32 @@ IN_WORDS: dict[object, str] = {
 }
 
 
+class Turn:
+    """Held by the public call that runs; a call of another thread waits, and calls within a call go on.
+
+    A trace of torch, a model that transformers loads and a default type are one state of the process: two calls at once
+    fail in torch.export, and leave transformers unable to load anything.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)  # the thread that held it is not in the child
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, and hold it within."""
+        with self._lock:
+            yield
+
+
+TURN = Turn()
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function: it raises MptkError if an argument is not of its annotated type."""
+    """Wrap a function: it raises MptkError if an argument is not of its annotated type, and takes its turn."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -33,7 +63,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         given = signature.bind(*args, **kwargs).arguments
         kinds = {name: signature.parameters[name].kind for name in given}
         check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
-        return function(*args, **kwargs)
+        with TURN.taken():
+            return function(*args, **kwargs)
 
     return call
 

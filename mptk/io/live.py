@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,6 +58,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return model if inner is model else unwrapped(inner)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def name_of(model: nn.Module) -> str:

@@ -19,9 +19,9 @@ from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.io.packaged import check_folder_named
 from mptk.protocols.shapes import Shapes
+from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
 from mptk.reading import Json, brief, damaged, made, read_json
 
-REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""

@@ -6,6 +6,7 @@ Public calls of several threads take turns.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import os
@@ -28,6 +29,10 @@ IN_WORDS: dict[object, str] = {
     types.NoneType: "None",
     None: "None",
 }
+
+
+TEMPORARY = ".mptk"
+"""In the name of each folder that mptk makes for a time."""
 
 
 class Turn:
@@ -64,9 +69,26 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         kinds = {name: signature.parameters[name].kind for name in given}
         check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
         with TURN.taken():
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except OSError as error:
+                raise _in_one_line(error) or error from error.__cause__
 
     return call
+
+
+def _in_one_line(error: OSError) -> MptkError | None:
+    """The message for a name that is too long, or a temporary folder that somebody removed; None for other errors."""
+    if error.filename is None:
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        return MptkError(f"{error.filename}: the name is too long; give a shorter one")
+    if error.errno == errno.ENOENT and TEMPORARY in str(error.filename):
+        return MptkError(
+            f"{error.filename} was removed during the call, or its folder is not there; call again, and let nothing "
+            "clean the folder of temporary files (TMPDIR) meanwhile"
+        )
+    return None
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from mptk.chain.job import Finished
 from mptk.chain.recovery import recovery
 from mptk.chain.rewritten import WEIGHTS_CHANGED, ChangedWeights, write_changed_weights
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import json_text, scratch
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.live import unwrapped
 from mptk.io.models import Loaded
@@ -231,10 +232,14 @@ def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
 
 
 def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """The files that a tokenizer writes, to see whether it was changed."""
+    """The files that a tokenizer writes, to see whether it was changed, without how its last call cut and padded."""
     with scratch() as place:
         save_tokenizer(tokenizer, place.folder)
-        return {file.name: file.read_bytes() for file in place.folder.iterdir()}
+        found = {file.name: file.read_bytes() for file in place.folder.iterdir()}
+    if (name := "tokenizer.json") in found:
+        kept = {key: value for key, value in json.loads(found[name]).items() if key not in ("padding", "truncation")}
+        found[name] = json_text(kept).encode()
+    return found
 
 
 def check_same(what: str, now: object, before: object) -> None:

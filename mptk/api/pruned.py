@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,7 +27,7 @@ from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch
+from mptk.files import cannot_write, json_text, scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.dense import absolute
@@ -193,7 +195,8 @@ class Pruned:
         """
         module, snapshot = self.model, self._snapshot
         assert snapshot is not None
-        if not self.changed or not snapshot.converted(module):
+        _ = self.changed  # raises its errors
+        if not snapshot.converted(module):
             return module
         found = self._open_folder()
         found.load_state_dict(snapshot.weights(module))
@@ -211,10 +214,10 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
-        folder = Path(folder)
+        folder, target = Path(folder), fixed_place(folder)
         check_replaceable(folder, overwrite)
-        place, target = self.place, fixed_place(folder)
-        if place in target.parents:
+        place = self.place
+        if place.resolve() in target.resolve().parents:
             raise MptkError(f"{folder} lies in the folder that is copied; give a place outside of it")
         with publish(target, overwrite=overwrite) as new:
             copy_listed(place, new)
@@ -238,11 +241,18 @@ class Pruned:
 
     def _check_folder(self) -> None:
         """Raise MptkError if the folder lost files, or holds another result by now."""
-        lost = "" if self._kept is None else "; it was temporary: give out= to prune, or save a result early"
         try:
+            if not self.proven.is_dir():
+                raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
             check_listed(self.proven)
         except MptkError as error:
-            raise MptkError(f"{error}{lost}") from error
+            if self._kept is None:
+                raise
+            cause = str(error).partition(";")[0]
+            raise MptkError(
+                f"{cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
+                "that is in memory by itself"
+            ) from error
         now = read_manifest(self.proven)
         if other := sorted(name for name, digest in self._files.items() if now.get(name) != digest and name != LATER):
             raise MptkError(
@@ -369,8 +379,23 @@ def finished(
 
 
 def fixed_place(out: str | Path) -> Path:
-    """The place that ``out`` names now, also if the current folder changes during the call."""
-    return Path(out).absolute() if Path(out).name else Path(out)  # what has no name is refused where it is written
+    """The place that ``out`` names now, also if the current folder changes during the call.
+
+    Raises MptkError if no file can have this name.
+    """
+    place = Path(out)
+    try:
+        place = place.absolute() if place.name else place  # what has no name is refused where it is written
+    except FileNotFoundError as error:
+        raise MptkError(f"the current folder was removed, so {out} is nowhere; give an absolute path") from error
+    try:
+        os.lstat(place)
+    except ValueError as error:
+        raise MptkError(f"{str(out)!r} cannot be a file's name ({error}); give another one") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise cannot_write(place, error) from error
+    return place
 
 
 @contextmanager

@@ -80,8 +80,8 @@ def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
     _, now = _dense_parts(source, loaded)
     if changed := differing({name: origin.parts.get(name) for name in now}, now):
         raise MptkError(
-            f"{changed} of the dense {loaded.source} changed since it was pruned, so nothing can be compared with it; "
-            "put it back, or save the pruned model and open its folder"
+            f"the dense {loaded.source} changed since it was pruned ({changed}); put it back, or save the pruned model "
+            "and open its folder"
         )
 
 
@@ -89,7 +89,7 @@ def check_tokenizer(loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the tokenizer that a run was given is no longer as the run found it."""
     if loaded.tokenizer is not None and _digest_of(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
         raise MptkError(
-            f"{GIVEN_TOKENIZER} of {loaded.source} changed in memory since it was pruned; put it back, or save the "
+            f"{GIVEN_TOKENIZER} of the dense {loaded.source} changed since it was pruned; put it back, or save the "
             "pruned model and open its folder"
         )
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
+from mptk.arguments import checked
 from mptk.config.setting import from_json
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
@@ -242,6 +243,7 @@ class Report:
         write_json(folder / REPORT_FILE, self.to_json())
 
     @staticmethod
+    @checked
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
         check_folder_named(folder, "prune")

@@ -33,6 +33,7 @@ from mptk.io.checkpoint import stored_dtype
 from mptk.io.dense import absolute
 from mptk.io.live import forget_folder, unwrapped
 from mptk.ir.passes import Log, PassRecord
+from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
 from mptk.proof.claims import LATER
@@ -119,7 +120,7 @@ class Pruned:
         if self._model is None:
             with TURN.taken():
                 if self._model is None:  # no other thread opened it meanwhile
-                    self._check_folder()
+                    self._check_result()
                     found = self._open_folder()
                     self._snapshot, self._model = Snapshot.of(found), found
         return self._model
@@ -158,7 +159,7 @@ class Pruned:
         self._tokenizer = tokenizer
 
     def _open_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        self._check_folder()
+        self._check_result()
         if self.compiled is not None:  # a copy: what the caller does to his own tokenizer later does not count
             prepared = self.compiled.prepared
             check_tokenizer(prepared.given, prepared.origin)
@@ -175,9 +176,7 @@ class Pruned:
         Raises:
             MptkError: something else was changed in memory or in the folder, which no use of the result could show.
         """
-        self._check_folder()
-        check_same("plan", self.plan.digest, plan_of(self.proven).digest)
-        check_same("report", json_text(self.report.to_json()), self._reported)
+        self._check_result()
         if self._tokenizer is not None:
             check_same("tokenizer", read_saved_files(self._tokenizer), self._tokenizer_files)
         if self._model is None:
@@ -239,8 +238,8 @@ class Pruned:
                 self._write_again()
             return self.proven
 
-    def _check_folder(self) -> None:
-        """Raise MptkError if the folder lost files, or holds another result by now."""
+    def _check_result(self) -> None:
+        """Raise MptkError if the folder lost files or holds another result, or the plan or report was changed."""
         try:
             if not self.proven.is_dir():
                 raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
@@ -258,6 +257,9 @@ class Pruned:
             raise MptkError(
                 f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
             )
+        said = self.__dict__.get("plan"), self.__dict__.get("report")
+        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, plan_of(self.proven).digest)
+        check_same("report", json_text(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
 
     def check_dense(self) -> None:
         """Raise MptkError if the dense model that is in memory, or its tokenizer, is not as it was pruned."""

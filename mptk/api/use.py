@@ -130,8 +130,9 @@ class _Programs:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
+            changed = model.changed
             model.check_dense()
-            if model.changed:
+            if changed:
                 self._take("dense", (prepared.compared, prepared.task))
                 self._take("pruned", self._open_present(model))
                 return

@@ -170,6 +170,8 @@ def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
     if not isinstance(tensor, nn.Parameter):
         return there.to("cpu", dtype, copy=True)  # forward may write to it
     if there.device.type == "cpu" and there.dtype == dtype:
+        if there.is_inference():  # made in torch.inference_mode: nothing that is trained can be made of it
+            return Lazy(torch.empty_like(there, device="meta"), there.clone)
         return there
     held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
     narrow = (lambda: there.cpu()) if held is not None else None

@@ -113,7 +113,7 @@ def export(
     if not isinstance(model, PreTrainedModel):
         if tokenizer is not None:
             raise MptkError(
-                f"a {type(model).__name__} is no transformers model, which reads texts; leave out tokenizer"
+                f"a {type(model).__name__} is not a transformers model and reads no texts; leave out tokenizer"
             )
         _export_module(model, place, example_inputs, plan, settings, about)
         return Path(folder)

@@ -155,6 +155,8 @@ class Pruned:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MptkError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
         _ = self.tokenizer  # to know the files of the first one
         self._tokenizer = tokenizer
 

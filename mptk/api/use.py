@@ -142,7 +142,8 @@ class _Programs:
                 self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
             return
         place = model.proven if isinstance(model, Pruned) else model
-        small = self._open_present(model) if isinstance(model, Pruned) and model.changed else self._open(place)
+        present = isinstance(model, Pruned) and (model.changed or not (model.proven / "config.json").is_file())
+        small = self._open_present(model) if isinstance(model, Pruned) and present else self._open(place)
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)

@@ -99,17 +99,17 @@ def check_manifest(folder: Path) -> None:
     So it does if the folder's report names other weights: somebody wrote the manifest again after they were lost.
     """
     check_whole(folder)
-    check_listed(folder)
-    if added := set(listed(folder)) - read_manifest(folder).keys():
-        raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
+    check_listed(folder, others=False)
     _check_weights(folder)
 
 
-def check_listed(folder: Path) -> None:
-    """As ``check_manifest``, of the files that the manifest lists: a user may have put others beside them."""
-    files = read_manifest(folder)
-    if missing := files.keys() - set(listed(folder)):  # so no name leads out of the folder
+def check_listed(folder: Path, *, others: bool = True) -> None:
+    """As ``check_manifest``, of the files that the manifest lists. ``others``: a user may have put more beside them."""
+    files, there = read_manifest(folder), set(listed(folder))
+    if missing := files.keys() - there:  # so no name leads out of the folder
         raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
+    if not others and (added := there - files.keys()):
+        raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
     if linked := next((name for name in sorted(files) if (folder / name).is_symlink()), None):
         raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
     if changed := edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
@@ -122,7 +122,7 @@ def _check_weights(folder: Path) -> None:
         return
     report = read_json(folder / REPORT_FILE, MptkError)
     said = report.get("weights_sha256") if isinstance(report, dict) else None
-    if said != weights_digest(folder):
+    if said is not None and said != weights_digest(folder):
         raise MptkError(f"{folder} lacks the weights that its {REPORT_FILE} names; do not use it, write it again")
 
 

@@ -123,7 +123,10 @@ def _check_weights(folder: Path) -> None:
     report = read_json(folder / REPORT_FILE, MptkError)
     said = report.get("weights_sha256") if isinstance(report, dict) else None
     if said is not None and said != weights_digest(folder):
-        raise MptkError(f"{folder} lacks the weights that its {REPORT_FILE} names; do not use it, write it again")
+        raise MptkError(
+            f"weights_sha256 in {REPORT_FILE} is wrong: {folder} has other weights, or none; do not use it, and prune "
+            "the model again"
+        )
 
 
 def copy_listed(folder: Path, new: Path) -> None:

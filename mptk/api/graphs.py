@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.compiler import check_whole, trace
-from mptk.api.pruned import Pruned
+from mptk.api.pruned import Pruned, fixed_place
 from mptk.api.sources import GivenInputs, source_of
 from mptk.api.words import public
 from mptk.arguments import check_arguments
@@ -75,7 +75,8 @@ def export(
     objective: str = "decode",
     onnx_dtype: str = "auto",
     overwrite: bool = False,
-    **metadata: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **metadata: object,
 ) -> Path:
     """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
 
@@ -94,14 +95,18 @@ def export(
             the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
         overwrite: replace graphs in ``folder`` that mptk did not write, too.
+        tokenizer: written beside the graphs of a transformers model, with its config, so that ``mptk.generate`` runs
+            the folder.
+        metadata: further entries of the graphs' metadata, strings.
 
     Raises:
         MptkError: ``folder`` lies in the ``Pruned``'s, or has graphs of somebody else; the model keeps a state that is
-            not keys and values; torch.export or the exporter refuses it; there is no such scheme, objective or type; or
-            quantised graphs are asked for and the model is not float32.
+            not keys and values; torch.export or the exporter refuses it; there is no such scheme, objective or type;
+            quantised graphs are asked for and the model is not float32; or an entry of the metadata is not a string.
         ProofError: ONNX Runtime computes something else than the module.
     """
     check_whole(plan)
+    about = check_metadata(metadata)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
@@ -109,19 +114,41 @@ def export(
         check_file(file, "graph", overwrite)
     if isinstance(model, Pruned):
         check_apart(folder, model.proven)
-        inputs = inputs_of_folder(model.proven, model.report)
-        model, example_inputs = model.model, inputs if example_inputs is None else example_inputs
+        module, inputs = model.present, inputs_of_folder(model.proven, model.report)
+        model, example_inputs = module, inputs if example_inputs is None else example_inputs
+    place = fixed_place(folder)
     if not isinstance(model, PreTrainedModel):
-        return _export_module(model, Path(folder), example_inputs, plan, settings, metadata)
+        if tokenizer is not None:
+            raise MptkError(
+                f"a {type(model).__name__} is not a transformers model and reads no texts; leave out tokenizer"
+            )
+        _export_module(model, place, example_inputs, plan, settings, about)
+        return Path(folder)
     form, name = form_of(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
     if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
         raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     form.check(model, settings)
-    dense = Dense(Loaded(model, None, name, Path()), settings, program, about=metadata)
-    form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
+    dense = Dense(Loaded(model, None, name, Path()), settings, program, about=about)
+    form.export(dense, plan, None if text is None else next_tokens(text), place, Log())
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, place)
+        model.config.save_pretrained(place)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            generation.save_pretrained(place)
     return Path(folder)
+
+
+def check_metadata(given: Mapping[str, object]) -> dict[str, str]:
+    """Entries for a graph's metadata. Raises MptkError if one is not a string, as a misspelt keyword's value is not."""
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise MptkError(
+                f"export has no keyword {name}, and what it does not know is metadata of the graph, which is a string; "
+                f"leave {name} out, or give a string"
+            )
+    return {name: str(value) for name, value in given.items()}
 
 
 def _export_module(
@@ -131,7 +158,7 @@ def _export_module(
     plan: Plan | None,
     settings: Settings,
     metadata: Mapping[str, str],
-) -> Path:
+) -> None:
     """Write a plain module as ONNX, and compare ONNX Runtime with it."""
     source = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=example_inputs)
     loaded, task = source.load(Resident(0))
@@ -144,7 +171,6 @@ def _export_module(
     program = cut(program, dense, plan, Log())
     stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
-    return folder
 
 
 @public

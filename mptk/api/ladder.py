@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
+from mptk.api.pruned import Pruned, Shown, defaults, fixed_place, job_of, reporting
 from mptk.api.samples import Data
 from mptk.api.sources import GivenInputs, Model
 from mptk.api.words import public
@@ -69,7 +69,7 @@ def ladder(
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
     inputs = tokenizer, example_inputs, data, eval_data, vocabulary
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    ready = job(place := Path(out))
+    ready = job(place := fixed_place(out))
     with reporting(progress) as say:
         if chosen.shared:
             found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
@@ -131,7 +131,7 @@ def rung(
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
     kept = scratch() if out is None else None
-    made = kept.folder / name if kept is not None else Path(str(out))
+    made = kept.folder / name if kept is not None else fixed_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
         restore_rung(place, name, new)

@@ -51,6 +51,7 @@ def recover(
     start = pruned.place if isinstance(pruned, Pruned) else pruned
     dense = None
     if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
+        pruned.check_dense()
         prepared = pruned.compiled.prepared
         dense = prepared.given, prepared.task
     there, samples = str(model) if isinstance(model, Path) else model, given(data, eval_data)

@@ -61,9 +61,10 @@ def source_of(
 
         def opened(resident: Resident) -> tuple[Loaded, Task]:
             if example_inputs is None and tokenizer is None:
-                return open_task(name, resident, trust=trust)
+                loaded, task = open_task(name, resident, trust=trust)
+                return replace(loaded, path=loaded.path.absolute()), task  # the current folder may change
             loaded = models.open_weights(name, resident, trust=trust)
-            loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+            loaded = replace(loaded, path=loaded.path.absolute(), tokenizer=tokenizer or loaded.tokenizer)
             return loaded, _task(loaded, example_inputs)
 
         return Source(name, opened, estimator(name), plain=False)

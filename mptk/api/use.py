@@ -27,7 +27,7 @@ from mptk.io import evaluation, models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
 from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import unwrapped
+from mptk.io.live import evaluating, unwrapped
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -132,17 +132,20 @@ class _Programs:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
-            if model.changed:
+            changed = model.changed
+            model.check_dense()
+            if changed:
                 self._take("dense", (prepared.compared, prepared.task))
                 self._take("pruned", self._open_present(model))
                 return
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
             if prepared.task.only_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.compared.whole(), "pruned": model.model}
+                self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
             return
         place = model.proven if isinstance(model, Pruned) else model
-        small = self._open_present(model) if isinstance(model, Pruned) and model.changed else self._open(place)
+        present = isinstance(model, Pruned) and (model.changed or not (model.proven / "config.json").is_file())
+        small = self._open_present(model) if isinstance(model, Pruned) and present else self._open(place)
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
@@ -170,7 +173,7 @@ class _Programs:
         inputs = self.example_inputs
         inputs = inputs_of_folder(pruned.proven, pruned.report) if inputs is None else inputs
         words = self.tokenizer or pruned.tokenizer
-        return source_of(pruned.model, trust=self.trust, tokenizer=words, example_inputs=inputs).load(self.resident)
+        return source_of(pruned.present, trust=self.trust, tokenizer=words, example_inputs=inputs).load(self.resident)
 
     def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
@@ -203,7 +206,8 @@ class _Programs:
         if self.modules:  # programs of one length
             for i, batch in enumerate(batches):
                 for name in names:
-                    with torch.no_grad():  # not around the yield, where it would hold for the caller
+                    # not around the yield, where it would hold for the caller
+                    with torch.no_grad(), evaluating(self.modules[name]):
                         output = task.output(self.modules[name], batch)
                     yield name, i, output
                 progress(i + 1, len(batches))
@@ -265,7 +269,8 @@ def generate(
     if words is None:
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
     encoded = encode_prompts(words, prompts, chat=chat)
-    return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
+    with evaluating(module):
+        return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 
 def continuations(
@@ -292,7 +297,7 @@ def continuations(
 def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):  # a graph holds no weights that were changed in memory
-        return model.proven if any(model.proven.glob("onnx/*.onnx")) and not model.changed else None
+        return None if model.changed or not any(model.proven.glob("onnx/*.onnx")) else model.proven
     return None if isinstance(model, nn.Module) else model
 
 

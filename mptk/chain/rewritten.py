@@ -18,6 +18,7 @@ from mptk.chain.describe import measured, publish_report
 from mptk.chain.job import Finished, Given, Job
 from mptk.chain.prune import cut_down, started, written_folder
 from mptk.compile.changes import COMPENSATION, stored_weights, widened
+from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
@@ -97,7 +98,7 @@ def write_changed_weights(changed: ChangedWeights, job: Job, settings: Settings,
     found: Finished = started(
         partial(_write_and_prove, changed),
         replace(job, given=changed.adopt, samples=lambda _: Given(), needs=None),  # data is not read again
-        settings,
+        replace(settings, data=IN_MEMORY, eval_data=None),  # nor looked for: the current folder may be another one
         context,
         trains=False,
     )

@@ -342,7 +342,7 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
     flops = product_rate(device, torch.float32)
     speedup = 1.0 if dtype is torch.float32 else product_rate(device, dtype) / flops
     for temporary in (False, True):
-        with contextlib.suppress(OSError, SafetensorError):  # no right to write, no room: no reason to stop
+        with contextlib.suppress(OSError, SafetensorError, MptkError):  # no right to write, no room: go on
             if not temporary:
                 folder.mkdir(parents=True, exist_ok=True)
             with scratch() if temporary else staged(folder) as staging:

@@ -121,6 +121,8 @@ def keep(file: Path, content: Json) -> str:
         write_file(file, lambda new: new.write_text(text, encoding="utf-8"))
     except OSError as error:
         return str(cannot_write(file, error, CACHE_REMEDY))
+    except MptkError as error:  # others can rename what is in the cache folder
+        return str(error)
     return ""
 
 

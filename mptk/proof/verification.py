@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from mptk.arguments import checked
-from mptk.compat.torch import sources_forgotten
+from mptk.compat.torch import sources_forgotten, usual_state
 from mptk.compile.changes import changes_of
 from mptk.compile.cut import compile_plan
 from mptk.compile.trace import fitting, traced
@@ -62,6 +62,7 @@ class Proof(list[Difference]):
 
 
 @checked
+@usual_state()
 @sources_forgotten()
 def verify(
     folder: str | Path,

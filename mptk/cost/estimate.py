@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mptk.cost.operator_times import machine, typical_ms
+from mptk.errors import MptkError
 from mptk.files import json_text, scratch, staged
 from mptk.io.cache import cache_dir, keep, read_kept
 from mptk.reading import made

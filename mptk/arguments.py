@@ -1,11 +1,18 @@
-"""arguments: check the arguments of a public function against its annotations, before it does any work."""
+"""arguments: check the arguments of a public function against its annotations, before it does any work.
+
+Public calls of several threads take turns.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
+import os
+import threading
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,8 +31,36 @@ IN_WORDS: dict[object, str] = {
 }
 
 
+TEMPORARY = ".mptk"
+"""In the name of each folder that mptk makes for a time."""
+
+
+class Turn:
+    """Held by the public call that runs; a call of another thread waits, and calls within a call go on.
+
+    A trace of torch, a model that transformers loads and a default type are one state of the process: two calls at once
+    fail in torch.export, and leave transformers unable to load anything.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)  # the thread that held it is not in the child
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, and hold it within."""
+        with self._lock:
+            yield
+
+
+TURN = Turn()
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function: it raises MptkError if an argument is not of its annotated type."""
+    """Wrap a function: it raises MptkError if an argument is not of its annotated type, and takes its turn."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -33,9 +68,27 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         given = signature.bind(*args, **kwargs).arguments
         kinds = {name: signature.parameters[name].kind for name in given}
         check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
-        return function(*args, **kwargs)
+        with TURN.taken():
+            try:
+                return function(*args, **kwargs)
+            except OSError as error:
+                raise _in_one_line(error) or error from error.__cause__
 
     return call
+
+
+def _in_one_line(error: OSError) -> MptkError | None:
+    """The message for a name that is too long, or a temporary folder that somebody removed; None for other errors."""
+    if error.filename is None:
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        return MptkError(f"{error.filename}: the name is too long; give a shorter one")
+    if error.errno == errno.ENOENT and TEMPORARY in str(error.filename):
+        return MptkError(
+            f"{error.filename} was removed during the call, or its folder is not there; call again, and let nothing "
+            "clean the folder of temporary files (TMPDIR) meanwhile"
+        )
+    return None
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

@@ -36,6 +36,18 @@ class Exhausted(MptkError):
     """The machine ran out of memory, of disk space or of files that a process may open."""
 
 
+STAGED: set[str] = set()
+"""Folders, or files of the cache, that this process uses now and that only mptk removes."""
+
+
+def removed_meanwhile(path: str) -> MptkError:
+    """The error for a file or folder of mptk's that went while it was used."""
+    return MptkError(
+        f"{path} was removed while mptk used it, as cleaners of temporary files do; run again, with TMPDIR and "
+        "MPTK_CACHE in folders that are not cleaned"
+    )
+
+
 NO_MORE_FILES = "too many open files; let the process open more, as with `ulimit -n 4096`, and try again"
 
 
@@ -88,6 +100,8 @@ def exhausted(error: BaseException) -> MptkError | None:
             return Exhausted(f"{_FULL[number]}{where}; free some space, or give a place on another disk")
         if number in _REFUSED and silent:
             return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
+        if silent and (gone := _find_removed(cause)) is not None:
+            return removed_meanwhile(gone)
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
             return Exhausted(_out_of_memory(str(cause)))
         cause = cause.__cause__
@@ -117,6 +131,18 @@ def find_broken_package(error: BaseException) -> MptkError | None:
 def _loads(frame: FrameType) -> bool:
     """Whether a frame is a module on its first import."""
     return frame.f_code.co_name == "<module>"
+
+
+def _find_removed(error: BaseException) -> str | None:
+    """A file or folder of mptk's that an error names and that is no more there, though this process uses it."""
+    said = str(error)
+    for place in tuple(STAGED):
+        if (at := said.find(place)) >= 0:
+            name = re.split(r"[\s'\",:;]", said[at + len(place) :], maxsplit=1)[0]
+            for path in (place, place + name):
+                if not os.path.lexists(path):
+                    return path
+    return None
 
 
 def _number(error: BaseException) -> int | None:

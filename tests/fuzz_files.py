@@ -45,7 +45,7 @@ from mptk.io import models
 from mptk.io.archive import read_archive
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
-from mptk.protocols.run_folder import check_unfinished
+from mptk.protocols.run_folder import check_unfinished, make_run_folder
 from mptk.publish.manifest import check_manifest
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
@@ -162,6 +162,7 @@ def make_seeds(root: Path) -> None:
         "changes": [],
     }
     weights = dict.fromkeys(("a", "b"), "model.safetensors")
+    make_run_folder(root / "out.run")
     for name, content in {
         "pruned/bench.json": json.dumps(bench),
         "pruned/metrics.jsonl": json.dumps({"phase": "masks", "step": 1, "loss": 2.0}) + "\n",

@@ -10,6 +10,7 @@ import torch
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk import MptkError, export
+from mptk.files.outputs import check_file
 from mptk.ort.bench import Bench, alternate, bench_graphs
 from mptk.ort.roofline import graph_work, run_work
 from mptk.ort.steps import Case
@@ -150,7 +151,9 @@ def test_the_result_goes_through_json_and_into_a_table(compared):
 
 
 def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
-    plot_bench(compared[0], tmp_path / "bench.svg")
+    for suffix in ("svg", "png", "pdf"):
+        plot_bench(compared[0], tmp_path / f"bench.{suffix}")
+        check_file(tmp_path / f"bench.{suffix}", "plot")
     drawn = (tmp_path / "bench.svg").read_text()
     assert "narrow int8" in drawn
     assert "ideal" in drawn

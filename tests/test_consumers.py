@@ -208,7 +208,7 @@ def test_genai_runs_another_graph_by_an_overlay(name: str, pruned: Path) -> None
     config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{name}"}}}))
     model = genai.Model(config)
     own = TextGenerator(pruned / "onnx" / name)
-    ids, params = own.encode(PROMPTS[2]), genai.GeneratorParams(model)
+    ids, params = list(own.tokenizer(PROMPTS[2])["input_ids"]), genai.GeneratorParams(model)
     params.set_search_options(max_length=len(ids) + 12, do_sample=False)
     generator = genai.Generator(model, params)
     generator.append_tokens(ids)
@@ -232,7 +232,7 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: l
         assert {f"onnx/{name}", f"onnx/{name}_data"} < set(written[dtype]["files"])
         generator = TextGenerator(pruned / "onnx" / name)
         for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
-            ids = generator.encode(prompt)
+            ids = list(generator.tokenizer(prompt)["input_ids"])
             assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]
 
 

@@ -6,6 +6,7 @@ It reaches for mptk.cost.estimate: the parts of an estimate are compared one by 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,11 @@ def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
         check_fits(found, tmp_path / "not" / "there")
 
 
+def test_a_temporary_folder_that_is_gone_is_no_error_of_the_estimate(tmp_path: Path, inside: Inside) -> None:
+    inside.bound("tempfile.tempdir", str(tmp_path / "gone"))
+    check_fits(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
+
+
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
     inside.bound("mptk.cost.estimate.SAMPLE", 1 << 16)
@@ -349,3 +355,30 @@ def test_sizes_and_times_as_text() -> None:
     found = Estimate({"a": 1e9}, {"b": 1.1e9}, {"a": 5e8}, {"b": 1e8}, {"x": 30, "y": 10})
     assert str(found) == "will need about 2.1 GB of memory, 0.6 GB of disk and 40 s"
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
+
+
+def test_what_is_kept_of_the_machine_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    inside.bound("mptk.cost.estimate.SAMPLE", 1 << 10)
+    inside.gives("mptk.cost.estimate.product_rate", 1e9)
+    assert costs.this_machine().note == ""
+    (kept,) = (tmp_path / "cache" / "machine").iterdir()
+    for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', "{}", None):
+        kept.unlink()
+        os.mkfifo(kept) if content is None else kept.write_text(content)
+        assert content == "{}" or "is damaged" in costs.this_machine().note
+        assert costs.this_machine().note == ""
+    kept.unlink()
+    kept.mkdir()
+    assert "cannot write" in costs.this_machine().note
+    for cache in ("/proc/x", "/dev/null/x"):
+        monkeypatch.setenv("MPTK_CACHE", cache)
+        first = costs.this_machine()
+        assert first.note.endswith("set MPTK_CACHE to a folder with room for it")
+        inside.gives("mptk.cost.estimate.product_rate", 2e9)
+        assert costs.this_machine() == first, "a process measures once"
+        inside.gives("mptk.cost.estimate.product_rate", 1e9)
+    assert first.note in str(estimate(toy(tied=True), WORK, first, bound=1e9))

@@ -358,3 +358,21 @@ def test_what_the_proof_does_not_reach_is_said_with_the_option_that_does(lab: La
     )
     assert mptk.verify(lab.folder, proof_length=72).notes == []
     assert dataclasses.asdict(lab.settings)["proof_length"] == 1024
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_folder_that_is_replaced_while_it_is_verified_is_no_failed_proof(
+    lab: Lab, inside: Inside, sound: bool
+) -> None:
+    """Both are sound: the error says what happened, and to verify it again; so does a proof of what is gone."""
+    folder, other = lab.copy(lambda _: None, forged=False), lab.copy(fields("config.json", bos_token_id=7), forged=True)
+
+    def replaced(real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        found = real(*given, **named)
+        folder.rename(lab.root / f"gone{sound}")
+        other.rename(folder)
+        return found
+
+    inside.around("mptk.proof.verification." + ("check_planted" if sound else "open_dense"), replaced)
+    with pytest.raises(MptkError, match=r"was changed or replaced while it was verified; verify it again"):
+        mptk.verify(folder)

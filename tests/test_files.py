@@ -40,11 +40,11 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     ]
     assert sorted(writers) == [
         "mptk/compat/llama_cpp.py",
+        "mptk/files/marks.py",
         "mptk/files/replace.py",
-        "mptk/files/staging.py",
         "mptk/reading.py",
         "mptk/targets/beside.py",
-    ]  # llama_cpp runs without mptk; but replace and staging the others look at values
+    ]  # llama_cpp runs without mptk; but replace and marks the others look at values
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, in
 
 
 def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, inside: Inside) -> None:
-    inside.stop("pathlib.Path.rmdir", error=KeyboardInterrupt)
     folder = staged(tmp_path)
+    inside.stop("os.rmdir", error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         folder.close()
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mptk import MptkError, Settings
 from mptk.api.graphs import export_folder, onnx_folder
 from mptk.ort.decoder import OrtDecoder
-from mptk.ort.generation import Sampling, TextGenerator, generate
+from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12
@@ -129,7 +129,8 @@ def test_commands_generate_and_eval(folder, source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 60)
     run = done("generate", str(folder), "the cat", "--max-new-tokens", "5")
-    tokens = list(TextGenerator(folder).stream([TextGenerator(folder).encode("the cat")], limit=5))
+    generator = TextGenerator(folder)
+    tokens = list(generator.stream(encode_prompts(generator.tokenizer, ["the cat"], chat=False), limit=5))
     assert run.stdout.strip() == tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
     assert "5 new tokens" in run.stderr
     values = {}

@@ -23,6 +23,7 @@ from mptk import MptkError, Plan
 from mptk.api import graphs as api
 from mptk.compile.changes import stored_weights
 from mptk.config.choices import GgufType
+from mptk.files.outputs import check_file
 from mptk.io import models
 from mptk.ir.weights import Weights
 from mptk.targets.gguf import architectures, tokenizer
@@ -147,6 +148,10 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: 
     mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, align=8, tolerance=1.0, **HOW)
     made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
     assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
+    check_file(tmp_path / "out.gguf", "GGUF")
+    (tmp_path / "dense.gguf").write_bytes(b"GGUF of somebody")
+    with pytest.raises(MptkError, match="mptk did not write it as a GGUF"):
+        api.gguf(tmp_path / "out", tmp_path / "dense.gguf")
     read = fields(tmp_path / "out.gguf")
     assert read["general.name"] == f"{qwen.name}, pruned by {mptk.Report.read(tmp_path / 'out').sparsity:.0%}"
     assert read["qwen3.attention.head_count"] == 2

@@ -6,6 +6,7 @@ It reaches for mptk.cost: operators of made-up times stand for the machine.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,24 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
     assert asked == [[small], [large]]
     assert ask([small], 2) == {small: 3}
     assert asked[2:] == [[small]]
+
+
+def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine, monkeypatch):
+    one, said = Operator(MATMUL, (1, 2, 3)), []
+
+    def ask() -> dict[Operator, float]:
+        return cached_times([one], 1, lambda stage, *_: said.append(stage), lambda *_: {one: 7.0})
+
+    ask()
+    (kept,) = (machine / "latency").iterdir()
+    for content in ("", "[", '{"ms": {"MatMul 1x2x3": "fast"}}', None):
+        kept.unlink()
+        os.mkfifo(kept) if content is None else kept.write_text(content)
+        assert ask() == {one: 7.0}
+    monkeypatch.setenv("MPTK_CACHE", "/proc/x")
+    assert ask() == {one: 7.0}
+    assert sum("is damaged" in stage for stage in said) == 3
+    assert said[-1].endswith("set MPTK_CACHE to a folder with room for it)")
 
 
 def test_another_runtime_is_measured_anew(machine, inside):

@@ -57,6 +57,15 @@ def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: d
     assert words(toys.TEXT).input_ids == toys.tokenizer()(toys.TEXT).input_ids
 
 
+def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path: Path) -> None:
+    """It would fill it when it opens the file, without bounds: this one never ends."""
+    words = toys.tokenizer()
+    words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    toys.saved(toys.llama(), tmp_path / "model", words)
+    mptk.prune(str(tmp_path / "model"), tmp_path / "out", widths={"ffn": 40}, align=8, onnx=False, **HOW)
+    assert not api.gguf(tmp_path / "out", tmp_path / "out.gguf").notes
+
+
 @pytest.fixture(scope="module")
 def ragged(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     """Feed-forward layers of 40, 64 and 24 channels."""

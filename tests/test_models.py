@@ -6,6 +6,7 @@ It reaches for mptk.io.models: a skeleton and opened weights are not public.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -43,7 +44,7 @@ from transformers import (
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError
 from mptk.compat.transformers import config_field
-from mptk.io import models
+from mptk.io import cache, models
 from mptk.io.resident import Resident
 from mptk.trust import trust_by_caller
 
@@ -224,6 +225,55 @@ class TestGguf:
         assert first.stat().st_ino == written
         toys.write_gguf(toys.llama(seed=1), toys.tokenizer(), file)
         assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=1)))
+
+    @pytest.mark.parametrize("small", [1 << 20, 0])
+    def test_a_file_of_the_same_size_and_time_is_converted_again(self, file: Path, small: int, inside: Inside) -> None:
+        """As after ``cp -p`` and ``rsync -t``, in place of the file and into it; also if its digest is kept."""
+        inside.bound("mptk.io.cache.HASHED_AT_ONCE", small)
+        inside.bound("mptk.io.cache.SETTLED", 0)
+        models.load(str(file))
+        state = file.stat()
+        for seed, replaces in ((1, True), (2, False)):
+            other = file.with_name("other.gguf")
+            toys.write_gguf(toys.llama(seed=seed), toys.tokenizer(), other)
+            os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+            if replaces:
+                other.rename(file)
+            else:
+                file.write_bytes(other.read_bytes())
+                os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+            assert (file.stat().st_size, file.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+            assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=seed)))
+
+    def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
+        self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+    ) -> None:
+        inside.bound("mptk.io.cache.HASHED_AT_ONCE", 0)
+        inside.bound("mptk.io.cache.SETTLED", 0)
+        first = cache.kept_sha256(file)
+        assert first == hashlib.sha256(file.read_bytes()).hexdigest()
+        (kept,) = (tmp_path / "cache" / "digests").iterdir()
+        read = inside.calls("mptk.io.cache.file_sha256")
+        assert cache.kept_sha256(file) == first
+        assert not read
+        for content in ("", json.dumps({"file": [1], "sha256": "0" * 64})):
+            kept.write_text(content)
+            assert cache.kept_sha256(file) == first
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "sha256": "0" * 64}))
+        kept.chmod(0o666)
+        assert cache.kept_sha256(file) == first, "others may have written it"
+        monkeypatch.setenv("MPTK_CACHE", "/proc/x")
+        assert cache.kept_sha256(file) == first
+
+    def test_a_file_that_changes_while_it_is_converted_is_refused(
+        self, file: Path, tmp_path: Path, inside: Inside
+    ) -> None:
+        inside.around(
+            "mptk.io.models.save_checkpoint", lambda real, *given: (real(*given), file.open("ab").write(b"x"))
+        )
+        with pytest.raises(MptkError, match="changed while it was converted; start again"):
+            models.load(str(file))
+        assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 
     def test_skeleton_reads_the_metadata_alone(self, file: Path, tmp_path: Path) -> None:
         skeleton = models.skeleton(str(file))

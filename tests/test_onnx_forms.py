@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import mptk
 from mptk import MptkError, ProofError, Settings
 from mptk.api.graphs import export_folder
+from mptk.files.outputs import check_file
 from mptk.ort.generation import TextGenerator
 from mptk.publish.manifest import write_manifest
 
@@ -367,6 +368,7 @@ def test_a_live_model_is_exported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MODELS["encoder"]().eval()
     mptk.export(model, tmp_path, run="mine")
+    check_file(tmp_path / "model.onnx", "graph")
     session = ort.InferenceSession(tmp_path / "model.onnx")
     ids = torch.randint(3, 61, (1, 12))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.config.learning import Learning
+from mptk.files.outputs import check_file
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.compare import front, grouped
 from mptk.report.markdown import rendered
@@ -58,8 +59,10 @@ def page() -> str:
     return report_page([made(), made(run="other")])
 
 
-def test_a_page_says_what_a_run_did() -> None:
+def test_a_page_says_what_a_run_did(tmp_path: Path) -> None:
     written = report_page([made()])
+    (tmp_path / "page.html").write_text(written)
+    check_file(tmp_path / "page.html", "page")
     assert written == report_page([made()])  # the same each time
     page = Parsed(written)
     for said in (

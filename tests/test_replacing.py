@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from mptk import MptkError
 from mptk.api import graphs as api
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.files.outputs import check_apart
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
 from mptk.protocols.run_folder import check_unfinished
-from mptk.publish.folder import amend, check_apart, publish
+from mptk.publish.folder import amend, publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
 
 
@@ -197,9 +198,9 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
     out, count = tmp_path / "out", 0
     write(out, "earlier")
 
-    def dying(rename: Callable[..., None], *given: Path) -> None:
+    def dying(rename: Callable[..., None], *given: str, **at: int) -> None:
         nonlocal count
-        rename(*given)
+        rename(*given, **at)
         count += 1
         if count == calls:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -339,7 +340,9 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(MptkError, match=r"is what is read, and .* would replace it; give another --out"):
             check_apart(Path("out"), source)
     check_apart(Path("new"), "out", "some/hub-model")
-    check_apart(Path("out/inside"), "out")
+    for inside in ("out/inside", "out/new/inside", "new/../out/inside"):
+        with pytest.raises(MptkError, match=r"lies in out, which is read; give another --out"):
+            check_apart(Path(inside), "out")
 
 
 # ---- the system says no ----
@@ -358,9 +361,9 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_real_cause_is_named(tmp_path: Path, number: int, remedy: str) -> None:
     write(tmp_path / "out", "earlier")
 
-    def refused(real: Callable[..., int], *given: object, **_: object) -> int:
+    def refused(real: Callable[..., int], *given: object, **at: object) -> int:
         if given[1:] and isinstance(given[1], int) and not given[1] & os.O_CREAT:
-            return real(*given)  # it only reads
+            return real(*given, **at)  # it only reads
         raise OSError(number, os.strerror(number))
 
     for call in ("fill", "mkdir", "rename", "open"):
@@ -476,7 +479,9 @@ def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str
 def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(MptkError, match=r"out\.run is not an unfinished run, .*; give another --out, or rename"):
+    with pytest.raises(
+        MptkError, match=r"out\.run is not an unfinished run of this version .*; give another --out, or rename"
+    ):
         check_unfinished(tmp_path / "out", {}, resume=False)
 
 

@@ -55,7 +55,7 @@ REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
     ("mptk.chain.kept.write_json", errno.EDQUOT),
-    ("mptk.files.staging.Path.mkdir", errno.EACCES),
+    ("mptk.files.staging.os.mkdir", errno.EACCES),
     (WRITE, errno.ENOSPC),
     ("mptk.files.replace._exchanged", errno.EROFS),
 ]

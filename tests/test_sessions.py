@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Samples, prune
+from mptk.files.outputs import check_file
 from mptk.ort.sessions import HOST, memory_of, open_session, providers
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import session_device
@@ -129,6 +130,7 @@ def test_every_session_of_a_command_is_on_the_device(
         done(*command, "--device", "cuda:1")
         assert asked
         assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
+    check_file(table, "table")
     assert HOST in table.read_text()  # what the session says, not what it was asked for
 
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.api.pruned import Shown, reporting
-from mptk.api.samples import Data, given, in_memory, names_of
-from mptk.api.sources import GivenInputs, Model, source_for
+from mptk.api.pruned import Shown, fixed_place, reporting
 from mptk.api.words import public
-from mptk.chain.job import Job
-from mptk.chain.prune import started
-from mptk.chain.samples import compared, domains, read_samples
 from mptk.config.choices import MOST_SPARSITY
 from mptk.config.recipe import command
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conversions import fitted
 from mptk.errors import MptkError
-from mptk.files import scratch, write_json
+from mptk.files import scratch
 from mptk.io.data import source_names
 from mptk.ir.passes import Log
-from mptk.methods.division.advice import advised
-from mptk.methods.division.search import search_shapes
 from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
-from mptk.protocols.chain import Prepared
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
-from mptk.publish.folder import publish
+from mptk.run.advise import measure_cuts, rank_shapes
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
+from mptk.run.open import Model, Opened, name_model, take_model
+from mptk.run.run import open_run
 
 FAMILIES = 1.5
 """Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
@@ -76,23 +69,49 @@ def advise(
             such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
     check_asked(sparsities, tolerance)
-    chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
+    chosen = with_keywords(settings or ADVICE, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
-    source, chosen = source_for(model, training(chosen) if calibrate else chosen, tokenizer, example_inputs)
-    if calibrate and source.plain:
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
+    start, chosen, inputs = take_model(model, train_cuts(chosen) if calibrate else chosen, inputs)
+    if calibrate and isinstance(start, Opened) and start.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
-    said = partial(command, str(model)) if isinstance(model, str | Path) else None
-    work = partial(_measured, said, sorted(set(sparsities)), tolerance)
-    kept = scratch()
-    job = source.job(kept.folder / "advice", given(data, None))
-    if job.needs is not None:
-        texts = 1 if in_memory(data) else len(source_names(chosen.data))
-        job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
-    with reporting(progress) as say:
-        return started(work, job, chosen, Context(Log(), say), trains=calibrate)
+    texts = 1 if is_in_memory(data) else len(source_names(chosen.data))
+    advises = round(FAMILIES * len(sparsities)), texts
+    with (
+        scratch() as kept,
+        reporting(progress) as say,
+        open_run(
+            start,
+            name_model(model),
+            kept.folder / "advice",
+            chosen,
+            inputs,
+            Context(Log(), say),
+            advises=advises,
+            trains=calibrate,
+        ) as run,
+    ):
+        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance)
+    return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
 
 
-def training(settings: Settings) -> Settings:
+def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
+    """The advice with the commands of the cuts that it recommends. ``settings``: of the run."""
+
+    def write_command(own: Settings, best: Point | None) -> str:
+        """The command that cuts to ``best``; empty if there is none."""
+        if best is None:
+            return ""
+        return command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
+
+    plain = replace(settings, learning=replace(settings.learning, steps=0))
+    if found.recovery is not None:
+        trained = write_command(settings, found.recommended_after)
+        found = replace(found, recovery=replace(found.recovery, command=trained))
+    return replace(found, command=write_command(plain, found.recommended))
+
+
+def train_cuts(settings: Settings) -> Settings:
     """The settings of an advice that trains."""
     steps = settings.steps or CALIBRATION_STEPS
     return with_keywords(settings, {"steps": steps, "samples": settings.windows, "minutes": None})
@@ -104,38 +123,6 @@ def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
         raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
     if not 0 < tolerance <= 10:
         raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
-
-
-def _measured(
-    said: Callable[[Settings, Mapping[str, int]], str] | None,
-    sparsities: Sequence[float],
-    tolerance: float,
-    job: Job,
-    prepared: Prepared,
-    context: Context,
-) -> Advice:
-    """The advice. ``said``: settings and widths → the command that cuts to them."""
-    prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
-    sets, texts = domains(job, prepared, context)
-    found = advised(prepared, sets, texts, sparsities, tolerance, context)
-    assert context.folder is not None
-    context.folder.remove()
-    if said is None:
-        return found
-    trained = prepared.settings
-    plain = replace(trained, learning=replace(trained.learning, steps=0))
-    if found.recovery is not None:
-        recovery = replace(found.recovery, command=_command(said, trained, found.recommended_after))
-        found = replace(found, recovery=recovery)
-    return replace(found, command=_command(said, plain, found.recommended))
-
-
-def _command(said: Callable[[Settings, Mapping[str, int]], str], settings: Settings, best: Point | None) -> str:
-    """The command that cuts to ``best``; empty if there is none."""
-    return "" if best is None else said(replace(settings, sparsity=round(best.sparsity, 4)), best.widths)
-
-
-SHAPES_FILE = "shapes.json"
 
 
 @public
@@ -170,28 +157,14 @@ def shapes(
             or there are too few tokens to train the finalists.
     """
     base = settings or Settings(method="wanda", reconstruct=True)
-    chosen = with_keywords(base, {**names_of(data=data), **keywords, "search": True, "onnx": False})
-    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    chosen = with_keywords(base, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
+    start, chosen, inputs = take_model(model, chosen, inputs)
     kept = scratch() if out is None else None
-    place = kept.folder / "shapes" if kept is not None else Path(str(out))
-    job = source.job(place, given(data, None))
-    said = partial(command, str(model), chosen) if isinstance(model, str | Path) else None
-    work = partial(_ranked, said, kept is None)
-    with reporting(progress) as say:
-        return started(work, job, chosen, Context(Log(), say), trains=False)  # a run after it does
-
-
-def _ranked(
-    said: Callable[[Mapping[str, int]], str] | None, written: bool, job: Job, prepared: Prepared, context: Context
-) -> Shapes:
-    """The ranking. ``said``: widths → the command that cuts to them. ``written``: whether it is to stay in a folder."""
-    sets = compared(prepared, read_samples(job, prepared, context, measures=False), context)
-    found = search_shapes(fitted(prepared, sets.calibration, context), sets, context)
-    if said is not None:
-        found = replace(found, command=said(found.best.widths))
-    if written:
-        with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
-            write_json(folder / SHAPES_FILE, found.to_json())
-    assert context.folder is not None
-    context.folder.remove()
-    return found
+    place = kept.folder / "shapes" if kept is not None else fixed_place(str(out))
+    source = name_model(model)
+    with (
+        reporting(progress) as say,
+        open_run(start, source, place, chosen, inputs, Context(Log(), say), trains=False) as run,
+    ):
+        return rank_shapes(start, run, chosen, writes=kept is None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,16 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.api.sources import source_of
-from mptk.chain.describe import graph_sizes
-from mptk.chain.job import Finished
-from mptk.chain.recovery import recovery
-from mptk.chain.rewritten import WEIGHTS_CHANGED, ChangedWeights, write_changed_weights
+from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import json_text, scratch
 from mptk.io.checkpoint import save_tokenizer
-from mptk.io.models import Loaded
-from mptk.io.resident import Resident
+from mptk.io.live import unwrapped
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import load_tensors
 from mptk.ir.passes import Log
@@ -32,13 +28,18 @@ from mptk.proof.claims import LATER
 from mptk.proof.proof import check_proof
 from mptk.protocols.onnx_form import Dense, Use
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
-from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import MARKER, listed, weights_digest
 from mptk.reading import damaged
 from mptk.report.card import write_card
+from mptk.run.changed_weights import WEIGHTS_CHANGED, ChangedWeights, rewrite_folder
+from mptk.run.describe import graph_sizes
+from mptk.run.inputs import Inputs
+from mptk.run.open import Opened, open_in_memory
+from mptk.run.prune import Result
+from mptk.run.run import open_run
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import WEIGHTS, read_weights
@@ -49,51 +50,165 @@ from passes.verify import TOLERANCE, StageOutputs, prove
 
 PASSING = frozenset(["_name_or_path", "dtype", "output_attentions", "output_hidden_states", "torch_dtype", "use_cache"])
 """Entries of a config that training changes for a time, and that change no output: not compared."""
+PASSING_ATTRIBUTES = frozenset(["training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"])
+"""Attributes of a part that training and running change, and a name that peft reads."""
+ROPES_ANEW = frozenset(["dynamic", "longrope"])
+"""Kinds of rotary embeddings whose frequencies ``forward`` computes for each length."""
+HALF_TYPES = (torch.bfloat16, torch.float16)
 MADE_ANEW = (MARKER, CARD, REPORT_FILE, WEIGHTS, ONNX_FOLDER, LATER)
 """What is not copied from a folder whose weights are written again."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model as it was opened: the types and a digest of its weights, and its configs."""
+    """A model as it was opened, to see what was changed since.
 
-    types: Mapping[str, torch.dtype]
+    Attributes:
+        likes: name → type and shape of each weight.
+        digest: of the weights.
+        tied: groups of names of one weight.
+        configs: the fields of its configs.
+        parts: name → class and plain settings of each part.
+        buffers: the floating buffers that no checkpoint holds.
+    """
+
+    likes: Mapping[str, tuple[torch.dtype, torch.Size]]
     digest: str
+    tied: Sequence[Sequence[str]]
     configs: Mapping[str, Mapping[str, object]]
+    parts: Mapping[str, Mapping[str, object]]
+    buffers: Mapping[str, Tensor]
 
     @staticmethod
     def of(module: nn.Module) -> Snapshot:
         """The snapshot of a module now."""
-        types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-        return Snapshot(types, _digest(module.state_dict()), _configs(module))
+        module = unwrapped(module)
+        weights = module.state_dict()
+        likes = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+        buffers = {name: tensor.clone() for name, tensor in _unsaved(module).items()}
+        return Snapshot(likes, _digest(weights), _tied(weights), _configs(module), _parts(module), buffers)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's present weights in the types that they were opened in, on the CPU.
 
         Raises:
-            MptkError: it has other weights now, as adapters add them.
+            MptkError: it has other weights now, as adapters add them; or some that the folder cannot hold.
         """
-        found = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        if other := sorted(found.keys() ^ self.types.keys()):
+        found = {name: tensor.detach() for name, tensor in unwrapped(module).state_dict().items()}
+        if other := sorted(found.keys() ^ self.likes.keys()):
             raise MptkError(
                 f"model has other parameters than the pruned model ({other[0]}); merge or remove adapters first, for "
                 "example with merge_and_unload()"
             )
-        return {name: tensor.to("cpu", self.types[name]) for name, tensor in found.items()}
+        for name, tensor in found.items():
+            if (wrong := _cannot_hold(tensor, *self.likes[name])) is not None:
+                raise MptkError(f"{name} of model {wrong}; write the model by itself, or open the folder again")
+        cast = {name: tensor.to("cpu", self.likes[name][0]) for name, tensor in found.items()}
+        for first, *others in self.tied:
+            if apart := next((name for name in others if not cast[name].equal(cast[first])), None):
+                raise MptkError(
+                    f"{first} and {apart} are one weight of the pruned model, and differ now; give both the same "
+                    "numbers, or write the model by itself with model.save_pretrained(DIR)"
+                )
+        return cast
 
     def differs(self, module: nn.Module) -> bool:
         """Whether the module has other numbers now. Raises MptkError as ``weights``."""
         return _digest(self.weights(module)) != self.digest
 
-    def check_configs(self, module: nn.Module) -> None:
-        """Raise MptkError if a config of the module was changed."""
+    def converted(self, module: nn.Module) -> bool:
+        """Whether the module has its weights in other types now, as after ``half()``."""
+        return any(tensor.dtype != self.likes[name][0] for name, tensor in unwrapped(module).state_dict().items())
+
+    def check_rest(self, module: nn.Module) -> None:
+        """Raise MptkError if a config, a part or a buffer of the module was changed, which no weights file holds."""
+        module = unwrapped(module)
         for name, now in _configs(module).items():
-            before = self.configs[name]
+            before = self.configs.get(name, {})
             if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
                 raise MptkError(
                     f"{name} of model was changed in memory ({fields[0]}), and a pruned folder has the config that was "
                     "proven; put it back, or write the model by itself with model.save_pretrained(DIR)"
                 )
+        parts = _parts(module)
+        for name, part in self.parts.items():
+            there = parts.get(name)
+            if there is None or any(there.get(key) != value for key, value in part.items()):
+                raise MptkError(
+                    f"{name or 'model'} was changed in memory ({_difference(part, there)}), and a pruned folder has "
+                    "the parts that were proven; put it back, or write the model by itself"
+                )
+        buffers = _unsaved(module)
+        for name, buffer in self.buffers.items():
+            if name not in buffers or not _rounds_to(buffer, buffers[name]):
+                raise MptkError(
+                    f"{name} of model was changed in memory, and no pruned folder holds this buffer; put it back, or "
+                    "write the model by itself"
+                )
+
+
+def _cannot_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> str | None:
+    """Why a folder whose weight has this type and shape cannot hold a tensor in its place; None if it can."""
+    if tensor.is_meta:
+        return "is not in memory (it is on the meta device)"
+    if tensor.layout is not torch.strided:
+        return "is a sparse tensor"
+    if tensor.shape != shape:
+        return f"has the shape {list(tensor.shape)} now, and the pruned model's has {list(shape)}"
+    if tensor.is_floating_point() != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
+        return f"has the type {tensor.dtype} now, and the pruned model's has {dtype}"
+    return None
+
+
+def _tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each weight that has several."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _parts(module: nn.Module) -> dict[str, dict[str, object]]:
+    """Name → class of each part, and its numbers and words, but those that training and running change."""
+    return {
+        name: {"class": type(part).__name__}
+        | {
+            key: value
+            for key, value in vars(part).items()
+            if isinstance(value, int | float | str) and not key.startswith("_") and key not in PASSING_ATTRIBUTES
+            if "dropout" not in key  # which nothing uses in evaluation mode
+        }
+        for name, part in module.named_modules()
+        if not isinstance(part, nn.Dropout)
+    }
+
+
+def _difference(before: Mapping[str, object], now: Mapping[str, object] | None) -> str:
+    """What is other in a part, in words."""
+    if now is None:
+        return "it was removed"
+    key = next(key for key in before if now.get(key) != before[key])
+    return f"{key} {before[key]} is {now.get(key, 'gone')}"
+
+
+def _unsaved(module: nn.Module) -> dict[str, Tensor]:
+    """The floating buffers that are not in the state of a module, but those that its ``forward`` computes anew."""
+    saved = module.state_dict().keys()
+    running = {name for name, part in module.named_modules() if getattr(part, "rope_type", "default") in ROPES_ANEW}
+    return {
+        name: buffer.detach()
+        for name, buffer in module.named_buffers()
+        if name not in saved and buffer.is_floating_point() and name.rpartition(".")[0] not in running
+    }
+
+
+def _rounds_to(before: Tensor, now: Tensor) -> bool:
+    """Whether a buffer has the numbers of before, up to a conversion to a narrower type on the way."""
+    if now.is_meta or now.shape != before.shape:
+        return False
+    now = now.cpu().to(before.dtype)
+    return any(now.equal(before.cpu().to(dtype).to(before.dtype)) for dtype in (before.dtype, *HALF_TYPES))
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -117,10 +232,14 @@ def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
 
 
 def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """The files that a tokenizer writes, to see whether it was changed."""
+    """The files that a tokenizer writes, to see whether it was changed, without how its last call cut and padded."""
     with scratch() as place:
         save_tokenizer(tokenizer, place.folder)
-        return {file.name: file.read_bytes() for file in place.folder.iterdir()}
+        found = {file.name: file.read_bytes() for file in place.folder.iterdir()}
+    if (name := "tokenizer.json") in found:
+        kept = {key: value for key, value in json.loads(found[name]).items() if key not in ("padding", "truncation")}
+        found[name] = json_text(kept).encode()
+    return found
 
 
 def check_same(what: str, now: object, before: object) -> None:
@@ -139,7 +258,7 @@ class FirstRun:
     ``trust``: the caller's word on code, in the call that made the result or opened the folder.
     """
 
-    opened: tuple[Loaded, Task] | None = None
+    opened: Opened | None = None
     model: str | nn.Module | None = None
     sets: SampleSets | None = None
     trust: Trust = NO_CODE
@@ -147,7 +266,7 @@ class FirstRun:
 
 def write_again(
     place: Path, out: Path, report: Report, weights: Mapping[str, Tensor], origin: FirstRun, context: Context
-) -> Finished | Report:
+) -> Result | Report:
     """Write the pruned folder ``place`` to ``out`` with other weights, and prove it.
 
     If the dense module of a graph is not in memory, the graph as it is read back is compared with the graph in memory:
@@ -162,8 +281,11 @@ def write_again(
     used = replace(
         report.settings, resume=False, overwrite=False, minutes=None, trust_remote_code=origin.trust.allows_code
     )
-    job, settings = recovery(place, out, used, origin.model, origin.opened)
-    return write_changed_weights(ChangedWeights(place, report, weights, origin.sets), job, settings, context)
+    used = replace(used, data=IN_MEMORY, eval_data=None)  # data is not read again: the current folder may be another
+    changed = ChangedWeights(place, report, origin.opened or origin.model, weights=weights, sets=origin.sets)
+    settings = changed.take_settings(used)
+    with open_run(changed, changed.source, out, settings, Inputs(), context, trains=False) as run:
+        return rewrite_folder(changed, run)
 
 
 def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, Tensor]) -> Report:
@@ -203,9 +325,9 @@ def _write_onnx(
 ) -> Mapping[str, tuple[Program | StageOutputs, float]]:
     """Write a module's graphs, of the program itself and not of a new trace. Returns the stages of their proof."""
     module, settings = program.module().eval(), replace(report.settings, quantize=tuple(report.quantized), strict=True)
-    loaded, task = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=samples.inputs).load(Resident(0))
-    form = task.onnx
+    opened = open_in_memory(module, NO_CODE, Inputs(example_inputs=samples.inputs))
+    form = opened.task.onnx
     assert form is not None
-    dense = Dense(loaded, settings, program, about={"plan_sha256": report.plan_sha256})
-    form.export(dense, None, task.example(loaded.model), folder, Log())
+    dense = Dense(opened.loaded, settings, program, about={"plan_sha256": report.plan_sha256})
+    form.export(dense, None, opened.task.example(opened.loaded.model), folder, Log())
     return form.stages(folder, Use(), EXECUTOR.device, settings).stages

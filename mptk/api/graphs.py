@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.compiler import check_whole, trace
-from mptk.api.pruned import Pruned
-from mptk.api.sources import GivenInputs, source_of
+from mptk.api.pruned import Pruned, fixed_place
 from mptk.api.words import public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import sources_forgotten
@@ -24,6 +23,7 @@ from mptk.config.choices import GgufType
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
+from mptk.files.outputs import check_apart, check_file
 from mptk.io import data, models
 from mptk.io.auto_classes import classes_of
 from mptk.io.cache import build_private, private_place
@@ -31,7 +31,6 @@ from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
 from mptk.io.models import Loaded
-from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
@@ -43,7 +42,9 @@ from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, proven_extras
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.publish.folder import check_apart, check_replaceable, publish
+from mptk.publish.folder import check_replaceable, publish
+from mptk.run.inputs import GivenInputs, Inputs
+from mptk.run.open import open_in_memory
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe, quantized_extras
@@ -73,7 +74,9 @@ def export(
     text: Tensor | None = None,
     objective: str = "decode",
     onnx_dtype: str = "auto",
-    **metadata: str,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **metadata: object,
 ) -> Path:
     """Write a model as ONNX, cut to ``plan`` if one is given. A causal language model gets a KV cache.
 
@@ -91,30 +94,61 @@ def export(
         onnx_dtype: ``"auto"``, the model's type; or, for a model in float32, ``"float32"`` or ``"float16"``. In float16
             the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: the phase in which the graph must be fast.
+        overwrite: replace graphs in ``folder`` that mptk did not write, too.
+        tokenizer: written beside the graphs of a transformers model, with its config, so that ``mptk.generate`` runs
+            the folder.
+        metadata: further entries of the graphs' metadata, strings.
 
     Raises:
-        MptkError: the model keeps a state that is not keys and values; torch.export or the exporter refuses it; there
-            is no such scheme, objective or type; or quantised graphs are asked for and the model is not float32.
+        MptkError: ``folder`` lies in the ``Pruned``'s, or has graphs of somebody else; the model keeps a state that is
+            not keys and values; torch.export or the exporter refuses it; there is no such scheme, objective or type;
+            quantised graphs are asked for and the model is not float32; or an entry of the metadata is not a string.
         ProofError: ONNX Runtime computes something else than the module.
     """
     check_whole(plan)
+    about = check_metadata(metadata)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
+    for file in Path(folder).glob("*.onnx"):
+        check_file(file, "graph", overwrite)
     if isinstance(model, Pruned):
-        inputs = inputs_of_folder(model.proven, model.report)
-        model, example_inputs = model.model, inputs if example_inputs is None else example_inputs
+        check_apart(folder, model.proven)
+        module, inputs = model.present, inputs_of_folder(model.proven, model.report)
+        model, example_inputs = module, inputs if example_inputs is None else example_inputs
+    place = fixed_place(folder)
     if not isinstance(model, PreTrainedModel):
-        return _export_module(model, Path(folder), example_inputs, plan, settings, metadata)
+        if tokenizer is not None:
+            raise MptkError(
+                f"a {type(model).__name__} is not a transformers model and reads no texts; leave out tokenizer"
+            )
+        _export_module(model, place, example_inputs, plan, settings, about)
+        return Path(folder)
     form, name = form_of(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
     if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
         raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     form.check(model, settings)
-    dense = Dense(Loaded(model, None, name, Path()), settings, program, about=metadata)
-    form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
+    dense = Dense(Loaded(model, None, name, Path()), settings, program, about=about)
+    form.export(dense, plan, None if text is None else next_tokens(text), place, Log())
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, place)
+        model.config.save_pretrained(place)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            generation.save_pretrained(place)
     return Path(folder)
+
+
+def check_metadata(given: Mapping[str, object]) -> dict[str, str]:
+    """Entries for a graph's metadata. Raises MptkError if one is not a string, as a misspelt keyword's value is not."""
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise MptkError(
+                f"export has no keyword {name}, and what it does not know is metadata of the graph, which is a string; "
+                f"leave {name} out, or give a string"
+            )
+    return {name: str(value) for name, value in given.items()}
 
 
 def _export_module(
@@ -124,10 +158,10 @@ def _export_module(
     plan: Plan | None,
     settings: Settings,
     metadata: Mapping[str, str],
-) -> Path:
+) -> None:
     """Write a plain module as ONNX, and compare ONNX Runtime with it."""
-    source = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=example_inputs)
-    loaded, task = source.load(Resident(0))
+    opened = open_in_memory(module, NO_CODE, Inputs(example_inputs=example_inputs))
+    loaded, task = opened.loaded, opened.task
     form = task.onnx
     assert form is not None
     form.check(loaded.model, settings)
@@ -137,12 +171,16 @@ def _export_module(
     program = cut(program, dense, plan, Log())
     stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
-    return folder
 
 
 @public
 def gguf(
-    folder: str | Path | Pruned, out: str | Path, *, like: str | Path | None = None, type: GgufType = "auto"
+    folder: str | Path | Pruned,
+    out: str | Path,
+    *,
+    like: str | Path | None = None,
+    type: GgufType = "auto",
+    overwrite: bool = False,
 ) -> GgufFolder:
     """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
 
@@ -152,6 +190,7 @@ def gguf(
         like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
             the folder. A folder of the graph target needs it.
         type: the type of the matrices; auto: the type in which the folder has them.
+        overwrite: replace a file that ``gguf`` did not write, too.
 
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
@@ -160,8 +199,9 @@ def gguf(
             something else of it. Nothing is written then.
     """
     folder = folder.place if isinstance(folder, Pruned) else folder
+    check_file(out, "GGUF", overwrite)
     made = open_folder(folder, like, type)
-    check_apart(Path(out), made.place, *([] if made.pattern is None else [made.pattern.file]))
+    check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
     def write(file: Path) -> None:
         differences = made.write(file)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting
-from mptk.api.samples import Data
-from mptk.api.sources import GivenInputs, Model
+from mptk.api.pruned import Pruned, Shown, check_asked, defaults, fixed_place, reporting
 from mptk.api.words import public
-from mptk.chain.estimate import estimator
-from mptk.chain.job import Finished
-from mptk.chain.ladder import LadderRun, climb, name_of, rungs, share
 from mptk.compile.rungs import restore_rung, sizes_in
+from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, total
-from mptk.distributed.processes import leads, once
+from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import scratch
+from mptk.files.outputs import check_apart
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
-from mptk.publish.folder import check_apart, publish
+from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
+from mptk.run.estimate import read_estimator
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
+from mptk.run.ladder import climb, divide_steps, list_settings, name_size, open_ladder
+from mptk.run.minutes import complete_settings
+from mptk.run.open import Model, name_model, take_model
+from mptk.run.prune import Result
+from mptk.run.shared import prune_together
 from mptk.trust import Trust, trust_by_caller
 
 
@@ -66,37 +71,40 @@ def ladder(
     """
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
-    inputs = tokenizer, example_inputs, data, eval_data, vocabulary
-    job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    ready = job(place := Path(out))
-    with reporting(progress) as say:
-        if chosen.shared:
-            found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
-            return [
-                _pruned(place, found, chosen.trust),
-                *(rung(place, size, trust_remote_code=chosen.trust_remote_code) for size in sparsities[1:]),
-            ]
-        steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
+    asked = with_keywords(
+        defaults(settings, out, model, example_inputs),
+        {**name_inputs(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+    )
+    inputs = Inputs.of(
+        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
+    )
+    start, asked, inputs = take_model(model, asked, inputs)
+    check_asked(start, asked, inputs)
+    place, source = fixed_place(out), name_model(model)
+    with (
+        reporting(progress) as say,
+        open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
+    ):
+        if asked.shared:
+            found = prune_together(start, runs[0])
+            sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
+            return [_pruned(place, found, asked.trust), *sizes]
+        return [_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if leads()]
 
-        def context(step: LadderRun) -> Context:
-            say(f"sparsity {step.out.name}", 0, 0)
-            return Context(Log(on_record=on_stage), say)
 
-        return [
-            _pruned(step.out, found, chosen.trust) for step, found in climb(ready, place, steps, context) if leads()
-        ]
-
-
-def _pruned(place: Path, found: Finished | None, trust: Trust) -> Pruned:
+def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
     compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
     return Pruned(report, place, compiled=compiled, origin=FirstRun(trust=trust))
 
 
-def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
+def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
     """What a ladder needs. No model runs. Raises the errors of ``mptk.ladder``."""
-    needs = estimator(model)
-    return total([needs(rung.settings) for rung in rungs(Path(), settings, sparsities, needs)])
+    asked = divide_steps(settings, sparsities)
+    estimator = read_estimator(model, settings.trust)
+    places = [Path(name_size(sparsity)) for sparsity in sparsities]
+    each = complete_settings(asked, replace(estimator, sparsities=sparsities))[0]
+    return total([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
 
 
 @public
@@ -125,12 +133,12 @@ def rung(
     Raises:
         MptkError: the folder was changed, or has no such size; or ``out`` cannot be written.
     """
-    place, name = Path(folder), name_of(size)
+    place, name = Path(folder), name_size(size)
     sizes = checked_sizes(place)
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
     kept = scratch() if out is None else None
-    made = kept.folder / name if kept is not None else Path(str(out))
+    made = kept.folder / name if kept is not None else fixed_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
         restore_rung(place, name, new)

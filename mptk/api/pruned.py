@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn, SupportsIndex
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,28 +17,38 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, write_again
 from mptk.api.display import shown
-from mptk.api.samples import Data, check_texts, given, names_of
-from mptk.api.sources import GivenInputs, Model, source_for
 from mptk.api.words import public
-from mptk.chain.job import Finished, Job
-from mptk.chain.prune import run
+from mptk.arguments import TURN
 from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
+from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch
+from mptk.files import cannot_write, json_text, scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
+from mptk.io.dense import absolute
 from mptk.io.live import forget_folder, unwrapped
 from mptk.ir.passes import Log, PassRecord
+from mptk.ir.plan import Plan
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
+from mptk.proof.claims import LATER
 from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Compiled
+from mptk.protocols.origin import check_dense, check_tokenizer
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable, publish
-from mptk.publish.manifest import MARKER, check_manifest
+from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
+from mptk.run.estimate import read_estimator
+from mptk.run.given_samples import check_texts
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
+from mptk.run.minutes import complete_settings
+from mptk.run.open import Model, Opened, name_model, take_model
+from mptk.run.prune import Result
+from mptk.run.prune import prune as prune_model
+from mptk.run.run import Start, open_run
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
 from mptk.trust import trust_by_caller
@@ -50,7 +61,9 @@ class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
     Weights of ``model`` that were changed since, as by training, count everywhere: in ``save``, ``place``,
-    ``mptk.evaluate``, ``mptk.generate`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
+    ``mptk.evaluate``, ``mptk.generate``, ``mptk.export`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
+    All else that was changed, in memory or in the folder, is refused by all of these alike, by its name. A model that
+    was converted (``half()``) counts with its numbers, in the types of the folder.
 
     Attributes:
         plan: the units that were kept.
@@ -72,11 +85,17 @@ class Pruned:
 
         ``origin``: what is known of the run that made it.
         """
+        place = place.absolute()
         self.report, self.plan = report, plan_of(place)
-        self._reported = json_text(report.to_json())
+        self._reported, self._files = json_text(report.to_json()), read_manifest(place)
         self.compiled = compiled
-        self.proven, self._kept, self._origin = place, kept, origin or FirstRun()
+        origin = origin or FirstRun()
+        if isinstance(origin.model, str):
+            origin = replace(origin, model=absolute(origin.model))
+        self.proven, self._kept, self._origin = place, kept, origin
+        self._model: nn.Module | None = None
         self._snapshot: Snapshot | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_files: dict[str, bytes] | None = None
         self.folder: Path | None = place if kept is None else None
 
@@ -95,7 +114,7 @@ class Pruned:
         dense = str(model) if isinstance(model, Path) else model
         return Pruned(report, Path(folder), origin=FirstRun(model=dense, trust=trust_by_caller(trust_remote_code)))
 
-    @cached_property
+    @property
     def model(self) -> nn.Module:
         """The small model, in evaluation mode, to run, train and save.
 
@@ -105,11 +124,23 @@ class Pruned:
         ``forward`` (``ir/program.py``), in the module's own types; a transformers model becomes float32.
 
         Raises:
-            MptkError: a file of the folder is damaged.
+            MptkError: a file of the folder is damaged, missing or another one.
         """
-        found = self._open_folder()
-        self._snapshot = Snapshot.of(found)
-        return found
+        if self._model is None:
+            with TURN.taken():
+                if self._model is None:  # no other thread opened it meanwhile
+                    self._check_result()
+                    found = self._open_folder()
+                    self._snapshot, self._model = Snapshot.of(found), found
+        return self._model
+
+    @model.setter
+    def model(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise MptkError(f"model is a {type(module).__name__}; give a module with the pruned model's parameters")
+        if self._snapshot is None:
+            self._snapshot = Snapshot.of(self._open_folder())
+        self._model = module
 
     def _open_folder(self) -> nn.Module:
         """The model as the folder holds it."""
@@ -122,11 +153,28 @@ class Pruned:
             forget_folder(found, self.proven)
         return found
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer: the dense model's, without the tokens that were removed."""
-        if self.compiled is not None:
-            found = self.compiled.prepared.loaded.tokenizer
+        """Its tokenizer: the dense model's, without the tokens that were removed. It is the same object each time."""
+        if self._tokenizer is None:
+            with TURN.taken():
+                if self._tokenizer is None:
+                    self._tokenizer = self._open_tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MptkError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
+        _ = self.tokenizer  # to know the files of the first one
+        self._tokenizer = tokenizer
+
+    def _open_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        self._check_result()
+        if self.compiled is not None:  # a copy: what the caller does to his own tokenizer later does not count
+            prepared = self.compiled.prepared
+            check_tokenizer(prepared.given, prepared.origin)
+            found = copy.deepcopy(prepared.loaded.tokenizer)
         else:
             known = models.has_tokenizer(self.proven)
             found = models.load_tokenizer(str(self.proven), trust=self._origin.trust) if known else None
@@ -135,12 +183,35 @@ class Pruned:
 
     @property
     def changed(self) -> bool:
-        """Whether ``model`` has other weights than the folder. Raises MptkError if it has other parameters."""
-        if "model" not in self.__dict__:
+        """Whether ``model`` has other weights than the folder.
+
+        Raises:
+            MptkError: something else was changed in memory or in the folder, which no use of the result could show.
+        """
+        self._check_result()
+        if self._tokenizer is not None:
+            check_same("tokenizer", read_saved_files(self._tokenizer), self._tokenizer_files)
+        if self._model is None:
             return False
-        if self._snapshot is None:  # the caller put a model of their own here
-            self._snapshot = Snapshot.of(self._open_folder())
-        return self._snapshot.differs(self.model)
+        assert self._snapshot is not None
+        differs = self._snapshot.differs(self._model)
+        self._snapshot.check_rest(self._model)
+        return differs
+
+    @property
+    def present(self) -> nn.Module:
+        """``model`` in the types of its folder: another one with the same weights if it was converted.
+
+        Raises MptkError as ``changed``.
+        """
+        module, snapshot = self.model, self._snapshot
+        assert snapshot is not None
+        _ = self.changed  # raises its errors
+        if not snapshot.converted(module):
+            return module
+        found = self._open_folder()
+        found.load_state_dict(snapshot.weights(module))
+        return found
 
     @public
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -154,33 +225,63 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
-        check_replaceable(Path(folder), overwrite)
-        self._check_unchanged()
+        folder, target = Path(folder), fixed_place(folder)
+        check_replaceable(folder, overwrite)
         place = self.place
-        with publish(folder, overwrite=overwrite) as new:
-            shutil.copytree(place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
-        self.folder = self.folder or Path(folder)
-        return Path(folder)
-
-    def _check_unchanged(self) -> None:
-        """Raise MptkError if something other than weights was changed in memory."""
-        check_same("plan", self.plan.digest, plan_of(self.proven).digest)
-        check_same("report", json_text(self.report.to_json()), self._reported)
-        if (words := self.__dict__.get("tokenizer")) is not None:
-            check_same("tokenizer", read_saved_files(words), self._tokenizer_files)
-        if self._snapshot is not None:
-            self._snapshot.check_configs(self.model)
+        if place.resolve() in target.resolve().parents:
+            raise MptkError(f"{folder} lies in the folder that is copied; give a place outside of it")
+        with publish(target, overwrite=overwrite) as new:
+            copy_listed(place, new)
+        self.folder = self.folder or target
+        return folder
 
     @property
     def place(self) -> Path:
         """The folder that holds the model with its present weights, at least as long as this object lives.
 
         Changed weights are written and proven first, into a temporary folder.
+
+        Raises:
+            MptkError: as ``save``.
         """
-        if self.changed:
-            self._check_unchanged()
-            self._write_again()
-        return self.proven
+        with TURN.taken():
+            if self.changed:
+                self.check_dense()
+                self._write_again()
+            return self.proven
+
+    def _check_result(self) -> None:
+        """Raise MptkError if the folder lost files or holds another result, or the plan or report was changed."""
+        try:
+            if not self.proven.is_dir():
+                raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
+            check_listed(self.proven)
+        except MptkError as error:
+            if self._kept is None:
+                raise
+            cause = str(error).partition(";")[0]
+            raise MptkError(
+                f"{cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
+                "that is in memory by itself"
+            ) from error
+        now = read_manifest(self.proven)
+        if other := sorted(name for name, digest in self._files.items() if now.get(name) != digest and name != LATER):
+            raise MptkError(
+                f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
+            )
+        said = self.__dict__.get("plan"), self.__dict__.get("report")
+        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, plan_of(self.proven).digest)
+        check_same("report", json_text(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
+
+    def check_dense(self) -> None:
+        """Raise MptkError if the dense model that is in memory, or its tokenizer, is not as it was pruned."""
+        if self.compiled is not None:
+            prepared = self.compiled.prepared
+            check_dense(self.report.model, prepared.given, prepared.origin)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied and pickled: the files, and what is known of the dense model, would not come along."""
+        raise MptkError("a Pruned is not copied or pickled; save(DIR) it, and open that folder with Pruned.open(DIR)")
 
     def _write_again(self) -> None:
         """Write the present weights into a temporary folder, which takes the place of the folder."""
@@ -189,9 +290,13 @@ class Pruned:
         out = kept.folder / "pruned"
         with reporting("auto") as say:
             found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
-        self.report, self.compiled = (found, None) if isinstance(found, Report) else (found.report, found.compiled)
+        if isinstance(found, Report):
+            self.report, self.compiled = found, None
+        else:
+            assert found.report is not None  # one process writes again
+            self.report, self.compiled = found.report, found.compiled
         self._reported = json_text(self.report.to_json())
-        self.proven, self._kept = out, kept
+        self.proven, self._kept, self._files = out, kept, read_manifest(out)
         self._snapshot = Snapshot.of(self.model)
 
     def __repr__(self) -> str:
@@ -243,52 +348,71 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
-    base = defaults(settings, out, model, example_inputs)
-    inputs = tokenizer, example_inputs, data, eval_data, vocabulary
-    job, chosen = job_of(model, base, keywords, *inputs)
-    return finished(lambda place: (job(place), chosen), out, progress, on_stage)
-
-
-def job_of(
-    model: Model,
-    base: Settings,
-    keywords: Mapping[str, object],
-    tokenizer: PreTrainedTokenizerBase | None,
-    example_inputs: GivenInputs | None,
-    data: Data | None,
-    eval_data: Data | None,
-    vocabulary: str | Path | Sequence[str] | None,
-) -> tuple[Callable[[Path], Job], Settings]:
-    """A function that makes the job of a call from its output folder, and the call's settings.
-
-    ``base``: the settings that ``keywords`` change; the others are those of ``prune``.
-    """
-    named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
-    source, chosen = source_for(model, with_keywords(base, {**named, **keywords}), tokenizer, example_inputs)
-    if source.plain:
-        _check_plain(chosen)
-    texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
-    if chosen.vocabulary is not None:
-        check_texts(data=data, eval_data=eval_data)
-    return lambda place: source.job(place, given(data, eval_data), texts), chosen
-
-
-def finished(
-    job: Callable[[Path], tuple[Job, Settings]],
-    out: str | Path | None,
-    progress: Shown,
-    on_stage: Callable[[PassRecord], None] | None,
-) -> Pruned | None:
-    """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
+    asked = with_keywords(
+        defaults(settings, out, model, example_inputs),
+        {**name_inputs(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+    )
+    inputs = Inputs.of(
+        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
+    )
+    start, asked, inputs = take_model(model, asked, inputs)
+    check_asked(start, asked, inputs)
     kept = scratch() if out is None else None
-    made, settings = job(kept.folder / "pruned" if kept is not None else Path(str(out)))
-    with reporting(progress) as say:
-        found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
-    if found is None:
+    place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
+    with (
+        reporting(progress) as say,
+        open_run(start, name_model(model), place, asked, inputs, Context(Log(on_record=on_stage), say)) as run,
+    ):
+        result = prune_model(start, run)
+    return make_pruned(result, place, kept)
+
+
+def estimate_run(model: str, settings: Settings) -> Estimate:
+    """What ``prune(model, …, settings)`` needs, with what its minutes allow. No model runs.
+
+    Raises:
+        MptkError: there is no such model; or minutes were given, and the run takes longer.
+    """
+    estimator = read_estimator(model, settings.trust)
+    return estimator.estimate(complete_settings(settings, estimator)[0])
+
+
+def check_asked(start: Start, asked: Settings, inputs: Inputs) -> None:
+    """Raise MptkError if the settings do not suit a model in memory, or data in memory does not suit them."""
+    if isinstance(start, Opened) and start.plain:
+        _check_plain(asked)
+    if asked.vocabulary is not None:
+        check_texts(data=inputs.data, eval_data=inputs.eval_data)
+
+
+def make_pruned(result: Result, place: Path, kept: object = None) -> Pruned | None:
+    """The result of a run as the caller gets it. ``kept``: as in ``Pruned``. None in all processes but the first."""
+    if result.report is None:
         return None
-    prepared = found.compiled.prepared
-    origin = FirstRun((prepared.given, prepared.task), sets=found.sets, trust=prepared.given.trust)
-    return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
+    prepared = result.compiled.prepared
+    opened = Opened(prepared.given, prepared.task)
+    origin = FirstRun(opened, sets=result.sets, trust=prepared.given.trust)
+    return Pruned(result.report, place, compiled=result.compiled, kept=kept, origin=origin)
+
+
+def fixed_place(out: str | Path) -> Path:
+    """The place that ``out`` names now, also if the current folder changes during the call.
+
+    Raises MptkError if no file can have this name.
+    """
+    place = Path(out)
+    try:
+        place = place.absolute() if place.name else place  # what has no name is refused where it is written
+    except FileNotFoundError as error:
+        raise MptkError(f"the current folder was removed, so {out} is nowhere; give an absolute path") from error
+    try:
+        os.lstat(place)
+    except ValueError as error:
+        raise MptkError(f"{str(out)!r} cannot be a file's name ({error}); give another one") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise cannot_write(place, error) from error
+    return place
 
 
 @contextmanager

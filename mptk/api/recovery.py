@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mptk.api.pruned import Pruned, Shown, finished
-from mptk.api.samples import Data, given, names_of
-from mptk.api.sources import Model
+from torch import nn
+
+from mptk.api.pruned import Pruned, Shown, fixed_place, make_pruned, reporting
 from mptk.api.words import public
-from mptk.chain.recovery import recovery
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
+from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.ir.passes import PassRecord
+from mptk.files import scratch
+from mptk.ir.passes import Log, PassRecord
+from mptk.protocols.values import Context
+from mptk.run.inputs import Data, Inputs, name_inputs
+from mptk.run.minutes import complete_settings
+from mptk.run.open import Model, Opened
+from mptk.run.prune import prune as prune_model
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.run.run import open_run
 
 
 @public
@@ -47,11 +55,30 @@ def recover(
             f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
         )
     base = settings or Settings(onnx=out is not None)
-    chosen = with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords})
-    start = pruned.place if isinstance(pruned, Pruned) else pruned
-    dense = None
+    asked = with_keywords(base, {**name_inputs(data=data, eval_data=eval_data), **keywords})
+    folder = pruned.place if isinstance(pruned, Pruned) else pruned
+    dense: str | nn.Module | Opened | None = str(model) if isinstance(model, Path) else model
     if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
+        pruned.check_dense()
         prepared = pruned.compiled.prepared
-        dense = prepared.given, prepared.task
-    there, samples = str(model) if isinstance(model, Path) else model, given(data, eval_data)
-    return finished(lambda place: recovery(start, place, chosen, there, dense, samples), out, progress, on_stage)
+        dense = Opened(prepared.given, prepared.task)
+    inputs = Inputs.of(data=data, eval_data=eval_data)
+    kept = scratch() if out is None else None
+    place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
+    start = PrunedFolder.read(folder, dense)
+    settings = start.take_settings(asked)
+    with (
+        reporting(progress) as say,
+        open_run(start, start.source, place, settings, inputs, Context(Log(on_record=on_stage), say)) as run,
+    ):
+        result = prune_model(start, run)
+    return make_pruned(result, place, kept)
+
+
+def estimate_recovery(folder: str | Path, settings: Settings, model: str | None = None) -> Estimate:
+    """What a recovery of ``folder`` needs. No model runs. Raises the errors of ``mptk.recover``."""
+    start = PrunedFolder.read(folder, model)
+    settings = start.take_settings(settings)
+    estimator = start.read_estimator(settings.trust)
+    assert estimator is not None
+    return estimator.estimate(complete_settings(settings, estimator, recovers=True)[0])

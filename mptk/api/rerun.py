@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mptk.api.pruned import prune
 from mptk.api.recovery import recover
-from mptk.chain.describe import PACKAGES
 from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE, read_recipe
 from mptk.errors import MptkError
+from mptk.files.outputs import check_apart
 from mptk.ir.passes import PassRecord
 from mptk.progress import Progress
 from mptk.protocols.report import REPORT_FILE, Report
@@ -19,6 +19,7 @@ from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
 from mptk.reading import Json
+from mptk.run.describe import PACKAGES
 
 OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
@@ -62,6 +63,7 @@ def rerun(
             f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
         )
     start = read_recipe(folder / RECIPE_FILE).get("folder")
+    check_apart(out, folder)
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
     # A report does not choose where this machine writes: neither a folder nor the user's account.
     settings = replace(settings, learning=replace(settings.learning, teacher_cache=None, tracker="none"))

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, reporting
-from mptk.api.samples import Data, check_fits, collected, in_memory, names_of
-from mptk.api.sources import GivenInputs, Model, source_of
 from mptk.api.words import public
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import LONGEST_TRACE, fitting, traced
@@ -27,12 +25,12 @@ from mptk.io import evaluation, models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
 from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import unwrapped
+from mptk.io.live import evaluating, unwrapped
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.generation import Sampling, TextGenerator, check_room
+from mptk.ort.generation import Sampling, TextGenerator, check_room, encode_prompts
 from mptk.progress import Count, Progress, silent
 from mptk.proof.verification import plan_of
 from mptk.protocols.conversion import Analysed
@@ -41,6 +39,9 @@ from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import Json
+from mptk.run.given_samples import check_fits, collect_samples
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
+from mptk.run.open import Model, open_in_memory, open_model
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 from mptk.tasks.module import Module
@@ -81,7 +82,7 @@ def evaluate(
         MptkError: there is no data, or the metric needs a dense model and there is none.
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
-    settings = with_keywords(settings, names_of(data=data))
+    settings = with_keywords(settings, name_inputs(data=data))
     resident, executor = execution(settings)
     with explained(), reporting(progress) as say:
         say("load", 0, 0)
@@ -89,16 +90,16 @@ def evaluate(
         runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
-        if in_memory(data):
-            samples = collected(data, loaded, task, windows, length)
+        if is_in_memory(data):
+            samples = collect_samples(data, loaded, task, windows, length)
         elif data is None and task.sequences:
             raise MptkError("evaluate needs data to measure on; give data")
         else:
             samples = task.evaluation(loaded, settings)
         samples = runs.trace(samples)
-        if in_memory(data):
+        if is_in_memory(data):
             check_fits(samples, next(iter(runs.programs.values())))
-        source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
+        source = IN_MEMORY if data is None or is_in_memory(data) else task.named(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
         return dict(task.quality(runs, sets, say))
 
@@ -132,17 +133,20 @@ class _Programs:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
-            if model.changed:
+            changed = model.changed
+            model.check_dense()
+            if changed:
                 self._take("dense", (prepared.compared, prepared.task))
                 self._take("pruned", self._open_present(model))
                 return
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
             if prepared.task.only_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.compared.whole(), "pruned": model.model}
+                self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
             return
         place = model.proven if isinstance(model, Pruned) else model
-        small = self._open_present(model) if isinstance(model, Pruned) and model.changed else self._open(place)
+        present = isinstance(model, Pruned) and (model.changed or not (model.proven / "config.json").is_file())
+        small = self._open_present(model) if isinstance(model, Pruned) and present else self._open(place)
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
@@ -162,15 +166,16 @@ class _Programs:
         inputs = self.example_inputs
         if inputs is None and isinstance(model, str | Path) and (Path(model) / REPORT_FILE).is_file():
             inputs = inputs_of_folder(Path(model), Report.read(model))
-        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
-        return source.load(self.resident)
+        opened = open_model(model, self.resident, self.trust, Inputs(self.tokenizer, inputs))
+        return opened.loaded, opened.task
 
     def _open_present(self, pruned: Pruned) -> tuple[models.Loaded, Task]:
         """A pruned model with the weights that it has in memory."""
         inputs = self.example_inputs
         inputs = inputs_of_folder(pruned.proven, pruned.report) if inputs is None else inputs
         words = self.tokenizer or pruned.tokenizer
-        return source_of(pruned.model, trust=self.trust, tokenizer=words, example_inputs=inputs).load(self.resident)
+        opened = open_in_memory(pruned.present, self.trust, Inputs(words, inputs))
+        return opened.loaded, opened.task
 
     def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
@@ -203,7 +208,8 @@ class _Programs:
         if self.modules:  # programs of one length
             for i, batch in enumerate(batches):
                 for name in names:
-                    with torch.no_grad():  # not around the yield, where it would hold for the caller
+                    # not around the yield, where it would hold for the caller
+                    with torch.no_grad(), evaluating(self.modules[name]):
                         output = task.output(self.modules[name], batch)
                     yield name, i, output
                 progress(i + 1, len(batches))
@@ -254,7 +260,7 @@ def generate(
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=session_device(device))
-        encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+        encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
@@ -264,7 +270,9 @@ def generate(
         raise MptkError(f"a {type(module).__name__} cannot generate text; give a language model of transformers")
     if words is None:
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
-    return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
+    encoded = encode_prompts(words, prompts, chat=chat)
+    with evaluating(module):
+        return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 
 def continuations(
@@ -291,30 +299,24 @@ def continuations(
 def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):  # a graph holds no weights that were changed in memory
-        return model.proven if any(model.proven.glob("onnx/*.onnx")) and not model.changed else None
+        return None if model.changed or not any(model.proven.glob("onnx/*.onnx")) else model.proven
     return None if isinstance(model, nn.Module) else model
 
 
 def _written(
     module: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    ids: list[int],
     limit: int,
     sampling: Sampling,
     seed: int,
-    chat: bool,
 ) -> str:
-    """The text that a transformers module generates after one prompt."""
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    else:
-        found = tokenizer(prompt)
+    """The text that a transformers module generates after a prompt of these token ids."""
     how: dict[str, object] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    check_room(positions_of(module.config), [list(found["input_ids"])], limit)
-    given = torch.tensor([list(found["input_ids"])], device=module.device)
+    check_room(positions_of(module.config), [ids], limit)
+    given = torch.tensor([ids], device=module.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = module.generate(given, max_new_tokens=limit, **how)

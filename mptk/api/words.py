@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 from mptk.arguments import P, R, checked
+from mptk.compat.torch import usual_state
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, find_broken_package
@@ -25,8 +26,11 @@ OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"} | {name.replace
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function of the Python API: its arguments are checked, and its errors speak of keywords."""
-    safe = checked(function)
+    """Wrap a function of the Python API: its arguments are checked, and its errors speak of keywords.
+
+    What the caller has set in torch, as ``torch.no_grad`` or autocast, does not count within.
+    """
+    safe = checked(usual_state()(function))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

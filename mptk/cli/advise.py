@@ -50,7 +50,7 @@ def advise(
         ),
     ] = False,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
+    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
@@ -90,7 +90,7 @@ def shapes(
     settings: Settings,
     folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.")] = None,
+    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:
@@ -100,13 +100,13 @@ def shapes(
     units.
     """
     from mptk.api.advice import shapes as find_shapes
-    from mptk.chain.amounts import settled
-    from mptk.chain.checks import check_settings
     from mptk.report.sections import shapes_view
+    from mptk.run.checks import check_settings
+    from mptk.run.minutes import fill_in
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
-    check_settings(settled(settings))
+    check_settings(fill_in(settings))
     with resumable(folder) if folder is not None else nullcontext(), stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:

@@ -22,7 +22,7 @@ from rich.console import RenderableType
 from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, lasting, lost, unprinted
-from mptk.cli.options import TYPED, parameters, settings_from
+from mptk.cli.options import TYPED, OutputOption, Overwrite, check_outputs, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
@@ -75,13 +75,17 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command as ``app.command`` does, with ``-q``, ``-v`` and examples below the help.
 
-    If the function takes ``settings``, it has the options that are declared for it. ``base``: their defaults.
+    If the function takes ``settings``, it has the options that are declared for it. ``base``: their defaults. If it
+    writes a file, it has ``--overwrite``, and nothing that it reads can be its output.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
         called = name or function.__name__
         options = parameters(called, base) if "settings" in own.parameters else []
+        outputs = {name: found for name, each in own.parameters.items() if (found := _output(each.annotation))}
+        named = {each.name for each in options} | set(own.parameters)
+        adds = "overwrite" not in named and any(found.content for found in outputs.values())
 
         @functools.wraps(function)
         def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
@@ -91,6 +95,7 @@ def command(
                 TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
                 check_open_files()
                 tidy_for(values.values())
+                check_outputs(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = settings_from(called, base, given)
@@ -109,6 +114,10 @@ def command(
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
         ]
         more.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        if adds:
+            more.insert(
+                0, inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Overwrite)
+            )
         kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
@@ -117,6 +126,10 @@ def command(
         return function
 
     return add
+
+
+def _output(annotation: object) -> OutputOption | None:
+    return next((each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, OutputOption)), None)
 
 
 def _typed(context: typer.Context, name: str) -> bool:
@@ -134,7 +147,7 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove temporary files that killed commands left in the cache folder and beside the named files and folders.
+    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named.
 
     Raises:
         MptkError: a name is not UTF-8 text.
@@ -145,6 +158,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
             if isinstance(name, str | Path):
                 check_text(name)
                 tidy(path_of(name).parent)
+                tidy(path_of(name))  # of a ladder, whose sizes are made in it
 
 
 @contextmanager

@@ -97,7 +97,8 @@ def analyze(
     settings: Settings,
     json_file: JsonOption = None,
     html: Annotated[
-        Path | None, out_file("Also write a page to this file that draws which matrices of a layer are cut together.")
+        Path | None,
+        out_file("Also write a page to this file that draws which matrices of a layer are cut together.", "page"),
     ] = None,
 ) -> None:
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""

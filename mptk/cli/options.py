@@ -7,10 +7,11 @@ refuse a path that cannot be written, before any work.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,9 @@ from mptk.config.setting import (
 )
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, did_you_mean
+from mptk.files import path_of
+from mptk.files.outputs import check_apart, check_file
+from mptk.reading import Json, json_object
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the running command's options that the user typed, without the recipe's."""
@@ -46,6 +50,18 @@ DenseOption = Annotated[str | None, typer.Option("--model", help="The dense mode
 
 
 # ---- files and folders to write ----
+
+
+class OutputOption(OptionInfo):
+    """An option that names what a command writes.
+
+    ``flag``: as it is typed; empty: after the parameter. ``content``: of a file, as ``mptk.files.outputs.check_file``
+    knows it; empty for a folder. ``check``: the callback.
+    """
+
+    def __init__(self, flag: str, content: str, check: Callable[[Path | None], Path | None], help: str) -> None:
+        super().__init__(default=flag or ..., param_decls=(), callback=check, help=help)  # as typer.Option does
+        self.flag, self.content = flag, content
 
 
 def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
@@ -97,15 +113,83 @@ def _check_above(path: Path) -> None:
 
 def out_folder(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
-    made: OptionInfo = typer.Option("--out", callback=folder_to_write, help=help)
-    return made
+    return OutputOption("--out", "", folder_to_write, help)
 
 
-def out_file(help: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
-    """An option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
-    flags, check = [flag] if flag else [], file_to_write(*suffixes, dash=dash)
-    made: OptionInfo = typer.Option(*flags, callback=check, help=help)
-    return made
+def out_file(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
+    """An option for a file. ``content``: as of ``OutputOption``. ``suffixes``: allowed ones. ``dash``: - is stdout."""
+    return OutputOption(flag, content, file_to_write(*suffixes, dash=dash), help)
+
+
+OPERANDS = ("model", "models", "folder", "folders", "like", "include_path", "image", "config")
+"""Parameters that name what a command reads, beside settings."""
+READ_PLACES, SAMPLES_FROM = ("plan", "larger", "inputs", "teacher_cache"), ("data", "eval_data", "vocabulary")
+"""Settings that name what is read: a file or folder; sources of samples."""
+REPORT_JSON = "report.json"
+
+
+def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
+    """Raise MptkError if a command would replace what it reads, one of its other outputs, or a file of somebody else.
+
+    ``outputs``: parameters that name what it writes. ``values``: of all parameters.
+    """
+    written = {
+        name: Path(str(values[name])) for name in outputs if values[name] is not None and values[name] != Path("-")
+    }
+    places = [] if not written else list(_read(values, outputs))
+    for name, path in written.items():
+        flag = outputs[name].flag or f"--{_flag(name)}"
+        check_apart(path, *places, option=flag)
+        if outputs[name].content:
+            check_file(path, outputs[name].content, overwrite, flag)
+            place = Path(os.path.realpath(path))
+            others = [Path(os.path.realpath(other)) for each, other in written.items() if each != name]
+            if any(place == other or other in place.parents for other in others):
+                raise MptkError(f"{path} is where another option writes, too; give another {flag}")
+
+
+def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> Iterator[Path]:
+    """The files and folders that a command reads, with the dense model and the data of pruned folders."""
+    texts = [str(values[name]) for name in SAMPLES_FROM if values.get(name) is not None]
+    for name in (*OPERANDS, *READ_PLACES):
+        given = values.get(name)
+        for each in given if isinstance(given, list) else [given]:
+            if each is None or name in outputs:
+                continue
+            place = path_of(str(each))
+            yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
+            yield from _packaged(str(each))
+            report = _report_in(place)
+            yield from (path_of(name) for name in _named_in(report, "model"))
+            texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
+    if texts:
+        from mptk.io.data import read_places
+
+        for text in texts:
+            with contextlib.suppress(MptkError):  # which says it itself
+                yield from read_places(text)
+
+
+def _report_in(place: Path) -> Json:
+    """The report of a folder; empty if there is none, or a damaged one, which the command refuses."""
+    try:
+        return json_object(place / REPORT_JSON, MptkError)
+    except MptkError:
+        return {}
+
+
+def _named_in(content: object, key: str) -> list[str]:
+    """The name at a key of JSON of unknown origin, if there is one."""
+    found = content.get(key) if isinstance(content, dict) else None
+    return [found] if isinstance(found, str) else []
+
+
+def _packaged(name: str) -> list[Path]:
+    """The place of a packaged model that has been fetched."""
+    from mptk.io.packaged import ALIASES, cached
+
+    found = cached(name) if name in ALIASES else None
+    return [] if found is None else [found]
 
 
 def within(least: float, most: float = COUNT) -> dict[str, Any]:
@@ -127,8 +211,9 @@ def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
 
 JsonOption = Annotated[
     Path | None,
-    out_file("Also write the result to this file; - prints it instead of the table.", flag="--json", dash=True),
+    out_file("Also write the result to this file; - prints it instead of the table.", "JSON", flag="--json", dash=True),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that mptk did not write, too.")]
 
 
 SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}

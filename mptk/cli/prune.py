@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +26,7 @@ from mptk.config.cases import CUT
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
+from mptk.progress import Progress
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
@@ -64,25 +65,29 @@ def prune(
 
     maskprune learns what to cut, then trains the small model. The other methods train only with --steps.
     """
-    from mptk.api.pruned import prune
-    from mptk.chain.amounts import learns, settled, undecided
-    from mptk.chain.checks import check_settings, given_plan
-    from mptk.chain.estimate import estimated
-    from mptk.chain.ladder import divided
+    from mptk.api.pruned import estimate_run, prune
+    from mptk.run.amounts import learns_masks
+    from mptk.run.checks import check_settings, read_plan
+    from mptk.run.ladder import divide_steps
+    from mptk.run.minutes import fill_in, list_undecided
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    meant = settled(settings)
+    meant = fill_in(settings)
     sizes = None if ladder is None else [parse_share(each, "--ladder") for each in names(ladder)]
     if sizes is not None:
-        divided(settings, sizes)  # the first to be refused
-    asked = Asked(meant, learns(meant), folder is not None, estimate, bool(undecided(settings)), sizes is not None)
+        divide_steps(settings, sizes)  # the first to be refused
+    asked = Asked(
+        meant, learns_masks(meant), folder is not None, estimate, bool(list_undecided(settings)), sizes is not None
+    )
     refuse_idle("prune", asked)
-    check_settings(meant, given_plan(meant))
+    check_settings(meant, read_plan(meant))
     if sizes is not None:
-        carry_out_ladder(model, folder, settings, sizes, estimate)
-        return
-    needs = partial(estimated, model, settings) if estimate else None
-    carry_out(partial(prune, model, folder, settings), needs, folder)
+        make_ladder(model, folder, settings, sizes, estimate)
+    elif estimate:
+        show_needs(estimate_run(model, settings), folder)
+    else:
+        with at_out(folder) as (place, progress):
+            show_result(prune(model, place, settings, progress=progress, on_stage=printed()), place)
 
 
 @command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
@@ -95,16 +100,18 @@ def recover(
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api.recovery import recover
-    from mptk.chain.amounts import settled
-    from mptk.chain.recovery import needed
+    from mptk.api.recovery import estimate_recovery, recover
+    from mptk.run.minutes import fill_in
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
-    meant = settled(settings, recovers=True)
+    meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
-    needs = partial(needed, folder, settings, model) if estimate else None
-    carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
+    if estimate:
+        show_needs(estimate_recovery(folder, settings, model), destination)
+        return
+    with at_out(destination) as (place, progress):
+        show_result(recover(folder, place, settings, model=model, progress=progress, on_stage=printed()), place)
 
 
 @command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
@@ -129,21 +136,21 @@ def rung(
     out.print(f"written to {destination}", soft_wrap=True)
 
 
-def carry_out_ladder(
+def make_ladder(
     model: str, place: Path | None, settings: Settings, sparsities: Sequence[float], estimate: bool
 ) -> None:
     """Make the models of a ladder and show them side by side; or only show what they need."""
     from mptk.api import ladder
-    from mptk.chain.ladder import name_of
     from mptk.report import sections as report
     from mptk.report.runs import Run
+    from mptk.run.ladder import name_size
 
     if estimate:
-        show_needs(ladder.needed(model, settings, sparsities), place)
+        show_needs(ladder.estimate_ladder(model, settings, sparsities), place)
         return
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
-    places = [place] if settings.shared else [place / name_of(each) for each in sparsities]
+    places = [place] if settings.shared else [place / name_size(each) for each in sparsities]
     with resumable(*places, goes_on=settings.resume), stages(err) as progress:
         found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
     if found:
@@ -158,24 +165,26 @@ def carry_out_ladder(
 
 def show_needs(found: Estimate, place: Path | None) -> None:
     """Show what a run needs. Raises MptkError if the machine has less."""
-    from mptk.chain.estimate import check_fits
     from mptk.report import sections as report
+    from mptk.run.estimate import check_fits
 
     out.print(report.estimate_view(found))
     check_fits(found, place or Path.cwd())
 
 
-def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
-    """Do ``run`` for a folder and show its report. If ``needs`` is given, only show what the run needs."""
+@contextmanager
+def at_out(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
+    """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
+    if folder is None:
+        raise MptkError("the result needs a folder; give --out FOLDER")
+    with resumable(folder), stages(err) as progress:
+        yield folder, progress
+
+
+def show_result(result: Pruned | None, place: Path) -> None:
+    """Show the report of a result. Of several processes only the first has one."""
     from mptk.report import sections as report
 
-    if needs is not None:
-        show_needs(needs(), place)
-        return
-    if place is None:
-        raise MptkError("the result needs a folder; give --out FOLDER")
-    with resumable(place), stages(err) as progress:
-        result = run(progress=progress, on_stage=printed())
     if result is not None:
         out.print(report.prune_view(result.report))
         out.print(f"written to {place}", soft_wrap=True)

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import echo, err, out, stages
-from mptk.cli.options import JsonOption, ModelArgument, chosen, number, out_file, out_folder, refuse
+from mptk.cli.options import JsonOption, ModelArgument, Overwrite, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
 from mptk.config.choices import GgufType
 from mptk.config.setting import SEED, Choices
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
+from mptk.files.outputs import TABLE_MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mptk.ort.generation import PromptImages, TextGenerator
 
 PLOTS = (".png", ".svg", ".pdf")
+EVAL = "mptk-eval/1"
 GGUF_TYPES = chosen(Choices(get_args(GgufType)))
 RUNTIMES = chosen(Choices(("torch", "onnx")))
 
@@ -52,18 +54,19 @@ def export_onnx(
 @command("gguf", examples=("gguf runs/m30 --type q8_0 --out runs/m30.gguf",))
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
-    file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
+    file: Annotated[Path, out_file("The file to write.", "GGUF", ".gguf", flag="--out")],
     like: Annotated[
         str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
     ] = None,
     type: Annotated[
         GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **GGUF_TYPES)
     ] = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
     from mptk.api import graphs as api
 
-    made = api.gguf(folder, file, like=like, type=type)
+    made = api.gguf(folder, file, like=like, type=type, overwrite=overwrite)
     each = {
         "query heads": [x.heads for x in made.layers],
         "KV heads": [x.groups for x in made.layers],
@@ -139,10 +142,11 @@ def read_prompts(
     runner: TextGenerator, model: str, prompts: Sequence[str], images: Sequence[Path], chat: bool
 ) -> tuple[list[list[int]], PromptImages | None]:
     """The token ids of each prompt, and the images of the only one, if there are any."""
+    from mptk.ort.generation import encode_prompts
     from mptk.tasks.inputs.prompts import prompt_with_images
 
     if not images:
-        return [runner.encode(prompt, chat=chat) for prompt in prompts], None
+        return encode_prompts(runner.tokenizer, prompts, chat=chat), None
     if len(prompts) > 1:
         raise MptkError("--image is for one prompt; give the others in calls of their own")
     ids, found = prompt_with_images(model, runner.decoder, prompts[0], images)
@@ -190,7 +194,7 @@ def evaluate(
 
     check_eval(data, tasks, runtime)
     views = list[RenderableType]()
-    result: dict[str, object] = {"model": model}
+    result: dict[str, object] = {"format": EVAL, "model": model}
     measured, scores = None, None
     with stages(err) as progress:
         if runtime == "onnx":
@@ -256,8 +260,10 @@ def bench(
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
     rounds: Annotated[int, number("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
     json_file: JsonOption = None,
-    markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
-    plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
+    markdown: Annotated[Path | None, out_file("Also write the table to this file.", "table")] = None,
+    plot: Annotated[
+        Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", "plot", *PLOTS)
+    ] = None,
 ) -> None:
     """Time models of one kind in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak.
 
@@ -284,7 +290,7 @@ def bench(
                 write_json(new / "bench.json", result.to_json())
                 update_manifest(new, "bench.json")
     if markdown is not None:
-        write_text(markdown, rendered(bench_view(result)) + "\n")
+        write_text(markdown, f"{rendered(bench_view(result))}\n\n<!-- {TABLE_MARK} -->\n")
     if plot is not None:
         plot_bench(result, plot)
     show(json_file, result.to_json(), bench_view(result))

@@ -26,6 +26,7 @@ from mptk.files import write_text
 from mptk.progress import within
 from mptk.trust import Trust
 
+RERUN = "mptk-rerun/1"
 NEW_TOKENS = 32
 """Tokens that models write after each prompt of a report."""
 
@@ -87,7 +88,11 @@ def rerun(
             **values(settings, "rerun"),
         )
     if found is not None:
-        show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+        show(
+            json_file,
+            {"format": RERUN, "folder": str(folder), "out": str(destination), "rows": found},
+            report.rerun_view(found),
+        )
         if differ := results_differing(found):
             raise MptkError(
                 f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
@@ -107,7 +112,7 @@ def show_report(
         list[Path],
         typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
     ],
-    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
+    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.", "page")] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Show what the dense and the pruned model write after this text; repeat it for several."),

@@ -54,6 +54,7 @@ def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
     threads = 1 if Path(asked["file"]).stat().st_size < ONE_THREAD else os.cpu_count() or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = params.fit_params = False
+    params.chat_template, params.use_jinja = "chatml", False  # the file's own is a program without bounds of time
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)

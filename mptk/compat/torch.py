@@ -58,6 +58,7 @@ __all__ = [
     "tree_map",  # The same nesting with other tensors.
     "uncached_operators",
     "undecomposed",
+    "usual_state",
     "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
     "vmap_opens",  # The same on its operands.
 ]
@@ -83,6 +84,33 @@ def sources_forgotten() -> Iterator[None]:
         for name in _loader.eval_cache.keys() - before:
             del _loader.eval_cache[name]
             linecache.cache.pop(name, None)
+
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def usual_state() -> Iterator[None]:
+    """Within it torch computes as in a new process, whatever the caller has set around the call.
+
+    Gradients can be taken, autocast is off, new tensors are on the CPU and not in half precision. A default type of
+    float64 stays: the caller's module may make tensors in it.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (before := torch.get_default_dtype()) in _NARROW:
+            stack.callback(torch.set_default_dtype, before)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 def drop_tracked_inputs(exported: ExportedProgram) -> None:

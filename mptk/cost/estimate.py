@@ -6,22 +6,25 @@ every pass over the model.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mptk.cost.operator_times import machine, typical_ms
-from mptk.files import json_text, staged, write_json
-from mptk.io.cache import cache_dir
+from mptk.errors import MptkError
+from mptk.files import json_text, scratch, staged
+from mptk.io.cache import cache_dir, keep, read_kept
+from mptk.reading import made
 
 CPU = torch.device("cpu")
 
@@ -48,6 +51,9 @@ SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
 SLOW = 1.0
 """Seconds that one run of the timed product takes at most."""
+ORDINARY_DISK = (5e8, 2e8)
+"""Bytes a second that a disk reads and writes, if it cannot be timed."""
+RATES = ("flops", "read", "write", "speedup")
 RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
 
@@ -56,13 +62,19 @@ RATES_VERSION = 3
 class Machine:
     """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
 
-    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings.
+    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings. ``note``: why
+    they were measured although they are kept, or why they are not kept; empty if all is well.
     """
 
     flops: float
     read: float
     write: float
     speedup: float = 1.0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if min(self.flops, self.read, self.write, self.speedup) <= 0:
+            raise ValueError("a rate is not above 0")
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,7 @@ class Estimate:
     ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
     ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
     ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
+    ``note``: on the rates that it follows from.
     """
 
     needed: Mapping[str, float]
@@ -200,6 +213,7 @@ class Estimate:
     there: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
     does: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         memory, disk = (
@@ -208,7 +222,8 @@ class Estimate:
         time = duration(sum(self.seconds.values()))
         there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
         does = f" for {self.does}" if self.does else ""
-        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}"
+        note = f" ({self.note})" if self.note else ""
+        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}{note}"
 
 
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
@@ -254,7 +269,9 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
-    return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device)
+    return Estimate(
+        _some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device, note=on.note
+    )
 
 
 ONCE = ("start", "read", "trace and analyse", "calibration data")
@@ -280,6 +297,7 @@ def total(runs: Sequence[Estimate]) -> Estimate:
         most(lambda run: run.there),
         first.device,
         f"{len(runs)} models, each with {first.does}" if first.does else f"{len(runs)} models",
+        first.note,
     )
 
 
@@ -291,7 +309,7 @@ def _some(parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
-    """The rates of this machine, measured in a second or two and kept in the cache folder.
+    """The rates of this machine, measured in a second or two and kept in the cache folder, if it can be written.
 
     ``device``: of the matrix product. ``dtype``: of the faster one.
     """
@@ -302,28 +320,51 @@ def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32)
     if dtype is not torch.float32:
         about["dtype"] = str(dtype)
     file = cache_dir() / "machine" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
-    if not file.is_file():
-        write_json(file, {"machine": about, "rates": asdict(calibrate(file.parent, device, dtype))})
-    return Machine(**json.loads(file.read_text())["rates"])
+    if file in _unkept:
+        return _unkept[file]
+    kept, note = read_kept(file)
+    if kept:
+        try:
+            return replace(made(Machine, kept.get("rates"), "rates"), note="")
+        except ValueError as error:
+            note = f"{file} is damaged: {error}; it is made again"
+    found = calibrate(file.parent, device, dtype)
+    if why := keep(file, {"machine": about, "rates": {name: getattr(found, name) for name in RATES}}):
+        _unkept[file] = found = replace(found, note=f"this machine was measured, and not for a later run: {why}")
+    return replace(found, note=note) if note and not why else found
+
+
+_unkept: dict[Path, Machine] = {}
+"""File in the cache that cannot be written → what this process measured."""
 
 
 def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
-    """Time a matrix product on ``device``, and the best of three files in ``folder``: bf16, read as float32."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flops, numbers = product_rate(device, torch.float32), torch.ones(SAMPLE, dtype=torch.bfloat16)
+    """Time a matrix product on ``device``, and files in ``folder`` or, if it cannot be written, a temporary one."""
+    flops = product_rate(device, torch.float32)
     speedup = 1.0 if dtype is torch.float32 else product_rate(device, dtype) / flops
+    for temporary in (False, True):
+        with contextlib.suppress(OSError, SafetensorError, MptkError):  # no right to write, no room: go on
+            if not temporary:
+                folder.mkdir(parents=True, exist_ok=True)
+            with scratch() if temporary else staged(folder) as staging:
+                return Machine(flops, *disk_rates(staging.folder), speedup)
+    return Machine(flops, *ORDINARY_DISK, speedup)
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """Bytes a second of the best of three files in ``folder``: bf16, read as float32; and written."""
+    numbers = torch.ones(SAMPLE, dtype=torch.bfloat16)
     wrote, read = [], []
-    with staged(folder) as staging:
-        for i in range(3):
-            file, start = staging.folder / str(i), time.perf_counter()
-            save_file({"x": numbers}, file)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            wrote.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            load_file(file)["x"].float()
-            read.append(time.perf_counter() - start)
-    return Machine(flops, numbers.nbytes / min(read), numbers.nbytes / min(wrote), speedup)
+    for i in range(3):
+        file, start = folder / str(i), time.perf_counter()
+        save_file({"x": numbers}, file)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        wrote.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        load_file(file)["x"].float()
+        read.append(time.perf_counter() - start)
+    return numbers.nbytes / min(read), numbers.nbytes / min(wrote)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,6 @@ the nearer caches.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import statistics
@@ -22,8 +21,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from mptk.files import json_text, write_json
-from mptk.io.cache import cache_dir
+from mptk.files import json_text
+from mptk.io.cache import cache_dir, keep, read_kept
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]
@@ -80,13 +79,21 @@ def cached_times(
     """
     about = {**machine(), "threads": threads}
     file = cache_dir() / "latency" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
-    known: dict[str, float] = json.loads(file.read_text())["ms"] if file.is_file() else {}
+    kept, note = read_kept(file)
+    known = _times_in(kept.get("ms"))
     missing = [operator for operator in operators if str(operator) not in known]
     if missing:
         times = (sweep or measure)(missing, threads, progress)
         known |= {str(operator): round(ms, 6) for operator, ms in times.items()}
-        write_json(file, {"machine": about, "ms": known})
+        if note := keep(file, {"machine": about, "ms": known}) or note:
+            progress(f"operators were timed ({note})", 0, 0)
     return {operator: known[str(operator)] for operator in operators}
+
+
+def _times_in(kept: object) -> dict[str, float]:
+    """The times in what was kept, without what is no time."""
+    times = kept.items() if isinstance(kept, dict) else ()
+    return {name: ms for name, ms in times if isinstance(ms, int | float) and ms >= 0}
 
 
 def machine() -> dict[str, str | int | None]:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.staging import OLD, Staging, staged, tidy
+from mptk.files.marks import is_of, make_mark, read_mark
+from mptk.files.places import PLAIN_FILE, exposed_at, is_own, lies_in, lstat_in, opened
+from mptk.files.staging import NEW, OLD, Staging, scratch, staged, staged_openly, tidy
 from mptk.files.writing import cannot_write
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_RENAME_EXCHANGE = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -25,16 +27,20 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path, then rename the file to ``path``.
 
     If ``write`` fails, ``path`` stays as it was. Several processes may write the same path. A link at ``path`` is
-    replaced, not followed.
+    replaced, not followed. Where other users could exchange the temporary file, it is made elsewhere, and copied.
 
     Raises:
         OSError: the file cannot be renamed. Errors of ``write`` pass through.
     """
-    with staged(path.parent) as staging:
-        temporary = staging.folder / path.name
-        write(temporary)
-        ordinary(staging.folder)
-        os.replace(temporary, path)
+    with contextlib.ExitStack() as stack:
+        exposed = exposed_at(path.parent) is not None
+        staging = stack.enter_context(staged_openly(path.parent) if exposed else staged(path.parent))
+        made = stack.enter_context(scratch()) if exposed else staging
+        write(made.folder / path.name)
+        ordinary(made)
+        if exposed:
+            _copy_into(staging, made, path.name)
+        staging.put(path.name)
 
 
 @contextlib.contextmanager
@@ -46,46 +52,52 @@ def write_together(folder: Path, *names: str) -> Iterator[Path]:
     tidy(folder)
     with staged(folder) as staging:
         yield staging.folder
-        ordinary(staging.folder)
+        ordinary(staging)
         for name in names:
-            os.replace(staging.folder / name, folder / name)
+            staging.put(name)
 
 
 def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None:
-    """Give the staging folder's ``new`` the name ``target``; an earlier folder of that name is removed.
+    """Give the staging folder's ``new`` the name ``target``, beside it; an earlier folder of that name is removed.
 
     ``kept``: files and folders in the earlier one that stay as and where they are.
 
     At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
     is kept aside, and ``tidy`` puts it back.
     """
-    ordinary(staging.folder)
-    if target.is_symlink():
+    ordinary(staging)
+    name, at, own = target.name, staging.place.at, staging.place.own
+    earlier = lies_in(at, name)
+    if earlier and stat.S_ISLNK(lstat_in(at, name).st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
-    for name in kept:
-        _carry(target / name, staging.folder / name)
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(staging.folder, target)
-    elif not _exchanged(staging.folder, target):
-        os.rename(target, staging.path / OLD)
+    for each in kept:
+        _carry(target / each, staging.folder / each)
+    if earlier:
+        with opened(name, at) as folder:
+            earlier = bool(os.listdir(folder))
+    staging.check()
+    if not earlier:
+        os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
+    elif not _exchanged(NEW, name, own, at):
+        os.rename(name, OLD, src_dir_fd=at, dst_dir_fd=own)
         try:
-            os.rename(staging.folder, target)
+            os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
         except OSError:
-            os.rename(staging.path / OLD, target)
+            os.rename(OLD, name, src_dir_fd=own, dst_dir_fd=at)
             raise
     with contextlib.suppress(OSError):  # what is left of the earlier one is no reason to fail
         staging.renew()
 
 
 def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, which does not exist yet.
+    """Move the one file or folder that was made in the staging folder to ``target``, beside it, which is not there yet.
 
     ``mode``: its rights, if they are not the ordinary ones.
     """
-    ordinary(staging.folder)
+    ordinary(staging)
     if mode is not None:
-        (staging.folder / target.name).chmod(mode)
-    os.rename(staging.folder / target.name, target)
+        os.chmod(f"{NEW}/{target.name}", mode, dir_fd=staging.place.own)
+    staging.put(target.name)
 
 
 def fill_folder(folder: Path, source: Path) -> None:
@@ -93,26 +105,63 @@ def fill_folder(folder: Path, source: Path) -> None:
     shutil.copytree(source, folder, symlinks=True, dirs_exist_ok=True, copy_function=_link)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder, from one moment to the next: no half of it stays under its name."""
+def make_marked(folder: Path, mark: str) -> None:
+    """Make a folder that has mptk's mark, the file ``mark``, from its first moment. Others may read it, not write.
+
+    Raises:
+        OSError: another has its name, or it cannot be made.
+    """
     with staged(folder.parent) as staging:
-        os.rename(folder, staging.folder / folder.name)
+        own = staging.place.own
+        os.chmod(NEW, lstat_in(own, NEW).st_mode & 0o755, dir_fd=own)
+        with opened(NEW, own) as new:
+            make_mark(new, mark, folder.name)
+        staging.check()
+        os.rename(NEW, folder.name, src_dir_fd=own, dst_dir_fd=staging.place.at)
 
 
-def ordinary(folder: Path) -> None:
-    """Give everything in a folder the rights that the user's umask leaves, which are the folder's own.
+def discard(folder: Path, mark: str | None = None) -> None:
+    """Remove a folder of this user, from one moment to the next: no half of it stays under its name.
+
+    ``mark``: the file in it that must hold mptk's mark.
+
+    Raises:
+        MptkError: it is another user's, or has no such mark.
+    """
+    with staged(folder.parent) as staging, opened(folder.name, staging.place.at) as own:
+        if not is_own(os.fstat(own)) or (mark is not None and not is_of(read_mark(own, mark), own, folder.name)):
+            raise MptkError(f"{folder} was not made by mptk; remove it yourself")
+        aside = f"{NEW}/{folder.name}"
+        os.rename(folder.name, aside, src_dir_fd=staging.place.at, dst_dir_fd=staging.place.own)
+        if not os.path.samestat(os.fstat(own), lstat_in(staging.place.own, aside)):
+            staging.put(folder.name)
+            raise MptkError(f"{folder} was replaced while it was to be removed, and is left as it is; look at it")
+
+
+def ordinary(staging: Staging) -> None:
+    """Give everything that was made in a staging folder the rights that the user's umask leaves, which ``new`` has.
 
     Libraries that write through temporary files make them private.
     """
-    wanted = stat.S_IMODE(folder.stat().st_mode) & 0o777
-    for at, folders, files in os.walk(folder):
+    wanted = lstat_in(staging.place.own, NEW).st_mode & 0o777
+    for _, folders, files, at in os.fwalk(NEW, dir_fd=staging.place.own):
         for names, mode in ((folders, wanted), (files, wanted & 0o666)):
             for name in names:
-                path = os.path.join(at, name)
-                state = os.lstat(path)
+                state = lstat_in(at, name)
                 linked = stat.S_ISREG(state.st_mode) and state.st_nlink > 1  # to what had its rights before
                 if not linked and not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
-                    os.chmod(path, mode)
+                    os.chmod(name, mode, dir_fd=at)
+
+
+def _copy_into(staging: Staging, made: Staging, name: str) -> None:
+    """Copy a file from one staging folder into another, by no path of the other."""
+    rights = lstat_in(made.place.own, f"{NEW}/{name}").st_mode & 0o777
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_FILE
+    with (
+        open(os.open(f"{NEW}/{name}", os.O_RDONLY | PLAIN_FILE, dir_fd=made.place.own), "rb") as source,
+        open(os.open(f"{NEW}/{name}", flags, rights, dir_fd=staging.place.own), "wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _carry(source: Path, place: Path) -> None:
@@ -129,17 +178,17 @@ def _carry(source: Path, place: Path) -> None:
         _link(str(source), str(place))
 
 
-def _exchanged(one: Path, two: Path) -> bool:
-    """Exchange two names at once. False if the kernel or the file system cannot."""
+def _exchanged(one: str, two: str, one_at: int, two_at: int) -> bool:
+    """Exchange two names, each in an open folder, at once. False if the kernel or the file system cannot."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
-    if not call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE):
+    if not call(one_at, os.fsencode(one), two_at, os.fsencode(two), _RENAME_EXCHANGE):
         return True
     number = ctypes.get_errno()
     if number in _NO_EXCHANGE:
         return False
-    raise OSError(number, os.strerror(number), str(two))
+    raise OSError(number, os.strerror(number), two)
 
 
 def _link(source: str, target: str) -> None:

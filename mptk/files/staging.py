@@ -2,11 +2,11 @@
 
 ``.NAME.mptk`` stands beside what will be ``NAME``; ``.mptk-TOKEN`` holds anything else. Each has::
 
-    mptk.lock   locked (flock) by its owner for as long as it lives; says who that is
+    mptk.lock   locked (flock) by its owner for as long as it lives; says who that is, and is the folder's mark
     new/        what is being made
     old/        what a replacement took away, where the system cannot exchange two folders
 
-A lock that is free belongs to nobody: the process was killed. ``tidy`` removes such folders.
+A lock that is free belongs to nobody: the process was killed. ``tidy`` removes such folders, if they have mptk's mark.
 """
 
 from __future__ import annotations
@@ -14,33 +14,49 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
+import re
 import secrets
 import shlex
-import shutil
 import socket
-import stat
 import sys
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from mptk.errors import NO_MORE_FILES, Exhausted, MptkError
+from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, removed_meanwhile
+from mptk.files.marks import is_of, read_mark, write_mark
+from mptk.files.places import (
+    PLAIN_FILE,
+    OpenFolder,
+    check_way,
+    is_own,
+    lies_in,
+    lstat_in,
+    opened,
+    remove_tree,
+)
 from mptk.files.writing import cannot_write
 
 LOCK = "mptk.lock"
 NEW, OLD = "new", "old"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_NO_LOCK_FILE = {errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+"""A folder without a lock, or with a folder, a link or a socket in its place."""
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+"""Another file or folder has the name."""
 COMMAND = 120
 """Most characters of a command that the line on a holder shows."""
 SPARE = 16
 """Files that a process must still be able to open: removing a folder takes one for each level."""
+TRIES = 100
+"""How often a new folder may be taken away before it has its lock: another process tidies in that moment."""
+_TOKEN = re.compile(r"\.mptk-[0-9a-f]{12}")
 
 
 class Staging:
@@ -49,17 +65,45 @@ class Staging:
     ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is only for its owner.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self.folder = path, path / NEW
-        self._end = weakref.finalize(self, _close, path, descriptor, os.getpid())
-        _write(descriptor, holder())
+    def __init__(self, place: OpenFolder, lock: int) -> None:
+        self.place, self.path, self.folder = place, place.path, place.path / NEW
+        self._end = weakref.finalize(self, _close, place, lock, os.getpid())
+        STAGED.add(str(self.path))
         self.renew()
 
     def renew(self) -> Path:
-        """Empty the folder, and give it back."""
-        _empty(self.path)
-        self.folder.mkdir()
+        """Empty the folder, and give it back. Raises MptkError as ``check``."""
+        self.check()
+        _empty(self.place)
+        os.mkdir(NEW, dir_fd=self.place.own)
         return self.folder
+
+    def put(self, name: str, new_name: str | None = None) -> None:
+        """Move what was made in ``folder`` under a name into the folder around the staging folder.
+
+        Raises:
+            MptkError: as ``check``.
+        """
+        self.check()
+        os.replace(f"{NEW}/{name}", new_name or name, src_dir_fd=self.place.own, dst_dir_fd=self.place.at)
+
+    def check(self) -> None:
+        """Raise MptkError if the folder is no more under its path: what was written there meanwhile went elsewhere."""
+        if self.place.leads_here() and self._is_at_path():
+            return
+        if not os.fstat(self.place.own).st_nlink:  # it is nowhere; what stands there now, a library made again
+            raise removed_meanwhile(str(self.path))
+        raise MptkError(
+            f"{self.path} is no longer the folder that this process made: somebody put another in its place, which "
+            "is left as it is; run again in a folder in which only you can write"
+        )
+
+    def _is_at_path(self) -> bool:
+        """Whether the path, which libraries were given, leads here: a folder above may have been exchanged, too."""
+        try:
+            return os.path.samestat(os.fstat(self.place.own), self.path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def close(self) -> None:
         """Remove it."""
@@ -69,20 +113,45 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        try:
+            if error is None or isinstance(error, Exception):
+                self.check()  # what went wrong within may only follow from it
+        finally:
+            self.close()
 
 
 def staged(parent: Path) -> Staging:
-    """A new staging folder in ``parent``, which must be there."""
-    while True:
-        path = parent / f".mptk-{secrets.token_hex(6)}"
-        if (staging := take(path)) is not None:
-            return staging
+    """A new staging folder in ``parent``, which must be there. Raises MptkError as ``check_way``."""
+    check_way(parent)
+    return staged_openly(parent)
+
+
+def staged_openly(parent: Path) -> Staging:
+    """As ``staged``, also if other users can rename what is in ``parent``: use no path within it."""
+    check_open_files()
+    with opened(parent) as at:
+        return Staging(*_made(at, parent))
 
 
 def scratch() -> Staging:
-    """A staging folder among the system's temporary files."""
-    return staged(Path(tempfile.gettempdir()))
+    """A staging folder among the system's temporary files.
+
+    Raises:
+        MptkError: as ``check_scratch``; or the folder of these files was removed.
+    """
+    check_scratch()
+    try:
+        return staged_openly(Path(tempfile.gettempdir()))
+    except FileNotFoundError as error:
+        raise removed_meanwhile(tempfile.gettempdir()) from error
+
+
+def check_scratch() -> None:
+    """Raise MptkError if other users could exchange the system's temporary files of this one."""
+    try:
+        check_way(Path(tempfile.gettempdir()))
+    except MptkError as error:
+        raise MptkError(f"{str(error).partition(';')[0]}; set TMPDIR to a folder of your own") from error
 
 
 def take(path: Path) -> Staging | None:
@@ -90,47 +159,62 @@ def take(path: Path) -> Staging | None:
 
     Raises:
         PermissionError: it belongs to another user, or is not a folder.
+        MptkError: mptk did not make it; or as ``check_way``.
         Exhausted: see ``check_open_files``.
     """
     check_open_files()
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        try:
-            mine = _own(path)
-        except FileNotFoundError:
-            return None
-        if not mine:
-            raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it") from None
-    try:
-        descriptor = _locked(path, create=True)
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.rmdir()  # it has no lock yet, so nobody would know whose it is
-        raise
-    return None if descriptor is None else Staging(path, descriptor)
+    check_way(path.parent)
+    with opened(path.parent) as at:
+        if not lies_in(at, path.name):
+            (place, held), named = _made(at, path.parent), False
+            try:
+                named = _renamed(place, path.name)  # it has its lock and its mark by then
+            finally:
+                if not named:
+                    _close(place, held, os.getpid())
+            return Staging(replace(place, path=path), held) if named else None
+        if not is_own(lstat_in(at, path.name)):
+            raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it")
+        with contextlib.suppress(FileNotFoundError), opened(path.name, at) as own:
+            marked = is_of(read_mark(own, LOCK), own)  # asked first: who removes the folder removes its mark last
+            lock = _locked(own)
+            if marked and lock is not None:
+                os.fchmod(own, 0o700)
+                write_mark(lock, own, "", holder())
+                return Staging(OpenFolder(path, os.dup(at), os.dup(own)), lock)
+            if lock is not None:
+                os.close(lock)
+            if not os.listdir(own):
+                os.rmdir(path.name, dir_fd=at)  # nobody's, or its owner is about to do the same
+            elif not marked and OpenFolder(path, at, own).leads_here():
+                raise MptkError(
+                    f"{path} has no mark that mptk made it, and files would be made there; rename or remove it, or "
+                    "give another place"
+                )
+    return None
 
 
 def check_open_files() -> None:
     """Raise Exhausted if this process cannot open ``SPARE`` more files: it could write a folder, but not remove it."""
-    opened = list[int]()
+    descriptors = list[int]()
     try:
         for _ in range(SPARE):
-            opened.append(os.open(os.devnull, os.O_RDONLY))
+            descriptors.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
         raise Exhausted(NO_MORE_FILES) from error
     finally:
-        for descriptor in opened:
+        for descriptor in descriptors:
             os.close(descriptor)
 
 
 def tidy(parent: Path) -> None:
     """Remove what killed processes left in a folder, and put back an output that one of them was about to replace."""
-    with contextlib.suppress(OSError, ValueError):
-        for path in _stagings(parent):
-            with contextlib.suppress(OSError):
-                if _own(path):
-                    _remove_if_free(path)
+    with contextlib.suppress(OSError, ValueError), opened(parent) as at:
+        for name in os.listdir(at):
+            if name.startswith(".mptk-") or (name[0] == "." and name.endswith(".mptk")):
+                with contextlib.suppress(OSError):
+                    if is_own(lstat_in(at, name)):
+                        _remove_if_free(at, parent / name)
 
 
 def tidy_scratch() -> None:
@@ -139,59 +223,79 @@ def tidy_scratch() -> None:
         tidy(Path(tempfile.gettempdir()))
 
 
-def holder() -> str:
+def holder() -> dict[str, object]:
     """Who this process is, for other processes that meet its lock."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]})
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]}
 
 
 def held_by(path: Path) -> dict[str, object]:
     """What the lock of a staging folder says of its owner; empty while nobody, or somebody who tidies, has it."""
-    try:
-        with open(path / LOCK, encoding="utf-8") as file:
-            found = json.loads(file.read(4096))
-        return {"pid": int(found["pid"]), "host": str(found["host"]), "command": str(found["command"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a file, a link or a folder. No link is followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), opened(path.parent) as at, opened(path.name, at) as own:
+        return _owner(own)
+    return {}
 
 
 # ---- whose a folder is ----
 
 
-def _stagings(parent: Path) -> Iterator[Path]:
-    with os.scandir(parent) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return (parent / name for name in names if name.startswith(".mptk-") or (name[0] == "." and name.endswith(".mptk")))
+def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
+    """A new hidden folder in the folder ``at``, with its lock, which this process has, and its mark."""
+    for _ in range(TRIES):
+        token = f".mptk-{secrets.token_hex(6)}"
+        try:
+            os.mkdir(token, 0o700, dir_fd=at)
+        except FileExistsError:
+            continue
+        try:
+            with contextlib.suppress(FileNotFoundError), opened(token, at) as own:  # if not, somebody tidied it away
+                if not is_own(os.fstat(own)) or os.listdir(own):  # somebody put another in its place
+                    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(parent))
+                if (lock := _locked(own, create=True)) is not None:
+                    write_mark(lock, own, "", holder())
+                    return OpenFolder(parent / token, os.dup(at), os.dup(own)), lock
+        except OSError:
+            with contextlib.suppress(OSError):  # nobody would know whose it is
+                _discard_new(token, at)
+            raise
+    raise FileNotFoundError(errno.ENOENT, "somebody removes each folder that is made there", str(parent))
 
 
-def _own(path: Path) -> bool:
-    state = path.lstat()
-    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+def _discard_new(token: str, at: int) -> None:
+    """Remove a new hidden folder that could not get its lock and its mark."""
+    with opened(token, at) as own, contextlib.suppress(FileNotFoundError):
+        if os.listdir(own) == [LOCK] and not read_mark(own, LOCK):
+            os.unlink(LOCK, dir_fd=own)
+    os.rmdir(token, dir_fd=at)
 
 
-def _locked(path: Path, *, create: bool) -> int | None:
-    """The descriptor of the folder's lock, if this process gets it and the folder was not removed meanwhile."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+def _renamed(place: OpenFolder, name: str) -> bool:
+    """Whether a hidden folder gets a name, which no other file or folder has, except an empty one."""
     try:
-        descriptor = os.open(path / LOCK, flags, 0o600)
-    except FileNotFoundError:
-        return None
+        os.rename(place.path.name, name, src_dir_fd=place.at, dst_dir_fd=place.at)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        return False
+    return True
+
+
+def _locked(folder: int, *, create: bool = False) -> int | None:
+    """The descriptor of a folder's lock, if this process gets it and the folder was not removed meanwhile."""
+    try:
+        descriptor = os.open(LOCK, os.O_RDWR | PLAIN_FILE | (os.O_CREAT if create else 0), 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno in _NO_LOCK_FILE:
+            return None
+        raise
     with contextlib.suppress(FileNotFoundError):
-        if _gets(descriptor, path) and os.path.samestat(os.fstat(descriptor), (path / LOCK).lstat()):
+        if _gets(descriptor, folder) and os.path.samestat(os.fstat(descriptor), lstat_in(folder, LOCK)):
             return descriptor
     os.close(descriptor)
     return None
 
 
-def _gets(descriptor: int, path: Path) -> bool:
+def _gets(descriptor: int, folder: int) -> bool:
     """Whether the lock is free, and then this process has it. Where the system has no locks, a dead owner's is free."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,16 +304,25 @@ def _gets(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return not _lives(held_by(path))
+        return not _lives(_owner(folder))
     return True
 
 
-def _lives(owner: dict[str, Any]) -> bool:
+def _owner(folder: int) -> dict[str, object]:
+    """What the mark of a folder says of its owner; empty if it says nothing."""
+    found = read_mark(folder, LOCK)
+    try:
+        return {"pid": int(str(found["pid"])), "host": str(found["host"]), "command": str(found["command"])}
+    except (ValueError, KeyError):
+        return {}
+
+
+def _lives(owner: Mapping[str, object]) -> bool:
     """Whether an owner may still be at work. One on another machine may."""
     if not owner or owner["host"] != socket.gethostname():
         return bool(owner)
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(int(str(owner["pid"])), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -220,52 +333,62 @@ def _lives(owner: dict[str, Any]) -> bool:
 # ---- the end of a folder ----
 
 
-def _remove_if_free(path: Path) -> None:
-    descriptor = _locked(path, create=False)
-    if descriptor is None:
-        path.rmdir()  # only one whose owner was killed before it had a lock is empty
-    else:
-        _write(descriptor, "")
-        _close(path, descriptor, os.getpid())
+def _remove_if_free(at: int, path: Path) -> None:
+    with opened(path.name, at) as own:
+        marked = is_of(read_mark(own, LOCK), own)
+        if not lies_in(own, LOCK):
+            os.rmdir(path.name, dir_fd=at)  # only one whose owner was killed before it had a lock is empty
+        elif (lock := _locked(own)) is not None:
+            try:
+                if marked:
+                    write_mark(lock, own, "")  # it names no owner any more: whoever meets it waits
+                    _remove(OpenFolder(path, at, own))
+                elif _TOKEN.fullmatch(path.name) and not os.fstat(lock).st_size and os.listdir(own) == [LOCK]:
+                    os.unlink(LOCK, dir_fd=own)  # its owner was killed before it had written its mark
+                    os.rmdir(path.name, dir_fd=at)
+            finally:
+                os.close(lock)
 
 
-def _close(path: Path, descriptor: int, owner: int) -> None:
-    """Remove a folder of this process, and only then let a signal that came meanwhile stop it."""
+def _close(place: OpenFolder, lock: int, owner: int) -> None:
     if os.getpid() != owner:  # a fork of it
         return
     try:
-        _removed(path)
-    except BaseException:
-        _removed(path)
-        raise
+        _remove(place)
     finally:
-        os.close(descriptor)
+        STAGED.discard(str(place.path))
+        os.close(lock)
+        place.close()
 
 
-def _removed(path: Path) -> None:
+def _remove(place: OpenFolder) -> None:
+    """Remove a folder of this process, and only then let a signal that came meanwhile stop it."""
+    try:
+        _removed(place)
+    except BaseException:
+        _removed(place)
+        raise
+
+
+def _removed(place: OpenFolder) -> None:
     """Remove a folder. Its lock goes last, so that what is left is never taken for another's."""
     with contextlib.suppress(OSError):
-        _empty(path)
-        (path / LOCK).unlink(missing_ok=True)
-        path.rmdir()
+        _empty(place)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(LOCK, dir_fd=place.own)
+        if place.leads_here():
+            os.rmdir(place.path.name, dir_fd=place.at)
 
 
-def _empty(path: Path) -> None:
+def _empty(place: OpenFolder) -> None:
     """Remove everything but the lock. What a replacement took away, and did not replace, goes back first."""
-    if path.name.startswith(".mptk-"):
-        target = None
-    else:
-        target = path.with_name(path.name.removeprefix(".").removesuffix(".mptk"))
-    if target is not None and (path / OLD).exists() and not os.path.lexists(target):
-        os.rename(path / OLD, target)
-    for name in os.listdir(path):
-        if name != LOCK:
-            remove_tree(path / name)
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    name = place.path.name
+    target = "" if name.startswith(".mptk-") else name.removeprefix(".").removesuffix(".mptk")
+    if target and lies_in(place.own, OLD) and not lies_in(place.at, target):
+        os.rename(OLD, target, src_dir_fd=place.own, dst_dir_fd=place.at)
+    for each in os.listdir(place.own):
+        if each != LOCK:
+            remove_tree(each, place.own)
 
 
 PAUSE = 0.05
@@ -297,18 +420,21 @@ def claimed(target: Path, *, wait: bool = False, remedy: str | None = None) -> I
         return
     missing = [folder for folder in place.parents if not folder.exists()]
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(missing)
         tidy(place.parent)
         staging = _taken(place, target, wait)
     except OSError as error:
         _remove_empty(missing)
         raise cannot_write(target, error, remedy) from error
+    except MptkError:
+        _remove_empty(missing)
+        raise
     _held[place] = staging, os.getpid(), threading.get_ident()
     try:
-        yield staging
+        with staging:
+            yield staging
     finally:
         del _held[place]
-        staging.close()
         _remove_empty(missing)
 
 
@@ -326,8 +452,16 @@ def _taken(place: Path, said: Path, wait: bool) -> Staging:
     return staging
 
 
+def _make_folders(missing: list[Path]) -> None:
+    """Make folders, the innermost of which is first. Only their owner can rename what will be in them."""
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError), opened(folder.parent) as at:
+            os.mkdir(folder.name, 0o755, dir_fd=at)
+
+
 def _remove_empty(folders: list[Path]) -> None:
     """Remove ``folders`` that are empty, from the innermost on."""
     with contextlib.suppress(OSError):
         for folder in folders:
-            folder.rmdir()
+            with opened(folder.parent) as at:
+                os.rmdir(folder.name, dir_fd=at)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 
-from mptk.errors import MptkError
-from mptk.files import claimed, discard, path_of, put_made, tidy, tidy_scratch, writing
-from mptk.publish.manifest import check_manifest, write_manifest
+from mptk.errors import STAGED, MptkError
+from mptk.files import (
+    cannot_write,
+    claimed,
+    discard,
+    json_text,
+    path_of,
+    put_made,
+    tidy,
+    tidy_scratch,
+    write_file,
+    writing,
+)
+from mptk.publish.manifest import SETTLED, check_manifest, file_identity, file_sha256, write_manifest
+from mptk.reading import Json, damaged, json_object
 
 CACHE_REMEDY = "set MPTK_CACHE to a folder with room for it"
 PRIVATE = 0o700
 """Rights of a folder that only its owner can enter."""
+HASHED_AT_ONCE = 1 << 20
+"""Bytes of a file below which it is as quick to hash it as to look its digest up."""
 CACHE_DEPTH = 2
 """Folders below the cache folder in which something is written."""
 
@@ -35,12 +51,12 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     Raises:
         MptkError: the cache folder cannot be written.
     """
-    if target.exists():
-        return target
-    with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
-        if not target.exists():
-            build(staging.folder / target.name)
-            put_made(staging, target, mode)
+    if not target.exists():
+        with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
+            if not target.exists():
+                build(staging.folder / target.name)
+                put_made(staging, target, mode)
+    STAGED.add(str(target))
     return target
 
 
@@ -81,6 +97,56 @@ def _as_made(folder: Path) -> bool:
     except MptkError:
         return False
     return True
+
+
+def read_kept(file: Path) -> tuple[Json, str]:
+    """The object in a JSON file of the cache that a run can do without, and what is wrong with it.
+
+    Empty if there is no such file, or nothing in it can be used.
+    """
+    if not os.path.lexists(file):
+        return {}, ""
+    try:
+        return json_object(file, damaged(file, "it is made again")), ""
+    except MptkError as error:
+        return {}, str(error)
+
+
+def keep(file: Path, content: Json) -> str:
+    """Write such a file. Returns why it cannot be written, or an empty text: that is no reason to stop."""
+    text = json_text(content, indent=1) + "\n"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Not as a result is written: in place of a named pipe, not into it.
+        write_file(file, lambda new: new.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        return str(cannot_write(file, error, CACHE_REMEDY))
+    except MptkError as error:  # others can rename what is in the cache folder
+        return str(error)
+    return ""
+
+
+def kept_sha256(file: Path) -> str:
+    """SHA-256 of a file. It is read once: the digest is kept in the cache for the file's identity."""
+    state = file_identity(file)
+    if file.stat().st_size < HASHED_AT_ONCE:
+        return file_sha256(file)
+    place = private_place("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
+    if _is_own(place) and (kept := read_kept(place)[0]).get("file") == list(state):
+        return str(kept.get("sha256"))
+    now, found = time.time_ns(), file_sha256(file)
+    if file_identity(file) == state and now - max(state[-2:]) > SETTLED:
+        keep(place, {"file": list(state), "sha256": found})
+    return found
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is there that only this user can have written."""
+    try:
+        state = file.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o022
 
 
 def tidy_shared() -> None:

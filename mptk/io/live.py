@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,6 +59,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return model if inner is model else unwrapped(inner)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def name_of(model: nn.Module) -> str:
@@ -157,6 +171,8 @@ def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
     if not isinstance(tensor, nn.Parameter):
         return there.to("cpu", dtype, copy=True)  # forward may write to it
     if there.device.type == "cpu" and there.dtype == dtype:
+        if there.is_inference():  # made in torch.inference_mode: nothing that is trained can be made of it
+            return Lazy(torch.empty_like(there, device="meta"), there.clone)
         return there
     held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
     narrow = (lambda: there.cpu()) if held is not None else None

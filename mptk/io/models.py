@@ -27,7 +27,7 @@ from mptk.compat.transformers import dequantize_gguf, gguf_config
 from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
 from mptk.io.auto_classes import opener
-from mptk.io.cache import build_private, private_place
+from mptk.io.cache import build_private, kept_sha256, private_place
 from mptk.io.checkpoint import SMALL_FILES, dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.diffusion import PIPELINE, is_diffusers, parts, read_config
 from mptk.io.opening import Files
@@ -222,7 +222,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
         return _fetched(model, local)
     gguf = _gguf(model, local=local)
     if gguf is not None:
-        return build_private(_converted(gguf), lambda folder: _convert(gguf, folder))
+        return build_private(place := _converted(gguf), lambda folder: _convert(gguf, folder, place))
     path = _path(model)
     tidy(path.parent)
     if path.is_dir():
@@ -294,18 +294,15 @@ def _gguf(model: str, *, local: bool = False) -> Path | None:
 
 
 def _converted(source: Path) -> Path:
-    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes.
-
-    If a file changes in size or time, it is another folder.
-    """
+    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes: one for each content."""
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
-    states = [f"{file.name}|{(state := file.stat()).st_size}|{state.st_mtime_ns}" for file in files]
-    key = "|".join([str(source.resolve()), *states, str(_CONVERSION)])
+    digests = [f"{file.name}|{kept_sha256(file)}" for file in files]
+    key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
     return private_place("checkpoints", f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise ``gguf`` to float32 and save it as a checkpoint without traces of GGUF."""
+def _convert(gguf: Path, folder: Path, place: Path) -> None:
+    """Dequantise ``gguf`` to float32 and save it as a checkpoint without traces of GGUF, which will be ``place``."""
     with _explained(str(gguf)):
         config = gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
@@ -316,6 +313,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     save_checkpoint(module, tokenizer, folder)
     if said := _gguf_licence(gguf):
         write_stub(folder, said)
+    if _converted(gguf) != place:
+        raise MptkError(f"{gguf} changed while it was converted; start again")
 
 
 def _gguf_licence(gguf: Path) -> str:

@@ -47,6 +47,7 @@ def stored_weight(
     held: torch.dtype | None = None,
 ) -> Lazy:
     """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
+    file = file.absolute()  # the current folder may be another one when it is read
     size = _size(file)
 
     def narrow() -> Tensor:

@@ -39,6 +39,8 @@ SHARED = 256
 PARAMETERS = 10**14
 MOST_JSON = 1 << 28
 """Bytes of the largest JSON file in a folder: a tokenizer."""
+MOST_CONFIG = 4 << 20
+"""Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB."""
 GGUF_COUNTS = 1 << 20
 """Tensors, and fields of metadata, that a GGUF file has at most."""
 
@@ -70,6 +72,7 @@ def check_folder(folder: Path) -> None:
 
 def check_config(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
+    _check_ordinary(file, MOST_CONFIG)
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):

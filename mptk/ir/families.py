@@ -188,6 +188,10 @@ class Analysis:
     facts: AxisFacts = field(repr=False)
     depths: tuple[Depth, ...] = ()
 
+    def __deepcopy__(self, memo: object) -> Analysis:
+        """Itself, as nothing in it changes; the values of a trace cannot be copied."""
+        return self
+
     def family(self, name: str) -> Family:
         """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
         for family in (*self.all_families, *self._parts_of(name.rpartition(".")[0])):

@@ -13,6 +13,7 @@ from typing import Any
 from mptk.arguments import checked
 from mptk.errors import MptkError
 from mptk.files import json_text, write_json
+from mptk.files.outputs import check_file
 from mptk.reading import read_json
 
 PLAN_FORMAT = "mptk-plan/1"
@@ -89,8 +90,15 @@ class Plan:
         }
 
     @checked
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (schema: ``docs/plan.md``), atomically. Raises MptkError if it cannot."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the plan as JSON (schema: ``docs/plan.md``), atomically.
+
+        ``overwrite``: replace a file that is no plan, too.
+
+        Raises:
+            MptkError: it cannot be written, or there is another file that is no plan.
+        """
+        check_file(path, "plan", overwrite)
         write_json(Path(path), self.to_json())
 
     @staticmethod

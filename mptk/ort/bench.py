@@ -30,6 +30,7 @@ from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened, reads_en
 from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, silent
 
+BENCH_FORMAT = "mptk-bench/1"
 LENGTHS = (128, 512)
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
@@ -93,7 +94,7 @@ class Bench:
 
     def to_json(self) -> dict[str, object]:
         """The comparison as JSON data."""
-        return asdict(self)
+        return {"format": BENCH_FORMAT, **asdict(self)}
 
 
 def bench_graphs(

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.chat_templates import ChatTemplate
 from mptk.io.data import positions_of
 from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, model_folder
 from mptk.ort.sessions import CPU
@@ -157,17 +158,6 @@ class TextGenerator:
         self.positions = positions_of(models.load_config(str(folder)))
         self.stop = stop_tokens(folder, self.tokenizer)
 
-    def encode(self, text: str, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt, in the model's chat template if ``chat``."""
-        if not chat:
-            return list(self.tokenizer(text)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise MptkError("the tokenizer has no chat template; leave out --chat")
-        message = [{"role": "user", "content": text}]
-        found = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-        assert isinstance(found, BatchEncoding)
-        return list(found["input_ids"])
-
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raise MptkError if a token id is outside the graph's vocabulary."""
         largest, size = max(ids, default=0), self.decoder.vocabulary
@@ -223,6 +213,17 @@ def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: i
         f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "
         f"give --max-new-tokens {positions - longest}, or --cut"
     )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Token ids of each prompt, in the model's chat template if ``chat``."""
+    if not chat:
+        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    if not tokenizer.chat_template:
+        raise MptkError("the tokenizer has no chat template; leave out --chat")
+    with ChatTemplate(tokenizer) as template:
+        chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        return [template.ids(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
 
 
 def fitting(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:

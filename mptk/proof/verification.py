@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from mptk.arguments import checked
-from mptk.compat.torch import sources_forgotten
+from mptk.compat.torch import sources_forgotten, usual_state
 from mptk.compile.changes import changes_of
 from mptk.compile.cut import compile_plan
 from mptk.compile.trace import fitting, traced
@@ -41,12 +41,11 @@ from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.execution import execution
 from mptk.protocols.report import PROVEN_ON, Report, unreadable
 from mptk.protocols.values import Context
-from mptk.publish.manifest import check_manifest
+from mptk.publish.manifest import MARKER, check_manifest, file_identity, listed
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks.of_folder import task_of_folder
-from mptk.trust import trust_by_caller
 from passes.analysis import group
 from passes.verify import Difference
 
@@ -63,6 +62,7 @@ class Proof(list[Difference]):
 
 
 @checked
+@usual_state()
 @sources_forgotten()
 def verify(
     folder: str | Path,
@@ -93,31 +93,37 @@ def verify(
 
     Raises:
         MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
-            missing, or not the one that was pruned; or a stage exceeds its tolerance.
+            missing, or not the one that was pruned; a stage exceeds its tolerance; or somebody changed what is proven
+            meanwhile.
     """
     if is_gguf(folder):
-        return _verify_gguf(path_of(folder), like, model)
+        with _as_it_was(path_of(folder), *([] if like is None else [path_of(like)])):
+            return _verify_gguf(path_of(folder), like, model)
     if like is not None:
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
+    with _as_it_was(folder):
+        asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
+        return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
+
+
+def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
     plan, report = plan_of(folder), Report.read(folder)
     check_manifest(folder)
     with _readable(folder):
         check_files(report, folder)
-    resident, executor = execution(Settings(memory=memory, device=device))
-    trust = trust_by_caller(trust_remote_code)
-    dense = str(model) if isinstance(model, Path) else model
-    loaded = open_dense(report.model, report.model_sha256, dense, trust, resident, live=report.live)
+    resident, executor = execution(asked)
+    loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
     context = Context(Log(), silent)
     start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
     loaded, analysis = start.loaded, start.analysis
-    settings = replace(report.settings, proof_length=proof_length)
+    settings = replace(report.settings, proof_length=asked.proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
-    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust))
+    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, asked.trust))
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
@@ -203,6 +209,36 @@ def plan_of(folder: str | Path) -> Plan:
     if not path.is_file():
         raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
     return Plan.load(path)
+
+
+@contextmanager
+def _as_it_was(*places: Path) -> Iterator[None]:
+    """Raise MptkError if somebody changed or replaced what is proven: no result, nor an error, is of what is there."""
+    before = [_files_of(place) for place in places]
+    try:
+        yield
+    except Exception as error:
+        _check_as_before(places, before, error)
+        raise
+    _check_as_before(places, before)
+
+
+def _check_as_before(
+    places: Sequence[Path], before: Sequence[Mapping[str, tuple[int, ...]]], error: Exception | None = None
+) -> None:
+    for place, files in zip(places, before, strict=True):
+        if _files_of(place) != files:
+            raise MptkError(f"{place} was changed or replaced while it was verified; verify it again") from error
+
+
+def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
+    """Name → identity of each file, without the time at which links to it changed."""
+    names = listed(place) if place.is_dir() else [""]
+    found = dict[str, tuple[int, ...]]()
+    for name in [*names, MARKER] if place.is_dir() else names:
+        with suppress(OSError):  # it goes at this moment
+            found[name] = file_identity(place / name)[:-1]
+    return found
 
 
 @contextmanager

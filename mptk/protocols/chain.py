@@ -1,6 +1,6 @@
 """chain: the values that the stages of a run hand on, and the protocols of methods and targets.
 
-Prepared → Chosen → Compiled → Proven → Report (``report.py``). One function of ``mptk.chain`` makes each value.
+Prepared → Chosen → Compiled → Proven → Report (``report.py``). One function of ``mptk.run`` makes each value.
 
 Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and the kind of model
     (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add more by

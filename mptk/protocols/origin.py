@@ -48,6 +48,18 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
 
     Unchanged files are not read again.
     """
+    model, parts = _dense_parts(source, loaded)
+    if settings.plan is not None and plan is not None:
+        parts[settings.plan] = plan.digest
+    others = [settings.inputs, *(str(path_of(each) / MARKER) for each in (start, settings.larger) if each is not None)]
+    with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
+        parts |= data.file_digests(*named(settings))
+        parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}
+    return Origin(model, parts)
+
+
+def _dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
+    """The dense model's fingerprint, and digests of its parts and of the tokenizer."""
     parts: dict[str, str] = {}
     if loaded.live:
         model = parts[GIVEN_WEIGHTS] = weights_fingerprint(loaded)
@@ -57,13 +69,29 @@ def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | Non
         parts |= {MODEL_FILE + name: digest for name, digest in zip(files, digests, strict=True)}
     if loaded.tokenizer is not None:  # a caller may give one of his own
         parts[GIVEN_TOKENIZER] = _digest_of(loaded.tokenizer)
-    if settings.plan is not None and plan is not None:
-        parts[settings.plan] = plan.digest
-    others = [settings.inputs, *(str(path_of(each) / MARKER) for each in (start, settings.larger) if each is not None)]
-    with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
-        parts |= data.file_digests(*named(settings))
-        parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}
-    return Origin(model, parts)
+    return model, parts
+
+
+def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
+    """Raise MptkError if the dense model of a run, or its tokenizer, is no longer as the run found it.
+
+    A pruned model that was not opened from its folder is computed from the dense model's weights.
+    """
+    _, now = _dense_parts(source, loaded)
+    if changed := differing({name: origin.parts.get(name) for name in now}, now):
+        raise MptkError(
+            f"the dense {loaded.source} changed since it was pruned ({changed}); put it back, or save the pruned model "
+            "and open its folder"
+        )
+
+
+def check_tokenizer(loaded: Loaded, origin: Origin) -> None:
+    """Raise MptkError if the tokenizer that a run was given is no longer as the run found it."""
+    if loaded.tokenizer is not None and _digest_of(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
+        raise MptkError(
+            f"{GIVEN_TOKENIZER} of the dense {loaded.source} changed since it was pruned; put it back, or save the "
+            "pruned model and open its folder"
+        )
 
 
 def states_of(source: str) -> list[tuple[int, ...]]:

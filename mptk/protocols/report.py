@@ -13,15 +13,16 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
+from mptk.arguments import checked
 from mptk.config.setting import from_json, to_json
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.io.packaged import check_folder_named
 from mptk.protocols.shapes import Shapes
+from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
 from mptk.reading import Json, brief, damaged, made, read_json
 
-REPORT_FILE = "report.json"
 REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
@@ -242,6 +243,7 @@ class Report:
         write_json(folder / REPORT_FILE, self.to_json())
 
     @staticmethod
+    @checked
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
         check_folder_named(folder, "prune")

@@ -1,6 +1,7 @@
 """folder: the folder of an unfinished run. Files are written whole or not at all.
 
-Each phase keeps its last two checkpoints and the best one.
+Each phase keeps its last two checkpoints and the best one. A folder is taken for an unfinished run only by mptk's mark,
+whatever its name and its files (``mptk/files/marks.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from torch import Tensor
 
 from mptk.distributed.processes import leads, processes
 from mptk.errors import MptkError
-from mptk.files import discard, json_text, tidy, write_file, write_text
+from mptk.files import (
+    cannot_write,
+    discard,
+    is_of,
+    is_own,
+    json_text,
+    make_mark,
+    make_marked,
+    opened,
+    read_mark,
+    tidy,
+    write_file,
+    write_text,
+)
 from mptk.io.untrusted import load_tensors
 from mptk.protocols.origin import differing
 from mptk.reading import Damaged, Json, damaged, json_object
@@ -27,7 +41,7 @@ SETTINGS = "settings.json"
 GIVEN = "given"
 """The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
-_OURS = (SETTINGS, METRICS)
+RUN_MARK = "mptk.mark"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
@@ -48,10 +62,8 @@ class RunFolder:
         self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, processes()
         if state.is_main_process:
-            if self.path.is_symlink():
-                raise MptkError(f"{self.path} is a symbolic link, and the run keeps its stages there; remove the link")
-            tidy(self.path)
             unfinished = check_unfinished(out, settings, resume)
+            tidy(self.path)
             if unfinished and not resume:
                 self.remove()
             if not (unfinished and resume):
@@ -59,9 +71,18 @@ class RunFolder:
         state.wait_for_everyone()
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
+    def make(self) -> Path:
+        """Make the folder, with its mark, if it is not there; returns its path."""
+        make_run_folder(self.path)
+        return self.path
+
     def within(self, name: str) -> RunFolder:
         """The folder of a part of the run, in this one and of the same settings."""
-        return RunFolder(self.path / name, json.loads(self._described), resume=True)
+        return self.part(name, json.loads(self._described))
+
+    def part(self, name: str, settings: Json, *, resume: bool = True) -> RunFolder:
+        """As ``within``, with settings of its own."""
+        return RunFolder(self.make() / name, settings, resume)
 
     def holds(self, file: str) -> bool:
         """Whether a file existed when the run was resumed; the same in all processes."""
@@ -73,7 +94,7 @@ class RunFolder:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Write ``NAME.safetensors``, whole or not at all."""
-        if not (self.path / SETTINGS).is_file():
+        if not (self.make() / SETTINGS).is_file():
             write_text(self.path / SETTINGS, self._described)
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
@@ -112,8 +133,7 @@ class RunFolder:
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / METRICS).open("a") as file:
+        with (self.make() / METRICS).open("a") as file:
             file.write(
                 json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
@@ -132,9 +152,8 @@ class RunFolder:
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
     def remove(self) -> None:
-        """Remove the folder, if there is one: as a whole, since half of it could not be resumed."""
-        if self.path.is_dir():
-            discard(self.path)
+        """Remove the folder, if there is one."""
+        remove_run_folder(self.path)
 
     def remove_unless(self, name: str) -> None:
         """Remove the folder if it stores nothing except what ``save`` wrote under that name."""
@@ -154,13 +173,7 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     """
     path = beside(out)
     file = path / SETTINGS
-    if path.is_dir() and not any(each.name in _OURS or each.suffix == ".safetensors" for each in path.iterdir()):
-        tidy(path)
-        if any(path.iterdir()):
-            raise MptkError(
-                f"{path} is not an unfinished run, and this run would keep its stages there; give another --out, or "
-                "rename that folder"
-            )
+    check_run_folder(path, resume)
     if not any(path.glob("*.safetensors")):
         return False
     before = json_object(file, _damaged(file)) if os.path.lexists(file) else None
@@ -182,18 +195,73 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
 
 
 def kept_settings(out: Path) -> Json:
-    """The settings of the unfinished run beside ``out``; empty if there is none.
+    """The settings of the unfinished run beside ``out``, which is resumed; empty if there is none.
 
     Raises:
-        MptkError: they are damaged.
+        MptkError: they are damaged; or as ``check_run_folder``.
     """
     path, file = beside(out), beside(out) / SETTINGS
+    check_run_folder(path, resume=True)
     return json_object(file, _damaged(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
 
 
 def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
     return _tensors(beside(out), name)
+
+
+def check_run_folder(path: Path, resume: bool) -> None:
+    """Raise MptkError if there is something that is no unfinished run of mptk's. An empty folder is nobody's.
+
+    With ``resume`` a copy of one is taken for one: the user has said that it is one, and its mark is made anew.
+    """
+    if path.is_symlink():
+        raise MptkError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link")
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        with opened(path.parent) as at, opened(path.name, at) as own:
+            names, mark = os.listdir(own), read_mark(own, RUN_MARK)
+            if not names or (is_own(os.fstat(own)) and is_of(mark, own, path.name)):
+                return
+            if mark and not resume:
+                raise MptkError(
+                    f"{path} is a copy of an unfinished run; add --resume to continue it, or rename or remove it"
+                )
+            if mark and is_own(os.fstat(own)):
+                os.unlink(RUN_MARK, dir_fd=own)
+                make_mark(own, RUN_MARK, path.name)
+                return
+    raise MptkError(
+        f"{path} is not an unfinished run of this version of mptk, and this run would keep its stages there; give "
+        "another --out, or rename or remove it"
+    )
+
+
+def make_run_folder(path: Path) -> None:
+    """Make the folder of an unfinished run if it is not there.
+
+    Raises:
+        MptkError: something else is there, or it cannot be written.
+    """
+    check_run_folder(path, resume=False)
+    if path.is_dir() and any(path.iterdir()):
+        return
+    try:
+        make_marked(path, RUN_MARK)
+    except OSError as error:
+        check_run_folder(path, resume=False)  # another process of this run may have made it
+        if not path.is_dir():
+            raise cannot_write(path, error) from error
+
+
+def remove_run_folder(path: Path) -> None:
+    """Remove the folder of an unfinished run, if there is one: as a whole, since half of it could not be resumed."""
+    if path.is_dir() and not path.is_symlink():
+        with opened(path.parent) as at, opened(path.name, at) as own:
+            made = is_of(read_mark(own, RUN_MARK), own, path.name)
+        if made:
+            discard(path, RUN_MARK)
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import check_text, claimed, fill_folder, path_of, put_folder, tidy, writing
+from mptk.files import check_text, claimed, fill_folder, put_folder, tidy, writing
 from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
 
 NAMES_SHOWN = 5
@@ -28,6 +28,7 @@ def publish(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_replaceable(folder, overwrite)
     with claimed(folder) as staging, writing(folder, staging.path):
         yield staging.renew()
+        staging.check()
         write_manifest(staging.folder)
         put_folder(staging, folder, foreign(folder) if _is_output(folder) else ())
 
@@ -74,15 +75,6 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
             raise MptkError(
                 f"{folder} holds {_some(names)}, {which}; give another --out, or add --overwrite, which {then}"
             )
-
-
-def check_apart(folder: Path, *sources: str | Path) -> None:
-    """Raise MptkError if writing ``folder`` would replace a file or folder that is read."""
-    place = folder.resolve()
-    for source in sources:
-        path = path_of(source)
-        if path.exists() and (path.resolve() == place or place in path.resolve().parents):
-            raise MptkError(f"{source} is what is read, and {folder} would replace it; give another --out")
 
 
 def _is_output(folder: Path) -> bool:

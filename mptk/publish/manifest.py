@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from mptk.reading import read_json
 
 MARKER = "mptk.json"
 MANIFEST_FORMAT = "mptk-output/1"
+REPORT_FILE = "report.json"
+"""What a pruned folder says of itself (``mptk/protocols/report.py``)."""
 RUNGS = "rungs"
 """The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
@@ -29,10 +32,10 @@ _known: dict[tuple[int, ...], str] = {}
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file. A file that was not touched since is not read again by this process."""
     with path.open("rb") as file:
-        key, began = _identity(file.fileno()), time.time_ns()
+        key, began = file_identity(file.fileno()), time.time_ns()
         if key not in _known:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if _identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
+            if file_identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
                 return digest
             _known[key] = digest
         return _known[key]
@@ -44,8 +47,12 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(file_sha256, paths))
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
-    state = os.fstat(descriptor)
+def file_identity(file: int | Path) -> tuple[int, ...]:
+    """What changes whenever a file's content does; its times come last. ``file``: a path or a descriptor.
+
+    Nobody can set back the last one, the time when the inode changed, as ``cp -p`` sets a file's own time.
+    """
+    state = os.stat(file)
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
@@ -91,18 +98,51 @@ def check_whole(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise MptkError, with the name of the first such file, if a file is missing, new or changed."""
+    """Raise MptkError, with the name of the first such file, if a file is missing, new or changed.
+
+    So it does if the folder's report names other weights: somebody wrote the manifest again after they were lost.
+    """
     check_whole(folder)
-    files, there = read_manifest(folder), listed(folder)
-    for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
-        if names:
-            raise MptkError(f"{min(names)} {what} in {folder} since it was published; do not use it, write it again")
-    if linked := next((name for name in there if (folder / name).is_symlink()), None):
+    check_listed(folder, others=False)
+    _check_weights(folder)
+
+
+def check_listed(folder: Path, *, others: bool = True) -> None:
+    """As ``check_manifest``, of the files that the manifest lists. ``others``: a user may have put more beside them."""
+    files, there = read_manifest(folder), set(listed(folder))
+    if missing := files.keys() - there:  # so no name leads out of the folder
+        raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
+    if not others and (added := there - files.keys()):
+        raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
+    if linked := next((name for name in sorted(files) if (folder / name).is_symlink()), None):
         raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
-    digests = iter(file_digests(folder / name for name in there if (folder / name).is_file()))
-    for name in there:
-        if not (folder / name).is_file() or next(digests) != files[name]:
-            raise MptkError(f"{name} in {folder} was changed since it was published; do not use it, write it again")
+    if changed := edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
+        raise MptkError(f"{changed[0]} in {folder} was changed since it was published; do not use it, write it again")
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise MptkError if a folder lacks the weights that its report names. Exports have no report."""
+    if not (folder / REPORT_FILE).is_file():
+        return
+    report = read_json(folder / REPORT_FILE, MptkError)
+    said = report.get("weights_sha256") if isinstance(report, dict) else None
+    if said is not None and said != weights_digest(folder):
+        raise MptkError(
+            f"weights_sha256 in {REPORT_FILE} is wrong: {folder} has other weights, or none; do not use it, and prune "
+            "the model again"
+        )
+
+
+def copy_listed(folder: Path, new: Path) -> None:
+    """Copy the files that a published folder lists. Raises MptkError if one is not as it was published."""
+    files = read_manifest(folder)
+    check_listed(folder)
+    for name in files:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, new / name)
+    copies = file_digests(new / name for name in files)
+    if changed := next((name for name, copy in zip(files, copies, strict=True) if copy != files[name]), None):
+        raise MptkError(f"{changed} in {folder} changed while it was copied; do not use it, write it again")
 
 
 def foreign(folder: Path) -> list[str]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from mptk.arguments import checked
 from mptk.errors import MptkError
 from mptk.publish.manifest import check_manifest
 
 
+@checked
 def push(
     folder: str | Path,
     repo: str,

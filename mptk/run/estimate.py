@@ -145,7 +145,7 @@ def check_fits(found: Estimate, out: Path) -> None:
         ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
         (
             "temporary files need",
-            Path(tempfile.gettempdir()),
+            _existing(Path(tempfile.gettempdir())),
             found.temporary,
             "set TMPDIR to a folder on a larger disk",
         ),

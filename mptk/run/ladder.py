@@ -7,7 +7,7 @@ model, its analysis and a cached teacher. Steps and minutes are those of the who
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -18,13 +18,23 @@ from mptk.config.setting import to_json, with_keywords
 from mptk.config.settings import Settings
 from mptk.distributed.processes import leads, once
 from mptk.errors import MptkError
-from mptk.files import discard
+from mptk.files import check_scratch, claimed
+from mptk.files.outputs import check_apart
+from mptk.io.cache import tidy_shared
 from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.ir.passes import Log
 from mptk.progress import silent
 from mptk.protocols.execution import execution
 from mptk.protocols.report import Report
-from mptk.protocols.run_folder import GIVEN, beside, check_unfinished, kept_settings
+from mptk.protocols.run_folder import (
+    GIVEN,
+    beside,
+    check_run_folder,
+    check_unfinished,
+    kept_settings,
+    make_run_folder,
+    remove_run_folder,
+)
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
@@ -102,7 +112,7 @@ def open_ladder(
     places = [out] if asked.shared else [out / name_size(sparsity) for sparsity in sparsities]
     if not asked.shared and is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
-    with at_work(asked.device), lock_outputs(places, asked.overwrite, [source]):
+    with at_work(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
         settings = once(lambda: complete_ladder(model, asked, sparsities, places))
         resident, executor = execution(settings)
@@ -124,6 +134,29 @@ def open_ladder(
             yield list_rungs(each, sparsities, places)
 
 
+@contextmanager
+def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: str) -> Iterator[None]:
+    """Lock the folder of a ladder and all of its rungs, since each will be replaced, however late.
+
+    Raises:
+        MptkError: as ``lock_outputs``, but a rung may be replaced or not as ``count_finished`` finds.
+    """
+    if settings.shared:
+        with lock_outputs([out], settings, [source]):
+            yield
+        return
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            check_scratch()
+            tidy_shared()
+            for place in (out, *places):
+                stack.enter_context(claimed(place))
+
+        once(lock)
+        yield
+
+
 def complete_ladder(model: Start, asked: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> Settings:
     """The complete settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed.
 
@@ -138,13 +171,19 @@ def complete_ladder(model: Start, asked: Settings, sparsities: Sequence[float], 
 
 def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -> list[Run]:
     """The runs of the rungs. ``each``: what they have in common; its output is the ladder's."""
-    settings, found, larger = each.settings, list[Run](), None
+    settings = each.settings
     if settings.learning.teacher == "cached" and settings.learning.teacher_cache is None:
         settings = with_keywords(settings, {"teacher_cache": str(beside(each.out) / TEACHER)})
+    own = list_settings(settings, sparsities, places)
+    return [each.at(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
+
+
+def list_settings(settings: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> list[Settings]:
+    """The settings of the rungs. ``settings``: what they have in common."""
+    found, larger = list[Settings](), None
     for i, (place, sparsity) in enumerate(zip(places, sparsities, strict=True)):
         seed = settings.seed + i if selects_windows(settings) else settings.seed
-        own = replace(settings, sparsity=sparsity, larger=larger, minutes=None, seed=seed)
-        found.append(each.at(place, own, sparsities[i + 1 :]))
+        found.append(replace(settings, sparsity=sparsity, larger=larger, minutes=None, seed=seed))
         larger = str(place.resolve())
     return found
 
@@ -165,23 +204,43 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
     done = once(lambda: count_finished(rungs))
     for rung in rungs[:done]:
         yield rung, None
-    dense = None
-    for rung in rungs[done:]:
-        rung.progress(f"sparsity {rung.out.name}", 0, 0)
-        log = Log(on_record=rung.log.on_record)
-        with own_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
-            result = prune(model, replace(rung, log=log), dense)
-        dense = result.dense
-        yield rung, result
-    if beside(out).is_dir() and leads():
-        discard(beside(out))
+    left, dense = rungs[done:], None
+    with keep_teacher(out, left):
+        for rung in left:
+            rung.progress(f"sparsity {rung.out.name}", 0, 0)
+            log = Log(on_record=rung.log.on_record)
+            with own_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
+                result = prune(model, replace(rung, log=log), dense)
+            dense = result.dense
+            yield rung, result
+
+
+@contextmanager
+def keep_teacher(out: Path, left: Sequence[Run]) -> Iterator[None]:
+    """The folder of a teacher that these rungs share, which stays if they are not finished.
+
+    Raises:
+        MptkError: something that is not mptk's has its name.
+    """
+    place = beside(out)
+    shares = bool(left) and left[0].settings.learning.teacher_cache == str(place / TEACHER) and leads()
+    if shares:
+        check_run_folder(place, left[0].settings.resume)
+        make_run_folder(place)
+    try:
+        yield
+    finally:
+        if shares and (not (place / TEACHER).exists() or all((rung.out / MARKER).is_file() for rung in left)):
+            remove_run_folder(place)
 
 
 def count_finished(rungs: Sequence[Run]) -> int:
     """The number of rungs that are finished. Raises MptkError if one of the others may not be written."""
     done = len(list(takewhile(is_finished, rungs)))
     for rung in rungs[done:]:
-        check_replaceable(rung.out, rung.settings.overwrite)
+        settings = rung.settings
+        check_replaceable(rung.out, settings.overwrite)
+        check_apart(rung.out, *filter(None, (rung.source, settings.larger, settings.inputs)))
         check_unfinished(rung.out, rung.described, rung.settings.resume, but=(*FOUND, GIVEN))
     return done
 

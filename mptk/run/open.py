@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.live import open_live, unwrapped
+from mptk.io.live import name_of, open_live, unwrapped
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.ir.samples import Samples
@@ -65,6 +65,27 @@ def read_example_inputs(settings: Settings, inputs: Inputs) -> tuple[Settings, I
     return settings, replace(inputs, example_inputs=read_inputs(settings.inputs))
 
 
+def take_model(model: Model, settings: Settings, inputs: Inputs) -> tuple[str | Opened, Settings, Inputs]:
+    """What a run starts from, its settings and its inputs. A model in memory is opened at once, a name later.
+
+    By default a file of example inputs is also the data. A module that has no stock class is written as a graph.
+
+    Raises:
+        MptkError: as ``read_example_inputs`` and ``open_in_memory``.
+    """
+    settings, inputs = read_example_inputs(settings, inputs)
+    if not isinstance(model, nn.Module):
+        return str(model), settings, inputs
+    opened = open_in_memory(model, settings.trust, inputs)
+    graph = opened.plain and settings.target == "stock"
+    return opened, replace(settings, target="graph") if graph else settings, inputs
+
+
+def name_model(model: Model) -> str:
+    """The name of a model: as the user gave it, or of its class and config."""
+    return name_of(unwrapped(model)) if isinstance(model, nn.Module) else str(model)
+
+
 def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
     """Open a model that the caller holds in memory.
 
@@ -85,9 +106,10 @@ def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
 def open_named(name: str, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
     """Open the model of that name. Raises MptkError as ``open_task``; or example inputs do not fit it."""
     if inputs.example_inputs is None and inputs.tokenizer is None:
-        return Opened(*open_task(name, resident, trust=trust))
+        loaded, task = open_task(name, resident, trust=trust)
+        return Opened(replace(loaded, path=loaded.path.absolute()), task)  # the current folder may change
     loaded = models.open_weights(name, resident, trust=trust)
-    loaded = loaded if inputs.tokenizer is None else replace(loaded, tokenizer=inputs.tokenizer)
+    loaded = replace(loaded, path=loaded.path.absolute(), tokenizer=inputs.tokenizer or loaded.tokenizer)
     return Opened(loaded, find_task(loaded, inputs))
 
 

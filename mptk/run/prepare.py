@@ -13,6 +13,7 @@ from mptk.cost.budgets import CACHED
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import once
 from mptk.errors import MptkError
+from mptk.files.outputs import check_apart
 from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.resident import free_memory
@@ -29,7 +30,6 @@ from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.conversion import Analysed, Conversion, imitated
 from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.run_folder import kept_tensors
-from mptk.publish.folder import check_apart
 from mptk.run.checks import check_divides, check_ragged
 from mptk.run.larger import keep_reachable, read_larger
 from mptk.run.open import Dense, Opened, open_named

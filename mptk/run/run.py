@@ -18,7 +18,8 @@ from mptk.config.setting import to_json
 from mptk.config.settings import Settings
 from mptk.distributed.processes import leads, once
 from mptk.errors import explained
-from mptk.files import claimed
+from mptk.files import check_scratch, claimed
+from mptk.files.outputs import check_apart
 from mptk.io.cache import tidy_shared
 from mptk.io.resident import Resident
 from mptk.ir.plan import Plan
@@ -26,7 +27,7 @@ from mptk.progress import silent
 from mptk.protocols.execution import execution, find_device
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
 from mptk.protocols.values import Context
-from mptk.publish.folder import check_apart, check_replaceable
+from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
 from mptk.run.estimate import Estimator, check_fits, read_estimator
 from mptk.run.inputs import Inputs
@@ -133,7 +134,7 @@ def open_run(
             another process; the settings suit no model; or minutes were given, and the run takes longer.
     """
     start = model.folder if isinstance(model, PrunedFolder) else None
-    with at_work(asked.device), lock_outputs([out], asked.overwrite, [source, *([] if start is None else [start])]):
+    with at_work(asked.device), lock_outputs([out], asked, [source, start]):
         if not trains:
             asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
         plan, recovers = read_plan(asked), start is not None
@@ -192,21 +193,25 @@ def read_estimator_of(model: Start, trust: Trust) -> Estimator | None:
 
 
 @contextmanager
-def lock_outputs(outs: Sequence[Path], overwrite: bool, sources: Sequence[str | Path]) -> Iterator[None]:
+def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | Path | None]) -> Iterator[None]:
     """Lock outputs and the folders of their unfinished runs, so that only this run uses them.
 
-    ``overwrite``: as in ``Settings``. ``sources``: what the run reads.
+    ``read``: what the run reads, beside the files of its settings.
 
     Raises:
-        MptkError: an output cannot be replaced, is one of ``sources``, or is locked by another process. If several
+        MptkError: an output cannot be replaced, is read by the run, or is locked by another process. If several
             processes run, the first locks, and all of them raise.
     """
+    places = [place for place in (*read, settings.plan, settings.larger, settings.inputs) if place is not None]
     for out in outs:
-        check_replaceable(out, overwrite)
-        check_apart(out, *sources)
+        check_replaceable(out, settings.overwrite)
+        check_apart(out, *places)
+    if (cache := settings.learning.teacher_cache) is not None:
+        check_apart(cache, *places, option="--teacher-cache")
     with ExitStack() as stack:
 
         def lock() -> None:
+            check_scratch()
             tidy_shared()
             for out in outs:
                 stack.enter_context(claimed(out))

@@ -108,7 +108,7 @@ def write_size(compiled: Compiled, sets: SampleSets, checked: Sequence[Differenc
     """Write, prove and measure a smaller size as a folder of its own in the run's folder. Returns it."""
     assert run.folder is not None
     settings = compiled.prepared.settings
-    out = run.folder.path / f"{settings.sparsity:g}"
+    out = run.folder.make() / f"{settings.sparsity:g}"
     with publish(out, overwrite=settings.overwrite) as folder:
         notes = write_targets(compiled, sets, folder, run)
         proven = prove(compiled, sets, folder, checked, run)

@@ -82,7 +82,7 @@ def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Ma
     """Write one file for each weight, so that one is in memory at a time, then the file that marks them complete."""
     for i, weight in enumerate(weights):
         folder.save(f"{name}-{i}", {weight: weights[weight]})
-    write_json(folder.path / f"{name}.json", known)
+    write_json(folder.make() / f"{name}.json", known)
 
 
 def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prepared) -> Weights:

@@ -186,12 +186,22 @@ def named_inputs(
         raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
-    found = dict(zip(inputs, separate([tensor.detach().cpu() for tensor in inputs.values()]), strict=True))
+    # what was made in torch.inference_mode cannot be trained on
+    plain = [tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs.values()]
+    found = dict(zip(inputs, separate([tensor.cpu() for tensor in plain]), strict=True))
+    if isinstance(dtype, Mapping):
+        whole = [name for name in dtype.keys() & found.keys() if not is_fraction(dtype[name])]
+        found |= {name: found[name].to(dtype[name].dtype) for name in whole if not is_fraction(found[name])}
     floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and dtype is not None}
     if isinstance(dtype, torch.dtype):
         return found | {name: tensor.to(dtype) for name, tensor in floats.items()}
     likes = {} if dtype is None else {n: like for n, like in dtype.items() if n in floats and like.is_floating_point()}
     return found | {name: floats[name].to(like.dtype) for name, like in likes.items()}
+
+
+def is_fraction(tensor: Tensor) -> bool:
+    """Whether a tensor holds other numbers than whole ones and truth values."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mptk
 from mptk.ir.families import Analysis
+from mptk.publish.push import push
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(3, 51).view(2, 24)
@@ -408,4 +413,55 @@ USE = [
     Call("a rule of no op", lambda p: mptk.rule(7)(print), ("ops.0 is 7",)),
     Call("a rule of an unknown zero", lambda p: mptk.rule("my::op", zero="some")(print), ("zero is 'some'",)),
 ]
-CALLS = [*MODELS, *INPUTS, *DATA, *SETTINGS, *COMPILER, *USE]
+LONG, NULL = "a" * 300, "a\0b"
+IN_USE = [
+    Call("a copy of a result", lambda p: copy.copy(p.pruned), ("save(DIR)", "Pruned.open")),
+    Call("a deep copy of a result", lambda p: copy.deepcopy(p.pruned), ("save(DIR)", "Pruned.open")),
+    Call("a pickle of a result", lambda p: pickle.dumps(p.pruned), ("save(DIR)", "Pruned.open")),
+    Call("a long out", lambda p: prune(p, out=LONG), ("name too long", "give a shorter")),
+    Call("a long folder to save", lambda p: p.pruned.save(LONG), ("name too long", "give a shorter")),
+    Call("a long folder to open", lambda p: mptk.Pruned.open(LONG), ("name is too long", "give a shorter")),
+    Call("a long model", lambda p: mptk.prune(LONG, progress=None), ("name is too long", "give a shorter")),
+    Call("a long folder to verify", lambda p: mptk.verify(LONG), ("name is too long", "give a shorter")),
+    Call("a long folder to measure", lambda p: mptk.evaluate(LONG, X, progress=None), ("name is too long",)),
+    Call("a long folder to generate", lambda p: mptk.generate(LONG, "a"), ("name is too long", "give a shorter")),
+    Call("a long report", lambda p: mptk.Report.read(LONG), ("name is too long", "give a shorter")),
+    Call("a long folder to push", lambda p: push(LONG, "me/x", dry_run=True), ("has no mptk.json",)),
+    Call("a null character in out", lambda p: prune(p, out=NULL), ("cannot be a file's name", "null")),
+    Call("a null character in save", lambda p: p.pruned.save(NULL), ("cannot be a file's name", "null")),
+    Call("a current folder that was removed", lambda p: _without_current_folder(p), ("current folder was removed",)),
+    Call("no folder for temporary files", lambda p: _without_temporary_folder(p), ("was removed", "TMPDIR")),
+    Call(
+        "a misspelt keyword of export",
+        lambda p: mptk.export(p.module, "graph", example_inputs=X, quantise=["int8"]),
+        ("export has no keyword quantise",),
+    ),
+    Call(
+        "a tokenizer for a module",
+        lambda p: mptk.export(p.module, "graph", example_inputs=X, tokenizer=p.tokenizer),
+        ("reads no texts; leave out tokenizer",),
+    ),
+]
+
+
+def _without_current_folder(parts: Parts) -> None:
+    here = Path.cwd()
+    place = parts.root / "short-lived"
+    place.mkdir()
+    os.chdir(place)
+    place.rmdir()
+    try:
+        prune(parts, out="relative")
+    finally:
+        os.chdir(here)
+
+
+def _without_temporary_folder(parts: Parts) -> None:
+    before, tempfile.tempdir = tempfile.tempdir, str(parts.root / "gone")
+    try:
+        prune(parts)
+    finally:
+        tempfile.tempdir = before
+
+
+CALLS = [*MODELS, *INPUTS, *DATA, *SETTINGS, *COMPILER, *USE, *IN_USE]

@@ -173,6 +173,12 @@ FILES = [
         ("no tokenizer",),
         tuple(remove(f"model/{n}") for n in ("tokenizer.json", "tokenizer_config.json")),
     ),
+    Row(
+        "config of a million labels",
+        ANALYZE,
+        ("config.json", "MB"),
+        (fields("model/config.json", id2label={str(i): "a" for i in range(10**6)}),),
+    ),
     Row("a model that is a text file", "analyze {text.raw}", ("neither a checkpoint folder",)),
     Row("a model that is an empty folder", "analyze {empty}", ("no config.json",), (folder("empty"),)),
     Row("a model that is a fifo", "analyze {pipe}", ("neither a checkpoint folder",), (fifo("pipe"),)),

@@ -147,7 +147,7 @@ TEXTS = [
         {
             "analyze {model} --align wings=8": ("no family 'wings'", "there are"),
             "prune {model} --data {text.raw}": ("give --out",),
-            "prune {model} --data {text.raw} --out {model}": ("not made by mptk", "another --out"),
+            "prune {model} --data {text.raw} --out {model}": ("is what is read", "another --out"),
             "fetch smollm9": ("smollm9", "there are"),
         },
     ),

@@ -7,8 +7,9 @@ import json
 import torch
 from safetensors.torch import save
 
+from mptk.protocols.run_folder import make_run_folder
 from tests.bad_inputs.shared import SHORT
-from tests.bad_inputs.table import BODIES, Prepare, Row, fifo, folder, write
+from tests.bad_inputs.table import BODIES, Prepare, Row, at, fifo, folder, write
 
 PLAN = "prune {model} --data {text.raw} --out {out} --plan {plan.json}"
 SHOW = "show {model} --after rewrite --plan {plan.json}"
@@ -54,6 +55,7 @@ TRAIN = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
 def unfinished(settings: str | bytes, **files: str | bytes) -> tuple[Prepare, ...]:
     names = {name.replace("__", "."): content for name, content in files.items()}
     return (
+        lambda place: make_run_folder(at(place, "out.run")),
         write("out.run/settings.json", settings),
         *(write(f"out.run/{name}", content) for name, content in names.items()),
     )
@@ -76,7 +78,16 @@ RESUMED = [
         "settings.json missing",
         TRAIN,
         ("holds an unfinished run", "--resume"),
-        (write("out.run/samples.safetensors", SAMPLES),),
+        (
+            lambda place: make_run_folder(at(place, "out.run")),
+            write("out.run/samples.safetensors", SAMPLES),
+        ),
+    ),
+    Row(
+        "an unfinished run of an earlier version",
+        TRAIN,
+        ("out.run is not an unfinished run of this version", "rename or remove it"),
+        (write("out.run/settings.json", "{}"), write("out.run/samples.safetensors", SAMPLES)),
     ),
     Row(
         "another method resumes",

@@ -131,14 +131,26 @@ class Stage:
                 wrong += told(killed, trap.signal, place)
             wrong += [f"{path} stayed after {trap.signal.name}" for path in there if ".mptk" in path]
         out = self.scene.out
-        if out is not None and within(before, out) and not within(there, out):
+        for result in self.scene.results or ([] if out is None else [out]):
+            wrong += self.not_whole(place, result, before)
+        there = made(place)
+        for path, digest in there.items():
+            hidden = any(part.startswith(".") or part.endswith(".run") for part in Path(path).parts)
+            if not hidden and path.split("/")[0] != out and digest not in (before.get(path), self.expected.get(path)):
+                wrong.append(f"{path} is no file of a whole run")
+        return wrong
+
+    def not_whole(self, place: Path, out: str, before: dict[str, str]) -> list[str]:
+        """What is wrong with a result: it is the earlier one or the new one, whole."""
+        wrong, there = [], made(place)
+        if within(before, out) and not within(there, out):
             if self.scene.exchange:
                 wrong.append(f"{out} was away")
             ended = self.run(["report", out], place)
             if ended.code:
                 wrong.append(f"the next command did not put {out} back: {ended.said[-200:]}")
             there = made(place)
-        if out is not None and (found := within(there, out)):
+        if found := within(there, out):
             if found not in (within(before, out), within(self.expected, out)):
                 wrong.append(
                     f"{out} is neither the earlier nor the new one: {differences(within(self.expected, out), found)}"
@@ -147,10 +159,6 @@ class Stage:
                 check_manifest(place / out)
             except MptkError as error:
                 wrong.append(str(error))
-        for path, digest in there.items():
-            hidden = any(part.startswith(".") or part.endswith(".run") for part in Path(path).parts)
-            if not hidden and path.split("/")[0] != out and digest not in (before.get(path), self.expected.get(path)):
-                wrong.append(f"{path} is no file of a whole run")
         return wrong
 
 

@@ -150,17 +150,17 @@ def _set(trap: Trap, events: Path) -> None:
             os.kill(os.getpid(), trap.signal)
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(source: Any, target: Any, **options: Any) -> Any:
+        def run(source: Any, target: Any, *more: Any, **options: Any) -> Any:
             what = f"{Path(os.fsdecode(target)).name}" if not str(target).isdigit() else "-"
             event(f"before {what} gets its name")
-            found = call(source, target, **options)
+            found = call(source, target, *more, **options)
             event(f"after {what} got its name")
             return found
 
         return run
 
     os.rename, os.replace = watched(os.rename), watched(os.replace)
-    replace._exchanged = watched(replace._exchanged) if trap.exchange else lambda one, two: False
+    replace._exchanged = watched(replace._exchanged) if trap.exchange else lambda *_: False
     lines = mptk.cli.console.lines
 
     def told(*given: Any) -> Progress:

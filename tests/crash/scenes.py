@@ -18,6 +18,7 @@ from tests.crash.forked import Trap, run
 MEASURED = shlex.split("--data text.txt --length 16 --eval-windows 2 --eval-length 16")
 SHORT = [*MEASURED, *shlex.split("--samples 4 --align 4 --seed 3")]
 TRAIN = shlex.split("--batch 2 --micro 2 --rank 2 --save-every 2")
+SHARED = shlex.split("--steps 4 --batch 2 --micro 2 --save-every 2")
 WANDA = ["prune", "model", "--method", "wanda", "--reconstruct", *SHORT, "--no-onnx"]
 OWN = (".ses", "mptk.json", "report.json", "README.md", "bench.json", "metrics.jsonl", "run.yaml")
 """Files that name times and places: other runs have others. `.ses` is of ONNX Runtime, which keeps it."""
@@ -27,7 +28,8 @@ OWN = (".ses", "mptk.json", "report.json", "README.md", "bench.json", "metrics.j
 class Scene:
     """A command. ``before``: commands that make what it reads. ``out``: the folder it writes, None if it writes none.
 
-    ``resumes``: whether it knows ``--resume``. ``exchange``: as of a trap. ``share``: of the kills.
+    ``resumes``: whether it knows ``--resume``. ``results``: folders that appear each by itself, if ``out`` is none.
+    ``exchange``: as of a trap. ``share``: of the kills.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Scene:
     before: tuple[list[str], ...] = ()
     out: str | None = "out"
     resumes: bool = False
+    results: tuple[str, ...] = ()
     exchange: bool = True
     share: int = 1
     prepare: Callable[[], None] = lambda: None
@@ -99,6 +102,19 @@ SCENES = {
             "recover",
             ["recover", "pruned", "--steps", "6", *MEASURED, *TRAIN, "--no-onnx", "--out", "out"],
             (PRUNED,),
+            resumes=True,
+            share=8,
+        ),
+        Scene(
+            "ladder",
+            ["prune", "model", "--ladder", "0.2,0.4", "--steps", "8", *SHORT, *TRAIN, "--no-onnx", "--out", "out"],
+            resumes=True,
+            results=("out/0.2", "out/0.4"),
+            share=10,
+        ),
+        Scene(
+            "shared ladder",
+            [*WANDA[:-1], "--ladder", "0.2,0.357", "--shared", *SHARED, "--quantize", "int8", "--out", "out"],
             resumes=True,
             share=8,
         ),

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
+from mptk.io.chat_templates import ChatTemplate
 
 CHATS = ("messages", "conversations", "conversation")
 """Usual names of a column of chats."""
@@ -28,20 +29,24 @@ def row_texts(
             tokenizer has no chat template.
     """
     chosen: str | None = None
-    for row in rows:
-        chosen = chosen or _column(row, source, column)
-        value = row.get(chosen)
-        if value is None:
-            continue
-        if isinstance(value, str):
-            yield value
-        elif _is_chat(value):
-            yield _chat_text(value, source, tokenizer)
-        else:
-            raise MptkError(
-                f"{chosen} of {source} holds {type(value).__name__}; a column of text has strings, one of chats has "
-                "lists of {role, content}"
-            )
+    begin = getattr(tokenizer, "bos_token", None) or ""  # each window gets one
+    with ChatTemplate(tokenizer) as template:
+        for row in rows:
+            chosen = chosen or _column(row, source, column)
+            value = row.get(chosen)
+            if value is None:
+                continue
+            if isinstance(value, str):
+                yield value
+            elif _is_chat(value):
+                check_has_template(tokenizer, source)
+                text = template.text(with_roles(value), f"a chat of {source}", "name a column of text as FILE:COLUMN")
+                yield text.removeprefix(begin)
+            else:
+                raise MptkError(
+                    f"{chosen} of {source} holds {type(value).__name__}; a column of text has strings, one of chats "
+                    "has lists of {role, content}"
+                )
 
 
 def _column(row: Mapping[str, object], source: str, column: str | None) -> str:
@@ -71,26 +76,19 @@ def _is_chat(value: object) -> bool:
     )
 
 
-def _chat_text(turns: list[Mapping[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A chat as the tokenizer's template writes it, without the begin-of-sequence token, which each window gets."""
+def check_has_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> None:
+    """Raise MptkError if there is no template for the chats of ``source``."""
     if tokenizer is None or not tokenizer.chat_template:
         raise MptkError(
             f"{source} holds chats, but the model's tokenizer has no chat template; name a column of text, FILE:COLUMN"
         )
-    from jinja2 import TemplateError
 
-    said = [
+
+def with_roles(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A chat in the names that templates know."""
+    return [
         {"role": turn["role"], "content": turn["content"]}
         if "role" in turn
         else {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value", "")}
         for turn in turns
     ]
-    try:
-        text = tokenizer.apply_chat_template(said, tokenize=False)
-    except TemplateError as error:
-        raise MptkError(
-            f"the model's chat template refuses a chat of {source}: {error}; name a column of text as FILE:COLUMN"
-        ) from error
-    assert isinstance(text, str), "not tokenised"
-    begin = tokenizer.bos_token
-    return text.removeprefix(begin) if isinstance(begin, str) else text

@@ -31,7 +31,6 @@ from mptk.methods.division.trials import Trials, as_part
 from mptk.methods.maskprune import learner
 from mptk.protocols.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, distinct
 from mptk.protocols.chain import Prepared
-from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
 from mptk.report.view import plural
 from passes.targets.legalize import Candidate, choose_candidates, describe, find_candidates, finest_families
@@ -188,7 +187,7 @@ class Advising:
         with context.stage(stage := "recover"):
             for done, point in enumerate(points):
                 say = partial(as_part, context.progress, stage, done, len(points), describe(point.widths))
-                place = RunFolder(self.trials.folder.path / stage, {}, resume=False)
+                place = self.trials.folder.part(stage, {}, resume=False)
                 compiled = self.trials.cut(self.trials.chosen(point.widths))
                 program = self.trials.recovered(compiled, steps, place, say, held_out=sets.held_out)
                 place.remove()

@@ -274,7 +274,7 @@ class Search(Trials):
 
     def keep(self, number: int, shape: Shape) -> Shape:
         """Store the results of the shape of that number; returns the shape."""
-        write_json(self._file(number), asdict(shape))
+        write_json(self.folder.make() / self._file(number).name, asdict(shape))
         return shape
 
     def _file(self, number: int) -> Path:
@@ -282,7 +282,7 @@ class Search(Trials):
 
     def _place(self, number: int, phase: str = "") -> RunFolder:
         """Where the training of a shape keeps its checkpoints."""
-        return RunFolder(self.folder.path / f"{_name(number)}{phase}", {}, resume=True)
+        return self.folder.part(f"{_name(number)}{phase}", {})
 
     def _forget(self, numbers: Iterable[int]) -> None:
         """Remove the checkpoints of shapes that are trained no further."""

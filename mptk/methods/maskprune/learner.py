@@ -24,7 +24,7 @@ from mptk.config.choices import FREE
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import accelerator, anywhere, gathered, holds, placed
+from mptk.distributed.processes import accelerator, anywhere, gathered, holds, leads, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import kept_units, resolve_plan
@@ -83,6 +83,8 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
         MptkError: the batch does not divide over the processes, or the tracker is not installed.
     """
     tracker = None if settings.tracker == "none" else settings.tracker
+    if tracker is not None and leads():
+        folder.make()  # with its mark, before the tracker makes it
     made = accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
     if tracker is not None:
         if not made.log_with:
@@ -355,7 +357,7 @@ class Learner:
         live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":
             return live
-        folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.fingerprint
+        folder = self.folder.make() / "teacher" if shared is None else Path(shared) / self.fingerprint
         return CachedTeacher(live, folder, top, partial(anywhere, acc), acc.device)
 
 

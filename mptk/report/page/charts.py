@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mptk.files import write_result
+from mptk.files.outputs import PLOT_MARK
 from mptk.ir.plan import FamilyPlan
 from mptk.ort.bench import Bench
 from mptk.plain import plain
@@ -20,6 +21,7 @@ from mptk.report.view import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CELLS = 192
 """Most columns in a map of units."""
@@ -173,8 +175,12 @@ def bench_chart(run: Run, bench: Bench) -> Svg:
 
 def plot_bench(bench: Bench, path: Path) -> None:
     """Draw the timings into ``path``; its suffix names the format (png, svg, pdf)."""
-    write = partial(write_result, path)
-    save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, lambda figure: write(figure.savefig))
+    mark = {"Software" if path.suffix.lower() == ".png" else "Creator": PLOT_MARK}
+
+    def write(figure: Figure) -> None:
+        write_result(path, partial(figure.savefig, metadata=mark))
+
+    save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, write)
 
 
 def bench_height(bench: Bench) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mptk.files.outputs import PAGE_MARK
 from mptk.ir.families import Analysis
 from mptk.plain import plain
 from mptk.protocols.advice import Advice
@@ -192,4 +193,4 @@ def _filled(chapters: Sequence[Chapter]) -> str:
     environment.filters["mark"] = lambda cell: (
         "ok" if isinstance(cell, Good) else "bad" if isinstance(cell, Bad) else ""
     )
-    return environment.get_template("page.html").render(chapters=chapters, version=__version__)
+    return environment.get_template("page.html").render(chapters=chapters, version=__version__, generator=PAGE_MARK)

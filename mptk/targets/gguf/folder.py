@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from mptk.config.choices import GgufType
 from mptk.errors import MptkError, first_line
+from mptk.files.outputs import GGUF_MARK
 from mptk.io import models
 from mptk.io.untrusted import check_gguf
 from mptk.ir.plan import Plan
@@ -48,6 +49,8 @@ DROPPED = (
 )
 """Prefixes of fields that describe the pattern's own weights."""
 TOKENS = "tokenizer.ggml.tokens"
+WRITER = "general.source.writer"
+"""The field that marks a file as mptk's, which a later one may replace."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ class GgufFolder:
 
     def _describe(self, writer: GGUFWriter) -> None:
         writer.add_name(self.name)
+        writer.add_string(WRITER, GGUF_MARK)
         if self.config is not None:
             write_settings(writer, self.config, self.base)
         if self.pattern is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
 from mptk.errors import MptkError
 from mptk.files import path_of
+from mptk.io.chat_templates import ChatTemplate
 from mptk.io.text.files import has_text, json_rows
 from mptk.io.text.rows import CHATS
 
@@ -42,16 +42,13 @@ class Chat:
         """The texts of all turns."""
         return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
 
-    def text(self, processor: ProcessorMixin, *, asks: bool = False) -> str:
-        """The chat as the processor's template writes it; without one its texts, after the token of each image.
+    def text(self, processor: ProcessorMixin, template: ChatTemplate, *, asks: bool = False) -> str:
+        """The chat as ``template``, the processor's, writes it; without one its texts, after the token of each image.
 
         ``asks``: the template goes on to where the answer begins.
         """
         if getattr(processor, "chat_template", None):
-            try:
-                return str(processor.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=asks))
-            except (TemplateError, TypeError, ValueError) as error:
-                raise MptkError(f"the model's chat template refuses {self.where}: {error}; change the chat") from error
+            return template.text(self.turns, self.where, "change the chat", add_generation_prompt=asks)
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
         parts = [part for turn in self.turns for part in turn["content"]]
         return "\n".join(part["text"] if part["type"] == "text" else str(token) for part in parts)

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, first_line
+from mptk.io.chat_templates import ChatTemplate
 from mptk.io.data import SELF, check_ids, check_positions, positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
@@ -79,8 +80,10 @@ class ImagesWithText(Inputs):
         packages = " install pillow and torchvision if they are missing,"
         processor, made = preprocessor(loaded, AutoProcessor, "processor", packages), []
         names = list(self.example(loaded.model))
-        for done, chat in enumerate(chats, 1):
-            made.append(one_sample(loaded.model, processor, chat, names, length))
+        with ChatTemplate(processor) as template:
+            texts = [chat.text(processor, template) for chat in chats]
+        for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):
+            made.append(one_sample(loaded.model, processor, chat, text, names, length))
             progress(done, len(chats))
         sizes = {
             str([[x.shape for x in one.values()], [x.tolist() for n, x in one.items() if n in KNOWN_SIZES]])
@@ -97,10 +100,15 @@ class ImagesWithText(Inputs):
         return found
 
 
-def one_sample(model: PreTrainedModel, processor: Any, chat: Chat, names: Sequence[str], length: int) -> Named:
-    """A chat as tensors, one sample in the first dimension, with ``FILLED``. ``names``: of the model's inputs."""
+def one_sample(
+    model: PreTrainedModel, processor: Any, chat: Chat, text: str, names: Sequence[str], length: int
+) -> Named:
+    """A chat, whose text the processor reads, as tensors: one sample in the first dimension, with ``FILLED``.
+
+    ``names``: of the model's inputs.
+    """
     token = image_token(model)
-    text, images = chat.text(processor), [open_image(path) for path in chat.images]
+    images = [open_image(path) for path in chat.images]
     try:
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:

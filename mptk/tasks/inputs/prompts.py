@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 from mptk.errors import MptkError, first_line
 from mptk.io import models
+from mptk.io.chat_templates import ChatTemplate
 from mptk.ort.decoder import OrtDecoder, model_folder
 from mptk.ort.generation import PromptImages
 from mptk.tasks.inputs.chats import Chat
@@ -43,7 +44,9 @@ def prompt_with_images(
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=NO_CODE.allows_code)
         opened = [open_image(path) for path in images]
-        made = processor(text=[chat.text(processor, asks=True)], images=opened, return_tensors="pt")
+        with ChatTemplate(processor) as template:
+            text = chat.text(processor, template, asks=True)
+        made = processor(text=[text], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:
         raise MptkError(
             f"the processor of {folder} does not take the prompt: {first_line(error)}; copy the files of the dense "

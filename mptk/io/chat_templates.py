@@ -1,0 +1,160 @@
+"""chat_templates: fill the chat templates of tokenizers and processors, which are programs of unknown origin.
+
+jinja2's sandbox keeps a template from the machine, but bounds neither its time nor its memory. So it is filled in a
+fork of this process, which the system stops at its bounds. A fork has the tokenizer and its libraries: it starts in a
+hundredth of a second, and writes what this process would write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from mptk.errors import MptkError, first_line
+from mptk.files import json_text
+from mptk.reading import brief, json_of
+
+TEMPLATE_SECONDS = 5.0
+"""Processor time that a template has for a chat. The longest known ones take a hundredth of a second."""
+WAITING_SECONDS = 60.0
+"""Time after which it is stopped on a machine that is too busy to give it its processor time."""
+TEMPLATE_MEMORY = 1 << 29
+"""Bytes that filling templates may take beside what this process has."""
+LONGEST_CHAT = 1 << 26
+"""Most bytes of a chat as the template writes it."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPROF)
+Owner = PreTrainedTokenizerBase | ProcessorMixin | None
+Turns = Sequence[Mapping[str, Any]]
+
+
+class ChatTemplate:
+    """The chat template of ``owner``. Its process starts with the first chat, and ends with the ``with`` block."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._process: tuple[int, Connection] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end()
+
+    def text(self, turns: Turns, where: str, remedy: str, **options: Any) -> str:
+        """A chat as the template writes it. ``options``: of ``apply_chat_template``.
+
+        Raises:
+            MptkError: the template refuses the chat ``where``, or exceeds its time or memory; ends with ``remedy``.
+        """
+        return str(self._filled(turns, where, remedy, {**options, "tokenize": False}))
+
+    def ids(self, turns: Turns, where: str, remedy: str, **options: Any) -> list[int]:
+        """The token ids of such a text; otherwise as ``text``."""
+        return list(self._filled(turns, where, remedy, {**options, "return_dict": True}))
+
+    def _filled(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
+        pid, pipe = self._process = self._process or _started(self._owner)
+        late = False
+        try:
+            pipe.send((turns, options))
+            if late := not pipe.poll(WAITING_SECONDS):
+                os.kill(pid, signal.SIGKILL)
+            found, refused = json_of(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
+        except MptkError as error:
+            found, refused = None, f"what it writes cannot be used: {error}"
+        except (OSError, EOFError):  # it was stopped, or its answer is too long
+            ended = self._end()
+            late |= os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGPROF
+            bound = f"{TEMPLATE_SECONDS:.0f} s" if late else f"{TEMPLATE_MEMORY >> 20} MB"
+            refused = f"it takes more than {bound}"
+        if refused:
+            raise MptkError(f"the model's chat template refuses {where}: {refused}; {remedy}")
+        return found
+
+    def _end(self) -> int:
+        """End the process; returns how it ended, 0 if that is not known."""
+        if self._process is None:
+            return 0
+        pid, pipe = self._process
+        self._process = None
+        pipe.close()
+        with contextlib.suppress(ChildProcessError):  # the caller's program takes note of every process that ends
+            return os.waitpid(pid, 0)[1]
+        return 0
+
+
+def _started(owner: Owner) -> tuple[int, Connection]:
+    here, there = Pipe()
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # else one may raise in the fork, out of _answer
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns of a fork, and waits for threads in it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the fork lacks: it waits for none
+            pid = os.fork()
+        if not pid:
+            _answer(owner, there)
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+    there.close()
+    return pid, here
+
+
+def _answer(owner: Owner, pipe: Connection) -> None:
+    """What the fork does: fill the template for each chat that it is sent, until the pipe ends."""
+    try:
+        _alone(pipe.fileno())
+        while True:
+            turns, options = pipe.recv()
+            signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)
+            pipe.send_bytes(json_text(_fill(owner, turns, options)).encode())
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    finally:  # also after an error within the handling of an error: nothing of this process may go on here
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object, str]:
+    """What the template makes of a chat, and why it refuses it."""
+    try:
+        found = owner.apply_chat_template(turns, **options)
+        return found if isinstance(found, str) else list(found["input_ids"]), ""
+    except MemoryError:
+        return None, f"it takes more than {TEMPLATE_MEMORY >> 20} MB"
+    except RecursionError:
+        return None, "it calls itself too often"
+    except Exception as error:  # noqa: BLE001  # a template of any content meets code of any class
+        return None, brief(first_line(error), 300).rstrip(".")
+
+
+def _alone(kept: int) -> None:
+    """Set the fork's bounds, and leave it nothing of this process but its memory and one descriptor.
+
+    Locks of this process would else stay locked, and its signals be handled twice.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    os.closerange(3, kept)
+    os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    bound = pages * resource.getpagesize() + TEMPLATE_MEMORY
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
+    logging.disable()
+    gc.freeze()  # garbage of this process has finalizers that are not the fork's to run

@@ -1,0 +1,61 @@
+"""advise: runs that measure cuts and write no model: how far a model can be cut, and the ways to divide a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mptk.config.recipe import command
+from mptk.config.settings import Settings
+from mptk.conversions import fitted
+from mptk.files import write_json
+from mptk.methods.division.advice import advised
+from mptk.methods.division.search import search_shapes
+from mptk.protocols.advice import Advice
+from mptk.protocols.shapes import Shapes
+from mptk.publish.folder import publish
+from mptk.run.prepare import prepare
+from mptk.run.prune import keep_stages_on_failure
+from mptk.run.run import Run, Start
+from mptk.run.samples import add_dense_outputs, read_domains, read_samples
+
+SHAPES_FILE = "shapes.json"
+
+
+def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance: float) -> tuple[Advice, Settings]:
+    """Measure cuts of several sizes. Returns the advice, without commands, and the settings of the recommended cut.
+
+    ``tolerance``: the largest change that is safe, as in ``mptk.advise``.
+    """
+    run.check_unfinished()
+    run.announce()
+    prepared, _ = prepare(model, run)
+    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    with keep_stages_on_failure(prepared, run):
+        prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
+        sets, texts = read_domains(prepared, run)
+        found = advised(prepared, sets, texts, sparsities, tolerance, run)
+        run.remove_folder()
+    return found, prepared.settings
+
+
+def rank_shapes(model: Start, run: Run, asked: Settings, *, writes: bool) -> Shapes:
+    """Rank the legal ways to divide a budget, with the command that cuts to the best, if the model has a name.
+
+    ``asked``: the settings that the command repeats. ``writes``: into the run's output.
+    """
+    run.check_unfinished()
+    run.announce()
+    prepared, dense = prepare(model, run)
+    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    with keep_stages_on_failure(prepared, run):
+        sets, _ = read_samples(prepared, run, dense, measures=False)
+        sets = add_dense_outputs(prepared, sets, run)
+        found = search_shapes(fitted(prepared, sets.calibration, run), sets, run)
+        if isinstance(model, str):
+            found = replace(found, command=command(model, asked, found.best.widths))
+        if writes:
+            with publish(run.out, overwrite=run.settings.overwrite) as folder:
+                write_json(folder / SHAPES_FILE, found.to_json())
+        run.remove_folder()
+    return found

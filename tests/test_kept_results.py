@@ -1,0 +1,348 @@
+"""A ``Pruned`` loses no work: what it cannot keep is refused by name in every use, and no damaged result is passed on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from torch import nn
+
+import mptk
+from mptk import MptkError
+from mptk.api.graphs import gguf
+from mptk.publish.manifest import check_manifest, weights_digest, write_manifest
+from mptk.publish.push import push
+
+X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
+SMALL: dict[str, Any] = {"method": "magnitude", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
+SMALL |= {"eval_windows": 3, "eval_length": 24, "progress": None, "tolerance": 1.0, "onnx": False}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+def prune_net(out: Path | str | None = None, **keywords: Any) -> mptk.Pruned:
+    model = keywords.pop("model", None) or Net().eval()
+    return mptk.prune(model, out, example_inputs=X, **{**SMALL, "align": 1, **keywords})
+
+
+def measure_net(pruned: mptk.Pruned | Path) -> dict[str, Any]:
+    return mptk.evaluate(pruned, X, progress=None)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder whose embedding and head are one weight."""
+    folder = tmp_path_factory.mktemp("kept") / "dense"
+    toys.llama().save_pretrained(folder)
+    toys.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(dense: Path) -> Path:
+    mptk.prune(dense, dense.parent / "first", data=IDS, **SMALL)
+    return dense.parent / "first"
+
+
+@pytest.fixture
+def folder(first: Path, tmp_path: Path) -> Path:
+    """A pruned decoder of this test's own."""
+    shutil.copytree(first, tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is the current one; the test leaves it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x10
+    file.write_bytes(content)
+
+
+def uses(pruned: mptk.Pruned, place: Path) -> dict[str, Callable[[], object]]:
+    training = {"data": IDS, "steps": 1, "batch": 2, "length": 24, "onnx": False, "progress": None}
+    return {
+        "evaluate": lambda: mptk.evaluate(pruned, IDS, length=24, progress=None),
+        "generate": lambda: mptk.generate(pruned, "the cat", max_new_tokens=2),
+        "recover": lambda: mptk.recover(pruned, **training),
+        "export": lambda: mptk.export(pruned, place / "onnx"),
+        "gguf": lambda: gguf(pruned, place / "small.gguf"),
+        "save": lambda: pruned.save(place / "copy"),
+    }
+
+
+def replace_part(pruned: mptk.Pruned) -> None:
+    pruned.model.model.layers[0].mlp.act_fn = nn.Tanh()
+
+
+def set_number(pruned: mptk.Pruned) -> None:
+    pruned.model.model.layers[0].self_attn.scaling = 5.0
+
+
+def untie(pruned: mptk.Pruned) -> None:
+    pruned.model.lm_head.weight = nn.Parameter(pruned.model.lm_head.weight.detach() * 3)
+
+
+def reshape(pruned: mptk.Pruned) -> None:
+    pruned.model.model.norm.weight = nn.Parameter(torch.ones(3))
+
+
+def quantize(pruned: mptk.Pruned) -> None:
+    pruned.model.model.norm.weight = nn.Parameter(torch.ones(48, dtype=torch.int8), requires_grad=False)
+
+
+def put_another(pruned: mptk.Pruned) -> None:
+    pruned.model = toys.llama()
+
+
+def put_tokenizer(pruned: mptk.Pruned) -> None:
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["mine"])
+    pruned.tokenizer = tokenizer
+
+
+def delete_plan(pruned: mptk.Pruned) -> None:
+    del pruned.plan
+
+
+CHANGES: dict[str, tuple[Callable[[mptk.Pruned], object], str]] = {
+    "tokens are added": (lambda p: p.tokenizer.add_tokens(["mine"]), "tokenizer"),
+    "a chat template": (lambda p: setattr(p.tokenizer, "chat_template", "{{ messages }}"), "tokenizer"),
+    "another tokenizer": (put_tokenizer, "tokenizer"),
+    "a field of the config": (lambda p: setattr(p.model.config, "rms_norm_eps", 0.5), "rms_norm_eps"),
+    "a field of generation": (lambda p: setattr(p.model.generation_config, "max_new_tokens", 3), "max_new_tokens"),
+    "another activation": (replace_part, "act_fn was changed"),
+    "an attribute of a part": (set_number, "scaling"),
+    "a buffer": (lambda p: p.model.model.rotary_emb.inv_freq.mul_(3), "inv_freq"),
+    "an untied weight": (untie, "are one weight"),
+    "another shape": (reshape, "norm.weight of model has the shape"),
+    "whole numbers": (quantize, "norm.weight of model has the type"),
+    "no numbers": (lambda p: p.model.to("meta"), "not in memory"),
+    "another model": (put_another, "has the shape"),
+    "a note in the report": (lambda p: p.report.notes.append("mine"), "report"),
+    "no report": (lambda p: setattr(p, "report", None), "report"),
+    "no plan": (delete_plan, "plan"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_no_folder_holds_is_refused_by_the_same_name_in_every_use(
+    change: str, first: Path, tmp_path: Path
+) -> None:
+    pruned = mptk.Pruned.open(first)
+    make, name = CHANGES[change]
+    _ = pruned.model
+    make(pruned)
+    for use, call in uses(pruned, tmp_path).items():
+        with pytest.raises(MptkError, match=name) as told:
+            call()
+        assert "\n" not in str(told.value), use
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> None:
+    pruned = mptk.Pruned.open(first)
+    assert pruned.tokenizer is pruned.tokenizer
+    pruned.tokenizer(["a", "the cat"], truncation=True, max_length=3, padding=True)
+    pruned.model.train()
+    pruned.model.requires_grad_(False)
+    pruned.model.config.use_cache = False
+    mptk.generate(pruned, "the cat", max_new_tokens=2)
+    assert pruned.model.training
+    assert weights_digest(pruned.save(tmp_path / "copy")) == weights_digest(first)
+    with pytest.raises(MptkError, match="model is a str; give a module"):
+        pruned.model = "x"  # type: ignore[assignment]
+    with pytest.raises(MptkError, match="tokenizer is a NoneType; give a tokenizer"):
+        pruned.tokenizer = None
+
+
+def test_a_converted_model_counts_with_its_numbers_everywhere(tmp_path: Path) -> None:
+    pruned = prune_net()
+    exact = measure_net(pruned)["pruned"]
+    pruned.model.half()
+    halved = measure_net(pruned)["pruned"]
+    assert halved != exact
+    mptk.export(pruned, tmp_path / "onnx")
+    opened = mptk.Pruned.open(pruned.save(tmp_path / "copy"))
+    saved = mptk.evaluate(opened, X, dense=Net().eval(), example_inputs=X, progress=None)["pruned"]
+    assert saved == pytest.approx(halved, rel=1e-6)
+    other = prune_net()
+    other.model.double()
+    mptk.export(other, tmp_path / "double")
+    assert measure_net(other)["pruned"] == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path) -> None:
+    module = Net().eval()
+    pruned = prune_net(model=module)
+    with torch.no_grad():
+        module.up.weight.mul_(3)
+    with pytest.raises(MptkError, match=r"the dense Net changed since it was pruned"):
+        measure_net(pruned)
+    assert pruned.save(tmp_path / "as it was").is_dir()
+    with torch.no_grad():
+        pruned.model.get_parameter("up.weight").mul_(2)
+    with pytest.raises(MptkError, match=r"the dense Net changed since it was pruned"):
+        pruned.save(tmp_path / "trained")
+
+    tokenizer, model = toys.tokenizer(), toys.llama()
+    decoder = mptk.prune(model, data=IDS, tokenizer=tokenizer, **SMALL)
+    calls = uses(decoder, tmp_path)
+    tokenizer.add_tokens(["mine"])
+    for use in ("evaluate", "recover", "generate"):
+        with pytest.raises(MptkError, match=r"the dense Llama\w+ changed .*tokenizer|tokenizer of .* changed"):
+            calls[use]()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    with pytest.raises(MptkError, match="the dense LlamaForCausalLM changed since it was pruned"):
+        calls["recover"]()
+
+    shutil.copytree(dense, tmp_path / "dense")
+    named = mptk.prune(tmp_path / "dense", data=IDS, **SMALL)
+    flip_bit(tmp_path / "dense" / "model.safetensors")
+    with pytest.raises(MptkError, match=r"dense changed since it was pruned .*model\.safetensors"):
+        uses(named, tmp_path)["evaluate"]()
+
+
+def test_a_result_whose_files_went_or_were_damaged_is_not_passed_on(folder: Path, tmp_path: Path) -> None:
+    cleaned = prune_net()
+    (cleaned.proven / "model.safetensors").unlink()
+    for call in (lambda: cleaned.model, lambda: measure_net(cleaned), lambda: cleaned.save(tmp_path / "copy")):
+        with pytest.raises(
+            MptkError, match=r"model\.safetensors is missing .*temporary folder .*prune again with out="
+        ):
+            call()
+    gone = prune_net()
+    shutil.rmtree(gone.proven)
+    with pytest.raises(MptkError, match=r"is no longer there: the temporary folder"):
+        gone.save(tmp_path / "copy")
+    opened = mptk.Pruned.open(folder)
+    flip_bit(folder / "model.safetensors")
+    for call in uses(opened, tmp_path).values():
+        with pytest.raises(MptkError, match=r"model\.safetensors in .* was changed since it was published"):
+            call()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["pruned"]
+
+
+def test_a_folder_without_the_weights_of_its_report_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write_manifest(folder)  # as an earlier mptk did when it saved a result whose weights were gone
+    for call in (lambda: mptk.Pruned.open(folder), lambda: push(folder, "me/small", dry_run=True)):
+        with pytest.raises(MptkError, match=r"weights_sha256 in report\.json is wrong: .* or none"):
+            call()
+
+
+def test_only_what_was_proven_is_copied_and_another_result_is_not_taken_for_it(folder: Path, tmp_path: Path) -> None:
+    opened = mptk.Pruned.open(folder)
+    (folder / "notes.txt").write_text("mine")
+    copied = opened.save(tmp_path / "copy")
+    check_manifest(copied)
+    assert not (copied / "notes.txt").exists()
+    with pytest.raises(MptkError, match="lies in the folder that is copied"):
+        opened.save(folder / "inside")
+    prune_net(folder, overwrite=True)
+    with pytest.raises(MptkError, match=r"holds another result by now .*Pruned\.open"):
+        uses(opened, tmp_path)["evaluate"]()
+
+
+def test_relative_names_hold_when_the_current_folder_changes(
+    dense: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, "m")
+    Path("t.txt").write_text("the cat sat on the mat and went home again. " * 200)
+    pruned = mptk.prune("m", "small", data="t.txt", **SMALL)
+    opened = mptk.Pruned.open("small", model="m")
+    monkeypatch.chdir("/")
+    assert pruned.folder == elsewhere / "small"
+    assert pruned.report.settings.data == "t.txt"
+    with torch.no_grad():
+        for each in (pruned, opened):
+            each.model.lm_head.weight.mul_(2)
+    calls = uses(pruned, elsewhere)
+    measured = calls["evaluate"]()
+    assert mptk.evaluate(calls["save"](), IDS, length=24, progress=None)["model"] == pytest.approx(measured["pruned"])
+    assert mptk.Report.read(elsewhere / "copy").settings.data == "t.txt"
+    calls["recover"]()
+    assert opened.save(elsewhere / "opened").is_dir()
+
+    monkeypatch.chdir(elsewhere)
+    prune_net("later", progress=lambda *_: os.chdir("/"))
+    assert (elsewhere / "later" / "report.json").is_file()
+
+
+def test_a_copy_and_a_pickle_say_what_to_do_instead() -> None:
+    pruned = prune_net()
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(MptkError, match=r"save\(DIR\) it, and open that folder with Pruned\.open"):
+            make(pruned)
+    analysis = mptk.analyze(Net(), (X,))
+    assert copy.deepcopy(analysis).families == analysis.families
+
+
+def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
+    nets = [Net().eval() for _ in range(3)]
+    pruned = mptk.Pruned.open(first)
+    found: list[object] = []
+
+    def work(net: nn.Module) -> None:
+        found.append(weights_digest(prune_net(model=net).proven))
+        found.append(sum(p.numel() for p in mptk.load(str(dense)).model.parameters()))
+        found.append(id(pruned.model))
+
+    threads = [threading.Thread(target=work, args=(net,)) for net in nets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {weights_digest(prune_net().proven), sum(p.numel() for p in toys.llama().parameters()), id(pruned.model)}
+    assert len(found) == 9
+    assert set(found) == expected
+
+
+def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
+    before = measure_net(prune_net())["pruned"]
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        with torch.device("cpu"):
+            net = Net().eval()
+        assert measure_net(prune_net(model=net))["pruned"] == before
+    with torch.inference_mode():
+        assert measure_net(prune_net())["pruned"] == before  # its weights are tensors of inference mode
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.no_grad():
+            recovered = mptk.recover(
+                first, data=IDS.int(), steps=1, lr=1e-9, batch=2, length=24, onnx=False, progress=None
+            )
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(row["ok"] for row in recovered.report.proof)
+
+
+def test_a_graph_with_its_tokenizer_beside_it_writes_text(tmp_path: Path) -> None:
+    mptk.export(toys.llama(), tmp_path / "onnx", tokenizer=toys.tokenizer())
+    assert len(mptk.generate(tmp_path / "onnx", "the cat", max_new_tokens=2)) == 1

@@ -38,15 +38,15 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
-from mptk.chain.amounts import in_time
-from mptk.chain.estimate import estimator
 from mptk.cli.parse import parse_width
 from mptk.config.learning import Learning, Training
 from mptk.cost.estimate import this_machine
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
 from mptk.protocols.report import Report
-from mptk.trust import trust_by_caller
+from mptk.run.estimate import read_estimator
+from mptk.run.minutes import complete_settings
+from mptk.trust import NO_CODE, trust_by_caller
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
@@ -94,7 +94,7 @@ def settings(
         compute_dtype=trains["compute"],
         resume=True,
     )
-    return replace(in_time(found, estimator(model)), eval_windows=1, onnx=False)
+    return replace(complete_settings(found, read_estimator(model, NO_CODE))[0], eval_windows=1, onnx=False)
 
 
 def steps_of(tokens: int, batch: int) -> int:

@@ -21,7 +21,7 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality import MODEL, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, shapes
-from mptk.api.advice import SHAPES_FILE
+from mptk.run.advise import SHAPES_FILE
 from mptk.protocols.shapes import Shape, Shapes
 from mptk.reading import damaged, read_as
 

@@ -27,7 +27,6 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.chain.prepare import legalise
 from mptk.config.learning import Learning, Training
 from mptk.config.settings import Settings
 from mptk.io import models
@@ -40,6 +39,8 @@ from mptk.progress import silent
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
+from mptk.run.prepare import legalise
+from mptk.run.run import Run
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.pipelines import cut_program
@@ -89,7 +90,9 @@ def prepared(teacher: str) -> Prepared:
     """The model as `prune` prepares it for MaskPrune at 30 %."""
     loaded = models.load(MODEL)
     analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
-    return legalise(MODEL, settings(teacher), Analysed(loaded, CAUSAL_LM, analysis), silent)
+    asked = settings(teacher)
+    run = Run(log=Log(), progress=silent, source=MODEL, out=Path("out"), settings=asked)
+    return legalise(run, asked, Analysed(loaded, CAUSAL_LM, analysis))
 
 
 def learner(run: Prepared) -> Learner:

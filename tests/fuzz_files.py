@@ -38,7 +38,6 @@ from torch import nn
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.chain.kept import KEPT_CHOICE, KeptChoice
 from mptk.config.recipe import read_recipe
 from mptk.errors import exhausted
 from mptk.io import models
@@ -49,6 +48,7 @@ from mptk.protocols.run_folder import check_unfinished, make_run_folder
 from mptk.publish.manifest import check_manifest
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
+from mptk.run.stored import KEPT_CHOICE, KeptChoice
 from mptk.targets.archive import write_archive
 from mptk.tasks.inputs.audio import read_sound
 from mptk.tasks.inputs.images import open_image
@@ -84,7 +84,7 @@ def unfinished(path: Path) -> None:
 
 
 def kept(path: Path) -> None:
-    from mptk.chain import kept as module
+    from mptk.run import stored as module
 
     folder = type("Folder", (), {"path": path.parent})()
     Plan.from_json(module._known(folder, KEPT_CHOICE, KeptChoice)["plan"])

@@ -22,12 +22,21 @@ import mptk
 import passes.frontend.trace
 from mptk.files import write_json
 from mptk.io import models
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.progress import silent
 from mptk.publish.manifest import write_manifest
+from mptk.run.run import Run
 from passes.analysis import group
 
 WINDOW = 64
 Edit = Callable[[Path], None]
+
+
+def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path("out")) -> Run:
+    """A run of which only settings, plan and output count."""
+    return Run(log=Log(), progress=silent, source="model", out=out, settings=settings, plan=plan)
 
 
 @contextmanager

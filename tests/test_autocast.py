@@ -20,13 +20,13 @@ from toy_checkpoints import SETTINGS, llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
-from mptk.chain.amounts import settled
 from mptk.config.learning import Learning, Training
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.criteria.gradients import gradients
 from mptk.methods.criteria.observe import Calibration
 from mptk.progress import Progress
+from mptk.run.minutes import fill_in
 from mptk.staged.staged import Executor
 
 BF16 = Executor(compute=torch.bfloat16)
@@ -156,9 +156,9 @@ def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(
 
 def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     settings = Settings(compute_dtype="bfloat16", learning=Learning(steps=4))
-    assert settled(settings).learning.precision == "bf16"
-    assert settled(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
-    assert settled(replace(settings, compute_dtype="float32")).learning.precision == "no"
+    assert fill_in(settings).learning.precision == "bf16"
+    assert fill_in(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
+    assert fill_in(replace(settings, compute_dtype="float32")).learning.precision == "no"
 
 
 def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside) -> None:

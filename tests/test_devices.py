@@ -19,7 +19,6 @@ from torch import Tensor
 from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
-from mptk.chain.prepare import legalise
 from mptk.compat.accelerate import own_state
 from mptk.config.learning import Learning
 from mptk.distributed.processes import replica
@@ -33,10 +32,12 @@ from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import SampleSets
+from mptk.run.prepare import legalise
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
+from tests.lab import bare_run
 
 TEXT = next_tokens(architectures.tokens(8, 32))
 ADAPTED = 7
@@ -50,12 +51,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
     analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
-    return legalise(
-        path,
-        replace(SETTINGS, keep=("hidden",), compute_dtype="float32"),
-        Analysed(loaded, CAUSAL_LM, analysis),
-        silent,
-    )
+    asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")
+    return legalise(bare_run(asked), asked, Analysed(loaded, CAUSAL_LM, analysis))
 
 
 @dataclass(frozen=True)

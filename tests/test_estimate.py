@@ -21,14 +21,15 @@ from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
-from mptk.chain import recovery
-from mptk.chain.amounts import settled
-from mptk.chain.estimate import check_fits, estimated, estimated_for
+from mptk.api.pruned import estimate_run
+from mptk.api.recovery import estimate_recovery
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import Estimate, Machine, ModelSizes, Pass, Work, duration, estimate, size_text, stacked
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import blocks
+from mptk.run.estimate import Estimator, check_fits
+from mptk.run.minutes import fill_in
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
@@ -38,7 +39,7 @@ WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibrati
 
 @pytest.fixture(autouse=True)
 def machine(inside: Inside) -> None:
-    inside.gives("mptk.chain.estimate.this_machine", SLOW)
+    inside.gives("mptk.run.estimate.this_machine", SLOW)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_training_holds_all_weights() -> None:
 
 
 def test_a_config_is_enough(eight_billion: str) -> None:
-    found = estimated(eight_billion, Settings(method="wanda", onnx=False, data="text"))
+    found = estimate_run(eight_billion, Settings(method="wanda", onnx=False, data="text"))
     assert found.seconds["read"] == 16_060_522_496 / 1e6  # bfloat16, as the config says
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert found.output["checkpoint"] == pytest.approx(16_060_522_496 - 0.3 * 2 * 32 * block)
@@ -145,7 +146,7 @@ def test_a_config_is_enough(eight_billion: str) -> None:
 
 def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     base = Settings(method="wanda", onnx=False, data="text")
-    ask = lambda **changes: estimated(eight_billion, replace(base, **changes))  # noqa: E731
+    ask = lambda **changes: estimate_run(eight_billion, replace(base, **changes))  # noqa: E731
     plan = ask(plan="plan.json")
     assert not {"score (wanda)", "choose widths", "reconstruct"} & set(plan.seconds)
     assert plan.output["checkpoint"] == 16_060_522_496
@@ -179,7 +180,9 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
 
 def test_products_are_those_of_the_traced_graph() -> None:
     model = architectures.model("mixtral", meta=True)
-    found = estimated_for(model, torch.float32, settled(Settings(method="wanda", data="text", onnx=False, length=8)))
+    found = Estimator(model, torch.float32).estimate(
+        fill_in(Settings(method="wanda", data="text", onnx=False, length=8))
+    )
     per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
     of_text = 32 * 8 * (per_token + 4 * 8 * 48 * 2)
     assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
@@ -191,27 +194,27 @@ def test_a_short_convolution_is_no_mixture() -> None:
 
 
 def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, inside: Inside) -> None:
-    asked = inside.calls("mptk.chain.estimate.this_machine")
+    asked = inside.calls("mptk.run.estimate.this_machine")
     settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
-    host = estimated(eight_billion, settings)
+    host = estimate_run(eight_billion, settings)
     assert (host.there, host.device) == ({}, "")
-    inside.gives("mptk.chain.estimate.find_device", torch.device("cuda", 1))
-    found = estimated(eight_billion, replace(settings, compute_dtype="bfloat16"))
+    inside.gives("mptk.run.estimate.find_device", torch.device("cuda", 1))
+    found = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16"))
     assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
     assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
     assert found.there["activations"] == host.needed["activations"]
     assert set(found.needed) == {"libraries", "largest stage"}
     assert re.search(r"GB of memory, \d+\.\d GB on cuda:1, ", str(found))
-    trained = estimated(eight_billion, replace(settings, learning=Learning(steps=3)))
+    trained = estimate_run(eight_billion, replace(settings, learning=Learning(steps=3)))
     assert trained.there["weights"] == trained.needed["weights"] == 2 * 16_060_522_496
     assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
 
 
 def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: str, inside: Inside) -> None:
     settings = Settings(method="wanda", data="text", onnx=False, reconstruct=True, memory=64 * 10**9)
-    single = estimated(eight_billion, settings).seconds
-    inside.gives("mptk.chain.estimate.this_machine", replace(SLOW, speedup=4.0))
-    half = estimated(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
+    single = estimate_run(eight_billion, settings).seconds
+    inside.gives("mptk.run.estimate.this_machine", replace(SLOW, speedup=4.0))
+    half = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
     assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] / 4)
     assert (half["prove"], half["measure"]) == (single["prove"], single["measure"])
     assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
@@ -219,7 +222,7 @@ def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billio
 
 def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) -> None:
     found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
-    inside.around("mptk.chain.estimate.device_memory", lambda _, device: 2e9 if device.index == 1 else None)
+    inside.around("mptk.run.estimate.device_memory", lambda _, device: 2e9 if device.index == 1 else None)
     said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
     with pytest.raises(MptkError, match=said):
         check_fits(found, tmp_path)
@@ -231,7 +234,7 @@ def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
     prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
     settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)
-    found = recovery.needed(tmp_path / "pruned", settings)
+    found = estimate_recovery(tmp_path / "pruned", settings)
     kept, parameters = (
         sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
         for folder in (tmp_path / "pruned", dense)
@@ -290,7 +293,7 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
     disk: int,
     said: str,
 ) -> None:
-    inside.gives("mptk.chain.estimate.free_memory", memory)
+    inside.gives("mptk.run.estimate.free_memory", memory)
     inside.gives("shutil.disk_usage", Disk(disk))
     learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))
     changes = {name: value for name, value in changes.items() if name not in ("steps", "rank")}

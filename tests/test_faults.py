@@ -150,12 +150,12 @@ def swapped_rows(inside: Inside) -> None:
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    inside.spoil("mptk.chain.fit.widened", damaged)
+    inside.spoil("mptk.run.recover.widened", damaged)
 
 
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda inside: inside.gives("mptk.chain.fit.widened", {}), "trained model"),
+    "recovery dropped": (lambda inside: inside.gives("mptk.run.recover.widened", {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
 }
 LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=3e-3))

@@ -21,7 +21,7 @@ from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHERS = ["mptk/cli/failure.py", "mptk/chain/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
+OTHERS = ["mptk/cli/failure.py", "mptk/run/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
 """Two ask where temporary files go, one removes a folder in its own output, one opens a file without a name."""
 
 

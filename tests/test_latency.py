@@ -22,18 +22,18 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
-from mptk.chain.prepare import legalise
 from mptk.cost import operator_times
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, cached_times, measure
 from mptk.io.models import Loaded
-from mptk.progress import silent
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
+from mptk.run.prepare import legalise
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
+from tests.lab import bare_run
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
@@ -248,7 +248,7 @@ def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine):
 
 def prepared(model, analysis, settings, plan=None) -> Prepared:
     start = Analysed(Loaded(model, None, "model", Path()), CAUSAL_LM, analysis)
-    return legalise("model", settings, start, silent, plan=plan)
+    return legalise(bare_run(settings, plan=plan), settings, start)
 
 
 # ---- errors ----

@@ -11,16 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Settings, analyze, trace
-from mptk.chain.prepare import legalise
 from mptk.cost.model import CostModel
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment, read_alignment
-from mptk.progress import silent
 from mptk.protocols.conversion import Analysed
+from mptk.run.prepare import legalise
 from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
 from passes.targets.derived import derived_families
+from tests.lab import bare_run
 
 
 def llama(**changes: int) -> LlamaForCausalLM:
@@ -149,7 +149,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     analysis, _, _ = small
     settings = Settings(align=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
     model = Analysed(Loaded(llama(), None, "model", Path()), CAUSAL_LM, analysis)
-    widths = [c.widths["ffn"] for c in legalise("model", settings, model, silent).candidates]
+    widths = [c.widths["ffn"] for c in legalise(bare_run(settings), settings, model).candidates]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
 

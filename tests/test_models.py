@@ -343,7 +343,7 @@ import sys
 from pathlib import Path
 from mptk.io.models import open_weights
 from mptk.io.resident import Resident
-import mptk.chain.prune  # what a run has imported
+import mptk.run.prune  # what a run has imported
 
 def most():
     lines = Path("/proc/self/status").read_text().splitlines()

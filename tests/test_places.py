@@ -25,14 +25,15 @@ from toy_checkpoints import tokenizer, write_gguf
 
 import mptk
 from mptk import MptkError
-from mptk.chain.ladder import LadderRun
 from mptk.cli.app import tidy_for
 from mptk.errors import explained
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
 from mptk.protocols.run_folder import RunFolder, check_unfinished, kept_settings
 from mptk.publish.folder import amend, publish
+from mptk.run.ladder import is_finished
 from mptk.staged.spool import Spool
+from tests.lab import bare_run
 
 llama, prepared_once, settings = test_resume.llama, test_resume.prepared_once, test_resume.settings
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,7 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(
     inside.bound("tempfile.tempdir", None)
     with pytest.raises(MptkError, match=rf"^{tmp_path}/tmp lets other .* written; set TMPDIR to a folder of your own$"):
         scratch()
-    inside.forbid("mptk.chain.prune.prepare")
+    inside.forbid("mptk.run.prune.prepare")
     with pytest.raises(MptkError, match="set TMPDIR to a folder of your own"):
         mptk.prune(llama, tmp_path / "out", settings)
     assert names(tmp_path) == ["tmp"]
@@ -318,7 +319,7 @@ def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: s
         lambda: check_unfinished(out, {}, resume=True),
         lambda: kept_settings(out),
         lambda: RunFolder(out, {}, resume=False),
-        lambda: LadderRun(out, mptk.Settings(resume=True)).finished("model"),
+        lambda: is_finished(bare_run(mptk.Settings(resume=True), out=out)),
     ):
         with pytest.raises(MptkError, match=said):
             work()
@@ -400,7 +401,7 @@ def test_hidden_folders_are_private(tmp_path: Path) -> None:
 def test_a_command_refuses_the_users_folder_before_any_work(
     llama: str, settings: mptk.Settings, tmp_path: Path, inside: Inside, name: str
 ) -> None:
-    inside.forbid("mptk.chain.prune.prepare")
+    inside.forbid("mptk.run.prune.prepare")
     asked = {"data": settings.data, "samples": 4, "length": 32, "onnx": False, "progress": None}
     out = tmp_path / "out"
     for work, output in (
@@ -507,7 +508,7 @@ def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
         shutil.rmtree(tmp_path / "cache")
         return real(*given, **options)
 
-    inside.around("mptk.chain.prune.choose", clean)
+    inside.around("mptk.run.prune.choose_units", clean)
     with pytest.raises(
         MptkError, match=rf"^{tmp_path}/cache\S+ was removed or cut short while it was read; start again$"
     ):

@@ -16,9 +16,9 @@ from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
 from mptk import MptkError, Samples
-from mptk.api.samples import collected
 from mptk.io.live import open_live
 from mptk.ir.samples import next_tokens
+from mptk.run.given_samples import collect_samples
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import task_of
 
@@ -67,7 +67,7 @@ def test_samples_and_texts_are_the_same_data() -> None:
     stream = torch.tensor(words(TEXT * 4, add_special_tokens=False)["input_ids"])
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
     for data in ([TEXT] * 4, windows, next_tokens(windows), list(windows[:, None]), list(windows)):
-        found = collected(data, loaded, task_of(loaded), 4, 12)
+        found = collect_samples(data, loaded, task_of(loaded), 4, 12)
         assert torch.equal(found.inputs["input_ids"], windows)
         assert torch.equal(found.targets, next_tokens(windows).targets)
 

@@ -252,7 +252,7 @@ DOORS = {
     "mptk/api/pruned.py": {"open"},
     "mptk/api/rerun.py": {"rerun"},
     "mptk/api/use.py": {"continuations", "evaluate"},
-    "mptk/chain/describe.py": {"describe"},  # takes it away
+    "mptk/run/describe.py": {"describe"},  # takes it away
     "mptk/cli/use.py": {"evaluate"},
     "mptk/config/recipe.py": {"command"},  # prints what the caller may type again
     "mptk/config/settings.py": {"Settings", "trust"},

@@ -45,7 +45,7 @@ TEXT, SCORE, WIDTHS = (
     "mptk.methods.one_shot.best",
 )
 FIT, CUT, WRITE = (
-    "mptk.chain.fit.reconstruct_consumers",
+    "mptk.run.recover.reconstruct_consumers",
     "mptk.compile.cut.cut_program",
     "mptk.targets.stock.write_checkpoint",
 )
@@ -54,7 +54,7 @@ BLOCK = "mptk.methods.distil._Block.trained"
 REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
-    ("mptk.chain.kept.write_json", errno.EDQUOT),
+    ("mptk.run.stored.write_json", errno.EDQUOT),
     ("mptk.files.staging.os.mkdir", errno.EACCES),
     (WRITE, errno.ENOSPC),
     ("mptk.files.replace._exchanged", errno.EROFS),

@@ -153,7 +153,7 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         proven.extend(p[0] for p in asked)  # type: ignore[arg-type]
         return real(compiled, targets, out, windows, **how)
 
-    inside.around("mptk.chain.prune.prove_folder", checked)
+    inside.around("mptk.run.prune.prove_folder", checked)
     report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
     own, main, smoothing, int8, whole, used = proven
     assert own == int8 == whole == used == (GPU, {"device_id": 1, "use_tf32": 0})

@@ -103,7 +103,7 @@ def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text
 
 def test_what_is_published_is_what_was_trained(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
     """The proof compares each written folder with the outputs that its size had in training."""
-    seen = inside.calls("mptk.chain.fit.check_witness")
+    seen = inside.calls("mptk.run.recover.check_witness")
     found = mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, "steps": 4})
     assert len(seen) == 2
     for each in found:
@@ -175,9 +175,9 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     ("stop", "call"),
     [
         (STEP, 2),
-        ("mptk.chain.shared.keep_rung", 2),
-        pytest.param("mptk.chain.shared.measured", 1, marks=pytest.mark.long),
-        pytest.param("mptk.chain.prune.compile_plan", 2, marks=pytest.mark.long),
+        ("mptk.run.shared.keep_rung", 2),
+        pytest.param("mptk.run.shared.measure", 1, marks=pytest.mark.long),
+        pytest.param("mptk.run.prune.compile_plan", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_weights(
@@ -256,7 +256,7 @@ def test_the_commands(llama: str, text: str, tmp_path: Path) -> None:
 def test_what_cannot_share_is_refused_before_any_work(
     llama: str, text: str, tmp_path: Path, inside: Inside, more: dict[str, Any], said: str
 ) -> None:
-    inside.forbid("mptk.chain.prune.choose")
+    inside.forbid("mptk.run.prune.choose_units")
     with pytest.raises(MptkError, match=said) as raised:
         mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, **more})
     assert "\n" not in str(raised.value)

@@ -151,7 +151,7 @@ def main(
         report = json.loads((made / "report.json").read_text())
         config = AutoConfig.from_pretrained(made)
         ids = torch.randint(config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-        expected = OrtDecoder(made).torch_logits(ids)[0]
+        expected = OrtDecoder(made).compute_torch_logits(ids)[0]
         runs: dict[str, tuple[str, Callable[[Path, Tensor], Tensor]]] = {
             "transformers": (_version("transformers"), in_transformers)
         }

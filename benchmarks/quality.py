@@ -40,9 +40,9 @@ from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
 from mptk.cli.parse import parse_width
 from mptk.config.learning import Learning, Training
-from mptk.cost.estimate import this_machine
+from mptk.cost.estimate import measure_machine
 from mptk.io import data, models
-from mptk.io.evaluation import perplexity, zero_shot
+from mptk.io.evaluation import measure_perplexity, zero_shot
 from mptk.protocols.report import Report
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import complete_settings
@@ -107,9 +107,9 @@ def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, A
     loaded = models.load(folder)
     found: dict[str, Any] = {}
     for name, text in texts.items():
-        held_out = data.evaluation_windows(loaded.tokenizer, text, 512, windows)
+        held_out = data.load_evaluation_windows(loaded.tokenizer, text, 512, windows)
         with torch.no_grad():
-            measured = perplexity(lambda ids: loaded.model(ids, use_cache=False).logits, held_out, data=name)
+            measured = measure_perplexity(lambda ids: loaded.model(ids, use_cache=False).logits, held_out, data=name)
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
     if tasks["tasks"]:
@@ -149,7 +149,7 @@ def row_of(
         "tokens": steps * batch * chosen.length,
         "samples": chosen.windows,
         "allowed": chosen.minutes,
-        "gflops": round(this_machine().flops / 1e9),
+        "gflops": round(measure_machine().flops / 1e9),
         "compute": chosen.compute_dtype,
         "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},

@@ -16,7 +16,7 @@ import typer
 from benchmarks.quality import MODEL, rows_in
 from mptk import Settings
 from mptk.config.learning import Learning, Training
-from mptk.cost.estimate import this_machine
+from mptk.cost.estimate import measure_machine
 from mptk.run.estimate import read_estimator
 from mptk.trust import NO_CODE
 
@@ -44,7 +44,7 @@ def settings_of(row: dict[str, Any]) -> Settings:
 def main(
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality_all_weights.json"),
 ) -> None:
-    print(f"minutes at {this_machine().flops / 1e9:.0f} GFLOP/s in a matrix product")
+    print(f"minutes at {measure_machine().flops / 1e9:.0f} GFLOP/s in a matrix product")
     print("| model | removed | minutes | tokens | windows | method | seed | widths | WikiText-2 | C4 |")
     print("|---|---:|---:|---:|---:|---|---:|---|---:|---:|")
     rows = [row for row in rows_in(json_file) if row["method"] != "dense"]

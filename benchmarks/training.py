@@ -32,10 +32,10 @@ from mptk.config.settings import Settings
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.progress import silent
+from mptk.progress import show_nothing
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
@@ -89,17 +89,17 @@ def settings(teacher: str) -> Settings:
 def prepared(teacher: str) -> Prepared:
     """The model as `prune` prepares it for MaskPrune at 30 %."""
     loaded = models.load(MODEL)
-    analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
+    analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
     asked = settings(teacher)
-    run = Run(log=Log(), progress=silent, source=MODEL, out=Path("out"), settings=asked)
+    run = Run(log=Log(), progress=show_nothing, source=MODEL, out=Path("out"), settings=asked)
     return legalise(run, asked, Analysed(loaded, CAUSAL_LM, analysis))
 
 
 def learner(run: Prepared) -> Learner:
     learning = run.mask_learning
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
-    samples = next_tokens(windows())
-    return Learner(start_training(learning, folder), run, samples, learning, folder, silent)
+    samples = make_token_samples(windows())
+    return Learner(start_training(learning, folder), run, samples, learning, folder, show_nothing)
 
 
 def masks(teacher: str) -> Step:
@@ -113,10 +113,10 @@ def recovery(teacher: str) -> Step:
     """A step of recovery, after a cut of 30 %."""
     run = prepared(teacher)
     analysis = run.analysis
-    scores = criteria.score(analysis, "magnitude", families=run.families)
+    scores = criteria.score_units(analysis, "magnitude", families=run.families)
     ffn = min(run.candidates, key=lambda c: c.widths["ffn"])
     widths = {n: w for n, w in ffn.widths.items() if w < analysis.family(n).size}
-    plan = criteria.select(analysis, scores, widths)
+    plan = criteria.select_units(analysis, scores, widths)
     cut = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
     assert run.legal.stock is not None
     stock = run.legal.stock.config(widths)

@@ -15,18 +15,18 @@ from benchmarks.tiny_models import Tiny
 from benchmarks.tiny_wrappers import Logits
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
-from mptk.ir.axes import leaves
+from mptk.ir.axes import list_axes
 from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.passes import Log
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.choose_blocks import choose_blocks
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
 from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.learn import Stock
-from passes.transforms.fold_norms import epsilons
+from passes.transforms.fold_norms import find_epsilons
 from passes.verify import TOLERANCE
 
 PREFIX = "model."
@@ -126,7 +126,7 @@ def _line(refusal: Refusal) -> str:
 
 def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
     own = {g.axis for f in analysis.families for g in f.groups}
-    others = {a.size for dims in analysis.weights.values() for d in dims for a in leaves(d) if a not in own}
+    others = {a.size for dims in analysis.weights.values() for d in dims for a in list_axes(d) if a not in own}
 
     def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
@@ -135,8 +135,10 @@ def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
         Logits(model, tiny.wrapper.names)(*(tensor.to("meta") for tensor in tiny.inputs))  # type: ignore[arg-type]
 
     families = {f.name: f.size for f in analysis.families}
-    norms = {f.name: {n.removeprefix(PREFIX): e for n, e in epsilons(analysis, f).items()} for f in analysis.families}
-    derived = derived_families(analysis)
+    norms = {
+        f.name: {n.removeprefix(PREFIX): e for n, e in find_epsilons(analysis, f).items()} for f in analysis.families
+    }
+    derived = find_derived_families(analysis)
     return Stock(tiny.model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)  # type: ignore[arg-type]
 
 

@@ -59,7 +59,7 @@ class Turn:
 TURN = Turn()
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def guard_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function: it raises MptkError if an argument is not of its annotated type, and takes its turn."""
     signature = inspect.signature(function)
 
@@ -93,37 +93,37 @@ def _in_one_line(error: OSError) -> MptkError | None:
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:
     """Check arguments by name against the annotations of ``function``; raises MptkError for the first wrong one."""
-    hints, several = _annotated(function)
+    hints, several = _read_annotations(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
-        if (wrong := _wrong(given[name], hint, name)) is not None:
+        if (wrong := _find_fault(given[name], hint, name)) is not None:
             raise MptkError(wrong)
 
 
 @functools.cache
-def _annotated(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
+def _read_annotations(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
     """The types and the parameters of a function."""
     return get_type_hints(function), inspect.signature(function).parameters
 
 
-def _wrong(value: object, hint: object, name: str) -> str | None:
+def _find_fault(value: object, hint: object, name: str) -> str | None:
     """What is wrong with an argument and what to give instead; None if it is of its type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return None
     if origin in (Union, types.UnionType):
-        each = [_wrong(value, one, name) for one in arguments]
+        each = [_find_fault(value, one, name) for one in arguments]
         inner = (wrong for wrong in each if wrong is not None and wrong.startswith(f"{name}."))
-        return None if None in each else next(inner, _said(value, hint, name))
+        return None if None in each else next(inner, _describe_fault(value, hint, name))
     if origin is Literal:
-        return None if value in arguments else _said(value, hint, name)
+        return None if value in arguments else _describe_fault(value, hint, name)
     if not _is_a(value, origin or hint):
-        return _said(value, hint, name)
+        return _describe_fault(value, hint, name)
     if isinstance(value, Mapping) and len(arguments) == 2:
-        return next(filter(None, (_wrong(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
+        return next(filter(None, (_find_fault(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
     if isinstance(value, list | tuple) and arguments:
-        return next(filter(None, (_wrong(v, arguments[0], f"{name}.{i}") for i, v in enumerate(value))), None)
+        return next(filter(None, (_find_fault(v, arguments[0], f"{name}.{i}") for i, v in enumerate(value))), None)
     return None
 
 
@@ -142,17 +142,17 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _said(value: object, hint: object, name: str) -> str:
+def _describe_fault(value: object, hint: object, name: str) -> str:
     kind = type(value).__name__
     shown = repr(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
-    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_wanted(hint)}"
+    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_name_type(hint)}"
 
 
-def _wanted(hint: object) -> str:
+def _name_type(hint: object) -> str:
     """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        *most, last = dict.fromkeys(_wanted(one) for one in arguments)
+        *most, last = dict.fromkeys(_name_type(one) for one in arguments)
         return f"{', '.join(most)} or {last}" if most else last
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
@@ -161,5 +161,5 @@ def _wanted(hint: object) -> str:
     if origin is not None and issubclass(origin, Mapping):
         return "a dict"
     if origin is not None and issubclass(origin, Iterable):
-        return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not object else "an iterable"
+        return f"a list, each {_name_type(arguments[0])}" if arguments[0] is not object else "an iterable"
     return IN_WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

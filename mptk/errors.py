@@ -16,13 +16,13 @@ class MptkError(Exception):
     """A user-facing error: one line that names the cause and the remedy. The command line prints it and exits 1."""
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+def suggest_name(name: str, known: Iterable[str], otherwise: str) -> str:
     """Ask whether the closest name in ``known`` was meant by a mistyped one; ``otherwise`` if no name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
-def first_line(error: BaseException) -> str:
+def take_first_line(error: BaseException) -> str:
     """The first line of an error's text, and the second if the first ends with a colon; its class if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -70,7 +70,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explain_errors() -> Iterator[None]:
     """Raise MptkError if a library reports that memory, disk space, open files or permissions are missing.
 
     So does an installed package that cannot be imported.
@@ -78,20 +78,20 @@ def explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = None if isinstance(error, Exhausted) else exhausted(error) or find_broken_package(error)
+        found = None if isinstance(error, Exhausted) else find_exhaustion(error) or find_broken_package(error)
         if found is None:
             raise
         raise found from error
 
 
-def exhausted(error: BaseException) -> MptkError | None:
+def find_exhaustion(error: BaseException) -> MptkError | None:
     """The message for an error about memory, disk, open files or permissions, also of its cause; None for any other.
 
     Libraries share no class for these errors: torch raises a RuntimeError, safetensors its own class.
     """
     cause: BaseException | None = error
     while cause is not None:
-        number = _number(cause)
+        number = _find_errno(cause)
         if number in _FILES or _TOO_MANY in str(cause):
             return Exhausted(NO_MORE_FILES)
         silent = not isinstance(error, MptkError)  # an MptkError knows what it could not write
@@ -102,8 +102,8 @@ def exhausted(error: BaseException) -> MptkError | None:
             return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
         if silent and (gone := _find_removed(cause)) is not None:
             return removed_meanwhile(gone)
-        if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
-            return Exhausted(_out_of_memory(str(cause)))
+        if isinstance(cause, MemoryError) or number == errno.ENOMEM or _is_memory_error(cause):
+            return Exhausted(_describe_memory(str(cause)))
         cause = cause.__cause__
     return None
 
@@ -116,19 +116,21 @@ def find_broken_package(error: BaseException) -> MptkError | None:
     if not isinstance(error, ImportError | OSError) or isinstance(error, ModuleNotFoundError):
         return None
     names = [
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__) if _loads(frame)
+        frame.f_globals.get("__name__", "")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if _is_first_import(frame)
     ]
     names += [error.name or ""] if isinstance(error, ImportError) else []
     package = names[-1].partition(".")[0] if names else ""
     if package in ("", "__main__", "mptk", "passes"):
         return None
     return MptkError(
-        f"the package {package} is installed, but does not import ({first_line(error)}); repair it, or uninstall it if "
+        f"the package {package} is installed, but does not import ({take_first_line(error)}); repair it, or uninstall it if "
         "you do not need it"
     )
 
 
-def _loads(frame: FrameType) -> bool:
+def _is_first_import(frame: FrameType) -> bool:
     """Whether a frame is a module on its first import."""
     return frame.f_code.co_name == "<module>"
 
@@ -145,7 +147,7 @@ def _find_removed(error: BaseException) -> str | None:
     return None
 
 
-def _number(error: BaseException) -> int | None:
+def _find_errno(error: BaseException) -> int | None:
     """The errno of an error; libraries written in Rust have it only in their text."""
     if isinstance(error, OSError):
         return error.errno
@@ -153,19 +155,19 @@ def _number(error: BaseException) -> int | None:
     return int(told[1]) if told else None
 
 
-def _says_memory(error: BaseException) -> bool:
+def _is_memory_error(error: BaseException) -> bool:
     return not isinstance(error, MptkError | OSError) and _MEMORY.search(str(error)) is not None
 
 
-def _out_of_memory(text: str) -> str:
+def _describe_memory(text: str) -> str:
     device, amount = _DEVICE.search(text), _AMOUNT.search(text)
     where = f"the {device[1]} device is out of memory" if device else "out of memory"
-    wanted = f" ({_readable(float(amount[1]), amount[2])} more were asked for)" if amount else ""
+    wanted = f" ({_format_amount(float(amount[1]), amount[2])} more were asked for)" if amount else ""
     return (
         f"{where}{wanted}; free some, or lower --length, --samples or --micro; "
         "`mptk prune MODEL --estimate` says what a run needs"
     )
 
 
-def _readable(number: float, unit: str | None) -> str:
+def _format_amount(number: float, unit: str | None) -> str:
     return f"{number:g} {unit}" if unit else f"{number / 1e9:.3g} GB"

@@ -1,6 +1,6 @@
 """plain: escape text of unknown origin, so that terminals and browsers neither obey nor hide a part of it.
 
-Names of models, paths, data, reports and libraries' messages go through ``plain`` before they are shown.
+Names of models, paths, data, reports and libraries' messages go through ``escape_text`` before they are shown.
 ``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
 ``mptk/report/markdown.py`` does the same for Markdown.
 """
@@ -15,7 +15,7 @@ _WRITTEN_OUT = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters (escape sequences begin with one), halves of a pair, line separators."""
 
 
-def plain(text: str, *, lines: bool = True) -> str:
+def escape_text(text: str, *, lines: bool = True) -> str:
     """``text`` with control characters and changes of the writing direction as ``\\x1b`` or ``\\u202e``.
 
     ``lines``: keep line ends and tabs.

@@ -36,7 +36,7 @@ def with_plugins(own: Mapping[str, Plugin], group: str) -> dict[str, Plugin]:
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
-def find(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
+def find_entry(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")

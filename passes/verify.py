@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError, exhausted
+from mptk.errors import MptkError, find_exhaustion
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.progress import steps
+from mptk.progress import step_through
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
@@ -72,7 +72,7 @@ class Difference:
     def ok(self) -> bool:
         return self.relative <= self.tolerance
 
-    def as_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         said = {k: v for k, v in asdict(self).items() if k not in ("widened", "failure", "ran") or v}
         return said | {"ok": self.ok}
 
@@ -96,15 +96,15 @@ def prove(
         the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
-        found = _compared(masked, stages, batches, executor)
+        found = _compare_stages(masked, stages, batches, executor)
         if all(d.ok for d in found):
             return found
         jittered = RoundWeights()(masked).program
-        (own,) = _compared(masked, {"rounding": (jittered, WIDEST)}, batches, executor)
+        (own,) = _compare_stages(masked, {"rounding": (jittered, WIDEST)}, batches, executor)
     return [widen(d, own.relative) for d in found]
 
 
-def _compared(
+def _compare_stages(
     masked: Program,
     stages: Mapping[str, tuple[Program | StageOutputs, float]],
     batches: Sequence[Samples],
@@ -118,10 +118,10 @@ def _compared(
         try:
             reference = next(results)
         except RuntimeError as error:  # stages run side by side, so the fault may be any program's
-            if (lacking := exhausted(error)) is not None:
+            if (lacking := find_exhaustion(error)) is not None:
                 raise lacking from error
-            return [failed(name, error, tolerance) for name, (run, tolerance) in stages.items()]
-        for name, (run, tolerance) in steps(stages.items(), lambda stage: stage[0]):
+            return [make_failure(name, error, tolerance) for name, (run, tolerance) in stages.items()]
+        for name, (run, tolerance) in step_through(stages.items(), lambda stage: stage[0]):
             outputs_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, outputs_of, batch, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
@@ -150,26 +150,26 @@ def _run(
         found = run(batch)
         if isinstance(reference, Tensor):
             assert isinstance(found, Tensor | Placed)
-            return difference(name, found, reference.float(), tolerance)
+            return compare_outputs(name, found, reference.float(), tolerance)
         assert not isinstance(found, Placed)
         pairs = zip(found, reference, strict=True)
-        each = [difference(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
+        each = [compare_outputs(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
         return max(each, key=lambda d: d.relative)
     except MptkError:
         raise
     except Exception as error:
-        if (lacking := exhausted(error)) is not None:
+        if (lacking := find_exhaustion(error)) is not None:
             raise lacking from error
-        return failed(name, error, tolerance)
+        return make_failure(name, error, tolerance)
 
 
-def failed(name: str, error: Exception, tolerance: float) -> Difference:
+def make_failure(name: str, error: Exception, tolerance: float) -> Difference:
     """The infinite difference of a stage that gave no logits."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
 
 
-def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
+def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
     """The difference of outputs [batch, sequence, vocab] from ``reference``.
 
     NaN is an infinite difference. If all reference outputs are zero, any difference is relatively infinite.
@@ -178,7 +178,7 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
         ValueError: there are too few outputs, or too many.
     """
     largest, scale = 0.0, 0.0
-    for one, other in parts_of(found, reference):
+    for one, other in split_outputs(found, reference):
         if one.shape != other.shape:
             raise ValueError(f"the outputs are {list(one.shape)}, not {list(other.shape)}")
         if not one.numel():
@@ -193,7 +193,7 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
     return Difference(stage, largest, largest / scale, tolerance)
 
 
-def parts_of(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def split_outputs(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs and what they must be, ``POSITIONS_AT_ONCE`` at a time."""
     if isinstance(found, Placed):
         rows = (torch.arange(len(found.places)) if found.of is None else found.of)[:, None]

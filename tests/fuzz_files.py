@@ -39,10 +39,10 @@ from torch import nn
 import mptk
 from mptk import MptkError, Plan, Report
 from mptk.config.recipe import read_recipe
-from mptk.errors import exhausted
+from mptk.errors import find_exhaustion
 from mptk.io import models
 from mptk.io.archive import read_archive
-from mptk.io.text.files import file_documents
+from mptk.io.text.files import read_file_documents
 from mptk.io.untrusted import check_folder, load_tensors
 from mptk.protocols.run_folder import check_unfinished, make_run_folder
 from mptk.publish.manifest import check_manifest
@@ -74,7 +74,7 @@ def tokens_of(folder: Path) -> None:
 
 
 def documents(path: Path) -> None:
-    for document in file_documents(path):
+    for document in read_file_documents(path):
         for _ in document:
             pass
 
@@ -92,11 +92,11 @@ def kept(path: Path) -> None:
 
 READERS: Mapping[str, tuple[str, Read]] = {
     "plan": ("pruned/plan.json", Plan.load),
-    "report": ("pruned/report.json", of_folder(lambda folder: shown(views.prune_view(Report.read(folder))))),
+    "report": ("pruned/report.json", of_folder(lambda folder: shown(views.build_prune_view(Report.read(folder))))),
     "manifest": ("pruned/mptk.json", of_folder(check_manifest)),
     "bench": (
         "pruned/bench.json",
-        of_folder(lambda folder: shown(views.bench_view(found)) if (found := read_bench(folder)) else None),
+        of_folder(lambda folder: shown(views.build_bench_view(found)) if (found := read_bench(folder)) else None),
     ),
     "metrics": ("pruned/metrics.jsonl", of_folder(lambda folder: read_run(folder, "x"))),
     "recipe": ("pruned/run.yaml", read_recipe),
@@ -105,7 +105,7 @@ READERS: Mapping[str, tuple[str, Read]] = {
     "weights": ("model/model.safetensors", lambda path: load_tensors(path, MptkError)),
     "archive": ("model.pt2", read_archive),
     "index": ("model/model.safetensors.index.json", of_folder(check_folder)),
-    "config": ("model/config.json", of_folder(lambda folder: models.skeleton(str(folder)))),
+    "config": ("model/config.json", of_folder(lambda folder: models.build_skeleton(str(folder)))),
     "generation config": ("model/generation_config.json", of_folder(check_folder)),
     "tokenizer": ("model/tokenizer.json", of_folder(tokens_of)),
     "tokenizer config": ("model/tokenizer_config.json", of_folder(tokens_of)),
@@ -220,7 +220,7 @@ def outcome(reader: str, file: Path) -> str:
     except MptkError:
         return "refused"
     except Exception as error:
-        if exhausted(error) is not None:
+        if find_exhaustion(error) is not None:
             return "out of memory"
         said = str(error).replace(tempfile.gettempdir(), "")
         at = traceback.extract_tb(error.__traceback__)

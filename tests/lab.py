@@ -25,7 +25,7 @@ from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.progress import silent
+from mptk.progress import show_nothing
 from mptk.publish.manifest import write_manifest
 from mptk.run.run import Run
 from passes.analysis import group
@@ -36,7 +36,7 @@ Edit = Callable[[Path], None]
 
 def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path("out")) -> Run:
     """A run of which only settings, plan and output count."""
-    return Run(log=Log(), progress=silent, source="model", out=out, settings=settings, plan=plan)
+    return Run(log=Log(), progress=show_nothing, source="model", out=out, settings=settings, plan=plan)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ class Lab:
         config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
         self.dense = save(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
-        analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
+        analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
         random_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
         text = root / "text.txt"
         generator = torch.Generator().manual_seed(0)
@@ -133,13 +133,13 @@ def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool =
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.publish.manifest import weights_digest
+        from mptk.publish.manifest import hash_weight_files
 
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
         if told:
-            write_json(folder / "report.json", raw_report(folder) | {"weights_sha256": weights_digest(folder)})
+            write_json(folder / "report.json", raw_report(folder) | {"weights_sha256": hash_weight_files(folder)})
 
     return edit
 

@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
 from mptk.config.learning import Learning, Training
-from mptk.ir.samples import next_tokens
-from mptk.methods.criteria import score
-from mptk.methods.criteria.gradients import gradients
+from mptk.ir.samples import make_token_samples
+from mptk.methods.criteria import score_units
+from mptk.methods.criteria.gradients import sum_gradients
 from mptk.methods.criteria.observe import Calibration
 from mptk.progress import Progress
 from mptk.run.minutes import fill_in
@@ -79,9 +79,9 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
     program, windows = built(name)[0], architectures.tokens(80, 9)  # two batches
     names = [n for n in program.parameters if "proj" in n]
     assert names
-    given = Calibration(analyze(program), (), next_tokens(windows))
+    given = Calibration(analyze(program), (), make_token_samples(windows))
     exact, found = (
-        gradients(replace(given, executor=each), lambda loss: loss / windows.numel(), names)[0]
+        sum_gradients(replace(given, executor=each), lambda loss: loss / windows.numel(), names)[0]
         for each in (SMALL, STAGED)
     )
     for weight in names:
@@ -93,7 +93,9 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
 @pytest.mark.parametrize("criterion", ["wanda", "flap", "taylor"])
 def test_scores_are_near(criterion: str) -> None:
     analysis, windows = analyze(trace(architectures.model("llama"), dynamic=True)), architectures.tokens(12, 16)
-    exact, found = (score(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED))
+    exact, found = (
+        score_units(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED)
+    )
     torch.testing.assert_close(found, exact, rtol=0.15, atol=0.02 * float(exact.max()))
     assert not torch.equal(found, exact)
 
@@ -175,7 +177,7 @@ def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside)
         return real(output)
 
     inside.around("mptk.methods.maskprune.learner.run_module", seen)
-    inside.around("mptk.methods.maskprune.learner.on_host", own)
+    inside.around("mptk.methods.maskprune.learner.move_to_host", own)
     dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     learning = Learning(steps=1, training=Training(batch=2, micro=2))
     settings = replace(SETTINGS, families=("ffn",), onnx=False, learning=learning)

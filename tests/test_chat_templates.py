@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
 from mptk.io.chat_templates import ChatTemplate
-from mptk.io.text.rows import row_texts
+from mptk.io.text.rows import read_row_texts
 
 TURNS = [{"role": "user", "content": "hi ü 🦊"}, {"role": "assistant", "content": "ho"}]
 FOR = "{% for a in range(99999) %}"
@@ -71,7 +71,7 @@ def test_no_template_takes_more_than_its_time_and_memory(template: str, inside: 
     inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 27)
     before, used = open_files(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(MptkError, match=r"the model's chat template refuses a chat of x: .+; name a column") as raised:
-        list(row_texts([{"messages": TURNS}], "x", None, tokenizer(template)))
+        list(read_row_texts([{"messages": TURNS}], "x", None, tokenizer(template)))
     assert "\n" not in str(raised.value)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 2

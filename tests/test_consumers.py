@@ -48,7 +48,7 @@ from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
 from mptk.tasks.genai import write_genai_config
-from mptk.tasks.transformers_js import CONFIG_KEY, entry
+from mptk.tasks.transformers_js import CONFIG_KEY, build_js_config
 from passes.pipelines import ONNX_SCHEMES
 
 PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")
@@ -120,9 +120,9 @@ def test_files_have_ordinary_modes(pruned: Path) -> None:
 def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
     """Folders whose weights lie under another name say nothing; without int8, float32 is what browsers take, too."""
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), tmp_path / "model.onnx")
-    assert entry(tmp_path) == {}
+    assert build_js_config(tmp_path) == {}
     (tmp_path / "model.onnx_data").touch()
-    assert entry(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
+    assert build_js_config(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
 
 
 def test_layers_of_several_widths_and_models_without_an_end(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class ScaledValues(Conversion):
         return None
 
     @classmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         return partial(cls.scale, float(str(entry["by"])), float(str(entry.get("back", entry["by"]))))
 
     @classmethod

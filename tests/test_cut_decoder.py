@@ -38,7 +38,7 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
 
     plan = random_plan(plain, families, share=0.5)
     reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
-    caches = [node.meta["val"] for node in step.placeholders() if node.name in step.user_inputs[3:]]
+    caches = [node.meta["val"] for node in step.list_placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
 
     runtime = OrtDecoder(emit_onnx(step, tmp_path), threads=1)

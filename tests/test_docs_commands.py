@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 import mptk
 import mptk.run.minutes
 from mptk.cli.main import app
-from mptk.io.packaged import ALIASES, _target, content_sha256
+from mptk.io.packaged import ALIASES, _locate_target, hash_content
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -71,16 +71,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for bound in ("LEAST_STEPS", "MOST_STEPS", "MOST_TIMED_STEPS"):
             inside.bound(f"mptk.run.minutes.{bound}", 2)
-        inside.gives("mptk.ort.bench.peak_memory", 0)
+        inside.gives("mptk.ort.bench.measure_peak_memory", 0)
         inside.bound("mptk.ort.bench.ROUND_S", 0.0)
-        for name, path in {name: _target(name) for name in ALIASES}.items():
+        for name, path in {name: _locate_target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)
             if ALIASES[name].folder:
                 _bert().save_pretrained(path)
                 words.save_pretrained(path)
             else:
                 toys.write_gguf(model, words, path)
-            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=content_sha256(path)))
+            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=hash_content(path)))
         for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
             model.save_pretrained(name)
             words.save_pretrained(name)

@@ -15,9 +15,9 @@ from cutting import cut_and_compare, largest, random_plan
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.alignment import read_alignment
-from mptk.ir.axes import leaves
+from mptk.ir.axes import list_axes
 from mptk.ir.families import Analysis
-from mptk.ir.ops import op_name
+from mptk.ir.ops import name_op
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.targets import find_target
@@ -210,7 +210,7 @@ def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architec
     assert names == set(found.program.parameters)
     for name in found.program.parameters:
         for d, term in enumerate(found.weights[name]):
-            assert offered.issuperset(leaves(term)) or f"{name}[{d}]" in blocked
+            assert offered.issuperset(list_axes(term)) or f"{name}[{d}]" in blocked
     assert all(b.reasons for b in found.blocked)
     assert {b.size for b in found.blocked} <= {VOCAB, 64, 66}  # and tables of positions
 
@@ -227,8 +227,8 @@ def test_each_family_cut_at_random_equals_the_masked_model(architecture: str) ->
 def test_experts_in_bfloat16_take_another_op() -> None:
     """The same families; equal up to the format's rounding."""
     found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
-    assert "aten._grouped_mm.default" in {op_name(n) for n in found.facts.results}
-    assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").facts.results}
+    assert "aten._grouped_mm.default" in {name_op(n) for n in found.facts.results}
+    assert "transformers.grouped_mm_fallback.default" in {name_op(n) for n in analysis("mixtral").facts.results}
     assert listing(found) == listing(analysis("mixtral"))
 
 

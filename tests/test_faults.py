@@ -72,7 +72,7 @@ def unmasked(inside: Inside) -> None:
 
 def untied(inside: Inside) -> None:
     head = "lm_head.weight"
-    inside.spoil("mptk.ir.program.Program.state_dict", lambda state: state.updated({head: state[head] + 1}))
+    inside.spoil("mptk.ir.program.Program.state_dict", lambda state: state.with_entries({head: state[head] + 1}))
 
 
 def other_state(name: str, size: int) -> Inject:
@@ -128,7 +128,7 @@ def test_a_step_that_goes_wrong(lab: Lab, inside: Inside, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
 def test_logits_show_a_wrong_config_too(lab: Lab, inside: Inside, name: str) -> None:
-    inside.gives("mptk.targets.stock.check_config", mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0))
+    inside.gives("mptk.targets.stock.check_written_config", mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0))
     STEPS[name][0](inside)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         lab.prune(onnx=False)
@@ -150,12 +150,12 @@ def swapped_rows(inside: Inside) -> None:
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    inside.spoil("mptk.run.recover.widened", damaged)
+    inside.spoil("mptk.run.recover.widen_weights", damaged)
 
 
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda inside: inside.gives("mptk.run.recover.widened", {}), "trained model"),
+    "recovery dropped": (lambda inside: inside.gives("mptk.run.recover.widen_weights", {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
 }
 LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=3e-3))

@@ -21,10 +21,10 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, analyze, trace
-from mptk.compile.changes import changes_of
+from mptk.compile.changes import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.division.layers import LEVELS, Curve, divide, levels
+from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
 from mptk.trust import NO_CODE
 
 SETTINGS = mptk.Settings(
@@ -54,7 +54,7 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     with changed() as inside:
-        inside.around("mptk.methods.division.trial.losses", falling)
+        inside.around("mptk.methods.division.trial.measure_losses", falling)
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
@@ -109,7 +109,7 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     with changed() as inside:
-        inside.around("mptk.methods.division.trial.losses", falling)
+        inside.around("mptk.methods.division.trial.measure_losses", falling)
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
     assert found is not None
@@ -150,7 +150,7 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
         with pytest.raises(MptkError, match=rf"does not hold {re.escape(name)} of shape"):
-            changes_of(analysis, cut, folder, report, trust=NO_CODE)
+            find_changes(analysis, cut, folder, report, trust=NO_CODE)
 
 
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_no_other_division_loses_less() -> None:
     def loss(name: str, width: float) -> float:
         return steepness[name] * (1 - width / 64) ** 2
 
-    widths = levels(ladder)
+    widths = choose_levels(ladder)
     curves = {name: Curve(widths, tuple(loss(name, w) for w in widths)) for name in steepness}
     found = divide(curves, dict.fromkeys(steepness, ladder), cost, 0.2)
     best = min(
@@ -293,9 +293,9 @@ def test_no_other_division_loses_less() -> None:
 
 
 def test_levels_are_legal_and_fall_from_the_whole() -> None:
-    assert levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
-    assert levels([1, 2, 3]) == (3, 2, 1)
-    assert levels([7]) == (7,)
+    assert choose_levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
+    assert choose_levels([1, 2, 3]) == (3, 2, 1)
+    assert choose_levels([7]) == (7,)
 
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:

@@ -22,7 +22,7 @@ from mptk import FamilyPlan, Plan, Samples, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods.gaps import find_gaps
 from mptk.methods.reconstruct import reconstruct_consumers
 from mptk.staged.staged import EXECUTOR, Executor
@@ -111,7 +111,7 @@ def test_the_layer_is_found_in_the_graph(architecture: str, layer: str | None) -
     assert [gap.weight for gap in find_gaps(analysis, resolve_plan(analysis, plan))] == [f"{layer}.weight"] * bool(
         layer
     )
-    before, after = errors(analysis, plan, next_tokens(ids))
+    before, after = errors(analysis, plan, make_token_samples(ids))
     assert after < 0.9 * before if layer else after == before
 
 

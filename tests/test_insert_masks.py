@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.maskprune.adapters import adapt, original
-from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites
+from mptk.methods.maskprune.adapters import adapt, unwrap_adapters
+from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 
 
 def families(analysis: Analysis) -> list[str]:
-    return [f.name for f in analysis.families if disturbed(analysis, f.name) is None]
+    return [f.name for f in analysis.families if find_disturbance(analysis, f.name) is None]
 
 
 def hard_values(analysis: Analysis, plan: object) -> dict[tuple[str, int], Tensor]:
@@ -85,7 +85,7 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     dense, plain = logits(adapted, ids), copy.deepcopy(adapted)
-    masks = masked(original(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
+    masks = masked(unwrap_adapters(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
     seen = logits(adapted, ids)
     assert (seen - dense).abs().max() > 1e-3
     with masks.disabled():

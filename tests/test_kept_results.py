@@ -19,7 +19,7 @@ from torch import nn
 import mptk
 from mptk import MptkError
 from mptk.api.graphs import gguf
-from mptk.publish.manifest import check_manifest, weights_digest, write_manifest
+from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
 from mptk.publish.push import push
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
@@ -173,7 +173,7 @@ def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> Non
     pruned.model.config.use_cache = False
     mptk.generate(pruned, "the cat", max_new_tokens=2)
     assert pruned.model.training
-    assert weights_digest(pruned.save(tmp_path / "copy")) == weights_digest(first)
+    assert hash_weight_files(pruned.save(tmp_path / "copy")) == hash_weight_files(first)
     with pytest.raises(MptkError, match="model is a str; give a module"):
         pruned.model = "x"  # type: ignore[assignment]
     with pytest.raises(MptkError, match="tokenizer is a NoneType; give a tokenizer"):
@@ -309,7 +309,7 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
     found: list[object] = []
 
     def work(net: nn.Module) -> None:
-        found.append(weights_digest(prune_net(model=net).proven))
+        found.append(hash_weight_files(prune_net(model=net).proven))
         found.append(sum(p.numel() for p in mptk.load(str(dense)).model.parameters()))
         found.append(id(pruned.model))
 
@@ -318,7 +318,11 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = {weights_digest(prune_net().proven), sum(p.numel() for p in toys.llama().parameters()), id(pruned.model)}
+    expected = {
+        hash_weight_files(prune_net().proven),
+        sum(p.numel() for p in toys.llama().parameters()),
+        id(pruned.model),
+    }
     assert len(found) == 9
     assert set(found) == expected
 

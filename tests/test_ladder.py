@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, Pruned
-from mptk.api.ladder import needed
+from mptk.api.ladder import estimate_ladder
 from mptk.api.pruned import estimate_run
 from mptk.api.rerun import rerun
 from mptk.cli.main import app
@@ -206,7 +206,7 @@ def test_each_size_trains_on_windows_of_its_own_and_is_measured_on_the_same(trai
 
 
 def test_the_dense_model_is_read_once(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
-    names = ("mptk.run.prepare.traced", "mptk.run.prepare.check_data")
+    names = ("mptk.run.prepare.trace_loaded", "mptk.run.prepare.check_data")
     calls = {name: inside.calls(name) for name in names}
     mptk.prune(llama, tmp_path / "one", sparsity=0.2, data=text, teacher="cached", **{**TRAINED, "steps": 2})
     once = {name: len(seen) for name, seen in calls.items()}
@@ -373,7 +373,7 @@ def test_ctrl_c_says_which_sizes_are_finished(llama: str, text: str, tmp_path: P
 def test_an_estimate_adds_the_sizes_up(llama: str, text: str) -> None:
     settings = mptk.Settings(method="wanda", samples=4, length=32, data=text, onnx=False)
     single = estimate_run(llama, settings)
-    found = needed(llama, settings, SIZES)
+    found = estimate_ladder(llama, settings, SIZES)
     assert found.seconds["prove"] == pytest.approx(3 * single.seconds["prove"], rel=0.5)
     assert found.seconds["trace and analyse"] == single.seconds["trace and analyse"]
     assert single.output["checkpoint"] < found.output["checkpoint"] < 3 * single.output["checkpoint"] * 1.2

@@ -19,7 +19,7 @@ from mptk.run.prepare import legalise
 from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
 from tests.lab import bare_run
 
 
@@ -35,7 +35,7 @@ def small():
     return (
         analysis,
         CostModel(analysis),
-        legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
+        legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
     )
 
 
@@ -70,21 +70,21 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
-    target = legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
+    target = legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
     assert target.together == (frozenset({"heads", "hidden"}),)
     assert target.ladders["hidden"] == (8, 16, 24, 32, 40, 48)
-    assert legalize.default_families(analysis, target) == ["ffn"]
+    assert legalize.choose_default_families(analysis, target) == ["ffn"]
     both = legalize.find_candidates(CostModel(analysis), target, ["heads", "hidden"], 0.3)
     assert both
     assert all(c.widths["hidden"] == 8 * c.widths["heads"] for c in both)
     assert legalize.find_candidates(CostModel(analysis), target, ["heads"], 0.3) == []
-    assert legalize.graph_widths(analysis, Alignment(8)).ladders["heads"] == (1, 2, 3, 4, 5, 6)
+    assert legalize.find_graph_widths(analysis, Alignment(8)).ladders["heads"] == (1, 2, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])
 def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
     analysis, cost, target = small
-    names = legalize.default_families(analysis, target)
+    names = legalize.choose_default_families(analysis, target)
     assert set(names) == {"kv_groups", "q_heads", "ffn"}
     found = legalize.find_candidates(cost, target, names, sparsity)
     distances = [abs(c.sparsity - sparsity) for c in found]
@@ -120,8 +120,8 @@ def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
 def test_few_candidates_are_far_from_each_other():
     """The most even one and the ends: not the neighbours of the most even one."""
     line = [legalize.Candidate({"heads": heads, "ffn": 100 - 9 * heads}, 0.5, abs(heads - 5)) for heads in range(1, 11)]
-    assert [c.widths["heads"] for c in legalize.spread(line, 3)] == [5, 10, 1]
-    assert legalize.spread(line, 10) == line
+    assert [c.widths["heads"] for c in legalize.pick_candidates(line, 3)] == [5, 10, 1]
+    assert legalize.pick_candidates(line, 10) == line
     chosen = legalize.choose_candidates(line, 0.5, 0.1, ["ffn"], 3)
     assert [c.widths["heads"] for c in chosen] == [5, 1, 10]
     assert len(legalize.choose_candidates(line, 0.5, 0.1, ["ffn"])) == 10
@@ -171,19 +171,25 @@ def test_another_divisor_is_refused(text):
 
 def test_a_family_has_a_divisor_of_its_own(small):
     analysis, _, _ = small
-    ladders = legalize.graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
+    ladders = legalize.find_graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
     assert ladders["ffn"] == (80, 160)
     assert ladders["hidden"] == (16, 32, 48)
-    every = legalize.graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"]
+    every = legalize.find_graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"]
     assert every == tuple(range(1, 161))  # 160 is no multiple either
-    assert legalize.graph_widths(analysis, read_alignment("h100")).ladders["ffn"] == (32, 64, 96, 128, 160)  # 5 · 32
+    assert legalize.find_graph_widths(analysis, read_alignment("h100")).ladders["ffn"] == (
+        32,
+        64,
+        96,
+        128,
+        160,
+    )  # 5 · 32
 
 
 def test_heads_stay_divisible_by_the_devices_that_share_them():
     analysis = analyze(trace(llama(num_attention_heads=24, num_key_value_heads=8)))
 
     def widths(devices: int, every: int = 1) -> dict[str, tuple[int, ...]]:
-        return dict(legalize.graph_widths(analysis, Alignment(every, devices=devices)).ladders)
+        return dict(legalize.find_graph_widths(analysis, Alignment(every, devices=devices)).ladders)
 
     assert widths(4)["kv_groups"] == (4, 8)
     assert widths(4)["q_heads"] == (1, 2, 3)  # of each of 8 groups
@@ -196,7 +202,7 @@ def test_heads_stay_divisible_by_the_devices_that_share_them():
 
 def test_layers_of_one_width_are_named_together():
     widths = {"q_heads": 2, "ffn.0": 64, "ffn.1": 32, "ffn.2": 32, "ffn.4": 32, "ffn.3": 16}
-    assert legalize.describe(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
+    assert legalize.describe_widths(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
 
 
 def written() -> torch.Tensor:
@@ -228,7 +234,7 @@ def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(
 
     analysis = analyze(trace(Layer().eval(), [torch.randn(2, 6)]))
     (family,) = analysis.families
-    assert (family.name in derived_families(analysis)) == refused
+    assert (family.name in find_derived_families(analysis)) == refused
 
 
 def test_norms_whose_epsilon_the_class_fixes_are_not_cut():

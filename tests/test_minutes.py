@@ -40,8 +40,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def rates(inside: Inside) -> None:
-    inside.gives("mptk.run.estimate.this_machine", RATES)
-    inside.gives("mptk.run.minutes.this_machine", RATES)
+    inside.gives("mptk.run.estimate.measure_machine", RATES)
+    inside.gives("mptk.run.minutes.measure_machine", RATES)
 
 
 def given(settings: Settings, **numbers: object) -> Settings:
@@ -88,7 +88,7 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
     assert chosen(llama, TINY)[:2] == (MOST_STEPS, 96)
     assert complete(TINY, llama).minutes == MINUTES
     assert complete(replace(TINY, search=True), llama).minutes == SEARCH_MINUTES
-    inside.gives("mptk.run.estimate.this_machine", Machine(flops=1e3, read=1e9, write=1e9))
+    inside.gives("mptk.run.estimate.measure_machine", Machine(flops=1e3, read=1e9, write=1e9))
     assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
     wanda = complete(replace(TINY, method="wanda"), llama)
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
@@ -147,7 +147,7 @@ def test_text_that_the_model_writes_counts(llama: str) -> None:
 
 def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path, inside: Inside) -> None:
     inside.forbid("mptk.run.prune.prepare")
-    inside.gives("mptk.run.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
+    inside.gives("mptk.run.estimate.measure_machine", Machine(flops=1e6, read=1e9, write=1e9))
     said = (
         r"^minutes=1 is too short: 5 training steps and 20 calibration windows take about \d+ min, of which \d+ \w+ "
         r"are for 'train'; give minutes=\d+, or a one-shot method, as wanda$"
@@ -162,7 +162,7 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
 
 def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, inside: Inside) -> None:
     first = complete(given(TINY, steps=7, samples=5), llama)
-    inside.around("mptk.run.run.once", lambda real, find: first)  # what the first process sends to the others
+    inside.around("mptk.run.run.run_once", lambda real, find: first)  # what the first process sends to the others
     inside.stop("mptk.run.prune.prepare")
     started = inside.calls("mptk.run.prune.prepare")
     with pytest.raises(Stopped):
@@ -192,7 +192,7 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
         with pytest.raises(Stopped):
             mptk.prune(llama, tmp_path / "out", settings, progress=lambda stage, *_: said.append(stage))
         inside.undo()
-        inside.gives("mptk.run.estimate.this_machine", replace(RATES, flops=5e9))
+        inside.gives("mptk.run.estimate.measure_machine", replace(RATES, flops=5e9))
         report = mptk.prune(llama, tmp_path / "out", replace(settings, minutes=None), resume=True).report
     assert [line for line in said if line.endswith("for 6 training steps and 24 calibration windows")]
     assert (report.settings.learning.steps, report.settings.samples) == (6, 24)

@@ -26,10 +26,10 @@ from toy_checkpoints import tokenizer, write_gguf
 import mptk
 from mptk import MptkError
 from mptk.cli.app import tidy_for
-from mptk.errors import explained
-from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.errors import explain_errors
+from mptk.files import claim_place, discard, make_scratch, staged, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
-from mptk.protocols.run_folder import RunFolder, check_unfinished, kept_settings
+from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
 from mptk.publish.folder import amend, publish
 from mptk.run.ladder import is_finished
 from mptk.staged.spool import Spool
@@ -75,13 +75,13 @@ def published(place: Path, act: Callable[[], None]) -> None:
 
 
 def renewed(place: Path, act: Callable[[], None]) -> None:
-    with claimed(place / "out") as held:
+    with claim_place(place / "out") as held:
         act()
         held.renew()
 
 
 def left(place: Path, act: Callable[[], None]) -> None:
-    with claimed(place / "out"):
+    with claim_place(place / "out"):
         act()
 
 
@@ -211,7 +211,7 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     inside.bound("tempfile.tempdir", None)
     with pytest.raises(MptkError, match=rf"^{tmp_path}/tmp lets other .* written; set TMPDIR to a folder of your own$"):
-        scratch()
+        make_scratch()
     inside.forbid("mptk.run.prune.prepare")
     with pytest.raises(MptkError, match="set TMPDIR to a folder of your own"):
         mptk.prune(llama, tmp_path / "out", settings)
@@ -317,7 +317,7 @@ def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: s
     for work in (
         lambda: check_unfinished(out, {}, resume=False),
         lambda: check_unfinished(out, {}, resume=True),
-        lambda: kept_settings(out),
+        lambda: read_kept_settings(out),
         lambda: RunFolder(out, {}, resume=False),
         lambda: is_finished(bare_run(mptk.Settings(resume=True), out=out)),
     ):
@@ -388,7 +388,7 @@ def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
 def test_hidden_folders_are_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with staged(tmp_path) as made, claimed(tmp_path / "out") as held:
+        with staged(tmp_path) as made, claim_place(tmp_path / "out") as held:
             assert [stat.S_IMODE(each.path.stat().st_mode) for each in (made, held)] == [0o700] * 2
         RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
         assert stat.S_IMODE((tmp_path / "out.run").stat().st_mode) == 0o755
@@ -488,14 +488,14 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_line() -> None:
             shutil.rmtree(spool._staging.path)
         else:
             (spool._staging.folder / "1").unlink()
-        with pytest.raises(MptkError, match=GONE.format(r"\S+")), explained():
+        with pytest.raises(MptkError, match=GONE.format(r"\S+")), explain_errors():
             spool.take("key")
 
 
 def test_a_folder_of_temporary_files_that_goes_is_one_clear_line(tmp_path: Path, inside: Inside) -> None:
     inside.bound("tempfile.tempdir", str(tmp_path / "tmp"))
     with pytest.raises(MptkError, match=GONE.format(tmp_path / "tmp")):
-        scratch()
+        make_scratch()
 
 
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(

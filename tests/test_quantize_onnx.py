@@ -17,14 +17,14 @@ from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx.balance import BalancePass, balancing
+from passes.targets.onnx.balance import BalancePass, balance_channels
 from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass
-from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
+from passes.targets.onnx.gptq import compute_inverse_root, fit_grid, round_blocks, round_to_grid
 from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.quantize import read_float
-from passes.targets.onnx.smooth import SmoothPass, smoothing
+from passes.targets.onnx.smooth import SmoothPass, compute_smoothing
 from passes.targets.onnx.tensors import read_lazily
 
 RNG = np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_smoothed_channels_are_as_large_in_activations_as_in_weights_and_are_rou
     spread = RNG.lognormal(0, 1.5, 48)
     data, left, right = RNG.standard_normal((500, 48)) * spread, *RNG.standard_normal((2, 48, 30))
     left[3], right[3] = 0, 0
-    scale = smoothing(np.sqrt(np.square(data).mean(0)), [left, right])
+    scale = compute_smoothing(np.sqrt(np.square(data).mean(0)), [left, right])
     assert scale[3] == 1
     alive = np.arange(48) != 3
     both = np.concatenate([left, right], axis=1) * scale[:, None]
@@ -208,7 +208,7 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
         rounded = (np.rint(inner.reshape(500, 2, 128) / steps) * steps).reshape(500, 256)
         return float(np.linalg.norm(rounded @ down - expected))
 
-    balance = balancing(*map(ir.tensor, (gate, up, down)))
+    balance = balance_channels(*map(ir.tensor, (gate, up, down)))
     arrays = balance.gate(gate), balance.up(up), balance.down(down)
     sizes = np.linalg.norm(arrays[0], axis=0) * np.linalg.norm(arrays[1], axis=0)
     assert (np.diff(sizes) >= -1e-9).all()
@@ -249,12 +249,12 @@ def test_rounding_errors_are_made_up_for(inputs):
     weight = RNG.standard_normal((inputs, 30)).astype(np.float32)
     weight[:, 7] = 0
     moments = (data.T @ data).astype(np.float32)
-    blocks = rounded_blocks(weight, moments.diagonal(), inverse_root(moments), BLOCK)
+    blocks = round_blocks(weight, moments.diagonal(), compute_inverse_root(moments), BLOCK)
     assert blocks.codes.max() == 15
     alone = np.empty_like(weight)
     for start in range(0, inputs, BLOCK):
         part = weight[start : start + BLOCK]
-        scale, zero = grid(part, np.ones(len(part), dtype=np.float32))
+        scale, zero = fit_grid(part, np.ones(len(part), dtype=np.float32))
         alone[start : start + BLOCK] = scale * (round_to_grid(part, scale, zero) - zero)
     found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.weight(), alone))
     assert found < 0.5 * other
@@ -265,8 +265,8 @@ def test_ranges_are_shrunk_where_an_outlier_would_coarsen_what_counts():
     part = np.random.default_rng(0).standard_normal((32, 50)).astype(np.float32)
     part[0] = 8
     rows = np.arange(32)
-    whole, _ = grid(part, np.where(rows, 1, 1e4).astype(np.float32))
-    shrunk, _ = grid(part, np.where(rows, 1, 1e-4).astype(np.float32))
+    whole, _ = fit_grid(part, np.where(rows, 1, 1e4).astype(np.float32))
+    shrunk, _ = fit_grid(part, np.where(rows, 1, 1e-4).astype(np.float32))
     assert shrunk.mean() < 0.9 * whole.mean()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from mptk import MptkError
 from mptk.api import graphs as api
-from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.files import claim_place, discard, make_scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.outputs import check_apart
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
@@ -79,7 +79,7 @@ def another(run: Callable[[], object]) -> Iterator[int]:
 
 
 def hold(folder: Path) -> object:
-    held = claimed(folder)
+    held = claim_place(folder)
     held.__enter__()
     return held
 
@@ -122,7 +122,7 @@ def test_a_second_process_is_refused_in_one_line_that_names_the_first(tmp_path: 
 
 
 def test_a_thread_may_claim_again_what_it_has_and_an_empty_parent_goes(tmp_path: Path) -> None:
-    with claimed(tmp_path / "new" / "out") as one, claimed(tmp_path / "new" / "out") as two:
+    with claim_place(tmp_path / "new" / "out") as one, claim_place(tmp_path / "new" / "out") as two:
         assert one is two
     assert names(tmp_path) == []
 
@@ -167,7 +167,7 @@ def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
         (place / "other").mkdir()
 
     def begin() -> object:
-        made = [scratch(), *(staged(place) for place in places), hold(tmp_path / "runs" / "out")]
+        made = [make_scratch(), *(staged(place) for place in places), hold(tmp_path / "runs" / "out")]
         for each in made[:-1]:
             (each.folder / "half").write_text("x")
         return made
@@ -206,7 +206,7 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
             os.kill(os.getpid(), signal.SIGKILL)
 
     def replaced() -> None:
-        with claimed(out) as staging, changed() as inside:
+        with claim_place(out) as staging, changed() as inside:
             (staging.folder / "file").write_text("new")
             inside.gives("mptk.files.replace._exchanged", False)
             inside.around("os.rename", dying)

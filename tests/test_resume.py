@@ -32,7 +32,7 @@ import mptk
 from mptk import MptkError, Plan, Report
 from mptk.config.learning import Learning, Training
 from mptk.files import write_json
-from mptk.io.dense import fingerprint
+from mptk.io.dense import hash_model
 from mptk.ir.passes import PassRecord
 from mptk.protocols.run_folder import RunFolder
 
@@ -41,8 +41,8 @@ SETTINGS = mptk.Settings(
 )
 TEXT, SCORE, WIDTHS = (
     "mptk.tasks.inputs.text.TextWindows.calibration",
-    "mptk.methods.criteria.measured",
-    "mptk.methods.one_shot.best",
+    "mptk.methods.criteria.measure_and_score",
+    "mptk.methods.one_shot.find_best_plan",
 )
 FIT, CUT, WRITE = (
     "mptk.run.recover.reconstruct_consumers",
@@ -322,7 +322,7 @@ def test_nothing_is_published_after_what_a_run_was_given_changed(what: str, plac
 def test_the_report_has_the_fingerprint_of_the_start(place: Path) -> None:
     """A file that was only touched is the same."""
     settings = replace(SETTINGS, data=str(place / "text.txt"))
-    before = fingerprint(str(place / "model"))
+    before = hash_model(str(place / "model"))
     touch = lambda record: (place / "model" / "model.safetensors").touch()  # noqa: E731
     mptk.prune(str(place / "model"), place / "out", settings, on_stage=touch)
     assert Report.read(place / "out").model_sha256 == before
@@ -371,8 +371,8 @@ def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
     )
     folder.checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
     file = folder.path / "masks-00000004.safetensors"
-    for read in (lambda: folder.latest("masks"), lambda: folder.checkpointed("masks", 4)):
+    for read in (lambda: folder.read_latest("masks"), lambda: folder.read_checkpoint("masks", 4)):
         with pytest.raises(MptkError, match=rf"^{file} is damaged: watched is not a number; remove {file}, and start"):
             read()
     file.unlink()
-    assert folder.latest("masks")
+    assert folder.read_latest("masks")

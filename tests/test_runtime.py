@@ -58,7 +58,7 @@ def test_the_cache_is_bound_without_a_copy(decoder):
     """The next step reads the very memory that the step before wrote."""
     _, cache = decoder.prefill(tokens(1, 5))
     name, value = next(iter(cache.values.items()))
-    binding = decoder.binding(tokens(1, 1), np.ones((1, 6), dtype=np.int64), cache)
+    binding = decoder.bind_step(tokens(1, 1), np.ones((1, 6), dtype=np.int64), cache)
     decoder.session.run_with_iobinding(binding)
     before = value.numpy()
     present = binding.get_outputs()[1].numpy()

@@ -36,7 +36,7 @@ from transformers import (
 
 from mptk import MptkError
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.targets.stock.equations import growing
+from passes.targets.stock.equations import find_growth
 
 DRAWN = {"kv": [1], "q": [0, 2], "ffn": [*range(3, 33), *range(50, 60)]}
 EXACT: dict[Any, tuple[Keep, dict[str, Any]]] = {
@@ -176,7 +176,7 @@ def test_a_list_of_layer_sizes() -> None:
 def test_a_cut_of_some_layers_only_is_refused() -> None:
     spec = llama()
     target = {n: s if ".1." in n else spec.old[n] for n, s in spec.shapes({"ffn": 40}).items()}
-    grown = growing(spec.old, {"ffn": 80}, spec.shapes)
+    grown = find_growth(spec.old, {"ffn": 80}, spec.shapes)
     result = probe_config(type(spec.model), spec.model.config, target, grown, {"ffn": (80, 40)}, [2, 3, 48, 10])
     refusal = refused(result)
     assert refusal.kind == "shape"

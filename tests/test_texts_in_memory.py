@@ -19,7 +19,7 @@ from mptk import MptkError
 from mptk.io.live import open_live
 from mptk.io.models import Loaded
 from mptk.run.given_samples import check_texts, collect_samples
-from mptk.tasks import task_of
+from mptk.tasks import bind_task
 
 TEXTS = [" ".join(toys.WORDS[i : i + 9]) for i in range(9)]
 ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
@@ -31,7 +31,7 @@ def loaded() -> Loaded:
 
 
 def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
-    return collect_samples(data, loaded, task_of(loaded), 3, 8, seed).inputs["input_ids"]
+    return collect_samples(data, loaded, bind_task(loaded), 3, 8, seed).inputs["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from mptk.api.pruned import Shown, fixed_place, reporting
 from mptk.api.words import public
 from mptk.config.choices import MOST_SPARSITY
-from mptk.config.recipe import command
+from mptk.config.recipe import format_command
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.files import scratch
-from mptk.io.data import source_names
+from mptk.files import make_scratch
+from mptk.io.data import list_source_names
 from mptk.ir.passes import Log
 from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
 from mptk.protocols.shapes import Shapes
@@ -75,10 +75,10 @@ def advise(
     start, chosen, inputs = take_model(model, train_cuts(chosen) if calibrate else chosen, inputs)
     if calibrate and isinstance(start, Opened) and start.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
-    texts = 1 if is_in_memory(data) else len(source_names(chosen.data))
+    texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
     advises = round(FAMILIES * len(sparsities)), texts
     with (
-        scratch() as kept,
+        make_scratch() as kept,
         reporting(progress) as say,
         open_run(
             start,
@@ -102,7 +102,7 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
         """The command that cuts to ``best``; empty if there is none."""
         if best is None:
             return ""
-        return command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
+        return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
 
     plain = replace(settings, learning=replace(settings.learning, steps=0))
     if found.recovery is not None:
@@ -160,7 +160,7 @@ def shapes(
     chosen = with_keywords(base, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
-    kept = scratch() if out is None else None
+    kept = make_scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else fixed_place(str(out))
     source = name_model(model)
     with (

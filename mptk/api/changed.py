@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch
+from mptk.files import format_json, make_scratch
 from mptk.io.checkpoint import save_tokenizer
-from mptk.io.live import unwrapped
+from mptk.io.live import unwrap_parallel
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import load_tensors
 from mptk.ir.passes import Log
@@ -31,8 +31,8 @@ from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import CARD
-from mptk.publish.manifest import MARKER, listed, weights_digest
-from mptk.reading import damaged
+from mptk.publish.manifest import MARKER, hash_weight_files, list_files
+from mptk.reading import make_damage_error
 from mptk.report.card import write_card
 from mptk.run.changed_weights import WEIGHTS_CHANGED, ChangedWeights, rewrite_folder
 from mptk.run.describe import graph_sizes
@@ -82,7 +82,7 @@ class Snapshot:
     @staticmethod
     def of(module: nn.Module) -> Snapshot:
         """The snapshot of a module now."""
-        module = unwrapped(module)
+        module = unwrap_parallel(module)
         weights = module.state_dict()
         likes = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
         buffers = {name: tensor.clone() for name, tensor in _unsaved(module).items()}
@@ -94,7 +94,7 @@ class Snapshot:
         Raises:
             MptkError: it has other weights now, as adapters add them; or some that the folder cannot hold.
         """
-        found = {name: tensor.detach() for name, tensor in unwrapped(module).state_dict().items()}
+        found = {name: tensor.detach() for name, tensor in unwrap_parallel(module).state_dict().items()}
         if other := sorted(found.keys() ^ self.likes.keys()):
             raise MptkError(
                 f"model has other parameters than the pruned model ({other[0]}); merge or remove adapters first, for "
@@ -118,11 +118,11 @@ class Snapshot:
 
     def converted(self, module: nn.Module) -> bool:
         """Whether the module has its weights in other types now, as after ``half()``."""
-        return any(tensor.dtype != self.likes[name][0] for name, tensor in unwrapped(module).state_dict().items())
+        return any(tensor.dtype != self.likes[name][0] for name, tensor in unwrap_parallel(module).state_dict().items())
 
     def check_rest(self, module: nn.Module) -> None:
         """Raise MptkError if a config, a part or a buffer of the module was changed, which no weights file holds."""
-        module = unwrapped(module)
+        module = unwrap_parallel(module)
         for name, now in _configs(module).items():
             before = self.configs.get(name, {})
             if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
@@ -233,12 +233,12 @@ def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
 
 def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files that a tokenizer writes, to see whether it was changed, without how its last call cut and padded."""
-    with scratch() as place:
+    with make_scratch() as place:
         save_tokenizer(tokenizer, place.folder)
         found = {file.name: file.read_bytes() for file in place.folder.iterdir()}
     if (name := "tokenizer.json") in found:
         kept = {key: value for key, value in json.loads(found[name]).items() if key not in ("padding", "truncation")}
-        found[name] = json_text(kept).encode()
+        found[name] = format_json(kept).encode()
     return found
 
 
@@ -290,10 +290,10 @@ def write_again(
 
 def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, Tensor]) -> Report:
     """Write a module's folder with other weights. What is read back must compute what these weights do in memory."""
-    stored = load_tensors(place / WEIGHTS, damaged(place / WEIGHTS))
+    stored = load_tensors(place / WEIGHTS, make_damage_error(place / WEIGHTS))
     new = {name: weights[name].to(tensor.dtype) for name, tensor in stored.items()}
     in_memory = open_archive(place / ARCHIVE, Weights(new))
-    samples = Samples(load_tensors(place / PROVEN_ON, damaged(place / PROVEN_ON)))
+    samples = Samples(load_tensors(place / PROVEN_ON, make_damage_error(place / PROVEN_ON)))
     with publish(out) as folder:
         shutil.copytree(place, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*MADE_ANEW))
         write_weights(folder / WEIGHTS, Weights(new))
@@ -308,12 +308,12 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
             report,
             changed=True,
             trained=list(dict.fromkeys([*report.trained, *changed])),
-            weights_sha256=weights_digest(folder),
+            weights_sha256=hash_weight_files(folder),
             quality={},
             quantized=graph_sizes(folder / ONNX_FOLDER, Module(samples).onnx),
-            proof=[d.as_dict() for d in proof],
+            proof=[d.to_dict() for d in proof],
             notes=list(dict.fromkeys([*report.notes, WEIGHTS_CHANGED])),
-            files=sorted([*listed(folder), REPORT_FILE, CARD]),
+            files=sorted([*list_files(folder), REPORT_FILE, CARD]),
         )
         found.write(folder)
         write_card(found, None, folder)
@@ -329,5 +329,5 @@ def _write_onnx(
     form = opened.task.onnx
     assert form is not None
     dense = Dense(opened.loaded, settings, program, about={"plan_sha256": report.plan_sha256})
-    form.export(dense, None, opened.task.example(opened.loaded.model), folder, Log())
+    form.export(dense, None, opened.task.make_example(opened.loaded.model), folder, Log())
     return form.stages(folder, Use(), EXECUTOR.device, settings).stages

@@ -21,7 +21,7 @@ from rich.progress import (
     Progress as Bars,
 )
 
-from mptk.progress import Progress, silent
+from mptk.progress import Progress, show_nothing
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
@@ -39,7 +39,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
             yield lines(console)
             return
     elif not console.is_interactive:
-        yield silent
+        yield show_nothing
         return
     with bars(console) as progress:
         yield progress

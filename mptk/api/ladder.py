@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from mptk.api.changed import FirstRun
 from mptk.api.pruned import Pruned, Shown, check_asked, defaults, fixed_place, reporting
 from mptk.api.words import public
-from mptk.compile.rungs import restore_rung, sizes_in
+from mptk.compile.rungs import list_rung_sizes, restore_rung
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.cost.estimate import Estimate, total
-from mptk.distributed.processes import leads
+from mptk.cost.estimate import Estimate, sum_estimates
+from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.files.outputs import check_apart
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.report import Report
@@ -89,7 +89,7 @@ def ladder(
             found = prune_together(start, runs[0])
             sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
             return [_pruned(place, found, asked.trust), *sizes]
-        return [_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if leads()]
+        return [_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if is_leader()]
 
 
 def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
@@ -104,7 +104,7 @@ def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float])
     estimator = read_estimator(model, settings.trust)
     places = [Path(name_size(sparsity)) for sparsity in sparsities]
     each = complete_settings(asked, replace(estimator, sparsities=sparsities))[0]
-    return total([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
+    return sum_estimates([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
 
 
 @public
@@ -137,7 +137,7 @@ def rung(
     sizes = checked_sizes(place)
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
-    kept = scratch() if out is None else None
+    kept = make_scratch() if out is None else None
     made = kept.folder / name if kept is not None else fixed_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
@@ -153,6 +153,6 @@ def checked_sizes(folder: Path) -> list[str]:
         MptkError: the folder was changed, or has no other sizes.
     """
     check_manifest(folder)
-    if not (sizes := sizes_in(folder)):
+    if not (sizes := list_rung_sizes(folder)):
         raise MptkError(f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`")
     return sizes

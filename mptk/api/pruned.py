@@ -24,17 +24,17 @@ from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.files import cannot_write, json_text, scratch
+from mptk.files import cannot_write, format_json, make_scratch
 from mptk.io import models
-from mptk.io.checkpoint import stored_dtype
-from mptk.io.dense import absolute
-from mptk.io.live import forget_folder, unwrapped
+from mptk.io.checkpoint import find_stored_dtype
+from mptk.io.dense import resolve_model_name
+from mptk.io.live import forget_folder, unwrap_parallel
 from mptk.ir.passes import Log, PassRecord
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
-from mptk.progress import Progress, silent
+from mptk.progress import Progress, show_nothing
 from mptk.proof.claims import LATER
-from mptk.proof.verification import plan_of
+from mptk.proof.verification import read_folder_plan
 from mptk.protocols.chain import Compiled
 from mptk.protocols.origin import check_dense, check_tokenizer
 from mptk.protocols.report import Report
@@ -86,12 +86,12 @@ class Pruned:
         ``origin``: what is known of the run that made it.
         """
         place = place.absolute()
-        self.report, self.plan = report, plan_of(place)
-        self._reported, self._files = json_text(report.to_json()), read_manifest(place)
+        self.report, self.plan = report, read_folder_plan(place)
+        self._reported, self._files = format_json(report.to_json()), read_manifest(place)
         self.compiled = compiled
         origin = origin or FirstRun()
         if isinstance(origin.model, str):
-            origin = replace(origin, model=absolute(origin.model))
+            origin = replace(origin, model=resolve_model_name(origin.model))
         self.proven, self._kept, self._origin = place, kept, origin
         self._model: nn.Module | None = None
         self._snapshot: Snapshot | None = None
@@ -146,7 +146,7 @@ class Pruned:
         """The model as the folder holds it."""
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
-        trust, dtype = self._origin.trust, stored_dtype(self.proven)
+        trust, dtype = self._origin.trust, find_stored_dtype(self.proven)
         with reporting(None):
             found = models.load_whole(str(self.proven), dtype=dtype, trust=trust, local=True).model
         if self._kept is not None:  # a temporary folder's name would be in what is written of the model
@@ -270,8 +270,8 @@ class Pruned:
                 f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
             )
         said = self.__dict__.get("plan"), self.__dict__.get("report")
-        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, plan_of(self.proven).digest)
-        check_same("report", json_text(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
+        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, read_folder_plan(self.proven).digest)
+        check_same("report", format_json(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
 
     def check_dense(self) -> None:
         """Raise MptkError if the dense model that is in memory, or its tokenizer, is not as it was pruned."""
@@ -286,7 +286,7 @@ class Pruned:
     def _write_again(self) -> None:
         """Write the present weights into a temporary folder, which takes the place of the folder."""
         assert self._snapshot is not None
-        kept, weights = scratch(), self._snapshot.weights(self.model)
+        kept, weights = make_scratch(), self._snapshot.weights(self.model)
         out = kept.folder / "pruned"
         with reporting("auto") as say:
             found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
@@ -295,7 +295,7 @@ class Pruned:
         else:
             assert found.report is not None  # one process writes again
             self.report, self.compiled = found.report, found.compiled
-        self._reported = json_text(self.report.to_json())
+        self._reported = format_json(self.report.to_json())
         self.proven, self._kept, self._files = out, kept, read_manifest(out)
         self._snapshot = Snapshot.of(self.model)
 
@@ -357,7 +357,7 @@ def prune(
     )
     start, asked, inputs = take_model(model, asked, inputs)
     check_asked(start, asked, inputs)
-    kept = scratch() if out is None else None
+    kept = make_scratch() if out is None else None
     place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
     with (
         reporting(progress) as say,
@@ -421,7 +421,7 @@ def reporting(progress: Shown) -> Iterator[Progress]:
     others = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        with shown() if progress == "auto" else nullcontext(progress or silent) as say:
+        with shown() if progress == "auto" else nullcontext(progress or show_nothing) as say:
             yield say
     finally:
         if others:
@@ -436,7 +436,7 @@ def defaults(
     A model in memory with example inputs is calibrated on these, if the settings name no data.
     """
     if settings is None:
-        plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
+        plain = isinstance(model, nn.Module) and not isinstance(unwrap_parallel(model), PreTrainedModel)
         settings = Settings(onnx=out is not None, method="wanda" if plain else Settings.method)
     own = isinstance(model, nn.Module) and example_inputs is not None and settings.data == Settings.data
     return replace(settings, data=IN_MEMORY) if own else settings

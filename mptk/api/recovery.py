@@ -13,7 +13,7 @@ from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.ir.passes import Log, PassRecord
 from mptk.protocols.values import Context
 from mptk.run.inputs import Data, Inputs, name_inputs
@@ -63,7 +63,7 @@ def recover(
         prepared = pruned.compiled.prepared
         dense = Opened(prepared.given, prepared.task)
     inputs = Inputs.of(data=data, eval_data=eval_data)
-    kept = scratch() if out is None else None
+    kept = make_scratch() if out is None else None
     place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
     start = PrunedFolder.read(folder, dense)
     settings = start.take_settings(asked)

@@ -13,28 +13,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.pruned import Pruned, Shown, reporting
 from mptk.api.words import public
-from mptk.compat.torch import sources_forgotten
-from mptk.compile.trace import LONGEST_TRACE, fitting, traced
+from mptk.compat.torch import forget_sources
+from mptk.compile.trace import LONGEST_TRACE, fit_to_program, trace_loaded
 from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conversions import converted, planned
-from mptk.errors import MptkError, explained
+from mptk.conversions import convert_model, read_plan_conversions
+from mptk.errors import MptkError, explain_errors
 from mptk.io import data as text
 from mptk.io import evaluation, models
-from mptk.io.data import positions_of
+from mptk.io.data import find_position_limit
 from mptk.io.dense import open_dense
 from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import evaluating, unwrapped
+from mptk.io.live import evaluating, unwrap_parallel
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room, encode_prompts
-from mptk.progress import Count, Progress, silent
-from mptk.proof.verification import plan_of
+from mptk.progress import Count, Progress, show_nothing
+from mptk.proof.verification import read_folder_plan
 from mptk.protocols.conversion import Analysed
-from mptk.protocols.execution import execution, find_device, session_device
+from mptk.protocols.execution import build_executor, find_device, find_session_device
 from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
@@ -43,15 +43,15 @@ from mptk.run.given_samples import check_fits, collect_samples
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
 from mptk.run.open import Model, open_in_memory, open_model
 from mptk.staged.staged import Executor
-from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
+from mptk.tasks import CAUSAL_LM, find_task, load_decoder
 from mptk.tasks.module import Module
-from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
+from mptk.tasks.of_folder import find_folder_task, load_folder_inputs
 from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
 
 
 @public
-@sources_forgotten()
+@forget_sources()
 def evaluate(
     model: Pruned | Model,
     data: Data | None = None,
@@ -83,8 +83,8 @@ def evaluate(
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
     settings = with_keywords(settings, name_inputs(data=data))
-    resident, executor = execution(settings)
-    with explained(), reporting(progress) as say:
+    resident, executor = build_executor(settings)
+    with explain_errors(), reporting(progress) as say:
         say("load", 0, 0)
         trust = trust_by_caller(trust_remote_code)
         runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
@@ -109,7 +109,7 @@ def reads_text(model: str, *, trust: Trust) -> bool:
     folder = Path(model)
     if (folder / REPORT_FILE).is_file() and Report.read(folder).task == Module.name:
         return False
-    return kind_of(model, trust=trust) is CAUSAL_LM
+    return find_task(model, trust=trust) is CAUSAL_LM
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class _Programs:
                 return
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
-            if prepared.task.only_length(prepared.analysis.program) is not None:
+            if prepared.task.find_fixed_length(prepared.analysis.program) is not None:
                 self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
             return
         place = model.proven if isinstance(model, Pruned) else model
@@ -159,20 +159,20 @@ class _Programs:
                     "dense"
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
-            self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
+            self._take("dense", self._alike((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
         self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
         inputs = self.example_inputs
         if inputs is None and isinstance(model, str | Path) and (Path(model) / REPORT_FILE).is_file():
-            inputs = inputs_of_folder(Path(model), Report.read(model))
+            inputs = load_folder_inputs(Path(model), Report.read(model))
         opened = open_model(model, self.resident, self.trust, Inputs(self.tokenizer, inputs))
         return opened.loaded, opened.task
 
     def _open_present(self, pruned: Pruned) -> tuple[models.Loaded, Task]:
         """A pruned model with the weights that it has in memory."""
         inputs = self.example_inputs
-        inputs = inputs_of_folder(pruned.proven, pruned.report) if inputs is None else inputs
+        inputs = load_folder_inputs(pruned.proven, pruned.report) if inputs is None else inputs
         words = self.tokenizer or pruned.tokenizer
         opened = open_in_memory(pruned.present, self.trust, Inputs(words, inputs))
         return opened.loaded, opened.task
@@ -181,11 +181,11 @@ class _Programs:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
         if not isinstance(place, str | Path) or not (Path(place) / "plan.json").is_file():
             return dense
-        changes = [(kind, change) for kind, change in planned(plan_of(place)) if not kind.fits]
+        changes = [(kind, change) for kind, change in read_plan_conversions(read_folder_plan(place)) if not kind.fits]
         if not changes:
             return dense
-        model = Analysed(*dense, group.analyze(traced(*dense, self.executor)))
-        model, _ = converted(model, changes, Context(Log(), silent), self.executor, LONGEST_TRACE)
+        model = Analysed(*dense, group.analyze_program(trace_loaded(*dense, self.executor)))
+        model, _ = convert_model(model, changes, Context(Log(), show_nothing), self.executor, LONGEST_TRACE)
         return model.loaded, model.task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
@@ -195,12 +195,12 @@ class _Programs:
     def trace(self, samples: Samples) -> Samples:
         """Trace the models that ``add`` opened, for these samples. Returns batches of a size that the programs take."""
         for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
-            self.programs[name] = traced(loaded, task, self.executor, like=samples)
-            if task.only_length(self.programs[name]) is not None:
+            self.programs[name] = trace_loaded(loaded, task, self.executor, like=samples)
+            if task.find_fixed_length(self.programs[name]) is not None:
                 self.modules[name] = loaded.whole()
         task = self.opened[0][1]
         for program in self.programs.values() if not task.sequences else ():
-            samples = fitting(task, program, samples, "data")
+            samples = fit_to_program(task, program, samples, "data")
         return samples
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
@@ -253,13 +253,13 @@ def generate(
         MptkError: the model has no tokenizer or is not a decoder; or prompt and new tokens exceed its positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    model = unwrap_parallel(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
     place = _graphs(model)
     if place is not None:
-        runner = TextGenerator(place, threads=threads, device=session_device(device))
+        runner = TextGenerator(place, threads=threads, device=find_session_device(device))
         encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
@@ -315,7 +315,7 @@ def _written(
     how: dict[str, object] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    check_room(positions_of(module.config), [ids], limit)
+    check_room(find_position_limit(module.config), [ids], limit)
     given = torch.tensor([ids], device=module.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -343,7 +343,7 @@ def of_model(
     module = loaded.model.to(there)  # type: ignore[arg-type]
     if data is not None:
         text.check_length(loaded.model, length)
-        held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+        held_out = text.load_evaluation_windows(loaded.tokenizer, data, length, windows)
         text.check_ids(loaded.model, held_out)
         measured = _measured(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
     if tasks:
@@ -357,17 +357,17 @@ def of_graph(
 ) -> Perplexity:
     """The perplexity of an exported graph, plain or quantised, in ONNX Runtime."""
     progress("load", 0, 0)
-    runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
+    runner = TextGenerator(model, threads=settings.threads, device=find_session_device(settings.device))
     text.check_positions(runner.positions, length, f"windows of {length} tokens")
-    held_out = text.evaluation_windows(runner.tokenizer, data, length, windows)
+    held_out = text.load_evaluation_windows(runner.tokenizer, data, length, windows)
     runner.check_ids(held_out.flatten().tolist())
-    return _measured(runner.decoder.torch_logits, held_out, data, progress)
+    return _measured(runner.decoder.compute_torch_logits, held_out, data, progress)
 
 
 def _measured(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
-    return evaluation.perplexity(
+    return evaluation.measure_perplexity(
         logits,
         windows,
-        data=text.protocol_name(data),
+        data=text.name_data(data),
         progress=lambda done, total: progress("perplexity", done, total),
     )

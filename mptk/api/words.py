@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from mptk.arguments import P, R, checked
+from mptk.arguments import P, R, guard_arguments
 from mptk.compat.torch import usual_state
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
@@ -30,7 +30,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     What the caller has set in torch, as ``torch.no_grad`` or autocast, does not count within.
     """
-    safe = checked(usual_state()(function))
+    safe = guard_arguments(usual_state()(function))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -8,17 +8,26 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import command, resumable, show
-from mptk.cli.console import err, out, stages
-from mptk.cli.options import JsonOption, MaxMs, ModelArgument, out_file, out_folder, refuse, refuse_idle, with_latency
-from mptk.cli.parse import names, parse_share
+from mptk.cli.app import explain_stop, register_command, show_result
+from mptk.cli.console import err, out, show_stages
+from mptk.cli.options import (
+    JsonOption,
+    MaxMs,
+    ModelArgument,
+    make_file_option,
+    make_folder_option,
+    refuse,
+    refuse_idle,
+    with_latency,
+)
+from mptk.cli.parse import parse_names, parse_share
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.files import write_text
 from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
-@command(
+@register_command(
     examples=(
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
@@ -50,7 +59,7 @@ def advise(
         ),
     ] = False,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
+    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
@@ -58,26 +67,26 @@ def advise(
     and with --calibrate the command of the cut recommended with training.
     """
     from mptk.api.advice import advise as measure
-    from mptk.report.advice import advice_view, commands
+    from mptk.report.advice import build_advice_view, list_commands
 
-    cuts = [parse_share(share, "--sparsities") for share in names(sparsities)]
+    cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
     if not calibrate:
         refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
     if html is not None:
-        from mptk.report.page.render import advice_page
+        from mptk.report.page.render import render_advice_page
 
-        write_text(html, advice_page(found))
-    show(json_file, found.to_json(), advice_view(found))
+        write_text(html, render_advice_page(found))
+    show_result(json_file, found.to_json(), build_advice_view(found))
     if json_file != Path("-"):
-        for line in commands(found):
+        for line in list_commands(found):
             out.print(line, soft_wrap=True, highlight=False)
 
 
-@command(
+@register_command(
     examples=(
         "shapes smollm2-135m --sparsity 0.5 --data c4.jsonl --tokens 0",
         "shapes smollm2-135m --sparsity 0.3 --data c4.jsonl --out runs/shapes --html shapes.html",
@@ -88,9 +97,9 @@ def advise(
 def shapes(
     model: ModelArgument,
     settings: Settings,
-    folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
+    folder: Annotated[Path | None, make_folder_option("Folder for shapes.json; needed for --resume.")] = None,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
+    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:
@@ -100,19 +109,19 @@ def shapes(
     units.
     """
     from mptk.api.advice import shapes as find_shapes
-    from mptk.report.sections import shapes_view
+    from mptk.report.sections import build_shapes_view
     from mptk.run.checks import check_settings
     from mptk.run.minutes import fill_in
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
     check_settings(fill_in(settings))
-    with resumable(folder) if folder is not None else nullcontext(), stages(err) as progress:
+    with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:
-        from mptk.report.page.render import shapes_page
+        from mptk.report.page.render import render_shapes_page
 
-        write_text(html, shapes_page(found))
-    show(json_file, found.to_json(), shapes_view(found))
+        write_text(html, render_shapes_page(found))
+    show_result(json_file, found.to_json(), build_shapes_view(found))
     if json_file != Path("-"):
         out.print(found.command, soft_wrap=True, highlight=False)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.models import OptionInfo
 
-from mptk.cli.parse import names, parse_share, parse_size, parse_width
+from mptk.cli.parse import parse_names, parse_share, parse_size, parse_width
 from mptk.config.cases import CUT, READING
 from mptk.config.setting import (
     COUNT,
@@ -29,17 +29,17 @@ from mptk.config.setting import (
     Choices,
     Declared,
     Record,
-    idle,
-    outside,
-    shown,
-    taken,
+    find_bound_error,
+    find_idle,
+    find_settings,
+    format_number,
     with_keywords,
 )
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, did_you_mean
-from mptk.files import path_of
+from mptk.errors import MptkError, suggest_name
+from mptk.files import expand_path
 from mptk.files.outputs import check_apart, check_file
-from mptk.reading import Json, json_object
+from mptk.reading import Json, read_json_object
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the running command's options that the user typed, without the recipe's."""
@@ -64,7 +64,7 @@ class OutputOption(OptionInfo):
         self.flag, self.content = flag, content
 
 
-def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
+def make_file_check(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
     """The callback of an option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
 
     def check(path: Path | None) -> Path | None:
@@ -72,7 +72,7 @@ def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None],
             return path
         if suffixes and path.suffix.lower() not in suffixes:
             raise typer.BadParameter(f"{path} ends in none of {', '.join(suffixes)}. Give another name.")
-        mode = _mode(path)
+        mode = _find_mode(path)
         if mode is not None and stat.S_ISDIR(mode):
             raise typer.BadParameter(f"{path} is a folder. Give the name of a file.")
         if mode is not None and not stat.S_ISREG(mode):
@@ -86,12 +86,12 @@ def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None],
 def folder_to_write(path: Path | None) -> Path | None:
     """The callback of an option for a folder."""
     if path is not None:
-        _mode(path)
+        _find_mode(path)
         _check_above(path)
     return path
 
 
-def _mode(path: Path) -> int | None:
+def _find_mode(path: Path) -> int | None:
     """The kind of file at ``path``; None if there is none."""
     try:
         return path.stat().st_mode
@@ -111,14 +111,14 @@ def _check_above(path: Path) -> None:
         raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")
 
 
-def out_folder(help: str) -> OptionInfo:
+def make_folder_option(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
     return OutputOption("--out", "", folder_to_write, help)
 
 
-def out_file(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
+def make_file_option(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
     """An option for a file. ``content``: as of ``OutputOption``. ``suffixes``: allowed ones. ``dash``: - is stdout."""
-    return OutputOption(flag, content, file_to_write(*suffixes, dash=dash), help)
+    return OutputOption(flag, content, make_file_check(*suffixes, dash=dash), help)
 
 
 OPERANDS = ("model", "models", "folder", "folders", "like", "include_path", "image", "config")
@@ -138,7 +138,7 @@ def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, obje
     }
     places = [] if not written else list(_read(values, outputs))
     for name, path in written.items():
-        flag = outputs[name].flag or f"--{_flag(name)}"
+        flag = outputs[name].flag or f"--{_name_flag(name)}"
         check_apart(path, *places, option=flag)
         if outputs[name].content:
             check_file(path, outputs[name].content, overwrite, flag)
@@ -156,11 +156,11 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
         for each in given if isinstance(given, list) else [given]:
             if each is None or name in outputs:
                 continue
-            place = path_of(str(each))
+            place = expand_path(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
             yield from _packaged(str(each))
             report = _report_in(place)
-            yield from (path_of(name) for name in _named_in(report, "model"))
+            yield from (expand_path(name) for name in _named_in(report, "model"))
             texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
     if texts:
         from mptk.io.data import read_places
@@ -173,7 +173,7 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
 def _report_in(place: Path) -> Json:
     """The report of a folder; empty if there is none, or a damaged one, which the command refuses."""
     try:
-        return json_object(place / REPORT_JSON, MptkError)
+        return read_json_object(place / REPORT_JSON, MptkError)
     except MptkError:
         return {}
 
@@ -186,32 +186,34 @@ def _named_in(content: object, key: str) -> list[str]:
 
 def _packaged(name: str) -> list[Path]:
     """The place of a packaged model that has been fetched."""
-    from mptk.io.packaged import ALIASES, cached
+    from mptk.io.packaged import ALIASES, find_cached
 
-    found = cached(name) if name in ALIASES else None
+    found = find_cached(name) if name in ALIASES else None
     return [] if found is None else [found]
 
 
-def within(least: float, most: float = COUNT) -> dict[str, Any]:
+def make_bound_arguments(least: float, most: float = COUNT) -> dict[str, Any]:
     """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper bound of shares."""
 
     def check(value: float | None) -> float | None:
-        if value is not None and (wrong := outside(value, least, most)) is not None:
-            raise typer.BadParameter(f"{wrong}. Give a number from {shown(least)} to {shown(most)}.")
+        if value is not None and (wrong := find_bound_error(value, least, most)) is not None:
+            raise typer.BadParameter(f"{wrong}. Give a number from {format_number(least)} to {format_number(most)}.")
         return value
 
     return {"min": least, "max": most if most <= 1 else None, "callback": check}
 
 
-def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
+def make_number_option(help: str, least: float, most: float = COUNT) -> OptionInfo:
     """An option for a finite number from ``least`` to ``most``."""
-    made: OptionInfo = typer.Option(help=help, **within(least, most))
+    made: OptionInfo = typer.Option(help=help, **make_bound_arguments(least, most))
     return made
 
 
 JsonOption = Annotated[
     Path | None,
-    out_file("Also write the result to this file; - prints it instead of the table.", "JSON", flag="--json", dash=True),
+    make_file_option(
+        "Also write the result to this file; - prints it instead of the table.", "JSON", flag="--json", dash=True
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that mptk did not write, too.")]
 
@@ -231,10 +233,10 @@ class Form:
     typed: Callable[[Any], object] = lambda value: value
 
 
-def form(each: Declared) -> Form:
+def find_form(each: Declared) -> Form:
     """How a setting is typed."""
     if get_origin(each.kind) is tuple:
-        return Form(str, names, ",".join)
+        return Form(str, parse_names, ",".join)
     if get_origin(each.kind) is Mapping:
         return Form(list[str] | None, lambda texts: dict(map(parse_width, texts or [])), lambda widths: None)
     if get_origin(each.kind) is Literal:  # whose values are the choices
@@ -247,29 +249,31 @@ def form(each: Declared) -> Form:
     return forms.get(each.setting.form, Form(each.kind))
 
 
-def parameters(command: str, base: Record) -> list[inspect.Parameter]:
+def make_parameters(command: str, base: Record) -> list[inspect.Parameter]:
     """The parameters of a command that are settings. ``base``: the command's defaults."""
     panelled = command in READING
     return [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=form(each).typed(each.of(base)),
-            annotation=Annotated[form(each).kind, option(name, each, each.setting.panel if panelled else None)],
+            default=find_form(each).typed(each.of(base)),
+            annotation=Annotated[
+                find_form(each).kind, make_option(name, each, each.setting.panel if panelled else None)
+            ],
         )
-        for name, each in taken(type(base), command).items()
+        for name, each in find_settings(type(base), command).items()
     ]
 
 
-def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
+def make_option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     """The typer option of a setting. If it is off by default, it is a switch without a negative form."""
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
-    more = {} if bounds is None or form(each).kind != each.kind else within(*bounds)
-    more["metavar"] = SHORT.get(form(each).kind)
+    more = {} if bounds is None or find_form(each).kind != each.kind else make_bound_arguments(*bounds)
+    more["metavar"] = SHORT.get(find_form(each).kind)
     if each.setting.form == "share":
-        more = {"parser": _share, "callback": more["callback"], "metavar": "SHARE"}
-    more |= {} if choices is None else chosen(choices, several=get_origin(each.kind) is tuple)
+        more = {"parser": _parse_typed_share, "callback": more["callback"], "metavar": "SHARE"}
+    more |= {} if choices is None else make_choice_arguments(choices, several=get_origin(each.kind) is tuple)
     help = each.setting.help
     if choices is not None and more["metavar"] == ANY_NAME:
         help = f"{help} One of {', '.join(choices.shown)}."
@@ -277,7 +281,7 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     return made
 
 
-def _share(value: str | float) -> float:
+def _parse_typed_share(value: str | float) -> float:
     """A typed share. A recipe's is a number already."""
     try:
         return parse_share(str(value))
@@ -285,17 +289,19 @@ def _share(value: str | float) -> float:
         raise typer.BadParameter(str(error)) from error
 
 
-def settings_from(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:
+def build_settings(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:
     """The settings from the options of a command."""
-    known = taken(type(base), command)
-    return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})
+    known = find_settings(type(base), command)
+    return with_keywords(
+        base, {known[name].name: find_form(known[name]).read(value) for name, value in options.items()}
+    )
 
 
-def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
+def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[str, Any]:
     """Arguments of ``typer.Option`` for one of some values, or for several separated by commas."""
 
     def parse(text: str) -> str:
-        for value in names(text) if several else (text,):
+        for value in parse_names(text) if several else (text,):
             if (wrong := choices.wrong(value)) is not None:
                 raise typer.BadParameter(wrong)
         return text
@@ -326,13 +332,13 @@ def refuse_idle(command: str, asked: Asked) -> None:
 
     Options from a recipe are not checked: a run writes all of its options into its recipe.
     """
-    for name, why in idle(command, asked).items():
+    for name, why in find_idle(command, asked).items():
         refuse((name,), why)
 
 
 # ---- latency ----
 
-MaxMs = Annotated[float | None, option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
+MaxMs = Annotated[float | None, make_option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
 
 
 def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:
@@ -358,7 +364,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.config.recipe import read_recipe, refused
+    from mptk.config.recipe import list_refused, read_recipe
 
     known: dict[str, Any] = {}
     for parameter in context.command.params:
@@ -366,24 +372,26 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         known |= dict.fromkeys(flags or [parameter.name], parameter)
     known = {name: found for name, found in known.items() if name not in ("config", "help")}
     values: dict[str, object] = {}
-    never = refused(Settings)
+    never = list_refused(Settings)
     for name, value in read_recipe(file).items():
         if name not in known:
-            hint = did_you_mean(name, known, f"there are {', '.join(known)}")
+            hint = suggest_name(name, known, f"there are {', '.join(known)}")
             raise MptkError(f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}")
         if name in never:
-            raise MptkError(f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_flag(name)}")
+            raise MptkError(
+                f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_name_flag(name)}"
+            )
         if value is not None:
-            values[known[name].name] = _as_typed(value, known[name])
+            values[known[name].name] = _format_typed(value, known[name])
     context.default_map = values
     return file
 
 
-def _flag(name: str) -> str:
+def _name_flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _as_typed(value: object, parameter: object) -> object:
+def _format_typed(value: object, parameter: object) -> object:
     """A value of a recipe as one would type it: lists with commas, pairs as A=B."""
     if isinstance(value, Mapping):
         value = [f"{name}={each}" for name, each in value.items()]

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import command, resumable
-from mptk.cli.console import err, out, printed, stages
+from mptk.cli.app import explain_stop, register_command
+from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import (
     Config,
     DenseOption,
     Folder,
     MaxMs,
     ModelArgument,
-    out_folder,
+    make_folder_option,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import names, parse_share
+from mptk.cli.parse import parse_names, parse_share
 from mptk.config.cases import CUT
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
@@ -37,7 +37,7 @@ EstimateOption = Annotated[
 ]
 
 
-@command(
+@register_command(
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
@@ -49,7 +49,7 @@ EstimateOption = Annotated[
 def prune(
     model: ModelArgument,
     settings: Settings,
-    folder: Annotated[Path | None, out_folder("Folder for the result; an earlier result is replaced.")] = None,
+    folder: Annotated[Path | None, make_folder_option("Folder for the result; an earlier result is replaced.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     ladder: Annotated[
@@ -73,7 +73,7 @@ def prune(
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = fill_in(settings)
-    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in names(ladder)]
+    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in parse_names(ladder)]
     if sizes is not None:
         divide_steps(settings, sizes)  # the first to be refused
     asked = Asked(
@@ -87,14 +87,14 @@ def prune(
         show_needs(estimate_run(model, settings), folder)
     else:
         with at_out(folder) as (place, progress):
-            show_result(prune(model, place, settings, progress=progress, on_stage=printed()), place)
+            show_result(prune(model, place, settings, progress=progress, on_stage=make_pass_printer()), place)
 
 
-@command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
+@register_command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
 def recover(
     folder: Folder,
     settings: Settings,
-    destination: Annotated[Path | None, out_folder("Folder for the trained model.")] = None,
+    destination: Annotated[Path | None, make_folder_option("Folder for the trained model.")] = None,
     model: DenseOption = None,
     estimate: EstimateOption = False,
     config: Config = None,
@@ -111,14 +111,16 @@ def recover(
         show_needs(estimate_recovery(folder, settings, model), destination)
         return
     with at_out(destination) as (place, progress):
-        show_result(recover(folder, place, settings, model=model, progress=progress, on_stage=printed()), place)
+        show_result(
+            recover(folder, place, settings, model=model, progress=progress, on_stage=make_pass_printer()), place
+        )
 
 
-@command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+@register_command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
 def rung(
     folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
     size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
-    destination: Annotated[Path | None, out_folder("Folder for that size.")] = None,
+    destination: Annotated[Path | None, make_folder_option("Folder for that size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result that was changed.")] = False,
 ) -> None:
     """Write a smaller size of a ladder that shares weights: the folder that the run proved. No model runs."""
@@ -128,7 +130,7 @@ def rung(
 
     if size is None:
         ladder.checked_sizes(folder)
-        out.print(report.comparison_view(read_runs(with_rungs([folder]))))
+        out.print(report.build_comparison_view(read_runs(with_rungs([folder]))))
         return
     if destination is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
@@ -151,11 +153,11 @@ def make_ladder(
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
     places = [place] if settings.shared else [place / name_size(each) for each in sparsities]
-    with resumable(*places, goes_on=settings.resume), stages(err) as progress:
-        found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
+    with explain_stop(*places, goes_on=settings.resume), show_stages(err) as progress:
+        found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=make_pass_printer())
     if found:
-        out.print(report.prune_view(found[-1].report))
-        out.print(report.comparison_view([Run(each.place.name, each.report) for each in found]))
+        out.print(report.build_prune_view(found[-1].report))
+        out.print(report.build_comparison_view([Run(each.place.name, each.report) for each in found]))
         if settings.shared:
             smaller = ", ".join(each.place.name for each in found[1:])
             out.print(f"written to {place}; `mptk rung {place} SIZE --out FOLDER` writes {smaller}", soft_wrap=True)
@@ -168,7 +170,7 @@ def show_needs(found: Estimate, place: Path | None) -> None:
     from mptk.report import sections as report
     from mptk.run.estimate import check_fits
 
-    out.print(report.estimate_view(found))
+    out.print(report.build_estimate_view(found))
     check_fits(found, place or Path.cwd())
 
 
@@ -177,7 +179,7 @@ def at_out(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
     """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
     if folder is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
-    with resumable(folder), stages(err) as progress:
+    with explain_stop(folder), show_stages(err) as progress:
         yield folder, progress
 
 
@@ -186,5 +188,5 @@ def show_result(result: Pruned | None, place: Path) -> None:
     from mptk.report import sections as report
 
     if result is not None:
-        out.print(report.prune_view(result.report))
+        out.print(report.build_prune_view(result.report))
         out.print(f"written to {place}", soft_wrap=True)

@@ -39,7 +39,7 @@ class _Stopped:
         self.by = stop
         return stop
 
-    def behind(self, error: BaseException) -> KeyboardInterrupt | None:
+    def find_stop(self, error: BaseException) -> KeyboardInterrupt | None:
         """The signal that stopped the command that ended with ``error``; None if there was none."""
         return error if isinstance(error, KeyboardInterrupt) else self.by
 
@@ -53,7 +53,7 @@ STOPPED = _Stopped()
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def catch_signals() -> Iterator[None]:
     """Raise an exception for each signal of ``KINDS``, unless the process was started with that signal ignored.
 
     Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again. A
@@ -85,7 +85,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def deaf() -> None:
+def ignore_signals() -> None:
     """Ignore further signals: the command is over, and a signal would only disturb other libraries' cleanup."""
     for number in KINDS:
         signal.signal(number, signal.SIG_IGN)

@@ -15,7 +15,7 @@ _FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 @contextlib.contextmanager
-def own_state(device: str = "auto") -> Iterator[None]:
+def separate_state(device: str = "auto") -> Iterator[None]:
     """Within it an Accelerator is made as if it were the first of this process. Afterwards the caller's state is back.
 
     ``device``: where a single process computes; ``auto``: as accelerate chooses.
@@ -56,7 +56,7 @@ def without_autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def loaded_by_all() -> Iterator[None]:
+def load_on_all() -> Iterator[None]:
     """Within it each process loads a model, also under FSDP, where transformers would load it only on the first."""
     before = os.environ.pop(_FSDP_LOADS, None)
     try:

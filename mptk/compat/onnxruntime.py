@@ -32,7 +32,7 @@ def run_on_values(
     return [ort.OrtValue(value) for value in made]
 
 
-def matmul_quantizer() -> ModuleType:
+def import_matmul_quantizer() -> ModuleType:
     """The module ``onnxruntime.quantization.matmul_nbits_quantizer``.
 
     Its import calls ``logging.basicConfig``, which adds a handler to the process and changes the level. Both are

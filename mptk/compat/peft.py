@@ -14,7 +14,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def adapters_off(model: PeftModel) -> Iterator[None]:
+def switch_off_adapters(model: PeftModel) -> Iterator[None]:
     """Within it the model computes without its LoRA adapters.
 
     peft's ``disable_adapter`` first looks up the state of all modules and takes ten times as long. Its
@@ -30,7 +30,7 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def refuses_lora(model: nn.Module, name: str) -> bool:
+def is_lora_refused(model: nn.Module, name: str) -> bool:
     """Whether peft refuses LoRA in a module of a model: Mamba's kernels read some weights past their modules.
 
     It says so only while it changes the model. A public name for the check would replace this.
@@ -45,7 +45,7 @@ def refuses_lora(model: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def as_named() -> Iterator[None]:
+def adapt_as_named() -> Iterator[None]:
     """Within it peft adapts the modules that a config names.
 
     In a mixture of experts it takes ``gate_proj``, ``up_proj`` and ``down_proj`` for names of old checkpoints, and

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from mptk.compat.torch import uncached_operators
+from mptk.compat.torch import stop_operator_cache
 
 Symbol: TypeAlias = sympy.Symbol
 SymbolicNumber: TypeAlias = Any
@@ -54,12 +54,12 @@ class _NoNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
-            return _unknown(() if func is Tensor.item else args[0].shape)
+            return _make_unknown(() if func is Tensor.item else args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
-def _unknown(shape: Sequence[int]) -> object:
-    return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
+def _make_unknown(shape: Sequence[int]) -> object:
+    return [_make_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
 
 
 class Symbols:
@@ -82,26 +82,26 @@ class Symbols:
         return symbol, self._env.create_symintnode(symbol, hint=value, source=None)
 
     @contextlib.contextmanager
-    def building(self, own: str) -> Iterator[None]:
+    def build_symbolically(self, own: str) -> Iterator[None]:
         """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
 
         What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(uncached_operators())
+            stack.enter_context(stop_operator_cache())
             mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
             for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
-                stack.enter_context(_named(module, "int", _Integer))
-            stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
-            stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))
-            stack.enter_context(_named(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
+                stack.enter_context(_patch_name(module, "int", _Integer))
+            stack.enter_context(_patch_name(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
+            stack.enter_context(_patch_name(nn.Module, "to", lambda module, *_, **__: module))
+            stack.enter_context(_patch_name(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
             for context in (self._env.suppress_guards(), mode, torch.device("cpu"), _NoNumbers()):
                 stack.enter_context(context)
             yield
 
 
 @contextlib.contextmanager
-def _named(module: object, name: str, value: object) -> Iterator[None]:
+def _patch_name(module: object, name: str, value: object) -> Iterator[None]:
     absent = object()
     before = vars(module).get(name, absent)
     setattr(module, name, value)
@@ -114,15 +114,15 @@ def _named(module: object, name: str, value: object) -> Iterator[None]:
             setattr(module, name, before)
 
 
-def expression(number: object) -> SymbolicNumber:
+def to_expression(number: object) -> SymbolicNumber:
     """A number as a sympy expression if it is symbolic, or itself."""
     return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
-def evaluated(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> list[Any]:
+def evaluate_numbers(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> list[Any]:
     """The numbers at the values of all their symbols. A quotient by 0 is 0, which is no size of a weight."""
     found = dict[SymbolicNumber, Any]()
-    for number in dict.fromkeys(number for number in numbers if symbols_in(number)):
+    for number in dict.fromkeys(number for number in numbers if find_symbols(number)):
         try:
             value = sympy_interp(PythonReferenceAnalysis, values, number)
             found[number] = int(value) if number.is_integer else value
@@ -140,24 +140,26 @@ def interpret(functions: object, values: Mapping[Symbol, Any], number: SymbolicN
     return sympy_interp(functions, dict(values), number)
 
 
-def symbols_in(number: SymbolicNumber) -> frozenset[Symbol]:
+def find_symbols(number: SymbolicNumber) -> frozenset[Symbol]:
     """The symbols that a number depends on."""
     return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
 
 
-def value_of(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
+def compute_value(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
     """A number at some values of its symbols."""
     found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
     return int(found) if isinstance(found, sympy.Integer) else found
 
 
-def exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
+def compute_exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
     """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
 
     A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.
     """
-    smooth = _smooth(number, values) if symbols_in(number) else sympy.Integer(1)
-    found = {symbol: float(value_of(symbol * smooth.diff(symbol) / smooth, values)) for symbol in symbols_in(smooth)}
+    smooth = _smooth(number, values) if find_symbols(number) else sympy.Integer(1)
+    found = {
+        symbol: float(compute_value(symbol * smooth.diff(symbol) / smooth, values)) for symbol in find_symbols(smooth)
+    }
     return {s: Fraction(e).limit_denominator(MOST) for s, e in found.items() if math.isfinite(e) and e}
 
 
@@ -165,15 +167,15 @@ def _smooth(number: sympy.Basic, values: Mapping[Symbol, int]) -> sympy.Basic:
     """An expression near ``values`` with quotients in place of rounded ones."""
     kind, args = type(number).__name__, [_smooth(part, values) for part in number.args]
     if kind in ("Max", "Min"):
-        return (max if kind == "Max" else min)(args, key=lambda part: value_of(part, values))
+        return (max if kind == "Max" else min)(args, key=lambda part: compute_value(part, values))
     if kind == "Where":
-        return args[1] if value_of(args[0], values) else args[2]
+        return args[1] if compute_value(args[0], values) else args[2]
     if kind in ("Mod", "PythonMod"):
-        return sympy.Integer(value_of(number, values))
+        return sympy.Integer(compute_value(number, values))
     if kind.endswith("Div"):
         if len(parts := sympy.Add.make_args(args[0])) > 1:  # n + b - 1 and n + b / 2 only round n / b
-            least = value_of(args[1], values)
-            args[0] = sympy.Add(*(p for p in parts if p != args[1] and value_of(p, values) >= least)) or args[1]
+            least = compute_value(args[1], values)
+            args[0] = sympy.Add(*(p for p in parts if p != args[1] and compute_value(p, values) >= least)) or args[1]
         return args[0] / args[1]
     if "Pow" in kind:
         return sympy.Pow(*args)

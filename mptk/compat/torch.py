@@ -35,29 +35,29 @@ __all__ = [
     "FakeTensorMode",  # Runs a model on shapes only, with real index constants, which meta tensors would lose.
     "Guard",  # What a trace needs of its sizes.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
-    "assumed",
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
-    "custom_function",
     "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
-    "field_names",
+    "express_size",
+    "find_custom_function",
+    "find_schema",
+    "find_size_hint",
+    "find_size_origin",
+    "forget_sources",
     "forward_hooks",
-    "gradient_hooks",
-    "located",
-    "origin",
-    "quiet_exporter",
-    "quiet_fakes",
-    "samples_last",
-    "schema",
-    "size_expression",
-    "size_hint",
-    "small_constants",
-    "sources_forgotten",
+    "hide_exporter_logs",
+    "hide_fake_logs",
+    "keep_small_constants",
+    "list_field_names",
+    "list_gradient_hooks",
+    "list_guards",
+    "mark_undecomposed",
+    "move_samples_last",
+    "record_locations",
+    "stop_operator_cache",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
-    "uncached_operators",
-    "undecomposed",
     "usual_state",
     "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
     "vmap_opens",  # The same on its operands.
@@ -68,7 +68,7 @@ _KERNELS = ("/torch/_subclasses/", "/torch/_prims_common/", "/torch/_refs/")
 
 
 @contextlib.contextmanager
-def sources_forgotten() -> Iterator[None]:
+def forget_sources() -> Iterator[None]:
     """Within it torch keeps the source of each module that it generates, and what it found out about symbolic sizes.
 
     Afterwards both are dropped. torch drops neither, so a process that compiles many models would grow with each. It
@@ -127,7 +127,7 @@ def drop_tracked_inputs(exported: ExportedProgram) -> None:
             return
 
 
-def schema(target: object) -> FunctionSchema | None:
+def find_schema(target: object) -> FunctionSchema | None:
     """The schema of an operator: arguments, results, and what is written or aliased. None for other callables.
 
     ``OpOverload`` has no public attribute for it.
@@ -136,13 +136,13 @@ def schema(target: object) -> FunctionSchema | None:
     return found
 
 
-def custom_function(tensor: Tensor) -> type | None:
+def find_custom_function(tensor: Tensor) -> type | None:
     """The ``torch.autograd.Function`` with a backward of its own that made a tensor; None if none did."""
     found: type | None = getattr(type(tensor.grad_fn), "_forward_cls", None)
     return found
 
 
-def gradient_hooks(module: nn.Module) -> Iterator[str]:
+def list_gradient_hooks(module: nn.Module) -> Iterator[str]:
     """The names of parameters and parts with hooks on their gradients. torch lists them nowhere in public."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -157,13 +157,13 @@ def forward_hooks(module: nn.Module) -> list[object]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
-def field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
+def list_field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
     """The names of a named tuple's fields, which have an underscore though they are public; None of another tuple."""
     found: tuple[str, ...] | None = getattr(value, "_fields", None)
     return found
 
 
-def samples_last(value: Tensor) -> Tensor:
+def move_samples_last(value: Tensor) -> Tensor:
     """A value within ``torch.vmap`` with the hidden dimensions after its own; any other value as it is.
 
     What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it, and torch has no public way to the rest.
@@ -173,7 +173,7 @@ def samples_last(value: Tensor) -> Tensor:
     return value
 
 
-def size_hint(size: torch.SymInt) -> int | None:
+def find_size_hint(size: torch.SymInt) -> int | None:
     """The value of a symbolic size in the example inputs; None if it depends on data.
 
     ``int(size)`` would specialise the graph to that size.
@@ -196,7 +196,7 @@ class Guard:
 
 
 @contextlib.contextmanager
-def located() -> Iterator[None]:
+def record_locations() -> Iterator[None]:
     """Within it, export keeps the Python stack with each condition on sizes, and not only one frame."""
     original = ShapeEnv._get_sloc
     ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
@@ -214,29 +214,29 @@ def _stack() -> str:
     return "\n".join(reversed(lines))
 
 
-def assumed(sizes: Iterable[torch.SymInt]) -> list[Guard]:
+def list_guards(sizes: Iterable[torch.SymInt]) -> list[Guard]:
     """The conditions under which a trace with these symbolic sizes holds, in the order in which it asked for them."""
     environment: ShapeEnv | None = next((size.node.shape_env for size in sizes), None)
     if environment is None:
         return []
     pairs = ((environment.replace(guard.expr), str(guard.sloc.maybe_user_loc)) for guard in environment.guards)
-    return [Guard(holds, stack, _in_kernel(stack)) for holds, stack in pairs]
+    return [Guard(holds, stack, _is_in_kernel(stack)) for holds, stack in pairs]
 
 
-def origin(size: torch.SymInt) -> str:
+def find_size_origin(size: torch.SymInt) -> str:
     """The stack that made a symbolic size a number, or another size; empty if nothing did."""
     symbol, stack = size.node._expr, ""
     while (place := size.node.shape_env.replacements_slocs.get(symbol)) is not None:
         stack, symbol = str(place.maybe_user_loc), size.node.shape_env.replacements[symbol]
-    return "" if _in_kernel(stack) else stack
+    return "" if _is_in_kernel(stack) else stack
 
 
-def _in_kernel(stack: str) -> bool:
+def _is_in_kernel(stack: str) -> bool:
     """Whether an operator asked, but not for a number, on which the count of its results may depend."""
     return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
-def size_expression(size: torch.SymInt | torch.SymBool) -> Any:
+def express_size(size: torch.SymInt | torch.SymBool) -> Any:
     """A symbolic size, or a condition on sizes, as a sympy expression.
 
     Comparing the sizes themselves would add a guard to the graph.
@@ -275,7 +275,7 @@ class _Undecomposed(ExportedProgram):
         return self
 
 
-def undecomposed(exported: ExportedProgram) -> ExportedProgram:
+def mark_undecomposed(exported: ExportedProgram) -> ExportedProgram:
     """``exported`` for ``torch.onnx.export`` without decomposition, for which that has no option."""
     return _Undecomposed(
         root=exported.graph_module,
@@ -291,7 +291,7 @@ def undecomposed(exported: ExportedProgram) -> ExportedProgram:
 
 
 @contextlib.contextmanager
-def uncached_operators() -> Iterator[None]:
+def stop_operator_cache() -> Iterator[None]:
     """Within it fake tensors do not remember what operators gave, which a symbolic trace would keep for ever.
 
     There is no public switch.
@@ -303,11 +303,11 @@ def uncached_operators() -> Iterator[None]:
 
 
 KNOWN_NUMBERS = 4096
-"""Most numbers of a constant that ``small_constants`` computes with."""
+"""Most numbers of a constant that ``keep_small_constants`` computes with."""
 
 
 @contextlib.contextmanager
-def small_constants() -> Iterator[None]:
+def keep_small_constants() -> Iterator[None]:
     """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
 
     So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
@@ -323,23 +323,23 @@ def small_constants() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_exporter(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
+def hide_exporter_logs(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
     """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing.
 
     ``name``: of another logger; ``torch.export`` logs the traceback of what it also raises.
     """
-    with _level(name, logging.CRITICAL), warnings.catch_warnings():
+    with _set_level(name, logging.CRITICAL), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def quiet_fakes() -> contextlib.AbstractContextManager[None]:
+def hide_fake_logs() -> contextlib.AbstractContextManager[None]:
     """Silence fake tensors, which log the traceback of each operator that refuses its shapes."""
-    return _level(fake_tensor.__name__, logging.CRITICAL)
+    return _set_level(fake_tensor.__name__, logging.CRITICAL)
 
 
 @contextlib.contextmanager
-def _level(name: str, wanted: int) -> Iterator[None]:
+def _set_level(name: str, wanted: int) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(wanted)

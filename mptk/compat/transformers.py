@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
 
 
-def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+def find_auto_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
     """The classes that an auto class (``AutoModelForCausalLM``) has for ``config``; empty if it does not take it.
 
     transformers has no public way to get the class from an auto class without building a model. The look-up imports
@@ -24,7 +24,7 @@ def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedM
     return found if isinstance(found, tuple) else (found,)
 
 
-def ignored_on_load(model: PreTrainedModel) -> frozenset[str]:
+def list_ignored_weights(model: PreTrainedModel) -> frozenset[str]:
     """Patterns of the names in a checkpoint that ``from_pretrained`` leaves out without a word.
 
     ``MtpModel`` takes the names of multi-token-prediction layers from them, too. The attribute has no public name.
@@ -40,7 +40,7 @@ def forget_source(config: PreTrainedConfig) -> None:
     vars(config).pop("_model_name_or_path", None)
 
 
-def gguf_config(gguf: Path) -> PreTrainedConfig:
+def read_gguf_config(gguf: Path) -> PreTrainedConfig:
     """The config in a GGUF file's metadata, without the model's title and with rounded numbers.
 
     GGUF stores float32: an epsilon of 1e-05 is read as 9.999999747378752e-06, and rounded to 1e-05 here.
@@ -62,7 +62,7 @@ def dequantize_gguf() -> dict[str, object]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def precomputed(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
+def compute_vision_inputs(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
     """What a vision encoder computes of ``grids``, int64 [images, 3], with loops: the argument's name → its value.
 
     It is of transformers' own exporter, and takes time to import.
@@ -75,7 +75,7 @@ def precomputed(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def missing_attributes(found: Callable[[PreTrainedConfig, str], None]) -> Iterator[None]:
+def watch_missing_attributes(found: Callable[[PreTrainedConfig, str], None]) -> Iterator[None]:
     """Within it, each read of an attribute that a config lacks calls ``found(config, name)``.
 
     It patches the base class and not one object, since models copy their config and look up its exact type. It may be
@@ -105,45 +105,50 @@ def without_generation() -> Iterator[None]:
 
     An argument would replace this.
     """
-    with _replaced(transformers.GenerationConfig, "from_model_config", lambda *_: transformers.GenerationConfig()):
+    with _replace_attribute(
+        transformers.GenerationConfig, "from_model_config", lambda *_: transformers.GenerationConfig()
+    ):
         yield
 
 
 @contextlib.contextmanager
-def opened_by(opened: Callable[..., object]) -> Iterator[None]:
+def replace_opener(opened: Callable[..., object]) -> Iterator[None]:
     """Within it ``from_pretrained`` opens safetensors files with ``opened``, in place of ``safe_open``.
 
     It would read all weights. An argument would replace this.
     """
-    with _replaced(modeling_utils, "safe_open", opened), _replaced(modeling_layers, "safe_open", opened):
+    with (
+        _replace_attribute(modeling_utils, "safe_open", opened),
+        _replace_attribute(modeling_layers, "safe_open", opened),
+    ):
         yield
 
 
 @contextlib.contextmanager
-def saved_by(split: Callable[..., object], save: Callable[..., None]) -> Iterator[None]:
+def replace_saver(split: Callable[..., object], save: Callable[..., None]) -> Iterator[None]:
     """Within it ``save_pretrained`` has weights divided into files by ``split``, and each file written by ``save``.
 
     They take what the functions of huggingface_hub and safetensors take, which want the numbers of a whole file at
     once. Arguments would replace this.
     """
-    divided = _replaced(modeling_utils, "split_torch_state_dict_into_shards", split)
-    with divided, _replaced(modeling_utils, "safe_save_file", save):
+    divided = _replace_attribute(modeling_utils, "split_torch_state_dict_into_shards", split)
+    with divided, _replace_attribute(modeling_utils, "safe_save_file", save):
         yield
 
 
 @contextlib.contextmanager
-def weights_named(file: str) -> Iterator[None]:
+def name_weight_files(file: str) -> Iterator[None]:
     """Within it ``from_pretrained`` and ``save_pretrained`` have weights in ``file``, or in shards named after it.
 
     An argument would replace this.
     """
-    one = _replaced(modeling_utils, "SAFE_WEIGHTS_NAME", file)
-    with one, _replaced(modeling_utils, "SAFE_WEIGHTS_INDEX_NAME", f"{file}.index.json"):
+    one = _replace_attribute(modeling_utils, "SAFE_WEIGHTS_NAME", file)
+    with one, _replace_attribute(modeling_utils, "SAFE_WEIGHTS_INDEX_NAME", f"{file}.index.json"):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+def _replace_attribute(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -152,7 +157,7 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def config_field(config: PreTrainedConfig, name: str) -> object:
+def find_config_field(config: PreTrainedConfig, name: str) -> object:
     """The value of a field; None if it is missing, a list with one value for each layer if layers may differ.
 
     transformers raises an error if such a field is read from the config itself.
@@ -166,9 +171,9 @@ def config_field(config: PreTrainedConfig, name: str) -> object:
 ConfigPair = tuple[PreTrainedConfig, PreTrainedConfig]
 
 
-def paired_configs(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[ConfigPair]:
+def match_configs(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[ConfigPair]:
     """A config and those within it, each with its counterpart in ``like``."""
     yield config, like
     for name, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
-            yield from paired_configs(inner, other)
+            yield from match_configs(inner, other)

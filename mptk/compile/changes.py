@@ -14,10 +14,10 @@ from mptk.io.resident import Resident
 from mptk.io.untrusted import load_tensors
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import Cut, renumbering
+from mptk.ir.resolved_plan import Cut, build_renumbering
 from mptk.ir.weights import Lazy, Weights
 from mptk.protocols.report import Report
-from mptk.reading import damaged
+from mptk.reading import make_damage_error
 from mptk.targets.graph import WEIGHTS, GraphTarget
 from mptk.trust import Trust
 from passes.transforms.masked_reference import keep_along
@@ -26,7 +26,7 @@ COMPENSATION = "compensation.safetensors"
 """A folder's file of corrected biases (FLAP)."""
 
 
-def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: Trust) -> Mapping[str, Tensor]:
+def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: Trust) -> Mapping[str, Tensor]:
     """The weights in which the folder differs from a cut of the dense model: trained weights, or FLAP's biases.
 
     Raises:
@@ -35,7 +35,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
     """
     state = analysis.program.state
     if (folder / COMPENSATION).is_file():
-        biases = load_tensors(folder / COMPENSATION, damaged(folder / COMPENSATION))
+        biases = load_tensors(folder / COMPENSATION, make_damage_error(folder / COMPENSATION))
         for name, bias in biases.items():
             if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
                 raise MptkError(
@@ -45,7 +45,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         return biases
     if not report.trained:
         return {}
-    new, small = renumbering(analysis, cut).new, stored_weights(folder, trust)
+    new, small = build_renumbering(analysis, cut).new, open_pruned_weights(folder, trust)
     names = {name: there for name in report.trained if (there := new(name)) is not None}
     for name, there in names.items():
         shape = tuple(cut.size(term) for term in analysis.weights[name])
@@ -53,13 +53,13 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
             raise MptkError(
                 f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again"
             )
-    return widened(analysis, cut, small.selected(names))
+    return widen_weights(analysis, cut, small.select_names(names))
 
 
-def stored_weights(folder: Path, trust: Trust) -> Weights:
+def open_pruned_weights(folder: Path, trust: Trust) -> Weights:
     """The weights in a pruned folder, by name, of a checkpoint or of a graph."""
-    if GraphTarget().wrote(folder):
-        return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
+    if GraphTarget().has_written(folder):
+        return Weights(load_tensors(folder / WEIGHTS, make_damage_error(folder / WEIGHTS)))
     small = models.open_weights(str(folder), Resident(0), trust=trust).weights
     assert small is not None
     return small
@@ -76,17 +76,17 @@ def without(analysis: Analysis, cut: Cut) -> Weights:
     edits = {}
     for name in held:
         dims = analysis.weights[name]
-        touched = [d for d, term in enumerate(dims) if cut.touches(term)]
+        touched = [d for d, term in enumerate(dims) if cut.has_choice(term)]
         if touched and name not in divide:
-            edits[name] = partial(_zeroed, cut, dims, touched)
-    return state.selected({name: name for name in edits}).changed(edits)
+            edits[name] = partial(_zero_removed, cut, dims, touched)
+    return state.select_names({name: name for name in edits}).changed(edits)
 
 
-def _zeroed(cut: Cut, dims: Dims, touched: Sequence[int], weight: Tensor) -> Tensor:
+def _zero_removed(cut: Cut, dims: Dims, touched: Sequence[int], weight: Tensor) -> Tensor:
     return weight * keep_along(cut, dims, touched).to(weight.device)
 
 
-def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
+def widen_weights(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
     """The dense weights with a cut model's weights at the positions that stay. ``small``: under the dense names."""
     state = analysis.program.state
 

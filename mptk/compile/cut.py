@@ -16,20 +16,20 @@ from passes.pipelines import cut_program
 from passes.transforms.store import Store
 
 
-def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
+def apply_choice(prepared: Prepared, chosen: Chosen) -> Analysis:
     """The analysis over the dense weights with the choice's changes."""
     return prepared.analysis.with_weights(chosen.changes)
 
 
-def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
+def round_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
     """The analysis over these weights, each rounded to the stored type."""
-    analysis = changed(prepared, chosen)
+    analysis = apply_choice(prepared, chosen)
     return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
 
 
 def cut_to(prepared: Prepared, chosen: Chosen, context: Context) -> Compiled:
     """The program cut to the plan, still without ``written``."""
-    analysis = stored_analysis(prepared, chosen)
+    analysis = round_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     return Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
 
@@ -40,7 +40,7 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
     return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
 
 
-def small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
+def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
     """The cut model in float32 for training: of its class or, if the target needs none, its graph's module.
 
     ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may use these tensors

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
-from mptk.compile.trace_module import compared_if_it_fits, trace_module
+from mptk.compile.trace_module import compare_if_it_fits, trace_module
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.program import Program
@@ -24,7 +24,7 @@ LONGEST_TRACE = 31
 are hardly multiples of it."""
 
 
-def traced(
+def trace_loaded(
     loaded: Loaded,
     task: Task,
     executor: Executor,
@@ -43,20 +43,20 @@ def traced(
         MptkError: the program has several inputs and holds one length; its outputs are not what the task says, not
             finite, or all zero.
     """
-    example = task.example(loaded.model)
+    example = task.make_example(loaded.model)
     example = example if like is None else task.like(example, like)
     if not isinstance(loaded.model, PreTrainedModel):
         program = trace_module(loaded, example)
     else:
         sizes = (0,) if _holds_one_size(loaded, example, like) else task.open_sizes(example)
         program = _trace(loaded, task, example, sizes)
-        if isinstance(sizes, Mapping) and _some_batches_fixed(program):
+        if isinstance(sizes, Mapping) and _has_fixed_batches(program):
             program = _trace(loaded, task, example, {name: tuple({*dims} - {0}) for name, dims in sizes.items()})
-    if task.only_length(program) is not None:
+    if task.find_fixed_length(program) is not None:
         _check_one_input(loaded, example, program)
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
-    fixed, ran = task.only_length(program), 0
+    fixed, ran = task.find_fixed_length(program), 0
     check_steady(program, lambda inputs: next(executor.outputs([program], [inputs])), example.tensors, loaded.source)
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def traced(
     if not ran:
         run(example)
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
-        program = compared_if_it_fits(program, loaded, example)
+        program = compare_if_it_fits(program, loaded, example)
     return program
 
 
@@ -86,7 +86,7 @@ def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None
         )
 
 
-def fixed_sizes(prepared: Prepared) -> str:
+def describe_fixed_sizes(prepared: Prepared) -> str:
     """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty.
 
     It has the first condition of each source line: a loop over a size may give one a round.
@@ -98,7 +98,7 @@ def fixed_sizes(prepared: Prepared) -> str:
     return f"fixed: {'; '.join(said)}: the pruned model refuses other sizes"
 
 
-def trained_otherwise(prepared: Prepared) -> str:
+def describe_gradient_limits(prepared: Prepared) -> str:
     """The report's note on how the traced graph trains otherwise than the module, or when it refuses; else empty."""
     limits = prepared.analysis.program.limits
     said = {
@@ -109,13 +109,13 @@ def trained_otherwise(prepared: Prepared) -> str:
     return "" if prepared.target.classed or not said else f"gradients: {said}"
 
 
-def fitting(task: Task, program: Program, samples: Samples, what: str) -> Samples:
+def fit_to_program(task: Task, program: Program, samples: Samples, what: str) -> Samples:
     """Batch a caller's samples as the program takes them.
 
     Raises:
         MptkError: the program does not hold for their sizes.
     """
-    length = task.only_length(program)
+    length = task.find_fixed_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
         raise MptkError(
             f"this model is traced only for {length} tokens, and the samples of {what} have "
@@ -124,7 +124,7 @@ def fitting(task: Task, program: Program, samples: Samples, what: str) -> Sample
     if task.sequences:
         return samples
     batch = program.sizes.held(0)
-    samples = samples if batch is None else samples.in_batches_of(batch)
+    samples = samples if batch is None else samples.fit_batch_size(batch)
     try:
         program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
     except MptkError as error:
@@ -132,9 +132,9 @@ def fitting(task: Task, program: Program, samples: Samples, what: str) -> Sample
     return samples
 
 
-def one_length(prepared: Prepared) -> str:
+def describe_one_length(prepared: Prepared) -> str:
     """The report's note on a program that holds one length; else empty."""
-    length = prepared.task.only_length(prepared.analysis.program)
+    length = prepared.task.find_fixed_length(prepared.analysis.program)
     if length is None:
         return ""
     return (
@@ -147,27 +147,27 @@ def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> b
     """Whether a trace of a transformers model may fix the sizes of its example, as the samples have the same."""
     if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
         return False
-    return same_sizes(example, like)
+    return has_same_sizes(example, like)
 
 
-def same_sizes(samples: Samples, others: Samples) -> bool:
+def has_same_sizes(samples: Samples, others: Samples) -> bool:
     """Whether the inputs of two sets of samples have the same sizes, except the number of samples."""
     first, second = ({n: x.shape[1:] for n, x in each.inputs.items()} for each in (samples, others))
     return first == second
 
 
-def traced_as_example(loaded: Loaded, task: Task, example: Samples) -> Program:
+def trace_as_example(loaded: Loaded, task: Task, example: Samples) -> Program:
     """The model's program for inputs like ``example``, with its weights."""
     return _trace(loaded, task, example, task.open_sizes(example))
 
 
 def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> Program:
-    wrap = task.wrapped(loaded.model, example)
-    found = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)
+    wrap = task.choose_wrapper(loaded.model, example)
+    found = passes.frontend.trace.trace_to_program(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)
     return loaded.with_weights(found)
 
 
-def _some_batches_fixed(program: Program) -> bool:
+def _has_fixed_batches(program: Program) -> bool:
     """Whether the code fixed the number of samples in some inputs and not in all, as a loop over the images does."""
     fixed = {isinstance(sizes[0], int) for _, sizes in program.sizes.inputs}
     return len(fixed) > 1
@@ -184,13 +184,13 @@ def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, u
         if name is not None:
             raise MptkError(f"{name} of {source} has numbers that are not finite; give undamaged weights")
         raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
-    if not any(output.any() for output in outputs) and not (untrained and _some_are_zero(program)):
+    if not any(output.any() for output in outputs) and not (untrained and _has_zero_parameters(program)):
         raise MptkError(
             f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
         )
 
 
-def _some_are_zero(program: Program) -> bool:
+def _has_zero_parameters(program: Program) -> bool:
     """Whether some parameters are zero and others are not."""
     state = program.state
     return {bool(state[n].any()) for n in program.parameters if state.like(n).is_floating_point()} == {True, False}

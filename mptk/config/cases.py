@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mptk.config.setting import Idle
 from mptk.cost.budgets import CACHED, LATENCY
-from mptk.ir.consumers import only_graphs
+from mptk.ir.consumers import needs_graphs
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
@@ -62,7 +62,7 @@ DECIDED = Idle(lambda a: not a.undecided, "the numbers that it would choose are 
 NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
 ENGINED = Idle(lambda a: a.settings.engines, "--engines names the programs", "leave out one of both")
 UNREAD = Idle(
-    lambda a: a.writes and not a.settings.onnx and only_graphs(a.settings.engines),
+    lambda a: a.writes and not a.settings.onnx and needs_graphs(a.settings.engines),
     "--no-onnx writes no graph, and it names a program that reads nothing else",
     "leave out one of both",
 )

@@ -29,7 +29,7 @@ from mptk.config.choices import (
     MOST_SPARSITY,
     UNIFORM,
 )
-from mptk.config.setting import COUNT, Choices, Record, numbers_in, setting
+from mptk.config.setting import COUNT, Choices, Record, declare_setting, parse_numbers
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
 from mptk.ir.alignment import HARDWARE, KERNEL_BLOCK, read_alignment
@@ -44,7 +44,7 @@ class CutSettings(Record):
             not latency.
     """
 
-    sparsity: float = setting(
+    sparsity: float = declare_setting(
         0.3,
         "Share of the budget to remove, as 0.3 or 30%.",
         CUT,
@@ -53,7 +53,7 @@ class CutSettings(Record):
         within=(0.0, MOST_SPARSITY),
         form="share",
     )
-    budget: str = setting(
+    budget: str = declare_setting(
         "params",
         "What is counted. params: of blocks; total: all parameters; serving: bytes of weights and KV cache.",
         CUT,
@@ -61,7 +61,7 @@ class CutSettings(Record):
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
     )
-    context: int = setting(
+    context: int = declare_setting(
         4096,
         "Tokens in the KV cache, of one sequence, that the budgets kv-cache and serving count.",
         CUT,
@@ -69,8 +69,8 @@ class CutSettings(Record):
         (UNCACHED,),
         within=(1, COUNT),
     )
-    max_ms: float | None = setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
-    objective: str = setting(
+    max_ms: float | None = declare_setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
+    objective: str = declare_setting(
         "decode",
         "Phase whose latency the budget counts.",
         CUT,
@@ -78,26 +78,26 @@ class CutSettings(Record):
         PHASED,
         choices=Choices(tuple(OBJECTIVES)),
     )
-    threads: int = setting(
+    threads: int = declare_setting(
         1, "Threads per operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
     )
-    families: tuple[str, ...] = setting(
+    families: tuple[str, ...] = declare_setting(
         (),
         "Families to cut, or layers of them, as ffn,q_heads.7, or a part of analyze; default: those inside layers.",
         CUT,
         CHOOSING,
         (PLANNED,),
     )
-    keep: tuple[str, ...] = setting(
+    keep: tuple[str, ...] = declare_setting(
         (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, CHOOSING, CHOOSES
     )
-    vocabulary: str | None = setting(
+    vocabulary: str | None = declare_setting(
         None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
     )
-    kv_heads: int | None = setting(
+    kv_heads: int | None = declare_setting(
         None, "Merge the KV heads of each layer to this number; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
     )
-    widths: Mapping[str, int] = setting(
+    widths: Mapping[str, int] = declare_setting(
         {},
         "Fix the width of a family or of one layer, as ffn=1024 or ffn.7=1280. May be repeated.",
         CUT,
@@ -105,7 +105,7 @@ class CutSettings(Record):
         (PLANNED,),
         option="width",
     )
-    layers: str = setting(
+    layers: str = declare_setting(
         UNIFORM,
         "uniform: all layers get the same widths; free: each gets its own; numbers: only these layers are cut.",
         CUT,
@@ -113,8 +113,8 @@ class CutSettings(Record):
         CHOOSES,
         choices=Choices(LAYERS, or_ranges=True),
     )
-    plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
-    larger: str | None = setting(
+    plan: str | None = declare_setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
+    larger: str | None = declare_setting(
         None,
         "Cut this larger pruned folder of the model further: start from its weights, choose among the units it keeps.",
         CUT,
@@ -122,21 +122,21 @@ class CutSettings(Record):
         CHOOSES,
         form="path",
     )
-    shared: bool = setting(
+    shared: bool = declare_setting(
         False,
         "One set of weights for all sizes of --ladder, in one folder; `mptk rung` writes each smaller one.",
         CUT,
         PRUNE,
         (NO_LADDER,),
     )
-    portable: bool = setting(
+    portable: bool = declare_setting(
         True,
         "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
         CUT,
         CHOOSING,
         (*CHOOSES, ENGINED, NO_CLASS),
     )
-    engines: tuple[str, ...] = setting(
+    engines: tuple[str, ...] = declare_setting(
         (),
         "Programs that must read the result, comma-separated: only widths that all of them read are legal.",
         CUT,
@@ -144,21 +144,21 @@ class CutSettings(Record):
         (UNREAD,),
         choices=ENGINE_CHOICES,
     )
-    align: int | str = setting(
+    align: int | str = declare_setting(
         KERNEL_BLOCK,
         f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
         CUT,
         (*CHOOSING, "analyze"),
         form="number or text",
     )
-    tensor_parallel: int = setting(
+    tensor_parallel: int = declare_setting(
         1,
         "Devices that will share each layer: keep heads, KV heads and channels divisible by their number.",
         CUT,
         (*CHOOSING, "analyze"),
         within=(1, 1 << 12),
     )
-    tolerance: float = setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
+    tolerance: float = declare_setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,4 +175,4 @@ class CutSettings(Record):
     @property
     def only_layers(self) -> frozenset[int] | None:
         """The numbers of the layers that may be cut; None: all."""
-        return None if self.layers in LAYERS else numbers_in(self.layers)
+        return None if self.layers in LAYERS else parse_numbers(self.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from mptk.config.cases import ADAPTED, NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
-from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, Default, Record, declare_setting, record
 from mptk.errors import MptkError
 
 MINUTES = 20
@@ -29,7 +29,7 @@ weights (``docs/recovery.md``)."""
 
 def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: object) -> Default:
     """Declare a setting that needs training: without training it does nothing."""
-    return setting(default, help, TRAIN, on, UNTRAINED, **more)
+    return declare_setting(default, help, TRAIN, on, UNTRAINED, **more)
 
 
 @record
@@ -63,7 +63,7 @@ class Training(Record):
         f"Peak learning rate of AdamW; by default {FULL_RATE} (LoRA: {LORA_RATE}) of the weights' typical size.",
         within=(0.0, 100.0),
     )
-    optimizer: str = setting(
+    optimizer: str = declare_setting(
         "adamw",
         "muon: trains the matrices, and AdamW the rest, if all weights are trained.",
         TRAIN,
@@ -71,13 +71,13 @@ class Training(Record):
         (*UNTRAINED, ADAPTED),
         choices=Choices(("adamw", "muon")),
     )
-    warmup: float = setting(
+    warmup: float = declare_setting(
         0.05, "Share of steps for warm-up; then the rate falls to 0 along a cosine.", within=(0.0, 1.0)
     )
-    clip: float = setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
+    clip: float = declare_setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
     losses: LossWeights = field(default_factory=LossWeights)
     save_every: int = of_training(25, "Steps between checkpoints.", TRAINING, within=(1, COUNT))
-    seed: int = setting(0, "Seed of training; --seed sets it.", within=SEED)
+    seed: int = declare_setting(0, "Seed of training; --seed sets it.", within=SEED)
 
 
 @record
@@ -85,15 +85,17 @@ class Training(Record):
 class Rates(Record):
     """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
-    width: float = setting(6.0, "Largest change of a family's width, as a share of the width.")
-    price: float = setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
-    urgency: float = setting(2.0, "Extra change of ln z while the budget is missed.")
-    fisher: float = setting(
+    width: float = declare_setting(6.0, "Largest change of a family's width, as a share of the width.")
+    price: float = declare_setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
+    urgency: float = declare_setting(2.0, "Extra change of ln z while the budget is missed.")
+    fisher: float = declare_setting(
         0.98, "Share of a value that the moving average F still holds after an eighth of the steps."
     )
-    drift: float = setting(0.9, "Share of a value that the moving average d still holds after an eighth of the steps.")
+    drift: float = declare_setting(
+        0.9, "Share of a value that the moving average d still holds after an eighth of the steps."
+    )
 
-    def over(self, steps: int) -> Rates:
+    def divide_over(self, steps: int) -> Rates:
         """The rates for one of ``steps`` steps: the memories of the moving averages are per step."""
         return replace(self, fisher=self.fisher ** (8 / steps), drift=self.drift ** (8 / steps))
 
@@ -109,14 +111,14 @@ class Learning(Record):
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
     """
 
-    steps: int | None = setting(
+    steps: int | None = declare_setting(
         None,
         "Training steps in total; default: as --minutes choose for recover and if the method learns, else 0.",
         TRAIN,
         (*TRAINING, "advise"),
         within=(0, COUNT),
     )
-    mask_share: float | None = setting(
+    mask_share: float | None = declare_setting(
         None,
         f"Share of steps that learn masks; default: {MASK_STEPS} steps.",
         TRAIN,
@@ -141,7 +143,7 @@ class Learning(Record):
     tracker: str = of_training(
         "none", "Where to log training.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
     )
-    rates: Rates = setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
+    rates: Rates = declare_setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
 
     def __post_init__(self) -> None:
         super().__post_init__()

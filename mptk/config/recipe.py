@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from mptk.config.setting import Asked, Record, idle, taken
+from mptk.config.setting import Asked, Record, find_idle, find_settings
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
-from mptk.io.dense import absolute
+from mptk.io.dense import resolve_model_name
 from mptk.reading import read_text
 
 RECIPE_FILE = "run.yaml"
@@ -22,23 +22,23 @@ LARGEST_RECIPE = 1 << 20
 """Largest recipe that is read, in bytes."""
 
 
-def refused(kind: type[Record]) -> set[str]:
+def list_refused(kind: type[Record]) -> set[str]:
     """Options that a recipe may not set, as others write recipes: where results are written, and whose code runs."""
     return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
 
 
-def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
+def build_recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
     """Option → value of a command's run, without options that are None or that a recipe may not set."""
-    found: dict[str, object] = {"model": model, **recorded(settings, command)}
+    found: dict[str, object] = {"model": model, **collect_recorded(settings, command)}
     if settings.max_ms is not None and command == "prune":
         found[f"max_{settings.objective}_ms"] = settings.max_ms
     return found
 
 
-def recorded(record: Record, command: str) -> dict[str, object]:
+def collect_recorded(record: Record, command: str) -> dict[str, object]:
     """Option → value of a record's settings that a command's recipe keeps."""
     found = {}
-    for name, each in taken(type(record), command).items():
+    for name, each in find_settings(type(record), command).items():
         value = each.of(record)
         if each.setting.recipe == "written" and value is not None:
             plain = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
@@ -53,9 +53,9 @@ def write_recipe(
 
     ``ladder``: the sparsities of sizes that share weights, of which ``settings`` have one, and its part of the steps.
     """
-    model = absolute(source)
+    model = resolve_model_name(source)
     command = "prune" if start is None else "recover"
-    values = recipe(model, settings, command)
+    values = build_recipe(model, settings, command)
     if ladder:
         values |= {"ladder": ",".join(f"{size:g}" for size in ladder), "steps": len(ladder) * settings.steps}
         del values["sparsity"]
@@ -65,22 +65,22 @@ def write_recipe(
     write_text(folder / RECIPE_FILE, f"# mptk {command} --config {RECIPE_FILE} --out FOLDER\n{text}")
 
 
-def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
+def format_command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
     """The command that prunes ``model`` to ``widths`` with the settings of a search.
 
     Options at their default, and options that would do nothing, are left out.
     """
     own = replace(settings, widths=dict(widths), search=False, onnx=True)
-    plain, skipped = recipe(model, Settings()), {"model", *idle("prune", Asked(own, learns=own.steps > 0))}
+    plain, skipped = build_recipe(model, Settings()), {"model", *find_idle("prune", Asked(own, learns=own.steps > 0))}
     found = ["mptk", "prune", model]
-    for name, value in recipe(model, own).items():
+    for name, value in build_recipe(model, own).items():
         if name not in skipped and value != plain.get(name):
-            found += _typed(f"--{name.replace('_', '-')}", value)
+            found += _format_option(f"--{name.replace('_', '-')}", value)
     found += ["--trust-remote-code"] if settings.trust_remote_code else []
     return shlex.join([*found, "--out", f"{Path(model).stem}-pruned"])
 
 
-def _typed(flag: str, value: object) -> list[str]:
+def _format_option(flag: str, value: object) -> list[str]:
     """An option as the user types it."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]

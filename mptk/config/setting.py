@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
 from mptk.arguments import check_arguments
-from mptk.errors import MptkError, did_you_mean
+from mptk.errors import MptkError, suggest_name
 
 Default = TypeVar("Default")
 AnyRecord = TypeVar("AnyRecord", bound="Record")
@@ -56,9 +56,9 @@ class Choices:
         known = self.known()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
-        if self.or_ranges and numbers_in(value):
+        if self.or_ranges and parse_numbers(value):
             return None
-        hint = did_you_mean(value, known, "")
+        hint = suggest_name(value, known, "")
         numbers = ", or give numbers as 5-20,28" if self.or_ranges else ""
         return f"{value!r} is not known; {f'{hint} ' if hint else ''}choose one of {', '.join(known)}{numbers}"
 
@@ -93,7 +93,7 @@ class Setting:
     """The declaration of a setting.
 
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
-    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
+    that have the option. ``find_idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
     of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
     ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
     reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
@@ -114,7 +114,7 @@ class Setting:
     said_in_call: bool = False
 
 
-def setting(default: Default, *declared: Any, **more: Any) -> Default:
+def declare_setting(default: Default, *declared: Any, **more: Any) -> Default:
     """Declare a field of a ``Record`` as a setting. Keywords are the fields of ``Setting``."""
     given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     made: Default = field(**given, metadata={Setting: Setting(*declared, **more)})
@@ -152,8 +152,10 @@ class Declared:
     def check(self, value: Any) -> None:
         """Raise MptkError if a value is outside its bounds or not among its choices."""
         bounds, choices = self.setting.within, self.setting.choices
-        if value is not None and bounds is not None and (wrong := outside(value, *bounds)) is not None:
-            raise MptkError(f"{self.name}: {wrong}; give a number from {shown(bounds[0])} to {shown(bounds[1])}")
+        if value is not None and bounds is not None and (wrong := find_bound_error(value, *bounds)) is not None:
+            raise MptkError(
+                f"{self.name}: {wrong}; give a number from {format_number(bounds[0])} to {format_number(bounds[1])}"
+            )
         if value is not None and choices is not None and not choices.plugins:
             for each in value if isinstance(value, tuple) else (value,):
                 if (wrong := choices.wrong(each)) is not None:
@@ -191,23 +193,25 @@ def record(kind: type[AnyRecord]) -> type[AnyRecord]:
     return kind
 
 
-def taken(kind: type[Record], command: str) -> dict[str, Declared]:
+def find_settings(kind: type[Record], command: str) -> dict[str, Declared]:
     """Option → setting of a command."""
     return {each.option(command): each for each in kind.declared if command in each.setting.on}
 
 
-def values(record: Record, command: str) -> dict[str, Any]:
+def collect_values(record: Record, command: str) -> dict[str, Any]:
     """Keyword → value of the record's own settings that a command has."""
-    return {each.path: each.of(record) for each in taken(type(record), command).values() if "." not in each.path}
+    return {
+        each.path: each.of(record) for each in find_settings(type(record), command).values() if "." not in each.path
+    }
 
 
-def idle(command: str, asked: Asked) -> dict[str, str]:
+def find_idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → the reason and the remedy."""
     kind = type(asked.settings)
     flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
     return {
         name: f"{rule.why}; {rule.remedy.format_map(flags)}"
-        for name, each in taken(kind, command).items()
+        for name, each in find_settings(kind, command).items()
         for rule in reversed(each.setting.idle)  # of several the first one counts
         if rule.when(asked)
     }
@@ -216,7 +220,7 @@ def idle(command: str, asked: Asked) -> dict[str, str]:
 # ---- values from outside ----
 
 
-def keywords(kind: type[Record]) -> list[str]:
+def list_keywords(kind: type[Record]) -> list[str]:
     """Every name that ``with_keywords`` takes: settings and records of settings."""
     return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
 
@@ -229,20 +233,20 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     Raises:
         MptkError: there is no such field (the message has the nearest name), or its value is refused.
     """
-    known = keywords(type(record))
+    known = list_keywords(type(record))
     if unknown := sorted(values.keys() - set(known)):
-        hint = did_you_mean(unknown[0], known, "help(mptk.Settings) has them all")
+        hint = suggest_name(unknown[0], known, "help(mptk.Settings) has them all")
         raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")
-    return _replaced(record, values)
+    return _replace_values(record, values)
 
 
-def _replaced(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
+def _replace_values(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     kept = {each.path: each.kept for each in record.declared}
     changes = {}
     for name, inner in vars(record).items():
         given = values.get(name, inner)
         if isinstance(given, Record) and name not in kept:
-            given = _replaced(given, values)
+            given = _replace_values(given, values)
         changes[name] = kept[name](given) if name in kept else given
     return replace(record, **changes)
 
@@ -278,7 +282,7 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
 # ---- numbers ----
 
 
-def numbers_in(text: str) -> frozenset[int]:
+def parse_numbers(text: str) -> frozenset[int]:
     """``5-7,28`` → {5, 6, 7, 28}; empty if ``text`` is something else."""
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
         return frozenset()
@@ -287,16 +291,16 @@ def numbers_in(text: str) -> frozenset[int]:
     return frozenset(itertools.chain(*ranges)) if all(ranges) else frozenset()
 
 
-def outside(value: float, least: float, most: float) -> str | None:
+def find_bound_error(value: float, least: float, most: float) -> str | None:
     """What is wrong with a number that is not finite or outside of its bounds; None if it is right."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
     if value < least:
-        return f"{shown(value)} is less than {shown(least)}"
-    return f"{shown(value)} is more than {shown(most)}" if value > most else None
+        return f"{format_number(value)} is less than {format_number(least)}"
+    return f"{format_number(value)} is more than {format_number(most)}" if value > most else None
 
 
-def shown(value: float) -> str:
+def format_number(value: float) -> str:
     """A number as messages show it; a very long one is only called long."""
     if isinstance(value, int) and abs(value) >= 10**24:
         return "a number of many digits"

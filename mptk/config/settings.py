@@ -50,7 +50,7 @@ from mptk.config.learning import (
     SEARCH_MINUTES,
     Learning,
 )
-from mptk.config.setting import COUNT, SEED, Choices, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, declare_setting, record
 from mptk.errors import MptkError
 from mptk.trust import Trust, trust_by_caller
 
@@ -66,7 +66,7 @@ class Settings(CutSettings):
             budget that is not latency.
     """
 
-    method: str = setting(
+    method: str = declare_setting(
         "maskprune",
         "maskprune learns what to cut; the others score each unit once.",
         CHOICE,
@@ -74,14 +74,14 @@ class Settings(CutSettings):
         CHOOSES,
         choices=METHODS,
     )
-    reconstruct: bool | None = setting(
+    reconstruct: bool | None = declare_setting(
         None,
         "Fit the kept weights to the dense model's values; default of maskprune, influence, greedy, --distil-epochs.",
         CHOICE,
         CHOOSING,
         CHOOSES,
     )
-    distil_epochs: int | None = setting(
+    distil_epochs: int | None = declare_setting(
         None,
         "After reconstruction, train each block to the dense block's outputs for this many epochs; default: 0, or 3 if "
         "the method learns and minutes allow.",
@@ -90,13 +90,13 @@ class Settings(CutSettings):
         CHOOSES,
         within=(0, COUNT),
     )
-    distil_lr: float = setting(
+    distil_lr: float = declare_setting(
         1e-3, "Learning rate of this block-by-block training.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
     )
-    search: bool = setting(
+    search: bool = declare_setting(
         False, "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.", CHOICE, PRUNE
     )
-    search_shapes: int = setting(
+    search_shapes: int = declare_setting(
         64,
         "Most shapes to measure without training.",
         CHOICE,
@@ -105,7 +105,7 @@ class Settings(CutSettings):
         within=(1, 100_000),
         renamed={"shapes": "shapes"},
     )
-    search_finalists: int = setting(
+    search_finalists: int = declare_setting(
         6,
         "Shapes of these to train.",
         CHOICE,
@@ -114,7 +114,7 @@ class Settings(CutSettings):
         within=(1, 100_000),
         renamed={"shapes": "finalists"},
     )
-    search_tokens: int | None = setting(
+    search_tokens: int | None = declare_setting(
         None,
         f"Tokens to train them on in all; 0: no training; default: {TRIAL_TOKENS:,}, or as --minutes choose.",
         CHOICE,
@@ -123,34 +123,34 @@ class Settings(CutSettings):
         within=(0, 10**12),
         renamed={"shapes": "tokens"},
     )
-    seed: int = setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
-    data: str = setting(
+    seed: int = declare_setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
+    data: str = declare_setting(
         "self",
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
         DATA,
         READING,
     )
-    inputs: str | None = setting(
+    inputs: str | None = declare_setting(
         None,
         f"Inputs that are not text, images or sound: a {INPUTS} file of forward's tensors, samples first.",
         DATA,
         (*CHOOSING, "analyze"),
         form="path",
     )
-    samples: int | None = setting(
+    samples: int | None = declare_setting(
         None,
         f"Calibration windows; default: {SAMPLES}, 3 if only a --plan is cut, or as --minutes choose.",
         DATA,
         CHOOSING,
         within=(1, COUNT),
     )
-    length: int = setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
-    eval_data: str | None = setting(
+    length: int = declare_setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
+    eval_data: str | None = declare_setting(
         None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
-    eval_windows: int = setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
-    eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
-    minutes: float | None = setting(
+    eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
+    eval_length: int = declare_setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
+    minutes: float | None = declare_setting(
         None,
         "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
         "learns, --steps that you do not give; "
@@ -163,15 +163,15 @@ class Settings(CutSettings):
         recipe="read",
     )
     learning: Learning = field(default_factory=Learning)
-    target: str = setting(
+    target: str = declare_setting(
         "stock",
         "stock: the model's own transformers class; nemotron-nas: DeciLM, a width for each layer; graph: any widths.",
         WRITE,
         (*CHOOSING, "analyze"),
         choices=TARGET_CHOICES,
     )
-    dtype: str = setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
-    max_shard_size: int | None = setting(
+    dtype: str = declare_setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
+    max_shard_size: int | None = declare_setting(
         None,
         "Largest file of weights, as 5GB; more weights go into more files.",
         WRITE,
@@ -180,15 +180,15 @@ class Settings(CutSettings):
         form="size",
         resumable=True,
     )
-    rehome: bool = setting(
+    rehome: bool = declare_setting(
         False,
         "If the model's own class cannot hold the cut, write another class that can.",
         WRITE,
         SEARCH,
         (PLANNED, ALL_STAY, NO_CLASS),
     )
-    onnx: bool = setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
-    logits: Literal["all", "last"] = setting(
+    onnx: bool = declare_setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
+    logits: Literal["all", "last"] = declare_setting(
         "all",
         "Positions for which the ONNX graph gives logits: all, or the last.",
         WRITE,
@@ -196,10 +196,10 @@ class Settings(CutSettings):
         (NO_GRAPH,),
         choices=Choices(("all", "last")),
     )
-    quantize: tuple[str, ...] = setting(
+    quantize: tuple[str, ...] = declare_setting(
         (), "More ONNX graphs to write, comma-separated.", WRITE, (*TRAINING, "export"), (NO_GRAPH,), choices=SCHEMES
     )
-    onnx_dtype: str = setting(
+    onnx_dtype: str = declare_setting(
         "auto",
         "Type of the ONNX graph; auto: the type it computes in.",
         WRITE,
@@ -207,7 +207,7 @@ class Settings(CutSettings):
         (NO_GRAPH,),
         choices=ONNX_DTYPES,
     )
-    overwrite: bool = setting(
+    overwrite: bool = declare_setting(
         False,
         "Replace an earlier result even if its files were changed; files that were added stay.",
         WRITE,
@@ -215,17 +215,17 @@ class Settings(CutSettings):
         recipe="refused",
         resumable=True,
     )
-    strict: bool = setting(
+    strict: bool = declare_setting(
         False,
         "Fail if an optional file, as a quantised graph, fails; default: leave it out.",
         WRITE,
         (*TRAINING, "export"),
         resumable=True,
     )
-    resume: bool = setting(
+    resume: bool = declare_setting(
         False, "Continue the unfinished run beside --out.", WRITE, RUNS, UNKEPT, recipe="read", resumable=True
     )
-    proof_length: int = setting(
+    proof_length: int = declare_setting(
         1024,
         "Longest sequence in the proof, in tokens.",
         WRITE,
@@ -233,7 +233,7 @@ class Settings(CutSettings):
         within=(48, COUNT),
         resumable=True,
     )
-    memory: int | None = setting(
+    memory: int | None = declare_setting(
         None,
         "Most memory for weights, as 8GB; default: half of the free memory.",
         MACHINE,
@@ -242,15 +242,15 @@ class Settings(CutSettings):
         form="size",
         resumable=True,
     )
-    device: str = setting("auto", "Device to run on.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
-    compute_dtype: str = setting(
+    device: str = declare_setting("auto", "Device to run on.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
+    compute_dtype: str = declare_setting(
         "auto",
         "Type for scoring and training; auto: bfloat16 in a run by minutes if it is faster here, else float32.",
         MACHINE,
         READING,
         choices=COMPUTE_DTYPES,
     )
-    trust_remote_code: bool = setting(
+    trust_remote_code: bool = declare_setting(
         False,
         "Run the Python code in the model's repository.",
         MACHINE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mptk.compile.trace import traced
+from mptk.compile.trace import trace_loaded
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import MergedHeads
 from mptk.conversions.vocabulary.convert import TrimmedVocabulary
@@ -19,7 +19,7 @@ from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed, Change, Conversion
 from mptk.protocols.task import Task
-from mptk.protocols.values import Context, short
+from mptk.protocols.values import Context, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
 
@@ -29,13 +29,13 @@ CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
 Changes = Sequence[tuple[type[Conversion], Change]]
 
 
-def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
+def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
     """The conversions that the settings and the plan ask for. ``texts``: the caller's texts in memory.
 
     Raises:
         MptkError: the settings and the plan both decide the same; or one of them asks for something impossible.
     """
-    changes = dict[type[Conversion], Change]() if plan is None else dict(planned(plan))
+    changes = dict[type[Conversion], Change]() if plan is None else dict(read_plan_conversions(plan))
     for kind in CONVERSIONS:
         if (change := kind.asked(settings, texts)) is None:
             continue
@@ -46,53 +46,53 @@ def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = 
     return [(kind, changes[kind]) for kind in CONVERSIONS if kind in changes]
 
 
-def planned(plan: Plan) -> Changes:
+def read_plan_conversions(plan: Plan) -> Changes:
     """The conversions that a plan asks for. Raises MptkError for an unknown entry or a wrong one."""
     known = {kind.name: kind for kind in CONVERSIONS}
     if unknown := plan.conversions.keys() - known.keys():
         raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; see docs/plan.md')
-    return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
+    return [(kind, kind.from_entry(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
-def fits(settings: Settings, plan: Plan | None = None) -> bool:
+def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
     asked = [kind for kind in CONVERSIONS if kind.fits and kind.asked(settings, None) is not None]
-    return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else planned(plan)))
+    return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else read_plan_conversions(plan)))
 
 
-def dense_models(settings: Settings) -> int:
+def count_dense_models(settings: Settings) -> int:
     """Number of dense models that training masks holds: the student's own, and the teacher if it has other weights.
 
     It has after a conversion that fits weights, and if the run begins with a larger cut.
     """
-    return 1 + (fits(settings) or settings.larger is not None)
+    return 1 + (needs_fit(settings) or settings.larger is not None)
 
 
-def converted(
+def convert_model(
     model: Analysed, changes: Changes, context: Context, executor: Executor, length: int, like: Samples | None = None
 ) -> tuple[Analysed, tuple[Conversion, ...]]:
     """The model after all conversions, and these conversions. ``length``, ``like``: as in ``traced``."""
     made = list[Conversion]()
     for kind, change in changes:
         with context.stage(kind.stage):
-            made.append(change(model, partial(analysed, model.task, executor, length, like)))
+            made.append(change(model, partial(analyze_loaded, model.task, executor, length, like)))
         model = made[-1].after
     return model, tuple(made)
 
 
-def analysed(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
+def analyze_loaded(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
     """Trace and analyse a model. ``task``: the task of the model before a conversion."""
     task = task.bind(loaded)
-    return Analysed(loaded, task, group.analyze(traced(loaded, task, executor, length, like)))
+    return Analysed(loaded, task, group.analyze_program(trace_loaded(loaded, task, executor, length, like)))
 
 
-def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
+def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
     """``prepared`` after its conversions fitted their weights to ``samples``."""
     for each in prepared.conversions:
         if not each.fits:
             continue
         with context.stage(each.fits):
-            made = each.fitted(samples, short(samples, prepared.task.sequences), prepared.executor)
+            made = each.fitted(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
         prepared = replace(
             prepared,

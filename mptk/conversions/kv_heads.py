@@ -1,7 +1,7 @@
 """kv_heads: merge the KV heads of a dense model to fewer, with all query heads, before the run cuts the model.
 
 The class is built with fewer heads; each starts as the first head of its run. When there are samples, the projections
-are merged in closed form (``projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
+are merged in closed form (``merge_projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
 trained weights. The model before the merge stays the reference for training and for quality.
 """
 
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.compat.transformers import paired_configs
+from mptk.compat.transformers import match_configs
 from mptk.config.settings import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.remade import remade
-from mptk.ir.axes import axes_in
+from mptk.io.remade import rebuild_model
+from mptk.ir.axes import collect_axes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Entry
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
-from mptk.methods.reconstruct import stored
+from mptk.methods.criteria.observe import OBSERVED_TOKENS, find_sites, split_batches
+from mptk.methods.reconstruct import name_operand_weight
 from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
 from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
@@ -39,7 +39,7 @@ from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
 from passes.targets.stock.equations import Exponents
-from passes.transforms.merge_heads import How, first_heads, merged_heads, repeated_first
+from passes.transforms.merge_heads import How, find_first_heads, merge_kv_heads, repeat_first_heads
 from passes.verify import TOLERANCE, StageOutputs, prove
 
 KeyStream = tuple[fx.Node, int]
@@ -75,7 +75,7 @@ class MergedHeads(Conversion):
         return partial(cls.merge, settings.kv_heads, None)
 
     @classmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         width, of = entry.get("width"), entry.get("of")
         if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
             raise MptkError('plan: kv_heads: "width" and "of" must be integers, and "of" a multiple of "width"')
@@ -94,15 +94,15 @@ class MergedHeads(Conversion):
             raise MptkError(
                 f"{type(loaded.model).__name__} has no config that could say the number of KV heads; leave out kv_heads"
             )
-        layers, stock = held(model.analysis, loaded.model, count)
+        layers, stock = find_mergeable_heads(model.analysis, loaded.model, count)
         found = layers[0].groups.size
         if of not in (None, found):
             raise MptkError(f"plan: kv_heads has {found} KV heads in this model, not {of}")
-        small = remade(
+        small = rebuild_model(
             loaded,
             stock.config,
-            _as_stored(stock.config, models.config_in(loaded)),
-            _first(model, layers, count),
+            _copy_stored_types(stock.config, models.read_stored_config(loaded)),
+            _slice_first_heads(model, layers, count),
             tokenizer=loaded.tokenizer,
             generation=getattr(loaded.model, "generation_config", None),
             what=f"{count} KV heads",
@@ -132,18 +132,18 @@ class MergedHeads(Conversion):
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         program = self.before.analysis.program
-        changes = {n: change for layer in self.layers for n, change in repeated_first(layer, self.count).items()}
+        changes = {n: change for layer in self.layers for n, change in repeat_first_heads(layer, self.count).items()}
         return program.with_state(program.state.changed(changes, moves=True)), self.after.analysis.program
 
     def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
-        keys, values = ways_of(self, few, executor)
-        return replace(self, keys=keys, values=values, weights=projections(self, samples, executor, keys, values))
+        keys, values = choose_ways(self, few, executor)
+        return replace(self, keys=keys, values=values, weights=merge_projections(self, samples, executor, keys, values))
 
 
-def _first(model: Analysed, layers: Sequence[SharedHeads], count: int) -> Weights:
+def _slice_first_heads(model: Analysed, layers: Sequence[SharedHeads], count: int) -> Weights:
     """The checkpoint's weights with only the first KV head of each run."""
     loaded, analysis = model.loaded, model.analysis
-    places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
+    places = {name: place for layer in layers for name, place in find_first_heads(layer, count).items()}
     aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
     owners = {name: aliases.get(name, name) for name in weights}
     return weights.changed(
@@ -155,10 +155,10 @@ def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
     return tensor.index_select(dim, positions.to(tensor.device))
 
 
-def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
+def _copy_stored_types(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with the types of weights that ``stored`` names."""
     made = copy.deepcopy(config)
-    for own, like in paired_configs(made, stored):
+    for own, like in match_configs(made, stored):
         own.dtype = like.dtype
     return made
 
@@ -166,7 +166,9 @@ def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrained
 # ---- which heads ----
 
 
-def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
+def find_mergeable_heads(
+    analysis: Analysis, model: PreTrainedModel, count: int
+) -> tuple[list[SharedHeads], StockConfig]:
     """The attention layers with their query, key and value projections, and the config with ``count`` KV heads.
 
     Raises:
@@ -185,7 +187,7 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
     refused = None
     for way in range(max(map(len, every))):
         layers = [ways[min(way, len(ways) - 1)] for ways in every]
-        config = config_for(analysis, model, layers, count)
+        config = find_merged_config(analysis, model, layers, count)
         if isinstance(config, StockConfig):
             return layers, config
         refused = refused or config
@@ -195,7 +197,7 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
     )
 
 
-def config_for(
+def find_merged_config(
     analysis: Analysis, model: PreTrainedModel, layers: Sequence[SharedHeads], count: int
 ) -> StockConfig | Refusal:
     """The config of the merged model. Raises MptkError if ``count`` does not divide the number of KV heads."""
@@ -204,7 +206,7 @@ def config_for(
     for layer in layers:
         size, each = layer.groups.size, 1 if layer.heads is None else layer.heads.size
         family = f"KV heads of {size}"
-        for name, (dim, positions) in first_heads(layer, count).items():
+        for name, (dim, positions) in find_first_heads(layer, count).items():
             for alias in (name, *(a for a, owner in analysis.program.aliases.items() if owner == name)):
                 if alias in shapes and count < size:
                     old = shapes[alias][dim]
@@ -212,21 +214,21 @@ def config_for(
                     shapes[alias] = (*shapes[alias][:dim], len(positions), *shapes[alias][dim + 1 :])
         widths |= {family: (size, count), f"queries of {size}": (each, each * size // count)}
     own = {axis for layer in layers for axis in layer.scope}
-    rest = axes_in(term for dims in analysis.weights.values() for term in dims) - own
+    rest = collect_axes(term for dims in analysis.weights.values() for term in dims) - own
     return probe_config(type(model), model.config, shapes, grown, widths, [axis.size for axis in rest])
 
 
 # ---- their weights ----
 
 
-def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
+def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
     """How keys and values are merged: ``fit`` if rotating heads and rotating them back changes no output on ``few``."""
     program, count = merged.before.analysis.program, merged.count
 
     def way(keys: How, values: How) -> How:
         made = Spool(executor.borders)
         for layer in merged.layers:
-            for name, tensor in merged_heads(layer, program.state, count, None, keys, values).items():
+            for name, tensor in merge_kv_heads(layer, program.state, count, None, keys, values).items():
                 made.add(name, tensor)
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
@@ -234,13 +236,13 @@ def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How,
     return way("turn", "keep"), way("keep", "turn")
 
 
-def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
+def merge_projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers in their new shapes, made layer by layer."""
     program, count, made = merged.before.analysis.program, merged.count, Spool(executor.borders)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
-        places = first_heads(layer, count)
-        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
+        places = find_first_heads(layer, count)
+        for name, tensor in merge_kv_heads(layer, program.state, count, products.__getitem__, keys, values).items():
             made.add(name, _slice(*places[name], tensor) if name in places else tensor)
 
     with_products(merged, samples, executor, make)
@@ -255,8 +257,10 @@ def with_products(
     The sums are float64 [in + 1, in + 1] by weight; x ends with a 1.
     """
     analysis = merged.before.analysis
-    inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]
-    reading = {stored(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)}
+    inputs = [batch.tensors for batch in split_batches(analysis.program, samples, OBSERVED_TOKENS)]
+    reading = {
+        name_operand_weight(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)
+    }
     waiting = {
         i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
         for i, layer in enumerate(merged.layers)

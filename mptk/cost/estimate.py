@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mptk.cost.operator_times import machine, typical_ms
+from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch, staged
+from mptk.files import format_json, make_scratch, staged
 from mptk.io.cache import cache_dir, keep, read_kept
-from mptk.reading import made
+from mptk.reading import make_typed
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ class ModelSizes:
         looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
         narrow = min((min(shape) for shape in matrices), default=0)
-        routed = [(p, min(1.0, experts / p.shape[0])) for p in stacked(blocks)] if experts else []
+        routed = [(p, min(1.0, experts / p.shape[0])) for p in find_expert_weights(blocks)] if experts else []
         widest = max(
             [max(s) for s in matrices] + [round(part * len(p)) * max(p.shape[1:]) for p, part in routed] or [0]
         )
@@ -142,7 +142,7 @@ class ModelSizes:
         return 2 * self.products + 4 * length * self.hidden * self.layers
 
 
-def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The weights of a mixture's experts, [experts, …, …]: transformers keeps those of a layer in one tensor."""
     return [
         p
@@ -219,11 +219,11 @@ class Estimate:
         memory, disk = (
             sum([*a.values(), *b.values()]) for a, b in ((self.needed, self.held), (self.output, self.temporary))
         )
-        time = duration(sum(self.seconds.values()))
-        there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
+        time = describe_duration(sum(self.seconds.values()))
+        there = f", {describe_size(sum(self.there.values()))} on {self.device}" if self.device else ""
         does = f" for {self.does}" if self.does else ""
         note = f" ({self.note})" if self.note else ""
-        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}{note}"
+        return f"will need about {describe_size(memory)} of memory{there}, {describe_size(disk)} of disk and {time}{does}{note}"
 
 
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
@@ -270,7 +270,14 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
     return Estimate(
-        _some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device, note=on.note
+        _drop_zeros(needed),
+        _drop_zeros(held),
+        _drop_zeros(output),
+        _drop_zeros(temporary),
+        seconds,
+        _drop_zeros(there),
+        device,
+        note=on.note,
     )
 
 
@@ -278,7 +285,7 @@ ONCE = ("start", "read", "trace and analyse", "calibration data")
 """Stages that the runs of a ladder share."""
 
 
-def total(runs: Sequence[Estimate]) -> Estimate:
+def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
     """What runs on one model need that follow each other in one process: the most memory, all disk and time."""
     first = runs[0]
 
@@ -301,31 +308,36 @@ def total(runs: Sequence[Estimate]) -> Estimate:
     )
 
 
-def _some(parts: Mapping[str, float]) -> dict[str, float]:
+def _drop_zeros(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size}
 
 
 # ---- this machine ----
 
 
-def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
+def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """The rates of this machine, measured in a second or two and kept in the cache folder, if it can be written.
 
     ``device``: of the matrix product. ``dtype``: of the faster one.
     """
-    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rates": RATES_VERSION}
+    about = {
+        **describe_machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rates": RATES_VERSION,
+    }
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", str)
         about["device"] = f"{device.type} {name(device)}"
     if dtype is not torch.float32:
         about["dtype"] = str(dtype)
-    file = cache_dir() / "machine" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
+    file = cache_dir() / "machine" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
     if file in _unkept:
         return _unkept[file]
     kept, note = read_kept(file)
     if kept:
         try:
-            return replace(made(Machine, kept.get("rates"), "rates"), note="")
+            return replace(make_typed(Machine, kept.get("rates"), "rates"), note="")
         except ValueError as error:
             note = f"{file} is damaged: {error}; it is made again"
     found = calibrate(file.parent, device, dtype)
@@ -340,13 +352,13 @@ _unkept: dict[Path, Machine] = {}
 
 def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """Time a matrix product on ``device``, and files in ``folder`` or, if it cannot be written, a temporary one."""
-    flops = product_rate(device, torch.float32)
-    speedup = 1.0 if dtype is torch.float32 else product_rate(device, dtype) / flops
+    flops = measure_product_rate(device, torch.float32)
+    speedup = 1.0 if dtype is torch.float32 else measure_product_rate(device, dtype) / flops
     for temporary in (False, True):
         with contextlib.suppress(OSError, SafetensorError, MptkError):  # no right to write, no room: go on
             if not temporary:
                 folder.mkdir(parents=True, exist_ok=True)
-            with scratch() if temporary else staged(folder) as staging:
+            with make_scratch() if temporary else staged(folder) as staging:
                 return Machine(flops, *disk_rates(staging.folder), speedup)
     return Machine(flops, *ORDINARY_DISK, speedup)
 
@@ -367,7 +379,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     return numbers.nbytes / min(read), numbers.nbytes / min(wrote)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product.
 
     On a CPU a small product is timed first. If a large one would take long (bfloat16 on a CPU without instructions for
@@ -375,15 +387,15 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     together can be a hundred times slower than one.
     """
     if device.type != "cpu":
-        return _rate(device, dtype, (4096, 4096, 4096), 0)
+        return _measure_rate(device, dtype, (4096, 4096, 4096), 0)
     small, large = (64, 1024, 256), (1024, 1024, 4096)
-    rate = _rate(device, dtype, small, 1)
+    rate = _measure_rate(device, dtype, small, 1)
     if 2 * math.prod(large) / rate > SLOW:
         return rate
-    return max(_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
+    return max(_measure_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
 
 
-def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
+def _measure_rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
     """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished.
 
     ``threads``: of the CPU; 0 for a device, whose time is not a thread's.
@@ -393,7 +405,7 @@ def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+        ms = measure_typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
     finally:
         torch.set_num_threads(before)
     return 2 * rows * inner * columns / ms * 1e3
@@ -402,12 +414,12 @@ def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], 
 # ---- as text ----
 
 
-def size_text(size: float) -> str:
+def describe_size(size: float) -> str:
     """Bytes as ``2.1 GB`` or ``30 MB``."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
-def duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
     """Seconds as ``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s"

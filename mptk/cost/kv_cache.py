@@ -9,7 +9,7 @@ from torch import fx
 
 from mptk.ir.axes import Term
 from mptk.ir.families import Analysis
-from mptk.ir.ops import aliased_arguments, named_argument, result_shape
+from mptk.ir.ops import find_aliased_arguments, get_argument, resolve_result_shape
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class KeysAndValues:
     itemsize: int
 
 
-def keys_and_values(analysis: Analysis) -> list[KeysAndValues]:
+def find_keys_and_values(analysis: Analysis) -> list[KeysAndValues]:
     """What each attention of a program keeps."""
     found = []
     for node in dict.fromkeys(product.node for product in analysis.facts.contractions):
         if is_attention(node):
-            kept = [unrepeated(named_argument(node, name)) for name in ("key", "value")]
+            kept = [find_unrepeated(get_argument(node, name)) for name in ("key", "value")]
             dims = tuple(tuple(analysis.facts.dims(each)) for each in kept)
             found.append(KeysAndValues(node, dims, kept[0].meta["val"].dtype.itemsize))
     return found
@@ -40,14 +40,14 @@ def is_attention(node: fx.Node) -> bool:
     return "scaled_dot_product_attention" in str(node.target)
 
 
-def unrepeated(node: fx.Node) -> fx.Node:
+def find_unrepeated(node: fx.Node) -> fx.Node:
     """The value with the fewest elements among ``node`` and the values that it is a view of."""
     seen = [node]
     while is_view(seen[-1]):
         seen.append(seen[-1].all_input_nodes[0])
-    return min(seen, key=lambda value: math.prod(result_shape(value)))
+    return min(seen, key=lambda value: math.prod(resolve_result_shape(value)))
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result shares memory with an input, by the op's schema."""
-    return bool(aliased_arguments(node.target, writes=False))
+    return bool(find_aliased_arguments(node.target, writes=False))

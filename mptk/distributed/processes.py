@@ -31,18 +31,18 @@ PATIENCE = timedelta(hours=24)
 """How long processes wait for one that works (writes text, fits layers). If one dies, the launcher ends all."""
 
 
-def leads() -> bool:
-    """Whether this process speaks for all. Unlike ``processes`` it does not make them meet."""
+def is_leader() -> bool:
+    """Whether this process speaks for all. Unlike ``connect_processes`` it does not make them meet."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def processes() -> PartialState:
+def connect_processes() -> PartialState:
     """This process among the processes of the run. The first call decides how they connect."""
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
-def accelerator(precision: str, **options: object) -> Accelerator:
+def make_accelerator(precision: str, **options: object) -> Accelerator:
     """An Accelerator for the processes as they were launched, with FSDP2 if they were launched for it.
 
     Runs of one process with different precisions each need ``compat.accelerate.own_state`` around them.
@@ -50,12 +50,12 @@ def accelerator(precision: str, **options: object) -> Accelerator:
     Raises:
         MptkError: they were launched for FSDP's first version.
     """
-    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if shards() else None
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if has_shards() else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
     if plugin is not None:  # accelerate does this itself, but not on CPUs, and once in a process
-        processes().distributed_type = result.state.distributed_type = DistributedType.FSDP
+        connect_processes().distributed_type = result.state.distributed_type = DistributedType.FSDP
         result.state.fsdp_plugin = plugin
         # Set here, it affects only sharding; set above, transformers would also load nothing on other processes.
         plugin.cpu_ram_efficient_loading = True
@@ -64,23 +64,23 @@ def accelerator(precision: str, **options: object) -> Accelerator:
     return result
 
 
-def describe(acc: Accelerator) -> str:
+def describe_processes(acc: Accelerator) -> str:
     """How many processes train, in a few words; nothing for one."""
     if acc.num_processes == 1:
         return ""
     return f"trained on {acc.num_processes} processes" + (", its weights in shards (FSDP2)" if acc.is_fsdp2 else "")
 
 
-def once(find: Callable[[], Found]) -> Found:
+def run_once(find: Callable[[], Found]) -> Found:
     """What ``find`` gives in the first process, for all of them, which must ask for it in the same order.
 
     Raises:
         MptkError: what ``find`` raises, in every process.
     """
-    if processes().num_processes == 1:
+    if connect_processes().num_processes == 1:
         return find()
     found: list[Any] = [None]
-    if processes().is_main_process:
+    if connect_processes().is_main_process:
         try:
             found = [find()]
         except MptkError as error:
@@ -92,17 +92,17 @@ def once(find: Callable[[], Found]) -> Found:
     return result
 
 
-def shards() -> bool:
+def has_shards() -> bool:
     """Whether the processes were launched to hold weights in shards."""
-    return bool(processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    return bool(connect_processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def holds() -> bool:
     """Whether this process needs whole weights on its host. With FSDP2 only the first does: it sends out the shards."""
-    return bool(processes().is_main_process) or not shards()
+    return bool(connect_processes().is_main_process) or not has_shards()
 
 
-def replica(model: AnyModule, weights: bool = True) -> AnyModule:
+def make_replica(model: AnyModule, weights: bool = True) -> AnyModule:
     """A copy of the modules of ``model`` that shares its weights, so that it can be adapted or moved by itself.
 
     ``weights``: if False, parameters are memory that was never written, which takes none.
@@ -114,7 +114,7 @@ def replica(model: AnyModule, weights: bool = True) -> AnyModule:
     return copy.deepcopy(model, memo)
 
 
-def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+def prepare_training(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """``model`` and ``optimizer`` on their device.
 
     With FSDP2 the parameters of ``model`` are replaced by shards of the first process's parameters.
@@ -123,7 +123,7 @@ def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
-def placed(acc: Accelerator, model: nn.Module) -> object:
+def place_model(acc: Accelerator, model: nn.Module) -> object:
     """``model`` on its device, only for its outputs; with FSDP2 in shards of the first process's parameters."""
     model.requires_grad_(False)
     if not acc.is_fsdp2:
@@ -132,7 +132,7 @@ def placed(acc: Accelerator, model: nn.Module) -> object:
     return fsdp2_prepare_model(acc, model)
 
 
-def anywhere(acc: Accelerator, here: bool) -> bool:
+def is_anywhere(acc: Accelerator, here: bool) -> bool:
     """``here`` or, if shards must be gathered from all processes, whether any of them says so."""
     if not acc.is_fsdp2:
         return here
@@ -151,34 +151,36 @@ def _wrap_blocks(acc: Accelerator, model: nn.Module) -> None:
             module.register_buffer(name, buffer, persistent=False)
     if "FSDP_AUTO_WRAP_POLICY" not in os.environ:
         acc.state.fsdp_plugin.auto_wrap_policy = transformer_auto_wrap_policy
-        acc.state.fsdp_plugin.transformer_cls_names_to_wrap = list({type(block).__name__ for block in blocks(model)})
+        acc.state.fsdp_plugin.transformer_cls_names_to_wrap = list(
+            {type(block).__name__ for block in find_module_blocks(model)}
+        )
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def find_module_blocks(model: nn.Module) -> list[nn.Module]:
     """A model's blocks: the members of its largest list of modules."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
 
-def full(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over the processes; all of them must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+def gather_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     """Name → whole tensor, on the host; empty unless ``keep``. One at a time is whole on the device.
 
     If tensors are spread over the processes, all must call it.
     """
     found = {}
     for name, tensor in tensors:
-        whole = full(tensor.detach())
+        whole = gather_tensor(tensor.detach())
         if keep:
             found[name] = whole.cpu()
     return found
 
 
-def widest(device: torch.device) -> torch.dtype:
+def find_widest_float(device: torch.device) -> torch.dtype:
     """The widest float type that ``device`` computes in. Apple's have no float64, nor have some of Intel's."""
     narrow = device.type == "mps"
     if device.type == "xpu":
@@ -222,12 +224,12 @@ class Sharing:
         return [tensor] if self.count == 1 else list(gather(tensor[None].contiguous()))
 
 
-def sharing(batches: int) -> Sharing:
+def share_batches(batches: int) -> Sharing:
     """How the processes share ``batches``. If there are fewer batches than processes, each process does everything.
 
     Each does so, too, if weights are in shards (FSDP2), since the first process then does some work by itself.
     """
-    there = processes()
-    if shards() or batches < there.num_processes:
+    there = connect_processes()
+    if has_shards() or batches < there.num_processes:
         return Sharing()
     return Sharing(there.num_processes, there.process_index)

@@ -5,7 +5,7 @@ from mptk.files.places import check_way, is_own, opened
 from mptk.files.replace import (
     discard,
     fill_folder,
-    json_text,
+    format_json,
     make_marked,
     put_folder,
     put_made,
@@ -15,8 +15,17 @@ from mptk.files.replace import (
     write_text,
     write_together,
 )
-from mptk.files.staging import Staging, check_open_files, check_scratch, claimed, scratch, staged, tidy, tidy_scratch
-from mptk.files.writing import cannot_write, check_text, path_of, writing
+from mptk.files.staging import (
+    Staging,
+    check_open_files,
+    check_scratch,
+    claim_place,
+    make_scratch,
+    staged,
+    tidy,
+    tidy_scratch,
+)
+from mptk.files.writing import cannot_write, check_text, expand_path, writing
 
 __all__ = [
     "Staging",
@@ -25,20 +34,20 @@ __all__ = [
     "check_scratch",
     "check_text",
     "check_way",
-    "claimed",
+    "claim_place",
     "discard",
+    "expand_path",
     "fill_folder",
+    "format_json",
     "is_of",
     "is_own",
-    "json_text",
     "make_mark",
     "make_marked",
+    "make_scratch",
     "opened",
-    "path_of",
     "put_folder",
     "put_made",
     "read_mark",
-    "scratch",
     "staged",
     "tidy",
     "tidy_scratch",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.writing import path_of
+from mptk.files.writing import expand_path
 
 PAGE_MARK = "mptk-page/1"
 TABLE_MARK = "mptk-table/1"
@@ -40,12 +40,12 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
     ``sources``: what is read; a name that is no file or folder (a model of the hub) is left out. ``option``: names
     ``out``.
     """
-    path = path_of(out)
+    path = expand_path(out)
     place = Path(os.path.realpath(path))
     there = _state(place)
     above = [state for folder in place.parents if (state := _state(folder)) is not None]
     for source in sources:
-        read = path_of(source)
+        read = expand_path(source)
         if (state := _state(read)) is None:
             continue
         if any(os.path.samestat(state, folder) for folder in above):
@@ -59,7 +59,7 @@ def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str
 
     ``kind``: of what is written: a key of the marks. ``overwrite``: whether the user lets any file be replaced.
     """
-    path = path_of(file)
+    path = expand_path(file)
     if path.is_symlink():
         raise MptkError(f"{file} is a symbolic link; give the file that it leads to as {option}")
     state = _state(path)

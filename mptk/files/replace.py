@@ -16,7 +16,7 @@ from pathlib import Path
 from mptk.errors import MptkError
 from mptk.files.marks import is_of, make_mark, read_mark
 from mptk.files.places import PLAIN_FILE, exposed_at, is_own, lies_in, lstat_in, opened
-from mptk.files.staging import NEW, OLD, Staging, scratch, staged, staged_openly, tidy
+from mptk.files.staging import NEW, OLD, Staging, make_scratch, staged, staged_openly, tidy
 from mptk.files.writing import cannot_write
 
 _RENAME_EXCHANGE = 2
@@ -35,7 +35,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     with contextlib.ExitStack() as stack:
         exposed = exposed_at(path.parent) is not None
         staging = stack.enter_context(staged_openly(path.parent) if exposed else staged(path.parent))
-        made = stack.enter_context(scratch()) if exposed else staging
+        made = stack.enter_context(make_scratch()) if exposed else staging
         write(made.folder / path.name)
         ordinary(made)
         if exposed:
@@ -198,7 +198,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def json_text(
+def format_json(
     content: object,
     *,
     indent: int | None = None,
@@ -220,7 +220,7 @@ def json_text(
 def write_json(path: Path | None, content: object) -> None:
     """Write a result as JSON; nothing if ``path`` is None."""
     if path is not None:
-        write_text(path, json_text(content, indent=1) + "\n")
+        write_text(path, format_json(content, indent=1) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

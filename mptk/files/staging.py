@@ -133,7 +133,7 @@ def staged_openly(parent: Path) -> Staging:
         return Staging(*_made(at, parent))
 
 
-def scratch() -> Staging:
+def make_scratch() -> Staging:
     """A staging folder among the system's temporary files.
 
     Raises:
@@ -399,7 +399,7 @@ _held: dict[Path, tuple[Staging, int, int]] = {}
 
 
 @contextlib.contextmanager
-def claimed(target: Path, *, wait: bool = False, remedy: str | None = None) -> Iterator[Staging]:
+def claim_place(target: Path, *, wait: bool = False, remedy: str | None = None) -> Iterator[Staging]:
     """Within it ``target`` is this thread's to write, in the staging folder beside it. Its folder is made if missing.
 
     What killed processes left beside it is removed first. A thread may claim again what it has.

@@ -61,6 +61,6 @@ def check_text(name: str | Path) -> None:
         raise MptkError(f"the name {str(name)!r} is not UTF-8, which reports and recipes are; rename it") from error
 
 
-def path_of(name: str | Path) -> Path:
+def expand_path(name: str | Path) -> Path:
     """``name`` as a path, with ``~`` as a home. An unknown user's ``~name`` stays as it is, as in a shell."""
     return Path(os.path.expanduser(name))

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from mptk.compat.torch import quiet_exporter
-from mptk.errors import first_line
-from mptk.files import json_text
+from mptk.compat.torch import hide_exporter_logs
+from mptk.errors import take_first_line
+from mptk.files import format_json
 from mptk.io.untrusted import MOST_JSON
-from mptk.reading import Damaged, brief, damaged, json_of, read_bytes
+from mptk.reading import Damaged, make_damage_error, parse_json, read_bytes, shorten_text
 
 MOST_ARCHIVE_BYTES = 1 << 31
 """Bytes of the largest archive: it holds a graph and constants, and no weights."""
@@ -58,17 +58,17 @@ def read_archive(file: Path) -> tuple[ExportedProgram, str]:
         MptkError: the file is missing, no such archive, or holds what could run code: a pickle, Python, other calls
             than of operators.
     """
-    said, extra = damaged(file), {EXTRA: ""}
-    archive = _checked(io.BytesIO(read_bytes(file, said, MOST_ARCHIVE_BYTES)), said)
+    said, extra = make_damage_error(file), {EXTRA: ""}
+    archive = _rebuild_checked(io.BytesIO(read_bytes(file, said, MOST_ARCHIVE_BYTES)), said)
     try:
-        with quiet_exporter("torch.export"):
+        with hide_exporter_logs("torch.export"):
             program = torch.export.load(archive, extra_files=extra)
     except Exception as error:  # torch's reader has no base class of errors
-        raise said(f"torch.export cannot load it ({first_line(error)})") from error
+        raise said(f"torch.export cannot load it ({take_first_line(error)})") from error
     return program, extra[EXTRA]
 
 
-def _checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
+def _rebuild_checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
     """The archive made anew of its checked parts."""
     found = io.BytesIO()
     try:
@@ -77,14 +77,14 @@ def _checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise said(f"{info.filename[:80]} is compressed")
                 name = info.filename.partition("/")[2]
-                new.writestr(f"model/{name}", _part(name, old.read(info), said))
+                new.writestr(f"model/{name}", _check_part(name, old.read(info), said))
     except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as error:  # what zipfile raises
-        raise said(first_line(error)) from error
+        raise said(take_first_line(error)) from error
     found.seek(0)
     return found
 
 
-def _part(name: str, content: bytes, said: Damaged) -> bytes | str:
+def _check_part(name: str, content: bytes, said: Damaged) -> bytes | str:
     """What the new archive holds under ``name``."""
     if RAW.fullmatch(name):
         return content
@@ -97,20 +97,20 @@ def _part(name: str, content: bytes, said: Damaged) -> bytes | str:
     text = content.decode("utf-8", "replace")
     if name == f"extra/{EXTRA}":
         return text
-    values = json_of(text, said)
+    values = parse_json(text, said)
     if not isinstance(values, dict):
         raise said(f"{name} is not an object")
     if name == MODEL:
         values["guards_code"] = []  # Python
     _check(values, "", said)
-    return json_text(values)
+    return format_json(values)
 
 
 def _check(value: object, key: str, said: Damaged) -> None:
     """Raise ``said`` for text under ``key`` that torch could run."""
     if isinstance(value, dict):
         if wrong := next((name for name in value if not DOTTED_NAME.fullmatch(name) or name == "as_custom_obj"), None):
-            raise said(f"{brief(repr(wrong))} is not a name")
+            raise said(f"{shorten_text(repr(wrong))} is not a name")
         if value.get("use_pickle"):
             raise said("it holds a pickle, which can run code")
         for name, each in value.items():
@@ -119,10 +119,10 @@ def _check(value: object, key: str, said: Damaged) -> None:
         for each in value:
             _check(each, key, said)
     elif isinstance(value, str) and not ALLOWED.get(key, DOTTED_NAME.fullmatch)(value):
-        raise said(f"{key} is {brief(repr(value))}, which mptk never writes")
+        raise said(f"{key} is {shorten_text(repr(value))}, which mptk never writes")
 
 
-def arithmetic(text: str) -> bool:
+def is_size_expression(text: str) -> bool:
     """Whether an expression, as ``sympy.srepr`` writes it, is of symbols, numbers and functions of sizes."""
     try:
         return len(text) < LONGEST_EXPRESSION and _is_arithmetic(ast.parse(text, mode="eval").body)
@@ -170,7 +170,7 @@ def _is_linear(power: ast.expr) -> bool:
     return power.func.id == "Symbol" or _is_small(power, 1000)
 
 
-def _nested(text: str) -> bool:
+def _has_plain_nesting(text: str) -> bool:
     """Whether the nesting of inputs or outputs is of tuples, lists and dicts."""
     try:
         values = json.loads(text)
@@ -186,11 +186,11 @@ ALLOWED: dict[str, Callable[[str], object]] = {
     "as_strings": lambda _: True,
     "as_float": NOT_FINITE.__contains__,
     "as_floats": NOT_FINITE.__contains__,
-    "expr_str": arithmetic,
+    "expr_str": is_size_expression,
     "target": OPERATOR.fullmatch,
     "as_operator": OPERATOR.fullmatch,
     "torch_version": re.compile(r"[\w.+]*").fullmatch,
-    "in_spec": _nested,
-    "out_spec": _nested,
+    "in_spec": _has_plain_nesting,
+    "out_spec": _has_plain_nesting,
 }
 """Key → whether its text is data. Other text must be a word."""

@@ -9,10 +9,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from mptk.compat.transformers import model_classes
+from mptk.compat.transformers import find_auto_classes
 from mptk.errors import MptkError
 from mptk.io import modeling_nemotron_nas as nas
-from mptk.io.diffusion import DiffusersConfig, class_of
+from mptk.io.diffusion import DiffusersConfig, find_diffusers_class
 
 OWN_CODE = Path(nas.__file__)
 """The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
@@ -23,7 +23,7 @@ AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
-def loader(config: PreTrainedConfig) -> str:
+def name_loader(config: PreTrainedConfig) -> str:
     """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
 
     It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
@@ -34,12 +34,12 @@ def loader(config: PreTrainedConfig) -> str:
         MptkError: transformers has no class for it.
     """
     if isinstance(config, DiffusersConfig):
-        return class_of(config).__name__
+        return find_diffusers_class(config).__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
-    fitting = {name: _class_names(name, config, code) for name in _auto_names()}
+    fitting = {name: _list_class_names(name, config, code) for name in _list_auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     saved = set(config.architectures or ())
-    named = [found.__name__ for found in map(_class_named, sorted(saved)) if found and _takes(found, config)]
+    named = [found.__name__ for found in map(_find_class, sorted(saved)) if found and _takes(found, config)]
     if taken:
         heads = [name for name in named if "For" in name] if taken[0] == "AutoModel" else []
         return next((name for name in taken if fitting[name] & saved), (heads or taken)[0])
@@ -48,36 +48,40 @@ def loader(config: PreTrainedConfig) -> str:
     return named[0]
 
 
-def opener(config: PreTrainedConfig) -> Any:
-    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``loader``."""
-    return class_of(config) if isinstance(config, DiffusersConfig) else getattr(transformers, loader(config))
+def find_loader(config: PreTrainedConfig) -> Any:
+    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``name_loader``."""
+    return (
+        find_diffusers_class(config)
+        if isinstance(config, DiffusersConfig)
+        else getattr(transformers, name_loader(config))
+    )
 
 
-def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+def find_model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers or diffusers has for ``config``; empty if the model brings its own."""
     if isinstance(config, DiffusersConfig):
-        return {class_of(config)}
-    name = loader(config)
-    if (found := _class_named(name)) is not None:
+        return {find_diffusers_class(config)}
+    name = name_loader(config)
+    if (found := _find_class(name)) is not None:
         return {found}
     if name in (getattr(config, "auto_map", None) or {}):
         return set()
-    return set(model_classes(name, config))
+    return set(find_auto_classes(name, config))
 
 
 @functools.cache
-def _auto_names() -> list[str]:
+def _list_auto_names() -> list[str]:
     names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
     return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]
 
 
-def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
+def _list_class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
     """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
-    names = {known.__name__ for known in model_classes(auto, config)}
+    names = {known.__name__ for known in find_auto_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 
-def _class_named(name: str) -> type[PreTrainedModel] | None:
+def _find_class(name: str) -> type[PreTrainedModel] | None:
     """transformers' model of that name; None if it has none, as for an auto class."""
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

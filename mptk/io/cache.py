@@ -14,18 +14,18 @@ import platformdirs
 from mptk.errors import STAGED, MptkError
 from mptk.files import (
     cannot_write,
-    claimed,
+    claim_place,
     discard,
-    json_text,
-    path_of,
+    expand_path,
+    format_json,
     put_made,
     tidy,
     tidy_scratch,
     write_file,
     writing,
 )
-from mptk.publish.manifest import SETTLED, check_manifest, file_identity, file_sha256, write_manifest
-from mptk.reading import Json, damaged, json_object
+from mptk.publish.manifest import SETTLED, check_manifest, file_identity, hash_file, write_manifest
+from mptk.reading import Json, make_damage_error, read_json_object
 
 CACHE_REMEDY = "set MPTK_CACHE to a folder with room for it"
 PRIVATE = 0o700
@@ -39,7 +39,7 @@ CACHE_DEPTH = 2
 def cache_dir() -> Path:
     """The cache folder: ``MPTK_CACHE``, else the platform's user cache folder."""
     configured = os.environ.get("MPTK_CACHE")
-    return path_of(configured) if configured else platformdirs.user_cache_path("mptk")
+    return expand_path(configured) if configured else platformdirs.user_cache_path("mptk")
 
 
 def build_once(target: Path, build: Callable[[Path], None], mode: int | None = None) -> Path:
@@ -52,7 +52,10 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
         MptkError: the cache folder cannot be written.
     """
     if not target.exists():
-        with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
+        with (
+            claim_place(target, wait=True, remedy=CACHE_REMEDY) as staging,
+            writing(target, staging.path, CACHE_REMEDY),
+        ):
             if not target.exists():
                 build(staging.folder / target.name)
                 put_made(staging, target, mode)
@@ -60,7 +63,7 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     return target
 
 
-def private_place(*names: str) -> Path:
+def locate_private_folder(*names: str) -> Path:
     """Where a folder that nothing pins from outside lies in the cache. Users who share it have one each."""
     return cache_dir().joinpath(*names[:-1], f"{names[-1]}-{os.geteuid()}")
 
@@ -78,16 +81,16 @@ def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
         build(partial)
         write_manifest(partial)
 
-    if os.path.lexists(folder) and not _as_made(folder):
+    if os.path.lexists(folder) and not _is_as_made(folder):
         if folder.lstat().st_uid != os.geteuid():
             raise MptkError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}")
-        with claimed(folder, wait=True, remedy=CACHE_REMEDY), writing(folder, folder, CACHE_REMEDY):
-            if os.path.lexists(folder) and not _as_made(folder):
+        with claim_place(folder, wait=True, remedy=CACHE_REMEDY), writing(folder, folder, CACHE_REMEDY):
+            if os.path.lexists(folder) and not _is_as_made(folder):
                 discard(folder)
     return build_once(folder, listed, PRIVATE)
 
 
-def _as_made(folder: Path) -> bool:
+def _is_as_made(folder: Path) -> bool:
     """Whether this user made a folder, no other can change it, and its files are as they were."""
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o777 != PRIVATE:
@@ -107,14 +110,14 @@ def read_kept(file: Path) -> tuple[Json, str]:
     if not os.path.lexists(file):
         return {}, ""
     try:
-        return json_object(file, damaged(file, "it is made again")), ""
+        return read_json_object(file, make_damage_error(file, "it is made again")), ""
     except MptkError as error:
         return {}, str(error)
 
 
 def keep(file: Path, content: Json) -> str:
     """Write such a file. Returns why it cannot be written, or an empty text: that is no reason to stop."""
-    text = json_text(content, indent=1) + "\n"
+    text = format_json(content, indent=1) + "\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Not as a result is written: in place of a named pipe, not into it.
@@ -130,11 +133,11 @@ def kept_sha256(file: Path) -> str:
     """SHA-256 of a file. It is read once: the digest is kept in the cache for the file's identity."""
     state = file_identity(file)
     if file.stat().st_size < HASHED_AT_ONCE:
-        return file_sha256(file)
-    place = private_place("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
+        return hash_file(file)
+    place = locate_private_folder("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
     if _is_own(place) and (kept := read_kept(place)[0]).get("file") == list(state):
         return str(kept.get("sha256"))
-    now, found = time.time_ns(), file_sha256(file)
+    now, found = time.time_ns(), hash_file(file)
     if file_identity(file) == state and now - max(state[-2:]) > SETTLED:
         keep(place, {"file": list(state), "sha256": found})
     return found
@@ -156,10 +159,10 @@ def tidy_shared() -> None:
     for _ in range(CACHE_DEPTH + 1):
         for folder in folders:
             tidy(folder)
-        folders = [each for folder in folders for each in _folders(folder)]
+        folders = [each for folder in folders for each in _list_folders(folder)]
 
 
-def _folders(folder: Path) -> list[Path]:
+def _list_folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

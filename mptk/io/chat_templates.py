@@ -23,9 +23,9 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from mptk.errors import MptkError, first_line
-from mptk.files import json_text
-from mptk.reading import brief, json_of
+from mptk.errors import MptkError, take_first_line
+from mptk.files import format_json
+from mptk.reading import parse_json, shorten_text
 
 TEMPLATE_SECONDS = 5.0
 """Processor time that a template has for a chat. The longest known ones take a hundredth of a second."""
@@ -72,7 +72,7 @@ class ChatTemplate:
             pipe.send((turns, options))
             if late := not pipe.poll(WAITING_SECONDS):
                 os.kill(pid, signal.SIGKILL)
-            found, refused = json_of(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
+            found, refused = parse_json(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
         except MptkError as error:
             found, refused = None, f"what it writes cannot be used: {error}"
         except (OSError, EOFError):  # it was stopped, or its answer is too long
@@ -123,7 +123,7 @@ def _answer(owner: Owner, pipe: Connection) -> None:
         while True:
             turns, options = pipe.recv()
             signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)
-            pipe.send_bytes(json_text(_fill(owner, turns, options)).encode())
+            pipe.send_bytes(format_json(_fill(owner, turns, options)).encode())
             signal.setitimer(signal.ITIMER_PROF, 0)
     finally:  # also after an error within the handling of an error: nothing of this process may go on here
         os.kill(os.getpid(), signal.SIGKILL)
@@ -139,7 +139,7 @@ def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object,
     except RecursionError:
         return None, "it calls itself too often"
     except Exception as error:  # noqa: BLE001  # a template of any content meets code of any class
-        return None, brief(first_line(error), 300).rstrip(".")
+        return None, shorten_text(take_first_line(error), 300).rstrip(".")
 
 
 def _alone(kept: int) -> None:

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.files import json_text
-from mptk.io.text.tokens import begin
+from mptk.files import format_json
+from mptk.io.text.tokens import find_begin_tokens
 from mptk.publish.licence import CARD, NOTICES, copy_card
 
 # The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
@@ -56,7 +56,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("model_input_names", tokenizer.model_input_names)  # transformers 4 has another default
-    if begin(tokenizer):
+    if find_begin_tokens(tokenizer):
         settings["add_bos_token"] = True
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
@@ -75,7 +75,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     """
     model.save_pretrained(folder)
     config = Path(folder) / "config.json"
-    _write_json(config, portable(json.loads(config.read_text(encoding="utf-8"))))
+    _write_json(config, make_portable_config(json.loads(config.read_text(encoding="utf-8"))))
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 
@@ -100,7 +100,7 @@ def copy_beside(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def portable(config: Mapping[str, object]) -> dict[str, object]:
+def make_portable_config(config: Mapping[str, object]) -> dict[str, object]:
     """The content of a ``config.json``, with its rotary settings also in the spelling of transformers 4.
 
     These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
@@ -109,7 +109,7 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
     Nested configs (the text model's in a vision-language model's) are treated the same way.
     """
     written = {
-        key: portable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        key: make_portable_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     rope = config.get("rope_parameters")
@@ -128,14 +128,14 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8"}
 
 
-def stored_dtypes(folder: Path) -> Counter[str]:
+def count_stored_dtypes(folder: Path) -> Counter[str]:
     """The types of the numbers in a folder's safetensors, as safetensors names them → how many numbers."""
     found: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -146,26 +146,26 @@ def stored_dtypes(folder: Path) -> Counter[str]:
     return found
 
 
-def dtypes_in(file: Path) -> dict[str, torch.dtype | None]:
+def read_float_types(file: Path) -> dict[str, torch.dtype | None]:
     """Name → floating type of each tensor in a safetensors file; None if it is no such number."""
     with safe_open(file, "pt") as weights:
         return {name: _FLOATS.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def find_stored_dtype(folder: Path) -> torch.dtype:
     """The floating type of most numbers in a folder's safetensors. float32 without such numbers."""
-    counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}
+    counts = {name: count for name, count in count_stored_dtypes(folder).items() if name in _FLOATS}
     return _FLOATS[max(counts, key=lambda name: counts[name])] if counts else torch.float32
 
 
-def quantized_dtype(folder: Path) -> str | None:
+def find_quantized_dtype(folder: Path) -> str | None:
     """The type of quantised weights, if most numbers in a folder's safetensors are quantised."""
-    counts = stored_dtypes(folder)
+    counts = count_stored_dtypes(folder)
     most = max(counts, key=lambda name: counts[name], default="")
     return most if most in _QUANTIZED else None
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def fill_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give the parameters of ``model`` that are on the meta device their values."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -36,25 +36,25 @@ class Deferred(Tensor):
         return found
 
 
-def deferred(name: str, like: Tensor) -> Deferred:
+def defer_weight(name: str, like: Tensor) -> Deferred:
     """The weight ``name``, of the shape and type of ``like``."""
     tensor: Deferred = torch.empty_like(like, device="meta").as_subclass(Deferred)
     tensor.weight = name
     return tensor
 
 
-def sources(tensor: Deferred) -> frozenset[str]:
+def list_weight_names(tensor: Deferred) -> frozenset[str]:
     """The names of the weights that ``tensor`` is made of."""
     if tensor.weight is not None:
         return frozenset([tensor.weight])
-    parts = (sources(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
+    parts = (list_weight_names(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
     return frozenset[str]().union(*parts)
 
 
 _SAME = (Tensor.__getitem__, Tensor.to, Tensor.detach, Tensor.requires_grad_, Tensor.contiguous)
 
 
-def itself(tensor: Deferred) -> str | None:
+def find_own_weight(tensor: Deferred) -> str | None:
     """The name of the weight that ``tensor`` is, be it in another type; None if it is made of weights."""
     while tensor.weight is None:
         func, args, _, index = tensor.call
@@ -64,12 +64,12 @@ def itself(tensor: Deferred) -> str | None:
     return tensor.weight
 
 
-def made(tensor: Deferred, weights: Mapping[str, Tensor]) -> Tensor:
+def materialize_tensor(tensor: Deferred, weights: Mapping[str, Tensor]) -> Tensor:
     """``tensor`` with numbers, from those of its weights."""
     if tensor.weight is not None:
         return weights[tensor.weight]
     func, args, kwargs, index = tensor.call
-    args, kwargs = tree_map(lambda a: made(a, weights) if isinstance(a, Deferred) else a, (args, kwargs))
+    args, kwargs = tree_map(lambda a: materialize_tensor(a, weights) if isinstance(a, Deferred) else a, (args, kwargs))
     found = func(*args, **kwargs)
     result: Tensor = found if index is None else found[index]
     return result

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
-from mptk.compat.transformers import ignored_on_load
-from mptk.errors import MptkError, first_line
-from mptk.io.deferred import Deferred, itself, sources
-from mptk.io.models import Loaded, filled
+from mptk.compat.transformers import list_ignored_weights
+from mptk.errors import MptkError, take_first_line
+from mptk.io.deferred import Deferred, find_own_weight, list_weight_names
+from mptk.io.models import Loaded, fill_program
 from mptk.io.opening import Files
-from mptk.io.resident import Resident, stored_weight
-from mptk.io.tensors import likes_in
+from mptk.io.resident import Resident, open_stored_weight
+from mptk.io.tensors import read_likes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 
@@ -80,14 +80,14 @@ class OpenDrafter:
 
     def with_weights(self, program: Program, model: Weights) -> Program:
         """A program traced from ``module``, with the weights of the model and of the layers."""
-        return filled(program, self.module, model.updated(self.weights))
+        return fill_program(program, self.module, model.with_entries(self.weights))
 
 
-def stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
+def find_stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
     """The names of the tensors of multi-token-prediction layers in a checkpoint folder; empty if there are none."""
-    if not any("layers" in each or HEADS in each for each in ignored_on_load(model)):
+    if not any("layers" in each or HEADS in each for each in list_ignored_weights(model)):
         return set()
-    names = {name for file in folder.glob("*.safetensors") for name in likes_in(file)}
+    names = {name for file in folder.glob("*.safetensors") for name in read_likes(file)}
     try:
         found = MtpModel.get_mtp_weights_regex(model)
     except ValueError:  # no pattern is left
@@ -101,30 +101,30 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
     Raises:
         MptkError: transformers cannot make them of the checkpoint, or a table of theirs is not the model's.
     """
-    stored = stored_heads(loaded.model, folder)
+    stored = find_stored_heads(loaded.model, folder)
     if not stored:
         return None
     files = Files()
     try:
-        with files.unread(), _described(loaded.model, folder, stored):
+        with files.defer_reads(), _set_checkpoint(loaded.model, folder, stored):
             heads = MtpModel.from_pretrained(loaded.model)
     except (RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
-        raise MptkError(f"transformers cannot read them: {first_line(error)}") from error
+        raise MptkError(f"transformers cannot read them: {take_first_line(error)}") from error
     own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
-    names = _names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
+    names = _map_names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
     weights = files.weights(heads, resident)
     module = Drafter(loaded.model, heads.eval()).eval()
-    tables = _tables(loaded.model, stored)
-    if left := stored - {source for t in own.values() for source in sources(t)} - tables.keys():
+    tables = _find_tables(loaded.model, stored)
+    if left := stored - {source for t in own.values() for source in list_weight_names(t)} - tables.keys():
         raise MptkError(f"transformers does not know what {min(left)} is for")
-    copies = {name: stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
+    copies = {name: open_stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
     own_weights = Weights({f"{HEADS}.{name}": weights.entry(name) for name in own})
     return OpenDrafter(module, own_weights, names, tables, Weights(copies))
 
 
-def _names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
+def _map_names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     """Name in a drafter → name in the checkpoint."""
-    found = {name: source for name, tensor in tensors.items() if (source := itself(tensor)) is not None}
+    found = {name: source for name, tensor in tensors.items() if (source := find_own_weight(tensor)) is not None}
     starts = {}
     for name, source in found.items():
         if (block := BLOCK.match(name)) and source.endswith(rest := name[block.end() :]):
@@ -137,7 +137,7 @@ def _names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     return found
 
 
-def _tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+def _find_tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     """The copies of the model's tables among ``stored`` → the name of the table in the model."""
     names = {id(module): name for name, module in model.named_modules()}
     return {
@@ -149,7 +149,7 @@ def _tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _described(model: PreTrainedModel, folder: Path, stored: set[str]) -> Iterator[None]:
+def _set_checkpoint(model: PreTrainedModel, folder: Path, stored: set[str]) -> Iterator[None]:
     """Within it the model's config says where its checkpoint is and, if its class has no field for it, how many layers
     there are: each attends to all tokens."""
     config = model.config.get_text_config()

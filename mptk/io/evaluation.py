@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.io import models
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir.samples import Samples, make_token_samples
 from mptk.progress import Count
 from mptk.trust import NO_CODE, Trust
 
@@ -57,7 +57,7 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Count | None = None) -> Perplexity:
+def measure_perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Count | None = None) -> Perplexity:
     """The perplexity of next-token predictions on ``windows``.
 
     Args:
@@ -75,7 +75,7 @@ def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Cou
             yield "", i, logits_fn(batch.tensors[0])
             progress(i + 1, len(batches))
 
-    (found,) = _measured(runs, windows, data, progress or (lambda done, total: None)).values()
+    (found,) = _measure_runs(runs, windows, data, progress or (lambda done, total: None)).values()
     if not math.isfinite(found.nll):
         raise MptkError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for "
@@ -84,21 +84,21 @@ def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Cou
     return found
 
 
-def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
+def measure_perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
     """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``. ``windows``: int64 [n, T]."""
-    found = _measured(runs, windows, data, progress)
+    found = _measure_runs(runs, windows, data, progress)
     protocol = next(iter(found.values())).protocol
     values = {name: round(each.value, 4) for name, each in found.items()}
     return {**values, "metric": "perplexity", "protocol": protocol}
 
 
-def _measured(runs: Runs, windows: Tensor, data: str, progress: Count) -> dict[str, Perplexity]:
+def _measure_runs(runs: Runs, windows: Tensor, data: str, progress: Count) -> dict[str, Perplexity]:
     """Name → perplexity of each of ``runs``."""
     count, length = windows.shape
     if count == 0 or length < 2:
         raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
     rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
-    for name, i, logits in runs([next_tokens(row) for row in rows], progress):
+    for name, i, logits in runs([make_token_samples(row) for row in rows], progress):
         predicted, target = logits[:, :-1].flatten(0, 1).float(), rows[i][:, 1:].flatten().to(logits.device)
         loss = F.cross_entropy(predicted, target, reduction="sum").item()
         totals[name], dtype = totals.get(name, 0.0) + loss, logits.dtype
@@ -140,7 +140,7 @@ def zero_shot(
     loaded = model if isinstance(model, models.Loaded) else models.load(str(model))
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
-    manager = _task_manager(tasks, include_path)
+    manager = _make_task_manager(tasks, include_path)
     try:
         report = lm_eval.simple_evaluate(
             model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer),
@@ -150,7 +150,7 @@ def zero_shot(
         )
     except Exception as error:  # a task's data, templates and functions fail in any way
         raise MptkError(
-            f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}; check the network, the task's data and its "
+            f"lm-eval cannot run {', '.join(tasks)}: {take_first_line(error)}; check the network, the task's data and its "
             "files"
         ) from error
     return {
@@ -168,7 +168,7 @@ def check_trusted(include_path: str | Path | None, trust: Trust) -> None:
         )
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
+def _make_task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """A manager that knows ``tasks``. It reads lm-eval's thousands of task files only if ``include_path`` lacks one."""
     from lm_eval.tasks import TaskManager
 

@@ -21,12 +21,12 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.io import models
 from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
-from mptk.ir.copies import copied
+from mptk.ir.copies import copy_module
 from mptk.ir.weights import Lazy, Weights
 from mptk.trust import NO_CODE, Trust
 
@@ -40,10 +40,10 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
         MptkError: some weights are not in memory, or are quantised.
     """
     _check(model)
-    source, home = name_of(model), _home(model)
-    dtype = _most(model)
-    place = scratch()
-    bare = without_weights(model)
+    source, home = name_live_model(model), _find_folder(model)
+    dtype = _find_main_type(model)
+    place = make_scratch()
+    bare = copy_without_weights(model)
     weakref.finalize(bare, place.close)
     folder = place.folder
     if isinstance(model, PreTrainedModel):
@@ -52,13 +52,13 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
         if tokenizer is None and home is not None and models.has_tokenizer(home):
             tokenizer = models.load_tokenizer(str(home), trust=trust)
     made: PreTrainedModel = bare  # type: ignore[assignment]  # any module: only the task ``module`` gets another
-    return Loaded(made, tokenizer, source, folder, trust, dtype, _weights(model), live=True)
+    return Loaded(made, tokenizer, source, folder, trust, dtype, _collect_weights(model), live=True)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model if inner is model else unwrapped(inner)
+    return model if inner is model else unwrap_parallel(inner)
 
 
 @contextmanager
@@ -73,13 +73,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def name_of(model: nn.Module) -> str:
+def name_live_model(model: nn.Module) -> str:
     """What a report calls a model in memory: where it was loaded from, else its class."""
     known = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
     return str(known) or type(model).__name__
 
 
-def weights_fingerprint(loaded: Loaded) -> str:
+def hash_loaded_weights(loaded: Loaded) -> str:
     """SHA-256 of a model's weights: names, shapes and float32 numbers, of whatever type they are stored in."""
     digest, weights = hashlib.sha256(), loaded.weights
     assert weights is not None
@@ -110,17 +110,17 @@ def _check(model: nn.Module) -> None:
         raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
 
 
-def without_weights(model: nn.Module) -> nn.Module:
+def copy_without_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU.
 
     All are in float32, or in a plain module's own types.
     """
 
     def typed(tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if not isinstance(model, PreTrainedModel) else _computed(tensor, torch.float32)
+        return tensor.dtype if not isinstance(model, PreTrainedModel) else _choose_type(tensor, torch.float32)
 
     bare = {id(p): torch.empty_like(p, dtype=typed(p), device="meta") for p in model.parameters()}
-    return copied(
+    return copy_module(
         model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", typed(b), copy=True)
     ).eval()
 
@@ -151,23 +151,23 @@ def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
             buffer.copy_(exact)
 
 
-def wide_type(model: nn.Module) -> torch.dtype:
+def choose_wide_type(model: nn.Module) -> torch.dtype:
     """The type in which a run computes: float64 if a plain module has such weights, else float32."""
     held = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
     return torch.float64 if torch.float64 in held and not isinstance(model, PreTrainedModel) else torch.float32
 
 
-def _weights(model: nn.Module) -> Weights:
+def _collect_weights(model: nn.Module) -> Weights:
     """The parameters and saved buffers, in the run's type on the CPU when they are asked for."""
-    wide = wide_type(model)
-    entries = {name: _entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
+    wide = choose_wide_type(model)
+    entries = {name: _make_entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
     return Weights({name: entry for name, entry in entries.items() if entry is not None})
 
 
-def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
+def _make_entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
     if not isinstance(tensor, Tensor):
         return None
-    there, dtype = tensor.detach(), _computed(tensor, wide)
+    there, dtype = tensor.detach(), _choose_type(tensor, wide)
     if not isinstance(tensor, nn.Parameter):
         return there.to("cpu", dtype, copy=True)  # forward may write to it
     if there.device.type == "cpu" and there.dtype == dtype:
@@ -179,15 +179,15 @@ def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
     return Lazy(torch.empty_like(there, dtype=dtype, device="meta"), lambda: there.to("cpu", dtype), held, narrow)
 
 
-def _computed(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
+def _choose_type(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
     return wide if tensor.is_floating_point() else tensor.dtype
 
 
-def _most(model: nn.Module) -> torch.dtype:
+def _find_main_type(model: nn.Module) -> torch.dtype:
     """The type of most floating weights; of a plain module with several types, the one that holds them all."""
     held = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(held) > 1 and not isinstance(model, PreTrainedModel):
-        return wide_type(model)
+        return choose_wide_type(model)
     counts: dict[torch.dtype, int] = {}
     for p in model.parameters():
         if p.is_floating_point():
@@ -208,14 +208,14 @@ def forget_folder(model: PreTrainedModel, folder: Path) -> None:
     FOLDERS[model] = folder
 
 
-def _home(model: nn.Module) -> Path | None:
+def _find_folder(model: nn.Module) -> Path | None:
     """The folder that a transformers model was loaded from, if it is on this machine."""
     if (known := FOLDERS.get(model)) is not None and known.is_dir():
         return known
-    if not isinstance(model, PreTrainedModel) or name_of(model) == type(model).__name__:
+    if not isinstance(model, PreTrainedModel) or name_live_model(model) == type(model).__name__:
         return None
     try:
-        found = models.locate(name_of(model), local=True)
+        found = models.locate(name_live_model(model), local=True)
     except MptkError:
         return None
     return found if found.is_dir() else None

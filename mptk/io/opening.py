@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mptk.compat.accelerate import loaded_by_all
-from mptk.compat.transformers import opened_by
+from mptk.compat.accelerate import load_on_all
+from mptk.compat.transformers import replace_opener
 from mptk.errors import MptkError
-from mptk.io.checkpoint import dtypes_in
-from mptk.io.deferred import Deferred, deferred, itself, made, sources
-from mptk.io.resident import Resident, stored_weight
-from mptk.io.tensors import likes_in
+from mptk.io.checkpoint import read_float_types
+from mptk.io.deferred import Deferred, defer_weight, find_own_weight, list_weight_names, materialize_tensor
+from mptk.io.resident import Resident, open_stored_weight
+from mptk.io.tensors import read_likes
 from mptk.ir.weights import Lazy, Weights
 
 
@@ -26,9 +26,9 @@ class Files(dict[str, tuple[Path, Tensor]]):
     """The tensors of the safetensors files that ``from_pretrained`` opened: name → file, and shape and type."""
 
     @contextmanager
-    def unread(self) -> Iterator[None]:
+    def defer_reads(self) -> Iterator[None]:
         """Within it ``from_pretrained`` reads no weight: the model gets ``Deferred`` ones."""
-        with loaded_by_all(), opened_by(lambda file, *_, **__: _Opened(Path(file), self)):
+        with load_on_all(), replace_opener(lambda file, *_, **__: _Opened(Path(file), self)):
             yield
 
     def weights(self, model: nn.Module, resident: Resident) -> Weights:
@@ -46,7 +46,7 @@ class Files(dict[str, tuple[Path, Tensor]]):
             if not isinstance(tensor, Deferred):
                 entries[name] = tensor.detach()
                 continue
-            entry = entries[name] = self._entry(tensor, resident)
+            entry = entries[name] = self._make_entry(tensor, resident)
             owner, _, leaf = name.rpartition(".")
             if name in buffers:
                 value = entries[name] = entry.make()
@@ -57,23 +57,23 @@ class Files(dict[str, tuple[Path, Tensor]]):
         return Weights(entries)
 
     def _check(self, model: nn.Module) -> None:
-        held = {file: dtypes_in(file) for file in {file for file, _ in self.values()}}
+        held = {file: read_float_types(file) for file in {file for file, _ in self.values()}}
         for tensor in model.state_dict(keep_vars=True).values():
-            for key in sources(tensor) if isinstance(tensor, Deferred) and tensor.is_floating_point() else ():
+            for key in list_weight_names(tensor) if isinstance(tensor, Deferred) and tensor.is_floating_point() else ():
                 file, _ = self[key]
                 if held[file][key] is None:
                     raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
 
-    def _entry(self, tensor: Deferred, resident: Resident) -> Lazy:
+    def _make_entry(self, tensor: Deferred, resident: Resident) -> Lazy:
         like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        if (key := itself(tensor)) is not None:
+        if (key := find_own_weight(tensor)) is not None:
             file, stored = self[key]
-            return stored_weight(file, key, like, resident, stored.dtype if stored.is_floating_point() else None)
-        unkept, names = Resident(0), sorted(sources(tensor))
-        parts = {key: stored_weight(self[key][0], key, self[key][1], unkept) for key in names}
+            return open_stored_weight(file, key, like, resident, stored.dtype if stored.is_floating_point() else None)
+        unkept, names = Resident(0), sorted(list_weight_names(tensor))
+        parts = {key: open_stored_weight(self[key][0], key, self[key][1], unkept) for key in names}
 
         def make() -> Tensor:
-            return made(tensor, {key: part.make() for key, part in parts.items()})
+            return materialize_tensor(tensor, {key: part.make() for key, part in parts.items()})
 
         return Lazy(like, partial(resident.get, f"{self[names[0]][0]}|{names}", make))
 
@@ -84,7 +84,7 @@ class _Opened:
     def __init__(self, file: Path, files: Files) -> None:
         with safe_open(file, "pt") as opened:
             self._metadata = opened.metadata()
-        self._likes = likes_in(file)
+        self._likes = read_likes(file)
         files.update({key: (file, like) for key, like in self._likes.items()})
 
     def keys(self) -> list[str]:
@@ -97,7 +97,7 @@ class _Opened:
 
     def get_slice(self, key: str) -> Deferred:
         """A tensor, which is read later."""
-        return deferred(key, self._likes[key])
+        return defer_weight(key, self._likes[key])
 
     def __enter__(self) -> Self:
         return self

@@ -9,14 +9,14 @@ from dataclasses import replace
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
 from mptk.ir.weights import Weights
 
 
-def remade(
+def rebuild_model(
     loaded: Loaded,
     config: PreTrainedConfig,
     stored: PreTrainedConfig,
@@ -38,8 +38,8 @@ def remade(
     Raises:
         MptkError: the class has other weights with this config.
     """
-    model = _built(loaded.model, config, weights, what, remedy)
-    place = scratch()
+    model = _build_model(loaded.model, config, weights, what, remedy)
+    place = make_scratch()
     weakref.finalize(model, place.close)
     stored.save_pretrained(place.folder)
     copy_beside(loaded.path, place.folder)
@@ -51,7 +51,7 @@ def remade(
     return replace(loaded, model=model, tokenizer=tokenizer, path=place.folder, weights=weights)
 
 
-def _built(
+def _build_model(
     dense: PreTrainedModel, config: PreTrainedConfig, weights: Weights, what: str, remedy: str
 ) -> PreTrainedModel:
     """The class of ``dense`` from another config, with parameters on the meta device and the buffers of ``dense``."""
@@ -65,8 +65,8 @@ def _built(
     cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
         raise MptkError(
-            f"{name} cannot have {what}: its {wrong[0]} would be {_said(there, wrong[0])}, and what is left of it is "
-            f"{_said(cut, wrong[0])}; {remedy}"
+            f"{name} cannot have {what}: its {wrong[0]} would be {_describe_shape(there, wrong[0])}, and what is left of it is "
+            f"{_describe_shape(cut, wrong[0])}; {remedy}"
         )
     before = dict(dense.named_buffers())
     for n, buffer in model.named_buffers():
@@ -76,5 +76,5 @@ def _built(
     return model
 
 
-def _said(shapes: Mapping[str, Sequence[int]], name: str) -> str:
+def _describe_shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "missing"

@@ -39,7 +39,7 @@ class Resident:
         return tensor
 
 
-def stored_weight(
+def open_stored_weight(
     file: Path,
     key: str,
     like: Tensor,
@@ -48,7 +48,7 @@ def stored_weight(
 ) -> Lazy:
     """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
     file = file.absolute()  # the current folder may be another one when it is read
-    size = _size(file)
+    size = _measure_file(file)
 
     def narrow() -> Tensor:
         try:
@@ -59,18 +59,18 @@ def stored_weight(
         return tensor
 
     def make() -> Tensor:
-        if _size(file) < size:  # to touch a mapped page that is no longer there would end the process
+        if _measure_file(file) < size:  # to touch a mapped page that is no longer there would end the process
             raise MptkError(f"{file} was removed or cut short while it was read; start again")
         return resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))
 
     return Lazy(like, make, held, narrow if held is not None else None)
 
 
-def _size(file: Path) -> int:
+def _measure_file(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def free_memory() -> float:
+def measure_free_memory() -> float:
     """Bytes of memory that a new process can have: what is free, and what this process's control group allows."""
     info, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not info.is_file():
@@ -81,6 +81,6 @@ def free_memory() -> float:
     return free if allowed == "max" else min(free, float(allowed))
 
 
-def memory_bound(asked: int | None) -> int:
+def choose_memory_bound(asked: int | None) -> int:
     """Bytes that weights and intermediate values may take: the user's bound, or a share of the free memory."""
-    return asked if asked is not None else int(MEMORY_SHARE * free_memory())
+    return asked if asked is not None else int(MEMORY_SHARE * measure_free_memory())

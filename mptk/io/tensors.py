@@ -18,21 +18,21 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mptk.files import json_text
-from mptk.io.deferred import Deferred, deferred, made, sources
+from mptk.files import format_json
+from mptk.io.deferred import Deferred, defer_weight, list_weight_names, materialize_tensor
 from mptk.ir.weights import Weights
 
 ALIGNED = 8
 """The header is filled up with spaces to a multiple of this."""
 
 
-def likes_in(file: Path) -> dict[str, Tensor]:
+def read_likes(file: Path) -> dict[str, Tensor]:
     """Name → shape and type of each tensor in a safetensors file, on the meta device. None of them is read."""
     with safe_open(file, "pt") as opened:
-        return {name: _like(opened, name) for name in opened.keys()}  # noqa: SIM118
+        return {name: _read_like(opened, name) for name in opened.keys()}  # noqa: SIM118
 
 
-def _like(opened: Any, name: str) -> Tensor:
+def _read_like(opened: Any, name: str) -> Tensor:
     part = opened.get_slice(name)
     shape = part.get_shape()
     return torch.empty(shape, dtype=(part[:0] if shape else opened.get_tensor(name)).dtype, device="meta")
@@ -40,10 +40,10 @@ def _like(opened: Any, name: str) -> Tensor:
 
 def write_weights(file: Path, weights: Weights, metadata: dict[str, str] | None = None) -> None:
     """Write ``weights`` under their own names. One is in memory at a time."""
-    _write(weights, {name: deferred(name, like) for name, like in weights.likes.items()}, file, metadata)
+    _write(weights, {name: defer_weight(name, like) for name, like in weights.likes.items()}, file, metadata)
 
 
-def split(tensors: Mapping[str, Deferred], *, filename_pattern: str, max_shard_size: int | str) -> StateDictSplit:
+def plan_shards(tensors: Mapping[str, Deferred], *, filename_pattern: str, max_shard_size: int | str) -> StateDictSplit:
     """Which tensors go into which file. As huggingface_hub does of tensors with numbers, parts of one stay together."""
     return split_state_dict_into_shards_factory(
         dict(tensors),
@@ -54,7 +54,7 @@ def split(tensors: Mapping[str, Deferred], *, filename_pattern: str, max_shard_s
     )
 
 
-def writer(weights: Weights) -> Callable[..., None]:
+def make_writer(weights: Weights) -> Callable[..., None]:
     """``save(tensors, file, metadata=...)``, which writes tensors that are made of ``weights``.
 
     Only the weights are in memory that one tensor is made of, and that tensor.
@@ -65,21 +65,21 @@ def writer(weights: Weights) -> Callable[..., None]:
 def _write(
     weights: Weights, tensors: Mapping[str, Deferred], file: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
-    header, places = _layout(tensors, metadata)
+    header, places = _plan_layout(tensors, metadata)
     together: dict[frozenset[str], list[str]] = {}
     for name in places:
-        together.setdefault(sources(tensors[name]), []).append(name)
+        together.setdefault(list_weight_names(tensors[name]), []).append(name)
     with open(file, "wb") as out:
         out.write(header)
         for names, results in together.items():
             values = {name: weights[name] for name in names}
             for name in results:
                 out.seek(len(header) + places[name])
-                _put(out, made(tensors[name], values), tensors[name])
+                _put(out, materialize_tensor(tensors[name], values), tensors[name])
             del values
 
 
-def _layout(tensors: Mapping[str, Deferred], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, int]]:
+def _plan_layout(tensors: Mapping[str, Deferred], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, int]]:
     """The file's header, and where each tensor begins after it, in the file's order."""
     # safetensors knows the order of tensors and the names of types
     said = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}, metadata)
@@ -89,7 +89,7 @@ def _layout(tensors: Mapping[str, Deferred], metadata: dict[str, str] | None) ->
             places[name], begin = end, end
             end += tensors[name].nbytes
             entry |= {"shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    header = json_text(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header = format_json(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % ALIGNED)
     return len(header).to_bytes(8, "little") + header, places
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.compat.transformers import config_field
-from mptk.errors import MptkError, first_line
-from mptk.publish.manifest import check_whole
-from mptk.reading import Damaged, Json, brief, check_inside, damaged, json_object
+from mptk.compat.transformers import find_config_field
+from mptk.errors import MptkError, take_first_line
+from mptk.publish.manifest import check_not_rung
+from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_json_object, shorten_text
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -53,7 +53,7 @@ def check_folder(folder: Path) -> None:
             folder is a part of another.
     """
     check_inside(folder)
-    check_whole(folder)
+    check_not_rung(folder)
     for file in sorted(folder.glob("*.json")):
         _check_ordinary(file, MOST_JSON)
     if (folder / ADAPTER).exists():
@@ -61,34 +61,34 @@ def check_folder(folder: Path) -> None:
             f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
             "merge_and_unload) and save that, or move the adapter's files elsewhere"
         )
-    content = check_config(folder / CONFIG)
+    content = check_config_file(folder / CONFIG)
     if (folder / GENERATION).exists():
         read_object(folder / GENERATION)
     weights = sum(check_weights(file) for file in sorted(folder.glob("*.safetensors")))
-    for name, value in _numbers(content, ""):
+    for name, value in _list_numbers(content, ""):
         if "layer" in name.rpartition(".")[2] and weights and value > max(weights, SHARED):
-            raise damaged(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
+            raise make_damage_error(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
-def check_config(file: Path) -> Json:
+def check_config_file(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     _check_ordinary(file, MOST_CONFIG)
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise damaged(file)("architectures is not a list of class names")
+        raise make_damage_error(file)("architectures is not a list of class names")
     for name in ("dtype", "torch_dtype"):
         said = content.get(name)
         if said not in (None, "auto") and not isinstance(
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
-            raise damaged(file)(f"{name} is {brief(repr(said))}, which is not a number type")
+            raise make_damage_error(file)(f"{name} is {shorten_text(repr(said))}, which is not a number type")
     _check_kernels(content, file)
-    for name, value in _numbers(content, ""):
+    for name, value in _list_numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
-            raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
+            raise make_damage_error(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
         if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
-            raise damaged(file)(f"{name} is {value}")
+            raise make_damage_error(file)(f"{name} is {value}")
     return content
 
 
@@ -99,20 +99,22 @@ def _check_kernels(content: object, file: Path) -> None:
     for name, value in content.items():
         for kernel in value.values() if isinstance(value, dict) else [value]:
             if name in KERNELS and isinstance(kernel, str) and "/" in kernel:
-                raise damaged(file, f"remove {name}")(f"{name} asks for native code of a hub, {brief(repr(kernel))}")
+                raise make_damage_error(file, f"remove {name}")(
+                    f"{name} asks for native code of a hub, {shorten_text(repr(kernel))}"
+                )
         _check_kernels(value, file)
 
 
 def read_object(file: Path) -> Json:
     """The content of a JSON file of a model. Raises MptkError if it is not an object."""
-    return json_object(file, damaged(file))
+    return read_json_object(file, make_damage_error(file))
 
 
 def check_sizes(model: str, config: PreTrainedConfig) -> None:
     """Raise MptkError if a size of a config is below 1. What its class computes is not the config's: XLNet's has -1."""
     text = config.get_text_config()
     for name in SIZES:
-        value = None if isinstance(getattr(type(text), name, None), property) else config_field(text, name)
+        value = None if isinstance(getattr(type(text), name, None), property) else find_config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
                 raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
@@ -129,7 +131,7 @@ def check_weights(file: Path) -> int:
         with safe_open(file, "pt") as opened:
             return len(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise damaged(file)(first_line(error)) from error
+        raise make_damage_error(file)(take_first_line(error)) from error
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
@@ -138,7 +140,7 @@ def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
         _check_ordinary(file)
         return load_file(file)
     except (SafetensorError, OSError, MptkError) as error:
-        raise damaged(first_line(error)) from error
+        raise damaged(take_first_line(error)) from error
 
 
 def check_gguf(file: Path) -> None:
@@ -147,27 +149,27 @@ def check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         start = opened.read(24)
     if len(start) < 24 or start[:4] != b"GGUF":
-        raise damaged(file)("it does not begin as a GGUF file does")
+        raise make_damage_error(file)("it does not begin as a GGUF file does")
     tensors, fields = struct.unpack("<QQ", start[8:])
     if max(tensors, fields) > GGUF_COUNTS:
-        raise damaged(file)(f"it claims {tensors} tensors and {fields} fields")
+        raise make_damage_error(file)(f"it claims {tensors} tensors and {fields} fields")
 
 
 def _check_ordinary(file: Path, most: int | None = None) -> None:
     try:
         state = file.stat()
     except OSError as error:
-        raise damaged(file)(f"it cannot be read: {error.strerror or error}") from error
+        raise make_damage_error(file)(f"it cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(state.st_mode):
-        raise damaged(file)("it is not an ordinary file")
+        raise make_damage_error(file)("it is not an ordinary file")
     if most is not None and state.st_size > most:
-        raise damaged(file)(f"it has {state.st_size >> 20} MB")
+        raise make_damage_error(file)(f"it has {state.st_size >> 20} MB")
 
 
-def _numbers(content: object, name: str) -> list[tuple[str, float]]:
+def _list_numbers(content: object, name: str) -> list[tuple[str, float]]:
     """Every number of a JSON value with the names that lead to it."""
     if isinstance(content, dict):
-        return [found for key, value in content.items() for found in _numbers(value, f"{name}.{key}".lstrip("."))]
+        return [found for key, value in content.items() for found in _list_numbers(value, f"{name}.{key}".lstrip("."))]
     if isinstance(content, list):
-        return [found for value in content for found in _numbers(value, name)]
+        return [found for value in content for found in _list_numbers(value, name)]
     return [(name, content)] if isinstance(content, int | float) and not isinstance(content, bool) else []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mptk.errors import MptkError, did_you_mean
+from mptk.errors import MptkError, suggest_name
 
 KERNEL_BLOCK = 32
 """Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
@@ -34,13 +34,13 @@ class Alignment:
 
     def divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
         """The divisors for the sums over a family's units, which ``devices`` share."""
-        own = (*halves(self.own.get(family, self.every)), *self.blocks)
+        own = (*list_halves(self.own.get(family, self.every)), *self.blocks)
         return (*own, *(each * devices for each in own if devices > 1))
 
 
-def halves(divisor: int) -> list[int]:
+def list_halves(divisor: int) -> list[int]:
     """512 → 512, 256, 128, 64, 32."""
-    return [divisor, *(halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
+    return [divisor, *(list_halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
 
 
 def read_alignment(
@@ -54,9 +54,9 @@ def read_alignment(
     every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):
         found = _PART.fullmatch(part.strip())
-        divisor = 0 if found is None else _divisor(found["divisor"])
+        divisor = 0 if found is None else _read_divisor(found["divisor"])
         if found is None or not divisor:
-            hint = did_you_mean(part, HARDWARE, "")
+            hint = suggest_name(part, HARDWARE, "")
             raise MptkError(
                 f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
                 f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256"
@@ -68,7 +68,7 @@ def read_alignment(
     return Alignment(every, own, blocks, devices, engines)
 
 
-def _divisor(text: str) -> int:
+def _read_divisor(text: str) -> int:
     """The divisor that a number or a device stands for; 0 if neither."""
     number = int(text) if text.isdecimal() else HARDWARE.get(text, 0)
     return number if 1 <= number <= 1 << 20 else 0

@@ -77,12 +77,12 @@ ONE = Product((), 1)
 ZERO = Sum((), 0)
 
 
-def axis(size: int) -> Term:
+def make_axis(size: int) -> Term:
     """A fresh axis. Sizes 0 and 1 leave no choice, so they are constants."""
     return ZERO if size == 0 else ONE if size == 1 else Axis(size)
 
 
-def product(terms: Iterable[Term]) -> Term:
+def make_product(terms: Iterable[Term]) -> Term:
     """Row-major product of terms, flattened."""
     factors: list[Term] = []
     for term in terms:
@@ -101,7 +101,7 @@ def concat(terms: Iterable[Term]) -> Term:
     return segments[0] if len(segments) == 1 else Sum(tuple(segments), sum(s.size for s in segments))
 
 
-def find(a: Axis) -> Axis:
+def find_root(a: Axis) -> Axis:
     """The representative of an axis's class."""
     root = a
     while root.parent is not None:
@@ -114,7 +114,7 @@ def find(a: Axis) -> Axis:
 def resolve(term: Term) -> Term:
     """The normal form: representatives only, bindings replaced, products and sums flat."""
     if isinstance(term, Axis):
-        root = term if term.parent is None else find(term)
+        root = term if term.parent is None else find_root(term)
         if root.bound is None:
             return root
         root.bound = resolve(root.bound)
@@ -123,11 +123,11 @@ def resolve(term: Term) -> Term:
     resolved = [resolve(p) for p in parts]
     for old, new in zip(parts, resolved, strict=True):
         if old is not new:
-            return product(resolved) if isinstance(term, Product) else concat(resolved)
+            return make_product(resolved) if isinstance(term, Product) else concat(resolved)
     return term
 
 
-def leaves(term: Term) -> list[Axis]:
+def list_axes(term: Term) -> list[Axis]:
     """The axes of a term in order. An axis that occurs twice is listed twice."""
     term = resolve(term)
     if isinstance(term, Axis):
@@ -137,9 +137,9 @@ def leaves(term: Term) -> list[Axis]:
     return found
 
 
-def axes_in(terms: Iterable[Term]) -> set[Axis]:
+def collect_axes(terms: Iterable[Term]) -> set[Axis]:
     """All axes of some terms."""
-    return {leaf for term in terms for leaf in leaves(term)}
+    return {leaf for term in terms for leaf in list_axes(term)}
 
 
 def _collect(term: Product | Sum, found: list[Axis]) -> None:
@@ -153,20 +153,20 @@ def _collect(term: Product | Sum, found: list[Axis]) -> None:
 
 def freeze(term: Term, reason: str) -> None:
     """Forbid cutting any axis of ``term``."""
-    for leaf in leaves(term):
+    for leaf in list_axes(term):
         if reason not in leaf.frozen:
             leaf.frozen.append(reason)
 
 
 def add_role(term: Term, role: str) -> None:
     """Note a use of the axes of ``term``."""
-    for leaf in leaves(term):
+    for leaf in list_axes(term):
         leaf.roles.add(role)
 
 
 def require_size(term: Term, minimum: int) -> None:
     """Keep at least ``minimum`` positions of the largest axis of ``term``. If it has fewer, keep all axes whole."""
-    found = leaves(term)
+    found = list_axes(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:
         if leaf is largest or (largest is not None and largest.size < minimum):
@@ -192,7 +192,7 @@ def require_multiple(term: Term, multiple: int) -> None:
 Index = npt.NDArray[np.int64]
 
 
-def occurrences(term: Term) -> list[tuple[Axis, Index]]:
+def find_occurrences(term: Term) -> list[tuple[Axis, Index]]:
     """For each occurrence of an axis in ``term``: its coordinate at every position (−1 if absent)."""
     term = resolve(term)
     if isinstance(term, Axis):
@@ -202,12 +202,12 @@ def occurrences(term: Term) -> list[tuple[Axis, Index]]:
         repeat, tile = term.size, 1
         for factor in term.factors:
             repeat //= factor.size
-            found += [(leaf, np.tile(np.repeat(c, repeat), tile)) for leaf, c in occurrences(factor)]
+            found += [(leaf, np.tile(np.repeat(c, repeat), tile)) for leaf, c in find_occurrences(factor)]
             tile *= factor.size
         return found
     start = 0
     for segment in term.segments:
-        for leaf, coordinate in occurrences(segment):
+        for leaf, coordinate in find_occurrences(segment):
             whole = np.full(term.size, -1)
             whole[start : start + segment.size] = coordinate
             found.append((leaf, whole))
@@ -215,17 +215,17 @@ def occurrences(term: Term) -> list[tuple[Axis, Index]]:
     return found
 
 
-def encloses(term: Term, outer: Axis, inner: Axis) -> bool:
+def is_nested(term: Term, outer: Axis, inner: Axis) -> bool:
     """Whether each occurrence of ``inner`` in ``term`` is a factor within one of ``outer``, as in outer·(inner + …)."""
     term = resolve(term)
     if isinstance(term, Axis):
         return term is not inner
     if isinstance(term, Sum):
-        return all(encloses(s, outer, inner) for s in term.segments)
-    return all(outer in term.factors[:i] or encloses(f, outer, inner) for i, f in enumerate(term.factors))
+        return all(is_nested(s, outer, inner) for s in term.segments)
+    return all(outer in term.factors[:i] or is_nested(f, outer, inner) for i, f in enumerate(term.factors))
 
 
-def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
+def count_coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
     """The number of coordinates along each axis.
 
     A position has a coordinate in each of ``terms`` (factors of a product, ``each``) or in one of them (segments of a
@@ -236,19 +236,19 @@ def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
         if isinstance(term, Axis):
             found = {term: 1}
         elif isinstance(term, Product):
-            found = coordinates(term.factors, each=True)
+            found = count_coordinates(term.factors, each=True)
         else:
-            found = coordinates(term.segments, each=False)
+            found = count_coordinates(term.segments, each=False)
         for a, n in found.items():
             counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
     return counts
 
 
-def evaluate(term: Term, sizes: Mapping[Axis, Size]) -> Size:
+def compute_size(term: Term, sizes: Mapping[Axis, Size]) -> Size:
     """The size of ``term`` if the axes in ``sizes`` have these sizes and all others keep theirs."""
     term = resolve(term)
     if isinstance(term, Axis):
         return sizes.get(term, term.size)
     if isinstance(term, Product):
-        return math.prod(evaluate(f, sizes) for f in term.factors)
-    return sum(evaluate(s, sizes) for s in term.segments)
+        return math.prod(compute_size(f, sizes) for f in term.factors)
+    return sum(compute_size(s, sizes) for s in term.segments)

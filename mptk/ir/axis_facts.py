@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, axes_in
+from mptk.ir.axes import Axis, Term, collect_axes
 
 Dims = tuple[Term, ...]
 """One term for each dimension of a tensor."""
@@ -104,7 +104,7 @@ class AxisFacts:
 
     def tensors(self, node: fx.Node) -> list[Dims]:
         """The terms of each tensor among a value's results."""
-        return tensors(self.results[node])
+        return list_tensor_dims(self.results[node])
 
     def axes(self, node: fx.Node) -> frozenset[Axis]:
         """All axes of a value."""
@@ -125,15 +125,15 @@ class AxisFacts:
 
     @cached_property
     def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
-        return {node: frozenset(axes_in(t for dims in self.tensors(node) for t in dims)) for node in self.results}
+        return {node: frozenset(collect_axes(t for dims in self.tensors(node) for t in dims)) for node in self.results}
 
 
-def tensors(results: Results) -> list[Dims]:
+def list_tensor_dims(results: Results) -> list[Dims]:
     """The terms of each tensor among a call's results."""
     return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]
 
 
-def argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
+def find_argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
     """The argument of a call at a place."""
     value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:

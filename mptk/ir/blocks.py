@@ -63,9 +63,9 @@ class Renumbering:
     def new(self, name: str) -> str | None:
         """The name after the removal; None if its block is removed."""
         for module, units in self.kept.items():
-            if (at := numbered(module, name)) is not None:
+            if (at := split_block_name(module, name)) is not None:
                 unit, rest = at
-                return f"{prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
+                return f"{make_prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
         return name
 
     def names(self, names: Iterable[str]) -> dict[str, str]:
@@ -78,18 +78,18 @@ class Renumbering:
         return {before[name]: weight for name, weight in weights.items() if name in before}
 
 
-def numbered(module: str, name: str) -> tuple[int, str] | None:
+def split_block_name(module: str, name: str) -> tuple[int, str] | None:
     """The number of the block of list ``module`` to which a weight belongs, and its name therein; None if to none."""
-    found = re.match(rf"{re.escape(prefix(module))}(\d+)\.(.+)", name)
+    found = re.match(rf"{re.escape(make_prefix(module))}(\d+)\.(.+)", name)
     return None if found is None else (int(found[1]), found[2])
 
 
-def prefix(module: str) -> str:
+def make_prefix(module: str) -> str:
     """What the names of a module's parts begin with."""
     return f"{module}." if module else ""
 
 
-def units_of(stacks: Iterable[Stack]) -> Iterator[tuple[fx.Node, tuple[Stack, int]]]:
+def list_block_calls(stacks: Iterable[Stack]) -> Iterator[tuple[fx.Node, tuple[Stack, int]]]:
     """Every call within a block, with its stack and the block's number."""
     for stack in stacks:
         for unit, block in enumerate(stack.blocks):

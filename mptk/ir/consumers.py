@@ -209,7 +209,9 @@ ENGINES = tuple(sorted({each.engine for each in CONSUMERS} - {""}))
 """The values of ``--engines``."""
 
 
-def needing(limit: Limit, target: str, model_type: str = "", engines: Collection[str] = ()) -> list[Consumer]:
+def find_programs_needing(
+    limit: Limit, target: str, model_type: str = "", engines: Collection[str] = ()
+) -> list[Consumer]:
     """The programs that need this of a cut that ``target`` writes. ``engines``: only these; empty: all."""
     return [
         each
@@ -218,12 +220,12 @@ def needing(limit: Limit, target: str, model_type: str = "", engines: Collection
     ]
 
 
-def reading(target: str) -> list[str]:
+def list_engines(target: str) -> list[str]:
     """The values of ``--engines`` that read ``target``."""
     return sorted({each.engine for each in CONSUMERS if target in each.reads} - {""})
 
 
-def only_graphs(engines: Collection[str]) -> bool:
+def needs_graphs(engines: Collection[str]) -> bool:
     """Whether one of ``engines`` reads only ONNX graphs."""
     return any(each.graph for each in CONSUMERS if each.engine in engines)
 
@@ -231,7 +233,7 @@ def only_graphs(engines: Collection[str]) -> bool:
 def check_engines(engines: Collection[str], target: str) -> None:
     """Raise MptkError unless each of ``engines`` reads ``target``."""
     for engine in engines:
-        if engine not in reading(target):
-            where = " or ".join(f"--target {each}" for each in FORMS if engine in reading(each))
-            others = ", ".join(reading(target)) or "none"
+        if engine not in list_engines(target):
+            where = " or ".join(f"--target {each}" for each in FORMS if engine in list_engines(each))
+            others = ", ".join(list_engines(target)) or "none"
             raise MptkError(f"--engines {engine}: it does not read the target {target}; use {where}, or name {others}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptk.compat.torch import field_names
+from mptk.compat.torch import list_field_names
 from mptk.errors import MptkError
 
 TENSOR, CONSTANT = "tensor", "constant"
@@ -108,32 +108,32 @@ def take_apart(output: object) -> tuple[list[Tensor], Container]:
         MptkError: it holds an object that is neither a tensor, a plain value nor one of the known containers.
     """
     tensors = list[Tensor]()
-    return tensors, _template(output, tensors)
+    return tensors, _build_template(output, tensors)
 
 
-def _template(output: object, tensors: list[Tensor]) -> Container:
+def _build_template(output: object, tensors: list[Tensor]) -> Container:
     if isinstance(output, Tensor):
         tensors.append(output)
         return Container(TENSOR)
     kind = type(output)
     if isinstance(output, CONSTANTS):
         return Container(CONSTANT, value=output)
-    if isinstance(output, tuple) and (fields := field_names(output)) is not None:
-        parts = tuple(_template(part, tensors) for part in output)
+    if isinstance(output, tuple) and (fields := list_field_names(output)) is not None:
+        parts = tuple(_build_template(part, tensors) for part in output)
         return Container("namedtuple", parts, fields, kind.__name__, made=kind)
     if isinstance(output, tuple | list):
         name = "tuple" if isinstance(output, tuple) else "list"
-        return Container(name, tuple(_template(part, tensors) for part in output))
+        return Container(name, tuple(_build_template(part, tensors) for part in output))
     if isinstance(output, Mapping):
         if not all(isinstance(key, str | int) for key in output):
             raise MptkError(
                 "forward returns a dict whose keys are neither text nor numbers; return it with text as keys"
             )
-        parts = tuple(_template(part, tensors) for part in output.values())
+        parts = tuple(_build_template(part, tensors) for part in output.values())
         return Container("dict", parts, tuple(output), made=None if kind is dict else kind)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [field.name for field in dataclasses.fields(output) if field.init]
-        parts = tuple(_template(getattr(output, name), tensors) for name in names)
+        parts = tuple(_build_template(getattr(output, name), tensors) for name in names)
         return Container("dataclass", parts, tuple(names), kind.__name__, made=kind)
     if isinstance(output, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise MptkError("forward returns a size as a number, which a graph holds as one value; return tensors")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mptk.compat.torch import forward_hooks
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 
 
-def copied(
+def copy_module(
     module: nn.Module,
     weight: Callable[[str, Tensor], Tensor] | None = None,
     buffer: Callable[[Tensor], Tensor] = Tensor.clone,
@@ -45,7 +45,7 @@ def copied(
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         raise MptkError(
-            f"this {type(module).__name__} cannot be copied ({first_line(error)}); keep tensors in parameters and "
+            f"this {type(module).__name__} cannot be copied ({take_first_line(error)}); keep tensors in parameters and "
             "buffers"
         ) from error
 
@@ -65,7 +65,7 @@ def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def attributes(module: nn.Module) -> dict[str, str]:
+def describe_attributes(module: nn.Module) -> dict[str, str]:
     """What a module holds in Python, by name: numbers, text, tensors and collections of these, as text to compare.
 
     Of a buffer it says the shape and the type.
@@ -75,11 +75,11 @@ def attributes(module: nn.Module) -> dict[str, str]:
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if name not in _OF_TORCH:
-                found[f"{path}.{name}" if path else name] = _said(value, 6, known)
+                found[f"{path}.{name}" if path else name] = _describe_value(value, 6, known)
     return found
 
 
-def outside(module: nn.Module) -> dict[str, str]:
+def describe_outside_state(module: nn.Module) -> dict[str, str]:
     """What the code of a module keeps outside of its objects, by name, as text to compare.
 
     Those are attributes of its classes, globals that its functions name, and variables that functions and hooks close
@@ -96,32 +96,32 @@ def outside(module: nn.Module) -> dict[str, str]:
                 if isinstance(function, FunctionType):
                     functions.append(function)
                 elif not name.startswith("__"):
-                    found[f"{kind.__name__}.{name}"] = _said(value, 6, known)
-        functions += _functions_in([*vars(part).values(), *forward_hooks(part)], 4)
+                    found[f"{kind.__name__}.{name}"] = _describe_value(value, 6, known)
+        functions += _find_functions([*vars(part).values(), *forward_hooks(part)], 4)
     while functions:
         function = functions.pop()
         if id(function) in seen or not _is_own(function.__module__):
             continue
         seen.add(id(function))
-        for name, value in _named_in(function):
-            functions += _functions_in(value, 4)
+        for name, value in _find_named_values(function):
+            functions += _find_functions(value, 4)
             if not isinstance(value, FunctionType | ModuleType):
-                found[name] = _said(value, 6, known)
+                found[name] = _describe_value(value, 6, known)
     return found
 
 
-def _functions_in(value: object, depth: int) -> list[FunctionType]:
+def _find_functions(value: object, depth: int) -> list[FunctionType]:
     """The functions that a value is or holds, in collections and in ``functools.partial``."""
     if isinstance(value, FunctionType):
         return [value]
     if isinstance(value, MethodType):
-        return _functions_in(value.__func__, depth)
+        return _find_functions(value.__func__, depth)
     if isinstance(value, partial):
-        return _functions_in([value.func, value.args, value.keywords], depth)
+        return _find_functions([value.func, value.args, value.keywords], depth)
     if depth == 0 or not isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
         return []
     parts = value.values() if isinstance(value, Mapping) else value
-    return [function for each in parts for function in _functions_in(each, depth - 1)]
+    return [function for each in parts for function in _find_functions(each, depth - 1)]
 
 
 def _is_own(name: str | None) -> bool:
@@ -129,7 +129,7 @@ def _is_own(name: str | None) -> bool:
     return (name or "").partition(".")[0] not in STATELESS
 
 
-def _named_in(function: FunctionType) -> Iterator[tuple[str, object]]:
+def _find_named_values(function: FunctionType) -> Iterator[tuple[str, object]]:
     """The globals and the enclosing variables that a function names, with their values."""
     for name in function.__code__.co_names:
         if name in function.__globals__:
@@ -146,7 +146,7 @@ STATELESS = frozenset(
 _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 
 
-def _said(value: object, depth: int, known: Collection[int], seen: set[int] | None = None) -> str:
+def _describe_value(value: object, depth: int, known: Collection[int], seen: set[int] | None = None) -> str:
     """A value as text to compare. ``seen``: what was said already; of what many things hold it is said once."""
     seen = set() if seen is None else seen
     if id(value) in known or len(seen) > MOST_SAID:
@@ -164,10 +164,10 @@ def _said(value: object, depth: int, known: Collection[int], seen: set[int] | No
         return ""
     seen.add(id(value))
     if isinstance(value, Mapping):
-        return str({str(key): _said(part, depth - 1, known, seen) for key, part in value.items()})
+        return str({str(key): _describe_value(part, depth - 1, known, seen) for key, part in value.items()})
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return str([_said(part, depth - 1, known, seen) for part in value])
-    return str({name: _said(part, depth - 1, known, seen) for name, part in (held or {}).items()})
+        return str([_describe_value(part, depth - 1, known, seen) for part in value])
+    return str({name: _describe_value(part, depth - 1, known, seen) for name, part in (held or {}).items()})
 
 
 MOST_SAID = 5_000

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
+from mptk.ir.axes import Axis, Index, Size, Term, find_occurrences, list_axes
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.blocks import Stack
 from mptk.ir.program import Program
@@ -63,15 +63,15 @@ class Group:
 
     def positions(self, member: Member) -> Index:
         """The k positions of each unit along ``member``'s dimension: indices [scopes, size, k], ascending in k."""
-        return unit_positions(member.term, self.axis, self.scope)
+        return find_unit_positions(member.term, self.axis, self.scope)
 
 
-def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
+def find_unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
     """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending in k.
 
     If ``term`` lacks an axis of the scope, each scope has all positions.
     """
-    found = occurrences(term)
+    found = find_occurrences(term)
     scopes = math.prod(a.size for a in scope)
     rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
     scope_index = scope_coordinates(found, scope, term.size)
@@ -84,7 +84,7 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
     return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
-def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
+def find_unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
 
     An entry is scope · size + unit, −1 for no unit. Each index broadcasts against the weight: it has size 1 in
@@ -92,15 +92,15 @@ def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
     for outer in group.scope:
-        holder = next(d for d in (dim, *range(len(dims))) if outer in leaves(dims[d]))
-        coordinate = scope_coordinates(occurrences(dims[holder]), (outer,), dims[holder].size)
+        holder = next(d for d in (dim, *range(len(dims))) if outer in list_axes(dims[d]))
+        coordinate = scope_coordinates(find_occurrences(dims[holder]), (outer,), dims[holder].size)
         assert coordinate is not None
-        scope = scope * outer.size + _along(coordinate, holder, len(dims))
-    units = [_along(c, dim, len(dims)) for leaf, c in occurrences(dims[dim]) if leaf is group.axis]
+        scope = scope * outer.size + _reshape_along(coordinate, holder, len(dims))
+    units = [_reshape_along(c, dim, len(dims)) for leaf, c in find_occurrences(dims[dim]) if leaf is group.axis]
     return [np.where(unit < 0, -1, scope * group.size + unit) for unit in units]
 
 
-def _along(coordinate: Index, dim: int, ndim: int) -> Index:
+def _reshape_along(coordinate: Index, dim: int, ndim: int) -> Index:
     """A vector as a tensor of ``ndim`` dimensions that varies along ``dim`` only."""
     return coordinate.reshape([-1 if d == dim else 1 for d in range(ndim)])
 
@@ -194,12 +194,12 @@ class Analysis:
 
     def family(self, name: str) -> Family:
         """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
-        for family in (*self.all_families, *self._parts_of(name.rpartition(".")[0])):
+        for family in (*self.all_families, *self._list_parts(name.rpartition(".")[0])):
             if family.name == name:
                 return family
         raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
 
-    def _parts_of(self, name: str) -> Iterator[Family]:
+    def _list_parts(self, name: str) -> Iterator[Family]:
         return (part for family in self.families if family.name == name for part in family.parts)
 
     @property

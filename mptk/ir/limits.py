@@ -106,33 +106,44 @@ class CallSizes:
                     values[solved.symbol] = (given - solved.offset) // solved.factor
                 fixed = values[size] if isinstance(size, sympy.Symbol) else size
                 if isinstance(fixed, int | torch.SymInt) and fixed != given:
-                    raise self._error(f"{self._dim(k, d)} must be {fixed}{self._line(k, d)}", given)
+                    raise self._error(f"{self._name_dim(k, d)} must be {fixed}{self._describe_line(k, d)}", given)
                 if given == 1 and str(size) in self.limits.several:
-                    raise self._error(f"{self._dim(k, d)} must be more than 1: there the module computes otherwise", 1)
+                    raise self._error(
+                        f"{self._name_dim(k, d)} must be more than 1: there the module computes otherwise", 1
+                    )
         self._check_expressions(values, shapes)
 
     def _check_expressions(self, values: Mapping[sympy.Symbol, int], shapes: Sequence[Sequence[int]]) -> None:
         for k, (_, sizes) in enumerate(self.inputs):
             for d, size in enumerate(sizes):
                 if not isinstance(size, int | sympy.Symbol) and _number(size, values) != shapes[k][d]:
-                    raise self._error(f"{self._dim(k, d)} must be {self._said(size)}{self._line(k, d)}", shapes[k][d])
+                    raise self._error(
+                        f"{self._name_dim(k, d)} must be {self._describe_expression(size)}{self._describe_line(k, d)}",
+                        shapes[k][d],
+                    )
         for condition in self.limits.conditions:
             if not _number(condition.holds, values):
                 own = condition.holds.free_symbols
-                given = ", ".join(f"{self._said(symbol)} = {n}" for symbol, n in values.items() if symbol in own)
-                raise self._error(self.say(condition), given)
+                given = ", ".join(
+                    f"{self._describe_expression(symbol)} = {n}" for symbol, n in values.items() if symbol in own
+                )
+                raise self._error(self.describe_condition(condition), given)
 
-    def say(self, condition: Condition) -> str:
+    def describe_condition(self, condition: Condition) -> str:
         """A condition with the names of the dimensions and its line: ``x.shape[1] < 100 (net.py:7) must hold``."""
         line = f" ({condition.line})" if condition.line else ""
-        return f"{self._said(condition.holds)}{line} must hold"
+        return f"{self._describe_expression(condition.holds)}{line} must hold"
 
     @property
     def fixed(self) -> list[str]:
         """What the code of the model fixed, as a report says it: ``batch = 2 (module.py:7)``."""
         places = ((k, d, size) for k, (_, sizes) in enumerate(self.inputs) for d, size in enumerate(sizes))
-        found = [f"{self._dim(k, d)} = {size}{self._line(k, d)}" for k, d, size in places if self._line(k, d)]
-        found += [f"{self._said(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
+        found = [
+            f"{self._name_dim(k, d)} = {size}{self._describe_line(k, d)}"
+            for k, d, size in places
+            if self._describe_line(k, d)
+        ]
+        found += [f"{self._describe_expression(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
         found += [f"{self._named(symbol)} > 1" for symbol in sorted(self.limits.several)]
         return list(dict.fromkeys(found))
 
@@ -160,19 +171,19 @@ class CallSizes:
         """The shapes of the inputs for these values of all symbols; None if the program does not hold for them."""
         if not all(_number(condition.holds, values) for condition in self.conditions):
             return None
-        return self.shapes_of(values)
+        return self.compute_shapes(values)
 
-    def shapes_of(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
+    def compute_shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
         """The shapes of the inputs for these values of all symbols."""
         return [tuple(s if isinstance(s, int) else int(_number(s, values)) for s in sizes) for _, sizes in self.inputs]
 
-    def sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
+    def find_sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
         """For each condition, sizes near ``values`` that meet it and that do not. ``values``: sizes that meet all."""
         found = []
         for condition in self.conditions:
             sides = dict[bool, dict[sympy.Symbol, int]]()
             for symbol in sorted(condition.holds.free_symbols & values.keys(), key=str):
-                for size in _near(condition.holds, values[symbol]):
+                for size in _list_near_sizes(condition.holds, values[symbol]):
                     tried = {**values, symbol: size}
                     failing = [other for other in self.conditions if not _number(other.holds, tried)]
                     if not failing or failing == [condition]:
@@ -187,25 +198,25 @@ class CallSizes:
             "give such inputs, or trace the model with an example of these sizes"
         )
 
-    def _line(self, k: int, d: int) -> str:
+    def _describe_line(self, k: int, d: int) -> str:
         line = self.limits.lines.get((self.inputs[k][0], d))
         return f" ({line})" if line else ""
 
-    def _dim(self, k: int, d: int) -> str:
+    def _name_dim(self, k: int, d: int) -> str:
         """``batch`` for the first dimension of all inputs, ``x.shape[1]`` for the second of x."""
         whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
         return "batch" if whole else f"{self.names[k]}.shape[{d}]"
 
     def _named(self, symbol: str) -> str:
         places = ((k, d) for k, (_, sizes) in enumerate(self.inputs) for d, s in enumerate(sizes) if str(s) == symbol)
-        return next((self._dim(k, d) for k, d in places), symbol)
+        return next((self._name_dim(k, d) for k, d in places), symbol)
 
-    def _said(self, expression: sympy.Basic) -> str:
+    def _describe_expression(self, expression: sympy.Basic) -> str:
         """An expression with the names of the dimensions; an equation as ``a = b``."""
         if isinstance(expression, sympy.Eq):
-            return f"{self._said(expression.lhs)} = {self._said(expression.rhs)}"
+            return f"{self._describe_expression(expression.lhs)} = {self._describe_expression(expression.rhs)}"
         if isinstance(expression, sympy.Ne):
-            return f"{self._said(expression.lhs)} != {self._said(expression.rhs)}"
+            return f"{self._describe_expression(expression.lhs)} != {self._describe_expression(expression.rhs)}"
         names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
         return str(expression.xreplace(names))
 
@@ -223,7 +234,7 @@ NEAR, FARTHEST = 64, 2048
 """Sizes up to ``NEAR`` are tried, and those around a condition's own numbers up to ``FARTHEST``: more take memory."""
 
 
-def _near(holds: sympy.Basic, size: int) -> list[int]:
+def _list_near_sizes(holds: sympy.Basic, size: int) -> list[int]:
     """Other sizes, the nearest first."""
     numbers = {int(n) for n in holds.atoms(sympy.Integer) if abs(int(n)) <= FARTHEST}
     around = {n + by for n in numbers for by in (-1, 0, 1) if n + by > 0}

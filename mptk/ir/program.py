@@ -16,11 +16,11 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
-from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
-from mptk.errors import MptkError, first_line
+from mptk.compat.torch import build_exported, express_size, tree_leaves, tree_map
+from mptk.errors import MptkError, take_first_line
 from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
-from mptk.ir.ops import TYPE_CHECK, example_size, is_open
+from mptk.ir.ops import TYPE_CHECK, is_open, resolve_size
 from mptk.ir.samples import is_tokens
 from mptk.ir.weights import Lazy, Weights
 
@@ -92,23 +92,23 @@ class Program:
     def length(self) -> int | None:
         """Tokens that each input of token ids must have; None if the graph holds for any number of them."""
         given = set(self.user_inputs)
-        values = [node.meta["val"] for node in self.placeholders() if node.name in given]
+        values = [node.meta["val"] for node in self.list_placeholders() if node.name in given]
         sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
-        return next((example_size(size) for size in sizes if not is_open(size)), None)
+        return next((resolve_size(size) for size in sizes if not is_open(size)), None)
 
     @cached_property
     def sizes(self) -> CallSizes:
         """The sizes that its inputs may have."""
-        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        values = {node.name: node.meta["val"] for node in self.list_placeholders()}
         tensors = [(name, values[name]) for name in self.user_inputs if isinstance(values[name], Tensor)]
-        found = tuple((name, sizes_in(value)) for name, value in tensors)
+        found = tuple((name, list_symbolic_sizes(value)) for name, value in tensors)
         names = self.inputs if len(self.inputs) == len(found) else tuple(name for name, _ in found)
         return CallSizes(found, names, self.limits)
 
     @property
     def input_types(self) -> tuple[torch.dtype, ...]:
         """The types of the inputs in the trace."""
-        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        values = {node.name: node.meta["val"] for node in self.list_placeholders()}
         return tuple(values[name].dtype for name in self.user_inputs if isinstance(values[name], Tensor))
 
     @property
@@ -121,7 +121,7 @@ class Program:
         """Whether the weights are real: neither fake tensors nor on the meta device."""
         return self.state.real
 
-    def placeholders(self) -> Iterator[fx.Node]:
+    def list_placeholders(self) -> Iterator[fx.Node]:
         """The graph's inputs in order: weights, then the user's."""
         return (n for n in self.graph.graph.nodes if n.op == "placeholder")
 
@@ -137,12 +137,14 @@ class Program:
     def arguments(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's full argument list: weights by placeholder, then ``inputs``."""
         weights, user = self.weights, iter(inputs)
-        return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
+        return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.list_placeholders()]
 
     def with_state(self, state: Mapping[str, Tensor | Lazy]) -> Program:
         """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
         given = Weights(state)
-        return replace(self, state=self.state.updated(given.selected({n: n for n in given if n in self.state})))
+        return replace(
+            self, state=self.state.with_entries(given.select_names({n: n for n in given if n in self.state}))
+        )
 
     def copy_graph(self) -> fx.GraphModule:
         """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
@@ -162,7 +164,7 @@ class Program:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
         return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
 
-    def module_state(self) -> Weights:
+    def collect_module_state(self) -> Weights:
         """``state_dict`` and the other buffers: what another trace of the module has as well.
 
         Constants of a trace are not in it: those of another trace have the same names.
@@ -176,7 +178,7 @@ class Program:
             for spec in self.signature.input_specs
             if spec.target is not None and wanted(spec)
         }
-        return self.state.selected(found | {alias: name for alias, name in self.aliases.items() if name in found})
+        return self.state.select_names(found | {alias: name for alias, name in self.aliases.items() if name in found})
 
     def module(self) -> ProgramModule:
         """An ``nn.Module`` with these weights under the traced module's names, ready for training.
@@ -193,7 +195,7 @@ class Program:
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
-        state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
+        state = {n: _make_parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
         constants = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
@@ -205,12 +207,12 @@ class Program:
             self.signature,
             state=state,
             constants=constants,
-            example_inputs=self._example_inputs(),
+            example_inputs=self._cut_example_inputs(),
         )
 
-    def _example_inputs(self) -> TracedInputs | None:
+    def _cut_example_inputs(self) -> TracedInputs | None:
         """The inputs of the trace that are left. An input that has lost channels (a KV cache) is cut."""
-        values = {n.name: n.meta["val"] for n in self.placeholders()}
+        values = {n.name: n.meta["val"] for n in self.list_placeholders()}
         names = iter(self.exported.graph_signature.user_inputs)
 
         def fit(example: object) -> object:
@@ -227,27 +229,27 @@ class Program:
         return tuple(example for name, example in left if name in values), {}
 
 
-def sizes_in(value: Tensor) -> tuple[SymbolicSize, ...]:
+def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
     """The sizes of a traced input, as numbers or as expressions."""
-    return tuple(map(_size, value.shape))
+    return tuple(map(_express_size, value.shape))
 
 
-def _size(size: int | torch.SymInt) -> SymbolicSize:
+def _express_size(size: int | torch.SymInt) -> SymbolicSize:
     """A size as a number, or as an expression if it may be another."""
-    return size_expression(size) if isinstance(size, torch.SymInt) and is_open(size) else example_size(size)
+    return express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
 
 
-def _parameter(tensor: Tensor) -> Parameter:
+def _make_parameter(tensor: Tensor) -> Parameter:
     return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
 
 
-def typical_size(program: Program) -> float:
+def compute_typical_size(program: Program) -> float:
     """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
     likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
     return median([float(program.state[name].detach().float().square().mean().sqrt()) for name in likes] or [1.0])
 
 
-def parameter_count(program: Program) -> int:
+def count_parameters(program: Program) -> int:
     """Number of parameters in the program; a tied weight counts once."""
     return sum(program.state.like(name).numel() for name in program.parameters)
 
@@ -292,8 +294,10 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (plain(stateful(program.graph)),)  # in a tuple: a submodule would add its names to state_dict()
-        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
+        self._graph = (
+            remove_type_checks(remove_state_copies(program.graph)),
+        )  # in a tuple: a submodule would add its names to state_dict()
+        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.list_placeholders()]
         self.input_names, self.positional = program.inputs, program.positional
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         self._outputs, self._input_types = program.outputs, program.input_types
@@ -318,7 +322,7 @@ class ProgramModule(nn.Module):
             MptkError: they have sizes, types or strides for which the trace does not hold, or it does not hold while
                 gradients are on.
         """
-        return self.run(self._in_order(inputs, named))
+        return self.run(self._order_inputs(inputs, named))
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Run the graph on inputs in the order of the trace. Raises MptkError as ``forward``."""
@@ -341,7 +345,7 @@ class ProgramModule(nn.Module):
                 runner.device = device
                 outputs = runner.run(*arguments)
         except RuntimeError as error:
-            raise self._retyped(error) or error from None
+            raise self._explain_conversion(error) or error from None
         if self._outputs is not None:
             return self._outputs.build([each for each in outputs if isinstance(each, Tensor)])
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
@@ -392,17 +396,17 @@ class ProgramModule(nn.Module):
         names = [held.get(n.name) for n in read if isinstance(n, fx.Node)]
         return [self.get_parameter(name) for name in names if name is not None]
 
-    def _retyped(self, error: RuntimeError) -> MptkError | None:
+    def _explain_conversion(self, error: RuntimeError) -> MptkError | None:
         """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
         if (name := self._converted) is None:
             return None
         old, new = self._types[name], self.get_parameter(name).dtype
         return MptkError(
             f"this module was converted from {old} to {new}, and its graph names types of the trace "
-            f"({first_line(error)}); convert it back, or convert the module before it is pruned"
+            f"({take_first_line(error)}); convert it back, or convert the module before it is pruned"
         )
 
-    def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+    def _order_inputs(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)
         if self.positional is not None and self.positional < len(inputs) <= len(self.input_names):
             said = ", ".join(self.input_names[self.positional :])
@@ -427,7 +431,7 @@ class ProgramModule(nn.Module):
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def plain(graph: fx.GraphModule) -> fx.GraphModule:
+def remove_type_checks(graph: fx.GraphModule) -> fx.GraphModule:
     """The same calls without checks of types, which an autocast changes, in a graph that can be pickled.
 
     torch.export's graph holds a tracer that no process can make again.
@@ -439,7 +443,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, made)
 
 
-def stateful(graph: fx.GraphModule) -> fx.GraphModule:
+def remove_state_copies(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
     if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
+from mptk.ir.axes import Axis, Index, Term, compute_size, find_occurrences, list_axes
 from mptk.ir.blocks import Block, Renumbering, Stack
 from mptk.ir.families import Analysis, Depth, Family, Group, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
@@ -40,19 +40,19 @@ class Cut:
 
     def size(self, term: Term) -> int:
         """Size of a dimension after the cut."""
-        return evaluate(term, self.sizes)
+        return compute_size(term, self.sizes)
 
     @property
     def removes(self) -> bool:
         """Whether the cut removes any unit."""
         return any(not choice.table.all() for choice in self.choices.values())
 
-    def touches(self, term: Term) -> bool:
-        return any(leaf in self.choices for leaf in leaves(term))
+    def has_choice(self, term: Term) -> bool:
+        return any(leaf in self.choices for leaf in list_axes(term))
 
     def mask(self, term: Term) -> npt.NDArray[np.bool_]:
         """Whether each position of a dimension stays, [size]. A choice whose scope is not in it must not vary."""
-        found = occurrences(term)
+        found = find_occurrences(term)
         stays = np.ones(term.size, dtype=bool)
         for leaf, coordinate in found:
             choice = self.choices.get(leaf)
@@ -71,11 +71,11 @@ class Cut:
     def elsewhere(self, dims: Sequence[Term]) -> int | None:
         """The index of a dimension along which the choice of another dimension varies; None if no choice does."""
         for term in dims:
-            own = set(leaves(term))
+            own = set(list_axes(term))
             for leaf in own & self.choices.keys():
                 for scope in self.choices[leaf].scope:
                     if scope not in own:
-                        return next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
+                        return next(i for i, t in enumerate(dims) if scope in set(list_axes(t)))
         return None
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
@@ -84,12 +84,13 @@ class Cut:
         if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)
             for d, term in enumerate(dims):
-                if self.touches(term):
+                if self.has_choice(term):
                     shape = [-1 if i == d else 1 for i in range(len(dims))]
                     keep &= torch.from_numpy(self.mask(term)).reshape(shape)
             return keep
         rows = [
-            self._row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s) for s in range(dims[scope_dim].size)
+            self._restrict_to_row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s)
+            for s in range(dims[scope_dim].size)
         ]
         return torch.stack(rows, scope_dim)
 
@@ -99,7 +100,7 @@ class Cut:
         if scope_dim is not None:
             return self._slice_rows(tensor, dims, scope_dim)
         for d, term in enumerate(dims):
-            if self.touches(term):
+            if self.has_choice(term):
                 tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
         return tensor
 
@@ -113,17 +114,17 @@ class Cut:
         """Slice row by row: each row along ``scope_dim`` (an expert) keeps its own positions of other dimensions."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
-            self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
+            self._restrict_to_row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
             for s in self.positions(dims[scope_dim])
         ]
         return torch.stack(kept, scope_dim)
 
-    def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
+    def _restrict_to_row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
         """The cut at one position of a scope's dimension, at which no other dimension's choice varies along it."""
-        at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
+        at = {leaf: int(coordinate[position]) for leaf, coordinate in find_occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for d, term in enumerate(dims):
-            own = set(leaves(term))
+            own = set(list_axes(term))
             for leaf in own & self.choices.keys() if d != scope_dim else ():
                 choice = self.choices[leaf]
                 fixed = {a: at[a] for a in choice.scope if a in at and a not in own}
@@ -159,7 +160,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
         for group in family.groups:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
-            choices[group.axis] = KeptUnits(group.scope, _table(family, group, chosen))
+            choices[group.axis] = KeptUnits(group.scope, _build_table(family, group, chosen))
         if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
@@ -171,7 +172,7 @@ def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
 
 
-def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
+def collect_kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
     """The units that a plan keeps: family → boolean [layers, scopes, size]."""
     return {
         name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
@@ -179,7 +180,7 @@ def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[st
     }
 
 
-def removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
+def list_removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
     """The blocks that a cut removes, in the graph's order."""
     return [
         block
@@ -190,13 +191,13 @@ def removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
     ]
 
 
-def renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
+def build_renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
     """The names that weights have after a cut."""
     kept = {stack.module: cut.units(stack.axis) for stack in analysis.stacks}
     return Renumbering({module: units for module, units in kept.items() if units is not None})
 
 
-def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
+def _build_table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
         raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
@@ -213,7 +214,7 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
     return table
 
 
-def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
+def transfer_cut(cut: Cut, source: Analysis, target: Analysis) -> Cut:
     """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks.
 
     Raises:
@@ -222,7 +223,7 @@ def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
     same = dict[Axis, Axis]()
     for name, dims in target.weights.items():
         for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
-            same.update(zip(leaves(theirs), leaves(own), strict=False))
+            same.update(zip(list_axes(theirs), list_axes(own), strict=False))
     blocks = {stack.module: stack.axis for stack in target.stacks}
     for stack in source.stacks:
         if stack.module in blocks:

@@ -40,7 +40,7 @@ class Samples:
             rows = slice(start // self.together * self.together, -(-stop // self.together) * self.together)
         return self.map(lambda tensor: tensor[rows])
 
-    def in_batches_of(self, count: int) -> Samples:
+    def fit_batch_size(self, count: int) -> Samples:
         """The samples for a program that takes ``count`` at once: a multiple of these, the first ones again if few."""
         kept = torch.arange(max(count, len(self) // count * count)) % len(self)
         return replace(self[kept], together=count)
@@ -66,7 +66,7 @@ class Samples:
         count = self.together or count
         return [self[first : first + count] for first in range(0, len(self), count)]
 
-    def batches(self, positions: int) -> list[Samples]:
+    def make_batches(self, positions: int) -> list[Samples]:
         """Batches of about that many ``positions``, at least one sample each."""
         return self.split(max(1, positions // self.positions))
 
@@ -78,7 +78,7 @@ class Samples:
         """The samples on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def shortened(self, count: int, length: int) -> Samples:
+    def shorten(self, count: int, length: int) -> Samples:
         """The first ``count`` samples without targets: token ids are cut to ``length``, other inputs stay."""
         count = self.together or count
         inputs = {n: x[:count, :length] if is_tokens(x) else x[:count] for n, x in self.inputs.items()}
@@ -91,7 +91,7 @@ class Samples:
         }
         return Samples(inputs)
 
-    def repeated(self, count: int) -> Samples:
+    def repeat(self, count: int) -> Samples:
         """The samples ``count`` times in a row."""
         return self.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
 
@@ -101,7 +101,7 @@ class Samples:
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
     @staticmethod
-    def restored(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
+    def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
         """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
         for names in (example.inputs for example in examples):
             if all(f"{prefix}.{name}" in tensors for name in names):
@@ -110,7 +110,7 @@ class Samples:
         return None
 
 
-def concatenated(parts: Sequence[Samples]) -> Samples:
+def concatenate_samples(parts: Sequence[Samples]) -> Samples:
     """All samples of ``parts``, one after the other."""
     first = parts[0]
     targets = None if first.targets is None else torch.cat([each.targets for each in parts if each.targets is not None])
@@ -118,7 +118,7 @@ def concatenated(parts: Sequence[Samples]) -> Samples:
     return replace(first, inputs=inputs, targets=targets)
 
 
-def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+def join_outputs(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     """What a model gives for each sample as one row: float32 [samples, numbers], of all its outputs."""
     each = [outputs] if isinstance(outputs, Tensor) else outputs
     return torch.cat([tensor.reshape(len(tensor), -1).float() for tensor in each], 1)
@@ -129,7 +129,7 @@ def is_tokens(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and not tensor.is_floating_point()
 
 
-def next_tokens(ids: Tensor) -> Samples:
+def make_token_samples(ids: Tensor) -> Samples:
     """Windows of token ids, int64 [n, length]; each position's target is the next token."""
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = ids[:, 1:]

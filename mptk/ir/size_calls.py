@@ -17,8 +17,8 @@ import sympy
 import torch
 from torch import fx
 
-from mptk.compat.symbols import Symbols, expression, interpret
-from mptk.compat.torch import size_expression
+from mptk.compat.symbols import Symbols, interpret, to_expression
+from mptk.compat.torch import express_size
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, solve_size
 from mptk.ir.size_functions import SizeOperations, SizeValue
@@ -49,13 +49,13 @@ class SizeCalls(SizeOperations):
         return call
 
 
-def _floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
+def _write_floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
     if _is_whole(x):
         return x
     return calls.floordiv(*x.args) if _is_quotient(x) else calls.floor_to_int(x)
 
 
-def _ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
+def _write_ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
     if _is_whole(x):
         return x
     return calls.neg(calls.floordiv(calls.neg(x.args[0]), x.args[1])) if _is_quotient(x) else calls.ceil_to_int(x)
@@ -77,8 +77,8 @@ def _is_whole(value: SizeValue) -> bool:
 
 
 WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
-    math.ceil: _ceil,
-    math.floor: _floor,
+    math.ceil: _write_ceil,
+    math.floor: _write_floor,
     operator.and_: SizeCalls.bitwise_and,
     operator.or_: SizeCalls.bitwise_or,
     builtins.round: _round,
@@ -89,7 +89,7 @@ WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
 """Functions of sizes that torch.export traces and does not write → what writes them in primitive ones."""
 
 
-def _remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
+def _write_remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
     """``a % b`` of floats by other functions; of whole numbers as it is."""
     if _is_whole(a) and _is_whole(b):
         return calls.mod(a, b)
@@ -107,7 +107,7 @@ class ExporterCalls(SizeCalls):
         return self.apply(math.floor, x)
 
 
-NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _remainder}
+NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _write_remainder}
 """Functions of sizes that the ONNX exporter writes wrong."""
 
 
@@ -134,21 +134,21 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
             call.meta["val"] = placeholders[name].meta["val"].shape[d]
             return call
 
-        values = symbols_of(sizes, calls, read)
+        values = compute_symbols(sizes, calls, read)
         for condition in sizes.conditions:
             try:
                 holds = interpret(calls, values, condition.holds)
             except KeyError as error:
                 raise MptkError(
-                    f"a graph cannot hold the condition on sizes that {sizes.say(condition)}: it lacks {error}; write "
+                    f"a graph cannot hold the condition on sizes that {sizes.describe_condition(condition)}: it lacks {error}; write "
                     "what depends on sizes with tensors (docs/tracing.md)"
                 ) from error
             if isinstance(holds, fx.Node):
-                call = graph.call_function(ASSERT, (holds, REFUSED + sizes.say(condition)))
+                call = graph.call_function(ASSERT, (holds, REFUSED + sizes.describe_condition(condition)))
                 call.meta["val"] = None
 
 
-def symbols_of(
+def compute_symbols(
     sizes: CallSizes, operations: SizeOperations, read: Callable[[str, int], SizeValue]
 ) -> dict[sympy.Symbol, SizeValue]:
     """Symbol → its value, computed from the inputs' sizes. ``read``: gives the size of an input's dimension."""
@@ -183,13 +183,13 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
                 own[symbols[key]] = size
                 known[name, d] = made
             else:
-                known[name, d] = next(known[n, k] for (n, k) in known if own.get(expression(known[n, k])) == size)
+                known[name, d] = next(known[n, k] for (n, k) in known if own.get(to_expression(known[n, k])) == size)
     found = []
     for node in graph.find_nodes(op="call_function", target=ASSERT):
         holds, message = node.args
         if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
-            value = _computed(holds, known)
-            condition = size_expression(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
+            value = _compute_value(holds, known)
+            condition = express_size(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
             found.append(condition.xreplace(own))
             graph.erase_node(node)
             _erase_unused(graph, holds)
@@ -206,11 +206,11 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
         _erase_unused(graph, each)
 
 
-def _computed(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:
+def _compute_value(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:
     if node.target is READ_SIZE:
         tensor, dim = node.args
         assert isinstance(tensor, fx.Node)
         return known[tensor.name, dim]  # type: ignore[index]
-    arguments = [_computed(a, known) if isinstance(a, fx.Node) else a for a in node.args]
+    arguments = [_compute_value(a, known) if isinstance(a, fx.Node) else a for a in node.args]
     assert callable(node.target)
     return node.target(*arguments)

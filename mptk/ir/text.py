@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import OpOverload
-from mptk.ir.axes import Axis, Product, Term, evaluate, leaves, resolve
+from mptk.ir.axes import Axis, Product, Term, compute_size, list_axes, resolve
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.source_location import source_line
+from mptk.ir.source_location import find_source_line
 
 INPUT_AXES = ("batch", "seq")
 """Names of the first two dimensions of an input, if their sizes are symbolic."""
 
 
-def program_text(
+def describe_program(
     program: Program,
     analysis: Analysis | None = None,
     sizes: Mapping[Axis, int] | None = None,
@@ -75,21 +75,24 @@ class _Printer:
         if node.op == "output":
             (results,) = node.args
             several = isinstance(results, (list, tuple))
-            return f"return {', '.join(map(self.argument, results if several else [results]))}"  # type: ignore[arg-type]
+            return f"return {', '.join(map(self.describe_argument, results if several else [results]))}"  # type: ignore[arg-type]
         shape = self.shape(node.meta.get("val"), self.dims.get(node.name))
-        line = self.argument(node) + (f" : {shape}" if shape else "")
+        line = self.describe_argument(node) + (f" : {shape}" if shape else "")
         if node.op == "placeholder":
             return line
-        given = [*map(self.argument, node.args), *(f"{k}={self.argument(v)}" for k, v in node.kwargs.items())]
-        line += f" = {_op(node)}({', '.join(given)})"
-        place = source_line(node.meta.get("stack_trace") or "") if self.source else ""
+        given = [
+            *map(self.describe_argument, node.args),
+            *(f"{k}={self.describe_argument(v)}" for k, v in node.kwargs.items()),
+        ]
+        line += f" = {_name_op(node)}({', '.join(given)})"
+        place = find_source_line(node.meta.get("stack_trace") or "") if self.source else ""
         return f"{line}  # {place}" if place else line
 
     # ---- names ----
 
     def _name_symbols(self) -> None:
         inputs = set(self.program.user_inputs)
-        for node in self.program.placeholders():
+        for node in self.program.list_placeholders():
             value = node.meta.get("val")
             if node.name in inputs and isinstance(value, Tensor):
                 for name, size in zip(INPUT_AXES, value.shape, strict=False):
@@ -117,19 +120,19 @@ class _Printer:
             return f"({', '.join(self.shape(v, d) for v, d in zip(value, several, strict=True))})"
         if isinstance(value, Tensor):
             known: Sequence[Term | None] = dims if dims is not None else [None] * value.ndim  # type: ignore[assignment]
-            return f"[{', '.join(self.dimension(s, t) for s, t in zip(value.shape, known, strict=True))}]"
+            return f"[{', '.join(self.describe_dimension(s, t) for s, t in zip(value.shape, known, strict=True))}]"
         return self.size(value) if isinstance(value, (int, torch.SymInt)) else ""
 
-    def dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
-        if term is None or self.axes.keys().isdisjoint(leaves(term)):
+    def describe_dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
+        if term is None or self.axes.keys().isdisjoint(list_axes(term)):
             return self.size(size)
-        fits = not isinstance(size, int) or evaluate(term, self.sizes) == size
+        fits = not isinstance(size, int) or compute_size(term, self.sizes) == size
         return self.term(term) if fits else self.size(size)
 
     def term(self, term: Term, factor: bool = False) -> str:
         term = resolve(term)
-        size = evaluate(term, self.sizes)
-        if self.axes.keys().isdisjoint(leaves(term)):
+        size = compute_size(term, self.sizes)
+        if self.axes.keys().isdisjoint(list_axes(term)):
             return str(size)
         if isinstance(term, Axis):
             name = self.axes[term]
@@ -148,32 +151,34 @@ class _Printer:
         """The tensor that a pass has put into the graph, such as a mask; None for any other node."""
         return self.constants.get(str(node.target)) if node.op == "get_attr" else None
 
-    def argument(self, value: object) -> str:
+    def describe_argument(self, value: object) -> str:
         if isinstance(value, fx.Node):
             constant = self.constant(value)
             if constant is not None:
-                return self.argument(constant.tolist())
+                return self.describe_argument(constant.tolist())
             return self.program.weights.get(value.name, f"%{value.name}")
         if isinstance(value, (list, tuple)):
-            flags = _flags(value)
-            return f"keep({sum(flags)} of {len(flags)})" if flags else f"[{', '.join(map(self.argument, value))}]"
+            flags = _flatten_flags(value)
+            return (
+                f"keep({sum(flags)} of {len(flags)})" if flags else f"[{', '.join(map(self.describe_argument, value))}]"
+            )
         if isinstance(value, (torch.dtype, torch.layout, torch.device)):
             return str(value).removeprefix("torch.")
         return "end" if value == sys.maxsize else repr(value)
 
 
-def _flags(value: Sequence[object]) -> list[bool]:
+def _flatten_flags(value: Sequence[object]) -> list[bool]:
     """The booleans of a nested list of booleans, such as a mask; empty if it holds anything else."""
     found: list[bool] = []
     for item in value:
-        part = [item] if isinstance(item, bool) else _flags(item) if isinstance(item, (list, tuple)) else []
+        part = [item] if isinstance(item, bool) else _flatten_flags(item) if isinstance(item, (list, tuple)) else []
         if not part:
             return []
         found += part
     return found
 
 
-def _op(node: fx.Node) -> str:
+def _name_op(node: fx.Node) -> str:
     """``aten.linear`` or ``aten.add.Tensor``, or the name of a Python function."""
     if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")

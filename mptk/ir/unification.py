@@ -14,11 +14,11 @@ from mptk.ir.axes import (
     Product,
     Sum,
     Term,
-    axis,
     concat,
     freeze,
-    leaves,
-    product,
+    list_axes,
+    make_axis,
+    make_product,
     require_multiple,
     require_size,
     resolve,
@@ -52,13 +52,13 @@ def _bind(a: Axis, term: Term, where: object) -> None:
     if isinstance(term, Axis):
         a, term = (a, term) if a.id > term.id else (term, a)
         a.parent = term
-    elif any(leaf is a for leaf in leaves(term)):
+    elif any(leaf is a for leaf in list_axes(term)):
         freeze(term, f"its layout contains itself ({where})")
         return
     else:
         a.bound = term
     if a.frozen or a.roles:
-        for leaf in leaves(term):
+        for leaf in list_axes(term):
             leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
             leaf.roles |= a.roles
     if a.minimum > 1:
@@ -67,7 +67,7 @@ def _bind(a: Axis, term: Term, where: object) -> None:
         require_multiple(term, a.multiple)
 
 
-def _misaligned(terms: Iterable[Term], where: object) -> None:
+def _freeze_misaligned(terms: Iterable[Term], where: object) -> None:
     for term in terms:
         freeze(term, f"a view or concatenation cuts across its boundaries ({where})")
 
@@ -87,14 +87,14 @@ def _unify_products(xs: list[Term], ys: list[Term], where: object) -> None:
                 large[slice(-1, None) if end else slice(0, 1)] = parts
                 break
         else:
-            return _misaligned(xs + ys, where)
-        xs, ys = _flat(xs), _flat(ys)
+            return _freeze_misaligned(xs + ys, where)
+        xs, ys = _flatten_factors(xs), _flatten_factors(ys)
     assert not xs + ys
     return None
 
 
-def _flat(terms: list[Term]) -> list[Term]:
-    whole = product(resolve(t) for t in terms)
+def _flatten_factors(terms: list[Term]) -> list[Term]:
+    whole = make_product(resolve(t) for t in terms)
     return list(whole.factors) if isinstance(whole, Product) else [whole]
 
 
@@ -108,8 +108,8 @@ def split_product(term: Term, size: int, *, last: bool, where: object = "") -> l
     if outer_size == 1 or inner_size == 1:
         return [ONE, term] if outer_size == 1 else [term, ONE]
     if isinstance(term, Axis):
-        outer, inner = axis(outer_size), axis(inner_size)
-        _bind(term, product((outer, inner)), "view")
+        outer, inner = make_axis(outer_size), make_axis(inner_size)
+        _bind(term, make_product((outer, inner)), "view")
         return [outer, inner]
     if isinstance(term, Product):
         return _regroup(term, outer_size, where)
@@ -132,9 +132,13 @@ def _regroup(term: Product, outer_size: int, where: object) -> list[Term] | None
         outer.append(factors.pop(0))
         outer_size //= outer[-1].size
     if outer_size == 1:
-        return [product(outer), product(factors)]
+        return [make_product(outer), make_product(factors)]
     straddling = split_product(factors[0], outer_size, last=False, where=where)
-    return None if straddling is None else [product([*outer, straddling[0]]), product([straddling[1], *factors[1:]])]
+    return (
+        None
+        if straddling is None
+        else [make_product([*outer, straddling[0]]), make_product([straddling[1], *factors[1:]])]
+    )
 
 
 def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
@@ -148,7 +152,7 @@ def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
         large, small = (xs, ys) if x.size > y.size else (ys, xs)
         parts = split_sum(large[0], small[0].size)
         if parts is None:
-            return _misaligned(xs + ys, where)
+            return _freeze_misaligned(xs + ys, where)
         large[0:1] = parts
         for side in (xs, ys):
             whole = concat(resolve(t) for t in side)
@@ -163,15 +167,15 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
     if size in (0, term.size):
         return [ZERO, term] if size == 0 else [term, ZERO]
     if isinstance(term, Axis):
-        first, rest = axis(size), axis(term.size - size)
+        first, rest = make_axis(size), make_axis(term.size - size)
         _bind(term, concat((first, rest)), "slice")
         return [first, rest]
     if isinstance(term, Product):
-        head, inner = term.factors[0], product(term.factors[1:])
+        head, inner = term.factors[0], make_product(term.factors[1:])
         if size % inner.size:
             return None
         parts = split_sum(head, size // inner.size)
-        return None if parts is None else [product((p, inner)) for p in parts]
+        return None if parts is None else [make_product((p, inner)) for p in parts]
     before: list[Term] = []
     after = list(term.segments)
     while size >= after[0].size:
@@ -188,7 +192,7 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
 
 def _unify_sum_with_product(a: Sum, b: Product, where: object) -> None:
     """(A + B + …) = X·Y: each segment must split into rows of Y; then A/Y + B/Y + … = X."""
-    for inner in (product(b.factors[1:]), b.factors[-1]):
+    for inner in (make_product(b.factors[1:]), b.factors[-1]):
         parts = split_product(a, inner.size, last=True, where=where)
         if parts is not None:
             unify(parts[1], inner, where)
@@ -196,4 +200,4 @@ def _unify_sum_with_product(a: Sum, b: Product, where: object) -> None:
             if outer is not None:
                 return unify(outer[0], parts[0], where)
             break
-    return _misaligned([a, b], where)
+    return _freeze_misaligned([a, b], where)

@@ -31,7 +31,7 @@ class Weights(Mapping[str, Tensor]):
     """Weights by name. ``weights[name]`` makes a lazy one; nothing keeps it."""
 
     def __init__(self, entries: Mapping[str, Tensor | Lazy]) -> None:
-        self._entries = {name: _entry(entries, name) for name in entries}
+        self._entries = {name: _find_entry(entries, name) for name in entries}
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -55,7 +55,7 @@ class Weights(Mapping[str, Tensor]):
         entry = self._entries[name]
         return entry.like if isinstance(entry, Lazy) else entry
 
-    def in_memory(self, name: str) -> Tensor | None:
+    def find_in_memory(self, name: str) -> Tensor | None:
         """A weight whose numbers are there without work; None for a lazy or an empty one."""
         entry = self._entries[name]
         return entry if isinstance(entry, Tensor) and not _is_empty(entry) else None
@@ -78,13 +78,13 @@ class Weights(Mapping[str, Tensor]):
     def cast(self, dtype: torch.dtype) -> Weights:
         """Weights in ``dtype``. Tensors that hold no floating-point numbers keep their type."""
         floats = [name for name, like in self.likes.items() if like.is_floating_point()]
-        return self.updated({name: _cast(self._entries[name], dtype) for name in floats})
+        return self.with_entries({name: _cast(self._entries[name], dtype) for name in floats})
 
-    def updated(self, changes: Mapping[str, Tensor | Lazy]) -> Weights:
+    def with_entries(self, changes: Mapping[str, Tensor | Lazy]) -> Weights:
         """These weights with others in the place of some; lazy ones of ``changes`` stay lazy."""
-        return Weights({**self._entries, **{name: _entry(changes, name) for name in changes}})
+        return Weights({**self._entries, **{name: _find_entry(changes, name) for name in changes}})
 
-    def selected(self, names: Mapping[str, str]) -> Weights:
+    def select_names(self, names: Mapping[str, str]) -> Weights:
         """A selection under other names: new name → name."""
         return Weights({new: self._entries[name] for new, name in names.items()})
 
@@ -93,14 +93,16 @@ class Weights(Mapping[str, Tensor]):
 
         A change must also take a tensor on the meta device, for its shape and type. ``moves``: it makes no new numbers.
         """
-        return self.updated({name: _changed(self._entries[name], change, moves) for name, change in changes.items()})
+        return self.with_entries(
+            {name: _change_entry(self._entries[name], change, moves) for name, change in changes.items()}
+        )
 
 
-def _entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
+def _find_entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
     return entries.entry(name) if isinstance(entries, Weights) else entries[name]
 
 
-def _changed(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
+def _change_entry(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
         like, narrow = change(entry.like), entry.narrow
         if not moves:
@@ -114,7 +116,7 @@ def _changed(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
 def _cast(entry: Tensor | Lazy, dtype: torch.dtype) -> Tensor | Lazy:
     if isinstance(entry, Lazy) and entry.narrow is not None and entry.held == dtype:
         return Lazy(entry.like.to(dtype), entry.narrow, dtype, entry.narrow)
-    return _changed(entry, lambda tensor: tensor.to(dtype), False)
+    return _change_entry(entry, lambda tensor: tensor.to(dtype), False)
 
 
 def _is_empty(tensor: Tensor) -> bool:

@@ -19,20 +19,20 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import Sharing, sharing
-from mptk.ir.axes import axes_in
+from mptk.distributed.processes import Sharing, share_batches
+from mptk.ir.axes import collect_axes
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, removed_blocks
+from mptk.ir.resolved_plan import Cut, list_removed_blocks
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.methods.criteria.observe import batches, find_sites
+from mptk.methods.criteria.observe import find_sites, split_batches
 from mptk.methods.maskprune.train import schedule
-from mptk.methods.reconstruct import stored
+from mptk.methods.reconstruct import name_operand_weight
 from mptk.progress import Count
-from mptk.protocols.run_folder import RunFolder, kept
-from mptk.staged.partition import Flow, blocks
+from mptk.protocols.run_folder import RunFolder, keep_tensors
+from mptk.staged.partition import Flow, partition_blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
@@ -76,7 +76,7 @@ class Distilled:
         )
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_distillation(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     if not s.distil_epochs:
@@ -113,11 +113,14 @@ def distil_blocks(
     if not consumers:
         return None
     dense, sites = analysis.program, find_sites(analysis)
-    small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
-    part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
-    given, share = _steps(dense, samples)
+    small, flow = _cut_student(analysis, cut, dense.with_state(changes)), Flow(dense)
+    part = partition_blocks(flow, [site.node for site in sites if name_operand_weight(dense, site.weight) in consumers])
+    given, share = _split_steps(dense, samples)
     teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
-    count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
+    count, owned = (
+        len(part.ends),
+        _find_owned(student, _find_staying(analysis, cut, [name_operand_weight(dense, s.weight) for s in sites])),
+    )
     if not any(owned[:count]):
         return None
     runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
@@ -126,7 +129,7 @@ def distil_blocks(
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
             teacher.advance(k)
-        found = kept(folder, f"block-{k}", partial(block.trained, how))
+        found = keep_tensors(folder, f"block-{k}", partial(block.trained, how))
         if runs:
             student.advance(k, weights=block.weights(found))
         before, after = found.pop(ERRORS).tolist()
@@ -138,34 +141,34 @@ def distil_blocks(
     return Distilled(shelf.weights, errors)
 
 
-def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
+def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
     """The cut program with the dense program's calls; the outputs of removed blocks are multiplied by 0."""
     small = Rewrite(analysis, cut)(changed).program
-    if removed := removed_blocks(analysis, cut):
+    if removed := list_removed_blocks(analysis, cut):
         small = replace(small, graph=small.copy_graph())
         mask_blocks(small.graph.graph, removed)
         small.graph.recompile()
     return small
 
 
-def _staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
+def _find_staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
     """The weights ``names`` except removed blocks' weights."""
-    gone = tuple(f"{block.module}." for block in removed_blocks(analysis, cut))
+    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
     return {name for name in names if not name.startswith(gone)}
 
 
-def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
+def _split_steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
     """The program's inputs in each step for this process, and how the processes share them."""
-    steps = batches(program, samples, STEP)
+    steps = split_batches(program, samples, STEP)
     if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
         steps.pop()
-    share = sharing(min(len(step) for step in steps))
+    share = share_batches(min(len(step) for step in steps))
     if len(steps[0]) % share.count:
         share = Sharing()
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
-def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+def _find_owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
     """Each stage's matrices that no other stage uses, by name."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
@@ -195,7 +198,7 @@ class _Block:
         self.cut, self.teacher, self.student, self.share, self.k = cut, teacher, student, share, k
         stages = teacher.stages[k], student.stages[k]
         made, theirs = set(stages[0].nodes), {node.name: node for node in stages[1].outputs}
-        learned = {axis for dims in analysis.weights.values() for axis in axes_in(dims)}
+        learned = {axis for dims in analysis.weights.values() for axis in collect_axes(dims)}
         self.ends: list[tuple[fx.Node, fx.Node, Dims, list[int]]] = []
         for node in stages[0].outputs:
             dims = analysis.facts.results.get(node)
@@ -205,7 +208,7 @@ class _Block:
                 and isinstance(dims, tuple)
                 and node.meta["val"].is_floating_point()
             ):
-                channels = [d for d, term in enumerate(dims) if learned & set(axes_in([term]))]
+                channels = [d for d, term in enumerate(dims) if learned & set(collect_axes([term]))]
                 self.ends.append((node, theirs[node.name], dims, channels))
         self.owned = owned if self.ends else {}
 
@@ -257,7 +260,7 @@ class _Block:
     def _error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
         """The block's squared error in step ``i`` over the squares of the dense block's results, a mean of places."""
         given = self.student.borders.take((self.k, i), keep=True)
-        found = self.student.run_stage(self.student.stages[self.k], self.student.narrowed(values), given)
+        found = self.student.run_stage(self.student.stages[self.k], self.student.cast_values(values), given)
         wanted = self.teacher.borders.take((self.k + 1, i), keep=True)
         errors = []
         for dense, small, dims, channels in self.ends:

@@ -16,13 +16,13 @@ from mptk.io.resident import Resident
 from mptk.ir.families import Analysis, Family, Group
 from mptk.ir.passes import Log
 from mptk.ir.plan import FamilyPlan, Keep, Plan
-from mptk.ir.resolved_plan import renumbering, resolve_plan
+from mptk.ir.resolved_plan import build_renumbering, resolve_plan
 from mptk.ir.samples import Samples
-from mptk.methods.criteria import score
+from mptk.methods.criteria import score_units
 from mptk.protocols.chain import Compiled
 from mptk.protocols.values import CutDrafter
 from passes.analysis import group
-from passes.frontend.trace import trace
+from passes.frontend.trace import trace_to_program
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.transforms.store import Store
@@ -57,13 +57,13 @@ def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
         raise MptkError("the result is of another class")
     if any(each.fits for each in prepared.conversions):
         raise MptkError("merged KV heads are not theirs")
-    if renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
+    if build_renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
         raise MptkError("their names have the number of the model's layers, of which some were removed")
     _check_tables(compiled, opened)
-    samples = Samples({"input_ids": prepared.task.example(prepared.loaded.model).inputs["input_ids"]})
-    program = trace(opened.module, samples.tensors, dynamic=True)
+    samples = Samples({"input_ids": prepared.task.make_example(prepared.loaded.model).inputs["input_ids"]})
+    program = trace_to_program(opened.module, samples.tensors, dynamic=True)
     stored = Store(prepared.dtype).run(opened.with_weights(program, own.program.state_dict())).program
-    analysis = group.analyze(stored)
+    analysis = group.analyze_program(stored)
     cut = resolve_plan(analysis, plan_with_heads(own, analysis, compiled.chosen.plan))
     small = cut_program(analysis, cut, Log(), prepared.dtype)
     masked = mask(analysis, cut)
@@ -71,8 +71,8 @@ def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
     if not difference.ok:
         raise MptkError(f"their outputs differ from the masked ones by {difference.relative:.1e} of the largest")
     state, model = small.program.state_dict(), compiled.program.state_dict()
-    weights = state.selected({opened.names[name]: name for name in opened.weights})
-    return CutDrafter("", weights.updated(model.selected(opened.tables)), difference)
+    weights = state.select_names({opened.names[name]: name for name in opened.weights})
+    return CutDrafter("", weights.with_entries(model.select_names(opened.tables)), difference)
 
 
 def _check_tables(compiled: Compiled, opened: OpenDrafter) -> None:
@@ -91,18 +91,18 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
         MptkError: units of the model are coupled in another way if the layers are there.
     """
     families = {name: model.family(name) for name in plan.families}
-    known = {_weights(g): (name, g.layer) for name, family in families.items() for g in family.groups}
-    kinds = {_kind(family, g, _LAYER): name for name, family in families.items() for g in family.groups}
+    known = {_find_model_weights(g): (name, g.layer) for name, family in families.items() for g in family.groups}
+    kinds = {_describe_kind(family, g, _LAYER): name for name, family in families.items() for g in family.groups}
     own = [family for family in drafter.families if any(_is_own(g) for g in family.groups)]
-    scores = score(drafter, "magnitude", families=[family.name for family in own]) if own else {}
+    scores = score_units(drafter, "magnitude", families=[family.name for family in own]) if own else {}
     made = {}
     for family in (*drafter.families, *drafter.depths):
         entries = list[tuple[str, str, Keep]]()
         for i, each in enumerate(family.groups):
-            if not _is_own(each) and (found := known.pop(_weights(each), None)) is not None:
+            if not _is_own(each) and (found := known.pop(_find_model_weights(each), None)) is not None:
                 name, layer = found
                 entries.append((name, each.layer, plan.families[name].keep[layer]))
-            elif _is_own(each) and (twin := kinds.get(_kind(family, each, BLOCK))) is not None:
+            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, BLOCK))) is not None:
                 best = scores[family.name][i].sort(dim=-1, descending=True, stable=True).indices
                 kept = best[:, : plan.families[twin].width].sort(dim=-1).values.tolist()
                 entries.append((twin, each.layer, tuple(map(tuple, kept))))
@@ -116,16 +116,16 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
 
 def _is_own(each: Group) -> bool:
     """Whether a group is of the multi-token-prediction layers only."""
-    return not _weights(each)
+    return not _find_model_weights(each)
 
 
-def _weights(each: Group) -> frozenset[tuple[str, int]]:
+def _find_model_weights(each: Group) -> frozenset[tuple[str, int]]:
     """The weights of the model that hold a group's units, and the dimensions."""
     if not each.members:  # of blocks
         return frozenset([(each.layer, 0)])
     return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
 
 
-def _kind(family: Family, each: Group, start: re.Pattern[str]) -> Kind:
+def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> Kind:
     stem = family.name.partition(".")[0]
     return stem, each.size, frozenset((start.sub("", m.weight, count=1), m.dim) for m in each.members)

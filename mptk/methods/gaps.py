@@ -20,8 +20,8 @@ from torch import Tensor, fx
 
 from mptk.ir.blocks import Block
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name, named_argument
-from mptk.ir.resolved_plan import Cut, removed_blocks
+from mptk.ir.ops import get_argument, name_base_op
+from mptk.ir.resolved_plan import Cut, list_removed_blocks
 from mptk.methods.criteria.observe import Site, find_sites
 
 _PASSED = frozenset({"clone", "contiguous", "dropout", "view", "reshape", "_unsafe_view", "to", "_to_copy"})
@@ -46,10 +46,10 @@ def find_gaps(analysis: Analysis, cut: Cut) -> list[Gap]:
     """The gaps of a cut that a layer can make up for, in the graph's order."""
     sites = {site.node: site for site in find_sites(analysis)}
     found = []
-    for run in _runs(removed_blocks(analysis, cut)):
+    for run in _split_runs(list_removed_blocks(analysis, cut)):
         x, y = run[0].input, run[-1].output
         if {node for block in run for node in block.nodes}.issuperset(x.users):
-            before = sorted((sites[node] for node in _summands(x) if node in sites), key=lambda site: site.node)
+            before = sorted((sites[node] for node in _find_summands(x) if node in sites), key=lambda site: site.node)
             matrices = [(matrix, site.x) for site in before if (matrix := _own_matrix(analysis, site)) is not None]
             found += [Gap(x, y, weight, dim, h) for (weight, dim), h in matrices[-1:]]
     return found
@@ -58,7 +58,7 @@ def find_gaps(analysis: Analysis, cut: Cut) -> list[Gap]:
 def _own_matrix(analysis: Analysis, site: Site) -> tuple[str, int] | None:
     """The name and the summed dimension of a layer's weight; None unless it is one matrix that only this layer uses."""
     program, node, dim = analysis.program, site.weight, site.weight_dim
-    while len(node.users) == 1 and base_name(node.target) in _TURNED:
+    while len(node.users) == 1 and name_base_op(node.target) in _TURNED:
         node, dim = node.all_input_nodes[0], 1 - dim
     name = program.weights.get(node.name)
     plain = site.x_dim == site.x.meta["val"].ndim - 1 and site.ends is None and not site.shared
@@ -67,7 +67,7 @@ def _own_matrix(analysis: Analysis, site: Site) -> tuple[str, int] | None:
     return (name, dim) if program.state.like(name).ndim == 2 else None
 
 
-def _runs(blocks: list[Block]) -> Iterator[list[Block]]:
+def _split_runs(blocks: list[Block]) -> Iterator[list[Block]]:
     """Blocks that follow each other."""
     run: list[Block] = []
     for block in blocks:
@@ -79,19 +79,19 @@ def _runs(blocks: list[Block]) -> Iterator[list[Block]]:
         yield run
 
 
-def _summands(x: fx.Node) -> Iterator[fx.Node]:
+def _find_summands(x: fx.Node) -> Iterator[fx.Node]:
     """``x`` and the values that reach only it, by additions and by calls that keep every number."""
     waiting, like = [x], x.meta["val"]
     while waiting:
         node = waiting.pop()
         yield node
-        name = base_name(node.target) if node.op == "call_function" else ""
-        if name in _PASSED or (name == "add" and named_argument(node, "alpha", 1) == 1):
+        name = name_base_op(node.target) if node.op == "call_function" else ""
+        if name in _PASSED or (name == "add" and get_argument(node, "alpha", 1) == 1):
             given = [source for source in node.all_input_nodes if len(source.users) == 1]
-            waiting += [source for source in given if _as_many(source.meta["val"], like)]
+            waiting += [source for source in given if _has_same_rows(source.meta["val"], like)]
 
 
-def _as_many(one: object, other: Tensor) -> bool:
+def _has_same_rows(one: object, other: Tensor) -> bool:
     """Whether two values have the same number of rows of the same length."""
     if not isinstance(one, Tensor) or not one.ndim:
         return False

@@ -15,17 +15,17 @@ import torch
 from mptk.config.choices import FREE
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
-from mptk.distributed.processes import leads
+from mptk.distributed.processes import is_leader
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
-from mptk.methods.division.layers import divided, ends_note
-from mptk.methods.division.trial import best, plan_of
+from mptk.methods.division.layers import choose_division, describe_ends
+from mptk.methods.division.trial import find_best_plan, plan_widths
 from mptk.protocols.chain import Chosen, Method, Prepared
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
-from passes.targets.legalize import describe
+from passes.targets.legalize import describe_widths
 
 COMPARED_TOKENS = 1024
 """Calibration tokens for comparing divisions of the budget."""
@@ -53,7 +53,7 @@ class OneShotMethod(Method):
         return "blocks" in self.criterion.judges  # gaps are made up for; docs/analysis.md has what it brings
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return criteria.refusal(self.criterion, analysis.family(family))
+        return criteria.find_score_refusal(self.criterion, analysis.family(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
@@ -70,18 +70,18 @@ class OneShotMethod(Method):
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         analysis, compensate = prepared.analysis, self.criterion.compensate
         kept = None if compensate else context.folder  # to compensate takes the evidence, too
-        scores, evidence = scored(prepared, self.name, sets, context, kept)
-        every = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
+        scores, evidence = score_families(prepared, self.name, sets, context, kept)
+        every = [plan_widths(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
             if len(every) > 1:
-                plans = {describe(each.widths): each for each in every}
-                samples = sets.calibration.batches(COMPARED_TOKENS)[0]
-                plan, found = best(prepared, plans, samples, partial(context.progress, stage))
+                plans = {describe_widths(each.widths): each for each in every}
+                samples = sets.calibration.make_batches(COMPARED_TOKENS)[0]
+                plan, found = find_best_plan(prepared, plans, samples, partial(context.progress, stage))
         if prepared.settings.layers == FREE:
-            plan, found = divided(prepared, scores, plan, sets, context)
+            plan, found = choose_division(prepared, scores, plan, sets, context)
         else:
-            note = ends_note(prepared, scores, plan, sets)
+            note = describe_ends(prepared, scores, plan, sets)
         cut = resolve_plan(analysis, plan)
         chosen = Chosen(plan, cut, losses=found, notes=(note,))
         if compensate is None or evidence is None:  # only blocks are cut, which it does not judge
@@ -90,14 +90,14 @@ class OneShotMethod(Method):
         return replace(chosen, changes=biases.state, notes=(note, biases.statement))
 
 
-def scored(
+def score_families(
     prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
 ) -> tuple[Scores, object]:
     """The scores of the cut families, and the evidence behind them.
 
     ``folder`` stores the scores; if they were stored before, there is no evidence.
     """
-    before = None if folder is None else folder.earlier(SCORES)
+    before = None if folder is None else folder.read_earlier(SCORES)
     if before is not None:
         return before, None
     analysis = prepared.analysis
@@ -112,9 +112,9 @@ def scored(
             prepared.calibrator,
             partial(context.progress, stage),
         )
-        scores, evidence = criteria.measured(find_criterion(criterion), given)
+        scores, evidence = criteria.measure_and_score(find_criterion(criterion), given)
     stays = prepared.stays
     scores = {f: values.masked_fill(~stays[f], -torch.inf) if f in stays else values for f, values in scores.items()}
-    if folder is not None and leads():
+    if folder is not None and is_leader():
         folder.save(SCORES, scores)
     return scores, evidence

@@ -5,7 +5,7 @@ t = W x in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``_ridge``) of the median over channels of Σ x_k². With fewer rows than kept channels the same
+λ is a share (``_compute_ridge``) of the median over channels of Σ x_k². With fewer rows than kept channels the same
 W' comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
 
 If blocks are removed, the layer before each gap (``gaps``) also makes up for what they add to the residual stream:
@@ -27,13 +27,13 @@ from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import Sharing, sharing
+from mptk.distributed.processes import Sharing, share_batches
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, renumbering
+from mptk.ir.resolved_plan import Cut, build_renumbering
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
-from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
+from mptk.methods.criteria.observe import OBSERVED_TOKENS, find_sites, split_batches
 from mptk.methods.gaps import Gap, find_gaps
 from mptk.progress import Count
 from mptk.staged.spool import Spool
@@ -46,7 +46,7 @@ RIDGE, OF_FEW = 0.3, 3.0
 mean would leave such a layer unfitted."""
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_reconstruction(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``reconstruct_consumers``."""
     s = settings
     return {"reconstruct": Pass(s.windows * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
@@ -75,14 +75,14 @@ def reconstruct_consumers(
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
     shelf, rows = Spool(executor.borders), len(samples) * samples.positions
-    layers = {layer.weight: layer for layer in _layers(analysis, sites, cut)}
+    layers = {layer.weight: layer for layer in _find_layers(analysis, sites, cut)}
 
     def solve(name: str, fit: _Fit) -> None:
         shelf.add(name, fit.solved(dense.state[name], changed.state[name]).cpu())
 
     fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
     _observe(analysis, layers, fits, samples, solve, progress, executor)
-    return Weights(changes).updated(shelf.weights)
+    return Weights(changes).with_entries(shelf.weights)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Products:
 
     def fitted(self, cut: Cut) -> Weights:
         """The layers of a cut, fitted as in ``reconstruct_consumers``, each on demand."""
-        state, layers = self.analysis.program.state, _layers(self.analysis, self.sites, cut)
-        return Weights({a.weight: Lazy(state.like(a.weight).to("meta"), partial(self._solved, a)) for a in layers})
+        state, layers = self.analysis.program.state, _find_layers(self.analysis, self.sites, cut)
+        return Weights({a.weight: Lazy(state.like(a.weight).to("meta"), partial(self._solve_layer, a)) for a in layers})
 
-    def _solved(self, layer: _Layer) -> Tensor:
+    def _solve_layer(self, layer: _Layer) -> Tensor:
         dense, products, fit = self.analysis.program.state[layer.weight], self.sums[layer.key], layer.fit()
         fit.products, fit.count = products[:, layer.keep.to(products.device)], self.counts[layer.key]
         return fit.solved(dense, dense).cpu()
@@ -119,7 +119,7 @@ def gather_products(
 ) -> Products:
     """Run the dense model once on ``samples`` and keep the sums that fit the layers of each of ``cuts``."""
     shelf, counts = Spool(executor.borders), dict[str, int]()
-    layers = {layer.key: layer for cut in cuts for layer in _layers(analysis, sites, cut)}
+    layers = {layer.key: layer for cut in cuts for layer in _find_layers(analysis, sites, cut)}
     fits = {key: replace(layer, keep=torch.ones_like(layer.keep)).fit() for key, layer in layers.items()}
 
     def keep(key: str, fit: _Fit) -> None:
@@ -144,9 +144,11 @@ def _observe(
     if not fits:
         return
     dense, sites = analysis.program, find_sites(analysis)
-    uses = {key: [s for s in sites if stored(dense, s.weight) == layer.weight] for key, layer in layers.items()}
-    given = batches(dense, samples, OBSERVED_TOKENS)
-    share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
+    uses = {
+        key: [s for s in sites if name_operand_weight(dense, s.weight) == layer.weight] for key, layer in layers.items()
+    }
+    given = split_batches(dense, samples, OBSERVED_TOKENS)
+    share = Sharing() if any(fit.few for fit in fits.values()) else share_batches(len(given))
     own = share.own(given)
     left = {key: len(own) * len(found) for key, found in uses.items()}
 
@@ -161,7 +163,7 @@ def _observe(
     executor.watch(dense, [batch.tensors for batch in own], watches, progress)
 
 
-def consumers(sites: Sequence[MaskSite]) -> set[str]:
+def list_consumers(sites: Sequence[MaskSite]) -> set[str]:
     """The names of the weights that sum over the units of these sites' families."""
     return {site.weights[0][0] for site in sites if site.where == "input"}
 
@@ -190,9 +192,9 @@ class _Layer:
         return _Fit(self.keep, self.dim == 0, few)
 
 
-def _layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
+def _find_layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
     """The consumers of the units that a cut removes, and the layers before its gaps."""
-    found, stays = dict[str, _Layer](), renumbering(analysis, cut).new
+    found, stays = dict[str, _Layer](), build_renumbering(analysis, cut).new
     for site in sites:
         name, dim = site.weights[0] if site.weights else ("", None)
         group = analysis.family(site.family).groups[site.layer]
@@ -208,7 +210,7 @@ def _layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_La
     return list(found.values())
 
 
-def stored(program: Program, node: fx.Node) -> str:
+def name_operand_weight(program: Program, node: fx.Node) -> str:
     """The name of the weight behind a contraction's operand."""
     while node.op != "placeholder":
         node = node.all_input_nodes[0]
@@ -254,7 +256,7 @@ class _Fit:
         own, old = (w.to(device).T if self.transposed else w.to(device) for w in (dense, changed))
         keep = self.keep.to(device)
         near = old[:, keep].double()
-        fitted = self._by_rows(own, keep, near) if self.few else self._by_channels(own, keep, near)
+        fitted = self._solve_by_rows(own, keep, near) if self.few else self._solve_by_channels(own, keep, near)
         result = torch.zeros_like(own)
         result[:, keep] = fitted.to(own.dtype)
         return (result.T if self.transposed else result).contiguous()
@@ -264,32 +266,32 @@ class _Fit:
         assert self.products is not None, "a consumer was not reached"
         return self.products
 
-    def _by_channels(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
+    def _solve_by_channels(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
         products, added = self._products[: len(keep)], self._products[len(keep) :]
         cross = (own.float() @ products).double() / self.count
         if len(added):
             cross += added.double() / self.count
         gram = products[keep].double() / self.count
-        ridge = _ridge(gram.diagonal(), self.count)
+        ridge = _compute_ridge(gram.diagonal(), self.count)
         gram.diagonal().add_(ridge)
         solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
         return solved
 
-    def _by_rows(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
+    def _solve_by_rows(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
         rows = torch.cat(self.rows)
         x, added = rows[:, : len(keep)], rows[:, len(keep) :]
         small = x[:, keep].double()
         missed = (x @ own.float().T).double() - small @ near.T
         if added.shape[1]:
             missed += added
-        ridge = _ridge(small.square().sum(0), self.count)
+        ridge = _compute_ridge(small.square().sum(0), self.count)
         outer = small @ small.T
         outer.diagonal().add_(ridge)
         correction: Tensor = torch.linalg.solve(outer, missed)
         return near + correction.T @ small
 
 
-def _ridge(squares: Tensor, rows: int) -> Tensor:
+def _compute_ridge(squares: Tensor, rows: int) -> Tensor:
     """λ for inputs with these sums of squares, of which more than half may be 0."""
     share = min(RIDGE, OF_FEW * len(squares) / rows)
     return share * squares.median().clamp_min(1e-6 * squares.mean()).clamp_min(1e-12)

@@ -16,7 +16,7 @@ from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
 from mptk.io.packaged import check_folder_named
 from mptk.ort.embeddings import EMBEDDINGS, Embeddings
-from mptk.ort.sessions import CPU, memory_of, open_file
+from mptk.ort.sessions import CPU, locate_memory, open_file
 
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
@@ -45,7 +45,7 @@ class Cache:
         return int(self.mask.shape[1])
 
 
-def found_graph(path: str | Path) -> Path | None:
+def find_graph(path: str | Path) -> Path | None:
     """``path`` itself, or the main graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
     folders = (path, path / "onnx") if path.is_dir() else ()
@@ -53,18 +53,18 @@ def found_graph(path: str | Path) -> Path | None:
     return next((file for file in places if file.is_file()), None)
 
 
-def onnx_file(path: str | Path) -> Path:
-    """``found_graph``. Raises MptkError if there is none."""
-    if (file := found_graph(path)) is not None:
+def find_onnx_file(path: str | Path) -> Path:
+    """``find_graph``. Raises MptkError if there is none."""
+    if (file := find_graph(path)) is not None:
         return file
     check_folder_named(path, "export")
     missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
     raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
 
 
-def model_folder(path: str | Path) -> Path:
+def find_model_folder(path: str | Path) -> Path:
     """The folder with a decoder's config and tokenizer: the graph's, or the one above if it is named ``onnx``."""
-    folder = onnx_file(path).parent
+    folder = find_onnx_file(path).parent
     return folder.parent if folder.name == "onnx" and not (folder / "config.json").is_file() else folder
 
 
@@ -84,7 +84,7 @@ class OrtDecoder:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
-        file = onnx_file(path)
+        file = find_onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
@@ -101,7 +101,7 @@ class OrtDecoder:
         self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
-        self.memory = memory_of(self.session, device)
+        self.memory = locate_memory(self.session, device)
 
     @property
     def providers(self) -> list[str]:
@@ -138,7 +138,7 @@ class OrtDecoder:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
 
-    def torch_logits(self, ids: Tensor) -> Tensor:
+    def compute_torch_logits(self, ids: Tensor) -> Tensor:
         """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
             raise MptkError("the graph gives logits of the last position only; export it with --logits all")
@@ -175,12 +175,12 @@ class OrtDecoder:
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
-    def bytes_of(self, batch: int) -> int:
+    def count_position_bytes(self, batch: int) -> int:
         """The size of one position in a cache of ``batch`` rows."""
         shapes = [(self.inputs[name].shape, NUMPY_TYPES[self.inputs[name].type]) for name in self.past]
         return sum(batch * shape[1] * shape[3] * np.dtype(kind).itemsize for shape, kind in shapes)
 
-    def feeds(
+    def make_feeds(
         self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None = None
     ) -> dict[str, ort.OrtValue]:
         """The inputs of one step by name. The cache is not copied.
@@ -189,7 +189,7 @@ class OrtDecoder:
         """
         arrays: dict[str, TokensArray] = {self.reads: self._read(tokens), "attention_mask": mask}
         if "position_ids" in self.inputs:
-            arrays["position_ids"] = self._counted(mask, tokens.shape[1]) if positions is None else positions
+            arrays["position_ids"] = self._count_positions(mask, tokens.shape[1]) if positions is None else positions
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return {**values, **cache.values}
 
@@ -202,25 +202,25 @@ class OrtDecoder:
             return ids
         return self.embeddings(torch.from_numpy(ids)).numpy()
 
-    def _counted(self, mask: Ids, count: int) -> Ids:
+    def _count_positions(self, mask: Ids, count: int) -> Ids:
         """The positions of the last ``count`` tokens, if these count tokens and not padding."""
         found = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -count:]
         shape = self.inputs["position_ids"].shape
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
 
-    def binding(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
+    def bind_step(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
         """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
         binding = self.session.io_binding()
-        for name, value in self.feeds(tokens, mask, cache).items():
+        for name, value in self.make_feeds(tokens, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
-        for name, place in zip(self.outputs, self._places(), strict=True):
+        for name, place in zip(self.outputs, self._place_outputs(), strict=True):
             binding.bind_output(name, *place)
         return binding
 
-    def _places(self) -> list[tuple[str, int]]:
+    def _place_outputs(self) -> list[tuple[str, int]]:
         """Where each output goes: logits to the CPU, and the cache to where it is read."""
         return [("cpu", 0), *[self.memory] * len(self.presents)]
 
@@ -228,6 +228,6 @@ class OrtDecoder:
         if tokens.ndim < 2 or mask.shape != tokens.shape[:2] or len(cache.mask) != len(tokens):
             raise ValueError(f"tokens {tokens.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        feeds = self.feeds(tokens, mask, cache, positions)
-        logits, *present = run_on_values(self.session, feeds, self.outputs, self._places())
+        feeds = self.make_feeds(tokens, mask, cache, positions)
+        logits, *present = run_on_values(self.session, feeds, self.outputs, self._place_outputs())
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.chat_templates import ChatTemplate
-from mptk.io.data import positions_of
-from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, model_folder
+from mptk.io.data import find_position_limit
+from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, find_model_folder
 from mptk.ort.sessions import CPU
 
 TokenIds = npt.NDArray[np.int64]
@@ -76,7 +76,7 @@ class PromptImages:
         return np.full((len(self.positions), 1, 1), self.positions.max() + 1 + step)
 
 
-def generate(
+def generate_tokens(
     decoder: OrtDecoder,
     prompts: Sequence[Sequence[int]],
     *,
@@ -153,9 +153,9 @@ class TextGenerator:
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
         self.decoder = OrtDecoder(path, threads=threads, device=device)
-        folder = model_folder(path)
+        folder = find_model_folder(path)
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
-        self.positions = positions_of(models.load_config(str(folder)))
+        self.positions = find_position_limit(models.load_config(str(folder)))
         self.stop = stop_tokens(folder, self.tokenizer)
 
     def check_ids(self, ids: Iterable[int]) -> None:
@@ -176,18 +176,18 @@ class TextGenerator:
         seed: int = 0,
         images: PromptImages | None = None,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
+        """As ``generate_tokens``, with the model's own end tokens. At the end it sets ``speed``.
 
         Raises:
-            MptkError: as ``generate``; a token is outside the vocabulary; or a prompt and the tokens to be written
-                have more tokens than the model has positions (``fitting`` cuts them).
+            MptkError: as ``generate_tokens``; a token is outside the vocabulary; or a prompt and the tokens to be written
+                have more tokens than the model has positions (``fit_prompts`` cuts them).
         """
         if all(map(len, prompts)):
             check_room(self.positions, prompts, limit)
         self.check_ids(token for prompt in prompts for token in prompt)
         began = time.perf_counter()
         first, count = 0.0, 0
-        steps = generate(
+        steps = generate_tokens(
             self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed, images=images
         )
         for tokens in steps:
@@ -226,7 +226,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
         return [template.ids(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
 
 
-def fitting(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
+def fit_prompts(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
     """The prompts and the number of new tokens that a model's positions hold.
 
     The start of a prompt goes first, as far as half of the positions are left to it; then new tokens are fewer.

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
@@ -33,7 +33,7 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
 """Type of a device → the execution provider of its n-th one."""
 
 
-def providers(device: torch.device) -> list[Provider]:
+def list_providers(device: torch.device) -> list[Provider]:
     """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last."""
     found = [OF_DEVICE[device.type](device.index or 0)] if device.type in OF_DEVICE else []
     return [own for own in found if own[0] in ort.get_available_providers()] + [(HOST, {})]
@@ -56,7 +56,7 @@ def open_session(
     options.log_severity_level = 4  # an error is raised, and printing it too would say it twice
     for name, value in (entries or {}).items():
         options.add_session_config_entry(name, value)
-    return ort.InferenceSession(model, options, providers=providers(device))
+    return ort.InferenceSession(model, options, providers=list_providers(device))
 
 
 def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.InferenceSession:
@@ -64,10 +64,10 @@ def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.Inferen
     try:
         return open_session(str(file), device, threads=threads)
     except Exception as error:  # onnxruntime's errors have no base class
-        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
+        raise MptkError(f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again") from error
 
 
-def memory_of(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
+def locate_memory(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
     """Where the session's own values can stay from run to run: the device's type and index, or the CPU's."""
     there = device.type == "cuda" and "CUDAExecutionProvider" in session.get_providers()
     return ("cuda", device.index or 0) if there else ("cpu", 0)

@@ -33,23 +33,25 @@ class Unaligned:
     @property
     def aligned(self) -> tuple[int, int]:
         """The next aligned widths."""
-        return up(self.inputs), up(self.outputs)
+        return round_up(self.inputs), round_up(self.outputs)
 
 
-def up(width: int) -> int:
+def round_up(width: int) -> int:
     """The next multiple of the kernels' block."""
     return -(-width // KERNEL_BLOCK) * KERNEL_BLOCK
 
 
-def unaligned_weights(file: Path) -> list[tuple[int, int]]:
+def list_unaligned_weights(file: Path) -> list[tuple[int, int]]:
     """The sizes [inputs, outputs] of the float weights in a graph of which one is not aligned, each once."""
     graph = onnx.load(file, load_external_data=False).graph
     sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
     found = {sizes[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes}
-    return sorted(size for size in found if len(size) == 2 and any(width != up(width) for width in size))
+    return sorted(size for size in found if len(size) == 2 and any(width != round_up(width) for width in size))
 
 
-def product(rows: int, inputs: int, outputs: int, threads: int, device: torch.device = CPU) -> Callable[[], object]:
+def build_matrix_product(
+    rows: int, inputs: int, outputs: int, threads: int, device: torch.device = CPU
+) -> Callable[[], object]:
     """A call that multiplies [rows, inputs] with a constant weight [inputs, outputs] in ONNX Runtime."""
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inputs])
     result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])
@@ -75,10 +77,10 @@ def time_unaligned(
     ``rows``: the numbers of tokens. ``alternate`` gives milliseconds of each step in each round.
     """
     found = []
-    for inputs, outputs in unaligned_weights(file):
+    for inputs, outputs in list_unaligned_weights(file):
         for count in rows:
-            sizes = ((inputs, outputs), (up(inputs), up(outputs)))
-            own, aligned = alternate([product(count, *size, threads, device) for size in sizes])
+            sizes = ((inputs, outputs), (round_up(inputs), round_up(outputs)))
+            own, aligned = alternate([build_matrix_product(count, *size, threads, device) for size in sizes])
             ms, aligned_ms = (round(statistics.median(each), 4) for each in (own, aligned))
             found.append(Unaligned(name, count, inputs, outputs, ms, aligned_ms))
     return found

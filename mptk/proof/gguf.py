@@ -14,17 +14,17 @@ from gguf import GGUFReader
 from transformers import PreTrainedConfig
 
 from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
-from mptk.compile.changes import stored_weights
+from mptk.compile.changes import open_pruned_weights
 from mptk.config.choices import GgufType
 from mptk.errors import MptkError, ProofError
-from mptk.files import path_of, scratch
+from mptk.files import expand_path, make_scratch
 from mptk.io import models
-from mptk.io.resident import free_memory
+from mptk.io.resident import measure_free_memory
 from mptk.ir.plan import Plan
 from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
-from mptk.report.runs import pruned_name
-from mptk.targets.gguf.architectures import GELU, ignored_window
+from mptk.report.runs import name_pruned
+from mptk.targets.gguf.architectures import GELU, find_ignored_window
 from mptk.targets.gguf.check import GgufFile
 from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
 from mptk.targets.gguf.folder import GgufFolder, Pattern
@@ -54,20 +54,20 @@ def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "a
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; or llama.cpp cannot compute
             it.
     """
-    place, pattern = path_of(folder), None if like is None else models.locate(str(like))
+    place, pattern = expand_path(folder), None if like is None else models.locate(str(like))
     if pattern is not None and pattern.is_dir():
         raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
     report = Report.read(place if place.exists() else folder)
     check_manifest(place)
-    config = None if GraphTarget().wrote(place) else models.load_config(str(place))
+    config = None if GraphTarget().has_written(place) else models.load_config(str(place))
     return GgufFolder(
         place,
-        stored_weights(place, trust=NO_CODE),
+        open_pruned_weights(place, trust=NO_CODE),
         Plan.load(place / "plan.json"),
         config,
         None if pattern is None else Pattern(pattern),
         kind,
-        pruned_name(report),
+        name_pruned(report),
     )
 
 
@@ -88,9 +88,9 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
     if made.config is None or not models.has_tokenizer(made.place):
         return found, [*notes, "llama.cpp's logits were not compared, as the folder has no config and tokenizer"]
     needed = 8 * sum(like.numel() for like in made.weights.tensors.likes.values())  # in llama.cpp and in transformers
-    if needed > free_memory():
+    if needed > measure_free_memory():
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
-    with scratch() as place:
+    with make_scratch() as place:
         if GgufFile(file).common is not Kind.F32:
             copy = place.folder / file.name
             write_floats(copy, made.weights, GGUFReader(file))
@@ -100,14 +100,16 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
 
 
 def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> Difference:
-    longest = min(filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, ignored_window(config, made.base))))
+    longest = min(
+        filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, find_ignored_window(config, made.base)))
+    )
     ids = torch.randint(made.weights.table[0], (longest,), generator=torch.Generator().manual_seed(0))
     (found,) = _ask(made, file, [ids.tolist()])
     model = models.load_whole(str(made.place)).model
     with torch.no_grad():
         expected = model(ids[None]).logits[0, -1].log_softmax(-1)
     wanted = torch.tensor([float(expected[token]) for token in found])
-    difference = _difference(
+    difference = _measure_apart(
         LOGITS_STAGE, torch.tensor(list(found.values())), wanted, ROUNDED if made.base.activations is GELU else CLOSE
     )
     if not difference.ok:
@@ -128,7 +130,7 @@ def _compare_reading(made: GgufFolder, file: Path) -> Difference:
     worst = Difference(TEXT_STAGE, 0.0, 0.0, SAME)
     for (text, _), one, other in zip(pairs, found[::2], found[1::2], strict=True):
         numbers = torch.tensor([one.get(token, -torch.inf) for token in other])
-        difference = _difference(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
+        difference = _measure_apart(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
         if not difference.ok:
             raise ProofError(
                 f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}"
@@ -146,6 +148,6 @@ def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[d
     return answer
 
 
-def _difference(stage: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Difference:
+def _measure_apart(stage: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Difference:
     apart = float((found - expected).abs().max())
     return Difference(stage, apart, apart / float(expected.abs().max()), tolerance)

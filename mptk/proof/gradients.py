@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mptk.compat.torch import tree_leaves
-from mptk.io.resident import free_memory
+from mptk.io.resident import measure_free_memory
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled
-from passes.verify import Difference, difference
+from passes.verify import Difference, compare_outputs
 
 GRADIENT_TOLERANCE = 1e-3
 """Largest difference of a gradient, relative to the largest of all: a backward pass sums more than a forward pass."""
@@ -29,7 +29,12 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     used = [name for name in masked.parameters if name in analysis.weights and name in written.state]
     trained = [name for name in used if name not in masked.frozen and masked.state.like(name).is_floating_point()]
     bytes_needed = 4 * sum(masked.state.like(name).nbytes for name in trained)
-    if not trained or compiled.program is not compiled.exact or compiled.epsilons or bytes_needed > free_memory() / 2:
+    if (
+        not trained
+        or compiled.program is not compiled.exact
+        or compiled.epsilons
+        or bytes_needed > measure_free_memory() / 2
+    ):
         return []
     sample = samples if samples.together is not None else samples[: 2 if len(samples) > 1 else 1]
     if compiled.program.types is not None:  # these programs compute in one type
@@ -38,7 +43,7 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     expected, found = run_backward(masked, trained, sample), cut_gradients(written, trained, sample)
     pairs = [(found[name], cut.slice(expected[name], analysis.weights[name])) for name in trained]
     one, other = (torch.cat([pair[i].flatten() for pair in pairs])[None, None] for i in (0, 1))
-    return [difference(GRADIENT_STAGE, one, other, GRADIENT_TOLERANCE)]
+    return [compare_outputs(GRADIENT_STAGE, one, other, GRADIENT_TOLERANCE)]
 
 
 def cut_gradients(program: Program, trained: list[str], samples: Samples) -> Mapping[str, Tensor]:

@@ -17,8 +17,8 @@ from mptk.proof.claims import LATER
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE
 from mptk.protocols.run_folder import METRICS, TRACKER
-from mptk.publish.licence import CARD, notices
-from mptk.publish.manifest import MARKER, RUNGS, file_sha256, listed
+from mptk.publish.licence import CARD, list_notices
+from mptk.publish.manifest import MARKER, RUNGS, hash_file, list_files
 from mptk.targets.beside import READ
 
 ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
@@ -30,7 +30,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
 
     ``targets``: what the folder was written for. If one is of another package and does not list its files, any may be.
     """
-    found, settings, dense = listed(folder), compiled.prepared.settings, compiled.prepared.loaded.path
+    found, settings, dense = list_files(folder), compiled.prepared.settings, compiled.prepared.loaded.path
     for name in (each for each in (*found, MARKER) if each.endswith(".json")):
         _check_once(folder, name)
     known = set(ALWAYS)
@@ -47,7 +47,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         known |= {name for name in found if name.startswith(f"{RUNGS}/")}
     if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
         known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
-    known |= {each.name for each in notices(dense) if _same(each, folder / each.name)}
+    known |= {each.name for each in list_notices(dense) if _is_same_file(each, folder / each.name)}
     if more := sorted(set(found) - known):
         raise ProofError(
             f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
@@ -55,8 +55,8 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         )
 
 
-def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and file_sha256(one) == file_sha256(other)
+def _is_same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and hash_file(one) == hash_file(other)
 
 
 def _check_once(folder: Path, name: str) -> None:

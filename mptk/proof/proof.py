@@ -16,23 +16,23 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.compile.trace import traced_as_example
+from mptk.compile.trace import trace_as_example
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, transferred
+from mptk.ir.resolved_plan import Cut, transfer_cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.proof.gradients import prove_gradients
 from mptk.proof.sides import prove_sides
 from mptk.protocols.chain import Compiled, Proven, Target
-from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, left_out, short
+from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, describe_left_out, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
-from passes.analysis.borders import MARGIN, Reach, config_borders, reach
-from passes.check_cut import awake
+from passes.analysis.borders import MARGIN, Reach, find_config_borders, reach
+from passes.check_cut import replace_faint_weights
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, prove
@@ -41,7 +41,7 @@ PROVE_S = 0.5
 """Seconds for each layer to load and trace what was written."""
 
 
-def work(settings: Settings, long: bool) -> dict[str, Pass]:
+def estimate_proof(settings: Settings, long: bool) -> dict[str, Pass]:
     """The cost of a proof. ``long``: whether a border makes its long sequence as long as allowed."""
     tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
     return {"prove": Pass(3 * tokens, settings.length, reads=3, exact=True, fixed=PROVE_S)}
@@ -58,7 +58,7 @@ def prove_folder(
 ) -> Proven:
     """The difference at every stage: of the cut program, and of each target's files in ``folder``.
 
-    ``samples``: the proof's batches are made from them (``proof_batches``). ``whole``: whether a wrong optional file is
+    ``samples``: the proof's batches are made from them (``make_proof_batches``). ``whole``: whether a wrong optional file is
     an error; if not, it is removed. ``again``: whether another process wrote the folder; then it is also compared with
     what is written anew.
 
@@ -67,11 +67,11 @@ def prove_folder(
     """
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and any(map(is_tokens, samples.tensors))
-    longer = sequences and task.only_length(program) is None
-    reached = find_reach(compiled) if longer else Reach(windows_within(compiled, samples), (), 0)
-    batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
-    checks = [target.checks(compiled, folder, reached.borders) for target in targets]
-    others = further_batches(compiled, batches[0], bool(longer))
+    longer = sequences and task.find_fixed_length(program) is None
+    reached = find_reach(compiled) if longer else Reach(find_windows(compiled, samples), (), 0)
+    batches = [b for b in make_proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
+    checks = [target.make_checks(compiled, folder, reached.borders) for target in targets]
+    others = make_further_batches(compiled, batches[0], bool(longer))
     run_all = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
     written: dict[str, tuple[Program | StageOutputs, float]] = {}
@@ -86,7 +86,7 @@ def prove_folder(
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
         found += run_all(compiled.masked, rewritten, *batches) + run_all(compiled.program, written, *batches, *others)
     if all(d.ok for d in found):
-        found += _behind_zeros(compiled, batches[0])
+        found += _prove_behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
         cases = task.further(compiled.prepared.loaded.model, batches[0])
         found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
@@ -97,22 +97,22 @@ def prove_folder(
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
-        found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
+        found += [d for target in targets for d in target.compare_rounded(compiled, folder, batches)]
     notes: list[str] = []
     said = [reached.note]
     if again and all(d.ok for d in found):
-        said += [target.remade(compiled, folder, batches) for target in targets]
+        said += [target.compare_remade(compiled, folder, batches) for target in targets]
     if all(d.ok for d in found):
-        extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
-        more, notes = proven_extras(extras, whole)
+        extras = [extra for target in targets for extra in target.list_extras(compiled, folder, batches)]
+        more, notes = prove_extras(extras, whole)
         found += more
     if notes:  # the config says which files there are
         for target in targets:
-            target.checks(compiled, folder, reached.borders)
-    return Proven(tuple(found), max(map(_length, batches)), "; ".join(filter(None, said)), tuple(notes))
+            target.make_checks(compiled, folder, reached.borders)
+    return Proven(tuple(found), max(map(_measure_length, batches)), "; ".join(filter(None, said)), tuple(notes))
 
 
-def proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
+def prove_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
     """The differences of optional files, and notes on files that failed and were removed.
 
     Raises:
@@ -127,19 +127,19 @@ def proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference
             if whole:
                 raise
             extra.remove()
-            notes.append(left_out(extra.name, error))
+            notes.append(describe_left_out(extra.name, error))
         else:
             found += differences
     return found, notes
 
 
-def _behind_zeros(compiled: Compiled, batch: Samples) -> list[Difference]:
+def _prove_behind_zeros(compiled: Compiled, batch: Samples) -> list[Difference]:
     """If the cut moves no output of the dense model, the difference with random numbers in place of the zeros in it.
 
     A head of zeros, as of an untrained vision transformer, hides everything before it.
     """
     cut, dense, executor = compiled.chosen.cut, compiled.prepared.analysis, compiled.prepared.executor
-    woken = awake(compiled.analysis) if cut.removes else None
+    woken = replace_faint_weights(compiled.analysis) if cut.removes else None
     if woken is None:
         return []
     (moved,) = prove(dense.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
@@ -157,24 +157,24 @@ def find_reach(compiled: Compiled) -> Reach:
     return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length, least=LONG)
 
 
-def windows_within(compiled: Compiled, samples: Samples) -> tuple[int, ...]:
+def find_windows(compiled: Compiled, samples: Samples) -> tuple[int, ...]:
     """The borders in the config of a text model that samples, which cannot be made longer, cross with some padding."""
-    model, length = compiled.prepared.loaded.model, _length(samples)
+    model, length = compiled.prepared.loaded.model, _measure_length(samples)
     if not isinstance(model, PreTrainedModel):
         return ()
-    found = config_borders(model.config.get_text_config().to_dict())
+    found = find_config_borders(model.config.get_text_config().to_dict())
     return tuple(sorted({border for border in found if 1 < border < length + MARGIN}))
 
 
-def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
+def make_proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
     """The short batch of ``samples``, and one sample; if ``length`` is not 0, the sample has that many tokens.
 
     If a program takes samples only together, they are one batch.
     """
-    first = short(samples, sequences)
+    first = shorten_samples(samples, sequences)
     if samples.together is not None:
         return [first]
-    if length <= _length(first):
+    if length <= _measure_length(first):
         return [first, first[:1]]
 
     def longer(tensor: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> 
     return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
 
 
-def further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> list[Samples]:
+def make_further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> list[Samples]:
     """Batches of other sizes and values, for the target's stages, if the model is written as ONNX.
 
     ``longer``: whether the model takes any length.
@@ -192,7 +192,7 @@ def further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> l
     prepared = compiled.prepared
     if prepared.task.onnx is None or not prepared.settings.onnx:
         return []
-    found = prepared.task.onnx.batches(short_batch, compiled.chosen.plan.digest, longer)
+    found = prepared.task.onnx.make_batches(short_batch, compiled.chosen.plan.digest, longer)
     return [batch for batch in found if _takes(prepared.analysis.program, batch)]
 
 
@@ -205,7 +205,7 @@ def _takes(program: Program, samples: Samples) -> bool:
     return True
 
 
-def _length(samples: Samples) -> int:
+def _measure_length(samples: Samples) -> int:
     """Tokens of the longest input; 0 if there are no token ids."""
     return max((tensor.shape[1] for tensor in samples.tensors if is_tokens(tensor)), default=0)
 
@@ -248,9 +248,9 @@ def prove_further(compiled: Compiled, written: Mapping[str, Further], cases: Map
         runs = {f"{name} {case}": each for name, each in written.items() if each.takes(samples)}
         if not runs:
             continue
-        program = traced_as_example(prepared.loaded, prepared.task, samples)
-        analysis = group.analyze(program.with_state(compiled.analysis.program.module_state()))
-        masked = mask(analysis, transferred(compiled.chosen.cut, compiled.analysis, analysis))
+        program = trace_as_example(prepared.loaded, prepared.task, samples)
+        analysis = group.analyze_program(program.with_state(compiled.analysis.program.collect_module_state()))
+        masked = mask(analysis, transfer_cut(compiled.chosen.cut, compiled.analysis, analysis))
         stages = {stage: (each.run, each.tolerance) for stage, each in runs.items()}
         differences = prove(masked, stages, samples, executor=prepared.executor)
         found += [replace(d, ran=runs[d.stage].ran) for d in differences]

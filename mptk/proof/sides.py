@@ -12,7 +12,7 @@ from mptk.ir.limits import CallSizes
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled
-from passes.frontend.eager import resized
+from passes.frontend.eager import resize_tensor
 from passes.verify import Difference, StageOutputs, prove
 
 MOST_CONDITIONS = 8
@@ -28,17 +28,19 @@ def prove_sides(
     """
     sizes: CallSizes = compiled.prepared.analysis.program.sizes
     found = list[Difference]()
-    for sides in sizes.sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
-        said = sizes.say(sides.condition)
-        if sides.met is not None and _computes(compiled.masked, there := _sized(samples, sizes.shapes_of(sides.met))):
+    for sides in sizes.find_sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
+        said = sizes.describe_condition(sides.condition)
+        if sides.met is not None and _can_compute(
+            compiled.masked, there := _resize_samples(samples, sizes.compute_shapes(sides.met))
+        ):
             stages = {f"{stage} at other sizes": each for stage, each in written.items()}
             found += prove(compiled.masked, stages, there, executor=compiled.prepared.executor)
         if sides.unmet is not None:
-            there = _sized(samples, sizes.shapes_of(sides.unmet))
+            there = _resize_samples(samples, sizes.compute_shapes(sides.unmet))
             found += [
                 Difference(f"{stage} at refused sizes", math.inf, math.inf, tolerance, failure=f"it ran, but {said}")
                 for stage, (run, tolerance) in written.items()
-                if _runs(run, there)
+                if _can_run(run, there)
             ]
     worst = dict[str, Difference]()
     for each in found:
@@ -47,15 +49,15 @@ def prove_sides(
     return list(worst.values())
 
 
-def _sized(samples: Samples, shapes: Sequence[Sequence[int]]) -> Samples:
+def _resize_samples(samples: Samples, shapes: Sequence[Sequence[int]]) -> Samples:
     sized: dict[str, Tensor] = {
-        name: resized(tensor, shape) for (name, tensor), shape in zip(samples.inputs.items(), shapes, strict=True)
+        name: resize_tensor(tensor, shape) for (name, tensor), shape in zip(samples.inputs.items(), shapes, strict=True)
     }
     return Samples(sized)
 
 
 @torch.no_grad()
-def _computes(masked: Program, samples: Samples) -> bool:
+def _can_compute(masked: Program, samples: Samples) -> bool:
     """Whether the reference itself runs on these samples: a module may fail at sizes that meet all conditions."""
     try:
         masked(*samples.tensors)
@@ -64,7 +66,7 @@ def _computes(masked: Program, samples: Samples) -> bool:
     return True
 
 
-def _runs(run: Program | StageOutputs, samples: Samples) -> bool:
+def _can_run(run: Program | StageOutputs, samples: Samples) -> bool:
     """Whether these samples are taken."""
     try:
         if isinstance(run, Program):

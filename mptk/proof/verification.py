@@ -9,17 +9,17 @@ from pathlib import Path
 
 from torch import nn
 
-from mptk.arguments import checked
-from mptk.compat.torch import sources_forgotten, usual_state
-from mptk.compile.changes import changes_of
+from mptk.arguments import guard_arguments
+from mptk.compat.torch import forget_sources, usual_state
+from mptk.compile.changes import find_changes
 from mptk.compile.cut import compile_plan
-from mptk.compile.trace import fitting, traced
+from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config.settings import Settings
-from mptk.conversions import converted, planned
-from mptk.conversions.vocabulary.convert import unread_tokenizer
+from mptk.conversions import convert_model, read_plan_conversions
+from mptk.conversions.vocabulary.convert import describe_unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
-from mptk.files import path_of
+from mptk.files import expand_path
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
 from mptk.io.packaged import check_folder_named
@@ -29,23 +29,23 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
-from mptk.methods.division.budget import alignment
+from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
-from mptk.progress import silent
-from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
+from mptk.progress import show_nothing
+from mptk.proof.claims import check_files, check_numbers, check_samples, read_proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, stored_type
+from mptk.protocols.chain import Chosen, Prepared, find_stored_type
 from mptk.protocols.conversion import Analysed, Conversion
-from mptk.protocols.execution import execution
-from mptk.protocols.report import PROVEN_ON, Report, unreadable
+from mptk.protocols.execution import build_executor
+from mptk.protocols.report import PROVEN_ON, Report, make_report_error
 from mptk.protocols.values import Context
-from mptk.publish.manifest import MARKER, check_manifest, file_identity, listed
+from mptk.publish.manifest import MARKER, check_manifest, file_identity, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
-from mptk.targets.stock_config import check_code, config_changes
-from mptk.tasks.of_folder import task_of_folder
+from mptk.targets.stock_config import check_code, find_config_changes
+from mptk.tasks.of_folder import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 
@@ -61,9 +61,9 @@ class Proof(list[Difference]):
         self.notes = notes
 
 
-@checked
+@guard_arguments
 @usual_state()
-@sources_forgotten()
+@forget_sources()
 def verify(
     folder: str | Path,
     *,
@@ -97,8 +97,8 @@ def verify(
             meanwhile.
     """
     if is_gguf(folder):
-        with _as_it_was(path_of(folder), *([] if like is None else [path_of(like)])):
-            return _verify_gguf(path_of(folder), like, model)
+        with _as_it_was(expand_path(folder), *([] if like is None else [expand_path(like)])):
+            return _verify_gguf(expand_path(folder), like, model)
     if like is not None:
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
@@ -109,33 +109,35 @@ def verify(
 
 
 def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
-    plan, report = plan_of(folder), Report.read(folder)
+    plan, report = read_folder_plan(folder), Report.read(folder)
     check_manifest(folder)
-    with _readable(folder):
+    with _explain_unreadable(folder):
         check_files(report, folder)
-    resident, executor = execution(asked)
+    resident, executor = build_executor(asked)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
-    context = Context(Log(), silent)
-    start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
+    context = Context(Log(), show_nothing)
+    start, conversions, samples = _analyse_dense(folder, report, plan, loaded, executor, context)
     loaded, analysis = start.loaded, start.analysis
     settings = replace(report.settings, proof_length=asked.proof_length)
-    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
+    prepared = _prepare_dense(report, replace(settings, rehome=_is_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
-    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, asked.trust))
+    chosen = Chosen(plan, prepared.cut, find_changes(analysis, prepared.cut, folder, report, asked.trust))
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
-    found = {} if compiled.written is None else config_changes(compiled.written, folder)
+    found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
     check_proof(proven.differences, PRUNE_AGAIN)
     check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
-    return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
+    return Proof(
+        proven.differences, [note for note in (proven.note, describe_unread_tokenizer(loaded, folder)) if note]
+    )
 
 
 def is_gguf(place: str | Path) -> bool:
     """Whether a place is named as a GGUF file, or begins as one does."""
-    path = path_of(place)
+    path = expand_path(place)
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
     if not path.is_file():
@@ -159,26 +161,28 @@ def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Mod
     return Proof([*differences, *more], [*made.notes, *notes])
 
 
-def _analysed(
+def _analyse_dense(
     folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
 ) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
-    task = task_of_folder(folder, report, loaded)
+    task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
-    samples, example = proof_samples(folder, task.examples(loaded.model))
+    samples, example = read_proof_samples(folder, task.make_examples(loaded.model))
     like = samples if find_target(report.settings.target).classed else None
-    program = traced(loaded, task, executor, report.settings.length, like)
-    samples = fitting(task, program, samples, PROVEN_ON)
-    start = Analysed(loaded, task, group.analyze(program))
-    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
-    loaded, stored = start.loaded, stored_type(report.settings, start.loaded)
-    with _readable(folder):
+    program = trace_loaded(loaded, task, executor, report.settings.length, like)
+    samples = fit_to_program(task, program, samples, PROVEN_ON)
+    start = Analysed(loaded, task, group.analyze_program(program))
+    start, conversions = convert_model(
+        start, read_plan_conversions(plan), context, executor, report.settings.length, like
+    )
+    loaded, stored = start.loaded, find_stored_type(report.settings, start.loaded)
+    with _explain_unreadable(folder):
         check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
         check_samples(samples, folder, start.analysis.program, example)
     return start, conversions, samples
 
 
-def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
+def _prepare_dense(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
     """The dense model, prepared as in ``prune``."""
     target, method = find_target(settings.target), find_method(settings.method)
     loaded, analysis = model.loaded, model.analysis
@@ -190,20 +194,20 @@ def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -
         method=method,
         target=target,
         analysis=analysis,
-        legal=target.legal(analysis, loaded.model, alignment(settings)),
-        cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
+        legal=target.legal(analysis, loaded.model, build_alignment(settings)),
+        cost=CostModel(analysis, itemsize=find_stored_type(settings, loaded).itemsize),
         plan=plan,
         cut=resolve_plan(analysis, plan),
     )
 
 
-def _rehomed(folder: Path, loaded: Loaded) -> bool:
+def _is_rehomed(folder: Path, loaded: Loaded) -> bool:
     """Whether the folder's class differs from the dense model's; a folder without a config has no class."""
     file = folder / "config.json"
     return file.is_file() and read_object(file).get("model_type") != loaded.model.config.model_type
 
 
-def plan_of(folder: str | Path) -> Plan:
+def read_folder_plan(folder: str | Path) -> Plan:
     """The plan of a pruned folder. Raises MptkError if there is none."""
     path = Path(folder) / "plan.json"
     if not path.is_file():
@@ -233,7 +237,7 @@ def _check_as_before(
 
 def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
     """Name → identity of each file, without the time at which links to it changed."""
-    names = listed(place) if place.is_dir() else [""]
+    names = list_files(place) if place.is_dir() else [""]
     found = dict[str, tuple[int, ...]]()
     for name in [*names, MARKER] if place.is_dir() else names:
         with suppress(OSError):  # it goes at this moment
@@ -242,9 +246,9 @@ def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _explain_unreadable(folder: Path) -> Iterator[None]:
     """Turn errors from wrong values in a report into a user's error."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise unreadable(folder, error) from error
+        raise make_report_error(folder, error) from error

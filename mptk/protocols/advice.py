@@ -117,7 +117,7 @@ class Advice:
         """The names of the texts."""
         return list(self.dense.texts)
 
-    def safe(self, text: str, *, recovered: bool = False) -> Point | None:
+    def find_safe(self, text: str, *, recovered: bool = False) -> Point | None:
         """The largest cut that is safe on ``text``, as all smaller ones are; None if the smallest is not.
 
         ``recovered``: after training, by the most that the change may then be.
@@ -133,16 +133,16 @@ class Advice:
     @property
     def recommended(self) -> Point | None:
         """The largest cut that is safe on every text; None if there is none."""
-        return self._weakest([self.safe(text) for text in self.texts])
+        return self._find_weakest([self.find_safe(text) for text in self.texts])
 
     @property
     def recommended_after(self) -> Point | None:
         """The same after training; None if nothing was trained."""
         if self.recovery is None:
             return None
-        return self._weakest([self.safe(text, recovered=True) for text in self.texts])
+        return self._find_weakest([self.find_safe(text, recovered=True) for text in self.texts])
 
-    def _weakest(self, safe: Sequence[Point | None]) -> Point | None:
+    def _find_weakest(self, safe: Sequence[Point | None]) -> Point | None:
         found = [point for point in safe if point is not None]
         return min(found, key=lambda point: point.sparsity) if len(found) == len(safe) else None
 
@@ -153,9 +153,9 @@ class Advice:
         points = () if self.recovery is None else self.recovery.points
         return next((each for each in points if each.widths == point.widths), None)
 
-    def given_back(self, trained: Point, text: str) -> float:
+    def compute_recovered(self, trained: Point, text: str) -> float:
         """The share of the rise on ``text`` that the training of a cut gave back; 0 without a rise."""
-        rise = self._rise(self._untrained(trained).texts[text])
+        rise = self._rise(self._find_untrained(trained).texts[text])
         return 1 - self._rise(trained.texts[text]) / rise if rise > 0 else 0.0
 
     def after(self, point: Point, text: str) -> Range:
@@ -167,33 +167,33 @@ class Advice:
         """
         own = self.trained(point)
         figures = (own or point).texts[text]
-        rise, error = self._rise(figures), STANDARD_ERRORS * self._rise_error(figures)
-        rises = [rise] if own is not None else self._estimates(rise, text)
-        return Range(self._change(min(rises) - error), self._change(max(rises) + error))
+        rise, error = self._rise(figures), STANDARD_ERRORS * self._compute_rise_error(figures)
+        rises = [rise] if own is not None else self._estimate_rises(rise, text)
+        return Range(self._compute_change(min(rises) - error), self._compute_change(max(rises) + error))
 
-    def _estimates(self, rise: float, text: str) -> list[float]:
+    def _estimate_rises(self, rise: float, text: str) -> list[float]:
         """What is left of a rise after training; never more, as training that makes a model worse is dropped."""
         assert self.recovery is not None
         points = self.recovery.points
-        found = [rise * (1 - self.given_back(point, text)) for point in points]
+        found = [rise * (1 - self.compute_recovered(point, text)) for point in points]
         after = [self._rise(point.texts[text]) for point in points]
-        before = [self._rise(self._untrained(point).texts[text]) for point in points]
+        before = [self._rise(self._find_untrained(point).texts[text]) for point in points]
         if len(points) == TRAINED and before[0] != before[1]:
             slope = (after[1] - after[0]) / (before[1] - before[0])
             found.append(after[0] + slope * (rise - before[0]))
         return [min(each, rise) for each in found]
 
-    def _untrained(self, trained: Point) -> Point:
+    def _find_untrained(self, trained: Point) -> Point:
         return next(point for point in self.division if point.widths == trained.widths)
 
     def _rise(self, figures: Figures) -> float:
         """The change on the scale of its shares: of the perplexity its logarithm."""
         return figures.rise if self.measure == "perplexity" else figures.change
 
-    def _rise_error(self, figures: Figures) -> float:
+    def _compute_rise_error(self, figures: Figures) -> float:
         return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
 
-    def _change(self, rise: float) -> float:
+    def _compute_change(self, rise: float) -> float:
         return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else max(rise, 0.0)
 
     @property
@@ -213,17 +213,17 @@ class Advice:
 
     def to_json(self) -> Json:
         """The JSON of ``mptk advise --json``."""
-        best, safe = self.recommended, {text: self.safe(text) for text in self.texts}
+        best, safe = self.recommended, {text: self.find_safe(text) for text in self.texts}
         return {
             "format": ADVICE_FORMAT,
             **asdict(self),
-            "recovery": self._recovery_json(),
+            "recovery": self._convert_recovery(),
             "safe": {text: None if point is None else point.sparsity for text, point in safe.items()},
             "recommended": None if best is None else asdict(best),
             "knee": None if self.knee is None else self.knee.sparsity,
         }
 
-    def _recovery_json(self) -> Json | None:
+    def _convert_recovery(self) -> Json | None:
         if self.recovery is None:
             return None
         after = {text: [asdict(self.after(point, text)) for point in self.division] for text in self.texts}
@@ -231,7 +231,7 @@ class Advice:
         return {**asdict(self.recovery), "after": after, "recommended": None if best is None else asdict(best)}
 
 
-def distinct(points: Sequence[Point]) -> tuple[Point, ...]:
+def sort_distinct(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points without repeated widths, by rising sparsity."""
     found = {tuple(point.widths.items()): point for point in points}
     return tuple(sorted(found.values(), key=lambda point: point.sparsity))

@@ -24,25 +24,25 @@ from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel
-from mptk.distributed.processes import once, replica
+from mptk.distributed.processes import make_replica, run_once
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program, typical_size
-from mptk.ir.resolved_plan import Cut, kept_units
+from mptk.ir.program import Program, compute_typical_size
+from mptk.ir.resolved_plan import Cut, collect_kept_units
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Analysed, Conversion, imitated
+from mptk.protocols.conversion import Analysed, Conversion, find_imitated
 from mptk.protocols.origin import Origin
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.legalize import Candidate, LegalWidths, graph_widths
-from passes.transforms.fold_norms import epsilons
-from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
+from passes.targets.legalize import Candidate, LegalWidths, find_graph_widths
+from passes.transforms.fold_norms import find_epsilons
+from passes.transforms.insert_masks import MaskSite, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.verify import Difference
 
@@ -85,19 +85,19 @@ class Prepared:
     @property
     def compared(self) -> Loaded:
         """The reference for training and quality: the dense model before the conversions that change its outputs."""
-        model = self.imitates or imitated(self.conversions)
+        model = self.imitates or find_imitated(self.conversions)
         return self.loaded if model is None else model.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        model = self.imitates or imitated(self.conversions)
+        model = self.imitates or find_imitated(self.conversions)
         return self.analysis.program if model is None else model.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the weights are stored."""
-        return stored_type(self.settings, self.loaded)
+        return find_stored_type(self.settings, self.loaded)
 
     @property
     def calibrator(self) -> Executor:
@@ -112,13 +112,17 @@ class Prepared:
     @property
     def stays(self) -> dict[str, Tensor]:
         """The units that a larger cut left to choose from: family → boolean [layers, scopes, size]. Others have all."""
-        return {} if self.start is None else kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
+        return (
+            {}
+            if self.start is None
+            else collect_kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
+        )
 
     @cached_property
     def under_norms(self) -> list[str]:
         """The families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
         families = [self.analysis.family(name) for name in self.families]
-        return [f.name for f in families if f.kind == "channels" and epsilons(self.analysis, f)]
+        return [f.name for f in families if f.kind == "channels" and find_epsilons(self.analysis, f)]
 
     @property
     def norms_change(self) -> list[str]:
@@ -130,7 +134,7 @@ class Prepared:
     @cached_property
     def weight_size(self) -> float:
         """The median of the dense weight matrices' root mean squares, of which learning rates are a share."""
-        return once(lambda: typical_size(self.reference))
+        return run_once(lambda: compute_typical_size(self.reference))
 
     @property
     def mask_learning(self) -> Learning:
@@ -147,31 +151,31 @@ class Prepared:
 
         ``weights``: whether parameters need values; if not, they take no memory.
         """
-        return replica(self.loaded.whole() if weights else self.loaded.model, weights)
+        return make_replica(self.loaded.whole() if weights else self.loaded.model, weights)
 
     def teacher(self, weights: bool = True) -> PreTrainedModel:
         """The reference module, copied as in ``dense``."""
-        return replica(self.compared.whole() if weights else self.compared.model, weights)
+        return make_replica(self.compared.whole() if weights else self.compared.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:
         """The mask sites of these families in the module; families that masks cannot hold have none."""
-        maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
+        maskable = [name for name in self.families if find_disturbance(self.analysis, name) is None]
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
 
-    def sites_of(self, plan: Plan) -> list[MaskSite]:
+    def find_plan_sites(self, plan: Plan) -> list[MaskSite]:
         """The mask sites of the families that a plan cuts."""
         return [site for site in self.mask_sites if site.family in plan.families]
 
 
-def reconstructs(settings: Settings, method: Method) -> bool:
+def should_reconstruct(settings: Settings, method: Method) -> bool:
     """Whether consumers are fitted to the dense layers' outputs."""
     if settings.reconstruct is None:
         return bool(settings.distil_epochs) or (not settings.fixed and method.reconstructs)
     return settings.reconstruct
 
 
-def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
+def find_stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
     """The type in which the result's weights are stored."""
     made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return made
@@ -197,7 +201,7 @@ class Chosen:
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
         """Add ``weights`` as trained weights."""
-        changes = Weights(self.changes).updated(weights)
+        changes = Weights(self.changes).with_entries(weights)
         return replace(self, changes=changes, trained=tuple(changes))
 
 
@@ -243,7 +247,7 @@ class Proven:
 class Method(Protocol):
     """How to choose the units that stay.
 
-    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: by default consumers are fitted to
+    ``learns``: it trains before the cut, in ``settings.steps``. ``should_reconstruct``: by default consumers are fitted to
     the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
     budget among families to choose from, spread over all legal ones; None: all.
     """
@@ -291,7 +295,7 @@ class Target(Protocol):
 
     def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Each family's legal widths; by default all widths that the graph's ops accept."""
-        return graph_widths(analysis, alignment)
+        return find_graph_widths(analysis, alignment)
 
     def check_program(self, program: Program) -> None:
         """Raise MptkError, before any work, if the target cannot hold a program's calls or its conditions on sizes."""
@@ -304,7 +308,9 @@ class Target(Protocol):
         """
         return None
 
-    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+    def name_home(
+        self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]
+    ) -> str | None:
         """The name of that other class for ``widths``, or None."""
         return None
 
@@ -320,7 +326,7 @@ class Target(Protocol):
         """Write into the existing ``folder``; returns notes for the report. ``log``: for records of passes."""
         ...
 
-    def wrote(self, folder: Path) -> bool:
+    def has_written(self, folder: Path) -> bool:
         """Whether ``folder`` was written for this target."""
         ...
 
@@ -332,7 +338,7 @@ class Target(Protocol):
         """
         return None
 
-    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+    def make_checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         """The parts of ``folder`` that must equal the cut program. ``crossed``: positions that decoding must cross.
 
         Raises:
@@ -340,11 +346,11 @@ class Target(Protocol):
         """
         return Checks()
 
-    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
+    def compare_rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """Parts that may differ by rounding, as a graph in float16. They are checked last."""
         return []
 
-    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+    def compare_remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
         """Write again what only a comparison with the written can prove, as a graph that is wrong for one length.
 
         ``verify`` asks for it, ``prune`` does not: it would compare its files with themselves. Returns a note; may be
@@ -355,6 +361,6 @@ class Target(Protocol):
         """
         return ""
 
-    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+    def list_extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """Parts that are left out of the folder if their check fails, as a quantised graph. They are checked last."""
         return []

@@ -71,7 +71,7 @@ class Conversion(ABC):
 
     @classmethod
     @abstractmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         """The conversion that a plan's entry asks for. Raises MptkError if the entry is wrong."""
 
     @property
@@ -107,6 +107,6 @@ class Conversion(ABC):
         return None
 
 
-def imitated(conversions: Sequence[Conversion]) -> Analysed | None:
+def find_imitated(conversions: Sequence[Conversion]) -> Analysed | None:
     """The reference for quality if it is not the converted model itself; else None."""
     return next((each.before for each in conversions if each.fits), None)

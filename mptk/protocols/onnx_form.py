@@ -19,7 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.onnx.names import ONNX_FILE, quantized
+from passes.targets.onnx.names import ONNX_FILE, name_quantized_file
 from passes.verify import Difference
 
 
@@ -37,11 +37,11 @@ class Dense:
     executor: Executor = EXECUTOR
     about: Mapping[str, str] = field(default_factory=dict)
 
-    def weighted(self, program: Program) -> Program:
+    def put_weights(self, program: Program) -> Program:
         """Another trace of the same model, with the weights of this one."""
         if self.program is None:
             return self.loaded.with_weights(program)
-        return self.loaded.with_weights(program).with_state(self.program.module_state())
+        return self.loaded.with_weights(program).with_state(self.program.collect_module_state())
 
     def first(self, samples: Samples) -> Tensor:
         """The program's first output."""
@@ -65,7 +65,7 @@ class Use:
 
     def graph(self, file: Path) -> Path:
         """The scheme's graph beside the main one in ``file``."""
-        return quantized(file, self.scheme) if self.scheme else file
+        return name_quantized_file(file, self.scheme) if self.scheme else file
 
 
 class OnnxForm(Protocol):
@@ -102,7 +102,7 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         """What the proof also runs, besides its own batches: other sizes and values, drawn by ``seed``.
 
         Empty if the stages run other sizes by themselves. ``samples``: the proof's short batch. ``longer``: whether
@@ -114,7 +114,7 @@ class OnnxForm(Protocol):
         """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
         ...
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         """The largest difference that quantising makes. ``pairs``: its outputs and the float graph's."""
         ...
 

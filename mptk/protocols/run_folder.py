@@ -16,14 +16,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk.distributed.processes import leads, processes
+from mptk.distributed.processes import connect_processes, is_leader
 from mptk.errors import MptkError
 from mptk.files import (
     cannot_write,
     discard,
+    format_json,
     is_of,
     is_own,
-    json_text,
     make_mark,
     make_marked,
     opened,
@@ -33,8 +33,8 @@ from mptk.files import (
     write_text,
 )
 from mptk.io.untrusted import load_tensors
-from mptk.protocols.origin import differing
-from mptk.reading import Damaged, Json, damaged, json_object
+from mptk.protocols.origin import name_differing
+from mptk.reading import Damaged, Json, make_damage_error, read_json_object
 
 CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
@@ -58,9 +58,9 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, settings: Json, resume: bool) -> None:
-        self.path = beside(out)
-        self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
-        file, state = self.path / SETTINGS, processes()
+        self.path = name_run_folder(out)
+        self._described = format_json(settings, indent=1, sort_keys=True) + "\n"
+        file, state = self.path / SETTINGS, connect_processes()
         if state.is_main_process:
             unfinished = check_unfinished(out, settings, resume)
             tidy(self.path)
@@ -88,7 +88,7 @@ class RunFolder:
         """Whether a file existed when the run was resumed; the same in all processes."""
         return file in self._found
 
-    def earlier(self, name: str) -> dict[str, Tensor] | None:
+    def read_earlier(self, name: str) -> dict[str, Tensor] | None:
         """What ``save`` wrote under that name before the run was resumed, or None."""
         return self.tensors(name) if self.holds(f"{name}.safetensors") else None
 
@@ -98,51 +98,51 @@ class RunFolder:
             write_text(self.path / SETTINGS, self._described)
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
-        if processes().num_processes == 1:  # nobody else has to find the same
+        if connect_processes().num_processes == 1:  # nobody else has to find the same
             self._found |= {f"{name}.safetensors"}
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
-        return _tensors(self.path, name)
+        return _read_tensors(self.path, name)
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One tensor that ``save`` wrote under that name. Raises MptkError if the file is missing or damaged."""
         path = self.path / f"{name}.safetensors"
-        found = load_tensors(path, _damaged(path))
+        found = load_tensors(path, _make_stage_error(path))
         if key not in found:
-            raise _damaged(path)(f"{key} is missing")
+            raise _make_stage_error(path)(f"{key} is missing")
         return found[key]
 
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
-        for old in self._checkpoints(phase)[:-CHECKPOINTS_KEPT]:
+        for old in self._list_checkpoints(phase)[:-CHECKPOINTS_KEPT]:
             if best is None or old.stem != _name(phase, best):
                 old.unlink()
 
-    def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
+    def read_checkpoint(self, phase: str, step: int) -> dict[str, Tensor]:
         """The stored state after ``step`` steps of a phase. Raises MptkError if the file is damaged."""
-        return _state(self.path / f"{_name(phase, step)}.safetensors")
+        return _read_state(self.path / f"{_name(phase, step)}.safetensors")
 
-    def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
+    def read_latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """The number of steps and the state of a phase's newest checkpoint, or None."""
-        found = self._checkpoints(phase)
+        found = self._list_checkpoints(phase)
         if not found:
             return None
-        return int(found[-1].stem.rpartition("-")[2]), _state(found[-1])
+        return int(found[-1].stem.rpartition("-")[2]), _read_state(found[-1])
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
         with (self.make() / METRICS).open("a") as file:
             file.write(
-                json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
+                format_json({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
 
-    def rewind(self, phase: str, step: int) -> None:
+    def drop_metrics(self, phase: str, step: int) -> None:
         """Drop the metrics that a resumed run will write again: the metrics of ``phase`` after ``step``."""
         path = self.path / METRICS
         if path.is_file():
-            rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
+            rows = [line for line in path.read_text().splitlines() if _is_earlier(line, phase, step)]
             write_text(path, "".join(row + "\n" for row in rows))
 
     def finish(self, folder: Path) -> None:
@@ -161,7 +161,7 @@ class RunFolder:
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
 
-    def _checkpoints(self, phase: str) -> list[Path]:
+    def _list_checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
@@ -171,17 +171,17 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     Raises:
         MptkError: as ``RunFolder``; or its settings are damaged.
     """
-    path = beside(out)
+    path = name_run_folder(out)
     file = path / SETTINGS
     check_run_folder(path, resume)
     if not any(path.glob("*.safetensors")):
         return False
-    before = json_object(file, _damaged(file)) if os.path.lexists(file) else None
-    if not resume and (before is None or _trains(before)):
+    before = read_json_object(file, _make_stage_error(file)) if os.path.lexists(file) else None
+    if not resume and (before is None or _has_training(before)):
         raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
-        before, given = before or {}, json.loads(json_text(settings))
-        if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
+        before, given = before or {}, json.loads(format_json(settings))
+        if GIVEN not in but and (others := name_differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
             raise MptkError(
                 f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
                 "started with, or remove it"
@@ -194,20 +194,20 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     return True
 
 
-def kept_settings(out: Path) -> Json:
+def read_kept_settings(out: Path) -> Json:
     """The settings of the unfinished run beside ``out``, which is resumed; empty if there is none.
 
     Raises:
         MptkError: they are damaged; or as ``check_run_folder``.
     """
-    path, file = beside(out), beside(out) / SETTINGS
+    path, file = name_run_folder(out), name_run_folder(out) / SETTINGS
     check_run_folder(path, resume=True)
-    return json_object(file, _damaged(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
+    return read_json_object(file, _make_stage_error(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
 
 
-def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
+def read_kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
-    return _tensors(beside(out), name)
+    return _read_tensors(name_run_folder(out), name)
 
 
 def check_run_folder(path: Path, resume: bool) -> None:
@@ -264,17 +264,17 @@ def remove_run_folder(path: Path) -> None:
             discard(path, RUN_MARK)
 
 
-def _tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
     path = folder / f"{name}.safetensors"
-    return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
+    return load_tensors(path, _make_stage_error(path)) if os.path.lexists(path) else None
 
 
-def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def keep_tensors(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
-    found = None if folder is None else folder.earlier(name)
+    found = None if folder is None else folder.read_earlier(name)
     if found is None:
         found = make()
-        if folder is not None and leads():
+        if folder is not None and is_leader():
             folder.save(name, found)
     return found
 
@@ -283,32 +283,32 @@ def _name(phase: str, step: int) -> str:
     return f"{phase}-{step:08d}"
 
 
-def beside(out: Path) -> Path:
+def name_run_folder(out: Path) -> Path:
     """The folder of an unfinished run with this output."""
     return out.with_name(out.name + ".run")
 
 
-def _damaged(file: Path) -> Damaged:
+def _make_stage_error(file: Path) -> Damaged:
     """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
-    return damaged(file, f"remove {what}, and start again with --resume")
+    return make_damage_error(file, f"remove {what}, and start again with --resume")
 
 
-def _state(file: Path) -> dict[str, Tensor]:
+def _read_state(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint. Raises MptkError if it is damaged."""
-    found = load_tensors(file, _damaged(file))
+    found = load_tensors(file, _make_stage_error(file))
     if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
-        raise _damaged(file)(f"{spoilt} is not a number")
+        raise _make_stage_error(file)(f"{spoilt} is not a number")
     return found
 
 
-def _trains(settings: Json) -> bool:
+def _has_training(settings: Json) -> bool:
     """Whether the settings of an unfinished run ask for training or a search, which take long."""
     learning = settings.get("learning")
     return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
 
 
-def _earlier(line: str, phase: str, step: int) -> bool:
+def _is_earlier(line: str, phase: str, step: int) -> bool:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:  # the run was stopped while it wrote

@@ -57,7 +57,7 @@ class Shape:
         """The predicted milliseconds or, without a prediction, the parameters."""
         return self.parameters if self.latency_ms is None else self.latency_ms
 
-    def beats(self, other: Shape) -> bool:
+    def is_better_than(self, other: Shape) -> bool:
         """Whether it reached the other's last stage, is neither dearer nor worse there, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
@@ -99,7 +99,7 @@ class Shapes:
     @property
     def front(self) -> tuple[Shape, ...]:
         """The Pareto front."""
-        return tuple(s for s in self.shapes if not any(other.beats(s) for other in self.shapes))
+        return tuple(s for s in self.shapes if not any(other.is_better_than(s) for other in self.shapes))
 
     def to_json(self) -> Json:
         """The JSON of ``mptk shapes --json``."""
@@ -108,11 +108,11 @@ class Shapes:
         return {"format": SHAPES_FORMAT, **asdict(self), "shapes": shapes}
 
 
-def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+def rank_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """Sort by the stage reached, the last stage first, then by loss."""
     return tuple(sorted(shapes, key=lambda shape: (-len(shape.rungs), shape.loss)))
 
 
-def bounded(loss: float) -> float:
+def limit_loss(loss: float) -> float:
     """A loss that can be compared and stored: one that is not finite counts as the worst."""
     return loss if math.isfinite(loss) else WORST

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config.choices import IN_MEMORY
 from mptk.config.settings import Settings
-from mptk.io.data import protocol_name
+from mptk.io.data import name_data
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.program import Program, ProgramModule
@@ -19,7 +19,7 @@ from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
-from passes.frontend.trace import Flat, OpenSizes, results, uncached, unwrapped
+from passes.frontend.trace import Flat, OpenSizes, find_cache_switch, pick_results, unwrap_module
 
 
 class Task(Protocol):
@@ -51,15 +51,15 @@ class Task(Protocol):
         """Raise MptkError if the model does not compute what its class promises. ``example``: it was traced with it."""
         return None
 
-    def example(self, model: nn.Module) -> Samples:
+    def make_example(self, model: nn.Module) -> Samples:
         """A few small samples to trace the model with. The model may have no weights."""
         ...
 
-    def examples(self, model: nn.Module) -> Sequence[Samples]:
+    def make_examples(self, model: nn.Module) -> Sequence[Samples]:
         """``example``, and one of each other kind of samples that data may give."""
-        return (self.example(model),)
+        return (self.make_example(model),)
 
-    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+    def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
         """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
         return Flat
 
@@ -79,7 +79,7 @@ class Task(Protocol):
         """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
         return {}
 
-    def only_length(self, program: Program) -> int | None:
+    def find_fixed_length(self, program: Program) -> int | None:
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""
         return program.length if self.sequences else None
 
@@ -101,13 +101,13 @@ class Task(Protocol):
 
     def named(self, model: nn.Module, data: str) -> str:
         """The name of ``data`` in the protocol of a measurement; ``data`` comes from the settings."""
-        return protocol_name(data)
+        return name_data(data)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """The loss of the model's ``output``, summed over all predictions of ``samples``."""
         ...
 
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """The function for gradients at the dense model; it differs from ``loss`` if the dense model minimises that."""
         return self.loss(output, samples)
 
@@ -117,15 +117,15 @@ class Task(Protocol):
 
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
         """What a module of the class gives for samples. It may be in wrappers. ``more``: further keywords."""
-        return module(**samples.inputs, **uncached(module), **more)
+        return module(**samples.inputs, **find_cache_switch(module), **more)
 
     def read(self, called: Any) -> Any:
         """The program's outputs in what ``call`` gave."""
-        return results(called)
+        return pick_results(called)
 
     def output(self, module: nn.Module, samples: Samples) -> Any:
         """The program's outputs, computed by a module of the class or of a program."""
-        if isinstance(unwrapped(module), ProgramModule):
+        if isinstance(unwrap_module(module), ProgramModule):
             return module(**samples.inputs)
         return self.read(self.call(module, samples))
 

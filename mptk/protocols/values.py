@@ -18,7 +18,7 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.progress import Progress, within
+from mptk.progress import Progress, enter_stage
 from mptk.protocols.run_folder import RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
@@ -45,7 +45,7 @@ class Context:
     def stage(self, name: str) -> Iterator[None]:
         """Announce and time a stage."""
         self.progress(name, 0, 0)
-        with self.log.stage(name), within(self.progress, name):
+        with self.log.stage(name), enter_stage(self.progress, name):
             yield
 
 
@@ -67,16 +67,16 @@ class SampleSets:
     @property
     def proof(self) -> Samples:
         """The proof's short batch."""
-        return short(self.calibration, self.sequences)
+        return shorten_samples(self.calibration, self.sequences)
 
 
-def short(samples: Samples, sequences: bool) -> Samples:
+def shorten_samples(samples: Samples, sequences: bool) -> Samples:
     """The proof's short batch of ``samples``, repeated if they are few. ``sequences``: as in their task."""
     count, length = PROOF_SHAPE
-    found = samples.shortened(count, length if sequences else sys.maxsize)
+    found = samples.shorten(count, length if sequences else sys.maxsize)
     if len(found) == count or samples.together is not None:
         return found
-    return Samples(found.repeated(count).inputs)[:count]
+    return Samples(found.repeat(count).inputs)[:count]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ class Extra:
     remove: Callable[[], None]
 
 
-def left_out(name: str, error: MptkError) -> str:
+def describe_left_out(name: str, error: MptkError) -> str:
     """The note on an optional file that could not be made or proven."""
     return f"{name} was left out: {str(error).partition('; ')[0]}"

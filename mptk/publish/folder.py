@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import check_text, claimed, fill_folder, put_folder, tidy, writing
+from mptk.files import check_text, claim_place, fill_folder, put_folder, tidy, writing
 from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
 
 NAMES_SHOWN = 5
@@ -26,7 +26,7 @@ def publish(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_replaceable(folder, overwrite)
-    with claimed(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, writing(folder, staging.path):
         yield staging.renew()
         staging.check()
         write_manifest(staging.folder)
@@ -43,7 +43,7 @@ def amend(folder: Path) -> Iterator[Path]:
     Raises:
         MptkError: as ``claimed``; or the folder cannot be written.
     """
-    with claimed(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, writing(folder, staging.path):
         fill_folder(staging.renew(), folder)
         yield staging.folder
         put_folder(staging, folder)

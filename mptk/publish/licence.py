@@ -17,7 +17,7 @@ _FIELDS = ("license", "license_name", "license_link", "language")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-]*")
 
 
-def stated(folder: Path) -> dict[str, object]:
+def read_licence(folder: Path) -> dict[str, object]:
     """The licence and the languages in the model card of ``folder``; empty if there is no card, or none says so."""
     try:
         said = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
@@ -26,7 +26,7 @@ def stated(folder: Path) -> dict[str, object]:
     return {name: said[name] for name in _FIELDS if _plain(said.get(name))}
 
 
-def as_fields(licence: str) -> dict[str, object]:
+def make_licence_fields(licence: str) -> dict[str, object]:
     """A licence in words, as the fields of a model card: an identifier such as Apache-2.0, or a name of its own."""
     if _IDENTIFIER.fullmatch(licence):
         return {"license": licence.lower()}
@@ -35,13 +35,13 @@ def as_fields(licence: str) -> dict[str, object]:
 
 def write_stub(folder: Path, licence: str) -> None:
     """A model card that says the licence and nothing else, for a checkpoint that comes without one."""
-    data = ModelCardData(**as_fields(licence))  # type: ignore[arg-type]
+    data = ModelCardData(**make_licence_fields(licence))  # type: ignore[arg-type]
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n", encoding="utf-8")
 
 
 def copy_notices(source: Path, folder: Path) -> None:
     """Copy the licence and notice files of a checkpoint, as they are."""
-    for file in notices(source):
+    for file in list_notices(source):
         shutil.copyfile(file, folder / file.name)
 
 
@@ -52,7 +52,7 @@ def copy_card(source: Path, folder: Path) -> None:
         shutil.copyfile(source / CARD, folder / CARD)
 
 
-def notices(folder: Path) -> Iterator[Path]:
+def list_notices(folder: Path) -> Iterator[Path]:
     """The licence and notice files of a checkpoint folder."""
     found = {file for pattern in NOTICES for file in folder.glob(pattern) if file.is_file()}
     yield from sorted(found)

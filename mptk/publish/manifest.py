@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_text
+from mptk.files import format_json, write_text
 from mptk.reading import read_json
 
 MARKER = "mptk.json"
@@ -29,7 +29,7 @@ SETTLED = 10**8
 _known: dict[tuple[int, ...], str] = {}
 
 
-def file_sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """SHA-256 of a file. A file that was not touched since is not read again by this process."""
     with path.open("rb") as file:
         key, began = file_identity(file.fileno()), time.time_ns()
@@ -41,10 +41,10 @@ def file_sha256(path: Path) -> str:
         return _known[key]
 
 
-def file_digests(paths: Iterable[Path]) -> list[str]:
-    """``file_sha256`` of each file, some at a time."""
+def compute_digests(paths: Iterable[Path]) -> list[str]:
+    """``hash_file`` of each file, some at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(file_sha256, paths))
+        return list(pool.map(hash_file, paths))
 
 
 def file_identity(file: int | Path) -> tuple[int, ...]:
@@ -56,28 +56,28 @@ def file_identity(file: int | Path) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
-def listed(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """All files of a folder except the manifest, sorted, with ``/`` between folders."""
     paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     return sorted(name for p in paths if (name := p.relative_to(folder).as_posix()) != MARKER)
 
 
-def weights_digest(folder: Path) -> str:
+def hash_weight_files(folder: Path) -> str:
     """SHA-256 of the folder's weight files, in the order of their names."""
-    digests = file_digests(sorted(folder.glob("*.safetensors")))
+    digests = compute_digests(sorted(folder.glob("*.safetensors")))
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
     """Write ``mptk.json`` for the files that are in the folder now."""
-    names = listed(folder)
-    _write(folder, dict(zip(names, file_digests(folder / name for name in names), strict=True)))
+    names = list_files(folder)
+    _write(folder, dict(zip(names, compute_digests(folder / name for name in names), strict=True)))
 
 
 def update_manifest(folder: Path, *names: str) -> None:
     """Add files to the manifest of a published folder, or update their entries. Other entries stay."""
     files = read_manifest(folder)
-    _write(folder, {**files, **{name: file_sha256(folder / name) for name in names}})
+    _write(folder, {**files, **{name: hash_file(folder / name) for name in names}})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_whole(folder: Path) -> None:
+def check_not_rung(folder: Path) -> None:
     """Raise MptkError if a folder holds only what one size of a ladder has of its own."""
     rungs = folder.absolute().parent
     if rungs.name == RUNGS and is_ours(rungs.parent):
@@ -102,14 +102,14 @@ def check_manifest(folder: Path) -> None:
 
     So it does if the folder's report names other weights: somebody wrote the manifest again after they were lost.
     """
-    check_whole(folder)
+    check_not_rung(folder)
     check_listed(folder, others=False)
     _check_weights(folder)
 
 
 def check_listed(folder: Path, *, others: bool = True) -> None:
     """As ``check_manifest``, of the files that the manifest lists. ``others``: a user may have put more beside them."""
-    files, there = read_manifest(folder), set(listed(folder))
+    files, there = read_manifest(folder), set(list_files(folder))
     if missing := files.keys() - there:  # so no name leads out of the folder
         raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
     if not others and (added := there - files.keys()):
@@ -126,7 +126,7 @@ def _check_weights(folder: Path) -> None:
         return
     report = read_json(folder / REPORT_FILE, MptkError)
     said = report.get("weights_sha256") if isinstance(report, dict) else None
-    if said is not None and said != weights_digest(folder):
+    if said is not None and said != hash_weight_files(folder):
         raise MptkError(
             f"weights_sha256 in {REPORT_FILE} is wrong: {folder} has other weights, or none; do not use it, and prune "
             "the model again"
@@ -140,7 +140,7 @@ def copy_listed(folder: Path, new: Path) -> None:
     for name in files:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, new / name)
-    copies = file_digests(new / name for name in files)
+    copies = compute_digests(new / name for name in files)
     if changed := next((name for name, copy in zip(files, copies, strict=True) if copy != files[name]), None):
         raise MptkError(f"{changed} in {folder} changed while it was copied; do not use it, write it again")
 
@@ -165,7 +165,7 @@ def edited(folder: Path) -> list[str]:
     """Files that the manifest of a published folder lists, and that were changed since."""
     files = read_manifest(folder)
     there = [name for name in sorted(files) if (folder / name).is_file()]
-    digests = file_digests(folder / name for name in there)
+    digests = compute_digests(folder / name for name in there)
     return [name for name, digest in zip(there, digests, strict=True) if digest != files[name]]
 
 
@@ -180,5 +180,5 @@ def is_ours(folder: Path) -> dict[str, object]:
 
 def _write(folder: Path, files: dict[str, str]) -> None:
     write_text(
-        folder / MARKER, json_text({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from mptk.arguments import checked
+from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
 from mptk.publish.manifest import check_manifest
 
 
-@checked
+@guard_arguments
 def push(
     folder: str | Path,
     repo: str,

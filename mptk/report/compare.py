@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mptk.files import json_text
+from mptk.files import format_json
 from mptk.report.runs import Run
-from mptk.report.view import plural
+from mptk.report.view import format_count
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class Comparable:
         return bool(self.first.report.quality["dense"] <= 1)
 
 
-def heading(number: int, group: Comparable) -> str:
+def name_group(number: int, group: Comparable) -> str:
     """The title of a group. ``number``: counts from 0, the group that the others are compared with."""
-    return f"{number + 1}. {group.first.report.quality['metric']} of {plural(len(group.runs), 'run')}"
+    return f"{number + 1}. {group.first.report.quality['metric']} of {format_count(len(group.runs), 'run')}"
 
 
-def grouped(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
+def group_runs(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
     """Groups of runs that may be compared, the largest first, and the runs without a measured quality."""
     measured = [run for run in runs if run.measured]
     groups: dict[str, list[Run]] = {}
     for run in measured:
-        groups.setdefault(json_text([text for _, text in terms(run)]), []).append(run)
+        groups.setdefault(format_json([text for _, text in list_terms(run)]), []).append(run)
     ordered = sorted(groups.values(), key=lambda group: -len(group))
-    found = [Comparable(tuple(group), difference(ordered[0][0], group[0])) for group in ordered]
+    found = [Comparable(tuple(group), describe_difference(ordered[0][0], group[0])) for group in ordered]
     return found, [run for run in runs if not run.measured]
 
 
-def terms(run: Run) -> list[tuple[str, object]]:
+def list_terms(run: Run) -> list[tuple[str, object]]:
     """All values that must be equal in two runs to compare their quality, each with a description."""
     report = run.report
     windows = report.data.get("evaluation", {}).get("inputs")
@@ -57,14 +57,14 @@ def terms(run: Run) -> list[tuple[str, object]]:
     ]
 
 
-def difference(one: Run, other: Run) -> str:
-    """The differences in ``terms``, in words; the last one only if nothing else differs."""
-    pairs = zip(terms(one), terms(other), strict=True)
+def describe_difference(one: Run, other: Run) -> str:
+    """The differences in ``list_terms``, in words; the last one only if nothing else differs."""
+    pairs = zip(list_terms(one), list_terms(other), strict=True)
     found = [name for (name, here), (_, there) in pairs if here != there]
-    return ", ".join(found[:-1] if len(found) > 1 and found[-1] == terms(one)[-1][0] else found)
+    return ", ".join(found[:-1] if len(found) > 1 and found[-1] == list_terms(one)[-1][0] else found)
 
 
-def front(group: Comparable) -> list[Run]:
+def find_front(group: Comparable) -> list[Run]:
     """The runs on the Pareto front of removed share and quality."""
     sign = -1 if group.rises else 1
     points = [(run.report.sparsity, sign * run.report.quality["pruned"]) for run in group.runs]

@@ -10,7 +10,7 @@ from mptk.report.view import Name, Table, View
 _ACTS = re.compile(r"([\\`*_{}\[\]<>#|~&!@]|(?<=www)\.|:(?=//))")
 
 
-def code(said: object) -> str:
+def format_code(said: object) -> str:
     """``said`` as a code span on one line, which cannot become markup or a link."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
     runs = [len(run) for run in re.findall(r"`+", line)]
@@ -19,26 +19,29 @@ def code(said: object) -> str:
     return f"{fence}{space}{line}{space}{fence}" if line else "–"
 
 
-def rendered(view: View) -> str:
+def render_markdown(view: View) -> str:
     """The sections in order, each with a heading if it has a title."""
-    return "\n\n".join(f"## {text(s.title)}\n\n{body(s.parts)}" if s.title else body(s.parts) for s in view.sections)
+    return "\n\n".join(
+        f"## {render_text(s.title)}\n\n{render_parts(s.parts)}" if s.title else render_parts(s.parts)
+        for s in view.sections
+    )
 
 
-def body(parts: Sequence[Table | str]) -> str:
+def render_parts(parts: Sequence[Table | str]) -> str:
     """Tables and paragraphs."""
-    return "\n\n".join(text(part) if isinstance(part, str) else _table(part) for part in parts)
+    return "\n\n".join(render_text(part) if isinstance(part, str) else _render_table(part) for part in parts)
 
 
-def text(said: str) -> str:
+def render_text(said: str) -> str:
     """``said`` on one line: a name as code, other text with escaped markup."""
-    return code(said) if isinstance(said, Name) else _ACTS.sub(r"\\\1", " ".join(said.split()))
+    return format_code(said) if isinstance(said, Name) else _ACTS.sub(r"\\\1", " ".join(said.split()))
 
 
-def _table(table: Table) -> str:
+def _render_table(table: Table) -> str:
     bars = ["---:" if align == "r" else "---" for align in table.align]
-    cells = ([_cell(cell) for cell in row] for row in table.rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (list(map(_cell, table.columns)), bars, *cells))
+    cells = ([_render_cell(cell) for cell in row] for row in table.rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(map(_render_cell, table.columns)), bars, *cells))
 
 
-def _cell(said: str) -> str:
-    return code(said).replace("|", "\\|") if isinstance(said, Name) else text(said)
+def _render_cell(said: str) -> str:
+    return format_code(said).replace("|", "\\|") if isinstance(said, Name) else render_text(said)

@@ -14,8 +14,8 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
 from mptk.protocols.report import REPORT_FILE, Report, Row
 from mptk.publish.manifest import RUNGS
-from mptk.reading import damaged, json_of, made, read_as, read_text
-from mptk.report.view import ranges
+from mptk.reading import make_damage_error, make_typed, parse_json, read_as, read_text
+from mptk.report.view import format_ranges
 
 _REMEDY = "remove that file, or prune again"
 
@@ -61,32 +61,32 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         MptkError: a folder is not a pruned folder, or one of its files is damaged.
     """
-    return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, name_folders(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
     report, plan = Report.read(folder), Plan.load(folder / "plan.json")
-    return Run(name, report, plan, read_bench(folder), _metrics(folder / "metrics.jsonl"))
+    return Run(name, report, plan, read_bench(folder), _read_metrics(folder / "metrics.jsonl"))
 
 
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
     file = folder / "bench.json"
-    return read_as(Bench, file, damaged(file, _REMEDY)) if os.path.lexists(file) else None
+    return read_as(Bench, file, make_damage_error(file, _REMEDY)) if os.path.lexists(file) else None
 
 
-def _metrics(file: Path) -> dict[str, list[Row]]:
+def _read_metrics(file: Path) -> dict[str, list[Row]]:
     """Phase of training → its steps. Raises MptkError if the file is damaged."""
     phases: dict[str, list[Row]] = {}
     if not os.path.lexists(file):
         return phases
-    wrong = damaged(file, _REMEDY)
+    wrong = make_damage_error(file, _REMEDY)
     for number, line in enumerate(read_text(file, wrong).splitlines(), 1):
         try:
             if line:
-                row = json_of(line, wrong)
-                phases.setdefault(made(MetricsLine, row)["phase"], []).append(row)
+                row = parse_json(line, wrong)
+                phases.setdefault(make_typed(MetricsLine, row)["phase"], []).append(row)
         except ValueError as error:
             raise wrong(f"line {number} is not a step of training ({error})") from error
     return phases
@@ -113,7 +113,7 @@ def with_rungs(folders: Sequence[Path]) -> list[Path]:
     return [rung for folder in folders for rung in rungs(folder)]
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
+def name_folders(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as distinguish them. A folder that is given twice has one name."""
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     for count in range(1, max((len(path.parts) for path in paths), default=1)):
@@ -123,7 +123,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def model_name(model: str) -> str:
+def name_model(model: str) -> str:
     """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
@@ -131,20 +131,20 @@ def model_name(model: str) -> str:
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
-def pruned_name(report: Report) -> str:
+def name_pruned(report: Report) -> str:
     """A name of the pruned model that says so."""
-    return f"{model_name(report.model)}, pruned by {report.sparsity:.0%}"
+    return f"{name_model(report.model)}, pruned by {report.sparsity:.0%}"
 
 
-def legal_widths(report: Report, family: str) -> str:
+def describe_legal(report: Report, family: str) -> str:
     """The widths of a family that the target can hold, in words."""
     if family not in report.legal:
         return "not recorded"
     widths = report.legal[family]["widths"]
-    return ranges(widths) if len(widths) > 1 else "none narrower"
+    return format_ranges(widths) if len(widths) > 1 else "none narrower"
 
 
-def whole(report: Report, family: str) -> str:
+def explain_uncut(report: Report, family: str) -> str:
     """The reason why a family was not cut, or not further."""
     settings, here = report.settings, report.families[family]
     legal = report.legal.get(family)

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from mptk.plain import plain
+from mptk.plain import escape_text
 
 
 class Name(str):
@@ -65,13 +65,13 @@ class View:
     title: str = ""
 
     def __rich__(self) -> RenderableType:
-        return rendered(self)
+        return render_view(self)
 
 
 # ---- figures and lists as people read them ----
 
 
-def figure(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     """A perplexity or another metric: two decimals, or four if it is at most 1. Null in JSON means infinity or NaN."""
     if value is None:
         return "not finite"
@@ -80,17 +80,17 @@ def figure(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
-def difference(value: float | None) -> str:
+def format_difference(value: float | None) -> str:
     """A difference or a tolerance: two digits and a power of ten."""
     return "not finite" if value is None else f"{value:.1e}" if value else "0"
 
 
-def megabytes(size: float) -> str:
+def format_megabytes(size: float) -> str:
     """Bytes as ``1,234 MB`` or ``0.2 MB``."""
     return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
-def large(value: float) -> str:
+def format_large(value: float) -> str:
     """``134.5 M``: three or four digits and a unit."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
@@ -98,12 +98,12 @@ def large(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def plural(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """``1 thread``, ``4 threads``."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def ranges(widths: Sequence[int]) -> str:
+def format_ranges(widths: Sequence[int]) -> str:
     """``32…1536 step 32`` if the widths are evenly spaced, else a list."""
     if len(widths) > 3:
         steps = {b - a for a, b in itertools.pairwise(widths)}
@@ -116,26 +116,26 @@ def ranges(widths: Sequence[int]) -> str:
 # ---- a view on a terminal ----
 
 
-def rendered(view: View) -> Group:
+def render_view(view: View) -> Group:
     """The sections in order, as tables and lines of text."""
-    title = [_text(view.title, "bold")] if view.title else []
-    return Group(*title, *(part for section in view.sections for part in _lines(section)))
+    title = [_make_text(view.title, "bold")] if view.title else []
+    return Group(*title, *(part for section in view.sections for part in _render_section(section)))
 
 
-def _lines(section: Section) -> list[RenderableType]:
-    title = [_text(section.title, "bold")] if section.title else []
-    return [*title, *(_text(part) if isinstance(part, str) else _table(part) for part in section.parts)]
+def _render_section(section: Section) -> list[RenderableType]:
+    title = [_make_text(section.title, "bold")] if section.title else []
+    return [*title, *(_make_text(part) if isinstance(part, str) else _draw_table(part) for part in section.parts)]
 
 
-def _table(table: Table) -> Drawn:
+def _draw_table(table: Table) -> Drawn:
     drawn = Drawn(show_header=any(table.columns))
     for column, align in zip(table.columns, table.align, strict=True):
-        drawn.add_column(_text(column), justify="right" if align == "r" else "left")
+        drawn.add_column(_make_text(column), justify="right" if align == "r" else "left")
     for number, row in enumerate(table.rows):
-        cells = (_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
+        cells = (_make_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
         drawn.add_row(*cells, end_section=number in table.ends)
     return drawn
 
 
-def _text(said: str, style: str = "") -> Text:
-    return Text(plain(said), style)  # before rich drops control characters
+def _make_text(said: str, style: str = "") -> Text:
+    return Text(escape_text(said), style)  # before rich drops control characters

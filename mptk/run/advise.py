@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mptk.config.recipe import command
+from mptk.config.recipe import format_command
 from mptk.config.settings import Settings
-from mptk.conversions import fitted
+from mptk.conversions import fit_conversions
 from mptk.files import write_json
-from mptk.methods.division.advice import advised
+from mptk.methods.division.advice import give_advice
 from mptk.methods.division.search import search_shapes
 from mptk.protocols.advice import Advice
 from mptk.protocols.shapes import Shapes
@@ -34,7 +34,7 @@ def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance:
     with keep_stages_on_failure(prepared, run):
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
-        found = advised(prepared, sets, texts, sparsities, tolerance, run)
+        found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
         run.remove_folder()
     return found, prepared.settings
 
@@ -51,9 +51,9 @@ def rank_shapes(model: Start, run: Run, asked: Settings, *, writes: bool) -> Sha
     with keep_stages_on_failure(prepared, run):
         sets, _ = read_samples(prepared, run, dense, measures=False)
         sets = add_dense_outputs(prepared, sets, run)
-        found = search_shapes(fitted(prepared, sets.calibration, run), sets, run)
+        found = search_shapes(fit_conversions(prepared, sets.calibration, run), sets, run)
         if isinstance(model, str):
-            found = replace(found, command=command(model, asked, found.best.widths))
+            found = replace(found, command=format_command(model, asked, found.best.widths))
         if writes:
             with publish(run.out, overwrite=run.settings.overwrite) as folder:
                 write_json(folder / SHAPES_FILE, found.to_json())

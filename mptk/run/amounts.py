@@ -5,8 +5,8 @@ from __future__ import annotations
 from mptk.config.settings import Settings
 from mptk.io import data
 from mptk.methods import find_method
-from mptk.methods.division.search import judged, searched
-from mptk.report.view import plural
+from mptk.methods.division.search import count_judged, count_searched
+from mptk.report.view import format_count
 
 TRAINED_PER_HELD_OUT = 8
 """Hold out at most one sample per this number of training samples."""
@@ -19,14 +19,14 @@ def count_samples(settings: Settings, *, own: bool = False) -> int:
     others. So `mptk shapes` and a run that searches and then trains have the same text.
     """
     s = settings
-    used = max(s.windows, searched(s), 0 if own else s.steps * s.learning.training.batch)
+    used = max(s.windows, count_searched(s), 0 if own else s.steps * s.learning.training.batch)
     return used + count_held_out(s, used)
 
 
 def count_held_out(settings: Settings, samples: int) -> int:
     """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
     count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
-    return max(count, judged(samples)) if settings.search else count
+    return max(count, count_judged(samples)) if settings.search else count
 
 
 def count_measured(settings: Settings, count: int) -> int:
@@ -47,9 +47,11 @@ def learns_masks(settings: Settings) -> bool:
 
 def say_numbers(settings: Settings) -> str:
     """The numbers of complete settings in words, and bfloat16 if they are computed in it."""
-    found = [plural(settings.steps, "training step")] if settings.steps else []
-    found += [plural(settings.windows, "calibration window")] if not settings.fixed else []
+    found = [format_count(settings.steps, "training step")] if settings.steps else []
+    found += [format_count(settings.windows, "calibration window")] if not settings.fixed else []
     found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
-    found += [f"{plural(settings.distil_epochs, 'epoch')} of local distillation"] if settings.distil_epochs else []
+    found += (
+        [f"{format_count(settings.distil_epochs, 'epoch')} of local distillation"] if settings.distil_epochs else []
+    )
     numbers = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
     return f"{numbers} in bfloat16" if numbers and settings.compute_dtype == "bfloat16" else numbers

@@ -13,17 +13,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mptk.compile.changes import COMPENSATION, stored_weights, widened
+from mptk.compile.changes import COMPENSATION, open_pruned_weights, widen_weights
 from mptk.config.recipe import RECIPE_FILE
 from mptk.errors import MptkError
 from mptk.io.untrusted import load_tensors
-from mptk.ir.resolved_plan import renumbering
+from mptk.ir.resolved_plan import build_renumbering
 from mptk.ir.weights import Weights
-from mptk.proof.claims import proof_samples
+from mptk.proof.claims import read_proof_samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import publish
-from mptk.reading import damaged
+from mptk.reading import make_damage_error
 from mptk.run.describe import measure, publish_report
 from mptk.run.prepare import prepare
 from mptk.run.prune import Result, cut, keep_stages_on_failure, prove, write_report, write_targets
@@ -60,8 +60,8 @@ class ChangedWeights(PrunedFolder):
         stored = self._read_stored(prepared)
         named = {*self.report.trained}
         if (biases := self.folder / COMPENSATION).is_file():  # the method changed these, too
-            named |= load_tensors(biases, damaged(biases)).keys()
-        new, found = renumbering(analysis, cut).new, dict[str, Tensor]()
+            named |= load_tensors(biases, make_damage_error(biases)).keys()
+        new, found = build_renumbering(analysis, cut).new, dict[str, Tensor]()
         for name in analysis.weights:
             there = new(name)
             if name not in analysis.program.state or there is None or there not in self.weights:
@@ -69,10 +69,10 @@ class ChangedWeights(PrunedFolder):
             weight = self.weights[there]
             if name in named or there not in stored or not stored[there].to(weight.dtype).equal(weight):
                 found[name] = weight
-        return Chosen(prepared.plan, cut, widened(analysis, cut, Weights(found)), tuple(found))
+        return Chosen(prepared.plan, cut, widen_weights(analysis, cut, Weights(found)), tuple(found))
 
     def _read_stored(self, prepared: Prepared) -> Weights:
-        return stored_weights(self.folder, prepared.loaded.trust)
+        return open_pruned_weights(self.folder, prepared.loaded.trust)
 
     def check_adopted(self, compiled: Compiled) -> None:
         """Raise MptkError if the cut model would not have these weights, for example a norm's that the cut scales."""
@@ -97,7 +97,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
     with keep_stages_on_failure(prepared, run):
         sets = changed.sets
         if sets is None:
-            samples, _ = proof_samples(changed.folder, prepared.task.examples(prepared.loaded.model))
+            samples, _ = read_proof_samples(changed.folder, prepared.task.make_examples(prepared.loaded.model))
             sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
         compiled, checked = cut(changed, prepared, sets, run)
         changed.check_adopted(compiled)

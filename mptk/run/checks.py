@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from mptk.config.choices import FREE, IN_MEMORY, UNIFORM
 from mptk.config.settings import Settings
-from mptk.conversions import wanted
+from mptk.conversions import find_conversions
 from mptk.cost.budgets import LATENCY
-from mptk.distributed.processes import processes, shards
+from mptk.distributed.processes import connect_processes, has_shards
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir.consumers import check_engines
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
-from mptk.methods.division.search import rungs
+from mptk.methods.division.search import plan_search_rungs
 from mptk.protocols.chain import Target
-from mptk.targets import find_target, targets
+from mptk.targets import find_target, list_targets
 
 
 def read_plan(settings: Settings) -> Plan | None:
@@ -37,12 +37,12 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
         method.check(settings)
         if settings.layers != UNIFORM:
             check_divides(settings, f"--layers {settings.layers}")
-    wanted(settings, plan, texts)
+    find_conversions(settings, plan, texts)
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.search:
-        rungs(settings, settings.search_finalists)
-        if processes().num_processes > 1:
+        plan_search_rungs(settings, settings.search_finalists)
+        if connect_processes().num_processes > 1:
             raise MptkError(
                 "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
             )
@@ -55,7 +55,7 @@ def check_graph_training(settings: Settings) -> None:
         raise MptkError("--rank: LoRA needs the layers of a class; leave it out to train all weights")
     if learning.gradient_checkpointing:
         raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
-    if shards():
+    if has_shards():
         raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
 
 
@@ -74,7 +74,7 @@ def check_divides(settings: Settings, asked: str) -> None:
 def check_ragged(target: Target, asked: str) -> None:
     """Raise MptkError, which names the targets that can, unless layers may have different widths in ``target``."""
     if not target.ragged:
-        able = " or ".join(f"--target {each.name}" for each in targets().values() if each.ragged)
+        able = " or ".join(f"--target {each.name}" for each in list_targets().values() if each.ragged)
         raise MptkError(
             f"{asked}: a {target.name} checkpoint has one width for all layers; use {able}, from which `mptk gguf` "
             "makes a file for llama.cpp if the model is a LLaMA"

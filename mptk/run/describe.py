@@ -14,25 +14,25 @@ from torch import Tensor
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.io import data
-from mptk.io.dense import absolute
+from mptk.io.dense import resolve_model_name
 from mptk.io.tensors import write_weights
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.progress import Count
-from mptk.proof.claims import costs, widths
+from mptk.proof.claims import compute_costs, compute_widths
 from mptk.protocols.chain import Compiled, Proven
 from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.origin import named
+from mptk.protocols.origin import list_sources
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
-from mptk.publish.manifest import listed, update_manifest, weights_digest
+from mptk.publish.manifest import hash_weight_files, list_files, update_manifest
 from mptk.reading import Json
 from mptk.report.card import write_card
-from mptk.targets.stock_config import config_changes
+from mptk.targets.stock_config import find_config_changes
 from mptk.version import __version__
-from passes.targets.onnx.names import ONNX_FOLDER, bytes_of, quantized, quantized_files
+from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quantized_files, name_quantized_file
 
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
@@ -45,28 +45,28 @@ def describe(
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
     rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.row())}
-    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
+    figures = compute_costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
-        model=absolute(prepared.source),
+        model=resolve_model_name(prepared.source),
         model_sha256=prepared.origin.model,
         live=prepared.loaded.live,
         settings=replace(prepared.settings, trust_remote_code=False),  # a word of this call, not of the result
-        families=widths(prepared.analysis, chosen.plan),
+        families=compute_widths(prepared.analysis, chosen.plan),
         sparsity=1 - figures["pruned"]["block"] / prepared.cost.dense.block,
         cost=figures,
         splits=chosen.losses,
         trained=chosen.trained,
-        weights_sha256=weights_digest(folder),
+        weights_sha256=hash_weight_files(folder),
         quality={},
         quantized=graph_sizes(folder / ONNX_FOLDER, prepared.task.onnx),
-        proof=[d.as_dict() for d in proven.differences],
+        proof=[d.to_dict() for d in proven.differences],
         proof_length=proven.length,
-        config_changes={} if compiled.written is None else config_changes(compiled.written, folder),
+        config_changes={} if compiled.written is None else find_config_changes(compiled.written, folder),
         plan_sha256=chosen.plan.digest,
         notes=[note for note in notes if note],
-        stages=context.log.as_list(),
-        files=sorted([*listed(folder), REPORT_FILE, CARD]),
+        stages=context.log.to_list(),
+        files=sorted([*list_files(folder), REPORT_FILE, CARD]),
         task=prepared.task.name,
         legal={
             name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name) or prepared.legal.left.get(name)}
@@ -90,11 +90,11 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
         ("evaluation", sets.evaluation, sets.source),
     ):
         if samples is not None:
-            inputs = {n: {"shape": list(x.shape), "sha256": data.digest(x)} for n, x in samples.inputs.items()}
+            inputs = {n: {"shape": list(x.shape), "sha256": data.hash_windows(x)} for n, x in samples.inputs.items()}
             found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
             if name != "evaluation":
                 found[name]["seed"] = settings.seed
-    return {**found, "files": data.file_digests(*named(settings))}
+    return {**found, "files": data.hash_text_files(*list_sources(settings))}
 
 
 def work(settings: Settings) -> dict[str, Pass]:
@@ -127,7 +127,7 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
         scheme: {**row, "quality": quality.pop(scheme)} if scheme in quality else row
         for scheme, row in report.quantized.items()
     }
-    report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
+    report = replace(report, quality=quality, quantized=quantized, stages=context.log.to_list())
     publish_report(report, compiled, folder)
     return report
 
@@ -144,6 +144,6 @@ def graph_sizes(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str 
     """Scheme → the file of its main graph in the checkpoint, and the bytes of all its graphs."""
     main = "" if form is None else form.graphs[0]
     return {
-        scheme: {"file": f"{folder.name}/{quantized(Path(main), scheme)}", "bytes": bytes_of(files)}
-        for scheme, files in quantized_files(folder).items()
+        scheme: {"file": f"{folder.name}/{name_quantized_file(Path(main), scheme)}", "bytes": count_graph_bytes(files)}
+        for scheme, files in list_quantized_files(folder).items()
     }

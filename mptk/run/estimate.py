@@ -11,28 +11,28 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from mptk.compat.transformers import config_field
+from mptk.compat.transformers import find_config_field
 from mptk.config.settings import Settings
-from mptk.conversions import dense_models
-from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, estimate, size_text, this_machine, total
-from mptk.distributed.processes import blocks
+from mptk.conversions import count_dense_models
+from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, describe_size, estimate, measure_machine, sum_estimates
+from mptk.distributed.processes import find_module_blocks
 from mptk.errors import MptkError
-from mptk.files import path_of
+from mptk.files import expand_path
 from mptk.io import models
-from mptk.io.checkpoint import stored_dtype
-from mptk.io.resident import free_memory, memory_bound
-from mptk.io.text.sampled import rows_at_once
+from mptk.io.checkpoint import find_stored_dtype
+from mptk.io.resident import choose_memory_bound, measure_free_memory
+from mptk.io.text.sampled import count_rows_at_once
 from mptk.methods import distil, find_method, reconstruct
 from mptk.methods.division import advice, search
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
-from mptk.protocols.chain import reconstructs
-from mptk.protocols.execution import device_memory, find_device
+from mptk.protocols.chain import should_reconstruct
+from mptk.protocols.execution import find_device, measure_device_memory
 from mptk.run import describe
 from mptk.run.amounts import count_written, learns_masks, say_numbers
 from mptk.trust import Trust
-from passes.analysis.borders import MARGIN, config_borders
+from passes.analysis.borders import MARGIN, find_config_borders
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 """Bytes of a number in an ONNX graph."""
@@ -58,22 +58,22 @@ class Estimator:
         """What a run with complete settings needs."""
         if self.sparsities:
             each = replace(self, sparsities=())
-            return total([each.estimate(replace(settings, sparsity=sparsity)) for sparsity in self.sparsities])
+            return sum_estimates([each.estimate(replace(settings, sparsity=sparsity)) for sparsity in self.sparsities])
         config = self.model.config.get_text_config()
         stored = self.stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
         names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
-        heads, vocab, experts = (_number(config_field(config, name)) for name in names)
-        parts = blocks(self.model)
+        heads, vocab, experts = (_number(find_config_field(config, name)) for name in names)
+        parts = find_module_blocks(self.model)
         sizes = ModelSizes.of(self.model, parts, stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
-        borders = [b for b in config_borders(self.model.config.to_dict()) if b + MARGIN <= settings.proof_length]
+        borders = [b for b in find_config_borders(self.model.config.to_dict()) if b + MARGIN <= settings.proof_length]
         device = find_device(settings.device)
-        rates = this_machine(device, getattr(torch, settings.compute_dtype))
+        rates = measure_machine(device, getattr(torch, settings.compute_dtype))
         if self.cuts:
-            work, does = advice_work(settings, sizes, self.cuts, self.texts), advice.said(settings)
+            work, does = advice_work(settings, sizes, self.cuts, self.texts), advice.describe_advice_size(settings)
         else:
             work, does = work_of(settings, sizes, bool(borders), self.kept), say_numbers(settings)
         where = "" if device.type == "cpu" else str(device)
-        return replace(estimate(sizes, work, rates, memory_bound(settings.memory), where), does=does)
+        return replace(estimate(sizes, work, rates, choose_memory_bound(settings.memory), where), does=does)
 
 
 def read_estimator(model: str, trust: Trust) -> Estimator:
@@ -82,10 +82,10 @@ def read_estimator(model: str, trust: Trust) -> Estimator:
     Raises:
         MptkError: there is no such model.
     """
-    skeleton = models.skeleton(model, trust=trust)
-    folder = path_of(model)
+    skeleton = models.build_skeleton(model, trust=trust)
+    folder = expand_path(model)
     if any(folder.glob("*.safetensors")):
-        return Estimator(skeleton, stored_dtype(folder))
+        return Estimator(skeleton, find_stored_dtype(folder))
     dtype = models.load_config(model, trust=trust).dtype
     return Estimator(skeleton, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
@@ -102,13 +102,18 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
     plan keeps.
     """
     method = find_method(settings.method)
-    s = replace(settings, reconstruct=reconstructs(settings, method))
+    s = replace(settings, reconstruct=should_reconstruct(settings, method))
     if not s.fixed:
         kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
     passes = _data(s) | ({} if s.fixed else dict(method.work(s)))
-    for stage in (learner.work, search.work, reconstruct.work, distil.work):
+    for stage in (
+        learner.estimate_training,
+        search.estimate_search,
+        reconstruct.estimate_reconstruction,
+        distil.estimate_distillation,
+    ):
         passes |= stage(s, sizes, kept)
-    passes |= proof.work(s, long_proof) | describe.work(s)
+    passes |= proof.estimate_proof(s, long_proof) | describe.work(s)
     return Work(
         kept=kept,
         passes=passes,
@@ -116,29 +121,29 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         evaluated=max(COMPARED_TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        models=dense_models(s) if learns_masks(s) else 1,
+        models=count_dense_models(s) if learns_masks(s) else 1,
     )
 
 
 def advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> Work:
     """The work of an advice."""
     s = settings
-    passes = {**_data(s), **find_method(s.method).work(s), **advice.work(s, sizes, cuts, texts)}
+    passes = {**_data(s), **find_method(s.method).work(s), **advice.estimate_advice(s, sizes, cuts, texts)}
     return Work(1.0, passes, calibration=s.windows * s.length, evaluated=s.length, length=s.length)
 
 
 def _data(settings: Settings) -> dict[str, Pass]:
     """The work of generating text with the model: it reads its weights once for every token of a batch of windows."""
     s, count = settings, count_written(settings)
-    reads = s.length * -(-count // rows_at_once(s.length))
+    reads = s.length * -(-count // count_rows_at_once(s.length))
     return {"calibration data": Pass(2 * count * s.length, s.length, reads)} if count else {}
 
 
 def check_fits(found: Estimate, out: Path) -> None:
     """Raise MptkError if memory or disk are too small for a run; the message says what would make it fit."""
-    _check_memory(found.needed, "memory", free_memory(), "")
+    _check_memory(found.needed, "memory", measure_free_memory(), "")
     if found.device:
-        room = device_memory(torch.device(found.device))
+        room = measure_device_memory(torch.device(found.device))
         _check_memory(found.there, f"memory on {found.device}", room, ", or --device cpu")
     no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
     for what, place, parts, remedy in (
@@ -152,7 +157,9 @@ def check_fits(found: Estimate, out: Path) -> None:
     ):
         needed, room = sum(parts.values()), shutil.disk_usage(place).free
         if needed > room:
-            raise MptkError(f"{what} {size_text(needed)} of disk and {place} has {size_text(room)} free; {remedy}")
+            raise MptkError(
+                f"{what} {describe_size(needed)} of disk and {place} has {describe_size(room)} free; {remedy}"
+            )
 
 
 def _check_memory(parts: Mapping[str, float], what: str, free: float | None, more: str) -> None:
@@ -161,8 +168,8 @@ def _check_memory(parts: Mapping[str, float], what: str, free: float | None, mor
     if free is not None and least > free:
         most = max(parts, key=lambda name: parts[name])
         raise MptkError(
-            f"the run needs at least {size_text(least)} of {what} ({size_text(parts[most])} of it: {most}), and "
-            f"{size_text(free)} is free; {REMEDIES[most]}{more}"
+            f"the run needs at least {describe_size(least)} of {what} ({describe_size(parts[most])} of it: {most}), and "
+            f"{describe_size(free)} is free; {REMEDIES[most]}{more}"
         )
 
 

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 from mptk.config.choices import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.io import data as text
-from mptk.io.data import check_positions, positions_of
+from mptk.io.data import check_positions, find_position_limit
 from mptk.io.models import Loaded
-from mptk.io.text.rows import row_texts
+from mptk.io.text.rows import read_row_texts
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
 from mptk.run.amounts import count_samples
 from mptk.run.inputs import Data, Inputs, is_in_memory
-from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
-from mptk.tasks.inputs.text import fitting
-from mptk.tasks.module import named_inputs
-from passes.check_cut import table_size
+from mptk.tasks.inputs.base import check_dimensions, make_missing_error, order_samples
+from mptk.tasks.inputs.text import limit_length
+from mptk.tasks.module import name_inputs
+from passes.check_cut import find_table_size
 
 _NOTHING = object()
 
@@ -70,13 +70,13 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     Raises:
         MptkError: they are not of this model's kind, or there are none.
     """
-    like = task.example(loaded.model).inputs
+    like = task.make_example(loaded.model).inputs
     names = list(like)
     if isinstance(data, Samples):
-        named_inputs(names, data.inputs)
-        return ordered(data, like)[:count]
+        name_inputs(names, data.inputs)
+        return order_samples(data, like)[:count]
     if isinstance(data, Tensor | Mapping):
-        inputs = named_inputs(names, data, like)
+        inputs = name_inputs(names, data, like)
     else:
         each = _iterated(data)
         if (first := next(each, _NOTHING)) is _NOTHING:
@@ -88,22 +88,22 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
         else:
             inputs = {"input_ids": _windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))}
     if inputs.keys().isdisjoint(like):
-        raise lacking(names[0], like)
+        raise make_missing_error(names[0], like)
     check_dimensions(inputs, like)
     if (ids := inputs.get("input_ids")) is not None and isinstance(loaded.model, PreTrainedModel) and is_tokens(ids):
-        check_positions(positions_of(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
+        check_positions(find_position_limit(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
     try:
         made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
     except KeyError as error:
-        raise lacking(error.args[0], like) from error
-    return ordered(made, like)
+        raise make_missing_error(error.args[0], like) from error
+    return order_samples(made, like)
 
 
 def check_fits(samples: Samples | None, program: Program) -> None:
     """Raise MptkError if samples in memory do not fit this program: their type differs, or token ids are too large."""
     if samples is None:
         return
-    nodes = {node.name: node for node in program.placeholders()}
+    nodes = {node.name: node for node in program.list_placeholders()}
     for (name, tensor), given_name in zip(samples.inputs.items(), program.user_inputs, strict=True):
         node = nodes[given_name]
         like = node.meta["val"]
@@ -111,7 +111,7 @@ def check_fits(samples: Samples | None, program: Program) -> None:
             raise MptkError(
                 f"{name} in data has type {tensor.dtype}, but the model was traced for {like.dtype}; convert it"
             )
-        table = None if tensor.is_floating_point() else table_size(node)
+        table = None if tensor.is_floating_point() else find_table_size(node)
         if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
             raise MptkError(
                 f"{name} in data has ids from {int(tensor.min())} to {int(tensor.max())}, and the model's table has "
@@ -137,7 +137,7 @@ def _texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loade
         return _only_strings(each)
     reads = loaded.tokenizer is not None and "input_ids" in like
     if reads and isinstance(first, Mapping) and _is_row(first) and like.keys().isdisjoint(first):
-        return row_texts(each, "data", None, loaded.tokenizer)
+        return read_row_texts(each, "data", None, loaded.tokenizer)
     return None
 
 
@@ -152,7 +152,7 @@ def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed
     """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
-    return text.token_windows(texts, loaded.tokenizer, fitting(loaded, length), count, seed, whole=whole)
+    return text.make_token_windows(texts, loaded.tokenizer, limit_length(loaded, length), count, seed, whole=whole)
 
 
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
         for batch in islice(batches, count):
             one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
             one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
-            inputs = named_inputs(names, one, like)
+            inputs = name_inputs(names, one, like)
             inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
             for name, tensor in inputs.items():
                 parts.setdefault(name, []).append(tensor)

@@ -12,27 +12,27 @@ from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 
-from mptk.compat.accelerate import own_state
+from mptk.compat.accelerate import separate_state
 from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
 from mptk.config.setting import to_json, with_keywords
 from mptk.config.settings import Settings
-from mptk.distributed.processes import leads, once
+from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import MptkError
-from mptk.files import check_scratch, claimed
+from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
 from mptk.io.cache import tidy_shared
 from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.ir.passes import Log
-from mptk.progress import silent
-from mptk.protocols.execution import execution
+from mptk.progress import show_nothing
+from mptk.protocols.execution import build_executor
 from mptk.protocols.report import Report
 from mptk.protocols.run_folder import (
     GIVEN,
-    beside,
     check_run_folder,
     check_unfinished,
-    kept_settings,
     make_run_folder,
+    name_run_folder,
+    read_kept_settings,
     remove_run_folder,
 )
 from mptk.protocols.values import Context
@@ -114,11 +114,11 @@ def open_ladder(
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
     with at_work(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
-        settings = once(lambda: complete_ladder(model, asked, sparsities, places))
-        resident, executor = execution(settings)
+        settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
+        resident, executor = build_executor(settings)
         each = Run(
             log=context.log,
-            progress=context.progress if leads() else silent,
+            progress=context.progress if is_leader() else show_nothing,
             source=source,
             out=out,
             settings=settings,
@@ -151,9 +151,9 @@ def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: s
             check_scratch()
             tidy_shared()
             for place in (out, *places):
-                stack.enter_context(claimed(place))
+                stack.enter_context(claim_place(place))
 
-        once(lock)
+        run_once(lock)
         yield
 
 
@@ -173,7 +173,7 @@ def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -
     """The runs of the rungs. ``each``: what they have in common; its output is the ladder's."""
     settings = each.settings
     if settings.learning.teacher == "cached" and settings.learning.teacher_cache is None:
-        settings = with_keywords(settings, {"teacher_cache": str(beside(each.out) / TEACHER)})
+        settings = with_keywords(settings, {"teacher_cache": str(name_run_folder(each.out) / TEACHER)})
     own = list_settings(settings, sparsities, places)
     return [each.at(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
 
@@ -195,13 +195,13 @@ def selects_windows(settings: Settings) -> bool:
 
 def read_earlier(place: Path) -> Mapping[str, object]:
     """The settings of a rung that was begun or finished; empty if there is none."""
-    kept = kept_settings(place)
+    kept = read_kept_settings(place)
     return kept if kept or not (place / MARKER).is_file() else to_json(Report.read(place).settings)
 
 
 def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
     """Run the rungs in order, and yield each with its result; None if an earlier run finished it."""
-    done = once(lambda: count_finished(rungs))
+    done = run_once(lambda: count_finished(rungs))
     for rung in rungs[:done]:
         yield rung, None
     left, dense = rungs[done:], None
@@ -209,7 +209,7 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
         for rung in left:
             rung.progress(f"sparsity {rung.out.name}", 0, 0)
             log = Log(on_record=rung.log.on_record)
-            with own_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
+            with separate_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
                 result = prune(model, replace(rung, log=log), dense)
             dense = result.dense
             yield rung, result
@@ -222,8 +222,8 @@ def keep_teacher(out: Path, left: Sequence[Run]) -> Iterator[None]:
     Raises:
         MptkError: something that is not mptk's has its name.
     """
-    place = beside(out)
-    shares = bool(left) and left[0].settings.learning.teacher_cache == str(place / TEACHER) and leads()
+    place = name_run_folder(out)
+    shares = bool(left) and left[0].settings.learning.teacher_cache == str(place / TEACHER) and is_leader()
     if shares:
         check_run_folder(place, left[0].settings.resume)
         make_run_folder(place)
@@ -251,7 +251,7 @@ def is_finished(rung: Run) -> bool:
     Raises:
         MptkError: its folder was changed, or made from another model or with other settings.
     """
-    if not rung.settings.resume or kept_settings(rung.out) or not (rung.out / MARKER).is_file():
+    if not rung.settings.resume or read_kept_settings(rung.out) or not (rung.out / MARKER).is_file():
         return False
     report = Report.read(rung.out)
     check_manifest(rung.out)

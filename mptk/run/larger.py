@@ -13,18 +13,18 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from mptk.compile.changes import changes_of, without
+from mptk.compile.changes import find_changes, without
 from mptk.config.settings import Settings
 from mptk.distributed.processes import holds
 from mptk.errors import MptkError
-from mptk.files import json_text, path_of
-from mptk.io.live import without_weights
+from mptk.files import expand_path, format_json
+from mptk.io.live import copy_without_weights
 from mptk.ir.families import Analysis, Depth
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import Cut, kept_units, resolve_plan
+from mptk.ir.resolved_plan import Cut, collect_kept_units, resolve_plan
 from mptk.ir.weights import Weights
 from mptk.methods.division.budget import find_widths
-from mptk.proof.verification import plan_of
+from mptk.proof.verification import read_folder_plan
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.origin import Origin
@@ -32,7 +32,7 @@ from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.targets.stock_config import check_code
 from passes.targets.legalize import Candidate
-from passes.transforms.insert_masks import disturbed
+from passes.transforms.insert_masks import find_disturbance
 
 
 def read_larger(
@@ -48,12 +48,14 @@ def read_larger(
     """
     if settings.larger is None or settings.fixed:
         return None
-    folder, analysis = path_of(settings.larger), model.analysis
-    report, plan = Report.read(folder), plan_of(folder)
+    folder, analysis = expand_path(settings.larger), model.analysis
+    report, plan = Report.read(folder), read_folder_plan(folder)
     check_manifest(folder)
     if report.model_sha256 != origin.model:
         raise MptkError(f"{folder} was not pruned from this model; give a folder that was, or leave out --larger")
-    if json_text(plan.conversions, sort_keys=True) != json_text({c.name: c.entry for c in conversions}, sort_keys=True):
+    if format_json(plan.conversions, sort_keys=True) != format_json(
+        {c.name: c.entry for c in conversions}, sort_keys=True
+    ):
         raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
     if plan.divided:
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
@@ -61,7 +63,7 @@ def read_larger(
         raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
-    changes = changes_of(analysis, cut, folder, report, settings.trust) if holds() else {}
+    changes = find_changes(analysis, cut, folder, report, settings.trust) if holds() else {}
     return Chosen(plan, cut, changes, tuple(report.trained))
 
 
@@ -73,7 +75,7 @@ def find_refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     for name in families:
         if isinstance(analysis.family(name), Depth):
             return f"{name} removes whole blocks"
-        if disturbed(analysis, name) is not None:
+        if find_disturbance(analysis, name) is not None:
             return f"zeros in the place of {name} would disturb a norm, a softmax or a top-k"
     return None
 
@@ -113,8 +115,8 @@ def take_larger(prepared: Prepared) -> Prepared:
     if start is None:
         return prepared
     changed = analysis.with_weights(start.changes)
-    weights = Weights(start.changes).updated(without(changed, start.cut))
-    bare: PreTrainedModel = without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
+    weights = Weights(start.changes).with_entries(without(changed, start.cut))
+    bare: PreTrainedModel = copy_without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
     model = replace(loaded, model=bare).changed(weights, analysis.program.aliases)
     dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
     fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
@@ -130,13 +132,13 @@ def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:
     if (start := prepared.start) is None:
         return chosen
     folder, plan = prepared.settings.larger or "the next larger size", chosen.plan
-    kept = kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
+    kept = collect_kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
     for name, units in prepared.stays.items():
         if name not in kept or (kept[name] & ~units).any():
             raise MptkError(
                 f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method"
             )
-    changes = Weights(start.changes).updated(chosen.changes)
+    changes = Weights(start.changes).with_entries(chosen.changes)
     trained = tuple(changes) if start.trained or chosen.trained else ()
     note = f"cut further from {folder}, with whose weights the run began"
     return replace(chosen, changes=changes, trained=trained, notes=(*chosen.notes, note))

@@ -16,14 +16,14 @@ from mptk.config.choices import SAMPLES, TRIAL_TOKENS
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
-from mptk.conversions import fits
-from mptk.cost.estimate import Estimate, duration, this_machine
+from mptk.conversions import needs_fit
+from mptk.cost.estimate import Estimate, describe_duration, measure_machine
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
-from mptk.methods.division.search import least_tokens
-from mptk.protocols.chain import reconstructs
+from mptk.methods.division.search import count_least_tokens
+from mptk.protocols.chain import should_reconstruct
 from mptk.protocols.execution import find_device
 from mptk.protocols.values import PROOF_SHAPE
 from mptk.run.amounts import learns_masks, say_numbers
@@ -118,7 +118,7 @@ def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None
 def count_calibration(settings: Settings, plan: Plan | None) -> int:
     """The number of calibration windows without minutes. A run that only cuts needs the proof's three."""
     s = settings
-    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.quantize or fits(s, plan)
+    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.quantize or needs_fit(s, plan)
     return SAMPLES if used else PROOF_SHAPE[0]
 
 
@@ -129,7 +129,7 @@ def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
     numbers |= {"samples": settings.samples}
     numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
     found = [name for name, number in numbers.items() if number is None]
-    distils = trains and not settings.shared and reconstructs(settings, find_method(settings.method))
+    distils = trains and not settings.shared and should_reconstruct(settings, find_method(settings.method))
     return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
 
 
@@ -173,7 +173,7 @@ def fit_in_minutes(
 
 def half_is_faster(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 ``FASTER`` times as fast as float32."""
-    return this_machine(device, torch.bfloat16).speedup >= FASTER
+    return measure_machine(device, torch.bfloat16).speedup >= FASTER
 
 
 def choose_amounts(settings: Settings, steps: int) -> dict[str, int]:
@@ -181,7 +181,7 @@ def choose_amounts(settings: Settings, steps: int) -> dict[str, int]:
     tokens = steps * settings.learning.training.batch * settings.length
     each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
     samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
-    trials = max(tokens // TRIALS, least_tokens(settings))
+    trials = max(tokens // TRIALS, count_least_tokens(settings))
     return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": 0}
 
 
@@ -192,8 +192,8 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
     less = "fewer --steps" if least.steps else "fewer --samples"
     less = "a one-shot --method, as wanda" if learns_masks(least) else less
     return (
-        f"--minutes {least.minutes:g} is too short: {say_numbers(least)} take about {duration(total)}, of which "
-        f"{duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
+        f"--minutes {least.minutes:g} is too short: {say_numbers(least)} take about {describe_duration(total)}, of which "
+        f"{describe_duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
         f"{SHORTER.get(longest, less)}"
     )
 

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.live import name_of, open_live, unwrapped
+from mptk.io.live import name_live_model, open_live, unwrap_parallel
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.ir.samples import Samples
 from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.task import Task
 from mptk.run.inputs import Inputs
-from mptk.tasks import open_task, task_of
-from mptk.tasks.module import Module, example_samples, read_inputs
+from mptk.tasks import bind_task, open_task
+from mptk.tasks.module import Module, make_example_samples, read_inputs
 from mptk.trust import Trust
 
 Model = str | Path | nn.Module
@@ -83,7 +83,7 @@ def take_model(model: Model, settings: Settings, inputs: Inputs) -> tuple[str | 
 
 def name_model(model: Model) -> str:
     """The name of a model: as the user gave it, or of its class and config."""
-    return name_of(unwrapped(model)) if isinstance(model, nn.Module) else str(model)
+    return name_live_model(unwrap_parallel(model)) if isinstance(model, nn.Module) else str(model)
 
 
 def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
@@ -92,7 +92,7 @@ def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
     Raises:
         MptkError: example inputs are missing or empty; the weights are not in memory; or no task takes the model.
     """
-    model = unwrapped(model)
+    model = unwrap_parallel(model)
     plain = not isinstance(model, PreTrainedModel)
     if plain and inputs.example_inputs is None:
         raise MptkError(
@@ -123,4 +123,4 @@ def open_model(model: Model, resident: Resident, trust: Trust, inputs: Inputs) -
 def find_task(loaded: Loaded, inputs: Inputs) -> Task:
     """The task of a loaded model: by its class, or to give the outputs of example inputs."""
     example = inputs.example_inputs
-    return task_of(loaded) if example is None else Module(example_samples(loaded.model, example))
+    return bind_task(loaded) if example is None else Module(make_example_samples(loaded.model, example))

@@ -5,31 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from mptk.compile.trace import same_sizes, traced
+from mptk.compile.trace import has_same_sizes, trace_loaded
 from mptk.config.choices import FREE, IN_MEMORY
 from mptk.config.settings import Settings
-from mptk.conversions import converted, wanted
+from mptk.conversions import convert_model, find_conversions
 from mptk.cost.budgets import CACHED
 from mptk.cost.model import CostModel
-from mptk.distributed.processes import once
+from mptk.distributed.processes import run_once
 from mptk.errors import MptkError
 from mptk.files.outputs import check_apart
 from mptk.io import data
 from mptk.io.models import Loaded
-from mptk.io.resident import free_memory
-from mptk.io.text.sampled import writes
+from mptk.io.resident import measure_free_memory
+from mptk.io.text.sampled import can_write_text
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
-from mptk.methods.division.budget import alignment, budgeted, check_any, cost_model, find_widths
-from mptk.methods.division.selection import LayerSelection, expanded, selected
+from mptk.methods.division.budget import apply_budget, build_alignment, build_cost_model, check_any, find_widths
+from mptk.methods.division.selection import LayerSelection, expand_parts, select_layers
 from mptk.proof.same_class import check_same_class
-from mptk.protocols.chain import Chosen, Prepared, stored_type
-from mptk.protocols.conversion import Analysed, Conversion, imitated
-from mptk.protocols.origin import Origin, origin_of, states_of
-from mptk.protocols.run_folder import kept_tensors
+from mptk.protocols.chain import Chosen, Prepared, find_stored_type
+from mptk.protocols.conversion import Analysed, Conversion, find_imitated
+from mptk.protocols.origin import Origin, compute_origin, read_file_states
+from mptk.protocols.run_folder import read_kept_tensors
 from mptk.run.checks import check_divides, check_ragged
 from mptk.run.larger import keep_reachable, read_larger
 from mptk.run.open import Dense, Opened, open_named
@@ -38,7 +38,7 @@ from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES
 from mptk.targets import find_target
 from passes.analysis import group
-from passes.targets.legalize import portable
+from passes.targets.legalize import keep_portable_families
 
 
 def prepare(model: Start, run: Run, dense: Dense | None = None) -> tuple[Prepared, Dense]:
@@ -53,7 +53,7 @@ def prepare(model: Start, run: Run, dense: Dense | None = None) -> tuple[Prepare
     with run.stage("load"):
         given, origin = open_unchanged(model, run, dense)
     dense = dense or analyse(given, run)
-    if (length := dense.model.task.only_length(dense.model.analysis.program)) is not None:
+    if (length := dense.model.task.find_fixed_length(dense.model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
     with run.stage("legalise"):
         larger = read_larger(settings, dense.model, dense.conversions, origin)
@@ -81,16 +81,16 @@ def analyse(given: Opened, run: Run) -> Dense:
     target = find_target(settings.target)
     with run.stage("trace"):
         like = like if target.classed else None  # a graph that is written takes other sizes
-        program = traced(loaded, task, run.executor, settings.length, like, not target.classed)
+        program = trace_loaded(loaded, task, run.executor, settings.length, like, not target.classed)
         target.check_program(program)
     if target.classed:
-        check_same_class(loaded, task, task.example(loaded.model))
-    if (length := task.only_length(program)) is not None:
+        check_same_class(loaded, task, task.make_example(loaded.model))
+    if (length := task.find_fixed_length(program)) is not None:
         check_classed(loaded, settings, length)
     with run.stage("analyse"):
-        model = Analysed(loaded, task, group.analyze(program))
-    changes = wanted(settings, run.plan, run.inputs.texts)
-    return Dense(given, *converted(model, changes, run, run.executor, length or settings.length, like))
+        model = Analysed(loaded, task, group.analyze_program(program))
+    changes = find_conversions(settings, run.plan, run.inputs.texts)
+    return Dense(given, *convert_model(model, changes, run, run.executor, length or settings.length, like))
 
 
 def open_unchanged(model: Start, run: Run, dense: Dense | None) -> tuple[Opened, Origin]:
@@ -99,10 +99,10 @@ def open_unchanged(model: Start, run: Run, dense: Dense | None) -> tuple[Opened,
     Raises:
         MptkError: the model cannot be opened; or its files changed while they were read.
     """
-    before = states_of(run.source)
+    before = read_file_states(run.source)
     given = dense.given if dense is not None else open_start(model, run)
-    origin = once(lambda: origin_of(run.source, given.loaded, run.settings, run.start, run.plan))
-    if before and not given.loaded.live and states_of(run.source) != before:
+    origin = run_once(lambda: compute_origin(run.source, given.loaded, run.settings, run.start, run.plan))
+    if before and not given.loaded.live and read_file_states(run.source) != before:
         raise MptkError(f"{run.source} changed while it was opened; start again")
     return given, origin
 
@@ -137,24 +137,24 @@ def check_data(given: Opened, run: Run) -> Samples | None:
     if run.inputs.has_samples or not run.reads_data:
         return None
     check_apart(run.out, *data.read_places(settings.data, settings.eval_data))
-    kept = kept_tensors(run.out, KEPT_SAMPLES) if settings.resume else None
-    like = None if kept is None else Samples.restored(kept, task.examples(loaded.model), "training")
+    kept = read_kept_tensors(run.out, KEPT_SAMPLES) if settings.resume else None
+    like = None if kept is None else Samples.from_tensors(kept, task.make_examples(loaded.model), "training")
     if like is not None:
         like = like[:1]
-    elif settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+    elif settings.data != data.SELF or not can_write_text(loaded.model):  # to write text takes time
         like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:
         other = task.evaluation(loaded, replace(settings, eval_windows=1))
         if like is not None and like.inputs.keys() != other.inputs.keys():
             raise MptkError("--data and --eval-data are samples of two kinds; give images with both, or with neither")
-        like = like if like is not None and same_sizes(like, other) else None
+        like = like if like is not None and has_same_sizes(like, other) else None
     return like
 
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
-    room = free_memory() if settings.memory is None else settings.memory
+    room = measure_free_memory() if settings.memory is None else settings.memory
     if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (
             ("training holds", "give a one-shot --method without --steps, and for a search --tokens 0")
@@ -177,18 +177,18 @@ def legalise(
 
     ``conversions``: the conversions that made ``model``. ``larger``: a larger cut, which the run begins with.
     """
-    loaded, analysis, compared = model.loaded, model.analysis, imitated(conversions)
+    loaded, analysis, compared = model.loaded, model.analysis, find_imitated(conversions)
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
-    legal = target.legal(analysis, loaded.model, alignment(settings))
+    legal = target.legal(analysis, loaded.model, build_alignment(settings))
     if settings.portable and not (settings.families or settings.fixed or settings.engines):
-        legal = portable(analysis, legal, {*settings.widths, *settings.keep})
-    stored = stored_type(settings, loaded)
+        legal = keep_portable_families(analysis, legal, {*settings.widths, *settings.keep})
+    stored = find_stored_type(settings, loaded)
     plan = run.plan or Plan({})
     parts = model.task.parts(loaded.model)
-    families, keep = (expanded(names, analysis, legal, parts) for names in (settings.families, settings.keep))
+    families, keep = (expand_parts(names, analysis, legal, parts) for names in (settings.families, settings.keep))
     settings = replace(settings, families=families, keep=keep)
-    selection = LayerSelection() if settings.fixed else selected(analysis, settings)
+    selection = LayerSelection() if settings.fixed else select_layers(analysis, settings)
     if selection.alike:
         check_divides(settings, selection.named or f"--layers {settings.layers}")
     known = {family.name for family in analysis.all_families}
@@ -196,7 +196,7 @@ def legalise(
         check_ragged(target, f"{layer} of the plan")
     if settings.budget in CACHED and not model.task.caches:
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
-    cost, settings = budgeted(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
+    cost, settings = apply_budget(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(run.source, settings, loaded, model.task, method, target, analysis, legal, cost)
     prepared = replace(prepared, conversions=conversions, start=larger)
     if settings.fixed:
@@ -221,12 +221,12 @@ def add_candidates(prepared: Prepared, selection: LayerSelection, before: Analys
     p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
     if selection.alike:
         analysis = analysis.apart(selection.alike)
-        legal = p.target.legal(analysis, p.loaded.model, alignment(p.settings))
-        cost = cost_model(analysis, p.settings, p.dtype.itemsize, before)
-    legal = selection.allowed(legal)
+        legal = p.target.legal(analysis, p.loaded.model, build_alignment(p.settings))
+        cost = build_cost_model(analysis, p.settings, p.dtype.itemsize, before)
+    legal = selection.restrict_widths(legal)
     renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
     apart = replace(p, analysis=analysis, legal=legal, cost=cost, settings=renamed)
-    return replace(p, candidates=tuple(once(partial(find_widths, apart))))
+    return replace(p, candidates=tuple(run_once(partial(find_widths, apart))))
 
 
 def divide_by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
@@ -237,13 +237,13 @@ def divide_by_layer(prepared: Prepared, selection: LayerSelection, before: Analy
     if not divided:
         return prepared
     analysis = whole.divided(divided)
-    legal = prepared.target.legal(analysis, prepared.loaded.model, alignment(s))
+    legal = prepared.target.legal(analysis, prepared.loaded.model, build_alignment(s))
     ladders = {**legal.ladders, **{part: (given[name],) for name in given for part in parts[name]}}
     candidates = [
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
         for c in prepared.candidates
     ]
-    cost = cost_model(analysis, s, stored_type(s, prepared.loaded).itemsize, before)
+    cost = build_cost_model(analysis, s, find_stored_type(s, prepared.loaded).itemsize, before)
     return replace(
         prepared,
         analysis=analysis,

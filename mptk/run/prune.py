@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mptk.compile.changes import COMPENSATION
-from mptk.compile.cut import changed, compile_plan
-from mptk.compile.trace import fixed_sizes, one_length, trained_otherwise
+from mptk.compile.cut import apply_choice, compile_plan
+from mptk.compile.trace import describe_fixed_sizes, describe_gradient_limits, describe_one_length
 from mptk.config.recipe import write_recipe
-from mptk.conversions import fitted, with_conversions
-from mptk.distributed.processes import describe as describe_processes
-from mptk.distributed.processes import leads, processes
+from mptk.conversions import fit_conversions, with_conversions
+from mptk.distributed.processes import connect_processes, is_leader
+from mptk.distributed.processes import describe_processes as describe_processes
 from mptk.errors import MptkError, ProofError
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
-from mptk.methods.division.budget import left_whole, nearest
-from mptk.methods.division.search import search_shapes, winner
+from mptk.methods.division.budget import describe_left_whole, describe_nearest
+from mptk.methods.division.search import fix_winner, search_shapes
 from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import start_training
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Compiled, Prepared, Proven
-from mptk.protocols.origin import origin_of
+from mptk.protocols.origin import compute_origin
 from mptk.protocols.report import Report
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import publish
@@ -45,7 +45,7 @@ from mptk.run.recover import distil, reconstruct, recover_quality
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES, add_dense_outputs, read_samples
 from mptk.run.stored import keep_choice
-from mptk.targets import written as targets_of
+from mptk.targets import list_run_targets as targets_of
 from passes.verify import Difference
 
 REMEDY = "nothing was published. Please report this model"
@@ -83,14 +83,14 @@ def prune(model: Start, run: Run, dense: Dense | None = None) -> Result:
         sets, dense = read_samples(prepared, run, dense)
         sets = add_dense_outputs(prepared, sets, run)
         if not isinstance(model, PrunedFolder):
-            prepared = fitted(prepared, sets.calibration, run)
+            prepared = fit_conversions(prepared, sets.calibration, run)
         if run.settings.search:
-            prepared = winner(prepared, search_shapes(prepared, sets, run))
+            prepared = fix_winner(prepared, search_shapes(prepared, sets, run))
         run = start_processes(run)
         compiled, checked = cut(model, prepared, sets, run)
         compiled, further = recover_quality(compiled, sets, run)
-        processes().wait_for_everyone()  # the others may still read what the folder keeps
-        if not processes().is_main_process:
+        connect_processes().wait_for_everyone()  # the others may still read what the folder keeps
+        if not connect_processes().is_main_process:
             return Result(None, compiled, sets, dense)
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(compiled, sets, folder, run)
@@ -114,19 +114,19 @@ def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if run.folder is not None and leads():
+        if run.folder is not None and is_leader():
             run.folder.remove_unless(KEPT_SAMPLES)  # a new run can redo these as fast
         if isinstance(error, ProofError):
             check_unchanged(prepared, run)
             if prepared.target.classed:
-                example = prepared.task.example(prepared.given.model)
+                example = prepared.task.make_example(prepared.given.model)
                 check_same_class(prepared.given, prepared.task, example, failed=True)
         raise
 
 
 def check_unchanged(prepared: Prepared, run: Run) -> None:
     """Raise MptkError if an input of the run changed since the run began."""
-    prepared.origin.require(origin_of(run.source, prepared.given, prepared.settings, run.start, run.plan))
+    prepared.origin.require(compute_origin(run.source, prepared.given, prepared.settings, run.start, run.plan))
 
 
 def start_processes(run: Run) -> Run:
@@ -145,7 +145,7 @@ def cut(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> tuple[C
     chosen = model.read_choice(base) if isinstance(model, PrunedFolder) else choose_units(base, sets, run)
     checked = []
     if chosen.witness is not None:
-        analysis = changed(base, chosen)
+        analysis = apply_choice(base, chosen)
         checked.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
     chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
     return with_drafter(compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run)), checked
@@ -178,12 +178,12 @@ def write_targets(compiled: Compiled, sets: SampleSets, folder: Path, run: Run) 
         *chosen.notes,
         describe_processes(run.accelerator) if run.accelerator else "",
         note_minutes(prepared.settings),
-        one_length(prepared),
-        fixed_sizes(prepared),
-        trained_otherwise(prepared),
+        describe_one_length(prepared),
+        describe_fixed_sizes(prepared),
+        describe_gradient_limits(prepared),
         *(each.note for each in prepared.conversions),
-        left_whole(prepared.legal),
-        nearest(prepared),
+        describe_left_whole(prepared.legal),
+        describe_nearest(prepared),
     ]
     for target in targets_of(prepared.target, prepared.settings):
         with run.stage(f"write {target.name}"):

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from mptk.compile.changes import changes_of
-from mptk.config.setting import values
+from mptk.compile.changes import find_changes
+from mptk.config.setting import collect_values
 from mptk.config.settings import Settings
 from mptk.distributed.processes import holds
 from mptk.io.dense import open_dense
@@ -20,7 +20,7 @@ from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import Estimator
 from mptk.run.open import Opened
 from mptk.targets.stock_config import check_code
-from mptk.tasks.of_folder import task_of_folder
+from mptk.tasks.of_folder import find_folder_task
 from mptk.trust import Trust
 
 
@@ -56,7 +56,7 @@ class PrunedFolder:
         What is cut comes from the report, all else from ``asked``: the report decides neither ``data``, which may name
         something to download, nor whether the model's own Python code may run.
         """
-        changes = {**values(asked, "recover"), "learning": asked.learning}
+        changes = {**collect_values(asked, "recover"), "learning": asked.learning}
         changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
         changes |= dict.fromkeys(("search", "shared"), False)
         return replace(self.report.settings, **changes, plan=str(self.folder / "plan.json"))
@@ -67,7 +67,7 @@ class PrunedFolder:
             return self.dense
         report = self.report
         loaded = open_dense(report.model, report.model_sha256, self.dense, trust, resident, live=report.live)
-        return Opened(loaded, task_of_folder(self.folder, report, loaded))
+        return Opened(loaded, find_folder_task(self.folder, report, loaded))
 
     def read_estimator(self, trust: Trust) -> Estimator | None:
         """The estimator of its recovery; None: the run is too short to need one."""
@@ -82,5 +82,5 @@ class PrunedFolder:
         assert prepared.cut is not None
         if not holds():
             return Chosen(prepared.plan, prepared.cut)
-        changes = changes_of(prepared.analysis, prepared.cut, self.folder, self.report, prepared.loaded.trust)
+        changes = find_changes(prepared.analysis, prepared.cut, self.folder, self.report, prepared.loaded.trust)
         return Chosen(prepared.plan, prepared.cut, changes)

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.compile.changes import widened
-from mptk.compile.cut import changed, cut_to, small_model
+from mptk.compile.changes import widen_weights
+from mptk.compile.cut import apply_choice, build_small_model, cut_to
 from mptk.distributed.processes import holds
 from mptk.io.slices import Places
-from mptk.ir.resolved_plan import removed_blocks, renumbering
+from mptk.ir.resolved_plan import build_renumbering, list_removed_blocks
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import NO_BLOCK, Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, Recovered
 from mptk.methods.maskprune.together import Together
-from mptk.methods.reconstruct import consumers, reconstruct_consumers
+from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
-from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
 from mptk.protocols.report import Row
 from mptk.protocols.values import SampleSets
 from mptk.run.run import Run
@@ -32,14 +32,14 @@ from passes.verify import Difference
 
 def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:
     """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
-    if not reconstructs(prepared.settings, prepared.method) or not holds():
+    if not should_reconstruct(prepared.settings, prepared.method) or not holds():
         return chosen
     with run.stage("reconstruct"):
         if (kept := read_fit(prepared, run.folder)) is not None:
             return chosen.with_weights(kept)
         found = reconstruct_consumers(
             prepared.analysis,
-            prepared.sites_of(chosen.plan),
+            prepared.find_plan_sites(chosen.plan),
             chosen.cut,
             chosen.changes,
             sets.calibration,
@@ -55,13 +55,15 @@ def distil(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Ch
     s = prepared.settings
     if not s.distil_epochs or not holds():
         return chosen
-    blocks_go = removed_blocks(prepared.analysis, chosen.cut)
-    sites = prepared.mask_sites if blocks_go else prepared.sites_of(chosen.plan)  # all that stays makes up for blocks
+    blocks_go = list_removed_blocks(prepared.analysis, chosen.cut)
+    sites = (
+        prepared.mask_sites if blocks_go else prepared.find_plan_sites(chosen.plan)
+    )  # all that stays makes up for blocks
     with run.stage("distil"):
         found = distil_blocks(
             prepared.analysis,
             chosen.cut,
-            consumers(sites),
+            list_consumers(sites),
             chosen.changes,
             sets.calibration,
             Schedule(s.distil_epochs, s.distil_lr, s.seed),
@@ -72,7 +74,7 @@ def distil(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Ch
     chosen = replace(chosen, notes=(*chosen.notes, NO_BLOCK if found is None else found.note))
     if found is None:
         return chosen
-    return chosen.with_weights(widened(changed(prepared, chosen), chosen.cut, found.weights))
+    return chosen.with_weights(widen_weights(apply_choice(prepared, chosen), chosen.cut, found.weights))
 
 
 def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Compiled, list[Difference]]:
@@ -84,7 +86,7 @@ def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Com
     learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
     with run.stage("recover"):
         weights = compiled.exact.state_dict() if learner.keeps else {}
-        small = small_model(compiled, weights, shared=learner.rank > 0)
+        small = build_small_model(compiled, weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         found = learner.recover(small, steps, sets.proof, used, take_guards(sets, s.training.batch))
     return (compiled, []) if found is None else adopt_weights(compiled, found, sets, run)
@@ -100,7 +102,9 @@ def recover_together(
     s = prepared.recovery
     learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
     with run.stage("recover"):
-        sizes = ((small_model(each, each.exact.state_dict()), find_places(each, compiled[0])) for each in compiled)
+        sizes = (
+            (build_small_model(each, each.exact.state_dict()), find_places(each, compiled[0])) for each in compiled
+        )
         held_out = take_guards(sets, s.training.batch)
         found = learner.recover_all(Together(sizes), prepared.settings.steps, sets.proof, held_out)
     return [adopt_weights(each, one, sets, run) for each, one in zip(compiled, found, strict=True)]
@@ -128,10 +132,10 @@ def adopt_weights(
     """The model with the weights that training found, and the witness's difference."""
     prepared, chosen = compiled.prepared, compiled.chosen
     s, program = prepared.recovery, prepared.analysis.program
-    old = renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
+    old = build_renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
     owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
     named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
-    chosen = chosen.with_weights(widened(compiled.analysis, chosen.cut, Weights(named)))
+    chosen = chosen.with_weights(widen_weights(compiled.analysis, chosen.cut, Weights(named)))
     row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}

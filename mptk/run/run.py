@@ -12,20 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from mptk.compat.accelerate import own_state
-from mptk.compat.torch import sources_forgotten
+from mptk.compat.accelerate import separate_state
+from mptk.compat.torch import forget_sources
 from mptk.config.setting import to_json
 from mptk.config.settings import Settings
-from mptk.distributed.processes import leads, once
-from mptk.errors import explained
-from mptk.files import check_scratch, claimed
+from mptk.distributed.processes import is_leader, run_once
+from mptk.errors import explain_errors
+from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
 from mptk.io.cache import tidy_shared
 from mptk.io.resident import Resident
 from mptk.ir.plan import Plan
-from mptk.progress import silent
-from mptk.protocols.execution import execution, find_device
-from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, kept_settings
+from mptk.progress import show_nothing
+from mptk.protocols.execution import build_executor, find_device
+from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, read_kept_settings
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
@@ -144,16 +144,16 @@ def open_run(
         if estimator is not None and advises is not None:
             estimator = replace(estimator, cuts=advises[0], texts=advises[1])
         if trains:
-            unfinished = kept_settings(out) if asked.resume and leads() else {}
-            settings = once(
+            unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
+            settings = run_once(
                 lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
             )
         else:
             settings = replace(settings, minutes=None, learning=replace(settings.learning, steps=0))
-        resident, executor = execution(settings)
+        resident, executor = build_executor(settings)
         yield Run(
             log=context.log,
-            progress=context.progress if leads() else silent,
+            progress=context.progress if is_leader() else show_nothing,
             source=source,
             out=out,
             settings=settings,
@@ -175,7 +175,7 @@ def at_work(device: str) -> Iterator[None]:
         MptkError: this machine has no such device.
     """
     find_device(device)  # fail here: accelerate's message for a missing device is vague
-    with sources_forgotten(), own_state(device), explained():
+    with forget_sources(), separate_state(device), explain_errors():
         yield
 
 
@@ -214,7 +214,7 @@ def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | 
             check_scratch()
             tidy_shared()
             for out in outs:
-                stack.enter_context(claimed(out))
+                stack.enter_context(claim_place(out))
 
-        once(lock)
+        run_once(lock)
         yield

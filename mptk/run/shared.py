@@ -14,8 +14,8 @@ from pathlib import Path
 from mptk.compile.rungs import keep_rung
 from mptk.config.recipe import write_recipe
 from mptk.config.settings import Settings
-from mptk.conversions import fitted
-from mptk.distributed.processes import processes
+from mptk.conversions import fit_conversions
+from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
@@ -51,7 +51,7 @@ def check_shared(settings: Settings) -> None:
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):
         raise MptkError(f"sizes that share weights are all trained together, without {wrong}; leave it out")
-    if processes().num_processes > 1:
+    if connect_processes().num_processes > 1:
         raise MptkError("sizes that share weights are trained in one process; start one, or leave out --shared")
 
 
@@ -74,7 +74,7 @@ def prune_together(model: Start, run: Run) -> Result:
             )
         sets, dense = read_samples(prepared, run, dense)
         sets = add_dense_outputs(prepared, sets, run)
-        prepared = fitted(prepared, sets.calibration, run)
+        prepared = fit_conversions(prepared, sets.calibration, run)
         run = start_processes(run)
         made = [cut(model, prepared, sets, run)[0]]
         for i, sparsity in enumerate(run.further, 1):

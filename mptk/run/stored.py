@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mptk.distributed.processes import leads
+from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.ir.plan import Plan
@@ -19,7 +19,7 @@ from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import SampleSets
 from mptk.reading import Made, read_as
 from mptk.run.run import Run
-from mptk.staged.spool import spooled
+from mptk.staged.spool import spool_weights
 
 KEPT_CHOICE, KEPT_FIT = "choice", "fitted"
 
@@ -38,7 +38,7 @@ def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
         losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
         return Chosen(plan, cut, changes, trained, losses, notes)
     chosen = prepared.method.choose(prepared, sets, run)
-    if folder is not None and leads() and chosen.witness is None and not chosen.steps:
+    if folder is not None and is_leader() and chosen.witness is None and not chosen.steps:
         said = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
         _save(folder, KEPT_CHOICE, chosen.changes, {**said, "losses": chosen.losses, "notes": chosen.notes})
     return chosen
@@ -53,7 +53,7 @@ def read_fit(prepared: Prepared, folder: RunFolder | None) -> Mapping[str, Tenso
 
 def store_fit(weights: Mapping[str, Tensor], folder: RunFolder | None) -> None:
     """Store fitted weights, if the run keeps its stages. Only the main process does: the others compute their own."""
-    if folder is not None and leads():
+    if folder is not None and is_leader():
         _save(folder, KEPT_FIT, weights, {"changes": list(weights)})
 
 
@@ -89,4 +89,4 @@ def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prep
     """The stored weights, in a spool: the result of a run outlives the run's folder."""
     likes = prepared.analysis.program.state.likes
     read = ((each, folder.tensor(f"{name}-{i}", each).to(likes[each].dtype)) for i, each in enumerate(weights))
-    return spooled(read, prepared.executor.borders)
+    return spool_weights(read, prepared.executor.borders)

@@ -15,8 +15,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import schema, size_hint, tree_leaves
-from mptk.ir.ops import reached, storage
+from mptk.compat.torch import find_schema, find_size_hint, tree_leaves
+from mptk.ir.ops import find_reachable, find_storage
 from mptk.ir.program import Program
 
 Wanted = Sequence[tuple[fx.Node, ...]]
@@ -43,21 +43,21 @@ class _Bound:
     """Calls of a graph that share a state: writes into a tensor through its views, and levels of ``torch.vmap``."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.writes = {node: storage(node) for node in graph.nodes if _writes(node)}
-        self.levels = levels(graph)
+        self.writes = {node: find_storage(node) for node in graph.nodes if _is_write(node)}
+        self.levels = find_vmap_levels(graph)
         self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
 
     def needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
         """``wanted``, what they are made of, and what writes into that."""
-        found = _ancestors(wanted)
+        found = _find_ancestors(wanted)
         while True:
             more = {write for write, held in self.writes.items() if held in found}
             more |= {node for level in self.levels if not found.isdisjoint(level) for node in level}
             if more <= found:
                 return found
-            found |= _ancestors(more)
+            found |= _find_ancestors(more)
 
-    def spans(self, made: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
+    def find_uncut_spans(self, made: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
         """Positions (first, end) of calls after which there can be no border."""
         groups = [(held, write) for write, held in self.writes.items() if write in made]
         groups += [(level[0], level[-1]) for level in self.levels if level[-1] in made]
@@ -92,10 +92,10 @@ class Flow:
             else:
                 self.fixed.append(node)
         self.result = () if wanted else result
-        self.last = self._last_uses(wanted)
-        self.uncut = bound.spans(self.made)
+        self.last = self._find_last_uses(wanted)
+        self.uncut = bound.find_uncut_spans(self.made)
 
-    def _last_uses(self, wanted: Wanted) -> dict[fx.Node, int]:
+    def _find_last_uses(self, wanted: Wanted) -> dict[fx.Node, int]:
         last = {value: max((self.made.get(user, -1) for user in value.users), default=-1) for value in self.made}
         for group in wanted:
             there = max(self.made[value] for value in group)
@@ -103,11 +103,11 @@ class Flow:
         last.update((value, len(self.calls)) for value in self.result if value in self.made)
         return last
 
-    def live_bytes(self) -> list[float]:
+    def count_live_bytes(self) -> list[float]:
         """Bytes that are live after each call, in the sizes of the trace; infinite if no border may be there."""
         change: list[float] = [0] * (len(self.calls) + 1)
         for value, made in self.made.items():
-            size = _size(value)
+            size = _count_bytes(value)
             change[max(made, 0)] += size
             change[min(self.last[value], len(self.calls))] -= size
         live_bytes = list(accumulate(change[:-1]))
@@ -118,7 +118,7 @@ class Flow:
     @cached_property
     def own_weights(self) -> list[list[fx.Node]]:
         """The weights that each call reads, also through fixed calls."""
-        return [[n for n in self._fixed_sources([call]) if n.op == "placeholder"] for call in self.calls]
+        return [[n for n in self._find_fixed_sources([call]) if n.op == "placeholder"] for call in self.calls]
 
     @cached_property
     def weight_bytes(self) -> dict[fx.Node, int]:
@@ -126,17 +126,17 @@ class Flow:
         likes = self.program.state.likes
         return {n: likes[self._weights[n.name]].nbytes for own in self.own_weights for n in own}
 
-    def _fixed_sources(self, calls: Iterable[fx.Node]) -> set[fx.Node]:
+    def _find_fixed_sources(self, calls: Iterable[fx.Node]) -> set[fx.Node]:
         """Weights and fixed calls behind the arguments of calls."""
-        return _ancestors(s for call in calls for s in call.all_input_nodes if s not in self.made)
+        return _find_ancestors(s for call in calls for s in call.all_input_nodes if s not in self.made)
 
     def stage(self, start: int, end: int) -> Stage:
         """The stage of calls ``start`` to ``end`` − 1."""
         own = self.calls[start:end]
         is_last = end == len(self.calls)
-        sources = self._fixed_sources(own)
+        sources = self._find_fixed_sources(own)
         if is_last:
-            sources |= _ancestors(value for value in self.result if value not in self.made)
+            sources |= _find_ancestors(value for value in self.result if value not in self.made)
         fixed = [node for node in self.fixed if node in sources]
         nodes = [*fixed, *own]
         last_here = {source: node for node in nodes for source in node.all_input_nodes}
@@ -180,11 +180,11 @@ def partition(flow: Flow, limit: float) -> Partition:
     """
     if sum(flow.weight_bytes.values()) <= limit:
         return Partition(())  # a search takes time with the square of the number of calls
-    count, live_bytes = len(flow.calls), flow.live_bytes()
+    count, live_bytes = len(flow.calls), flow.count_live_bytes()
     best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * count
     for start in range(count):
         if best[start][0] < math.inf:
-            for end in _ends(flow, start, limit, live_bytes):
+            for end in _list_ends(flow, start, limit, live_bytes):
                 cost = best[start][0] + (live_bytes[end - 1] if end < count else 0.0)
                 if cost < best[end][0]:
                     best[end] = (cost, start)
@@ -195,12 +195,12 @@ def partition(flow: Flow, limit: float) -> Partition:
     return Partition(tuple(reversed(ends)))
 
 
-def blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
+def partition_blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
     """A stage for each of the calls ``inner``, which ends where the fewest bytes are live before the next of them.
 
     The last one ends where no more are live than at the other borders. What follows it is a stage of its own.
     """
-    places, live_bytes = sorted({flow.made[node] for node in inner}), flow.live_bytes()
+    places, live_bytes = sorted({flow.made[node] for node in inner}), flow.count_live_bytes()
     ends = [min(range(first, second), key=live_bytes.__getitem__) for first, second in pairwise(places)]
     ends = [end for end in ends if live_bytes[end] < math.inf]
     most = max((live_bytes[end] for end in ends), default=math.inf)
@@ -209,7 +209,7 @@ def blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
     return Partition(tuple(flow.calls[end].name for end in ends))
 
 
-def _ends(flow: Flow, start: int, limit: float, live_bytes: Sequence[float]) -> Iterator[int]:
+def _list_ends(flow: Flow, start: int, limit: float, live_bytes: Sequence[float]) -> Iterator[int]:
     """Where a stage from call ``start`` may end: the number of calls before it ends."""
     seen: set[fx.Node] = set()
     size, found = 0, False
@@ -224,12 +224,12 @@ def _ends(flow: Flow, start: int, limit: float, live_bytes: Sequence[float]) -> 
             yield end + 1
 
 
-def _writes(node: fx.Node) -> bool:
-    found = schema(node.target)
+def _is_write(node: fx.Node) -> bool:
+    found = find_schema(node.target)
     return found is not None and found.is_mutable
 
 
-def levels(graph: fx.Graph) -> list[list[fx.Node]]:
+def find_vmap_levels(graph: fx.Graph) -> list[list[fx.Node]]:
     """The calls between the opening and the closing of each outer level of ``torch.vmap``."""
     levels: list[list[fx.Node]] = []
     depth = 0
@@ -245,17 +245,19 @@ def levels(graph: fx.Graph) -> list[list[fx.Node]]:
     return levels
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    return reached(nodes, lambda node: node.all_input_nodes)
+def _find_ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return find_reachable(nodes, lambda node: node.all_input_nodes)
 
 
-def _size(node: fx.Node) -> int:
+def _count_bytes(node: fx.Node) -> int:
     """Bytes of a value in the sizes of the trace."""
-    return sum(_numel(t) * t.element_size() for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor))
+    return sum(
+        _count_elements(t) * t.element_size() for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)
+    )
 
 
-def _numel(tensor: Tensor) -> int:
+def _count_elements(tensor: Tensor) -> int:
     count = 1
     for size in tensor.shape:
-        count *= (size_hint(size) or 1) if isinstance(size, torch.SymInt) else size
+        count *= (find_size_hint(size) or 1) if isinstance(size, torch.SymInt) else size
     return count

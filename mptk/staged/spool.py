@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from mptk.files import Staging, scratch
+from mptk.files import Staging, make_scratch
 from mptk.ir.weights import Lazy, Weights
 
 Values = dict[fx.Node, Any]
@@ -64,23 +64,23 @@ class Spool:
     @property
     def weights(self) -> Weights:
         """What was added, by name."""
-        return Weights({name: Lazy(like, partial(self._one, name)) for name, like in self._likes.items()})
+        return Weights({name: Lazy(like, partial(self._take_tensor, name)) for name, like in self._likes.items()})
 
-    def _one(self, name: str) -> Tensor:
+    def _take_tensor(self, name: str) -> Tensor:
         tensor: Tensor = self.take(name, keep=True)[name]
         return tensor
 
     def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
         if self._staging is None:
-            self._staging = scratch()
+            self._staging = make_scratch()
         self._count += 1
         file = self._staging.folder / str(self._count)
-        flat, layout = _flattened(tensor.detach())
+        flat, layout = _flatten_tensor(tensor.detach())
         save_file({"value": flat.cpu()}, file)
         return file, layout
 
 
-def spooled(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
+def spool_weights(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
     """The weights, each with its name, in a spool of their own."""
     spool = Spool(bound)
     for name, weight in weights:
@@ -88,7 +88,7 @@ def spooled(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
     return spool.weights
 
 
-def _flattened(tensor: Tensor) -> tuple[Tensor, Layout]:
+def _flatten_tensor(tensor: Tensor) -> tuple[Tensor, Layout]:
     """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout.
 
     Kernels round differently in another layout.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import samples_last, schema, tree_leaves, tree_map
+from mptk.compat.torch import find_schema, move_samples_last, tree_leaves, tree_map
 from mptk.ir.ops import TYPE_CHECK
 from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Lazy, Weights
@@ -132,7 +132,7 @@ class Executor:
                     kept.add(program.weights[node.name], total(gradient))
         likes = {name: program.state.like(name).to("meta") for name in names}
         unused = {name: Lazy(like, partial(torch.zeros_like, like, device="cpu")) for name, like in likes.items()}
-        return Weights(unused).updated(kept.weights)
+        return Weights(unused).with_entries(kept.weights)
 
 
 EXECUTOR = Executor()
@@ -178,7 +178,7 @@ class StagedRun(DeviceInterpreter):
         self.taps: dict[fx.Node, list[Tap]] = {}
         for tap in taps:
             self.taps.setdefault(tap[0][0], []).append(tap)
-        users = [n for n in self.program.placeholders() if n.name not in self.program.weights]
+        users = [n for n in self.program.list_placeholders() if n.name not in self.program.weights]
         for i, given in enumerate(inputs):
             values = {n: self._placed(x) for n, x in zip(users, given, strict=True) if n in flow.made}
             self.borders.put((0, i), values)
@@ -191,7 +191,7 @@ class StagedRun(DeviceInterpreter):
 
     def load(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``, in the type in which it runs."""
-        return self.narrowed(self.read(k))
+        return self.cast_values(self.read(k))
 
     def read(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``."""
@@ -200,7 +200,7 @@ class StagedRun(DeviceInterpreter):
 
     def advance(self, k: int, count: _Counter | None = None, weights: Mapping[fx.Node, Tensor] | None = None) -> None:
         """Run stage ``k`` on all inputs. ``weights``: other ones than the program's."""
-        weights = self.load(k) if weights is None else self.narrowed(weights)
+        weights = self.load(k) if weights is None else self.cast_values(weights)
         for i in range(self.count):
             values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
             if k + 1 < len(self.stages):
@@ -235,10 +235,10 @@ class StagedRun(DeviceInterpreter):
         """
         saved = self.borders.take((k, i))
         given = {
-            n: v.detach().requires_grad_() if isinstance(v, Tensor) and _learns(v) else v for n, v in saved.items()
+            n: v.detach().requires_grad_() if isinstance(v, Tensor) and _can_learn(v) else v for n, v in saved.items()
         }
         with torch.enable_grad():
-            values = self.run_stage(self.stages[k], self.narrowed(leaves), given)
+            values = self.run_stage(self.stages[k], self.cast_values(leaves), given)
             if k == len(self.stages) - 1:
                 pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
             else:
@@ -252,54 +252,54 @@ class StagedRun(DeviceInterpreter):
         self.env = {**weights, **values}
         last = stage is self.stages[-1]
         for node in values if stage is self.stages[0] else ():
-            self._watched(node)
+            self._show_values(node)
         for node in stage.nodes:
-            if self.narrow is None or not self.narrow.skips(node):
+            if self.narrow is None or not self.narrow.should_skip(node):
                 self.env[node] = self.run_node(node)
             if torch.is_grad_enabled():
-                self._tapped(node)
-            self._watched(node)
+                self._watch_gradient(node)
+            self._show_values(node)
             for value in stage.dead.get(node, ()):
                 self.env.pop(value, None)
         found = {node: self.env[node] for node in ((*stage.outputs, *self.flow.result) if last else stage.outputs)}
         self.env = {}
-        return found if last else self.narrowed(found)
+        return found if last else self.cast_values(found)
 
-    def narrowed(self, values: Mapping[fx.Node, object]) -> Values:
+    def cast_values(self, values: Mapping[fx.Node, object]) -> Values:
         """Weights, or what crosses a border, in the type in which stages run."""
         narrow = self.narrow
         return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}
 
-    def _watched(self, node: fx.Node) -> None:
+    def _show_values(self, node: fx.Node) -> None:
         for nodes, see in self.watches.get(node, ()):
-            see(*(samples_last(self.env[n]) for n in nodes))
+            see(*(move_samples_last(self.env[n]) for n in nodes))
 
-    def _tapped(self, node: fx.Node) -> None:
+    def _watch_gradient(self, node: fx.Node) -> None:
         for (_, *others), see in self.taps.get(node, ()):
             value = self.env[node]
             if not value.requires_grad:  # no weight before it is asked for
                 value = self.env[node] = value.detach().requires_grad_()
             beside = [self.env[other] for other in others]
-            value.register_hook(partial(_seen, see, value.detach(), beside))
+            value.register_hook(partial(_show_gradient, see, value.detach(), beside))
 
     def _result(self, values: Values) -> object:
         node = self.program.graph.graph.output_node()
         outputs: object = fx.map_arg(node.args[0], lambda source: values[source])
         if self.narrow is not None:
-            outputs = widened(outputs)
+            outputs = widen_outputs(outputs)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[object, ...], dict[str, object]]:
         found = super().fetch_args_kwargs_from_env(n)
-        return found if self.narrow is None else self.narrow.operands(n, found)
+        return found if self.narrow is None else self.narrow.cast_operands(n, found)
 
 
-def _seen(see: Callable[..., None], value: Tensor, beside: Sequence[Tensor], gradient: Tensor) -> None:
+def _show_gradient(see: Callable[..., None], value: Tensor, beside: Sequence[Tensor], gradient: Tensor) -> None:
     with torch.no_grad():
         see(gradient, value, *beside)
 
 
-def _learns(tensor: Tensor) -> bool:
+def _can_learn(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -325,11 +325,11 @@ class Autocast:
         """A weight, or a value that crosses a border."""
         return self._cast(value, self.dtype) if node in self.reached else value
 
-    def skips(self, node: fx.Node) -> bool:
+    def should_skip(self, node: fx.Node) -> bool:
         """Whether the call would only check the type that the trace had."""
         return node.target is TYPE_CHECK and node in self.reached
 
-    def operands(self, node: fx.Node, operands: object) -> Any:
+    def cast_operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""
         target = node.target
         if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -337,7 +337,7 @@ class Autocast:
         floats = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.is_floating_point()]
         if len(floats) < 2:
             return operands
-        declared = schema(target)
+        declared = find_schema(target)
         dtype = floats[0].dtype if declared is not None and declared.is_mutable else self.dtype
         return tree_map(lambda value: self._cast(value, dtype), operands)
 
@@ -345,6 +345,6 @@ class Autocast:
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype) else value
 
 
-def widened(value: object) -> object:
+def widen_outputs(value: object) -> object:
     """A result in float32: losses and whatever else is made of it are computed in that."""
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, value)

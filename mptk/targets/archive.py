@@ -19,17 +19,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
-from mptk.compat.torch import build_exported, quiet_exporter
-from mptk.errors import MptkError, first_line
-from mptk.files import json_text, scratch
+from mptk.compat.torch import build_exported, hide_exporter_logs
+from mptk.errors import MptkError, take_first_line
+from mptk.files import format_json, make_scratch
 from mptk.io.archive import EXTRA, read_archive
 from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Condition, Limits
-from mptk.ir.program import Program, sizes_in, stateful
+from mptk.ir.program import Program, list_symbolic_sizes, remove_state_copies
 from mptk.ir.size_calls import assert_sizes, take_assertions, write_size_functions
 from mptk.ir.weights import Weights
-from mptk.reading import Damaged, damaged, json_of, made
-from passes.frontend.trace import own_state
+from mptk.reading import Damaged, make_damage_error, make_typed, parse_json
+from passes.frontend.trace import copy_written_state
 
 ARCHIVE = "model.pt2"
 
@@ -55,7 +55,7 @@ class Beside:
     positional: int | None
 
 
-def saved_names(program: Program) -> list[str]:
+def list_saved(program: Program) -> list[str]:
     """The names in ``state`` of parameters and persistent buffers. The others are constants of the graph."""
     kinds = ((spec.kind, spec.persistent, program.weights.get(spec.arg.name)) for spec in program.signature.input_specs)
     saved = {name for kind, kept, name in kinds if kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and kept)}
@@ -64,13 +64,13 @@ def saved_names(program: Program) -> list[str]:
 
 def write_archive(file: Path, program: Program) -> None:
     """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
-    graph, signature = _untied(program)
+    graph, signature = _merge_tied(program)
     write_size_functions(graph.graph)
     assert_sizes(graph.graph, program.sizes)
     graph.recompile()
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
-    saved = saved_names(program)
-    state = {name: _blank(program.state.like(name)) for name in saved}
+    saved = list_saved(program)
+    state = {name: _make_blank(program.state.like(name)) for name in saved}
     for name in saved:
         if kinds[name] is InputKind.PARAMETER:
             state[name] = nn.Parameter(state[name], requires_grad=name not in program.frozen)
@@ -79,15 +79,15 @@ def write_archive(file: Path, program: Program) -> None:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no paths of this machine
     found = build_exported(program.exported, graph, signature, state=state, constants=constants, example_inputs=None)
     try:
-        with quiet_exporter("torch.export"):
-            torch.export.save(found, file, extra_files={EXTRA: json_text(asdict(_beside(program)))})
+        with hide_exporter_logs("torch.export"):
+            torch.export.save(found, file, extra_files={EXTRA: format_json(asdict(_describe_program(program)))})
     except Exception as error:  # torch's writer has no base class of errors
         raise MptkError(
-            f"torch.export cannot write the graph ({first_line(error)}); open it in this process"
+            f"torch.export cannot write the graph ({take_first_line(error)}); open it in this process"
         ) from error
 
 
-def _beside(program: Program) -> Beside:
+def _describe_program(program: Program) -> Beside:
     limits = program.limits
     return Beside(
         list(program.inputs),
@@ -105,9 +105,9 @@ def _beside(program: Program) -> Beside:
     )
 
 
-def _untied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
+def _merge_tied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
     """The graph with one input for each weight, and no copies of state."""
-    graph, gone = stateful(program.copy_graph()), set[str]()
+    graph, gone = remove_state_copies(program.copy_graph()), set[str]()
     first: dict[str, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" and node.name in program.weights:
@@ -117,15 +117,15 @@ def _untied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
                 graph.graph.erase_node(node)
                 gone.add(node.name)
     graph.recompile()
-    specs = [_named(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
+    specs = [_name_target(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
     return graph, replace(program.signature, input_specs=specs)
 
 
-def _named(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
+def _name_target(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
     return replace(spec, target=weights.get(spec.arg.name, spec.target))
 
 
-def _blank(like: Tensor) -> Tensor:
+def _make_blank(like: Tensor) -> Tensor:
     """A tensor that takes the memory of one number: NaN, so that nobody takes it for a weight."""
     value = float("nan") if like.is_floating_point() or like.is_complex() else 0
     return torch.full((1,), value, dtype=like.dtype).as_strided(like.shape, [0] * like.ndim)
@@ -137,14 +137,14 @@ def check_archive(program: Program) -> None:
     Raises:
         MptkError: one of its calls, or a condition on sizes, cannot be written or is not read.
     """
-    with scratch() as place:
+    with make_scratch() as place:
         file = place.folder / ARCHIVE
         write_archive(file, program)
         try:
             open_archive(file, program.state)
         except MptkError as error:
             raise MptkError(
-                f"mptk cannot read the graph that torch.export writes of this module ({first_line(error)}); write what "
+                f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); write what "
                 "depends on sizes with tensors (docs/tracing.md)"
             ) from error
 
@@ -156,9 +156,9 @@ def open_archive(file: Path, weights: Weights) -> Program:
         MptkError: the archive is missing or damaged, holds what could run code, or its weights are others.
     """
     exported, text = read_archive(file)
-    said = damaged(file)
+    said = make_damage_error(file)
     try:
-        beside = made(Beside, json_of(text, said))
+        beside = make_typed(Beside, parse_json(text, said))
     except ValueError as error:
         raise said(str(error)) from error
     graph, signature = exported.graph_module, exported.graph_signature
@@ -166,41 +166,41 @@ def open_archive(file: Path, weights: Weights) -> Program:
     for name, like in likes.items():
         if name not in weights or weights.like(name).shape != like.shape:
             raise said(f"{name} is missing beside it, or of another shape")
-    kept = weights.selected({name: name for name in likes})
+    kept = weights.select_names({name: name for name in likes})
     state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
-    conditions = take_assertions(graph.graph, _sizes_of(exported))
-    own_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
+    conditions = take_assertions(graph.graph, _find_sizes(exported))
+    copy_written_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
     graph.recompile()
     return Program(
         graph,
         signature,
-        state.updated(exported.constants),
+        state.with_entries(exported.constants),
         beside.aliases,
         exported,
         tuple(beside.inputs),
-        _limits(beside, conditions, said),
+        _read_limits(beside, conditions, said),
         frozenset(beside.frozen),
-        outputs=_outputs(beside, said),
+        outputs=_read_outputs(beside, said),
         positional=beside.positional,
     )
 
 
-def _outputs(beside: Beside, said: Damaged) -> Container | None:
+def _read_outputs(beside: Beside, said: Damaged) -> Container | None:
     try:
         return None if beside.outputs is None else Container.from_json(beside.outputs)
     except ValueError as error:
         raise said(str(error)) from error
 
 
-def _sizes_of(exported: ExportedProgram) -> CallSizes:
+def _find_sizes(exported: ExportedProgram) -> CallSizes:
     """The sizes of an export's inputs."""
     user = set(exported.graph_signature.user_inputs)
     nodes = [n for n in exported.graph.find_nodes(op="placeholder") if n.name in user]
-    found = tuple((n.name, sizes_in(n.meta["val"])) for n in nodes if isinstance(n.meta["val"], Tensor))
+    found = tuple((n.name, list_symbolic_sizes(n.meta["val"])) for n in nodes if isinstance(n.meta["val"], Tensor))
     return CallSizes(found, tuple(name for name, _ in found), Limits())
 
 
-def _limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) -> Limits:
+def _read_limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) -> Limits:
     """What the graph asserts, with what is known of it. Assertions of sizes above 1 come last."""
     count = len(beside.condition_lines)
     if len(conditions) != count + len(beside.several):

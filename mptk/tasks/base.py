@@ -20,7 +20,7 @@ from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.task import Task
 from mptk.reading import Json
-from mptk.tasks.inputs import Inputs, inputs_of
+from mptk.tasks.inputs import Inputs, choose_inputs
 
 SummedFigure = Callable[[Tensor, Tensor], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
@@ -31,10 +31,10 @@ class ModelTask(Task):
 
     def kind(self, model: nn.Module) -> Inputs:
         """What the model reads."""
-        return inputs_of(model)
+        return choose_inputs(model)
 
-    def example(self, model: nn.Module) -> Samples:
-        return Samples(self.kind(model).example(model))
+    def make_example(self, model: nn.Module) -> Samples:
+        return Samples(self.kind(model).make_example(model))
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         found = self.kind(loaded.model).calibration(loaded, settings, count, progress)
@@ -58,7 +58,7 @@ class ComparedTask(ModelTask):
 
 
 @torch.no_grad()
-def compared(
+def measure_figures(
     runs: Runs, batches: Sequence[Samples], figures: Mapping[str, SummedFigure], progress: Progress, protocol: str
 ) -> Json:
     """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
@@ -77,7 +77,7 @@ def compared(
     return {**found[first], "metric": first, **{name: found[name] for name in others}, "protocol": protocol}
 
 
-def known_to(
+def explain_unlisted(
     lists: Iterable[Mapping[str, str | Sequence[str]]],
     config: PreTrainedConfig,
     classes: set[type[PreTrainedModel]],
@@ -115,7 +115,9 @@ class TokenTask(ModelTask):
         return int((samples.targets != IGNORED).sum())
 
     @torch.no_grad()
-    def perplexities(self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str) -> Json:
+    def compute_perplexities(
+        self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str
+    ) -> Json:
         """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
         rows, totals = samples.split(1), dict[str, float]()
         for name, i, logits in runs(rows, partial(progress, metric)):

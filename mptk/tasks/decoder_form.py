@@ -19,12 +19,12 @@ from mptk.errors import MptkError, ProofError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir.samples import Samples, make_token_samples
 from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import about, cut, logits_apart, quantised
+from mptk.tasks.exporting import compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
 from mptk.tasks.genai import GENAI_FILE, write_genai_config
 from mptk.tasks.inputs.image_forms import POSITIONS
 from mptk.tasks.sizes import MOST_ROWS
@@ -77,7 +77,7 @@ CASES = (
 )
 """What the proof runs, on several short rows and on one long row."""
 SIZES_STAGE = "ONNX Runtime sizes"
-"""The stage that runs ``size_cases``, and a cache as long as the model has positions."""
+"""The stage that runs ``draw_size_cases``, and a cache as long as the model has positions."""
 SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
 FAR_BYTES = 1 << 26
@@ -94,25 +94,27 @@ class DecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
         step(0, 0, "trace a decoding step")
-        run = None if dense.program is None else lambda ids: dense.first(next_tokens(ids))
+        run = None if dense.program is None else lambda ids: dense.first(make_token_samples(ids))
         program = trace_decoder(
-            model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
+            model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
         )
         if wanted != "auto" and model.dtype is not torch.float32:
             raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
-        program = cut(program, dense, plan, log)
+        program = cut_to_plan(program, dense, plan, log)
         step(0, 0, "translate the graph")
-        said = {"objective": settings.objective, **about(dense, plan)}
+        said = {"objective": settings.objective, **make_graph_metadata(dense, plan)}
         half, objective = wanted == "float16", settings.objective
         file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
         text = None if samples is None else samples.inputs["input_ids"]
-        return quantised(dense, [file], text, log)
+        return write_quantized_graphs(dense, [file], text, log)
 
     def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = opened(use.graph(folder / GRAPH_FILE), device, settings)
+        decoder = open_proof_decoder(use.graph(folder / GRAPH_FILE), device, settings)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-        runs: dict[str, StageOutputs] = {case.stage: partial(decoded, decoder, case, use.crossed) for case in CASES}
-        runs[SIZES_STAGE] = partial(sized, decoder, use.positions)
+        runs: dict[str, StageOutputs] = {
+            case.stage: partial(decode_samples, decoder, case, use.crossed) for case in CASES
+        }
+        runs[SIZES_STAGE] = partial(decode_sizes, decoder, use.positions)
         stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
         return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
@@ -120,8 +122,8 @@ class DecoderForm(OnnxForm):
         decoder = OrtDecoder(file, device=device)
         return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return logits_apart(scheme, pairs)
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return compare_logits(scheme, pairs)
 
     def describe(
         self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
@@ -132,7 +134,7 @@ class DecoderForm(OnnxForm):
         return OrtDecoder(folder).half
 
 
-def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
+def open_proof_decoder(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
     """A decoder to prove. Raises ProofError if it has logits of other positions than the settings ask for."""
     decoder = OrtDecoder(file, device=device)
     if decoder.last_only != (settings.logits == "last"):
@@ -143,7 +145,7 @@ def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
     return decoder
 
 
-def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
+def decode_samples(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions.
 
     ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens. If
@@ -156,10 +158,10 @@ def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], sam
         prompts, of = [*prompts, 0], torch.cat([of, of[:1]])
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     first = torch.stack([_place(count, width, case.padded) for count in prompts])
-    return called(decoder, samples, of, first, calls)
+    return decode_calls(decoder, samples, of, first, calls)
 
 
-def called(
+def decode_calls(
     decoder: OrtDecoder, samples: Samples, of: Tensor, first: Tensor, calls: Sequence[int], cache: Cache | None = None
 ) -> Placed:
     """The logits of a first call and of those after it, with their positions.
@@ -172,36 +174,41 @@ def called(
     places, logits = list[Tensor](), list[Tensor]()
     done = (first >= 0).sum(1, keepdim=True)
     cache = decoder.empty(len(of)) if cache is None else cache
-    for place in (first, *(done + before + torch.arange(n) for n, before in zip(calls, _before(calls), strict=True))):
+    for place in (
+        first,
+        *(done + before + torch.arange(n) for n, before in zip(calls, _count_before(calls), strict=True)),
+    ):
         mask = (place >= 0).long().numpy()
-        found, cache = decoder.step(_at(tokens, place).numpy(), mask, cache, _numbers(numbered, place))
+        found, cache = decoder.step(
+            _gather_places(tokens, place).numpy(), mask, cache, _gather_numbers(numbered, place)
+        )
         logits.append(torch.from_numpy(found.copy()))
         places.append(place[:, -1:] if decoder.last_only else place)
     return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
 
 
-def _before(calls: Sequence[int]) -> list[int]:
+def _count_before(calls: Sequence[int]) -> list[int]:
     """The tokens of all calls before each."""
     return list(accumulate(calls, initial=0))[:-1]
 
 
-def sized(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``size_cases``, and behind a cache of padding that fills the model's ``positions`` (0: unknown)."""
+def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
+    """The logits of ``draw_size_cases``, and behind a cache of padding that fills the model's ``positions`` (0: unknown)."""
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
-    for rows, (first, *calls) in size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
+    for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
         of = torch.arange(rows) % len(tokens)
-        runs.append(called(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
-    past = min(positions, FAR_BYTES // decoder.bytes_of(len(tokens))) - FAR_TOKENS
+        runs.append(decode_calls(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
+    past = min(positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
     if past > 0 and tokens.shape[1] >= FAR_TOKENS:
         filled = decoder.filled(len(tokens), past)
         far = Cache(filled.values, np.zeros_like(filled.mask))
         of, first_tokens = torch.arange(len(tokens)), torch.arange(FAR_TOKENS).expand(len(tokens), -1)
-        runs.append(called(decoder, samples, of, first_tokens, (), far))
-    return as_rows(runs)
+        runs.append(decode_calls(decoder, samples, of, first_tokens, (), far))
+    return join_runs(runs)
 
 
-def as_rows(runs: Sequence[Placed]) -> Placed:
+def join_runs(runs: Sequence[Placed]) -> Placed:
     """Runs with different numbers of rows and tokens as one, in which each output is a row."""
     flat = [
         (run.outputs.flatten(0, 1)[:, None], run.places.reshape(-1, 1), run.of, run.places.shape[1]) for run in runs
@@ -210,7 +217,7 @@ def as_rows(runs: Sequence[Placed]) -> Placed:
     return Placed(torch.cat([x for x, *_ in flat]), torch.cat([x for _, x, *_ in flat]), torch.cat(of))
 
 
-def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
+def draw_size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
     """Rows, and the tokens of each call, at most ``length`` together.
 
     For the proof's short rows: one token at a time, so that every length of the cache is met; each number of rows up to
@@ -234,15 +241,15 @@ def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
         yield rows, found
 
 
-def _at(values: Tensor, places: Tensor) -> Tensor:
+def _gather_places(values: Tensor, places: Tensor) -> Tensor:
     """The values [rows, length, …] at some positions of each row, zeros at padding: [rows, n, …]."""
     found = values[torch.arange(len(values))[:, None], places.clamp(min=0)]
     return found.masked_fill((places < 0).reshape(*places.shape, *[1] * (values.ndim - 2)), 0)
 
 
-def _numbers(positions: Tensor | None, places: Tensor) -> Ids | None:
+def _gather_numbers(positions: Tensor | None, places: Tensor) -> Ids | None:
     """The numbers of the positions [rows, axes, length] at some places, [axes, rows, n], if there are any."""
-    return None if positions is None else _at(positions.transpose(1, 2), places).permute(2, 0, 1).numpy()
+    return None if positions is None else _gather_places(positions.transpose(1, 2), places).permute(2, 0, 1).numpy()
 
 
 def _place(count: int, width: int, side: str) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples, joined
+from mptk.ir.samples import Samples, join_outputs
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
@@ -40,11 +40,11 @@ class DualEncoder(Numbers):
     sequences = False
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        if classes and all(gives(each) for each in classes):
+        if classes and all(has_embeddings(each) for each in classes):
             return None
         return f"{min((c.__name__ for c in classes), default=type(config).__name__)} does not give {self.gives}"
 
-    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+    def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
         return partial(NamedOutputs, outputs=EMBEDS)
 
     def read(self, called: Any) -> tuple[Tensor, ...]:
@@ -68,13 +68,13 @@ class DualEncoder(Numbers):
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, rows = sets.evaluation, dict[str, list[Tensor]]()
         for name, _, output in runs(samples.split(1), partial(progress, "cosine")):
-            rows.setdefault(name, []).append(joined(output).cpu())
+            rows.setdefault(name, []).append(join_outputs(output).cpu())
         embeds = {name: torch.cat(each).chunk(len(EMBEDS), 1) for name, each in rows.items()}
         dense = embeds["dense"]
         return {
-            **{name: round(alike(each, dense), 6) for name, each in embeds.items()},
+            **{name: round(compute_mean_cosine(each, dense), 6) for name, each in embeds.items()},
             "metric": "cosine",
-            "retrieval": {name: round(retrieved(each, dense), 6) for name, each in embeds.items()},
+            "retrieval": {name: round(measure_retrieval(each, dense), 6) for name, each in embeds.items()},
             "protocol": (
                 f"{sets.source}: mean cosine of the embeddings of {len(samples)} images and their texts with the dense "
                 "model's; retrieval: share of the images whose nearest of these texts is the dense model's"
@@ -82,19 +82,19 @@ class DualEncoder(Numbers):
         }
 
 
-def gives(model_class: type[PreTrainedModel]) -> bool:
+def has_embeddings(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class gives embeddings of texts and images, and their similarities."""
     named = get_type_hints(model_class.forward).get("return")
     fields = {name for each in (named, *get_args(named)) for name in getattr(each, "__dataclass_fields__", ())}
     return {*EMBEDS, *SIMILARITIES} <= fields and all(hasattr(model_class, name) for name in FEATURE_METHODS)
 
 
-def alike(embeds: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+def compute_mean_cosine(embeds: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
     """The mean cosine of embeddings of texts and of images, each [n, channels], with the dense model's."""
     return float(torch.cat([F.cosine_similarity(*both) for both in zip(embeds, dense, strict=True)]).mean())
 
 
-def retrieved(embeds: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+def measure_retrieval(embeds: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
     """The share of images whose nearest text, by the cosine, is the dense model's."""
     nearest, expected = (
         (F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T).argmax(1) for texts, images in (embeds, dense)

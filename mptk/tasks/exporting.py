@@ -11,27 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan, transferred
+from mptk.ir.resolved_plan import resolve_plan, transfer_cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.chain import stored_type
+from mptk.protocols.chain import find_stored_type
 from mptk.protocols.onnx_form import Dense
-from mptk.protocols.values import Checks, left_out
+from mptk.protocols.values import Checks, describe_left_out
 from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
-from mptk.tasks.padding import PADDING_KEY, about_padding, candidates, is_text, padded_as_said, with_mask
+from mptk.tasks.padding import (
+    PADDING_KEY,
+    describe_padding,
+    has_token_ids,
+    list_input_choices,
+    pad_by_metadata,
+    with_mask,
+)
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
 from passes.pipelines import cut_program, quantize_onnx
-from passes.targets.onnx.check_quantized import DIVERGENCES, divergence
-from passes.targets.onnx.names import CACHE, data_file, quantized
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs, difference, parts_of
+from passes.targets.onnx.check_quantized import DIVERGENCES, compute_token_divergence
+from passes.targets.onnx.names import CACHE, name_data_file, name_quantized_file
+from passes.verify import (
+    HALF_TOLERANCE,
+    RUNTIME_TOLERANCE,
+    Difference,
+    Placed,
+    StageOutputs,
+    compare_outputs,
+    split_outputs,
+)
 
 HALF, DTYPE = "float16", "dtype"
 """A type, and the key in a graph's metadata of the type in which it computes."""
@@ -71,7 +86,7 @@ class Traced:
     @property
     def traced(self) -> dict[str, Tensor]:
         """The inputs as they were traced, without numbers."""
-        values = {node.name: node.meta["val"] for node in self.program.placeholders()}
+        values = {node.name: node.meta["val"] for node in self.program.list_placeholders()}
         return {name: values[node] for name, node in zip(self.names, self.program.user_inputs, strict=True)}
 
     @property
@@ -91,7 +106,7 @@ Unpadded = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """Outputs and the inputs without padding → the outputs without those at padding."""
 
 
-def traced_as(
+def trace_named(
     dense: Dense,
     wrap: Callable[[nn.Module, list[str]], nn.Module],
     example: Named,
@@ -112,48 +127,48 @@ def traced_as(
     model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
     given, caches = with_mask(example), [name for name in example if name.startswith(CACHE)]
     reason = "with a mask of ones it computes other outputs than without a mask"
-    for read in candidates(dense.loaded, inputs):
+    for read in list_input_choices(dense.loaded, inputs):
         names = [*read, *caches]
         try:
             program = export_program(wrap(model, names), tuple(given[name] for name in names), dynamic=True)
-            traced = Traced(dense.weighted(program), names)
+            traced = Traced(dense.put_weights(program), names)
             traced.check_sizes()
-            if equal(traced.run(dense.executor, with_mask(inputs)), expected):
+            if is_same_output(traced.run(dense.executor, with_mask(inputs)), expected):
                 break
         except (MptkError, RuntimeError) as error:
-            reason = first_line(error)
+            reason = take_first_line(error)
     else:
         raise MptkError(f"{type(model).__name__} is not written with named inputs: {reason}")
-    if not is_text(inputs):
+    if not has_token_ids(inputs):
         return traced, {}
-    said = about_padding(model)
-    longer, rows = padded_as_said(inputs, said)
-    same = equal(unpadded(traced.run(dense.executor, longer)[rows], inputs), expected)
+    said = describe_padding(model)
+    longer, rows = pad_by_metadata(inputs, said)
+    same = is_same_output(unpadded(traced.run(dense.executor, longer)[rows], inputs), expected)
     return traced, said if same else {}
 
 
-def equal(found: Tensor, expected: Tensor) -> bool:
+def is_same_output(found: Tensor, expected: Tensor) -> bool:
     """Whether two outputs are the same up to rounding."""
     if found.shape != expected.shape:
         return False
-    return difference("trace", found.to(expected.device), expected, RUNTIME_TOLERANCE).ok
+    return compare_outputs("trace", found.to(expected.device), expected, RUNTIME_TOLERANCE).ok
 
 
-def cut(program: Program, dense: Dense, plan: Plan | None, log: Log, whole: Program | None = None) -> Program:
+def cut_to_plan(program: Program, dense: Dense, plan: Plan | None, log: Log, whole: Program | None = None) -> Program:
     """The program, cut to the plan. Raises MptkError if the plan does not fit.
 
     ``whole``: another program of the same model, whose families the plan names. None: ``program`` has them.
     """
     if plan is None:
         return program
-    analysis = group.analyze(program)
-    source = analysis if whole is None else group.analyze(whole)
+    analysis = group.analyze_program(program)
+    source = analysis if whole is None else group.analyze_program(whole)
     found = resolve_plan(source, plan)
-    found = found if whole is None else transferred(found, source, analysis)
-    return cut_program(analysis, found, log, stored_type(dense.settings, dense.loaded)).program
+    found = found if whole is None else transfer_cut(found, source, analysis)
+    return cut_program(analysis, found, log, find_stored_type(dense.settings, dense.loaded)).program
 
 
-def quantised(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log) -> list[str]:
+def write_quantized_graphs(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log) -> list[str]:
     """Write the quantised graphs that the settings name beside ``files``. Returns notes on schemes that are left out.
 
     ``files``: the float graphs, the main one first. ``text``: to calibrate its int4 on.
@@ -173,12 +188,14 @@ def quantised(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log
                 raise
             for file in made:
                 file.unlink()
-                file.with_name(data_file(file.name)).unlink()
-            notes.append(left_out(f"{files[0].parent.name}/{quantized(files[0], scheme).name}", error))
+                file.with_name(name_data_file(file.name)).unlink()
+            notes.append(
+                describe_left_out(f"{files[0].parent.name}/{name_quantized_file(files[0], scheme).name}", error)
+            )
     return notes
 
 
-def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
+def make_graph_metadata(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
     said = {
         VERSION: __version__,
@@ -200,7 +217,7 @@ def is_half(graph: OrtGraph) -> bool:
     return graph.metadata.get(DTYPE) == HALF
 
 
-def stages_of(
+def list_proof_stages(
     run: GraphRuns,
     graph: OrtGraph,
     unpadded: Unpadded,
@@ -216,7 +233,7 @@ def stages_of(
         return run(with_mask(samples.inputs))
 
     def padded(samples: Samples) -> Tensor | list[Tensor]:
-        given, rows = padded_as_said(samples.inputs, said)
+        given, rows = pad_by_metadata(samples.inputs, said)
         found = run(given)
         several = [unpadded(each[rows], samples.inputs) for each in ([found] if isinstance(found, Tensor) else found)]
         return several[0] if isinstance(found, Tensor) else several
@@ -233,15 +250,15 @@ DISTANCES = {"fp16": 0.01, "int8": 0.1, "int4": 0.5}
 """Allowed distance of features, relative to their norm."""
 
 
-def logits_apart(scheme: str, pairs: Pairs) -> Difference:
+def compare_logits(scheme: str, pairs: Pairs) -> Difference:
     """The divergence of the distributions, in nats."""
-    apart = max(divergence(*pair) for pair in pairs)
+    apart = max(compute_token_divergence(*pair) for pair in pairs)
     return Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme])
 
 
-def features_apart(scheme: str, pairs: Pairs) -> Difference:
+def compare_features(scheme: str, pairs: Pairs) -> Difference:
     """The distance of the features, relative to their norm."""
-    apart = max(_distance(*pair) for pair in pairs)
+    apart = max(_compute_distance(*pair) for pair in pairs)
     return Difference(f"{scheme} features", apart, apart, DISTANCES[scheme])
 
 
@@ -255,7 +272,7 @@ def use_apart(scheme: str, pairs: Sequence[tuple[Tensor | Placed, Tensor]]) -> D
     """The distance of outputs at some positions from the outputs of whole samples, relative to their norm."""
     apart, whole = 0.0, 0.0
     for found, reference in pairs:
-        for one, other in parts_of(found, reference):
+        for one, other in split_outputs(found, reference):
             apart += (one.double() - other.double()).square().sum().item()
             whole += other.double().square().sum().item()
     far = (apart / whole) ** 0.5 if whole else apart
@@ -263,7 +280,7 @@ def use_apart(scheme: str, pairs: Sequence[tuple[Tensor | Placed, Tensor]]) -> D
     return Difference(f"{scheme} in use", far, far, USED[scheme])
 
 
-def _distance(found: Tensor, reference: Tensor) -> float:
+def _compute_distance(found: Tensor, reference: Tensor) -> float:
     """‖f − f*‖ / ‖f*‖. NaN counts as infinite."""
     apart = ((found.double() - reference.double()).norm() / reference.double().norm()).item()
     return apart if apart == apart else float("inf")

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.compat.transformers import config_field
-from mptk.files import json_text, write_text
+from mptk.compat.transformers import find_config_field
+from mptk.files import format_json, write_text
 from mptk.reading import Json
 
 GENAI_FILE = "genai_config.json"
@@ -28,7 +28,7 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
     shapes = {value.name: _shape(value) for value in (*file.graph.input, *file.graph.output)}
     past = [shape for name, shape in shapes.items() if name.startswith("past_key_values.")]
     config = config.get_text_config()
-    query_heads = config_field(config, "num_attention_heads")
+    query_heads = find_config_field(config, "num_attention_heads")
     if any(shape != past[0] for shape in past) or isinstance(query_heads, list):
         return
     _, heads, _, size = past[0]
@@ -46,18 +46,18 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
         },
         "outputs": {"logits": "logits", **{f"present_{part}_names": f"present.%d.{part}" for part in (KEY, VALUE)}},
     }
-    length = _length(config)
+    length = _find_context_length(config)
     content = {
         "model": {
             "type": TYPE,
-            **_tokens(config, generation),
+            **_find_special_tokens(config, generation),
             "context_length": length,
             "vocab_size": shapes["logits"][-1],
             "decoder": decoder,
         },
-        "search": {**_sampling(generation), "max_length": length, "past_present_share_buffer": False},
+        "search": {**_list_sampling(generation), "max_length": length, "past_present_share_buffer": False},
     }
-    write_text(folder / GENAI_FILE, json_text(content, indent=2) + "\n")
+    write_text(folder / GENAI_FILE, format_json(content, indent=2) + "\n")
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -65,13 +65,13 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
     return [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
 
 
-def _length(config: PreTrainedConfig) -> int:
+def _find_context_length(config: PreTrainedConfig) -> int:
     """Positions that the model has; 2048 if its config bounds none."""
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) else 2048
 
 
-def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> Json:
+def _find_special_tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> Json:
     """The special tokens. A model that never ends a text still needs an id there; none is -1."""
 
     def said(name: str) -> int | list[int] | None:
@@ -84,6 +84,6 @@ def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> Js
     return {**found, "eos_token_id": end, "pad_token_id": max(0, first) if pad is None else pad}
 
 
-def _sampling(config: GenerationConfig | None) -> Json:
+def _list_sampling(config: GenerationConfig | None) -> Json:
     found = {name: getattr(config, name, None) for name in SAMPLING_FIELDS}
     return {name: value for name, value in found.items() if value is not None}

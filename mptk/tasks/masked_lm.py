@@ -22,7 +22,7 @@ from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import TokenTask, known_to
+from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import TextWindows
 from mptk.tasks.model_form import LOGITS, ModelForm
@@ -40,7 +40,7 @@ class MaskedLM(TokenTask):
     onnx = ModelForm(LOGITS)
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
+        return explain_unlisted((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
     def kind(self, model: nn.Module) -> Inputs:
         return TextWindows()
@@ -50,7 +50,7 @@ class MaskedLM(TokenTask):
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
         if mask is None and data not in (RANDOM_DATA, IN_MEMORY):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
-        return masked(inputs["input_ids"], mask or 0)
+        return mask_tokens(inputs["input_ids"], mask or 0)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """As of other models of tokens. Perceiver gives logits of all its positions: those after the window go."""
@@ -65,10 +65,10 @@ class MaskedLM(TokenTask):
             f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
             f"{STRIDE} masked, {self.predicted(samples):,} predicted"
         )
-        return self.perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
+        return self.compute_perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 
 
-def masked(ids: Tensor, mask: int) -> Samples:
+def mask_tokens(ids: Tensor, mask: int) -> Samples:
     """Windows of token ids, int64 [n, length], with some replaced by ``mask``; these are the targets."""
     hidden = (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)
     return Samples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))

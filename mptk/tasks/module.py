@@ -16,25 +16,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config.choices import IN_MEMORY, INPUTS
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, exhausted, first_line
+from mptk.errors import MptkError, find_exhaustion, take_first_line
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.copies import separate
-from mptk.ir.samples import Samples, joined
+from mptk.ir.samples import Samples, join_outputs
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import compared
-from mptk.tasks.encoder import errors, projection
+from mptk.tasks.base import measure_figures
+from mptk.tasks.encoder import compute_feature_errors, compute_projection
 from mptk.tasks.exporting import Traced
-from mptk.tasks.inputs.base import ordered
+from mptk.tasks.inputs.base import order_samples
 from mptk.tasks.model_form import AXES, ModelForm
-from mptk.tasks.numbers import Outputs, apart
+from mptk.tasks.numbers import Outputs, sum_output_distances
 from mptk.tasks.padding import IDS
-from passes.frontend.trace import argument_names
+from passes.frontend.trace import list_forward_arguments
 from passes.targets.onnx.emit import Axes
 
 BATCH_POSITIONS = 2048
@@ -63,10 +63,10 @@ class Module(Task):
         try:
             found = run(self.given)
         except RuntimeError as error:
-            if (lacking := exhausted(error)) is not None:
+            if (lacking := find_exhaustion(error)) is not None:
                 raise lacking from error
             raise MptkError(
-                f"{loaded.source} does not run on its example inputs ({first_line(error)}); give other ones"
+                f"{loaded.source} does not run on its example inputs ({take_first_line(error)}); give other ones"
             ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
@@ -76,7 +76,7 @@ class Module(Task):
                 "samples in their first dimension, as its inputs have"
             )
 
-    def example(self, model: nn.Module) -> Samples:
+    def make_example(self, model: nn.Module) -> Samples:
         return self.given
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
@@ -89,7 +89,9 @@ class Module(Task):
         """The samples of a file of inputs; without one the example inputs."""
         if not data.endswith(INPUTS):
             return self.given
-        return ordered(_as_samples(named_inputs((), read_inputs(data), self.given.inputs), data), self.given.inputs)
+        return order_samples(
+            _make_samples(name_inputs((), read_inputs(data), self.given.inputs), data), self.given.inputs
+        )
 
     def named(self, model: nn.Module, data: str) -> str:
         return data if data.endswith(INPUTS) else IN_MEMORY
@@ -97,24 +99,24 @@ class Module(Task):
     def loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
         assert samples.targets is not None
-        return errors(joined(output), joined(samples.targets)).sum()
+        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
 
-    def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return projection(joined(output), samples)
+    def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
+        return compute_projection(join_outputs(output), samples)
 
     def predicted(self, samples: Samples) -> int:
         return len(samples)
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
-        batches = sets.evaluation.batches(BATCH_POSITIONS)
+        batches = sets.evaluation.make_batches(BATCH_POSITIONS)
         protocol = (
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
             "module's, relative to their norm"
         )
-        return compared(runs, batches, {"distance": apart}, progress, protocol)
+        return measure_figures(runs, batches, {"distance": sum_output_distances}, progress, protocol)
 
 
-def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
+def make_example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
     """Example inputs, by position or by name, as samples under the names of ``forward``'s arguments.
 
     One sample becomes two, since a trace takes a size of 1 for a constant.
@@ -122,13 +124,13 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     Raises:
         MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
-    names, plain = argument_names(module), not isinstance(module, PreTrainedModel)
-    found = _in_order(names, named_inputs(names, inputs, None if plain else torch.float32))
-    samples = _as_samples(found, "example inputs")
-    return samples if len(samples) > 1 else samples.repeated(2)
+    names, plain = list_forward_arguments(module), not isinstance(module, PreTrainedModel)
+    found = _order_inputs(names, name_inputs(names, inputs, None if plain else torch.float32))
+    samples = _make_samples(found, "example inputs")
+    return samples if len(samples) > 1 else samples.repeat(2)
 
 
-def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
+def _make_samples(inputs: dict[str, Tensor], what: str) -> Samples:
     """Samples of these inputs. Raises MptkError unless all have as many; ``what``: what the error calls them."""
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
     if len(sizes) != 1 or sizes == {0}:
@@ -137,7 +139,7 @@ def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
     return Samples(inputs)
 
 
-def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _order_inputs(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs in the order of ``names``, then the inputs that ``forward`` takes by ``**``, in alphabetical order."""
     others = sorted(inputs.keys() - set(names))
     return {name: inputs[name] for name in (*names, *others) if name in inputs}
@@ -158,7 +160,7 @@ def read_inputs(file: str | Path) -> dict[str, Tensor]:
     )
 
 
-def named_inputs(
+def name_inputs(
     names: Sequence[str],
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
@@ -236,7 +238,7 @@ class ModuleForm(ModelForm):
         count = len(results) if isinstance(results, tuple | list) else 1
         return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
 
-    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         return []  # what a module's inputs may be, only its author knows
 
     def axes(self, name: str, rank: int) -> Axes:

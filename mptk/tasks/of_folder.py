@@ -11,17 +11,17 @@ from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.protocols.report import PROVEN_ON, Report
 from mptk.protocols.task import Task
-from mptk.tasks import task_of
-from mptk.tasks.module import Module, example_samples
+from mptk.tasks import bind_task
+from mptk.tasks.module import Module, make_example_samples
 
 
-def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
+def find_folder_task(folder: Path, report: Report, loaded: Loaded) -> Task:
     """The task that a folder was pruned as. A module gets the example inputs of its proof."""
-    inputs = inputs_of_folder(folder, report)
-    return task_of(loaded) if inputs is None else Module(example_samples(loaded.model, inputs))
+    inputs = load_folder_inputs(folder, report)
+    return bind_task(loaded) if inputs is None else Module(make_example_samples(loaded.model, inputs))
 
 
-def inputs_of_folder(folder: Path, report: Report) -> dict[str, Tensor] | None:
+def load_folder_inputs(folder: Path, report: Report) -> dict[str, Tensor] | None:
     """The example inputs of a folder that was pruned as a module; None if it was not."""
     if report.task != Module.name:
         return None

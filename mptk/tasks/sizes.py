@@ -28,7 +28,7 @@ DECODER = "decoder_"
 """What the names of inputs of a decoder start with: their lengths are another text's."""
 
 
-def texts(samples: Samples, seed: str) -> Iterator[Samples]:
+def draw_texts(samples: Samples, seed: str) -> Iterator[Samples]:
     """Samples with other numbers of rows and of tokens; none if it is not clear which inputs belong to the tokens."""
     read = {name for name, x in samples.inputs.items() if is_tokens(x) and not name.startswith(DECODER)}
     lengths = {samples.inputs[name].shape[1] for name in read}
@@ -43,13 +43,13 @@ def texts(samples: Samples, seed: str) -> Iterator[Samples]:
         yield Samples(cut)[torch.arange(count) % len(samples)]
 
 
-def rows(samples: Samples, seed: str) -> Iterator[Samples]:
+def draw_row_counts(samples: Samples, seed: str) -> Iterator[Samples]:
     """The samples, more of them at once."""
     if samples.together is None:
         yield samples[torch.arange(random.Random(seed).randint(4, MOST_ROWS)) % len(samples)]
 
 
-def values(samples: Samples) -> Samples:
+def scale_pixels(samples: Samples) -> Samples:
     """Images whose values are smaller and larger than the samples' own: each row has another largest value."""
     pixels = samples.inputs[PIXELS].clone()
     for row, largest in zip(pixels, LARGEST, strict=False):

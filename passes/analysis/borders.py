@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-from mptk.ir.ops import op_name
+from mptk.ir.ops import name_op
 from mptk.ir.program import Program
 
 MARGIN = 8
@@ -64,8 +64,8 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int, least: int =
     ``bound``: the longest sequence of a proof, in tokens. The model's own number of positions is a bound, too, unless
     its rope type allows more. ``least``: the tokens of a proof without borders, if these bounds allow them.
     """
-    found = set(graph_borders(program)).union(*(config_borders(config.to_dict()) for config in configs))
-    longest = min((n for config in configs for n in _limits(config)), default=None)
+    found = set(find_graph_borders(program)).union(*(find_config_borders(config.to_dict()) for config in configs))
+    longest = min((n for config in configs for n in _find_position_limits(config)), default=None)
     usable = sorted(b for b in found if b > 1 and (longest is None or b + MARGIN <= longest))
     crossed = tuple(b for b in usable if b + MARGIN <= bound)
     plain = min(least, bound, least if longest is None else longest - MARGIN)
@@ -76,35 +76,35 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int, least: int =
     )
 
 
-def config_borders(config: Mapping[str, object]) -> Iterator[int]:
+def find_config_borders(config: Mapping[str, object]) -> Iterator[int]:
     """Borders in a config."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from config_borders(value)
+            yield from find_config_borders(value)
         elif _BORDER_FIELDS.search(str(key)):
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if type(v) is int and v > 0)
     positions = config.get(_POSITIONS)
-    if type(positions) is int and _dynamic(config):
+    if type(positions) is int and _has_dynamic_rope(config):
         yield positions
 
 
-def graph_borders(program: Program) -> Iterator[int]:
+def find_graph_borders(program: Program) -> Iterator[int]:
     """Integers in the graph with which positions are compared, or by which they are shifted or divided."""
     parameters = {s.arg.name for s in program.signature.input_specs if s.kind is InputKind.PARAMETER}
-    numbers = _numbers(program)
+    numbers = _find_integers(program)
     learned: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
         if node.name in parameters or any(n in learned for n in node.all_input_nodes):
             learned.add(node)
-        elif node.op == "call_function" and _name(node) in _COMPARED and any(map(_whole, node.all_input_nodes)):
+        elif node.op == "call_function" and _name(node) in _COMPARED and any(map(_is_integral, node.all_input_nodes)):
             for argument in (*node.args, *node.kwargs.values()):
                 value = numbers.get(argument) if isinstance(argument, fx.Node) else argument
                 if type(value) is int:
                     yield abs(value)
 
 
-def _numbers(program: Program) -> dict[fx.Node, int]:
+def _find_integers(program: Program) -> dict[fx.Node, int]:
     """Node → its value, if it is one integer: a constant of the model, or a tensor filled with one."""
     found: dict[fx.Node, int] = {}
     weights = program.weights
@@ -121,25 +121,25 @@ def _numbers(program: Program) -> dict[fx.Node, int]:
 
 
 def _name(node: fx.Node) -> str:
-    return op_name(node).split(".")[1]
+    return name_op(node).split(".")[1]
 
 
-def _whole(node: fx.Node) -> bool:
+def _is_integral(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
-def _dynamic(config: Mapping[str, object]) -> bool:
+def _has_dynamic_rope(config: Mapping[str, object]) -> bool:
     """Whether a rope type of this config depends on the number of positions."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
     return any(isinstance(k, Mapping) and "dynamic" in str(k.get("rope_type", k.get("type"))) for k in kinds)
 
 
-def _limits(config: PreTrainedConfig) -> Iterator[int]:
+def _find_position_limits(config: PreTrainedConfig) -> Iterator[int]:
     """The numbers of positions in a model's config, unless its rope type allows more."""
     own = config.get_text_config()
-    if _dynamic(own.to_dict()):
+    if _has_dynamic_rope(own.to_dict()):
         return
     found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
     yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)

@@ -9,7 +9,7 @@ import networkx as nx
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
-from mptk.ir.ops import op_name
+from mptk.ir.ops import name_op
 from mptk.ir.program import Program
 
 
@@ -40,16 +40,16 @@ def find_dependence(program: Program, writes: Mapping[fx.Node, Sequence[fx.Node]
     caches = find_caches(program)
     weights = {s.arg.name for s in program.signature.input_specs if _is_weight(program, s)}
     user = set(program.user_inputs)
-    inputs = [n for n in program.placeholders() if n.name in user]
+    inputs = [n for n in program.list_placeholders() if n.name in user]
     return Dependence(
-        variables=_reached(flow, [n for n in program.placeholders() if n.name in weights or n in caches]),
-        activations=_reached(flow, inputs),
-        data=_reached(flow, [n for n in inputs if n not in caches and _is_floating(n)]),
+        variables=_find_dependents(flow, [n for n in program.list_placeholders() if n.name in weights or n in caches]),
+        activations=_find_dependents(flow, inputs),
+        data=_find_dependents(flow, [n for n in inputs if n not in caches and _is_floating(n)]),
         caches=caches,
     )
 
 
-def _reached(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]) -> set[fx.Node]:
+def _find_dependents(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The sources and all values that depend on them."""
     flow.add_edges_from(("start", source) for source in sources)
     found = nx.descendants(flow, "start") if "start" in flow else set()
@@ -79,6 +79,6 @@ def find_caches(program: Program) -> dict[fx.Node, fx.Node]:
     inputs = set(program.user_inputs)
     found: dict[fx.Node, fx.Node] = {}
     for node in program.graph.graph.nodes:
-        if node.name in outputs and op_name(node).startswith("aten.cat"):
+        if node.name in outputs and name_op(node).startswith("aten.cat"):
             found |= {source: node for source in node.all_input_nodes if source.name in inputs}
     return found

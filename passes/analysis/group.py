@@ -9,21 +9,21 @@ from dataclasses import replace
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Sum, Term, axes_in, freeze, leaves, resolve
+from mptk.ir.axes import Axis, Sum, Term, collect_axes, freeze, list_axes, resolve
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.blocks import Stack
 from mptk.ir.families import Analysis, Blocked, Depth, Family, Group, Member, Place, Role
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.blocks import find_stacks, name_stacks
-from passes.analysis.liveness import live_axes
-from passes.analysis.naming import distinct, name_blocked, name_family
+from passes.analysis.liveness import find_live_axes
+from passes.analysis.naming import name_blocked, name_family, number_duplicates
 from passes.analysis.propagate import propagate
 from passes.analysis.scopes import Members, find_scopes
 from passes.analysis.zero_propagation import find_divisors, find_spoilers
 
 
-def analyze(program: Program) -> Analysis:
+def analyze_program(program: Program) -> Analysis:
     """Find the families of ``program``: propagate axes, check exactness, group coupled channels, name families.
 
     Raises:
@@ -33,30 +33,30 @@ def analyze(program: Program) -> Analysis:
     facts = replace(facts, divisors=find_divisors(facts))
     readers = {
         program.weights[n.name]: next(iter(n.users))
-        for n in program.placeholders()
+        for n in program.list_placeholders()
         if n.name in program.weights and n in facts.results and n.users
     }
     weights = {name: tuple(map(resolve, dims)) for name, dims in facts.weights.items() if name in readers}
-    members = _members(weights)
+    members = _find_members(weights)
     spoilers = find_spoilers(facts)
-    live = live_axes(facts)
+    live = find_live_axes(facts)
     for axis, places in members.items():
         _refuse(axis, live, SourceLocation(readers[places[0][0]]))
     offered = [axis for axis in members if not axis.frozen and axis not in spoilers]
     scopes = find_scopes(facts, weights, members, offered)
-    roles = _member_roles(program, facts)
+    roles = _find_member_roles(program, facts)
     groups = [_group(axis, members[axis], weights, scopes[axis], roles) for axis in offered]
     return Analysis(
         program=program,
-        families=_families(groups),
-        blocked=tuple(_blocked(axis, members[axis], spoilers) for axis in members if axis not in scopes),
+        families=_make_families(groups),
+        blocked=tuple(_make_blocked(axis, members[axis], spoilers) for axis in members if axis not in scopes),
         weights=weights,
         facts=facts,
-        depths=_depths(find_stacks(program, facts)),
+        depths=_make_depths(find_stacks(program, facts)),
     )
 
 
-def _depths(stacks: Sequence[Stack]) -> tuple[Depth, ...]:
+def _make_depths(stacks: Sequence[Stack]) -> tuple[Depth, ...]:
     """A family for each list of residual blocks, whose units are the blocks."""
     described = "residual blocks, each removed whole"
     return tuple(
@@ -65,12 +65,12 @@ def _depths(stacks: Sequence[Stack]) -> tuple[Depth, ...]:
     )
 
 
-def _members(weights: Mapping[str, Dims]) -> Members:
+def _find_members(weights: Mapping[str, Dims]) -> Members:
     """Axis of the weights, in their order → the dimensions of weights that hold it."""
     found: dict[Axis, list[Place]] = {}
     for name, dims in weights.items():
         for d, term in enumerate(dims):
-            for leaf in dict.fromkeys(leaves(term)):
+            for leaf in dict.fromkeys(list_axes(term)):
                 found.setdefault(leaf, []).append((name, d))
     return found
 
@@ -84,24 +84,24 @@ def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
         freeze(axis, f"with the traced inputs, no value that has it reaches the output ({place})")
 
 
-def _member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
+def _find_member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
     """The role of each weight's dimension: consumer if it is summed over, producer if it makes new channels."""
     roles: dict[Place, Role] = {}
     for contraction in facts.contractions:
-        made = axes_in(contraction.out)
+        made = collect_axes(contraction.out)
         for node, dim in (contraction.left, contraction.right):
-            place = _weight_dimension(program, facts, node, dim)
+            place = _find_weight_dim(program, facts, node, dim)
             if place is None:
                 continue
             name, summed = place
             roles[place] = "consumer"
             for other, term in enumerate(facts.weights[name]):
-                if other != summed and made & axes_in([term]):
+                if other != summed and made & collect_axes([term]):
                     roles.setdefault((name, other), "producer")
     return roles
 
 
-def _weight_dimension(program: Program, facts: AxisFacts, node: fx.Node, dim: int) -> Place | None:
+def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int) -> Place | None:
     """The weight behind a contraction's operand and its dimension, found by term, also through transposes."""
     if not facts.is_weight(node):
         return None
@@ -124,10 +124,10 @@ def _group(
     roles: Mapping[Place, Role],
 ) -> Group:
     members = tuple(Member(name, d, weights[name][d], roles.get((name, d), "other")) for name, d in places)
-    return Group(common_module([m.weight for m in members]), axis, scope, members)
+    return Group(find_common_module([m.weight for m in members]), axis, scope, members)
 
 
-def common_module(names: list[str]) -> str:
+def find_common_module(names: list[str]) -> str:
     """The longest common module path of all weights."""
     paths = [name.split(".")[:-1] for name in names]
     common = []
@@ -141,47 +141,47 @@ def common_module(names: list[str]) -> str:
 # ---- groups of one structure ----
 
 
-def _families(groups: list[Group]) -> tuple[Family, ...]:
+def _make_families(groups: list[Group]) -> tuple[Family, ...]:
     """Make a family of all groups with the same signature, with distinct names."""
     by_signature: dict[object, list[Group]] = {}
     for group in groups:
-        by_signature.setdefault(signature(group), []).append(group)
+        by_signature.setdefault(make_signature(group), []).append(group)
     named = [(*name_family(same[0], len(same)), same) for same in by_signature.values()]
-    names = distinct(name for name, _, _ in named)
+    names = number_duplicates(name for name, _, _ in named)
     return tuple(
-        Family(name, description, _distinct_layers(same), max(g.axis.minimum for g in same), same[0].axis.multiple)
+        Family(name, description, _label_layers(same), max(g.axis.minimum for g in same), same[0].axis.multiple)
         for name, (_, description, same) in zip(names, named, strict=True)
     )
 
 
-def _distinct_layers(groups: list[Group]) -> tuple[Group, ...]:
+def _label_layers(groups: list[Group]) -> tuple[Group, ...]:
     """Give each group a distinct layer label: the first member's name if a family has two groups in one module."""
     count = Counter(group.layer for group in groups)
     return tuple(g if count[g.layer] == 1 else replace(g, layer=g.members[0].weight) for g in groups)
 
 
-def signature(group: Group) -> object:
+def make_signature(group: Group) -> object:
     """Groups of one family have the same signature: members' names without layer numbers, and their layout."""
     labels = {group.axis: "X", **{axis: f"s{i}" for i, axis in enumerate(group.scope)}}
     members = sorted(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", m.weight), m.dim, _layout(m.term, labels)) for m in group.members
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", m.weight), m.dim, _describe_layout(m.term, labels)) for m in group.members
     )
     return group.size, tuple(axis.size for axis in group.scope), tuple(members)
 
 
-def _layout(term: Term, labels: Mapping[Axis, str]) -> str:
+def _describe_layout(term: Term, labels: Mapping[Axis, str]) -> str:
     """A term as text: labelled axes by label, all others by size."""
     term = resolve(term)
     if isinstance(term, Axis):
         return labels.get(term, str(term.size))
     if isinstance(term, Sum):
-        return "(" + "+".join(_layout(segment, labels) for segment in term.segments) + ")"
-    return "(" + "*".join(_layout(factor, labels) for factor in term.factors) + ")"
+        return "(" + "+".join(_describe_layout(segment, labels) for segment in term.segments) + ")"
+    return "(" + "*".join(_describe_layout(factor, labels) for factor in term.factors) + ")"
 
 
 # ---- what cannot be cut ----
 
 
-def _blocked(axis: Axis, places: Sequence[Place], spoilers: Mapping[Axis, list[str]]) -> Blocked:
+def _make_blocked(axis: Axis, places: Sequence[Place], spoilers: Mapping[Axis, list[str]]) -> Blocked:
     reasons = tuple(dict.fromkeys([*axis.frozen, *spoilers.get(axis, [])]))
     return Blocked(name_blocked(axis), axis.size, tuple(f"{name}[{d}]" for name, d in places), reasons)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from mptk.ir.axes import Axis, leaves
+from mptk.ir.axes import Axis, list_axes
 from mptk.ir.families import Group
 
 
@@ -47,7 +47,7 @@ def name_blocked(axis: Axis) -> str:
     return "output" if is_said("the model's output") else "axis"
 
 
-def distinct(names: Iterable[str]) -> list[str]:
+def number_duplicates(names: Iterable[str]) -> list[str]:
     """The names, numbered if several are the same: ``ffn.1``, ``ffn.2``."""
     names = list(names)
     total, seen = Counter(names), Counter[str]()
@@ -62,7 +62,7 @@ def _name_heads(group: Group) -> tuple[str, str]:
     producers = [m for m in group.members if m.role == "producer"]
     if group.scope and len(producers) == 1:
         return "q_heads", "query heads in each KV group"
-    others = {leaf for m in group.members for leaf in leaves(m.term)} - {group.axis}
+    others = {leaf for m in group.members for leaf in list_axes(m.term)} - {group.axis}
     if any("head" in leaf.roles for leaf in others):
         return "kv_groups", "KV heads with their query heads"
     return "heads", "attention heads"
@@ -70,7 +70,7 @@ def _name_heads(group: Group) -> tuple[str, str]:
 
 def _name_query_channels(group: Group) -> tuple[str, str]:
     """Name query channels. A rotation ties the two halves of a head, so the axis occurs twice in query and key."""
-    times = [sum(leaf is group.axis for leaf in leaves(m.term)) for m in group.members if m.role == "producer"]
+    times = [sum(leaf is group.axis for leaf in list_axes(m.term)) for m in group.members if m.role == "producer"]
     tied = "value" in group.axis.roles
     fused = len(times) == 1 and not tied
     what = "query, key and value" if tied else "query and key"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mptk.ir.axes import Axis, Term, axes_in, coordinates, encloses, leaves
+from mptk.ir.axes import Axis, Term, collect_axes, count_coordinates, is_nested, list_axes
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.families import Place
 
@@ -24,8 +24,8 @@ def find_scopes(
     facts: AxisFacts, weights: Mapping[str, Dims], members: Members, offered: Sequence[Axis]
 ) -> dict[Axis, tuple[Axis, ...]]:
     """The scope of each axis in ``offered``, in the order of ``members``."""
-    beside = _companions(facts, set(offered))
-    holders = _holders(facts, weights)
+    beside = _find_companions(facts, set(offered))
+    holders = _find_holders(facts, weights)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
     for axis in reversed(offered):
         present = beside.get(axis, set())
@@ -34,36 +34,36 @@ def find_scopes(
     return scopes
 
 
-def _companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis]]:
+def _find_companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis]]:
     """Axis → the other axes that every value with this axis has at one coordinate."""
     found: dict[Axis, set[Axis]] = {}
-    for counts in {frozenset(coordinates(dims, each=True).items()) for dims in _values(facts)}:
+    for counts in {frozenset(count_coordinates(dims, each=True).items()) for dims in _collect_value_dims(facts)}:
         held = {axis for axis, _ in counts}
-        routed = axes_in(r.expert for r in facts.routes if axes_in([r.rows]) <= held)
+        routed = collect_axes(r.expert for r in facts.routes if collect_axes([r.rows]) <= held)
         present = {axis for axis, count in counts if count == 1} | routed
         for axis in (held | routed) & wanted:
             found[axis] = (found[axis] & present if axis in found else present) - {axis}
     return found
 
 
-def _values(facts: AxisFacts) -> set[Dims]:
+def _collect_value_dims(facts: AxisFacts) -> set[Dims]:
     """The dimensions of all values, of values inside calls, and of constants at their uses, without repeats."""
     found = set(facts.inner).union(*(facts.tensors(node) for node in facts.results))
     return found.union(dims for uses in facts.constant_uses.values() for _, dims in uses)
 
 
-def _holders(facts: AxisFacts, weights: Mapping[str, Dims]) -> dict[Axis, list[Holder]]:
+def _find_holders(facts: AxisFacts, weights: Mapping[str, Dims]) -> dict[Axis, list[Holder]]:
     """Axis → the dimensions of weights and constants that hold it."""
     constants = [dims for uses in facts.constant_uses.values() for _, dims in uses]
     tensors = [*((dims, set(dims)) for dims in weights.values()), *((dims, set[Term]()) for dims in constants)]
     found: dict[Axis, list[Holder]] = {}
     for dims, apart in tensors:
         for term in dims:
-            for axis in dict.fromkeys(leaves(term)):
+            for axis in dict.fromkeys(list_axes(term)):
                 found.setdefault(axis, []).append((term, apart))
     return found
 
 
 def _can_vary(axis: Axis, scope: Axis, holders: Sequence[Holder]) -> bool:
     """Whether in every dimension the scope encloses the axis or is another dimension of the same weight."""
-    return all(encloses(term, scope, axis) or scope in apart for term, apart in holders)
+    return all(is_nested(term, scope, axis) or scope in apart for term, apart in holders)

@@ -8,9 +8,9 @@ from torch import fx
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, leaves, resolve
+from mptk.ir.axes import Axis, list_axes, resolve
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name
+from mptk.ir.ops import name_base_op
 
 _MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")
 
@@ -39,12 +39,12 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
         MptkError: it looks up nothing by token ids, or tables of several sizes.
     """
     program, facts = analysis.program, analysis.facts
-    inputs = [node for node in program.placeholders() if node.name in program.user_inputs]
+    inputs = [node for node in program.list_placeholders() if node.name in program.user_inputs]
     names = program.inputs or tuple(node.name for node in inputs)
     looked_up: set[Axis] = set()
     for node, name in zip(inputs, names, strict=True):
         if name.endswith("input_ids"):
-            looked_up.update(axis for table in tables_of(node) for axis in leaves(resolve(facts.dims(table)[0])))
+            looked_up.update(axis for table in find_tables(node) for axis in list_axes(resolve(facts.dims(table)[0])))
     sizes = sorted({axis.size for axis in looked_up})
     if len(sizes) != 1:
         found = " and ".join(map(str, sizes)) or "no"
@@ -59,16 +59,16 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     return Vocabulary(sizes[0], frozenset(axes), tuple(name.endswith("input_ids") for name in names), predicted)
 
 
-def tables_of(node: fx.Node) -> set[fx.Node]:
+def find_tables(node: fx.Node) -> set[fx.Node]:
     """The tables whose rows a value of integers picks, also through views."""
     found: set[fx.Node] = set()
     for user in node.users:
         if user.op != "call_function":
             continue
-        op = base_name(user.target)
+        op = name_base_op(user.target)
         if op == "embedding" and user.args[1] is node:
             assert isinstance(user.args[0], fx.Node)
             found.add(user.args[0])
         elif op in _MOVES:
-            found |= tables_of(user)
+            found |= find_tables(user)
     return found

@@ -14,11 +14,11 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
-from mptk.ir.axes import Axis, axes_in, coordinates, leaves
+from mptk.ir.axes import Axis, collect_axes, count_coordinates, list_axes
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.ops import base_name
+from mptk.ir.ops import name_base_op
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import nodes_in
+from passes.analysis.aliasing import list_nodes
 from passes.analysis.rules import POINTWISE
 from passes.analysis.rules.table import find_rule
 
@@ -37,14 +37,16 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
 
     for product in facts.contractions:
         safe = zeros.get(product.left[0], set()) | zeros.get(product.right[0], set())
-        spoil((a for a in leaves(product.axis) if a not in safe), "summed over while not zero", product.node)
+        spoil((a for a in list_axes(product.axis) if a not in safe), "summed over while not zero", product.node)
     for reduction in facts.reductions:
         if reduction.kind in ("sum", "mean"):
             safe = zeros.get(reduction.source, set())
             verb = "averaged" if reduction.kind == "mean" else "summed"
-            spoil((a for a in leaves(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node)
+            spoil(
+                (a for a in list_axes(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node
+            )
     for node in facts.results:
-        spoil(_infinite(node, zeros), "infinite where it is zero", node)
+        spoil(_find_infinite_axes(node, zeros), "infinite where it is zero", node)
     return spoilers
 
 
@@ -55,7 +57,7 @@ def find_divisors(facts: AxisFacts) -> dict[fx.Node, set[Axis]]:
     """
     zeros, found = propagate_zeros(facts), dict[fx.Node, set[Axis]]()
     for node in facts.results:
-        axes = _infinite(node, zeros)
+        axes = _find_infinite_axes(node, zeros)
         waiting = [n for n in node.all_input_nodes if axes and facts.is_weight(n) and axes & zeros[n]]
         while waiting:
             source = waiting.pop()
@@ -75,11 +77,11 @@ INFINITE_AT_ZERO = frozenset(
 POWERS = frozenset({"pow", "pow_", "float_power", "float_power_"})
 
 
-def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
+def _find_infinite_axes(node: fx.Node, zeros: Zeros) -> set[Axis]:
     """The axes along which a call has no finite value if its operand is zero there."""
     if node.op != "call_function":
         return set()
-    name = base_name(node.target)
+    name = name_base_op(node.target)
     operand: object = None
     if name in DIVISIONS:
         operand = node.args[1]
@@ -112,7 +114,7 @@ def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
     """
     counts: dict[Axis, int] = {}
     for dims in facts.tensors(node):
-        for a, n in coordinates(dims, each=True).items():
+        for a, n in count_coordinates(dims, each=True).items():
             if n > 1:
                 counts[a] = max(n, counts.get(a, 0))
     return counts
@@ -143,10 +145,10 @@ class _Propagation:
     def _result(self, node: fx.Node) -> set[Axis]:
         """The axes along which the result of a call is zero, by the rule of its op."""
         rule = find_rule(node) or POINTWISE
-        zero = functools.partial(self._operand, node)
+        zero = functools.partial(self._find_operand_zeros, node)
         if callable(rule.zero):
             return rule.zero(node, zero, self.facts)
-        operands = list(nodes_in([*node.args, *node.kwargs.values()]))
+        operands = list(list_nodes([*node.args, *node.kwargs.values()]))
         if rule.zero == "drop":
             return set()
         if rule.zero == "keep":
@@ -157,9 +159,9 @@ class _Propagation:
         if rule.zero == "any":
             return found
         assert rule.zero == "join", f"{rule.zero} is no kind of zero"
-        return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
+        return found.difference(*(self._find_use_axes(node, v) - zero(v) for v in operands))
 
-    def _operand(self, node: fx.Node, value: object) -> set[Axis]:
+    def _find_operand_zeros(self, node: fx.Node, value: object) -> set[Axis]:
         """The axes along which an operand is zero. It must have as many coordinates along them as the result.
 
         A constant that holds zeros only is zero along each axis of which the result has one coordinate.
@@ -174,11 +176,11 @@ class _Propagation:
         held = self.multiplicities(value)
         return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
 
-    def _axes_of_use(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
+    def _find_use_axes(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
         """The axes of an operand at this call (a constant has its own axes at each use)."""
         if value in self.facts.results:
             return self.facts.axes(value)
-        return axes_in(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
+        return collect_axes(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
 
     def _write_back(self, node: fx.Node) -> None:
         """If a call writes numbers other than zero, no value that shares the target's memory is zero there.

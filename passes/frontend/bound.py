@@ -23,7 +23,7 @@ class _Stop(BaseException):
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, what: str) -> Iterator[None]:
+def limit_processor_time(seconds: float, what: str) -> Iterator[None]:
     """Within it no more than ``seconds`` of processor time are computed, so that a busy machine changes nothing.
 
     Only the main thread can be stopped; in others there is no bound.

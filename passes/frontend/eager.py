@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from mptk.compat.torch import FakeTensor, tree_leaves
-from mptk.errors import MptkError, first_line
-from mptk.ir.copies import attributes, copied, outside
-from mptk.ir.ops import shape_of
+from mptk.errors import MptkError, take_first_line
+from mptk.ir.copies import copy_module, describe_attributes, describe_outside_state
+from mptk.ir.ops import resolve_shape
 from mptk.ir.program import Program, ProgramModule
 from passes.frontend.gradients import compare_gradients
 
@@ -32,7 +32,7 @@ TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, t
 
 
 @torch.no_grad()
-def compared(
+def compare_to_module(
     program: Program, weights: Mapping[str, Tensor] | None = None, inputs: Sequence[Tensor] | None = None
 ) -> Program:
     """``program`` with what running its module tells of it: which calls are refused, and whether it trains otherwise.
@@ -46,7 +46,7 @@ def compared(
     assert program.source is not None
     if inputs is None:
         inputs = [t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor)]
-    pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.parameters})})
+    pair = Pair(program, {**(weights or {}), **program.state.select_names({n: n for n in program.parameters})})
     pair.check_outside(inputs)
     if pair.apart(inputs) and not pair.apart(inputs, on=True):
         raise GradientMode(
@@ -55,17 +55,17 @@ def compared(
         )
     pair.check_state(inputs)
     several, ran, failed = set[str](), set[str](), set[str]()
-    for values in others(program):
+    for values in list_other_sizes(program):
         shapes = program.sizes.shapes(values)
         if shapes is None:
             continue
-        given = [resized(x, s) for x, s in zip(inputs, shapes, strict=True)]
+        given = [resize_tensor(x, s) for x, s in zip(inputs, shapes, strict=True)]
         ones = {str(symbol) for symbol, value in values.items() if value == 1}
         apart = pair.apart(given)
-        if ones and apart and not pair.module_runs(given):
+        if ones and apart and not pair.can_run_module(given):
             given = [x if x.is_floating_point() else torch.zeros_like(x) for x in given]  # 0 is in a table of one row
             apart = pair.apart(given)
-            if apart and not pair.module_runs(given):
+            if apart and not pair.can_run_module(given):
                 failed |= ones
                 continue
         ran |= ones
@@ -76,10 +76,10 @@ def compared(
         if several.isdisjoint(ones):
             several |= ones
     found = replace(program, limits=replace(program.limits, several=frozenset(several | (failed - ran))))
-    return replace(found, limits=replace(found.limits, **limits_at_calls(pair, inputs)))
+    return replace(found, limits=replace(found.limits, **find_call_limits(pair, inputs)))
 
 
-def limits_at_calls(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
+def find_call_limits(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """The fields of ``Limits`` on strides, gradients and training."""
     strided = [transpose_memory(x) for x in inputs]
     found: dict[str, Any] = {"contiguous": pair.apart(strided) not in ("", BOTH_FAIL)}
@@ -104,10 +104,10 @@ BOTH_FAIL = "module and program fail"
 WITH_TENSORS = "write what depends on sizes or state with tensors (docs/tracing.md)"
 
 
-def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
+def list_other_sizes(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
     """Other sizes than the example's: each of them 1, each dimension of all inputs, all of them; and all larger."""
     sizes = program.sizes
-    traced = example_sizes(program)
+    traced = find_example_sizes(program)
     symbols = [s for s in sizes.symbols() if s in traced]
     dimensions = zip_longest(*(own for _, own in sizes.inputs))
     together = [{size for size in each if size in traced} for each in dimensions]
@@ -123,13 +123,13 @@ def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
             return
 
 
-def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
+def find_example_sizes(program: Program) -> dict[sympy.Symbol, int]:
     """The values of the symbolic sizes in the example."""
-    values = {node.name: node.meta["val"] for node in program.placeholders()}
-    return program.sizes.values([shape_of(values[name]) for name, _ in program.sizes.inputs])
+    values = {node.name: node.meta["val"] for node in program.list_placeholders()}
+    return program.sizes.values([resolve_shape(values[name]) for name, _ in program.sizes.inputs])
 
 
-def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def resize_tensor(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of another shape with its numbers, again and again."""
     for d, size in enumerate(shape):
         tensor = tensor.index_select(d, torch.arange(size) % tensor.shape[d])
@@ -146,35 +146,35 @@ class Pair:
     def module(self) -> Any:
         """A copy of the module, in evaluation mode, with the program's weights."""
         assert self.program.source is not None
-        return copied(self.program.source, self._weight).eval()
+        return copy_module(self.program.source, self._pick_weight).eval()
 
-    def _weight(self, name: str, tensor: Tensor) -> Tensor:
+    def _pick_weight(self, name: str, tensor: Tensor) -> Tensor:
         public = name.removeprefix("module.")
         held = self.weights.get(self.names.get(public, public))
         return tensor if held is None else held.detach().to(tensor.dtype)
 
     def apart(self, inputs: Sequence[Tensor], *, on: bool = False) -> str:
-        """How the program differs from the module on these inputs; as ``apart_of``. ``on``: with gradients."""
+        """How the program differs from the module on these inputs; as ``compare_on_inputs``. ``on``: with gradients."""
         with torch.set_grad_enabled(on):
-            return apart_of(self.program, self.module(), inputs)
+            return compare_on_inputs(self.program, self.module(), inputs)
 
     def check_outside(self, inputs: Sequence[Tensor]) -> None:
         """Raise MptkError if a call of the module changes what its code keeps outside of it."""
         module = self.module()
-        before = outside(module.module)
+        before = describe_outside_state(module.module)
         with contextlib.suppress(Exception):  # whether it runs is told later
-            flat(module, inputs)
-        after = outside(module.module)
+            run_flat(module, inputs)
+        after = describe_outside_state(module.module)
         if changed := sorted(name for name in after if after[name] != before.get(name)):
             raise MptkError(
                 f"forward changes {', '.join(changed)} at each call, which a trace holds as one value; keep such state "
                 "in a buffer, with tensors"
             )
 
-    def module_runs(self, inputs: Sequence[Tensor]) -> bool:
+    def can_run_module(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the module itself takes these inputs."""
         try:
-            flat(self.module(), inputs)
+            run_flat(self.module(), inputs)
         except Exception:  # noqa: BLE001 (a module may raise anything)
             return False
         return True
@@ -186,10 +186,10 @@ class Pair:
             MptkError: they differ; the message names the buffers and attributes that the module changes.
         """
         module, program = self.module(), self.kept()
-        states = [attributes(module.module)]
+        states = [describe_attributes(module.module)]
         for call in ("first", "second"):
-            apart = apart_of(program, module, inputs)
-            states.append(attributes(module.module))
+            apart = compare_on_inputs(program, module, inputs)
+            states.append(describe_attributes(module.module))
             if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
@@ -209,22 +209,22 @@ class Pair:
         return lambda *inputs: module.run(inputs)
 
 
-def apart_of(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:
+def compare_on_inputs(program: Callable[..., object], module: Callable[..., object], inputs: Sequence[Tensor]) -> str:
     """How a program differs from a module on these inputs, ``BOTH_FAIL`` if neither runs; empty if they are equal."""
     try:
-        expected = flat(module, inputs)
+        expected = run_flat(module, inputs)
     except Exception as error:  # noqa: BLE001 (a module may raise anything)
-        expected, why = None, first_line(error)
+        expected, why = None, take_first_line(error)
     try:
-        found = flat(program, inputs)
+        found = run_flat(program, inputs)
     except Exception as error:  # noqa: BLE001
-        return BOTH_FAIL if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
+        return BOTH_FAIL if expected is None else f"it fails at {describe_shapes(inputs)} ({take_first_line(error)})"
     if expected is None:
-        return f"the module fails at {shapes_of(inputs)} ({why}), and the program does not"
-    return difference(found, expected, inputs)
+        return f"the module fails at {describe_shapes(inputs)} ({why}), and the program does not"
+    return describe_mismatch(found, expected, inputs)
 
 
-def flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor]:
     """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -235,20 +235,20 @@ def flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor
     return found
 
 
-def difference(found: list[Tensor], expected: list[Tensor], inputs: Sequence[Tensor]) -> str:
+def describe_mismatch(found: list[Tensor], expected: list[Tensor], inputs: Sequence[Tensor]) -> str:
     """Where outputs differ by more than rounding; empty if they do not."""
     if [t.shape for t in found] != [t.shape for t in expected]:
-        return f"at {shapes_of(inputs)} it gives {shapes_of(found)} and not {shapes_of(expected)}"
+        return f"at {describe_shapes(inputs)} it gives {describe_shapes(found)} and not {describe_shapes(expected)}"
     if (types := [t.dtype for t in found]) != (wanted := [t.dtype for t in expected]):
         return f"it gives {types} and not {wanted}"
     for one, other in zip(found, expected, strict=True):
-        worst = relative(one.detach(), other.detach())
+        worst = compute_relative_error(one.detach(), other.detach())
         if not worst <= TOLERANCES.get(other.dtype, 5e-5):
-            return f"at {shapes_of(inputs)} outputs differ by {worst:.1e} of the largest"
+            return f"at {describe_shapes(inputs)} outputs differ by {worst:.1e} of the largest"
     return ""
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def compute_relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest finite number. Others must be at the same places."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = found.to(wide), expected.to(wide)
@@ -261,6 +261,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return apart / scale if scale else apart
 
 
-def shapes_of(tensors: Sequence[Tensor]) -> str:
+def describe_shapes(tensors: Sequence[Tensor]) -> str:
     """Shapes for a message."""
     return ", ".join(str(list(t.shape)) for t in tensors)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mptk.compat.torch import custom_function, gradient_hooks, tree_leaves
-from mptk.errors import first_line
+from mptk.compat.torch import find_custom_function, list_gradient_hooks, tree_leaves
+from mptk.errors import take_first_line
 from mptk.ir.program import Program, ProgramModule
-from mptk.ir.source_location import source_line
+from mptk.ir.source_location import find_source_line
 
 GRADIENTS_APART = 1e-3
 """Largest difference of a gradient, relative to the largest of its tensor: sums in another order differ by less."""
@@ -38,17 +38,17 @@ def compare_gradients(pair: Compared, inputs: Sequence[Tensor]) -> str:
     Compared are the gradients of a random projection of all outputs, by weights and floating inputs.
     """
     source = pair.program.source
-    names = [] if source is None else [name.removeprefix("module.") for name in gradient_hooks(source)]
+    names = [] if source is None else [name.removeprefix("module.") for name in list_gradient_hooks(source)]
     hooks = [f"{name or 'the module'} has a hook on its gradient" for name in names]
     wrapper = pair.module()
     try:
         with WatchedGradients() as watched:
-            expected = gradients(wrapper, wrapper.module, inputs)
+            expected = compute_seeded_gradients(wrapper, wrapper.module, inputs)
     except Exception as error:  # noqa: BLE001 (a module may raise anything)
-        return f"the module itself cannot be trained ({first_line(error)})"
+        return f"the module itself cannot be trained ({take_first_line(error)})"
     module = ProgramModule(pair.program)
-    found = gradients(lambda *copies: module.run(copies), module, inputs)
-    apart = sorted(name for name in expected.keys() & found.keys() if _differ(found[name], expected[name]))
+    found = compute_seeded_gradients(lambda *copies: module.run(copies), module, inputs)
+    apart = sorted(name for name in expected.keys() & found.keys() if _is_different(found[name], expected[name]))
     if not apart and not hooks:
         return ""
     causes = [*watched.causes, *hooks] or ["part of its forward works on gradients"]
@@ -56,7 +56,9 @@ def compare_gradients(pair: Compared, inputs: Sequence[Tensor]) -> str:
     return f"{where}: {'; '.join(dict.fromkeys(causes))}, which a graph does not hold"
 
 
-def gradients(run: Callable[..., Any], module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
+def compute_seeded_gradients(
+    run: Callable[..., Any], module: nn.Module, inputs: Sequence[Tensor]
+) -> dict[str, Tensor | None]:
     """The gradients by each weight and each floating input, by name; None if there is none."""
     copies = [x.clone().requires_grad_() if x.is_floating_point() else x.clone() for x in inputs]
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -70,7 +72,7 @@ def gradients(run: Callable[..., Any], module: nn.Module, inputs: Sequence[Tenso
     return found | {f"input {i}": x.grad for i, x in enumerate(copies) if x.requires_grad}
 
 
-def _differ(found: Tensor | None, expected: Tensor | None) -> bool:
+def _is_different(found: Tensor | None, expected: Tensor | None) -> bool:
     """Whether gradients differ by more than rounding. None is a gradient of zeros."""
     if found is None or expected is None:
         there = found if expected is None else expected
@@ -96,12 +98,12 @@ class WatchedGradients(TorchFunctionMode):
             self.causes.append(f"a hook on the gradient of a tensor{_place()}")
         found = func(*args, **(kwargs or {}))
         for tensor in (t for t in tree_leaves((args, found)) if isinstance(t, Tensor)):
-            if (function := custom_function(tensor)) is not None:
-                self.causes.append(f"{function.__name__}{_source_of(function)} has a backward of its own")
+            if (function := find_custom_function(tensor)) is not None:
+                self.causes.append(f"{function.__name__}{_locate_class(function)} has a backward of its own")
         return found
 
 
-def _source_of(function: type) -> str:
+def _locate_class(function: type) -> str:
     """The file and line of a class, in brackets; empty if it has none."""
     try:
         file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
@@ -114,5 +116,5 @@ def _place() -> str:
     """The line of the module's code that is running, in brackets."""
     frames = inspect.stack()
     lines = "\n".join(f'  File "{f.filename}", line {f.lineno}, in {f.function}' for f in reversed(frames))
-    found = source_line(lines)
+    found = find_source_line(lines)
     return f" ({found})" if found else ""

@@ -1,6 +1,6 @@
 """inline: move regions that only set a mode into the graph around them.
 
-torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph. ``inline``
+torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph. ``inline_regions``
 moves the calls of these graphs into the exported program's graph, each with its module and source line. The program
 computes the same numbers. The modes:
 
@@ -34,7 +34,7 @@ REGION_ARGUMENT: dict[object, int] = {AUTOCAST: 4, GRADIENTS: 1}
 """The position of the region's graph in each call's arguments. Later arguments are the graph's inputs."""
 
 
-def inline(exported: ExportedProgram) -> None:
+def inline_regions(exported: ExportedProgram) -> None:
     """Move the calls of all regions that set a mode into the graph of ``exported``, in place.
 
     Raises:
@@ -54,7 +54,7 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
     for node in list(module.graph.nodes):
         if node.target in REGION_ARGUMENT:
             renamed |= _inline_call(module, node, casts)
-        elif casts & _devices(node):
+        elif casts & _list_devices(node):
             raise MptkError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
                 "explicitly there, or trace the model with autocast off"
@@ -125,7 +125,7 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
     return renamed
 
 
-def _devices(node: fx.Node) -> set[str]:
+def _list_devices(node: fx.Node) -> set[str]:
     """The devices of a call's results; none for the choice of one of several results."""
     if node.op != "call_function" or node.target is operator.getitem:
         return set()

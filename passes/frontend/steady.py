@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import schema, tree_leaves
+from mptk.compat.torch import find_schema, tree_leaves
 from mptk.errors import MptkError
-from mptk.ir.ops import named_argument, storage, written
+from mptk.ir.ops import find_storage, find_written_arguments, get_argument
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from passes.frontend.eager import relative
+from passes.frontend.eager import compute_relative_error
 
 STEADY = 5e-5
 """Smallest difference of two runs that counts, relative to the largest number: the tolerance of a proof."""
@@ -30,15 +30,15 @@ def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], input
     It runs only if a call could make them differ. ``run``: inputs → outputs. ``name``: the model's.
     """
     nodes = [node for node in program.graph.graph.nodes if node.op == "call_function"]
-    user = {n for n in program.placeholders() if n.name in program.user_inputs}
-    changing = [node for node in nodes if any(storage(target) in user for target in written(node))]
-    drawing = [node for node in nodes if draws(node)]
+    user = {n for n in program.list_placeholders() if n.name in program.user_inputs}
+    changing = [node for node in nodes if any(find_storage(target) in user for target in find_written_arguments(node))]
+    drawing = [node for node in nodes if is_random_call(node)]
     if not changing and not drawing:
         return
     given = [tensor.clone() for tensor in inputs]
     with torch.random.fork_rng(devices=[]):
         first, second = ([t.clone() for t in tree_leaves(run(given)) if isinstance(t, Tensor)] for _ in range(2))
-    apart = max((relative(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
+    apart = max((compute_relative_error(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
     if apart <= STEADY:
         return
     if changing and not all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True)):
@@ -54,10 +54,10 @@ def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], input
         )
 
 
-def draws(node: fx.Node) -> bool:
+def is_random_call(node: fx.Node) -> bool:
     """Whether a call draws random numbers."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    signature = schema(node.target)
+    signature = find_schema(node.target)
     given = {} if signature is None else {a.name: a.default_value for a in signature.arguments if a.name in _OFF}
-    return all(named_argument(node, name, default) for name, default in given.items())
+    return all(get_argument(node, name, default) for name, default in given.items())

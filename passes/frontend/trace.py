@@ -19,21 +19,21 @@ from transformers.utils.generic import ModelOutput
 
 from mptk.compat.torch import (
     FakeTensorMode,
-    assumed,
     drop_tracked_inputs,
-    located,
-    origin,
-    uncached_operators,
+    find_size_origin,
+    list_guards,
+    record_locations,
+    stop_operator_cache,
 )
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.ir.containers import Container, take_apart
-from mptk.ir.copies import copied, separate
+from mptk.ir.copies import copy_module, separate
 from mptk.ir.limits import Condition, Limits
-from mptk.ir.ops import is_open, storage, written
+from mptk.ir.ops import find_storage, find_written_arguments, is_open
 from mptk.ir.program import STATE_COPY, Program, ProgramModule
-from mptk.ir.source_location import source_line
+from mptk.ir.source_location import find_source_line
 from mptk.ir.weights import Weights
-from passes.frontend.inline import inline
+from passes.frontend.inline import inline_regions
 
 TRACED_BATCH, TRACED_LENGTH = 2, 7
 
@@ -42,7 +42,7 @@ SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
 """Names that transformers gives to the results of heads that give several."""
 
 
-def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
+def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
     """What counts of a transformers model's output: the first (logits or last hidden state), or several of its head."""
     if isinstance(output, Tensor):
         return output
@@ -64,31 +64,31 @@ class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
     ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns only what ``results`` says. The model also returns its cache, which would count as a
+    transformers model it returns only what ``pick_results`` says. The model also returns its cache, which would count as a
     use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.module, self.names = module, tuple(names)
-        self.keywords = uncached(module)
+        self.keywords = find_cache_switch(module)
         self.returned = Returned()
-        first = () if isinstance(module, PreTrainedModel) else argument_names(module)[: len(names)]
+        first = () if isinstance(module, PreTrainedModel) else list_forward_arguments(module)[: len(names)]
         self.named = bool(names) and self.names != first  # else by position, as a forward hook reads its inputs
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.named else {}
-        with assignments_written(self.module):
+        with write_assignments(self.module):
             output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
-            return results(output)
+            return pick_results(output)
         tensors, container = take_apart(output)
         self.returned.container = container
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 @contextlib.contextmanager
-def assignments_written(module: nn.Module) -> Iterator[None]:
+def write_assignments(module: nn.Module) -> Iterator[None]:
     """Within it ``module`` runs. A buffer that it assigns a tensor of the same shape to is written in place instead.
 
     A trace takes an assignment for a value of this one call. Buffers of a transformers model are caches of constants.
@@ -103,7 +103,7 @@ def assignments_written(module: nn.Module) -> Iterator[None]:
             setattr(module.get_submodule(owner), leaf, buffer)
 
 
-def unwrapped(module: nn.Module) -> Any:
+def unwrap_module(module: nn.Module) -> Any:
     """The module inside the wrappers of several processes and of adapters."""
     while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
         module = inner
@@ -111,16 +111,16 @@ def unwrapped(module: nn.Module) -> Any:
     return of_adapter() if callable(of_adapter) else module
 
 
-def uncached(module: nn.Module) -> dict[str, bool]:
+def find_cache_switch(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
-    module = unwrapped(module)
-    accepted = _signature(module).parameters
+    module = unwrap_module(module)
+    accepted = _read_signature(module).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if caches else {}
 
 
-def _signature(module: nn.Module) -> inspect.Signature:
+def _read_signature(module: nn.Module) -> inspect.Signature:
     """The arguments of ``forward``. Raises MptkError for a TorchScript module, which hides them."""
     if isinstance(module, torch.jit.ScriptModule):
         raise MptkError(
@@ -140,7 +140,7 @@ OpenSizes = bool | tuple[int, ...] | Mapping[str, tuple[int, ...]]
 """Which sizes of the inputs are symbolic: all or none, some dimensions of each, or dimensions by the input's name."""
 
 
-def trace(
+def trace_to_program(
     module: nn.Module,
     example_inputs: ExampleInputs | None = None,
     *,
@@ -174,29 +174,29 @@ def trace(
     else:
         sizes = dynamic
     try:
-        exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+        exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     except MptkError:
         if not torch.is_grad_enabled():
             raise
         with torch.no_grad():  # some writes in place run only without gradients
-            exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+            exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     found = replace(exported, source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
-    arguments = names or argument_names(module)[: len(given)]
+    arguments = names or list_forward_arguments(module)[: len(given)]
     if len(arguments) != len(given):
         return replace(found, inputs=())
-    pairs = zip(arguments, argument_names(module), strict=False)
+    pairs = zip(arguments, list_forward_arguments(module), strict=False)
     positional = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     return replace(found, inputs=arguments, positional=positional)
 
 
-def argument_names(module: nn.Module) -> tuple[str, ...]:
+def list_forward_arguments(module: nn.Module) -> tuple[str, ...]:
     """The arguments that ``forward`` takes by position."""
     if isinstance(module, ProgramModule):
         return module.input_names[: module.positional]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return tuple(name for name, p in _signature(module).parameters.items() if p.kind in kinds)
+    return tuple(name for name, p in _read_signature(module).parameters.items() if p.kind in kinds)
 
 
 def export_program(
@@ -215,32 +215,34 @@ def export_program(
         dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
     try:
         with (
-            uncached_operators(),
-            located(),
-            evaluating(wrapper),
-            fake_weights(wrapper, inputs) as fake_inputs,
-            torch.set_grad_enabled(torch.is_grad_enabled() and not isinstance(_inner(wrapper), PreTrainedModel)),
+            stop_operator_cache(),
+            record_locations(),
+            hold_evaluation_mode(wrapper),
+            place_fake_weights(wrapper, inputs) as fake_inputs,
+            torch.set_grad_enabled(
+                torch.is_grad_enabled() and not isinstance(_find_user_module(wrapper), PreTrainedModel)
+            ),
         ):
             exported = torch.export.export(wrapper, separate(fake_inputs), dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
     except Exception as error:
         raise MptkError(
-            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {first_line(error)}; "
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {take_first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
     drop_tracked_inputs(exported)
-    return program_from_exported(exported, wrapper)
+    return build_program(exported, wrapper)
 
 
-def _inner(wrapper: nn.Module) -> Any:
+def _find_user_module(wrapper: nn.Module) -> Any:
     module = wrapper.module
     assert isinstance(module, nn.Module)
-    return unwrapped(module)
+    return unwrap_module(module)
 
 
 @contextlib.contextmanager
-def evaluating(wrapper: nn.Module) -> Iterator[None]:
+def hold_evaluation_mode(wrapper: nn.Module) -> Iterator[None]:
     """Evaluation mode for a time; then each module is in its own mode again."""
     training = {module: module.training for module in wrapper.modules()}
     wrapper.eval()
@@ -252,7 +254,7 @@ def evaluating(wrapper: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def place_fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """If the weights are on meta, give the module fake CPU weights during the export.
 
     Meta tensors would lose the values of index constants that the forward makes. Fake tensors keep the values and take
@@ -290,16 +292,16 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(owner, leaf, tensor)
 
 
-def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Program:
+def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
     """The Program of an export of ``wrapper``: graph, weights under the user module's own names, tied names.
 
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
     weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
     _check_constants(exported, wrapper)
-    inline(exported)
+    inline_regions(exported)
     graph = exported.graph_module
-    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _is_vmap_level(n))
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
     weights = {**exported.state_dict, **exported.constants}
     specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
@@ -310,15 +312,19 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     for name in sorted(named, key=lambda name: -used.get(name, -1)):
         owner = first.setdefault(id(named[name]), name)
         if owner != name:
-            aliases[_public(name)] = _public(owner)
-    own_state(graph.graph, {spec.arg.name for spec in specs})
+            aliases[_strip_wrapper(name)] = _strip_wrapper(owner)
+    copy_written_state(graph.graph, {spec.arg.name for spec in specs})
     graph.recompile()
-    state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
+    state = Weights(
+        {_strip_wrapper(s.target): weights[s.target] for s in specs if _strip_wrapper(s.target) not in aliases}
+    )
     names = tuple(getattr(wrapper, "names", ()))
-    frozen = frozenset(_public(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
-    signature = _public_signature(exported.graph_signature)
+    frozen = frozenset(_strip_wrapper(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
+    signature = _rename_targets(exported.graph_signature)
     container = wrapper.returned.container if isinstance(wrapper, Flat) else None
-    return Program(graph, signature, state, aliases, exported, names, limits_of(graph.graph), frozen, outputs=container)
+    return Program(
+        graph, signature, state, aliases, exported, names, find_size_limits(graph.graph), frozen, outputs=container
+    )
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
@@ -331,17 +337,17 @@ def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
             )
 
 
-def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
-    renamed = [s if s.target is None else replace(s, target=_public(s.target)) for s in signature.input_specs]
+def _rename_targets(signature: ExportGraphSignature) -> ExportGraphSignature:
+    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
     return replace(signature, input_specs=renamed)
 
 
-def _opens_vmap(node: fx.Node) -> bool:
+def _is_vmap_level(node: fx.Node) -> bool:
     """Whether a call opens or closes a level of ``torch.vmap`` (masks are made under it): it counts without users."""
     return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
 
 
-def _public(name: str) -> str:
+def _strip_wrapper(name: str) -> str:
     """The user's name of a weight: without the tracing wrapper's ``module.``."""
     return name.removeprefix("module.")
 
@@ -350,28 +356,35 @@ def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
     return isinstance(size, torch.SymInt)
 
 
-def limits_of(graph: fx.Graph) -> Limits:
+def find_size_limits(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
     sizes = {place: size for place, size in places if _is_symbolic(size)}
-    lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
+    lines = {
+        place: line for place, s in sizes.items() if not is_open(s) and (line := find_source_line(find_size_origin(s)))
+    }
     conditions = {
-        guard.holds: Condition(guard.holds, source_line(guard.stack))
-        for guard in assumed(sizes.values())
+        guard.holds: Condition(guard.holds, find_source_line(guard.stack))
+        for guard in list_guards(sizes.values())
         if not guard.kernel and guard.holds not in (sympy.true, sympy.false)
     }
     return Limits(tuple(conditions.values()), lines)
 
 
-def own_state(graph: fx.Graph, weights: Collection[str]) -> None:
+def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
     """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
 
     So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
     ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
     """
-    targets = {storage(target) for node in graph.nodes if node.op == "call_function" for target in written(node)}
+    targets = {
+        find_storage(target)
+        for node in graph.nodes
+        if node.op == "call_function"
+        for target in find_written_arguments(node)
+    }
     state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
     for node in state:
         first = min(node.users)

@@ -17,7 +17,7 @@ from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.frontend.trace import evaluating, export_program
+from passes.frontend.trace import export_program, hold_evaluation_mode
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
 """Example sizes. They are distinct, and neither they nor PAST + SEQUENCE = 34 are likely to occur in a config."""
@@ -74,7 +74,7 @@ class DecoderStep(nn.Module):
         """The outputs for new ``tokens``, by the argument: ids [B, S] or embeddings [B, S, hidden]."""
         (new,) = tokens.values()
         check(attention_mask.shape[1] == past[0].shape[2] + new.shape[1])
-        cache = filled_cache(past)
+        cache = fill_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:
             keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
@@ -89,7 +89,7 @@ def cache_argument(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def filled_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) -> DynamicCache:
+def fill_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) -> DynamicCache:
     """A cache that holds ``past``: key, value, key, value, ..., each [batch, heads, tokens, dim]."""
     cache = DynamicCache()
     tensors = iter(past)
@@ -131,10 +131,10 @@ def trace_decoder(
     shapes = cache_shapes(model)
     inputs = step_inputs(shapes)
     step = DecoderStep(model, logits)
-    for first in first_positions(step):
+    for first in list_first_positions(step):
         step.first_position = first
         program = weights(export_step(step, inputs))
-        if not program.has_values or _agrees(program, model, shapes, dense, executor):
+        if not program.has_values or _has_model_logits(program, model, shapes, dense, executor):
             return program
     raise MptkError(
         f"one decode step of {type(model).__name__} with its own cache computes other logits than the whole sequence; "
@@ -153,14 +153,14 @@ def export_step(
     given = (*(tensor for tensor, _ in before), *inputs)
     others = [dict.fromkeys(dims, Dim.AUTO) for _, dims in before]
     try:
-        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs))})
+        return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs))})
     except MptkError:
         if not isinstance(longest, int) or longest - 2 <= PAST:
             raise
-        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs, longest - 2))})
+        return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs, longest - 2))})
 
 
-def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
+def _list_open_sizes(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
     """The open sizes of a step's inputs. ``longest``: most new tokens, and most past tokens; None: any number."""
     batch, sequence, past = (
         Dim("batch_size"),
@@ -172,7 +172,7 @@ def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[
     return [tokens, {0: batch, 1: Dim.AUTO}, numbers, *({0: batch, 2: past} for _ in cache)]
 
 
-def first_positions(step: DecoderStep) -> list[int | None]:
+def list_first_positions(step: DecoderStep) -> list[int | None]:
     """Candidates for ``first_position``: 0, padding id + 1 (some models reserve the numbers below), None."""
     padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
     if step.first_position is None:
@@ -181,7 +181,7 @@ def first_positions(step: DecoderStep) -> list[int | None]:
 
 
 @torch.no_grad()
-def _agrees(
+def _has_model_logits(
     program: Program,
     model: PreTrainedModel,
     shapes: list[CacheLayerShape],
@@ -192,9 +192,9 @@ def _agrees(
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]])
     positions = torch.arange(ids.shape[1])[None]
-    cache = zeros(shapes, 1, 0)
+    cache = make_zero_cache(shapes, 1, 0)
     if dense is None:
-        with evaluating(model):
+        with hold_evaluation_mode(model):
             expected = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
     else:
         expected = dense(ids)[:, -1]
@@ -229,10 +229,10 @@ class FilledCache(nn.Module):
         if not all(type(part) is DynamicCache for part in parts):
             raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
         layers = enumerate(zip(*(part.layers for part in parts), strict=True))
-        return tuple(x for index, layer in layers for part in layer for x in _keys_values(index, part))
+        return tuple(x for index, layer in layers for part in layer for x in _read_keys_values(index, part))
 
 
-def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
+def _read_keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
     if (
         not isinstance(layer, DynamicLayer)
         or layer.keys is None
@@ -252,14 +252,14 @@ def cache_shapes(model: PreTrainedModel, example: Mapping[str, Tensor] | None = 
         MptkError: the cache holds anything but keys and values, or the forward fails.
     """
     given = {"input_ids": torch.ones(BATCH, SEQUENCE, dtype=torch.long)} if example is None else example
-    tensors = _fake_cache(FilledCache(model, list(given)), tuple(given.values()))
+    tensors = _make_fake_cache(FilledCache(model, list(given)), tuple(given.values()))
     return [
         CacheLayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
         for key, value in zip(tensors[::2], tensors[1::2], strict=True)
     ]
 
 
-def _fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _make_fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             named = [*filled.named_parameters(), *filled.named_buffers()]
@@ -279,7 +279,7 @@ def _fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor,
     return cache
 
 
-def zeros(shapes: Iterable[CacheLayerShape], batch: int, length: int) -> list[Tensor]:
+def make_zero_cache(shapes: Iterable[CacheLayerShape], batch: int, length: int) -> list[Tensor]:
     """A cache of zeros: key, value, key, value, ..., each [batch, heads, length, dim]."""
     return [
         torch.zeros(batch, shape.heads, length, dim, dtype=shape.dtype)
@@ -293,4 +293,4 @@ def step_inputs(shapes: Iterable[CacheLayerShape]) -> tuple[Tensor, ...]:
     input_ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1
     attention_mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long)
     position_ids = torch.arange(PAST, PAST + SEQUENCE).expand(BATCH, -1).contiguous()
-    return input_ids, attention_mask, position_ids, *zeros(shapes, BATCH, PAST)
+    return input_ids, attention_mask, position_ids, *make_zero_cache(shapes, BATCH, PAST)

@@ -25,11 +25,11 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, axes_in, leaves
+from mptk.ir.axes import Term, collect_axes, list_axes
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Depth, Family, Group, Member, unit_indices
+from mptk.ir.families import Analysis, Depth, Family, Group, Member, find_unit_indices
 from mptk.ir.program import Program
-from mptk.ir.source_location import past_module
+from mptk.ir.source_location import is_used_outside
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,26 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
                 for unit, block in enumerate(family.stack.blocks)
             ]
             continue
-        refusal = disturbed(analysis, name)
+        refusal = find_disturbance(analysis, name)
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
-            consumers = _enough_consumers(analysis.facts, group)
+            consumers = _find_sole_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in consumers or _makers(group, analysis.program, analysis.facts):
+            for member in consumers or _find_makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
-                    tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
+                    tied = [] if consumers else _list_tied_sites(analysis, module, family, layer, member)
                     found = tied or [_mask_site(analysis, module, family, layer, member)]
                     covered |= {weight for site in found for weight, _ in site.weights}
                     sites += found
     return sites
 
 
-def disturbed(analysis: Analysis, name: str) -> str | None:
+def find_disturbance(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
     for group in analysis.family(name).groups:
         for reduction in analysis.facts.reductions:
-            if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
+            if reduction.kind in ("max", "min", "statistic") and group.axis in set(list_axes(reduction.axis)):
                 return (
                     f"{name} cannot be learned: zeros would disturb {reduction.node.target} in "
                     f"{group.layer or 'the model'}; leave it out with --families, or cut it with a one-shot --method"
@@ -98,33 +98,35 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
     return None
 
 
-def _enough_consumers(facts: AxisFacts, group: Group) -> list[Member]:
+def _find_sole_consumers(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units."""
-    met = axes_in(reduction.axis for reduction in facts.reductions)
-    met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    return [] if group.axis in met else _sums(group)
+    met = collect_axes(reduction.axis for reduction in facts.reductions)
+    met |= collect_axes(product.axis for product in facts.contractions if not facts.has_weight(product))
+    return [] if group.axis in met else _list_consumers(group)
 
 
-def _sums(group: Group) -> list[Member]:
+def _list_consumers(group: Group) -> list[Member]:
     return [m for m in group.members if m.role == "consumer"]
 
 
-def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
+def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
     """The members that make the units, producers first; for units of an attention also the members that sum over them.
 
     A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
     tied = set(program.aliases.values())
     kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
-    attends = group.axis in axes_in(
+    attends = group.axis in collect_axes(
         t for product in facts.contractions if not facts.has_weight(product) for t in product.out
     )
     members = [m for m in group.members if m.weight not in kept]
     found = [m for m in members if m.role != "consumer" or m.weight in tied]
-    return sorted(found, key=lambda m: m.role != "producer") + (_sums(group) if attends else [])
+    return sorted(found, key=lambda m: m.role != "producer") + (_list_consumers(group) if attends else [])
 
 
-def _tied_sites(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> list[MaskSite]:
+def _list_tied_sites(
+    analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member
+) -> list[MaskSite]:
     """A site at each module that holds a tied weight, as all of them read it folded; none if it is not tied.
 
     The weight is folded once, with the first of them.
@@ -142,11 +144,11 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
-    inputs, outputs = _linear_dims(own)
+    inputs, outputs = _find_linear_dims(own)
     group = family.groups[layer]
     dims = analysis.weights[member.weight]
-    past = past_module(analysis.program, member.weight)
-    beside = [a for a in group.scope if a not in set(leaves(member.term))]
+    past = is_used_outside(analysis.program, member.weight)
+    beside = [a for a in group.scope if a not in set(list_axes(member.term))]
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         index = _index(dims, member.dim, group).flatten()
         return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
@@ -159,7 +161,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
 
 
-def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
+def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
     """The weight's input and output dimension, for layers with units in the last dimension of input and output."""
     if isinstance(layer, nn.Linear):
         return 1, 0
@@ -170,7 +172,7 @@ def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
 
 def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """The unit at each position of a weight, int64 (``unit_indices``). A position belongs to at most one unit."""
-    return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
+    return torch.from_numpy(np.max(find_unit_indices(dims, dim, group), axis=0))
 
 
 MaskValues = Callable[[str, int], Tensor]
@@ -272,7 +274,7 @@ class InsertedMasks:
         def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
             if not self.enabled:
                 return x
-            factor = self._spread(i).to(x.dtype)
+            factor = self._compute_factors(i).to(x.dtype)
             if shape:
                 factor = factor.reshape(shape)
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
@@ -285,19 +287,19 @@ class InsertedMasks:
                 parameter = name.rpartition(".")[2]
                 ndim = called.get_parameter(parameter).ndim
                 shape = [-1 if d == dim else 1 for d in range(ndim)]
-                _parametrize(called, parameter, partial(masked, shape=shape))
+                _register_mask(called, parameter, partial(masked, shape=shape))
         elif site.where == "input":
             called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:]))
         elif site.where == "output":
             called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
-            hook = self._added(site.module, masked)
+            hook = self._make_block_hook(site.module, masked)
             # before transformers' own hooks, which collect hidden states
             called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
-            _parametrize(called, site.where, masked)
+            _register_mask(called, site.where, masked)
 
-    def _added(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
+    def _make_block_hook(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         """A hook that masks what a block adds to its input: the first argument that is like its first result."""
 
         def hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
@@ -315,7 +317,7 @@ class InsertedMasks:
 
         return hook
 
-    def _spread(self, i: int) -> Tensor:
+    def _compute_factors(self, i: int) -> Tensor:
         return self._placed[i].spread(self.values(self.sites[i].family, self.sites[i].layer))
 
     def _see(self, i: int, each: Tensor) -> None:
@@ -336,7 +338,7 @@ class InsertedMasks:
     def fold(self, name: str, weight: Tensor) -> Tensor:
         """``weight``, the parameter ``name``, multiplied by the current masks; itself if no mask multiplies it."""
         for i, dim in self.weights.get(name, ()):
-            factor = self._spread(i).to(weight)
+            factor = self._compute_factors(i).to(weight)
             shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
             weight = weight * factor.reshape(shape)
         return weight
@@ -353,5 +355,5 @@ class _Masked(nn.Module):
         return self._masked(weight)
 
 
-def _parametrize(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+def _register_mask(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
     parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)

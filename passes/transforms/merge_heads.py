@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, leaves
-from mptk.ir.families import Member, unit_positions
+from mptk.ir.axes import Axis, list_axes
+from mptk.ir.families import Member, find_unit_positions
 from mptk.ir.weights import Edit
 from passes.analysis.shared_heads import SharedHeads
 
@@ -36,7 +36,7 @@ ProductsOf = Callable[[str], Tensor]
 """Weight → Σ x xᵀ of its inputs x, float64 [in + 1, in + 1]; the last of x is 1."""
 
 
-def merged_heads(
+def merge_kv_heads(
     layer: SharedHeads, state: Mapping[str, Tensor], count: int, products: ProductsOf | None, keys: How, values: How
 ) -> dict[str, Tensor]:
     """The layer's weights in their own shapes, with ``count`` different heads of keys and of values.
@@ -55,7 +55,7 @@ def merged_heads(
     return {name: tensor for part in parts for name, tensor in part.written().items()}
 
 
-def first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]:
+def find_first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]:
     """Weight of keys or values → its dimension of heads, and the positions there of one head of each run.
 
     Raises:
@@ -68,23 +68,26 @@ def first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]
         raise MptkError(f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}")
     step = size // count
     return {
-        m.weight: (m.dim, torch.from_numpy(unit_positions(m.term, layer.groups)[0, ::step].flatten()).sort().values)
+        m.weight: (
+            m.dim,
+            torch.from_numpy(find_unit_positions(m.term, layer.groups)[0, ::step].flatten()).sort().values,
+        )
         for m in (*layer.keys, *layer.values)
     }
 
 
-def repeated_first(layer: SharedHeads, count: int) -> dict[str, Edit]:
+def repeat_first_heads(layer: SharedHeads, count: int) -> dict[str, Edit]:
     """Weight of keys or values → what gives each of its heads the numbers of the first head of its run."""
     step = layer.groups.size // count
     found = dict[str, Edit]()
     for m in (*layer.keys, *layer.values):
-        heads = torch.from_numpy(unit_positions(m.term, layer.groups)[0])  # [heads, channels of each]
+        heads = torch.from_numpy(find_unit_positions(m.term, layer.groups)[0])  # [heads, channels of each]
         source = heads[::step].repeat_interleave(step, 0)
-        found[m.weight] = partial(_moved, dim=m.dim, to=heads.flatten(), source=source.flatten())
+        found[m.weight] = partial(_move_slices, dim=m.dim, to=heads.flatten(), source=source.flatten())
     return found
 
 
-def _moved(tensor: Tensor, dim: int, to: Tensor, source: Tensor) -> Tensor:
+def _move_slices(tensor: Tensor, dim: int, to: Tensor, source: Tensor) -> Tensor:
     """The tensor with the slices at ``source`` in the places ``to``."""
     there = tensor.device
     return tensor.index_copy(dim, to.to(there), tensor.index_select(dim, source.to(there)))
@@ -121,7 +124,7 @@ class Projection:
 
     def channels(self, axis: Axis, scope: Sequence[Axis]) -> Tensor:
         """The rows of each head's units: [heads, units, rows of a unit]."""
-        return torch.from_numpy(unit_positions(self.weight.term, axis, scope))
+        return torch.from_numpy(find_unit_positions(self.weight.term, axis, scope))
 
     def products(self, given: ProductsOf | None) -> Tensor:
         """Σ x xᵀ of what the matrix is multiplied with: [columns, columns]; of unit inputs if none are given."""
@@ -136,7 +139,7 @@ def _merge_keys(
 ) -> None:
     if how == "keep":
         return
-    axes = list(dict.fromkeys(leaf for leaf in leaves(key.weight.term) if leaf is not layer.groups))
+    axes = list(dict.fromkeys(leaf for leaf in list_axes(key.weight.term) if leaf is not layer.groups))
     each = layer.heads.size if layer.heads is not None else 1
     for axis in axes:
         rows, asked = key.channels(axis, (layer.groups,)), query.channels(axis, layer.scope)
@@ -165,7 +168,7 @@ def _merge_pairs(
     how: How,
 ) -> None:
     """Keys and queries as complex numbers, a pair of channels each; a single channel is a real one."""
-    k, q = _complex(key.matrix, rows), _complex(query.matrix, asked)  # [G, U, D], [G, each, U, D]
+    k, q = _make_complex(key.matrix, rows), _make_complex(query.matrix, asked)  # [G, U, D], [G, each, U, D]
     energy = torch.einsum("ghud,de,ghue->gu", q, wanted.to(q), q.conj()).real.clamp_min(0).sqrt()
     energy = energy + METRIC_RIDGE * energy.mean() + 1e-30
     factors = torch.ones_like(energy, dtype=k.dtype)
@@ -186,7 +189,7 @@ def _merge_pairs(
     _write(query.matrix, asked, q * factors.conj()[:, None, :, None])
 
 
-def _complex(matrix: Tensor, rows: Tensor) -> Tensor:
+def _make_complex(matrix: Tensor, rows: Tensor) -> Tensor:
     """[..., units, rows of a unit] → [..., units, columns], complex."""
     found = matrix[rows]
     return torch.complex(
@@ -205,7 +208,7 @@ def _merge_values(
 ) -> None:
     if how == "keep":
         return
-    (axis,) = set(leaves(value.weight.term)) - {layer.groups}
+    (axis,) = set(list_axes(value.weight.term)) - {layer.groups}
     rows, used = value.channels(axis, (layer.groups,))[..., 0], output.channels(axis, layer.scope)[..., 0]
     if how == "mean":
         for run in runs:

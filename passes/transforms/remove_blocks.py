@@ -24,12 +24,12 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from mptk.errors import MptkError
-from mptk.ir.blocks import Block, Renumbering, prefix
+from mptk.ir.blocks import Block, Renumbering, make_prefix
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name, reached
+from mptk.ir.ops import find_reachable, name_base_op
 from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
+from mptk.ir.resolved_plan import Cut, build_renumbering, list_removed_blocks
 from passes.analysis.rules.resizer import scale_of
 
 
@@ -70,27 +70,27 @@ class RemoveBlocks(Pass):
         blocks = self._blocks
         if not blocks:
             return PassResult(program, False)
-        names = renumbering(self.analysis, self.cut)
+        names = build_renumbering(self.analysis, self.cut)
         removal = _Removal(program.copy_graph(), blocks)
-        removal.run(_weights_of(program, blocks))
+        removal.run(_list_weights(program, blocks))
         result = replace(
             program,
             graph=removal.module,
-            signature=_signature(program.signature, removal.graph, names),
-            state=program.state.selected(names.names(program.state)),
-            aliases=_aliases(program.aliases, names),
+            signature=_keep_signature(program.signature, removal.graph, names),
+            state=program.state.select_names(names.names(program.state)),
+            aliases=_rename_aliases(program.aliases, names),
         )
         return PassResult(result, True, (f"{len(blocks)} blocks removed",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The graph has exactly the inputs that are left, and every weight among them is there."""
-        left = {node.name for node in after.placeholders()}
+        left = {node.name for node in after.list_placeholders()}
         assert left == {spec.arg.name for spec in after.signature.input_specs}, "an input is missing in the graph"
         assert set(after.weights.values()) <= set(after.state), "a weight is missing"
 
     @property
     def _blocks(self) -> list[Block]:
-        return removed_blocks(self.analysis, self.cut)
+        return list_removed_blocks(self.analysis, self.cut)
 
 
 class _Removal:
@@ -133,7 +133,9 @@ class _Removal:
         others = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.gone]
         for name in self.gone:
             for user in [u for u in self.nodes[name].users if u.name not in self.within]:
-                sizes = ((n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == _size(user))
+                sizes = (
+                    (n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == _read_taken_size(user)
+                )
                 if (holder := next(sizes, None)) is None:
                     raise MptkError(
                         f"{user.name} reads {name}, the cache of a block; keep that block, or write no ONNX"
@@ -142,15 +144,15 @@ class _Removal:
 
     def _erase(self) -> None:
         """Erase the calls that nothing needs any more; calls of a block that others need stay (case 2)."""
-        needed = reached(self.roots, lambda node: node.all_input_nodes)
+        needed = find_reachable(self.roots, lambda node: node.all_input_nodes)
         for node in reversed(list(self.graph.nodes)):
             if node not in needed and node.op != "placeholder":
                 self.graph.erase_node(node)
 
 
-def _size(node: fx.Node) -> str | None:
+def _read_taken_size(node: fx.Node) -> str | None:
     """The size that a call takes from a tensor; None if it is no such call."""
-    return str(node.meta["val"]) if base_name(node.target) == "sym_size" else None
+    return str(node.meta["val"]) if name_base_op(node.target) == "sym_size" else None
 
 
 def _shape(node: fx.Node) -> Sequence[object]:
@@ -158,14 +160,14 @@ def _shape(node: fx.Node) -> Sequence[object]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _weights_of(program: Program, blocks: Sequence[Block]) -> list[str]:
+def _list_weights(program: Program, blocks: Sequence[Block]) -> list[str]:
     """The placeholders of the weights of ``blocks``."""
-    starts = tuple(prefix(block.module) for block in blocks)
+    starts = tuple(make_prefix(block.module) for block in blocks)
     targets = ((s.arg.name, s.target) for s in program.signature.input_specs if s.target is not None)
     return [name for name, target in targets if target.startswith(starts)]
 
 
-def _signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumbering) -> ExportGraphSignature:
+def _keep_signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumbering) -> ExportGraphSignature:
     """The signature of what is left: its inputs, their weights' new names, and its results."""
     left = {node.name for node in graph.nodes if node.op == "placeholder"}
     inputs = [spec for spec in signature.input_specs if spec.arg.name in left]
@@ -178,6 +180,6 @@ def _signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumber
     )
 
 
-def _aliases(aliases: Mapping[str, str], names: Renumbering) -> dict[str, str]:
+def _rename_aliases(aliases: Mapping[str, str], names: Renumbering) -> dict[str, str]:
     pairs = {names.new(alias): names.new(owner) for alias, owner in aliases.items()}
     return {alias: owner for alias, owner in pairs.items() if alias is not None and owner is not None}

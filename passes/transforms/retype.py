@@ -42,14 +42,14 @@ class Retype(Pass):
         state = program.state.changed(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
         types = program.types or Types(self.dtype, {n: program.state.like(n).dtype for n in floats})
         made = replace(program, graph=graph, state=state, types=replace(types, wide=self.dtype))
-        return PassResult(made, _asks_for(program) != {self.dtype})
+        return PassResult(made, _list_float_types(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
         """No other floating type is left in the weights or the graph's calls."""
-        assert _asks_for(after) <= {self.dtype}, "another floating type is left"
+        assert _list_float_types(after) <= {self.dtype}, "another floating type is left"
 
 
-def _asks_for(program: Program) -> set[torch.dtype]:
+def _list_float_types(program: Program) -> set[torch.dtype]:
     """The floating types of the weights and of the calls' arguments."""
     found = {like.dtype for like in program.state.likes.values()}
     for node in program.graph.graph.nodes:
@@ -63,7 +63,7 @@ def _is_type(value: Argument) -> bool:
     return isinstance(value, torch.dtype) and value in FLOATS
 
 
-def restored(program: Program) -> Program:
+def restore_types(program: Program) -> Program:
     """The program in its module's types: weights and casts have their types from before ``Retype``."""
     if program.types is None:
         return program
@@ -71,12 +71,12 @@ def restored(program: Program) -> Program:
     for node in graph.graph.nodes:
         own = iter(node.meta.pop(OWN_TYPES, ()))
         given = (node.args, node.kwargs)
-        node.args, node.kwargs = fx.node.map_aggregate(given, partial(_restored, own=own))
+        node.args, node.kwargs = fx.node.map_aggregate(given, partial(_restore_type, own=own))
     graph.recompile()
     own_types = program.types.own
     casts = {n: partial(Tensor.to, dtype=dtype) for n, dtype in own_types.items() if n in program.state}
     return replace(program, graph=graph, state=program.state.changed(casts), types=None)
 
 
-def _restored(value: Argument, own: Iterator[torch.dtype]) -> Argument:
+def _restore_type(value: Argument, own: Iterator[torch.dtype]) -> Argument:
     return next(own, value) if _is_type(value) else value

@@ -22,7 +22,7 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> PassResult:
         floats = [name for name, like in program.state.likes.items() if like.is_floating_point()]
-        moved = program.state.changed({name: partial(_jittered, seed=zlib.crc32(name.encode())) for name in floats})
+        moved = program.state.changed({name: partial(_add_jitter, seed=zlib.crc32(name.encode())) for name in floats})
         return PassResult(replace(program, state=moved), bool(floats))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -31,7 +31,7 @@ class RoundWeights(Pass):
         assert kinds[0] == kinds[1], "a weight has another shape or type"
 
 
-def _jittered(weight: Tensor, seed: int) -> Tensor:
+def _add_jitter(weight: Tensor, seed: int) -> Tensor:
     if weight.is_meta:
         return weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight)

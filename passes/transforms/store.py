@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.passes import Pass, PassResult, shapes
+from mptk.ir.passes import Pass, PassResult, list_state_shapes
 from mptk.ir.program import Program
 
 
@@ -35,17 +35,17 @@ class Store(Pass):
         ]
         if not wider:
             return PassResult(program, False)
-        state = program.state.changed(dict.fromkeys(wider, partial(stored, dtype=self.dtype)))
+        state = program.state.changed(dict.fromkeys(wider, partial(round_to_type, dtype=self.dtype)))
         return PassResult(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""
-        assert shapes(after) == shapes(before), "a weight has another shape"
+        assert list_state_shapes(after) == list_state_shapes(before), "a weight has another shape"
         for name, like in after.state.likes.items():
             assert like.dtype == before.state.like(name).dtype, f"{name} has another type"
 
 
-def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` with every number as ``dtype`` holds it; the tensor itself if that changes nothing.
 
     Raises:

@@ -62,7 +62,7 @@ class Ended:
 
 def warm(command: list[str], place: Path) -> None:
     """Run a command in this process, so that its forks need not import, nor trace the same model without weights."""
-    trace, known, here = passes.frontend.trace.trace, dict[Any, Any](), Path.cwd()
+    trace, known, here = passes.frontend.trace.trace_to_program, dict[Any, Any](), Path.cwd()
 
     def remembered(model: Any, *given: Any, **options: Any) -> Any:
         if not all(p.is_meta for p in model.parameters()):
@@ -72,7 +72,7 @@ def warm(command: list[str], place: Path) -> None:
             known[key] = trace(model, *given, **options)
         return known[key]
 
-    passes.frontend.trace.trace = remembered
+    passes.frontend.trace.trace_to_program = remembered
     os.environ |= {"MPTK_CACHE": str(place / "cache")}
     os.chdir(place)
     sys.argv = ["mptk", *command, "--quiet"]

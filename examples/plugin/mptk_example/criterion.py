@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mptk.ir.families import Family
 from mptk.methods.criteria.base import Criterion, Scores, sum_uses
-from mptk.methods.criteria.observe import Calibration, Site, watch, weight_value
+from mptk.methods.criteria.observe import Calibration, Site, compute_weight, watch
 
 
 def measure(given: Calibration) -> dict[Site, Tensor]:
@@ -24,7 +24,7 @@ def measure(given: Calibration) -> dict[Site, Tensor]:
     share = watch(given, [((site.x,), partial(see, site)) for site in given.sites])
     found = {}
     for site, peak in peaks.items():
-        weight = weight_value(given.analysis.program, site.weight).abs()
+        weight = compute_weight(given.analysis.program, site.weight).abs()
         whole = torch.stack(share.all(peak)).amax(0)  # of all processes of the run
         found[site] = weight * whole.view([-1 if d == site.weight_dim else 1 for d in range(weight.ndim)])
     return found

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.compat.transformers import config_field
+from mptk.compat.transformers import find_config_field
 from mptk.config.choices import IN_MEMORY
 from mptk.config.settings import Settings
-from mptk.conversions.vocabulary.tokens import Choice, check_reading, trimmed_tokenizer, used_ids
+from mptk.conversions.vocabulary.tokens import Choice, check_trimmed_reading, find_used_ids, trim_tokenizer
 from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.models import Loaded
-from mptk.io.remade import remade
+from mptk.io.remade import rebuild_model
 from mptk.io.text.files import Document
 from mptk.ir.alignment import read_alignment
-from mptk.ir.plan import Entry, ranges, read_family
+from mptk.ir.plan import Entry, encode_ranges, read_family
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, KeptUnits
 from mptk.ir.samples import Samples
@@ -86,11 +86,11 @@ class TrimmedVocabulary(Conversion):
         if settings.vocabulary is None:
             return None
         return partial(
-            cls.trim, corpus_of(settings, texts), str(settings.vocabulary), read_alignment(settings.align).every
+            cls.trim, find_corpus(settings, texts), str(settings.vocabulary), read_alignment(settings.align).every
         )
 
     @classmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         return partial(cls.trim, Tokens.read(entry), FROM_PLAN, 1)
 
     @classmethod
@@ -111,21 +111,21 @@ class TrimmedVocabulary(Conversion):
         if isinstance(wanted, Tokens):
             tokens = wanted
             _check_tokens(tokens, vocabulary)
-            small, changes = _narrowed(model, vocabulary, tokens)
+            small, changes = _trim_model(model, vocabulary, tokens)
         else:
             if loaded.tokenizer is None:
                 raise MptkError(
                     f"{loaded.source} has no tokenizer to trim; add the tokenizer's files, or leave out --vocabulary"
                 )
-            tokens = _chosen(loaded, wanted, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
-            small, changes = _narrowed(model, vocabulary, tokens)
+            tokens = _choose_tokens(loaded, wanted, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
+            small, changes = _trim_model(model, vocabulary, tokens)
             assert small.tokenizer is not None
-            check_reading(wanted(loaded), loaded.tokenizer, small.tokenizer, tokens.keep)
+            check_trimmed_reading(wanted(loaded), loaded.tokenizer, small.tokenizer, tokens.keep)
         return cls(model, analyse(small), changes, vocabulary=vocabulary, kept=tokens, corpus=name)
 
     @property
     def entry(self) -> Entry:
-        return {"width": len(self.kept.keep), "of": self.kept.of, "keep": ranges(self.kept.keep)}
+        return {"width": len(self.kept.keep), "of": self.kept.of, "keep": encode_ranges(self.kept.keep)}
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -153,16 +153,16 @@ class TrimmedVocabulary(Conversion):
         return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
 
 
-def corpus_of(settings: Settings, texts: Sequence[str] | None) -> Corpus:
+def find_corpus(settings: Settings, texts: Sequence[str] | None) -> Corpus:
     """The documents whose tokens stay. ``texts``: the caller's texts in memory."""
     if settings.vocabulary == IN_MEMORY:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise MptkError("vocabulary is empty; give a list of texts, or the name of a file")
         return lambda loaded: ([text] for text in texts)
-    return lambda loaded: data.documents(str(settings.vocabulary), loaded.tokenizer)
+    return lambda loaded: data.read_documents(str(settings.vocabulary), loaded.tokenizer)
 
 
-def unread_tokenizer(loaded: Loaded, folder: Path) -> str:
+def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
     """The proof's note if the tokenizer in ``folder`` cannot be compared; empty if it can, or if there is none."""
     if loaded.tokenizer is not None or not models.has_tokenizer(folder):
         return ""
@@ -179,18 +179,22 @@ def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:
         raise MptkError(f"plan: vocabulary keeps {len(tokens.keep)} tokens; keep {LEAST} or more")
 
 
-def _chosen(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
+def _choose_tokens(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
     """The tokens of the corpus, and the tokens that must stay with them."""
     assert loaded.tokenizer is not None
     choice = Choice(loaded.tokenizer, rows)
-    used = used_ids(corpus(loaded), loaded.tokenizer)
+    used = find_used_ids(corpus(loaded), loaded.tokenizer)
     if not used:
         raise MptkError("--vocabulary holds no text; give a file, folder or dataset with text")
-    named = named_ids(loaded.model.config, rows) | named_ids(getattr(loaded.model, "generation_config", None), rows)
+    named = find_named_ids(loaded.model.config, rows) | find_named_ids(
+        getattr(loaded.model, "generation_config", None), rows
+    )
     return Tokens(rows, choice.kept(used | named, LEAST, multiple))
 
 
-def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[Loaded, Mapping[str, Sequence[object]]]:
+def _trim_model(
+    model: Analysed, vocabulary: Vocabulary, tokens: Tokens
+) -> tuple[Loaded, Mapping[str, Sequence[object]]]:
     """The model with only the rows of the tokens that stay, and its config's changes.
 
     Raises:
@@ -204,19 +208,19 @@ def _narrowed(model: Analysed, vocabulary: Vocabulary, tokens: Tokens) -> tuple[
     aliases = analysis.program.aliases
     weights = Weights({}) if loaded.weights is None else loaded.weights
     places = {name: analysis.weights.get(aliases.get(name, name), ()) for name in weights}
-    sliced = {n: partial(cut.slice, dims=dims) for n, dims in places.items() if any(map(cut.touches, dims))}
+    sliced = {n: partial(cut.slice, dims=dims) for n, dims in places.items() if any(map(cut.has_choice, dims))}
     new = {old: i for i, old in enumerate(tokens.keep)}
-    config, changes = renumbered(loaded.model.config, new, tokens.of)
+    config, changes = replace_config_ids(loaded.model.config, new, tokens.of)
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None:
-        generation, more = renumbered(generation, new, tokens.of)
+        generation, more = replace_config_ids(generation, new, tokens.of)
         changes = {**more, **changes}
-    small = remade(
+    small = rebuild_model(
         loaded,
         config,
-        renumbered(models.config_in(loaded), new, tokens.of)[0],
+        replace_config_ids(models.read_stored_config(loaded), new, tokens.of)[0],
         weights.changed(sliced, moves=True),
-        tokenizer=None if loaded.tokenizer is None else trimmed_tokenizer(loaded.tokenizer, tokens.keep),
+        tokenizer=None if loaded.tokenizer is None else trim_tokenizer(loaded.tokenizer, tokens.keep),
         generation=generation,
         what=f"{len(tokens.keep)} tokens",
         remedy="leave out --vocabulary",
@@ -233,28 +237,30 @@ _PAIRS = "forced_decoder_ids"
 """Fields with pairs of a position and a token."""
 
 
-def named_ids(config: AnyConfig | None, rows: int) -> set[int]:
+def find_named_ids(config: AnyConfig | None, rows: int) -> set[int]:
     """The token ids that a config names, except forbidden ones."""
     return {
         i
-        for _, name, value in _fields(config)
+        for _, name, value in _list_fields(config)
         if _NAMED.fullmatch(name)
-        for i in _numbers([pair[1:] for pair in value] if name == _PAIRS else value)
+        for i in _list_ids([pair[1:] for pair in value] if name == _PAIRS else value)
         if 0 <= i < rows
     }
 
 
-def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[AnyConfig, dict[str, list[object]]]:
+def replace_config_ids(
+    config: AnyConfig, new: Mapping[int, int], rows: int
+) -> tuple[AnyConfig, dict[str, list[object]]]:
     """A copy of a config with ``len(new)`` tokens for ``rows``, and its changes: field → [old, new].
 
     Ids without a row (−1 for none) stay.
     """
     made, changes = copy.deepcopy(config), dict[str, list[object]]()
-    for owner, name, value in list(_fields(made)):
+    for owner, name, value in list(_list_fields(made)):
         if name.endswith("vocab_size") and value == rows:
             other: object = len(new)
         elif _NAMED.fullmatch(name) or name in _FORBIDDEN:
-            other = _renumbered(value, new, rows, pairs=name == _PAIRS)
+            other = _replace_ids(value, new, rows, pairs=name == _PAIRS)
         else:
             continue
         if other != value:
@@ -263,37 +269,37 @@ def renumbered(config: AnyConfig, new: Mapping[int, int], rows: int) -> tuple[An
     return made, changes
 
 
-def _fields(config: AnyConfig | None) -> Iterator[tuple[object, str, Any]]:
+def _list_fields(config: AnyConfig | None) -> Iterator[tuple[object, str, Any]]:
     """The fields of a config and of the configs in it: owner, name, value."""
     if config is None:
         return
     names = dict.fromkeys([*vars(config), *getattr(config, "attribute_map", {})])
     for name in names:
-        value = config_field(config, name) if isinstance(config, PreTrainedConfig) else getattr(config, name, None)
+        value = find_config_field(config, name) if isinstance(config, PreTrainedConfig) else getattr(config, name, None)
         if isinstance(value, PreTrainedConfig):
-            yield from _fields(value)
+            yield from _list_fields(value)
         elif value is not None:
             yield config, name, value
 
 
-def _numbers(value: object) -> Iterator[int]:
+def _list_ids(value: object) -> Iterator[int]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
         for each in value:
-            yield from _numbers(each)
+            yield from _list_ids(each)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
 
-def _renumbered(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool = False) -> object:
+def _replace_ids(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool = False) -> object:
     """The value with new ids. A list loses the entries of removed tokens."""
     if pairs:
-        return [[position, _renumbered(i, new, rows)] for position, i in value]
+        return [[position, _replace_ids(i, new, rows)] for position, i in value]
     if isinstance(value, Mapping):
-        return {key: _renumbered(each, new, rows) for key, each in value.items()}
+        return {key: _replace_ids(each, new, rows) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        stay = [each for each in value if all(i in new or not 0 <= i < rows for i in _numbers(each))]
-        return type(value)(_renumbered(each, new, rows) for each in stay)
+        stay = [each for each in value if all(i in new or not 0 <= i < rows for i in _list_ids(each))]
+        return type(value)(_replace_ids(each, new, rows) for each in stay)
     known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
     return new[value] if known else value

@@ -24,15 +24,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch
+from mptk.files import format_json, make_scratch
 from mptk.io.text.files import Document
-from mptk.io.text.tokens import pieces
+from mptk.io.text.tokens import split_documents
 from mptk.reading import Json, read_json
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def token_ids(model: Json) -> dict[str, int]:
+def map_token_ids(model: Json) -> dict[str, int]:
     """Token → id of a tokenizer's model."""
     entries = model["vocab"]
     return dict(entries) if isinstance(entries, Mapping) else {token: i for i, (token, _) in enumerate(entries)}
@@ -47,10 +47,10 @@ def check_kind(tokenizer: Json) -> None:
         raise MptkError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
 
 
-def spelling(tokenizer: Json) -> set[str]:
+def find_spelling_tokens(tokenizer: Json) -> set[str]:
     """The tokens that always stay: bytes or single characters, which spell any text, and the unknown token."""
     model = tokenizer["model"]
-    tokens = token_ids(model)
+    tokens = map_token_ids(model)
     if model["type"] == "WordLevel":
         return {model["unk_token"]} & tokens.keys()
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -84,16 +84,16 @@ class Merges:
     """How a BPE model builds its tokens; in the other models a token has no parts."""
 
     def __init__(self, model: Json) -> None:
-        self.tokens = token_ids(model)
+        self.tokens = map_token_ids(model)
         self.prefix, self.suffix = (
             model.get("continuing_subword_prefix") or "",
             model.get("end_of_word_suffix") or "",
         )
-        self.ranks = {pair: rank for rank, pair in enumerate(_pairs(model))}
+        self.ranks = {pair: rank for rank, pair in enumerate(_list_merges(model))}
 
-    def built_of(self, token: str) -> set[str]:
+    def find_intermediates(self, token: str) -> set[str]:
         """The intermediate tokens of ``token``; none if merges do not build it."""
-        parts = self._letters(token)
+        parts = self._split_letters(token)
         seen = set(parts)
         while len(parts) > 1:
             ranked = [(self.ranks.get(pair), i) for i, pair in enumerate(itertools.pairwise(parts))]
@@ -101,15 +101,15 @@ class Merges:
             if not found:
                 return set()
             _, i = min(found)
-            parts[i : i + 2] = [self.merged(parts[i], parts[i + 1])]
+            parts[i : i + 2] = [self.merge_pair(parts[i], parts[i + 1])]
             seen.add(parts[i])
         return seen - {token} if parts == [token] and seen <= self.tokens.keys() else set()
 
-    def merged(self, first: str, second: str) -> str:
+    def merge_pair(self, first: str, second: str) -> str:
         """The result of a merge."""
         return first + second.removeprefix(self.prefix)
 
-    def _letters(self, token: str) -> list[str]:
+    def _split_letters(self, token: str) -> list[str]:
         """The characters of ``token`` before any merge, with the marks for inside and end of a word."""
         inside, end = token.startswith(self.prefix) and self.prefix, token.endswith(self.suffix) and self.suffix
         letters = list(token.removeprefix(inside or "").removesuffix(end or ""))
@@ -117,12 +117,12 @@ class Merges:
         return [*marked[:-1], marked[-1] + (end or "")] if marked else []
 
 
-def trimmed_model(model: Json, kept: Mapping[str, int]) -> Json:
+def trim_tokenizer_model(model: Json, kept: Mapping[str, int]) -> Json:
     """The model of a ``tokenizer.json`` with the tokens ``kept`` under their new ids."""
-    small = {**model, "vocab": {token: kept[token] for token in token_ids(model) if token in kept}}
+    small = {**model, "vocab": {token: kept[token] for token in map_token_ids(model) if token in kept}}
     if model["type"] == "BPE":
         merges = Merges(model)
-        stay = ((a, b) for a, b in _pairs(model) if {a, b, merges.merged(a, b)} <= small["vocab"].keys())
+        stay = ((a, b) for a, b in _list_merges(model) if {a, b, merges.merge_pair(a, b)} <= small["vocab"].keys())
         small["merges"] = [list(pair) for pair in stay]
     if model["type"] == "Unigram":
         small["vocab"] = [[token, score] for token, score in model["vocab"] if token in kept]
@@ -131,7 +131,7 @@ def trimmed_model(model: Json, kept: Mapping[str, int]) -> Json:
     return small
 
 
-def _pairs(model: Json) -> Iterator[tuple[str, str]]:
+def _list_merges(model: Json) -> Iterator[tuple[str, str]]:
     """The merges of a BPE model in order; older files hold each as one string."""
     for pair in model.get("merges", ()):
         first, second = pair.split(" ") if isinstance(pair, str) else pair
@@ -141,10 +141,10 @@ def _pairs(model: Json) -> Iterator[tuple[str, str]]:
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
-def used_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def find_used_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids of all tokens in the documents."""
     found: set[int] = set()
-    for piece in pieces(documents, tokenizer):
+    for piece in split_documents(documents, tokenizer):
         found.update(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
     return found
 
@@ -157,7 +157,7 @@ class Choice:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-        self.content = content_of(tokenizer)
+        self.content = read_tokenizer_content(tokenizer)
         self.rows = rows
         self.merges = Merges(self.content["model"])
         self.ids = {**self.merges.tokens, **{each["content"]: each["id"] for each in self.content["added_tokens"]}}
@@ -173,7 +173,7 @@ class Choice:
 
         Tokens of the lowest ids, with the tokens that they are built from, fill up to ``least`` and to a ``multiple``.
         """
-        always = {self.ids[token] for token in spelling(self.content)}
+        always = {self.ids[token] for token in find_spelling_tokens(self.content)}
         always |= {each["id"] for each in self.content["added_tokens"]}
         stay = {other for number in {*used, *always} for other in self._with_parts(number)}
         wanted = max(least, len(stay))
@@ -189,10 +189,13 @@ class Choice:
 
     def _with_parts(self, number: int) -> set[int]:
         token = self.names.get(number)
-        return {number, *(self.ids[part] for part in (self.merges.built_of(token) if token is not None else ()))}
+        return {
+            number,
+            *(self.ids[part] for part in (self.merges.find_intermediates(token) if token is not None else ())),
+        }
 
 
-def content_of(tokenizer: PreTrainedTokenizerBase) -> Json:
+def read_tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Json:
     """The content of a tokenizer's ``tokenizer.json``. Raises MptkError if there is none, or its kind is unknown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -205,16 +208,16 @@ def content_of(tokenizer: PreTrainedTokenizerBase) -> Json:
     return content
 
 
-def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
     """The tokenizer with only the tokens ``kept``; a token's id is its position in ``kept``.
 
     Raises:
         MptkError: transformers reads the written tokenizer back with other tokens.
     """
     new = {old: i for i, old in enumerate(kept)}
-    content = content_of(tokenizer)
-    small = trimmed_content(content, new)
-    with scratch() as place:
+    content = read_tokenizer_content(tokenizer)
+    small = trim_content(content, new)
+    with make_scratch() as place:
         tokenizer.save_pretrained(place.folder)
         for file in place.folder.iterdir():
             if file.suffix in (".txt", ".model") or file.name in ("vocab.json", "added_tokens.json"):
@@ -224,7 +227,7 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -
         if isinstance(decoder, Mapping):
             settings["added_tokens_decoder"] = {str(new[int(i)]): entry for i, entry in decoder.items()}
         for name, value in ((_FILE, small), (_SETTINGS, settings)):
-            (place.folder / name).write_text(json_text(value, ensure_ascii=False), encoding="utf-8")
+            (place.folder / name).write_text(format_json(value, ensure_ascii=False), encoding="utf-8")
         found = _read_back(type(tokenizer), place.folder)
     expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
     if found is None or found.get_vocab() != expected:
@@ -242,13 +245,13 @@ def _read_back(kind: type[PreTrainedTokenizerBase], folder: Path) -> PreTrainedT
     return found
 
 
-def trimmed_content(content: Json, new: Mapping[int, int]) -> Json:
+def trim_content(content: Json, new: Mapping[int, int]) -> Json:
     """The content of a ``tokenizer.json`` with only the ids in ``new``, renumbered."""
-    tokens = token_ids(content["model"])
+    tokens = map_token_ids(content["model"])
     kept = {token: new[i] for token, i in sorted(tokens.items(), key=lambda entry: entry[1]) if i in new}
     return {
         **content,
-        "model": trimmed_model(content["model"], kept),
+        "model": trim_tokenizer_model(content["model"], kept),
         "added_tokens": [{**each, "id": new[each["id"]]} for each in content["added_tokens"]],
         "post_processor": _post(content.get("post_processor"), new),
         "padding": None if content.get("padding") is None else _post(content["padding"], new),
@@ -270,7 +273,7 @@ def _post(value: object, new: Mapping[int, int]) -> object:
     return [_post(each, new) for each in value] if isinstance(value, list) else value
 
 
-def check_reading(
+def check_trimmed_reading(
     documents: Iterable[Document],
     dense: PreTrainedTokenizerBase,
     small: PreTrainedTokenizerBase,
@@ -278,7 +281,7 @@ def check_reading(
 ) -> None:
     """Raise MptkError unless both tokenizers give the documents the same tokens."""
     new = {old: i for i, old in enumerate(kept)}
-    for piece in pieces(documents, dense):
+    for piece in split_documents(documents, dense):
         one, other = (each(piece, verbose=False).input_ids for each in (dense, small))
         if [new.get(i) for i in one] != other:
             raise MptkError(

@@ -17,9 +17,9 @@ from typing import BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError, first_line
-from mptk.io.text.rows import row_texts
-from mptk.reading import Damaged, Json, json_of
+from mptk.errors import MptkError, take_first_line
+from mptk.io.text.rows import read_row_texts
+from mptk.reading import Damaged, Json, parse_json
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -32,7 +32,7 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _SNIFFED = 4096
 
 
-def file_documents(
+def read_file_documents(
     path: Path, column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Document]:
     """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
@@ -40,11 +40,11 @@ def file_documents(
     Raises:
         MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is not a table.
     """
-    suffix = _suffix(path)
+    suffix = _find_suffix(path)
     if suffix not in _TABLES:
         if column is not None:
             raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
-        yield _pieces(path)
+        yield _read_pieces(path)
         return
     if not path.stat().st_size:
         return
@@ -54,10 +54,10 @@ def file_documents(
     try:
         rows: Iterable[Mapping[str, object]]
         if _TABLES[suffix] == "json":
-            rows = json_rows(path)
+            rows = read_json_rows(path)
         else:
             rows = load_dataset(_TABLES[suffix], data_files=str(path), split="train", streaming=True, **options)
-        for text in row_texts(rows, str(path), column, tokenizer):
+        for text in read_row_texts(rows, str(path), column, tokenizer):
             yield [text]
     except MptkError:
         raise
@@ -65,7 +65,7 @@ def file_documents(
         raise MptkError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}") from error
 
 
-def folder_documents(
+def read_folder_documents(
     folder: Path,
     column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -81,46 +81,46 @@ def folder_documents(
             least ``least`` characters. If None, files come whole, in the order of their paths.
 
     Raises:
-        MptkError: as ``file_documents``; or there is no text.
+        MptkError: as ``read_file_documents``; or there is no text.
     """
-    files = text_files(folder)
+    files = list_text_files(folder)
     if characters is None:
         for file in files:
-            yield from file_documents(file, column if _suffix(file) in _TABLES else None, tokenizer)
+            yield from read_file_documents(file, column if _find_suffix(file) in _TABLES else None, tokenizer)
         return
     random.Random(seed).shuffle(files)
     total = sum(file.stat().st_size for file in files) or 1
     for file in files:
         share = max(least, characters * file.stat().st_size // total)
         named = column if _is_table(file) else None
-        documents = file_documents(file, named, tokenizer) if _is_table(file) else iter([_pieces(file)])
-        yield from _first(documents, share)
+        documents = read_file_documents(file, named, tokenizer) if _is_table(file) else iter([_read_pieces(file)])
+        yield from _take_characters(documents, share)
 
 
-def text_files(folder: Path) -> list[Path]:
+def list_text_files(folder: Path) -> list[Path]:
     """The tables in a folder and below, and the files that begin as UTF-8 text, in the order of their paths.
 
     Raises:
         MptkError: no file is text.
     """
-    found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
+    found = [file for file in list_visible_files(folder) if _find_suffix(file) in _TABLES or _is_text(file)]
     if not found:
         raise MptkError(f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}")
     return found
 
 
 def has_text(folder: Path) -> bool:
-    """Whether a folder has ``text_files``."""
-    return any(_suffix(file) in _TABLES or _is_text(file) for file in shown(folder))
+    """Whether a folder has ``list_text_files``."""
+    return any(_find_suffix(file) in _TABLES or _is_text(file) for file in list_visible_files(folder))
 
 
-def shown(folder: Path) -> list[Path]:
+def list_visible_files(folder: Path) -> list[Path]:
     """The files in a folder and below that are not hidden, in the order of their paths."""
     inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
-def _suffix(path: Path) -> str:
+def _find_suffix(path: Path) -> str:
     """The file's suffix in lower case; of a compressed table, the suffix before the packer's."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
@@ -128,7 +128,7 @@ def _suffix(path: Path) -> str:
 
 def _is_table(path: Path) -> bool:
     """Whether a file of a folder is a table. A ``.json`` file is one if it is a list, or has an object a line."""
-    suffix = _suffix(path)
+    suffix = _find_suffix(path)
     if suffix != ".json" or path.suffix.lower() in _PACKED:
         return suffix in _TABLES
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -151,7 +151,7 @@ def _is_text(path: Path) -> bool:
     return b"\0" not in start
 
 
-def _pieces(path: Path) -> Iterator[str]:
+def _read_pieces(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(PIECE):
@@ -162,7 +162,7 @@ def _pieces(path: Path) -> Iterator[str]:
         raise MptkError(f"cannot read {path}: {error.strerror}; check its rights") from error
 
 
-def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]:
+def _take_characters(documents: Iterable[Document], characters: int) -> Iterator[Document]:
     """Documents until ``characters`` were taken from them; the last one is cut off."""
     left = characters
 
@@ -189,7 +189,7 @@ def check_ordinary(path: Path) -> None:
 
 def with_cause(error: BaseException) -> str:
     """What an error says first, and what its cause says."""
-    said, cause = first_line(error), error.__cause__
+    said, cause = take_first_line(error), error.__cause__
     return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 
 
@@ -197,7 +197,7 @@ LONGEST_LINE = 1 << 28
 """Bytes of the longest line, and of the largest list of objects."""
 
 
-def json_rows(path: Path) -> Iterator[Json]:
+def read_json_rows(path: Path) -> Iterator[Json]:
     """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
 
     The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
@@ -210,19 +210,19 @@ def json_rows(path: Path) -> Iterator[Json]:
     def damaged(why: str) -> MptkError:
         return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
 
-    with _opened(path) as file:
+    with _open_unpacked(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
                 raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
             if number == 1 and line.lstrip()[:1] == b"[":
-                yield from _listed(line, file.read, damaged)
+                yield from _read_list(line, file.read, damaged)
                 return
             if line.strip():
-                yield _object(_decoded(line, damaged), damaged)
+                yield _check_object(_decode_json(line, damaged), damaged)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open_unpacked(path: Path) -> BinaryIO:
     """The file, unpacked as it is read."""
     suffix = path.suffix.lower()
     if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
@@ -232,24 +232,24 @@ def _opened(path: Path) -> BinaryIO:
     return cast("BinaryIO", opener(path, "rb"))
 
 
-def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Json]:
+def _read_list(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Json]:
     """The rows of a file that is a list."""
     content = start + read(LONGEST_LINE + 1 - len(start))
     if len(content) > LONGEST_LINE:
         raise damaged(f"the list has more than {LONGEST_LINE >> 20} MB")
-    rows = _decoded(content, damaged)
+    rows = _decode_json(content, damaged)
     for row in rows if isinstance(rows, list) else [rows]:
-        yield _object(row, damaged)
+        yield _check_object(row, damaged)
 
 
-def _decoded(content: bytes, damaged: Damaged) -> object:
+def _decode_json(content: bytes, damaged: Damaged) -> object:
     try:
-        return json_of(content.decode("utf-8"), damaged)
+        return parse_json(content.decode("utf-8"), damaged)
     except UnicodeDecodeError as error:
         raise damaged("it is not UTF-8") from error
 
 
-def _object(row: object, damaged: Damaged) -> Json:
+def _check_object(row: object, damaged: Damaged) -> Json:
     if not isinstance(row, dict):
         raise damaged(f"it holds {type(row).__name__}, and no object with columns")
     return row

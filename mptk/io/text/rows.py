@@ -16,7 +16,7 @@ CHATS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
 
-def row_texts(
+def read_row_texts(
     rows: Iterable[Mapping[str, Any]], source: str, column: str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
     """The text of each row.
@@ -32,7 +32,7 @@ def row_texts(
     begin = getattr(tokenizer, "bos_token", None) or ""  # each window gets one
     with ChatTemplate(tokenizer) as template:
         for row in rows:
-            chosen = chosen or _column(row, source, column)
+            chosen = chosen or _choose_column(row, source, column)
             value = row.get(chosen)
             if value is None:
                 continue
@@ -49,7 +49,7 @@ def row_texts(
                 )
 
 
-def _column(row: Mapping[str, object], source: str, column: str | None) -> str:
+def _choose_column(row: Mapping[str, object], source: str, column: str | None) -> str:
     if column is not None:
         if column not in row:
             raise MptkError(f"{source} has no column {column!r}; it has {', '.join(row)}")

@@ -34,7 +34,7 @@ _VERSION = 2
 """Of how text is sampled: another number, and no text of another version is taken from the cache."""
 
 
-def sampled(
+def sample_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -60,24 +60,24 @@ def sampled(
     Raises:
         MptkError: the model cannot generate text.
     """
-    if not writes(model):
+    if not can_write_text(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
     report, total = progress or (lambda done, total: None), (count - first) * length
-    size, rows = batch_size or rows_at_once(length), list[Tensor]()
+    size, rows = batch_size or count_rows_at_once(length), list[Tensor]()
     for start in range(first, count, size):
-        chances = torch.stack([_chances(seed, row, length) for row in range(start, min(start + size, count))])
+        chances = torch.stack([_draw_chances(seed, row, length) for row in range(start, min(start + size, count))])
         draw = _Draw(chances, report, done=(start - first) * length, total=total)
-        rows.append(_continued(model, _starts(model, tokenizer, chances[:, 0]), length, draw))
+        rows.append(_continue_rows(model, _choose_starts(model, tokenizer, chances[:, 0]), length, draw))
     report(total, total)
     return torch.cat(rows)
 
 
-def rows_at_once(length: int) -> int:
+def count_rows_at_once(length: int) -> int:
     """Rows of ``length`` tokens that are written at once."""
     return max(1, BATCH_TOKENS // length)
 
 
-def writes(model: PreTrainedModel) -> bool:
+def can_write_text(model: PreTrainedModel) -> bool:
     """Whether the model writes text from nothing."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
@@ -91,13 +91,13 @@ def from_cache(
     seed: int,
     progress: Count | None = None,
 ) -> Tensor:
-    """As ``sampled``. Rows for the same weights, seed and length are sampled once, then read from the cache."""
+    """As ``sample_text``. Rows for the same weights, seed and length are sampled once, then read from the cache."""
     start = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    known = (_VERSION, _digest(model), start, seed, length)
+    known = (_VERSION, _hash_model(model), start, seed, length)
     path = cache_dir() / "self" / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}.safetensors"
     found = _read(path, length)
     if len(found) < count:
-        more = sampled(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
+        more = sample_text(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
         found = torch.cat([found, more])
         _store(path, found)
     return found[:count]
@@ -123,7 +123,7 @@ def _store(path: Path, tokens: Tensor) -> None:
         return
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _hash_model(model: PreTrainedModel) -> str:
     """SHA-256 of a model's config and of the values of its weights."""
     found = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -132,7 +132,7 @@ def _digest(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def _chances(seed: int, row: int, length: int) -> Tensor:
+def _draw_chances(seed: int, row: int, length: int) -> Tensor:
     """The random numbers from which a row is drawn, one a token, in [0, 1)."""
     own = hashlib.sha256(f"{seed} {row}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(own[:8], "big"))
@@ -158,7 +158,7 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chances: Tensor) -> Tensor:
+def _choose_starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chances: Tensor) -> Tensor:
     """The first token of each row, [rows, 1]; ``chances`` [rows] draw it if the model has none to begin with."""
     owners: Sequence[object] = (tokenizer, model.config)
     known = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in owners]
@@ -170,7 +170,7 @@ def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, c
 
 
 @torch.no_grad()
-def _continued(model: PreTrainedModel, start: Tensor, length: int, draw: _Draw) -> Tensor:
+def _continue_rows(model: PreTrainedModel, start: Tensor, length: int, draw: _Draw) -> Tensor:
     """Continue ``start`` [rows, 1] to [rows, length]."""
     # It replaces the checkpoint's generation config, whose settings would fill each gap of a config that is passed.
     settings = GenerationConfig(do_sample=False, max_new_tokens=length - 1)

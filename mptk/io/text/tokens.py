@@ -18,7 +18,7 @@ _SLACK = 1 << 20
 """A document is read to its end if that is no more characters beyond what is wanted."""
 
 
-def token_stream(
+def encode_documents(
     documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -37,7 +37,7 @@ def token_stream(
     ids, read, end, spaced = array("q"), 0, tokenizer.eos_token_id, _keeps_space(tokenizer)
     for document in documents:
         begun = False
-        for piece in chunks(document, spaced):
+        for piece in split_text(document, spaced):
             if not begun and not piece.strip():
                 continue
             if not begun and ids and end is not None:
@@ -47,20 +47,20 @@ def token_stream(
             read += len(piece)
             enough = tokens is not None and len(ids) >= tokens
             if enough or (characters is not None and read >= characters + _SLACK):
-                return _tensor(ids)
+                return _make_tensor(ids)
         if characters is not None and read >= characters:
             break
-    return _tensor(ids)
+    return _make_tensor(ids)
 
 
-def pieces(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The documents' texts in the pieces in which ``token_stream`` reads them."""
+def split_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The documents' texts in the pieces in which ``encode_documents`` reads them."""
     spaced = _keeps_space(tokenizer)
     for document in documents:
-        yield from chunks(document, spaced)
+        yield from split_text(document, spaced)
 
 
-def chunks(document: Document, spaced: bool = True) -> Iterator[str]:
+def split_text(document: Document, spaced: bool = True) -> Iterator[str]:
     """A text in pieces of at most ``PIECE`` characters that end before a space, where there is one.
 
     ``spaced``: whether the space goes to the next piece.
@@ -77,11 +77,11 @@ def chunks(document: Document, spaced: bool = True) -> Iterator[str]:
         yield kept
 
 
-def windows_of(
+def cut_windows(
     stream: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
     """Windows of the stream that do not overlap, int64 [n, length]. Arguments and errors: ``data.token_windows``."""
-    prefix = begin(tokenizer)
+    prefix = find_begin_tokens(tokenizer)
     size = length - len(prefix)
     total = len(stream) // size if size > 0 else 0
     if total == 0:
@@ -96,14 +96,14 @@ def windows_of(
     return torch.cat([start, rows], dim=1)
 
 
-def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def find_begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-sequence token, if the tokenizer puts it before a text."""
     ids = tokenizer("a").input_ids
     first = tokenizer.bos_token_id
     return [first] if first is not None and ids[:1] == [first] else []
 
 
-def digest(windows: Tensor) -> str:
+def hash_windows(windows: Tensor) -> str:
     """SHA-256 of windows of token ids: of their int64 numbers, little-endian, row by row. Other inputs: as float32."""
     numbers = windows.detach().cpu().contiguous()
     kind = "<f4" if numbers.is_floating_point() else "<i8"
@@ -111,7 +111,7 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(found.astype(kind, copy=False).tobytes()).hexdigest()
 
 
-def _tensor(ids: array[int]) -> Tensor:
+def _make_tensor(ids: array[int]) -> Tensor:
     return torch.from_numpy(np.array(ids, dtype=np.int64))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir.samples import Samples, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
 from mptk.methods.criteria.flap import FLAP
@@ -27,7 +27,7 @@ from mptk.methods.criteria.random import RANDOM
 from mptk.methods.criteria.reap import REAP
 from mptk.methods.criteria.taylor import TAYLOR
 from mptk.methods.criteria.wanda import WANDA
-from mptk.plugins import find, with_plugins
+from mptk.plugins import find_entry, with_plugins
 from mptk.progress import Count
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.choose_blocks import choose_blocks
@@ -38,17 +38,17 @@ CRITERIA: dict[str, AnyCriterion] = {
 }
 
 
-def all_criteria() -> dict[str, AnyCriterion]:
+def list_criteria() -> dict[str, AnyCriterion]:
     """Criteria of mptk and of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
 def find_criterion(name: str) -> AnyCriterion:
     """The criterion of that name. Raises MptkError if there is none."""
-    return find("criterion", name, all_criteria())
+    return find_entry("criterion", name, list_criteria())
 
 
-def score(
+def score_units(
     analysis: Analysis,
     name: str,
     windows: Tensor | Samples | None = None,
@@ -83,19 +83,19 @@ def score(
     if families is None:
         scored = analysis.families if "channels" in criterion.judges else analysis.depths
     else:
-        scored = families_of(analysis, families)
-    given = Calibration(analysis, scored, _samples(windows), seed, progress=progress, executor=executor)
-    return measured(criterion, given)[0]
+        scored = find_families(analysis, families)
+    given = Calibration(analysis, scored, _make_samples(windows), seed, progress=progress, executor=executor)
+    return measure_and_score(criterion, given)[0]
 
 
-def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
-    """Scores of all families of ``given``, as in ``score``; and the criterion's measurement, None if unused.
+def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
+    """Scores of all families of ``given``, as in ``score_units``; and the criterion's measurement, None if unused.
 
     If the criterion does not score blocks, their influence does.
     """
     if not given.analysis.program.has_values:
         raise MptkError("a program without weights cannot be scored; trace the model with its weights")
-    if why := next(filter(None, (refusal(criterion, family) for family in given.families)), None):
+    if why := next(filter(None, (find_score_refusal(criterion, family) for family in given.families)), None):
         raise MptkError(why)
     own = [family for family in given.families if family.kind in criterion.judges]
     others = [family for family in given.families if family.kind not in criterion.judges]
@@ -110,7 +110,7 @@ def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, objec
     return {family: values.detach().cpu() for family, values in found.items()}, evidence
 
 
-def refusal(criterion: AnyCriterion, family: Family) -> str | None:
+def find_score_refusal(criterion: AnyCriterion, family: Family) -> str | None:
     """The reason why a family cannot be scored, or None."""
     if family.kind in (*criterion.judges, *INFLUENCE.judges):
         return None
@@ -120,15 +120,15 @@ def refusal(criterion: AnyCriterion, family: Family) -> str | None:
     )
 
 
-def _samples(windows: Tensor | Samples | None) -> Samples | None:
+def _make_samples(windows: Tensor | Samples | None) -> Samples | None:
     if windows is None or isinstance(windows, Samples):
         return windows
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
         raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
-    return next_tokens(windows)
+    return make_token_samples(windows)
 
 
-def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
+def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
     Of equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold the result.
@@ -137,7 +137,7 @@ def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock:
         MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
     """
     plans = {}
-    for family in families_of(analysis, widths):
+    for family in find_families(analysis, widths):
         width = widths[family.name]
         if family.name not in scores:
             raise MptkError(f"{family.name} has no scores; score it before choosing its units")
@@ -154,7 +154,7 @@ def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock:
     return Plan(plans)
 
 
-def families_of(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
+def find_families(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
     """The families of these names. Raises MptkError if the model lacks one."""
     try:
         return tuple(analysis.family(name) for name in names)
@@ -169,10 +169,10 @@ __all__ = [
     "Compensation",
     "Criterion",
     "Scores",
-    "all_criteria",
     "find_criterion",
-    "measured",
-    "refusal",
-    "score",
-    "select",
+    "find_score_refusal",
+    "list_criteria",
+    "measure_and_score",
+    "score_units",
+    "select_units",
 ]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.ir.axes import Term
-from mptk.ir.families import Analysis, Family, Group, Kind, unit_indices
+from mptk.ir.families import Analysis, Family, Group, Kind, find_unit_indices
 from mptk.ir.resolved_plan import Cut
-from mptk.methods.criteria.observe import Calibration, Site, uses
+from mptk.methods.criteria.observe import Calibration, Site, find_uses
 
 Scores = dict[str, Tensor]
 """Family name → score of every unit, float32 [layers, scopes, size]; higher means keep."""
@@ -65,7 +65,7 @@ def sum_members(analysis: Analysis, families: Sequence[Family], importance: Call
     return {
         family.name: torch.stack(
             [
-                _total(unit_sums(importance(m.weight), weights[m.weight], m.dim, group) for m in group.members)
+                _sum_parts(sum_units(importance(m.weight), weights[m.weight], m.dim, group) for m in group.members)
                 for group in family.groups
             ]
         )
@@ -87,27 +87,27 @@ def sum_uses(evidence: Mapping[Site, T], families: Sequence[Family], importance:
 
 
 def _use(evidence: Mapping[Site, T], family: Family, group: Group, importance: Callable[[T], Tensor]) -> Tensor:
-    found = uses(evidence, group)
+    found = find_uses(evidence, group)
     if not found:
         raise MptkError(
             f"no weight of {group.layer or 'the model'} sums over or makes the units of {family.name}, so their "
             "activations cannot be scored; use magnitude, taylor or random"
         )
-    return _total(unit_sums(importance(evidence[site]), site.weight_dims, dim, group) for site, dim in found)
+    return _sum_parts(sum_units(importance(evidence[site]), site.weight_dims, dim, group) for site, dim in found)
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
+def _sum_parts(parts: Iterable[Tensor]) -> Tensor:
     first, *rest = parts
     return sum(rest, first)
 
 
-def unit_sums(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> Tensor:
+def sum_units(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """Sum ``values`` (axis terms ``dims``) by unit of ``group``, whose axis lies in dimension ``dim``: [scopes, size].
 
     If the choice varies along the axis of another dimension (each expert has its own channels), that dimension gives
     the scope rows. All other dimensions are summed.
     """
-    indices = unit_indices(dims, dim, group)
+    indices = find_unit_indices(dims, dim, group)
     summed = tuple(d for d, size in enumerate(indices[0].shape) if size == 1)
     values = values.float().sum(summed) if summed else values.float()
     result = torch.zeros(group.scopes * group.size, dtype=torch.float32, device=values.device)

@@ -29,12 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Family, Group, unit_indices
+from mptk.ir.families import Family, Group, find_unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
-from mptk.methods.criteria.gradients import gradients
-from mptk.methods.criteria.observe import Calibration, Observation, Site, Stream, activations, find_sites, uses
-from mptk.staged.partition import levels
+from mptk.methods.criteria.gradients import sum_gradients
+from mptk.methods.criteria.observe import (
+    Calibration,
+    Observation,
+    Site,
+    Stream,
+    find_sites,
+    find_uses,
+    measure_activations,
+)
+from mptk.staged.partition import find_vmap_levels
 from mptk.staged.staged import Tap
 
 SMALLEST_FISHER = 1e-30
@@ -60,37 +68,37 @@ class Fisher:
     slopes: Mapping[str, Slopes]
 
 
-def score(evidence: Fisher, families: Sequence[Family]) -> Scores:
+def score_by_fisher(evidence: Fisher, families: Sequence[Family]) -> Scores:
     """s = ½ F̂ − g; for a family without slopes, s = P."""
-    priors, slopes = wanda.score(evidence.seen, families), evidence.slopes
+    priors, slopes = wanda.score_by_wanda(evidence.seen, families), evidence.slopes
     return {name: _score(slopes[name], prior) if name in slopes else prior for name, prior in priors.items()}
 
 
 def _score(seen: Slopes, prior: Tensor) -> Tensor:
     curvature = (seen.squares / seen.count - seen.mean.square()).clamp_min(0)
-    slope = beyond_noise(seen.mean, (curvature / seen.count).sqrt())
-    return (0.5 * tempered(curvature, prior.detach()) - slope).float()
+    slope = subtract_noise(seen.mean, (curvature / seen.count).sqrt())
+    return (0.5 * combine_curvature(curvature, prior.detach()) - slope).float()
 
 
-def tempered(curvature: Tensor, prior: Tensor) -> Tensor:
+def combine_curvature(curvature: Tensor, prior: Tensor) -> Tensor:
     """F̂: the geometric mean of F and P², scaled to the mean of F over the units of a row, [..., size]."""
     squares = prior.to(curvature).square()
     scale = squares.mean(-1, keepdim=True).clamp_min(SMALLEST_FISHER)
     return (curvature * squares * curvature.mean(-1, keepdim=True) / scale).sqrt()
 
 
-def beyond_noise(value: Tensor, error: Tensor) -> Tensor:
+def subtract_noise(value: Tensor, error: Tensor) -> Tensor:
     """``value`` moved towards 0 by two standard errors, so that noise gives 0."""
     return value.sign() * (value.abs() - 2 * error).clamp_min(0)
 
 
-def measure(given: Calibration) -> Fisher:
+def measure_fisher(given: Calibration) -> Fisher:
     """Wanda's measurement, and the slopes for families over whose units weights sum."""
-    return Fisher(activations(given), _slopes(given))
+    return Fisher(measure_activations(given), _measure_slopes(given))
 
 
-def _slopes(given: Calibration) -> dict[str, Slopes]:
-    hidden = {node for level in levels(given.analysis.program.graph.graph) for node in level}
+def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
+    hidden = {node for level in find_vmap_levels(given.analysis.program.graph.graph) for node in level}
     sites = [site for site in find_sites(given.analysis) if site.x not in hidden]
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
@@ -107,7 +115,7 @@ def _slopes(given: Calibration) -> dict[str, Slopes]:
         return {}
     count = len(given.samples) * given.samples.positions
     scale = count / given.objective.predicted(given.samples)
-    _, share = gradients(given, lambda loss: loss * scale, taps=taps)
+    _, share = sum_gradients(given, lambda loss: loss * scale, taps=taps)
     total = {name: share.total(found.to(given.executor.device)).cpu() for name, found in sums.items()}
     return {name: Slopes(found[1], found[0] / count, count) for name, found in total.items()}
 
@@ -115,7 +123,7 @@ def _slopes(given: Calibration) -> dict[str, Slopes]:
 def _read(group: Group, sites: Sequence[Site]) -> list[Site]:
     """The contractions that sum over a group's units, one for each stream of activations."""
     found: dict[Stream, Site] = {}
-    for site, dim in uses(sites, group):
+    for site, dim in find_uses(sites, group):
         if dim == site.weight_dim:
             found.setdefault(site.stream, site)
     return list(found.values())
@@ -123,7 +131,7 @@ def _read(group: Group, sites: Sequence[Site]) -> list[Site]:
 
 def _index(site: Site, group: Group) -> Tensor:
     """The unit at each position of the activation, [shared, K]; ``scopes · size`` if there is none."""
-    index = np.max(unit_indices(site.weight_dims, site.weight_dim, group), axis=0)
+    index = np.max(find_unit_indices(site.weight_dims, site.weight_dim, group), axis=0)
     order = [*(w for _, w in site.shared), site.weight_dim]
     sizes = [site.weight_dims[d].size if d in order else 1 for d in range(len(site.weight_dims))]
     rest = [d for d in range(len(sizes)) if d not in order]
@@ -140,22 +148,24 @@ def _add(sums: Tensor, stream: Stream, index: Tensor, gradient: Tensor, x: Tenso
     if ends is None:
         others = [d for d in range(x.ndim) if d != dim and d not in shared]
         parts = each.permute(*shared, *others, dim).reshape(len(index), -1, x.shape[dim])
-        found = [_by_unit(part, row, units) for part, row in zip(parts, index, strict=True)]
+        found = [_sum_by_unit(part, row, units) for part, row in zip(parts, index, strict=True)]
         slopes = [torch.stack(found).sum(0)]
     else:  # rows are sorted by expert; those after the last belong to none
         rows, stops = each.movedim(dim, -1), [0, *ends.tolist()]
         spans = itertools.pairwise(stops)
-        slopes = [_by_unit(rows[start:end], row, units) for (start, end), row in zip(spans, index, strict=True)]
+        slopes = [_sum_by_unit(rows[start:end], row, units) for (start, end), row in zip(spans, index, strict=True)]
     for slope in slopes:
         sums[0] += slope.sum(0).double().cpu().view_as(sums[0])
         sums[1] += slope.square().sum(0).double().cpu().view_as(sums[1])
 
 
-def _by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
+def _sum_by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
     """[rows, K] → [rows, units]: the sums over the positions of a unit."""
     if len(row) == units and row.equal(torch.arange(units, device=row.device)):
         return each
     return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]
 
 
-FISHER = Criterion("fisher", "rise of the loss without a unit, to the second order", measure, score, passes=4)
+FISHER = Criterion(
+    "fisher", "rise of the loss without a unit, to the second order", measure_fisher, score_by_fisher, passes=4
+)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mptk.distributed.processes import Sharing, sharing
+from mptk.distributed.processes import Sharing, share_batches
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.methods.criteria.observe import Calibration, batches, in_samples
+from mptk.methods.criteria.observe import Calibration, count_in_samples, split_batches
 from mptk.protocols.task import Task
 from mptk.staged.staged import Executor, Tap
 
@@ -18,12 +18,12 @@ GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
 
 
-def summed_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
+def sum_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
     """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
 
     The processes of a run share the batches.
     """
-    share = sharing(len(given))
+    share = share_batches(len(given))
     own = share.own(given)
     sums = torch.zeros(len(programs), dtype=torch.float64)
     results = executor.outputs(programs, [batch.tensors for batch in own])
@@ -33,7 +33,7 @@ def summed_losses(task: Task, executor: Executor, programs: Sequence[Program], g
     return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
 
 
-def gradients(
+def sum_gradients(
     given: Calibration, scaled: Callable[[Tensor], Tensor], names: Collection[str] = (), taps: Sequence[Tap] = ()
 ) -> tuple[Mapping[str, Tensor], Sharing]:
     """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
@@ -45,12 +45,12 @@ def gradients(
         MptkError: the objective has no loss for the program's outputs; or as ``watch``.
     """
     program, executor = given.analysis.program, given.executor
-    found = batches(program, given.samples, GRADIENT_TOKENS)
-    share = sharing(len(found))
+    found = split_batches(program, given.samples, GRADIENT_TOKENS)
+    share = share_batches(len(found))
     own = share.own(found)
 
     def loss(output: Tensor, i: int) -> Tensor:
-        return scaled(given.objective.sensitivity(output, own[i].to(executor.device)))
+        return scaled(given.objective.compute_sensitivity(output, own[i].to(executor.device)))
 
-    inputs, progress = [batch.tensors for batch in own], in_samples(given.progress, own)
+    inputs, progress = [batch.tensors for batch in own], count_in_samples(given.progress, own)
     return executor.gradients(program, names, inputs, loss, progress, share.total, taps), share

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mptk.ir.axes import axes_in, leaves
+from mptk.ir.axes import collect_axes, list_axes
 from mptk.ir.blocks import Block
 from mptk.ir.families import Analysis, Depth, Family
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Calibration, watch
 
 
-def score(influences: Mapping[str, Tensor], families: Sequence[Family]) -> Scores:
+def score_by_influence(influences: Mapping[str, Tensor], families: Sequence[Family]) -> Scores:
     """The influence of each block, or its rank (``greedy.py``), [1, 1, blocks]."""
     return {family.name: influences[family.name].float().reshape(1, 1, -1) for family in families}
 
 
-def measure(given: Calibration) -> dict[str, Tensor]:
+def measure_influence(given: Calibration) -> dict[str, Tensor]:
     """Depth → the influence of each of its blocks on the text, float64 [blocks]."""
     depths = [family for family in given.families if isinstance(family, Depth)]
     stacks = [family.stack for family in depths]
@@ -38,7 +38,7 @@ def measure(given: Calibration) -> dict[str, Tensor]:
         sums[stack][:, unit] += torch.tensor([turned.double().sum(), turned.numel()], dtype=torch.float64)
 
     watches = [
-        ((block.input, block.output), partial(see, i, unit, _width(given.analysis, block)))
+        ((block.input, block.output), partial(see, i, unit, _find_width_dim(given.analysis, block)))
         for i, stack in enumerate(stacks)
         for unit, block in enumerate(stack.blocks)
     ]
@@ -47,11 +47,17 @@ def measure(given: Calibration) -> dict[str, Tensor]:
     return {family.name: turned / count for family, (turned, count) in zip(depths, totals, strict=True)}
 
 
-def _width(analysis: Analysis, block: Block) -> int:
+def _find_width_dim(analysis: Analysis, block: Block) -> int:
     """The dimension of the residual width: the last one along which weights have an axis of the block's result."""
-    held = axes_in(term for dims in analysis.weights.values() for term in dims)
+    held = collect_axes(term for dims in analysis.weights.values() for term in dims)
     dims = analysis.facts.dims(block.output)
-    return max((d for d, term in enumerate(dims) if held & set(leaves(term))), default=len(dims) - 1)
+    return max((d for d, term in enumerate(dims) if held & set(list_axes(term))), default=len(dims) - 1)
 
 
-INFLUENCE = Criterion("influence", "how far a block turns its input, 1 − cosine", measure, score, judges=("blocks",))
+INFLUENCE = Criterion(
+    "influence",
+    "how far a block turns its input, 1 − cosine",
+    measure_influence,
+    score_by_influence,
+    judges=("blocks",),
+)

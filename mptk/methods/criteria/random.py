@@ -11,7 +11,7 @@ from mptk.ir.families import Family
 from mptk.methods.criteria.base import Criterion, Scores
 
 
-def score(seed: int, families: Sequence[Family]) -> Scores:
+def score_at_random(seed: int, families: Sequence[Family]) -> Scores:
     """Uniform numbers in [0, 1).
 
     The seed and a family's name give its stream, so other families do not change its numbers.
@@ -27,7 +27,7 @@ RANDOM = Criterion(
     "random",
     "random choice, from the seed",
     lambda given: given.seed,
-    score,
+    score_at_random,
     passes=0,
     judges=("channels", "blocks"),
 )

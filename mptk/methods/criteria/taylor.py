@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mptk.ir.families import Analysis, Family
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
-from mptk.methods.criteria.gradients import gradients
+from mptk.methods.criteria.gradients import sum_gradients
 from mptk.methods.criteria.observe import Calibration
 
 
@@ -29,14 +29,14 @@ class Gradients:
     each: Mapping[str, Tensor]
 
 
-def measure(given: Calibration) -> Gradients:
+def measure_gradients(given: Calibration) -> Gradients:
     """The gradients of the weights of all units."""
     names = dict.fromkeys(member.weight for group in given.groups for member in group.members)
     predicted = given.objective.predicted(given.samples)
-    return Gradients(given.analysis, gradients(given, lambda loss: loss / predicted, names)[0])
+    return Gradients(given.analysis, sum_gradients(given, lambda loss: loss / predicted, names)[0])
 
 
-def score(evidence: Gradients, families: Sequence[Family]) -> Scores:
+def score_by_taylor(evidence: Gradients, families: Sequence[Family]) -> Scores:
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
     state = evidence.analysis.program.state
 
@@ -48,5 +48,10 @@ def score(evidence: Gradients, families: Sequence[Family]) -> Scores:
 
 
 TAYLOR = Criterion(
-    "taylor", "first-order change of the loss, |weight × gradient|", measure, score, passes=3, gradients=True
+    "taylor",
+    "first-order change of the loss, |weight × gradient|",
+    measure_gradients,
+    score_by_taylor,
+    passes=3,
+    gradients=True,
 )

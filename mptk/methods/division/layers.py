@@ -22,8 +22,8 @@ from mptk.ir.families import Family
 from mptk.ir.plan import Plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.division.budget import cost_model
-from mptk.methods.division.trial import best, masked_losses, plan_of
+from mptk.methods.division.budget import build_cost_model
+from mptk.methods.division.trial import find_best_plan, measure_masked_losses, plan_widths
 from mptk.progress import Count
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
@@ -54,7 +54,7 @@ class HullEdge:
     price: float
 
 
-def divided(
+def choose_division(
     prepared: Prepared, scores: Scores, uniform: Plan, sets: SampleSets, context: Context
 ) -> tuple[Plan, dict[str, float]]:
     """The plan with a width for each layer, or ``uniform`` if its masked loss is lower; and the losses of both.
@@ -66,9 +66,9 @@ def divided(
     """
     ladders = {name: prepared.legal.ladders[name] for name in prepared.families}
     with context.stage(stage := "divide over layers"):
-        curves = measured(prepared, scores, ladders, sets, partial(context.progress, stage))
+        curves = measure_curves(prepared, scores, ladders, sets, partial(context.progress, stage))
     widths = divide(curves, ladders, prepared.cost, prepared.settings.sparsity)
-    plans = {"equal layers": uniform, "free layers": plan_of(prepared, scores, widths)}
+    plans = {"equal layers": uniform, "free layers": plan_widths(prepared, scores, widths)}
     sparsity, tolerance = prepared.settings.sparsity, prepared.settings.tolerance
     removed = {name: prepared.cost.sparsity(plan.widths) for name, plan in plans.items()}
     plans = {name: plan for name, plan in plans.items() if abs(removed[name] - sparsity) <= tolerance}
@@ -78,10 +78,10 @@ def divided(
             f"no tried widths give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave out "
             "--layers free"
         )
-    return best(prepared, plans, sets.calibration.batches(COMPARED)[0])
+    return find_best_plan(prepared, plans, sets.calibration.make_batches(COMPARED)[0])
 
 
-def measured(
+def measure_curves(
     prepared: Prepared,
     scores: Scores,
     ladders: Mapping[str, Sequence[int]],
@@ -91,16 +91,16 @@ def measured(
     tokens: int = CURVE_TOKENS,
 ) -> dict[str, Curve]:
     """Each layer's curve, at ``shares`` of its units. A layer of fixed width has none, and keeps this width in all."""
-    wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder, shares)) > 1}
+    wanted = {name: widths for name, ladder in ladders.items() if len(widths := choose_levels(ladder, shares)) > 1}
     given = {name: ladder[-1] for name, ladder in ladders.items()}
     tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
-    plans = [plan_of(prepared, scores, widths) for widths in tried]
-    least, *found = masked_losses(prepared, plans, sets.calibration.batches(tokens)[0], progress)
+    plans = [plan_widths(prepared, scores, widths) for widths in tried]
+    least, *found = measure_masked_losses(prepared, plans, sets.calibration.make_batches(tokens)[0], progress)
     each = iter(found)
     return {name: Curve(widths, (0.0, *(next(each) - least for _ in widths[1:]))) for name, widths in wanted.items()}
 
 
-def levels(ladder: Sequence[int], shares: Sequence[float] = LEVELS) -> tuple[int, ...]:
+def choose_levels(ladder: Sequence[int], shares: Sequence[float] = LEVELS) -> tuple[int, ...]:
     """The widths of ``ladder`` (ascending) nearest to ``shares`` of the dense width, descending from that."""
     size = ladder[-1]
     near = [min(ladder, key=lambda width: abs(width - share * size)) for share in shares]
@@ -118,7 +118,7 @@ def divide(
         cost: of the model in which each layer is a family.
         sparsity: share of the budget to remove; if the curves do not reach it, the result has their smallest widths.
     """
-    edges = [edge for name, curve in curves.items() for edge in hull(name, curve, cost)]
+    edges = [edge for name, curve in curves.items() for edge in build_hull(name, curve, cost)]
     widths = {name: ladder[-1] for name, ladder in ladders.items()}
     for edge in sorted(edges, key=lambda edge: edge.price):
         after = widths | {edge.name: edge.end}
@@ -132,18 +132,18 @@ def divide(
     return widths
 
 
-def hull(name: str, curve: Curve, cost: CostModel) -> list[HullEdge]:
+def build_hull(name: str, curve: Curve, cost: CostModel) -> list[HullEdge]:
     """The lower convex hull of a curve over the saved cost: edges of rising price. Losses never fall with the width."""
     points = [(0.0, 0.0, curve.widths[0])]
     for width, loss in zip(curve.widths[1:], curve.losses[1:], strict=True):
         point = (cost.sparsity({name: width}), max(loss, points[-1][1]), width)
-        while len(points) > 1 and _price(points[-2], points[-1]) >= _price(points[-1], point):
+        while len(points) > 1 and _compute_price(points[-2], points[-1]) >= _compute_price(points[-1], point):
             points.pop()
         points.append(point)
-    return [HullEdge(name, a[2], b[2], _price(a, b)) for a, b in itertools.pairwise(points)]
+    return [HullEdge(name, a[2], b[2], _compute_price(a, b)) for a, b in itertools.pairwise(points)]
 
 
-def _price(start: tuple[float, float, int], end: tuple[float, float, int]) -> float:
+def _compute_price(start: tuple[float, float, int], end: tuple[float, float, int]) -> float:
     saved = end[0] - start[0]
     return (end[1] - start[1]) / saved if saved > 0 else float("inf")
 
@@ -154,17 +154,17 @@ ENDS_TOKENS = 512
 """Calibration tokens on which both plans are compared."""
 
 
-def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets) -> str:
+def describe_ends(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets) -> str:
     """A note if a cut with uncut ends at the same budget has a lower loss; "" if not, or if there is no such cut.
 
     There is none after a larger cut, which has cut the ends.
 
     ``equal``: the plan whose layers are alike. ``scores``: of the families that it cuts.
     """
-    spared = None if prepared.start is not None else whole_ends(prepared, scores, equal)
+    spared = None if prepared.start is not None else plan_whole_ends(prepared, scores, equal)
     if spared is None:
         return ""
-    alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(ENDS_TOKENS)[0])
+    alike, whole = measure_masked_losses(prepared, [equal, spared], sets.calibration.make_batches(ENDS_TOKENS)[0])
     if whole >= alike:
         return ""
     layers = max(len(prepared.analysis.family(name).parts) for name in equal.widths)
@@ -176,20 +176,20 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     )
 
 
-def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
+def plan_whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
     """A plan with uncut first and last layers that saves about as much as ``equal``.
 
     None with too few layers, with widths from the user, or with a budget in milliseconds.
     """
     settings, families = prepared.settings, [prepared.analysis.family(name) for name in equal.widths]
-    inner = {family.name: between_ends(family) for family in families}
+    inner = {family.name: list_inner_layers(family) for family in families}
     if settings.widths or settings.budget == LATENCY or not any(len(inner[f.name]) < len(f.parts) for f in families):
         return None
     ladders = {family.name: prepared.legal.ladders[family.name] for family in families}
     deeper = {f.name: f.size - (f.size - equal.widths[f.name]) * len(f.groups) / len(inner[f.name]) for f in families}
     nearest = {name: min(ladder, key=lambda width: abs(width - deeper[name])) for name, ladder in ladders.items()}
     analysis = prepared.analysis.divided(equal.widths)
-    cost = cost_model(analysis, settings, prepared.dtype.itemsize)
+    cost = build_cost_model(analysis, settings, prepared.dtype.itemsize)
     finest = max(ladders, key=lambda name: len(ladders[name]))  # its width makes up for what the others are rounded by
     tried = [
         {part.name: width for name, width in (nearest | {finest: last}).items() for part in inner[name]}
@@ -200,10 +200,10 @@ def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
     if off[best] > settings.tolerance:
         return None
     layers = {part.name: scores[f.name][i : i + 1] for f in families for i, part in enumerate(f.parts or (f,))}
-    return criteria.select(analysis, layers, tried[best])
+    return criteria.select_units(analysis, layers, tried[best])
 
 
-def between_ends(family: Family) -> tuple[Family, ...]:
+def list_inner_layers(family: Family) -> tuple[Family, ...]:
     """The layers of ``family`` that are not at its ends; the family itself if it has one layer."""
     spared = round(ENDS_SHARE * len(family.parts))
     return family.parts[spared : len(family.parts) - spared] or (family,)

@@ -19,7 +19,7 @@ from mptk.errors import MptkError
 from mptk.ir.alignment import read_alignment
 from mptk.ir.families import Analysis, Family
 from passes.targets.legalize import LegalWidths
-from passes.targets.width_choices import partners
+from passes.targets.width_choices import find_missing_partners
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerSelection:
     widths: Mapping[str, int] = field(default_factory=dict)
     named: str = ""
 
-    def allowed(self, legal: LegalWidths) -> LegalWidths:
+    def restrict_widths(self, legal: LegalWidths) -> LegalWidths:
         """Legal widths without the narrower ones of families that stay whole."""
         stay = {name: legal.ladders[name][-1:] for name in self.whole}
         return replace(legal, ladders={**legal.ladders, **stay})
@@ -53,15 +53,15 @@ class LayerSelection:
         return [part.name for part in family.parts if free] or [family.name]
 
 
-def selected(analysis: Analysis, settings: Settings) -> LayerSelection:
+def select_layers(analysis: Analysis, settings: Settings) -> LayerSelection:
     """The layers that ``settings`` let be cut.
 
     Raises:
         MptkError: there is no such family or layer; or settings contradict each other.
     """
     s = settings
-    cut, own, kept = (named_layers(analysis, names) for names in (s.families, s.widths, s.keep))
-    inside = {f.name: layers_inside(f, s) for f in analysis.all_families}
+    cut, own, kept = (collect_named_layers(analysis, names) for names in (s.families, s.widths, s.keep))
+    inside = {f.name: list_layers_inside(f, s) for f in analysis.all_families}
     _check(analysis, inside, s)
     alike = dict[str, list[int]]()
     for name, layers in inside.items():
@@ -71,10 +71,10 @@ def selected(analysis: Analysis, settings: Settings) -> LayerSelection:
         together = [i for i in layers if asked & {None, i} and i not in own[name] | kept[name]]
         if len(together) < len(analysis.family(name).parts):
             alike[name] = together
-    return _renamed(analysis, s, alike, {name for name, layers in inside.items() if not layers})
+    return _rename_selection(analysis, s, alike, {name for name, layers in inside.items() if not layers})
 
 
-def located(analysis: Analysis, name: str) -> tuple[str, int | None]:
+def parse_family_name(analysis: Analysis, name: str) -> tuple[str, int | None]:
     """The family that ``name`` names, and the number of the layer, if it names one, as ``ffn.7``.
 
     Raises:
@@ -99,20 +99,20 @@ def located(analysis: Analysis, name: str) -> tuple[str, int | None]:
 def check_aligned(analysis: Analysis, settings: Settings) -> None:
     """Raise MptkError unless each name in ``--align`` is a family's."""
     for name in read_alignment(settings.align).own:
-        if located(analysis, name)[1] is not None:
+        if parse_family_name(analysis, name)[1] is not None:
             raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
 
 
-def named_layers(analysis: Analysis, names: Iterable[str]) -> Mapping[str, set[int | None]]:
-    """Family → its layers that are named; None stands for the family as a whole. Raises MptkError as ``located``."""
+def collect_named_layers(analysis: Analysis, names: Iterable[str]) -> Mapping[str, set[int | None]]:
+    """Family → its layers that are named; None stands for the family as a whole. Raises MptkError as ``parse_family_name``."""
     found = defaultdict[str, set[int | None]](set)
     for name in names:
-        family, layer = located(analysis, name)
+        family, layer = parse_family_name(analysis, name)
         found[family].add(layer)
     return found
 
 
-def layers_inside(family: Family, settings: Settings) -> list[int]:
+def list_layers_inside(family: Family, settings: Settings) -> list[int]:
     """The layers of ``family`` that ``--layers`` lets be cut.
 
     A family without layers, as the residual width, is inside only if all layers are.
@@ -120,10 +120,10 @@ def layers_inside(family: Family, settings: Settings) -> list[int]:
     only = settings.only_layers
     if only is None:
         return list(range(len(family.groups)))
-    return [i for i, block in enumerate(blocks(family)) if family.parts and block in only]
+    return [i for i, block in enumerate(number_blocks(family)) if family.parts and block in only]
 
 
-def blocks(family: Family) -> list[int]:
+def number_blocks(family: Family) -> list[int]:
     """Each layer's block: the first number that tells their modules apart, as 7 of ``layers.7.mlp``; else 0, 1, …"""
     columns = zip(*(group.layer.split(".") for group in family.groups), strict=False)
     apart = next((words for words in columns if len(set(words)) > 1), ())
@@ -135,19 +135,19 @@ def blocks(family: Family) -> list[int]:
 def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Settings) -> None:
     s = settings
     check_aligned(analysis, s)
-    there = {block for f in analysis.families if f.parts for block in blocks(f)}
+    there = {block for f in analysis.families if f.parts for block in number_blocks(f)}
     if missing := (s.only_layers or frozenset()) - there:
         known = f"0 to {max(there)}" if there else "none"
         raise MptkError(f"--layers {s.layers}: there is no layer {min(missing)}; the model has {known}")
     for name in (*s.families, *s.widths):
-        family, layer = located(analysis, name)
+        family, layer = parse_family_name(analysis, name)
         if s.only_layers is not None and (not inside[family] if layer is None else layer not in inside[family]):
             raise MptkError(f"{name} is outside of --layers {s.layers}; leave out one of both")
         if family in s.keep:
             raise MptkError(f"{name} is to be cut, and {family} is in --keep; leave it out of one of them")
 
 
-def _renamed(
+def _rename_selection(
     analysis: Analysis, settings: Settings, alike: Mapping[str, Sequence[int]], outside: Iterable[str]
 ) -> LayerSelection:
     """The selection, with names of families that are there after ``Analysis.apart``."""
@@ -156,17 +156,17 @@ def _renamed(
     fixed = {name: width for name, width in s.widths.items() if name in there}
 
     def after(name: str) -> list[str]:
-        family, layer = located(analysis, name)
-        single = [each for each in fixed if located(analysis, each)[0] == family] if layer is None else [name]
+        family, layer = parse_family_name(analysis, name)
+        single = [each for each in fixed if parse_family_name(analysis, each)[0] == family] if layer is None else [name]
         return [each for each in (family, *single) if each in there]
 
     families = tuple(dict.fromkeys(new for name in s.families for new in after(name)))
     if s.families and not families:
         raise MptkError("--keep leaves nothing of --families to cut; leave out one of them")
-    keep = tuple(name for name in s.keep if located(analysis, name)[1] is None)
+    keep = tuple(name for name in s.keep if parse_family_name(analysis, name)[1] is None)
     parts = {part.name for name in alike for part in analysis.family(name).parts}
     whole = {name for name in there if (name in parts and name not in fixed) or name in outside}
-    named = (name for name in (*s.families, *s.keep, *s.widths) if located(analysis, name)[1] is not None)
+    named = (name for name in (*s.families, *s.keep, *s.widths) if parse_family_name(analysis, name)[1] is not None)
     return LayerSelection(alike, frozenset(whole), families, keep, fixed, next(named, ""))
 
 
@@ -174,7 +174,7 @@ Parts = Mapping[str, Sequence[str]]
 """Part → the names of its modules."""
 
 
-def families_in(analysis: Analysis, parts: Parts, part: str) -> list[str]:
+def list_part_families(analysis: Analysis, parts: Parts, part: str) -> list[str]:
     """The families that lie in a part. One over several parts, as a residual width, is in none."""
     inside = tuple(f"{module}." for module in parts[part])
     return [
@@ -184,7 +184,7 @@ def families_in(analysis: Analysis, parts: Parts, part: str) -> list[str]:
     ]
 
 
-def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts: Parts) -> tuple[str, ...]:
+def expand_parts(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts: Parts) -> tuple[str, ...]:
     """Names of families, in which a part stands for its families with a group in each layer that have legal widths.
 
     A part without such families stands for all that have legal widths. Families that can only be cut together with one
@@ -198,27 +198,27 @@ def expanded(names: Iterable[str], analysis: Analysis, legal: LegalWidths, parts
         if name not in parts:
             found.append(name)
             continue
-        inside = families_in(analysis, parts, name)
+        inside = list_part_families(analysis, parts, name)
         if not inside:
             raise MptkError(f"the samples of --data do not run {name}; give data that it reads, or other --families")
         legals = [f for f in inside if len(legal.ladders.get(f, ())) > 1]
         channels = [f for f in legals if analysis.family(f).kind == "channels"]
         layered = [f for f in channels if is_layered(analysis.family(f))]
-        if not (cut := _together(layered, legal) or _together(channels, legal)):
+        if not (cut := _keep_independent(layered, legal) or _keep_independent(channels, legal)):
             raise MptkError(f"no family of {name} has another legal width; see mptk analyze, or use --target graph")
         found += cut
     return tuple(dict.fromkeys(found))
 
 
-def _together(families: Sequence[str], legal: LegalWidths) -> list[str]:
+def _keep_independent(families: Sequence[str], legal: LegalWidths) -> list[str]:
     """Those of ``families`` that can be cut without another one."""
     left = list(families)
-    while without := [f for f in left if partners(f, left, legal.together)]:
+    while without := [f for f in left if find_missing_partners(f, left, legal.together)]:
         left = [f for f in left if f not in without]
     return left
 
 
-def part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[str, object]]:
+def build_part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[str, object]]:
     """A row for each part: ``name``, ``modules``, ``parameters``, ``families``."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
 
@@ -231,7 +231,7 @@ def part_rows(model: nn.Module, analysis: Analysis, parts: Parts) -> list[dict[s
             "name": part,
             "modules": list(modules),
             "parameters": parameters(modules),
-            "families": families_in(analysis, parts, part),
+            "families": list_part_families(analysis, parts, part),
         }
         for part, modules in parts.items()
     ]

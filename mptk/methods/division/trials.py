@@ -10,22 +10,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mptk.compile.cut import compile_plan, small_model
+from mptk.compile.cut import build_small_model, compile_plan
 from mptk.config.learning import Learning
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
-from mptk.methods.criteria import all_criteria
+from mptk.methods.criteria import list_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.trial import plan_of
+from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.one_shot import scored
+from mptk.methods.one_shot import score_families
 from mptk.methods.reconstruct import Products, gather_products
-from mptk.progress import Progress, silent
-from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.progress import Progress, show_nothing
+from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import Context, SampleSets
 from passes.pipelines import cut_program
@@ -44,27 +44,27 @@ class Trials:
     def criterion(self) -> str:
         """The criterion that chooses units."""
         method = self.prepared.settings.method
-        return method if method in all_criteria() else WANDA.name
+        return method if method in list_criteria() else WANDA.name
 
     @cached_property
     def scores(self) -> Scores:
         """Scores of all units."""
-        return scored(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
+        return score_families(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
 
     @cached_property
     def products(self) -> Products | None:
         """The sums that consumers are fitted with; None if they are not fitted."""
         p = self.prepared
-        if not reconstructs(p.settings, p.method):
+        if not should_reconstruct(p.settings, p.method):
             return None
         with self.context.stage(stage := "moments"):
             say = partial(self.context.progress, stage)
-            cuts = [resolve_plan(p.analysis, plan_of(p, self.scores, each.widths)) for each in p.candidates]
+            cuts = [resolve_plan(p.analysis, plan_widths(p, self.scores, each.widths)) for each in p.candidates]
             return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
 
     def chosen(self, widths: Mapping[str, int]) -> Chosen:
         """The best units for ``widths``, and the consumers fitted to them on demand."""
-        plan = plan_of(self.prepared, self.scores, widths)
+        plan = plan_widths(self.prepared, self.scores, widths)
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
@@ -105,9 +105,9 @@ class Trials:
 
     def cut(self, chosen: Chosen) -> Compiled:
         """The model cut to a choice, in the form of the target."""
-        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), silent))
+        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), show_nothing))
 
-    def recovered(
+    def recover_program(
         self,
         compiled: Compiled,
         steps: int,
@@ -122,7 +122,7 @@ class Trials:
         ``place`` keeps checkpoints: a run that ended there after fewer steps goes on. ``used``, ``held_out``: as in
         ``Learner.recover``.
         """
-        small = small_model(compiled, compiled.program.state_dict())
+        small = build_small_model(compiled, compiled.program.state_dict())
         learner = Learner(self.accelerator, self.prepared, self.sets.training, self.learning, place, say)
         found = learner.recover(small, steps, self.sets.proof, used, held_out)
         assert found is not None
@@ -131,7 +131,7 @@ class Trials:
         return compiled.program.with_state(named)
 
 
-def as_part(
+def report_part(
     progress: Progress,
     stage: str,
     done: int,

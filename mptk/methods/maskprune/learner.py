@@ -19,29 +19,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.accelerate import without_autocast
-from mptk.compat.peft import adapters_off
+from mptk.compat.peft import switch_off_adapters
 from mptk.config.choices import FREE
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import accelerator, anywhere, gathered, holds, leads, placed
+from mptk.distributed.processes import gather_tensors, holds, is_anywhere, is_leader, make_accelerator, place_model
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import kept_units, resolve_plan
+from mptk.ir.resolved_plan import collect_kept_units, resolve_plan
 from mptk.ir.samples import Samples
-from mptk.methods.criteria import Scores, score, select
+from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.layers import ends_note
-from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
+from mptk.methods.division.layers import describe_ends
+from mptk.methods.maskprune.adapters import adapt, merge_adapters, recompute, unwrap_adapters
 from mptk.methods.maskprune.losses import cross_entropy
-from mptk.methods.maskprune.optimizers import products
+from mptk.methods.maskprune.optimizers import count_product_tokens
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, fingerprint
+from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.together import Together
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, on_host, run_module
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, move_to_host, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.run_folder import TRACKER, RunFolder, kept
+from mptk.protocols.run_folder import TRACKER, RunFolder, keep_tensors
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
@@ -54,17 +54,23 @@ SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of learning masks and of recovery together: of both models, in each step and on held-out samples."""
     s, training = settings, settings.learning.training
     if not s.steps:
         return {}
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
-    tokens = batches * training.batch * s.length + s.steps * kept * products(settings.learning, sizes.hidden)
-    return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=TRAINING_START_S)}
+    tokens = batches * training.batch * s.length + s.steps * kept * count_product_tokens(
+        settings.learning, sizes.hidden
+    )
+    return {
+        "train": Pass(
+            tokens, s.length, reads=0, training=estimate_training_memory(s, sizes, kept), fixed=TRAINING_START_S
+        )
+    }
 
 
-def memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
+def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
     """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
 
     ``kept``: the share of the parameters that stay.
@@ -83,9 +89,9 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
         MptkError: the batch does not divide over the processes, or the tracker is not installed.
     """
     tracker = None if settings.tracker == "none" else settings.tracker
-    if tracker is not None and leads():
+    if tracker is not None and is_leader():
         folder.make()  # with its mark, before the tracker makes it
-    made = accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
+    made = make_accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
     if tracker is not None:
         if not made.log_with:
             raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
@@ -141,7 +147,7 @@ class Learner:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the teacher's weights, computed in the first process, and the precision if it is less."""
-        found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
+        found = [hash_model_weights(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
         less = "" if self.settings.precision == "no" else f"-{self.settings.precision}"
         return f"{broadcast_object_list(found)[0]}{less}"
 
@@ -154,26 +160,26 @@ class Learner:
         same. Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get no changes and no witness.
         """
-        chosen = self._learned(sets)
+        chosen = self._learn_masks(sets)
         self.accelerator.free_memory()
         return chosen
 
-    def _learned(self, sets: SampleSets) -> Chosen:
+    def _learn_masks(self, sets: SampleSets) -> Chosen:
         prepared, analysis = self.prepared, self.prepared.analysis
         student, masks, solver, loop = self.begin()
-        if self.folder.latest("masks") is None:
-            before = partial(self._scores, student, solver, sets.calibration)
-            solver.load(kept(self.scored or self.folder, SALIENCY, before))
+        if self.folder.read_latest("masks") is None:
+            before = partial(self._score_units, student, solver, sets.calibration)
+            solver.load(keep_tensors(self.scored or self.folder, SALIENCY, before))
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         scores = {family: solver.scores(family).cpu() for family in widths}
-        plan = select(analysis, scores, widths, stock=prepared.legal.stock)
+        plan = select_units(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
-        solver.harden(kept_units(analysis, cut, list(widths)))
+        solver.harden(collect_kept_units(analysis, cut, list(widths)))
         outputs = self.outputs(loop.student, sets.proof)
-        state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
+        state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
-        notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
+        notes = () if prepared.settings.layers == FREE else (describe_ends(prepared, scores, plan, sets),)
         return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.settings.mask_steps)
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
@@ -199,35 +205,35 @@ class Learner:
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
-        masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
+        masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
-        dense = partial(_dense, prepared.task, student, masks)
-        teacher = self._teacher(dense if prepared.compared is prepared.loaded else self._another())
+        dense = partial(_run_dense, prepared.task, student, masks)
+        teacher = self._make_teacher(dense if prepared.compared is prepared.loaded else self._make_separate_teacher())
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
             solver.step(tokens)
             if not solver.fixed and solver.step_count >= solver.ramp * solver.steps:
-                solver.fix(nearest_candidate(candidates, solver.widths(), shapes))
+                solver.fix(find_nearest_candidate(candidates, solver.widths(), shapes))
             return solver.metrics()
 
         extra = (solver.state, solver.load)
-        loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
+        loop = self._make_loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _scores(self, student: PeftModel, solver: Solver, calibration: Samples) -> dict[str, Tensor]:
+    def _score_units(self, student: PeftModel, solver: Solver, calibration: Samples) -> dict[str, Tensor]:
         """The state of the solver before any training: with the prior and the saliency."""
-        solver.prior = {family: values.to(solver.device) for family, values in self._prior(calibration).items()}
-        self._saliency(student, solver, calibration)
+        solver.prior = {family: values.to(solver.device) for family, values in self._score_prior(calibration).items()}
+        self._estimate_saliency(student, solver, calibration)
         return solver.state()
 
-    def _prior(self, calibration: Samples) -> Scores:
+    def _score_prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
         families, say = self.prepared.families, partial(self.progress, "activations")
         analysis, executor = self.prepared.analysis, self.prepared.calibrator
-        return score(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
+        return score_units(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
 
-    def _saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
+    def _estimate_saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
         """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.
 
         A batch has ``micro`` samples over all processes, rounded up to a multiple of their number. So F does not
@@ -235,23 +241,23 @@ class Learner:
         """
         acc = self.accelerator
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
-        repeated = calibration.repeated(-(-together // len(calibration)))
+        repeated = calibration.repeat(-(-together // len(calibration)))
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with adapters_off(student):
+            with switch_off_adapters(student):
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
-                self._sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
+                self._compute_sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
             solver.observe(len(part) * part.positions)
             solver.clear()
             self.progress("saliency", done, len(parts))
 
-    def _sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+    def _compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """The mean of the function whose gradient is the saliency, on this process's part of a batch."""
         task = self.prepared.task
         if task.classes and samples.targets is not None and not task.compares:
             return cross_entropy(output, samples.targets)  # in chunks: logits are large
-        return task.sensitivity(output, samples) / task.predicted(samples)
+        return task.compute_sensitivity(output, samples) / task.predicted(samples)
 
     def _average(self, solver: Solver) -> None:
         """Average gradients over processes, so that all of them take the same step."""
@@ -275,29 +281,38 @@ class Learner:
         witness holds the outputs of these on ``batch``, before adapters are merged. Only the first process gets them.
         """
         watch = None if held_out is None or not steps else Watch(held_out)
-        recovered = self._recovered(small, steps, batch, used, watch)
+        recovered = self._recover_weights(small, steps, batch, used, watch)
         self.accelerator.free_memory()
         return recovered if self.accelerator.is_main_process else None
 
-    def _recovered(self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None) -> Recovered:
+    def _recover_weights(
+        self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None
+    ) -> Recovered:
         loop = self.recovery(small, steps, used, watch)
         loop.run()
         outputs = self.outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
-        state = merged(student) if self.rank else student.named_parameters()
-        trained = gathered(state, keep=self.accelerator.is_main_process)
+        state = merge_adapters(student) if self.rank else student.named_parameters()
+        trained = gather_tensors(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
     def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
         """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
         watch = None if held_out is None else Watch(held_out)
-        loop = self._loop(student, self._teacher(self._another()), steps, "recovery", watch=watch, sizes=student.views)
+        loop = self._make_loop(
+            student,
+            self._make_teacher(self._make_separate_teacher()),
+            steps,
+            "recovery",
+            watch=watch,
+            sizes=student.views,
+        )
         loop.run()
         without_autocast(self.accelerator, loop.student)
         found = []
         for i, view in enumerate(student.views):
             witness = Witness("trained model", self.outputs(view, batch), self.tolerance)
-            found.append(Recovered(gathered(student.weights(i).items(), keep=True), witness, watch))
+            found.append(Recovered(gather_tensors(student.weights(i).items(), keep=True), witness, watch))
         self.accelerator.free_memory()
         return found
 
@@ -318,16 +333,18 @@ class Learner:
         else:
             student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self._loop(student, self._teacher(self._another()), steps, "recovery", first_row=used, watch=watch)
+        return self._make_loop(
+            student, self._make_teacher(self._make_separate_teacher()), steps, "recovery", first_row=used, watch=watch
+        )
 
     # ---- shared ----
 
-    def _another(self) -> Callable[[Samples, bool], Output]:
+    def _make_separate_teacher(self) -> Callable[[Samples, bool], Output]:
         """A function that runs a teacher that is separate from the student."""
 
         @cache
         def dense() -> Any:  # with a cached teacher it may never run
-            return placed(self.accelerator, self.prepared.teacher(self.keeps))
+            return place_model(self.accelerator, self.prepared.teacher(self.keeps))
 
         return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
 
@@ -337,9 +354,9 @@ class Learner:
         acc = self.accelerator
         if not acc.is_fsdp2:
             student = without_autocast(acc, student)
-        return on_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
+        return move_to_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
 
-    def _loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
+    def _make_loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
         """A loop of the run. ``more``: its other fields."""
 
         def say(done: int, total: int, metrics: Metrics) -> None:
@@ -349,7 +366,7 @@ class Learner:
         given = (self.accelerator, student, teacher, task, self.samples, steps, training, phase, self.folder)
         return Loop(*given, progress=say, **more)
 
-    def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
+    def _make_teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         acc, shared = self.accelerator, self.settings.teacher_cache
         hidden, top = bool(self.settings.training.losses.hidden_loss), TOP if self.prepared.task.classes else 0
@@ -358,16 +375,18 @@ class Learner:
         if self.settings.teacher == "live":
             return live
         folder = self.folder.make() / "teacher" if shared is None else Path(shared) / self.fingerprint
-        return CachedTeacher(live, folder, top, partial(anywhere, acc), acc.device)
+        return CachedTeacher(live, folder, top, partial(is_anywhere, acc), acc.device)
 
 
-def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def collect_changed_weights(
+    student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Each weight that learning changed, by name: adapters merged, masks folded, one at a time. Dense shapes.
 
     ``dense``: the dense model's weights.
     """
     adapted = set()
-    for name, weight in merged(student):
+    for name, weight in merge_adapters(student):
         adapted.add(name)
         yield name, masks.fold(name, weight)
     for name in masks.weights:
@@ -375,7 +394,7 @@ def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor
             yield name, masks.fold(name, dense[name])
 
 
-def nearest_candidate(
+def find_nearest_candidate(
     candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, int]:
     """The widths of the candidate nearest to the learned widths, measured as shares of the dense widths."""
@@ -391,10 +410,10 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
     return len(family.groups), family.scopes, family.size
 
 
-def _dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
+def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), adapters_off(student):
+    with masks.disabled(), switch_off_adapters(student):
         return run_module(task, student, samples, hidden=hidden)
 
 
-__all__ = ["Learner", "nearest_candidate", "start_training"]
+__all__ = ["Learner", "find_nearest_candidate", "start_training"]

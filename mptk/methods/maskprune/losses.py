@@ -3,7 +3,7 @@
 Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
 
 With a large vocabulary the losses cost as much as several layers, and their temporary tensors take most of the memory.
-So ``class_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
+So ``compute_class_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
 through one softmax each, and only the gradient is kept for the backward pass.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mptk.config.learning import LossWeights
-from mptk.distributed.processes import widest
+from mptk.distributed.processes import find_widest_float
 from mptk.ir.samples import IGNORED
 
 CHUNK = 2**20
@@ -38,10 +38,10 @@ class TopLogits:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of ``logits`` [..., classes] on ``targets`` [...]; ``IGNORED`` ones do not count."""
-    return class_losses(logits, targets, None, LossWeights(kl=0.0))["loss"]
+    return compute_class_losses(logits, targets, None, LossWeights(kl=0.0))["loss"]
 
 
-def class_losses(
+def compute_class_losses(
     logits: Tensor, targets: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
     """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student); also each term if its weight is not 0.
@@ -65,21 +65,21 @@ def class_losses(
     return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
 
 
-def distilled(
+def compute_distillation_losses(
     output: Tensor, targets: Tensor | None, teacher: Tensor | TopLogits | None, weights: LossWeights, *, classes: bool
 ) -> dict[str, Tensor]:
-    """``class_losses`` if the model gives logits of ``classes``, else the error of its features.
+    """``compute_class_losses`` if the model gives logits of ``classes``, else the error of its features.
 
     Without ``targets`` the class that the teacher finds likeliest is the target. The features' error is
     ‖f − f*‖² / ‖f* − mean f*‖², f* of the teacher.
     """
     if not classes:
         assert isinstance(teacher, Tensor)
-        return {"loss": hidden_error([output], [teacher])}
+        return {"loss": compute_hidden_error([output], [teacher])}
     if targets is None:
         assert teacher is not None
         targets = teacher.argmax(-1) if isinstance(teacher, Tensor) else teacher.tokens[..., 0]
-    return class_losses(output, targets, teacher, weights)
+    return compute_class_losses(output, targets, teacher, weights)
 
 
 class _Context(Protocol):
@@ -106,7 +106,7 @@ class _Fused(torch.autograd.Function):
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        wide = widest(logits.device)
+        wide = find_widest_float(logits.device)
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
         rows = max(1, CHUNK // logits.shape[1])
         for at in (slice(first, first + rows) for first in range(0, len(logits), rows)):
@@ -117,7 +117,7 @@ class _Fused(torch.autograd.Function):
             lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
             share = of_lm[at, None].float()
             if weights.kl:
-                found, p = _divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
+                found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
                 kl = kl + found
             else:
                 p.mul_(share)
@@ -142,7 +142,7 @@ def _log_total(z: Tensor, p: Tensor) -> Tensor:
     return z.amax(-1) - p.amax(-1).log()
 
 
-def _divergence(
+def _compute_divergence(
     z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
 ) -> tuple[Tensor, Tensor]:
     """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab]."""
@@ -150,7 +150,9 @@ def _divergence(
         t = teacher[0].float()
         q = t.softmax(-1)
         apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
-        return torch.linalg.vecdot(q, apart).sum(dtype=widest(z.device)), p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+        return torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device)), p.mul_(of_lm + of_kl).sub_(
+            q, alpha=of_kl
+        )
     tokens, logs, rest = teacher[0], teacher[1].float(), teacher[2].float()
     q, r, seen = logs.exp(), rest.exp(), p.gather(-1, tokens)
     others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
@@ -162,7 +164,7 @@ def _divergence(
     return found, gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
 
 
-def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def compute_hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖²: h of the student, h* of the teacher, [batch, length, hidden]."""
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
@@ -171,7 +173,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return torch.stack(errors).mean()
 
 
-def shorten(logits: Tensor, k: int) -> TopLogits:
+def shorten_logits(logits: Tensor, k: int) -> TopLogits:
     """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and the other tokens' together."""
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)

@@ -13,15 +13,15 @@ from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.methods.division.layers import divided
-from mptk.methods.division.trial import plan_of
+from mptk.methods.division.layers import choose_division
+from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner
-from mptk.methods.one_shot import scored
+from mptk.methods.one_shot import score_families
 from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder, kept
+from mptk.protocols.run_folder import RunFolder, keep_tensors
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import Candidate
-from passes.transforms.insert_masks import disturbed
+from passes.transforms.insert_masks import find_disturbance
 
 DIVISION = "division"
 """Name of the layers' widths in the folder of an unfinished run."""
@@ -44,7 +44,7 @@ class MaskPrune(Method):
             raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return disturbed(analysis, family)
+        return find_disturbance(analysis, family)
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s = settings
@@ -55,14 +55,14 @@ class MaskPrune(Method):
         assert context.accelerator is not None
         learning, found = prepared.mask_learning, dict[str, float]()
         if prepared.settings.layers == FREE:
-            prepared, found = divided_over_layers(prepared, sets, context, context.folder)
+            prepared, found = divide_over_layers(prepared, sets, context, context.folder)
         with context.stage("learn masks"):
             learner = Learner(context.accelerator, prepared, sets.training, learning, context.folder, context.progress)
             chosen = learner.learn(sets)
         return replace(chosen, losses=found)
 
 
-def divided_over_layers(
+def divide_over_layers(
     prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
 ) -> tuple[Prepared, dict[str, float]]:
     """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
@@ -71,13 +71,13 @@ def divided_over_layers(
     """
 
     def find() -> dict[str, Tensor]:
-        scores, _ = scored(prepared, "wanda", sets, context, folder)
-        equal = plan_of(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
-        plan, losses = divided(prepared, scores, equal, sets, context)
+        scores, _ = score_families(prepared, "wanda", sets, context, folder)
+        equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
+        plan, losses = choose_division(prepared, scores, equal, sets, context)
         sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
 
-    found = kept(folder, DIVISION, find)
+    found = keep_tensors(folder, DIVISION, find)
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}
     return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mptk.config.learning import Learning, Training
-from mptk.distributed.processes import full, shard_like
+from mptk.distributed.processes import gather_tensor, shard_like
 from mptk.ir.program import ProgramModule
 
 MUON_RATE = 12.0
@@ -25,30 +25,30 @@ BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16"
 """Whether this processor multiplies in bfloat16."""
 
 
-def optimizer_of(student: nn.Module, settings: Training) -> AdamW:
+def make_optimizer(student: nn.Module, settings: Training) -> AdamW:
     """The optimizer of all parameters that require a gradient. A group's ``peak`` is its highest rate."""
     rate, trained = settings.lr, [p for p in student.parameters() if p.requires_grad]
     assert rate is not None
     if settings.optimizer == "adamw":
         return AdamW([{"params": trained, "peak": rate}], lr=rate, weight_decay=0.0, fused=True)
-    chosen = {id(p) for p in matrices(student)}
+    chosen = {id(p) for p in find_matrices(student)}
     return Muon([p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen], rate)
 
 
-def products(settings: Learning, hidden: int) -> float:
+def count_product_tokens(settings: Learning, hidden: int) -> float:
     """Tokens of a forward pass of the dense model that take as long as Muon's products in a step."""
     return 0.0 if settings.rank or settings.training.optimizer == "adamw" else PRODUCT_TOKENS * hidden
 
 
-def matrices(model: nn.Module) -> list[Tensor]:
+def find_matrices(model: nn.Module) -> list[Tensor]:
     """Parameters with two dimensions, but those with a row a token: embeddings, and the head of a language model."""
-    tables = [p for module in model.modules() for p in _tables(module) if p.ndim == 2]
+    tables = [p for module in model.modules() for p in _find_tables(module) if p.ndim == 2]
     rows = max((len(p) for p in tables), default=None)
     own = {id(p) for p in tables}
     return [p for p in model.parameters() if p.ndim == 2 and id(p) not in own and len(p) != rows]
 
 
-def _tables(module: nn.Module) -> Sequence[Tensor]:
+def _find_tables(module: nn.Module) -> Sequence[Tensor]:
     if isinstance(module, ProgramModule):
         return module.tables
     return [module.weight] if isinstance(module, nn.Embedding) else []
@@ -85,11 +85,11 @@ class Muon(AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonal(full(gradient.lerp(state["momentum"], MOMENTUM)))
+        update = make_orthogonal(gather_tensor(gradient.lerp(state["momentum"], MOMENTUM)))
         p.add_(shard_like(update, p), alpha=-rate * SIZE * max(update.shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def make_orthogonal(matrix: Tensor) -> Tensor:
     """About the nearest matrix whose singular values are all 1: theirs are from 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from mptk.config.learning import Rates
-from mptk.distributed.processes import widest
+from mptk.distributed.processes import find_widest_float
 from mptk.errors import MptkError
-from mptk.methods.criteria.fisher import beyond_noise, tempered
+from mptk.methods.criteria.fisher import combine_curvature, subtract_noise
 
 Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
@@ -71,7 +71,7 @@ class Solver:
         stays: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
-        self.rates, self.ramp, self.given = (rates or Rates()).over(steps), ramp, dict(given or {})
+        self.rates, self.ramp, self.given = (rates or Rates()).divide_over(steps), ramp, dict(given or {})
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
@@ -88,24 +88,24 @@ class Solver:
         self.step_count = self.seen = self.tokens = 0
 
     def _zeros(self) -> dict[str, Tensor]:
-        dtype = widest(self.device)
+        dtype = find_widest_float(self.device)
         return {family: torch.zeros(shape, dtype=dtype, device=self.device) for family, shape in self.shapes.items()}
 
     # ---- derived values ----
 
-    def applied(self, family: str, layer: int) -> Tensor:
+    def get_mask(self, family: str, layer: int) -> Tensor:
         """The mask that the model applies, [scopes, size]."""
         return self.masks[family][layer]
 
-    def saliency(self, family: str) -> Tensor:
+    def compute_saliency(self, family: str) -> Tensor:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
         F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
         have different errors, so their mean ranks units better than either. For a block F̂ is F.
         """
-        fisher = self.curvature(family)
+        fisher = self.compute_curvature(family)
         if family in self.prior and family not in self.blocks:
-            fisher = tempered(fisher, self.prior[family])
+            fisher = combine_curvature(fisher, self.prior[family])
         return 0.5 * fisher + self.beyond(family)
 
     def scores(self, family: str) -> Tensor:
@@ -113,7 +113,7 @@ class Solver:
 
         Those of units that a larger cut removed are −∞.
         """
-        scores = self.prior[family] if family in self.blocks else self.saliency(family)
+        scores = self.prior[family] if family in self.blocks else self.compute_saliency(family)
         return scores.masked_fill(~self.stays[family], -torch.inf)
 
     def order(self, family: str) -> Tensor:
@@ -126,17 +126,17 @@ class Solver:
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
         drift, memory = self.drift[family], self.rates.drift
-        error = (self.curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
-        return beyond_noise(drift, error)
+        error = (self.compute_curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
+        return subtract_noise(drift, error)
 
-    def curvature(self, family: str) -> Tensor:
+    def compute_curvature(self, family: str) -> Tensor:
         """F: the running average, corrected for its start at 0."""
         return self.fisher[family] / max(1 - self.rates.fisher**self.seen, EPSILON)
 
     def widths(self) -> dict[str, float]:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
-    def tail(self, family: str) -> Tensor:
+    def mark_tail(self, family: str) -> Tensor:
         """The first ⌈s⌉ units to remove in each layer and scope row: boolean [layers, scopes, size]."""
         return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
@@ -180,7 +180,7 @@ class Solver:
         self.seen += 1
         self.tokens = tokens
         for family, m in self.masks.items():
-            beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().to(self.last[family].dtype))
+            beyond = -self.last[family] - self.compute_curvature(family) * (1 - m.detach().to(self.last[family].dtype))
             self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
 
     def step(self, tokens: int) -> None:
@@ -196,7 +196,7 @@ class Solver:
     def _project(self) -> None:
         """m ← 0 in the tail, 1 elsewhere."""
         for family, m in self.masks.items():
-            m.copy_((~self.tail(family)).float())
+            m.copy_((~self.mark_tail(family)).float())
 
     def _resize(self) -> None:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
@@ -218,26 +218,26 @@ class Solver:
         exceeds the budget. The division by a + b makes the step independent of their unit. The first call sets z to the
         mean price at which a = b.
         """
-        losses = {family: self._marginal(family) for family in free}
-        slopes = {family: self._slope(family) for family in free}
+        losses = {family: self._predict_marginal(family) for family in free}
+        slopes = {family: self._compute_slope(family) for family in free}
         if self.z <= 0:
             prices = [losses[family] / slopes[family] for family in free if slopes[family] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
-        price = self.z * math.exp(10 * self.rates.urgency * self._excess())
+        price = self.z * math.exp(10 * self.rates.urgency * self._compute_excess())
         rate = self.rates.width / (self.steps * self.rounds)
         for family in free:
             size, saved = self.shapes[family][2], price * slopes[family]
             direction = (saved - losses[family]) / max(saved + losses[family], EPSILON)
             moved = self.removed[family] + rate * size * direction
-            self.removed[family] = min(max(moved, self.gone[family]), self._most(family))
+            self.removed[family] = min(max(moved, self.gone[family]), self._count_removable(family))
 
     def _move_price(self) -> None:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
         rate = 10 * self.rates.price / (self.steps * self.rounds)
-        self.z *= math.exp(min(rate * self._excess(), LARGEST_EXPONENT))
+        self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
         self._require(self.z, f"dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the cost")
 
-    def _excess(self) -> float:
+    def _compute_excess(self) -> float:
         """R − B: the cost above the current budget, as a share of the dense cost."""
         return self.resource(self.widths()) - self.target()
 
@@ -247,17 +247,17 @@ class Solver:
                 f"step {self.step_count}: the {what}, so the budget of {self.budget:.3f} cannot be met; ask for less"
             )
 
-    def _marginal(self, family: str) -> float:
+    def _predict_marginal(self, family: str) -> float:
         """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
-        values = self.saliency(family).clamp_min(0).gather(-1, self.order(family))
+        values = self.compute_saliency(family).clamp_min(0).gather(-1, self.order(family))
         k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
         return float(values[..., k].sum())
 
-    def _most(self, family: str) -> float:
+    def _count_removable(self, family: str) -> float:
         """The most units that can be removed."""
         return float(self.shapes[family][2] - max(1, len(self.blocks.get(family, ()))))
 
-    def _slope(self, family: str) -> float:
+    def _compute_slope(self, family: str) -> float:
         """−∂R/∂s: the cost that one more unit saves, by a central difference."""
         widths = self.widths()
         below, above = max(widths[family] - 0.5, 0.0), widths[family] + 0.5

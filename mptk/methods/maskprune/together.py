@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mptk.io.slices import Places, sliced
-from passes.frontend.trace import uncached
+from mptk.io.slices import Places, slice_weight
+from passes.frontend.trace import find_cache_switch
 
 
 class Together(nn.Module):
@@ -34,7 +34,7 @@ class Together(nn.Module):
         for module, places in sizes:
             named = dict(module.requires_grad_(True).named_parameters())
             largest = self.own[0] if self.own else {}
-            shared = [n for n in largest if sliced(largest[n], places.get(n, ())).equal(named[n])]
+            shared = [n for n in largest if slice_weight(largest[n], places.get(n, ())).equal(named[n])]
             for name in shared:
                 parameter = named.pop(name).requires_grad_(False)
                 parameter.data = parameter.data.new_empty(0)
@@ -45,11 +45,13 @@ class Together(nn.Module):
     def weights(self, size: int) -> dict[str, Tensor]:
         """The parameters of a size, as functions of the trained ones."""
         largest, places, own = self.own[0], self.places[size], self.own[size]
-        return {name: own[name] if name in own else sliced(largest[name], places.get(name, ())) for name in largest}
+        return {
+            name: own[name] if name in own else slice_weight(largest[name], places.get(name, ())) for name in largest
+        }
 
     def forward(self, size: int, **inputs: Any) -> Any:
         module = self.sizes[size]
-        inputs = {**uncached(module), **inputs}
+        inputs = {**find_cache_switch(module), **inputs}
         return functional_call(module, self.weights(size), kwargs=inputs) if size else module(**inputs)
 
     @property

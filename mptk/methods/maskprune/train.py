@@ -18,15 +18,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.config.learning import Training
-from mptk.distributed.processes import full, gathered, prepare, shard_like, widest
+from mptk.distributed.processes import find_widest_float, gather_tensor, gather_tensors, prepare_training, shard_like
 from mptk.errors import MptkError
-from mptk.ir.samples import Samples, joined
-from mptk.methods.maskprune.losses import distilled, hidden_error
-from mptk.methods.maskprune.optimizers import optimizer_of
+from mptk.ir.samples import Samples, join_outputs
+from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
+from mptk.methods.maskprune.optimizers import make_optimizer
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.task import Task
-from passes.frontend.trace import unwrapped
+from passes.frontend.trace import unwrap_module
 
 NAME = "held-out"
 """The metric in the log of a phase."""
@@ -131,7 +131,7 @@ class Loop:
     def __post_init__(self) -> None:
         given = self.student
         trained = {n for n, p in given.named_parameters() if p.requires_grad}
-        self.student, self.optimizer = prepare(self.accelerator, given, optimizer_of(given, self.settings))
+        self.student, self.optimizer = prepare_training(self.accelerator, given, make_optimizer(given, self.settings))
         self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
         self.sizes = self.sizes or (self.student,)
 
@@ -143,7 +143,7 @@ class Loop:
         """
         start = self._restore()
         if self.watch is not None and start not in self.watch.losses:
-            self.watch.add(start, self._held_out(self.watch.samples))
+            self.watch.add(start, self._measure_held_out(self.watch.samples))
             self._save(start)
         for step in range(start, self.steps):
             began = time.perf_counter()
@@ -152,7 +152,7 @@ class Loop:
             done = step + 1
             saves = done % self.settings.save_every == 0 or done == self.steps
             if saves and self.watch is not None:
-                self.watch.add(done, self._held_out(self.watch.samples))
+                self.watch.add(done, self._measure_held_out(self.watch.samples))
                 metrics[NAME] = self.watch.losses[done]
             if self.accelerator.is_main_process:
                 self.folder.log(self.phase, done, metrics)
@@ -166,7 +166,7 @@ class Loop:
     def rows(self, step: int) -> Tensor:
         """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
         first = self.first_row + step * self.settings.batch
-        return shuffled(first, self.settings.batch, len(self.samples), self.settings.seed)
+        return draw_epoch_rows(first, self.settings.batch, len(self.samples), self.settings.seed)
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
@@ -177,13 +177,13 @@ class Loop:
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
-            with self._synchronised(i == len(parts) - 1):
-                for losses in self._losses(self.samples[rows]):
+            with self._synchronize_if_last(i == len(parts) - 1):
+                for losses in self._compute_losses(self.samples[rows]):
                     acc.backward(losses["loss"] * share)
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0) + value.detach() * share
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
-        metrics["gradient"] = float(full(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
+        metrics["gradient"] = float(gather_tensor(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
         tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
@@ -191,14 +191,14 @@ class Loop:
         self.optimizer.zero_grad()
         return metrics, tokens
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _synchronize_if_last(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes after the last part of a step only."""
         if last:
             return contextlib.nullcontext()
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
 
-    def _losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
+    def _compute_losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
         """The losses of each size, which are to be propagated back before the next size runs."""
         weights, task = self.settings.losses, self.task
         compares = weights.kl or weights.hidden_loss or task.compares
@@ -206,25 +206,25 @@ class Loop:
         own = samples.to(self.accelerator.device)
         for i, size in enumerate(self.sizes):
             output, hidden = run_module(task, size, own, hidden=bool(weights.hidden_loss))
-            found = distilled(output, own.targets, target, weights, classes=task.classes)
+            found = compute_distillation_losses(output, own.targets, target, weights, classes=task.classes)
             if weights.hidden_loss:
                 assert states is not None
                 assert hidden is not None
-                found["hidden"] = hidden_error(hidden[1:], states[1:])
+                found["hidden"] = compute_hidden_error(hidden[1:], states[1:])
                 found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
             yield found | ({f"loss of size {i + 1}": found["loss"]} if len(self.sizes) > 1 else {})
             if compares and not i:
                 target, states = output.detach(), None if hidden is None else [state.detach() for state in hidden]
 
     @torch.no_grad()
-    def _held_out(self, samples: Samples) -> float:
+    def _measure_held_out(self, samples: Samples) -> float:
         """The mean loss on ``samples``, whose windows the processes share. It does not depend on their number."""
         acc, count = self.accelerator, len(samples)
-        each, fewest = -(-count // acc.num_processes), getattr(unwrapped(self.student), "fewest", 1)
-        total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
+        each, fewest = -(-count // acc.num_processes), getattr(unwrap_module(self.student), "fewest", 1)
+        total = torch.zeros((), dtype=find_widest_float(acc.device), device=acc.device)
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            one = samples[row % count : row % count + 1].repeated(fewest)
-            losses = self._losses(one)  # all must run a sharded model
+            one = samples[row % count : row % count + 1].repeat(fewest)
+            losses = self._compute_losses(one)  # all must run a sharded model
             total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
@@ -249,7 +249,7 @@ class Loop:
         if step == self.steps:
             return
         self.accelerator.wait_for_everyone()  # the first process writes
-        state = self.folder.checkpointed(self.phase, step)
+        state = self.folder.read_checkpoint(self.phase, step)
         with torch.no_grad():
             for n, p in self.parameters.items():
                 p.copy_(shard_like(state[f"parameter.{n}"], p))
@@ -261,7 +261,7 @@ class Loop:
         parameters += [
             (f"optimizer.{key}.{n}", value) for n, p in self.parameters.items() for key, value in moments[p].items()
         ]
-        state = gathered(parameters, keep=self.accelerator.is_main_process)
+        state = gather_tensors(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
         if self.watch is not None:
             state[STATE] = self.watch.state()
@@ -269,9 +269,9 @@ class Loop:
 
     @torch.no_grad()
     def _restore(self) -> int:
-        latest = self.folder.latest(self.phase)
+        latest = self.folder.read_latest(self.phase)
         if self.accelerator.is_main_process:
-            self.folder.rewind(self.phase, latest[0] if latest else 0)
+            self.folder.drop_metrics(self.phase, latest[0] if latest else 0)
         self.accelerator.wait_for_everyone()
         if latest is None:
             return 0
@@ -301,14 +301,14 @@ def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool 
         output, states = task.read(found), getattr(found, "hidden_states", None)
         if states is None:
             raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
-    return output if isinstance(output, Tensor) else joined(output), states
+    return output if isinstance(output, Tensor) else join_outputs(output), states
 
 
-def on_host(outputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def move_to_host(outputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """Whole outputs in float32 on the host."""
     if isinstance(outputs, Tensor):
-        return full(outputs).float().cpu()
-    return tuple(full(each).float().cpu() for each in outputs)
+        return gather_tensor(outputs).float().cpu()
+    return tuple(gather_tensor(each).float().cpu() for each in outputs)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -319,7 +319,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def shuffled(first: int, length: int, count: int, seed: int) -> Tensor:
+def draw_epoch_rows(first: int, length: int, count: int, seed: int) -> Tensor:
     """Entries ``first`` to ``first + length − 1`` of all epochs in a row: each is a random order of ``count`` rows."""
     wanted = range(first, first + length)
     orders = {
@@ -329,4 +329,4 @@ def shuffled(first: int, length: int, count: int, seed: int) -> Tensor:
     return torch.stack([orders[i // count][i % count] for i in wanted])
 
 
-__all__ = ["Loop", "Metrics", "Teacher", "Training", "schedule", "shuffled"]
+__all__ = ["Loop", "Metrics", "Teacher", "Training", "draw_epoch_rows", "schedule"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mptk.protocols.advice import Advice, Point
 from mptk.protocols.shapes import WORST, Shape, Shapes
-from mptk.report.advice import short
-from mptk.report.page.svg import BAD, QUIET, SERIES, Svg, chart
+from mptk.report.advice import name_text
+from mptk.report.page.svg import BAD, QUIET, SERIES, Svg, draw_chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def percent(value: float, _: object) -> str:
+def format_percent(value: float, _: object) -> str:
     """A number of percent as an axis shows it."""
     return f"{value:g} %"
 
 
-def change_chart(found: Advice) -> Svg:
+def draw_change_chart(found: Advice) -> Svg:
     """The change on each text over the share removed, with two standard errors, and the tolerance as a line."""
     xs = [100 * point.sparsity for point in found.division]
 
@@ -31,30 +31,30 @@ def change_chart(found: Advice) -> Svg:
             colour = SERIES[number % len(SERIES)]
             ys = [100 * point.texts[text].change for point in found.division]
             errors = [100 * (point.texts[text].most - point.texts[text].change) for point in found.division]
-            axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=short(text))
+            axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=name_text(text))
             if found.recovery is not None:
                 after = [found.after(point, text) for point in found.division]
                 least, most = [100 * each.least for each in after], [100 * each.most for each in after]
                 axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
-        axes.set_ylim(bottom=100 * lowest(found))
-        axes.yaxis.set_major_formatter(percent)
-        over_removed(axes, RISES[found.measure])
+        axes.set_ylim(bottom=100 * find_lowest(found))
+        axes.yaxis.set_major_formatter(format_percent)
+        label_removed(axes, RISES[found.measure])
 
-    return chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+    return draw_chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
 
 
-def lowest(found: Advice) -> float:
+def find_lowest(found: Advice) -> float:
     """The lowest change before and after training, at most 0."""
     cuts = [(point, text) for point in found.division for text in found.texts]
     after = [] if found.recovery is None else [found.after(point, text).least for point, text in cuts]
     return min([0.0, *(point.texts[text].change for point, text in cuts), *after])
 
 
-def over_removed(axes: Axes, what: str) -> None:
+def label_removed(axes: Axes, what: str) -> None:
     """Finish a chart of ``what`` over the share removed."""
-    axes.xaxis.set_major_formatter(percent)
+    axes.xaxis.set_major_formatter(format_percent)
     axes.set_xlabel("removed")
     axes.set_ylabel(what)
     axes.grid(linewidth=0.6)
@@ -68,7 +68,7 @@ RISES = {
 }
 
 
-def agreement_chart(found: Advice) -> Svg | None:
+def draw_agreement_chart(found: Advice) -> Svg | None:
     """The share of positions with the dense model's top-1 prediction, over the share removed; None without logits."""
     if any(figures.agreement is None for figures in found.dense.texts.values()):
         return None
@@ -77,34 +77,34 @@ def agreement_chart(found: Advice) -> Svg | None:
         xs = [0.0, *(100 * point.sparsity for point in found.division)]
         for number, text in enumerate(found.texts):
             ys = [100 * (point.texts[text].agreement or 0.0) for point in (found.dense, *found.division)]
-            axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=short(text))
-        axes.yaxis.set_major_formatter(percent)
-        over_removed(axes, "same top-1 prediction")
+            axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=name_text(text))
+        axes.yaxis.set_major_formatter(format_percent)
+        label_removed(axes, "same top-1 prediction")
 
-    return chart(draw, "agreement with the dense model over the share removed", 3.2)
+    return draw_chart(draw, "agreement with the dense model over the share removed", 3.2)
 
 
-def families_chart(found: Advice) -> Svg:
+def draw_families_chart(found: Advice) -> Svg:
     """The mean rise of the loss over the share removed: of each family by itself, and of the division."""
 
     def draw(axes: Axes) -> None:
         for number, (name, points) in enumerate(found.families.items()):
-            _line(axes, found, points, SERIES[number % len(SERIES)], name)
+            _draw_line(axes, found, points, SERIES[number % len(SERIES)], name)
         if len(found.families) > 1:
-            _line(axes, found, found.division, QUIET, "as pruned", "--")
-        over_removed(axes, "rise of the loss")
+            _draw_line(axes, found, found.division, QUIET, "as pruned", "--")
+        label_removed(axes, "rise of the loss")
 
-    return chart(draw, "rise of the loss over the share removed, family by family", 3.2)
+    return draw_chart(draw, "rise of the loss over the share removed, family by family", 3.2)
 
 
-def _line(axes: Axes, found: Advice, points: tuple[Point, ...], colour: str, label: str, style: str = "-") -> None:
+def _draw_line(axes: Axes, found: Advice, points: tuple[Point, ...], colour: str, label: str, style: str = "-") -> None:
     rises = [point.rise for point in points]
     known = [(100 * point.sparsity, rise) for point, rise in zip(points, rises, strict=True) if math.isfinite(rise)]
     xs, ys = [0.0, *(x for x, _ in known)], [0.0, *(y for _, y in known)]
     axes.plot(xs, ys, marker="o", linestyle=style, color=colour, markersize=4, label=label)
 
 
-def layers_chart(rises: tuple[float, ...], name: str) -> Svg:
+def draw_layers_chart(rises: tuple[float, ...], name: str) -> Svg:
     """The rise of the loss if one layer has half of its units: a bar a layer."""
 
     def draw(axes: Axes) -> None:
@@ -113,18 +113,21 @@ def layers_chart(rises: tuple[float, ...], name: str) -> Svg:
         axes.set_ylabel("rise of the loss")
         axes.grid(axis="y", linewidth=0.6)
 
-    return chart(draw, f"rise of the loss if one layer of {name} has half of its units", 2.6)
+    return draw_chart(draw, f"rise of the loss if one layer of {name} has half of its units", 2.6)
 
 
-def front_chart(found: Shapes) -> Svg:
+def draw_front_chart(found: Shapes) -> Svg:
     """The metric over the cost. Rings: before training. Dots: after. The line is the Pareto front."""
     best = sorted(found.front, key=lambda shape: shape.cost)
 
     def draw(axes: Axes) -> None:
-        points = [(_cost(shape), _figure(found, shape.loss)) for shape in best if shape.loss < WORST]
+        points = [(_scale_cost(shape), _compute_figure(found, shape.loss)) for shape in best if shape.loss < WORST]
         axes.plot(*zip(*points, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
-        for number, shape in _drawn(found):
-            x, (first, *_, last) = _cost(shape), (*_figures(found, shape), _figure(found, shape.loss))
+        for number, shape in _list_drawn(found):
+            x, (first, *_, last) = (
+                _scale_cost(shape),
+                (*_compute_figures(found, shape), _compute_figure(found, shape.loss)),
+            )
             axes.plot([x, x], [first, last], color=SERIES[0], linewidth=1)
             axes.plot(x, first, "o", color=QUIET, markerfacecolor="none", markersize=6)
             if shape.rungs:
@@ -136,16 +139,16 @@ def front_chart(found: Shapes) -> Svg:
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
         axes.tick_params(axis="y", which="minor", labelsize=8)
         axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel(cost_name(found))
+        axes.set_xlabel(name_cost(found))
         axes.set_ylabel(f"{found.metric} (less is better)")
         axes.grid(linewidth=0.6)
 
-    return chart(draw, f"{found.metric} over {cost_name(found)} of {len(found.shapes)} shapes", 3.2)
+    return draw_chart(draw, f"{found.metric} over {name_cost(found)} of {len(found.shapes)} shapes", 3.2)
 
 
-def training_chart(found: Shapes) -> Svg | None:
+def draw_training_chart(found: Shapes) -> Svg | None:
     """The metric of each trained shape over its training tokens; None if no shape was trained."""
-    trained = [(number, shape) for number, shape in _drawn(found) if shape.rungs]
+    trained = [(number, shape) for number, shape in _list_drawn(found) if shape.rungs]
     if not trained:
         return None
 
@@ -153,34 +156,34 @@ def training_chart(found: Shapes) -> Svg | None:
         for number, shape in trained:
             tokens = [0, *(rung.tokens for rung in shape.rungs)]
             colour = SERIES[(number - 1) % len(SERIES)]
-            axes.plot(tokens, _figures(found, shape), "o-", color=colour, markersize=4, label=f"{number}")
+            axes.plot(tokens, _compute_figures(found, shape), "o-", color=colour, markersize=4, label=f"{number}")
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel(found.metric)
         axes.grid(axis="y", linewidth=0.6)
         axes.figure.legend(loc="outside right upper", title="shape", handlelength=1.4)
 
-    return chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
+    return draw_chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
 
 
-def cost_name(found: Shapes) -> str:
+def name_cost(found: Shapes) -> str:
     """What ``Shape.cost`` counts."""
     return "parameters (millions)" if found.dense.latency_ms is None else "predicted milliseconds"
 
 
-def _cost(shape: Shape) -> float:
+def _scale_cost(shape: Shape) -> float:
     return shape.cost if shape.latency_ms is not None else shape.cost / 1e6
 
 
-def _drawn(found: Shapes) -> list[tuple[int, Shape]]:
+def _list_drawn(found: Shapes) -> list[tuple[int, Shape]]:
     """The shapes whose losses are finite, with their numbers."""
     return [(n, shape) for n, shape in enumerate(found.shapes, 1) if max(shape.stages) < WORST]
 
 
-def _figures(found: Shapes, shape: Shape) -> Sequence[float]:
-    return [_figure(found, loss) for loss in shape.stages]
+def _compute_figures(found: Shapes, shape: Shape) -> Sequence[float]:
+    return [_compute_figure(found, loss) for loss in shape.stages]
 
 
-def _figure(found: Shapes, loss: float) -> float:
+def _compute_figure(found: Shapes, loss: float) -> float:
     value = found.figure(loss)
     assert value is not None
     return value

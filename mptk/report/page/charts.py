@@ -13,11 +13,11 @@ from mptk.files import write_result
 from mptk.files.outputs import PLOT_MARK
 from mptk.ir.plan import FamilyPlan
 from mptk.ort.bench import Bench
-from mptk.plain import plain
-from mptk.report.compare import Comparable, front
-from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, chart, save
-from mptk.report.runs import Run, model_name
-from mptk.report.view import plural
+from mptk.plain import escape_text
+from mptk.report.compare import Comparable, find_front
+from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, draw_chart, save
+from mptk.report.runs import Run, name_model
+from mptk.report.view import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ TRACES = (
 """Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 
 
-def kept_units(family: FamilyPlan) -> np.ndarray:
+def map_kept_units(family: FamilyPlan) -> np.ndarray:
     """Whether each unit is kept, layers × units; nan beyond the units of a layer."""
     rows = []
     for keep in family.keep.values():
@@ -52,12 +52,12 @@ def kept_units(family: FamilyPlan) -> np.ndarray:
     return whole
 
 
-def kept_chart(run: Run, name: str) -> Svg | None:
+def draw_kept_chart(run: Run, name: str) -> Svg | None:
     """The units of a family, a row for each layer; of many units, each layer's share. None if it would say nothing."""
-    kept = kept_units(run.kept[name])
+    kept = map_kept_units(run.kept[name])
     shares = np.nanmean(kept, axis=1)
     if kept.shape[1] > CELLS:
-        return None if np.ptp(shares) == 0 else _shares_chart(run, name, shares)
+        return None if np.ptp(shares) == 0 else _draw_shares_chart(run, name, shares)
     image = np.zeros((*kept.shape, 4))
     image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
     image[..., 3] = np.nan_to_num(kept)
@@ -73,10 +73,10 @@ def kept_chart(run: Run, name: str) -> Svg | None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
 
-    return chart(draw, f"{run.name}: kept units of {name}", 0.7 + tall)
+    return draw_chart(draw, f"{run.name}: kept units of {name}", 0.7 + tall)
 
 
-def _shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
+def _draw_shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
     def draw(axes: Axes) -> None:
         axes.bar(range(len(shares)), 100 * shares, color=SERIES[0])
         axes.set_xlabel("layer")
@@ -84,14 +84,16 @@ def _shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
         axes.set_ylim(0, 100)
         axes.locator_params(axis="x", integer=True)
 
-    return chart(draw, f"{run.name}: share of {name} that each layer keeps", 1.8)
+    return draw_chart(draw, f"{run.name}: share of {name} that each layer keeps", 1.8)
 
 
-def trace_charts(run: Run, phase: str) -> list[Svg]:
+def draw_trace_charts(run: Run, phase: str) -> list[Svg]:
     """The metrics of a training phase that change."""
     rows = run.metrics[phase]
     return [
-        trace_chart(run, phase, title, lines) for title, keys in TRACES if rows and (lines := _lines(run, rows, keys))
+        draw_trace_chart(run, phase, title, lines)
+        for title, keys in TRACES
+        if rows and (lines := _collect_lines(run, rows, keys))
     ]
 
 
@@ -99,13 +101,13 @@ Line = tuple[list[str], list[float]]
 """Metrics that are equal in all steps, and their values."""
 
 
-def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
+def _collect_lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
     """The metrics that the keys name, except ones that are always zero."""
     found: list[Line] = []
     for name in (n for key in keys for n in rows[0] if n == key or (key.endswith("/") and n.startswith(key))):
         family = run.report.families.get(name.removeprefix("width/"))
         dense = 1 if family is None or "/" not in name else family["of"]
-        values = [_number(row.get(name)) / dense for row in rows]
+        values = [_read_metric(row.get(name)) / dense for row in rows]
         alike = next((names for names, other in found if np.allclose(values, other, rtol=1e-4, equal_nan=True)), None)
         if alike is not None:
             alike.append(name)
@@ -114,19 +116,19 @@ def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) 
     return found
 
 
-def _number(value: object) -> float:
+def _read_metric(value: object) -> float:
     """A logged number; null in JSON means that it is not finite."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
+def draw_trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
     """Metrics of a phase of training over its steps, widths as shares of the dense ones."""
     steps = [row["step"] for row in run.metrics[phase]]
 
     def draw(axes: Axes) -> None:
         for number, (names, values) in enumerate(lines):
             colour, style = SERIES[number % len(SERIES)], ("-", "--", "-.", ":")[number % 4]
-            label = ", ".join(short(name.removeprefix("width/")) for name in names)
+            label = ", ".join(shorten_name(name.removeprefix("width/")) for name in names)
             axes.plot(steps, values, style, color=colour, label=label, marker="o" if len(steps) == 1 else "")
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -136,19 +138,19 @@ def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
         if len(lines) > 1 or len(lines[0][0]) > 1:
             axes.legend(loc="best", handlelength=2.2)
 
-    return chart(draw, f"{run.name}: {title} in phase {phase}", 2.3)
+    return draw_chart(draw, f"{run.name}: {title} in phase {phase}", 2.3)
 
 
-def proof_chart(run: Run) -> Svg:
+def draw_proof_chart(run: Run) -> Svg:
     """Each stage of the proof: a dot for its difference, on a scale of powers of ten, and a mark for its tolerance."""
     proof = run.report.proof
 
     def draw(axes: Axes) -> None:
-        axes.set_yticks(range(len(proof)), [short(stage["stage"], STAGE_NAME) for stage in proof])
+        axes.set_yticks(range(len(proof)), [shorten_name(stage["stage"], STAGE_NAME) for stage in proof])
         axes.set_ylim(len(proof) - 0.4, -0.6)
         axes.set_xscale("log")
         for row, stage in enumerate(proof):
-            found, most = _number(stage["relative"]), stage["tolerance"]
+            found, most = _read_metric(stage["relative"]), stage["tolerance"]
             colour = SERIES[0] if stage["ok"] else BAD
             place = min(max(found, FAINT), 1e3) if found == found else 1e3
             axes.plot([FAINT, place], [row, row], color=colour, linewidth=1)
@@ -164,32 +166,32 @@ def proof_chart(run: Run) -> Svg:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
 
-    return chart(draw, f"{run.name}: each stage of the proof, and its tolerance", 0.6 + 0.27 * len(proof))
+    return draw_chart(draw, f"{run.name}: each stage of the proof, and its tolerance", 0.6 + 0.27 * len(proof))
 
 
-def bench_chart(run: Run, bench: Bench) -> Svg:
+def draw_bench_chart(run: Run, bench: Bench) -> Svg:
     """The timings of a run's graphs."""
     label = f"{run.name}: times in ONNX Runtime over those of {bench.graphs[0].name}, and the ideal"
-    return chart(partial(bench_bars, bench=bench), label, bench_height(bench))
+    return draw_chart(partial(draw_bench_bars, bench=bench), label, compute_bench_height(bench))
 
 
-def plot_bench(bench: Bench, path: Path) -> None:
+def write_bench_plot(bench: Bench, path: Path) -> None:
     """Draw the timings into ``path``; its suffix names the format (png, svg, pdf)."""
     mark = {"Software" if path.suffix.lower() == ".png" else "Creator": PLOT_MARK}
 
     def write(figure: Figure) -> None:
         write_result(path, partial(figure.savefig, metadata=mark))
 
-    save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, write)
+    save(partial(draw_bench_bars, bench=bench), compute_bench_height(bench), 1.6 * WIDTH, write)
 
 
-def bench_height(bench: Bench) -> float:
-    """The inches that ``bench_bars`` needs."""
+def compute_bench_height(bench: Bench) -> float:
+    """The inches that ``draw_bench_bars`` needs."""
     graphs, cases = len(bench.graphs), len({row.case for row in bench.rows})
     return 0.9 + 0.22 * -(-graphs // 2) + cases * max(0.45, 0.24 * graphs)
 
 
-def bench_bars(axes: Axes, bench: Bench) -> None:
+def draw_bench_bars(axes: Axes, bench: Bench) -> None:
     """Draw a bar for each graph in each case: its time relative to the first graph's. A mark is the ideal."""
     cases = list(dict.fromkeys(row.case for row in bench.rows))
     graphs = [graph.name for graph in bench.graphs]
@@ -197,34 +199,34 @@ def bench_bars(axes: Axes, bench: Bench) -> None:
     for row in bench.rows:
         at, index = cases.index(row.case), graphs.index(row.graph)
         place = at + (index - (len(graphs) - 1) / 2) * tall
-        label = "_" if at else short(plain(row.graph))
+        label = "_" if at else shorten_name(escape_text(row.graph))
         axes.barh(place, row.ratio, tall * 0.85, color=SERIES[index % len(SERIES)], label=label)
         axes.text(row.ratio + 0.02, place, f" {row.ms:.1f} ms", va="center", size=8.5)
         if index:
             ends, ideal = [place - tall * 0.5, place + tall * 0.5], "_" if at or index > 1 else "ideal"
             axes.plot([row.ideal] * 2, ends, color=INK, linewidth=2, solid_capstyle="butt", label=ideal)
-    axes.set_yticks(range(len(cases)), [f"{case}\n{plural(case.threads, 'thread')}" for case in cases])
+    axes.set_yticks(range(len(cases)), [f"{case}\n{format_count(case.threads, 'thread')}" for case in cases])
     axes.set_ylim(len(cases) - 0.45, -0.55)
     axes.set_xlim(0, 1.25 * max(row.ratio for row in bench.rows))
-    axes.set_xlabel(f"time / time of {short(plain(graphs[0]))}")
+    axes.set_xlabel(f"time / time of {shorten_name(escape_text(graphs[0]))}")
     axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
     axes.tick_params(axis="y", length=0)
 
 
-def pareto_chart(group: Comparable) -> Svg:
+def draw_pareto_chart(group: Comparable) -> Svg:
     """Quality over the share of block parameters that was removed. The line is the Pareto front of several runs."""
     metric, dense = str(group.first.report.quality["metric"]), group.first.report.quality["dense"]
-    best = front(group)
+    best = find_front(group)
 
     def draw(axes: Axes) -> None:
         if len(group.runs) > 1:
             line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
             axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
-        axes.plot(0, dense, "D", color=INK, label=f"dense {model_name(group.first.report.model)}"[:44])
+        axes.plot(0, dense, "D", color=INK, label=f"dense {name_model(group.first.report.model)}"[:44])
         for number, run in enumerate(group.runs):
             colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
             x, y = 100 * run.report.sparsity, run.report.quality["pruned"]
-            label = f"{short(run.name)} ({run.report.settings.method})"
+            label = f"{shorten_name(run.name)} ({run.report.settings.method})"
             axes.plot(x, y, marker, color=colour, markersize=8, label=label)
         axes.set_xlabel("block parameters removed (%)")
         axes.set_ylabel(f"{metric} ({'more' if group.rises else 'less'} is better)")
@@ -232,9 +234,9 @@ def pareto_chart(group: Comparable) -> Svg:
         axes.figure.legend(loc="outside lower left", ncols=1)
 
     label = f"{metric} over the share removed, of {', '.join(run.name for run in group.runs)}"
-    return chart(draw, label, 2.7 + 0.2 * len(group.runs))
+    return draw_chart(draw, label, 2.7 + 0.2 * len(group.runs))
 
 
-def short(name: str, most: int = 24) -> str:
+def shorten_name(name: str, most: int = 24) -> str:
     """A name that fits a legend: its end, which distinguishes paths."""
     return name if len(name) <= most else f"…{name[1 - most :]}"

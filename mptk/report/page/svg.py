@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mptk.plain import plain
+from mptk.plain import escape_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,14 +88,14 @@ def save(draw: Callable[[Axes], None], height: float, width: float, write: Calla
         write(figure)
 
 
-def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
+def draw_chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
     """An SVG element with a chart; ``draw`` fills its axes. Screen readers read ``label``."""
     file = io.StringIO()
     save(draw, height, width, lambda f: f.savefig(file, format="svg", transparent=True, metadata={"Date": None}))
-    return inline(plain(file.getvalue()), label)  # XML has no place for control characters
+    return inline_svg(escape_text(file.getvalue()), label)  # XML has no place for control characters
 
 
-def inline(drawn: str, label: str) -> Svg:
+def inline_svg(drawn: str, label: str) -> Svg:
     """matplotlib's SVG as an element of a page. ``label`` is its name for screen readers."""
     root = ET.fromstring(drawn)
     for parent in root.iter():
@@ -112,14 +112,14 @@ def inline(drawn: str, label: str) -> Svg:
             if name == "id" and value not in used:
                 del element.attrib[name]
             else:
-                element.set(name, _adapted(name, value, own))
+                element.set(name, _adapt_value(name, value, own))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"class": "chart", "role": "img", "aria-label": plain(label)}
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": escape_text(label)}
     return Svg(ET.tostring(root, encoding="unicode"))
 
 
-def _adapted(name: str, value: str, own: str) -> str:
+def _adapt_value(name: str, value: str, own: str) -> str:
     """An attribute's value with the page's colours, and with the prefix ``own`` in names."""
     if name == "id":
         return f"{own}-{value}"

@@ -19,19 +19,19 @@ from gguf import GGUFReader, GGUFValueType, LlamaFileType, ReaderField, ReaderTe
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mptk.config.choices import GgufType
-from mptk.errors import ProofError, first_line
+from mptk.errors import ProofError, take_first_line
 from mptk.io.untrusted import check_gguf
 from mptk.ir.weights import Weights
-from mptk.reading import brief, damaged
+from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING
 from mptk.targets.gguf.architectures import Architecture
 from mptk.targets.gguf.expected import (
     WRITE_AGAIN,
     GgufFields,
     check_splitting,
-    expect_settings,
-    expect_vocabulary,
-    expect_widths,
+    derive_settings,
+    derive_vocabulary,
+    derive_widths,
 )
 
 DESCRIBE = (
@@ -93,11 +93,13 @@ class GgufFile:
             end = max((int(each.data_offset + each.n_bytes) for each in reader.tensors), default=0)
             whole = end + -end % reader.alignment
         except Exception as error:  # the reader checks little of what it reads: any error may come
-            raise damaged(file)(first_line(error)) from error
+            raise make_damage_error(file)(take_first_line(error)) from error
         if version != gguf.GGUF_VERSION:
-            raise damaged(file)(f"it is of version {version} of the format, and mptk writes {gguf.GGUF_VERSION}")
+            raise make_damage_error(file)(
+                f"it is of version {version} of the format, and mptk writes {gguf.GGUF_VERSION}"
+            )
         if file.stat().st_size != whole:
-            raise damaged(file)(f"it has {file.stat().st_size} bytes, and its tensors end at {whole}")
+            raise make_damage_error(file)(f"it has {file.stat().st_size} bytes, and its tensors end at {whole}")
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -121,7 +123,7 @@ class GgufFile:
 
     def fail(self, field: str, has: object, wanted: object) -> ProofError:
         """The error that a field has another value than the folder gives."""
-        said = f"the proof fails: {field} in {self.file.name} is {_said(has)}, but {_said(wanted)} in the folder"
+        said = f"the proof fails: {field} in {self.file.name} is {_shorten_value(has)}, but {_shorten_value(wanted)} in the folder"
         return ProofError(f"{said}; {GIVEN_LIKE if has is MISSING else WRITE_AGAIN}")
 
 
@@ -151,8 +153,8 @@ def check_fields(
     lists = own == "deci" and base.name == "llama"
     if own != base.name and not lists:
         raise found.fail("general.architecture", own, base.name)
-    settings = {} if config is None else expect_settings(config)
-    widths = expect_widths(found.shapes, head_dim, lists=lists)
+    settings = {} if config is None else derive_settings(config)
+    widths = derive_widths(found.shapes, head_dim, lists=lists)
     for key in settings.keys() & widths.keys():
         if not lists and settings[key] != widths[key]:
             raise ProofError(
@@ -168,7 +170,7 @@ def check_fields(
         **{f"{own}.{key}": value for key, value in (settings | widths).items()},
     }
     if tokenizer is not None:
-        expected |= expect_vocabulary(tokenizer, config, found.shapes["token_embd.weight"][0])
+        expected |= derive_vocabulary(tokenizer, config, found.shapes["token_embd.weight"][0])
     for key, value in expected.items():
         _check_field(found, key, value)
     if tokenizer is not None and PRE not in expected:
@@ -215,7 +217,7 @@ def _check_given(found: GgufFile, key: str, given: object) -> None:
         return
     if given is not MISSING:
         raise ProofError(
-            f"the proof fails: {key} in {found.file.name} is {_said(value)}, but {_said(given)} in the dense model's "
+            f"the proof fails: {key} in {found.file.name} is {_shorten_value(value)}, but {_shorten_value(given)} in the dense model's "
             f"file; {WRITE_AGAIN}"
         )
     raise ProofError(f"the proof fails: {key} in {found.file.name} does not follow from the folder; {GIVEN_LIKE}")
@@ -255,13 +257,13 @@ def _check_tensor(found: GgufFile, tensor: ReaderTensor, weight: npt.NDArray[np.
         raise ProofError(f"{said}; {WRITE_AGAIN}")
     read = gguf.dequantize(tensor.data, kind).reshape(weight.shape)
     error = np.abs(read - weight)
-    if not (error <= _allowed(weight, kind)).all():
+    if not (error <= _compute_allowed(weight, kind)).all():
         raise ProofError(f"{said}: it differs by {float(error.max()):.2g}, more than {kind.name} rounds; {WRITE_AGAIN}")
     largest = float(np.abs(weight).max()) if weight.size else 0.0
     return float(error.max()) / largest if largest else 0.0
 
 
-def _allowed(weight: npt.NDArray[np.float32], kind: Kind) -> npt.NDArray[np.float32]:
+def _compute_allowed(weight: npt.NDArray[np.float32], kind: Kind) -> npt.NDArray[np.float32]:
     """The largest error that a type may make of each number."""
     if kind in FLOAT_ERRORS:
         share, least = FLOAT_ERRORS[kind]
@@ -275,5 +277,5 @@ def _allowed(weight: npt.NDArray[np.float32], kind: Kind) -> npt.NDArray[np.floa
     return allowed
 
 
-def _said(value: object) -> str:
-    return "missing" if value is MISSING else brief(repr(value))
+def _shorten_value(value: object) -> str:
+    return "missing" if value is MISSING else shorten_text(repr(value))

@@ -60,7 +60,7 @@ BUILT_IN = {"layer_norm_eps": "attention.layer_norm_epsilon", "expert_gating_fun
 """What a class of transformers has built in (``Architecture.written``), by the names of fields."""
 
 
-def expect_settings(config: PreTrainedConfig) -> GgufFields:
+def derive_settings(config: PreTrainedConfig) -> GgufFields:
     """The fields of a model's numbers, without the architecture's name before them."""
     base = ARCHITECTURES[config.model_type]
     heads = config.num_attention_heads
@@ -76,7 +76,7 @@ def expect_settings(config: PreTrainedConfig) -> GgufFields:
             value = next((each for name in names if (each := getattr(config, name, None)) is not None), None)
             if value is not None:
                 found[key] = kind(value)
-    found |= dict(_rope(config, size))
+    found |= dict(_derive_rope(config, size))
     for name, value in base.written.items():
         found[BUILT_IN[name]] = float(value) if name.endswith("eps") else int(value)
     if base.period:
@@ -84,7 +84,7 @@ def expect_settings(config: PreTrainedConfig) -> GgufFields:
     return found
 
 
-def _rope(config: PreTrainedConfig, size: int) -> Iterator[tuple[str, object]]:
+def _derive_rope(config: PreTrainedConfig, size: int) -> Iterator[tuple[str, object]]:
     given: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = given.get("full_attention", given)
     yield "rope.dimension_count", int(size * rope.get("partial_rotary_factor", 1.0))
@@ -106,7 +106,7 @@ def _rope(config: PreTrainedConfig, size: int) -> Iterator[tuple[str, object]]:
         yield "rope.scaling.original_context_length", int(length)
 
 
-def expect_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields:
+def derive_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields:
     """The fields of the widths that a file's tensors have. ``size``: of a head; ``lists``: each layer has its own."""
     layers = range(1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blk.")), default=-1))
 
@@ -171,18 +171,18 @@ TEXTS = (
 """Texts of words, numbers, spaces, cases and scripts, on which ways to split text differ."""
 
 
-def expect_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, rows: int) -> GgufFields:
+def derive_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, rows: int) -> GgufFields:
     """The fields of the tokenizer, by their whole names. ``rows``: of the embedding table."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     spaces = bool(spec.get("byte_fallback"))
-    tokens, types = _tokens(tokenizer, rows, bytes_too=spaces, unknown=spec.get("unk_token"))
+    tokens, types = _derive_tokens(tokenizer, rows, bytes_too=spaces, unknown=spec.get("unk_token"))
     pairs = [each.split(" ") if isinstance(each, str) else each for each in spec["merges"]]
-    before, after = _around(tokenizer)
+    before, after = _find_around(tokenizer)
     found: GgufFields = {
         "model": "llama" if spaces else "gpt2",
         "tokens": tokens,
         "token_type": types,
-        "add_space_prefix": _prefixes_space(tokenizer),
+        "add_space_prefix": _has_space_prefix(tokenizer),
         "add_bos_token": before == [tokenizer.bos_token_id],
         "add_eos_token": after == [tokenizer.eos_token_id],
     }
@@ -198,10 +198,10 @@ def expect_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         number = getattr(config, f"{name}_token_id", None) if number is None else number
         if isinstance(number, int) and number < rows:
             found[key] = number
-    return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | _templates(tokenizer)
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | _derive_templates(tokenizer)
 
 
-def _tokens(
+def _derive_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: int, *, bytes_too: bool, unknown: str | None
 ) -> tuple[list[str], list[int]]:
     added, known = tokenizer.added_tokens_decoder, len(tokenizer)
@@ -226,7 +226,7 @@ def _tokens(
     return names, types
 
 
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _find_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("one two", add_special_tokens=False).input_ids
     whole = tokenizer("one two").input_ids
@@ -234,7 +234,7 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(plain) :]
 
 
-def _prefixes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _has_space_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend, text = tokenizer.backend_tokenizer, "one"
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -243,7 +243,7 @@ def _prefixes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text[:1] in (" ", "▁", "Ġ")
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> GgufFields:
+def _derive_templates(tokenizer: PreTrainedTokenizerBase) -> GgufFields:
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return {"tokenizer.chat_template": template} if template else {}
@@ -265,12 +265,12 @@ def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str)
         taken = "first" if whole_words else "not first"
         raise ProofError(f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}")
     for text in TEXTS:
-        one, other = _places(own, text), _places(backend.pre_tokenizer, text)
+        one, other = _split_places(own, text), _split_places(backend.pre_tokenizer, text)
         if one != other:
             at = next((b for a, b in zip(one, other, strict=False) if a != b), other[-1])
             what = repr(text[slice(*at)])
             raise ProofError(f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}")
 
 
-def _places(splitter: pre_tokenizers.PreTokenizer | None, text: str) -> Sequence[tuple[int, int]]:
+def _split_places(splitter: pre_tokenizers.PreTokenizer | None, text: str) -> Sequence[tuple[int, int]]:
     return [(0, len(text))] if splitter is None else [place for _, place in splitter.pre_tokenize_str(text)]

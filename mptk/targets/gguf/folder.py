@@ -16,27 +16,27 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.config.choices import GgufType
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.files.outputs import GGUF_MARK
 from mptk.io import models
 from mptk.io.untrusted import check_gguf
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
-from mptk.reading import damaged
+from mptk.reading import make_damage_error
 from mptk.targets.gguf.architectures import (
     ARCHITECTURES,
     DIVISORS,
     FREQUENCIES,
     Architecture,
-    architecture_of,
-    head_dim,
-    ignored_window,
-    rope_divisors,
+    compute_rope_divisors,
+    find_architecture,
+    find_head_dim,
+    find_ignored_window,
     write_settings,
 )
 from mptk.targets.gguf.check import GgufFile, check_fields, check_tensors
 from mptk.targets.gguf.tokenizer import write_tokenizer
-from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
+from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights
 from passes.verify import Difference
 
 DROPPED = (
@@ -62,7 +62,7 @@ class GgufField:
     items: GGUFValueType | None
 
 
-def _field(field: ReaderField) -> GgufField:
+def _read_field(field: ReaderField) -> GgufField:
     items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
     return GgufField(field.contents(), field.types[0], items)
 
@@ -79,7 +79,7 @@ class Pattern:
         self.file = file
         try:
             self.reader = GGUFReader(file)
-            self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
+            self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
             self.architecture = str(self._value("general.architecture"))
             hidden, heads = (int(self._own(name)) for name in ("embedding_length", "attention.head_count"))
             length = self.fields.get(f"{self.architecture}.attention.key_length")
@@ -89,7 +89,7 @@ class Pattern:
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
-            raise damaged(file)(first_line(error)) from error
+            raise make_damage_error(file)(take_first_line(error)) from error
 
     def _own(self, name: str) -> Any:
         return self._value(f"{self.architecture}.{name}")
@@ -182,19 +182,19 @@ class GgufFolder:
     ) -> None:
         self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
         if config is not None:
-            self.base, size, divisors = architecture_of(config), head_dim(config), rope_divisors(config)
+            self.base, size, divisors = find_architecture(config), find_head_dim(config), compute_rope_divisors(config)
         else:
-            dense = _dense(place, plan, pattern)
+            dense = _check_graph_pattern(place, plan, pattern)
             self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
         self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
         tied = bool(getattr(config, "tie_word_embeddings", False))
-        tensors = arranged(weights, self.base, size, tied=tied)
+        tensors = arrange_weights(weights, self.base, size, tied=tied)
         self.head_dim = size
-        self.weights = GgufWeights(tensors.updated(divisors), self.base, size, kind)
+        self.weights = GgufWeights(tensors.with_entries(divisors), self.base, size, kind)
         if pattern is not None:
             _check_pattern(pattern, self.base, self.weights)
         self.notes, self.proof = list(self.weights.notes), list[Difference]()
-        if config is not None and (window := ignored_window(config, self.base)):
+        if config is not None and (window := find_ignored_window(config, self.base)):
             ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
             self.notes.append(ignored)
 
@@ -217,7 +217,7 @@ class GgufFolder:
         found = GgufFile(out)
         # Of narrow matrices most may be float16, so the commonest type is only the likeliest one that was asked for.
         asked: list[GgufType] = [found.type, *get_args(GgufType)]
-        kinds = [self.weights.kinds_as(kind) for kind in asked]
+        kinds = [self.weights.choose_kinds(kind) for kind in asked]
         worst = check_tensors(found, self.weights.tensors, kinds)
         known = {} if self.pattern is None else self.pattern.values
         check_fields(found, self.config, self.tokenizer, known, self.base, self.head_dim, self.name)
@@ -234,7 +234,7 @@ class GgufFolder:
             write_tokenizer(writer, self.place, self.tokenizer, self.weights.table[0])
 
 
-def _dense(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
+def _check_graph_pattern(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
     """The pattern of a graph, which must be one of LLaMA."""
     if pattern is None:
         raise MptkError(f"{place} is a graph without a config; give the dense model's GGUF file by --like")

@@ -22,7 +22,7 @@ from torch import Tensor
 from mptk.config.choices import GgufType
 from mptk.errors import MptkError
 from mptk.ir.weights import Weights
-from mptk.targets.gguf.architectures import Architecture, shifted
+from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
@@ -54,7 +54,7 @@ class LayerWidths:
     experts: int = 0
 
 
-def arranged(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
+def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
     """The weights under the names and in the form of the file. ``tied``: the embedding table is the output matrix, too.
 
     Raises:
@@ -66,33 +66,33 @@ def arranged(weights: Weights, architecture: Architecture, head_dim: int, *, tie
     sources: dict[str, str] = {}
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     scales: dict[str, Callable[[Tensor], Tensor]] = {}
-    for weight, part, half in _parts(weights):
+    for weight, part, half in _split_parts(weights):
         name = known.get_name(part, try_suffixes=(".weight", ".bias"))
         if name is None and part.removesuffix(".weight") in gguf.TensorNameMap.mappings_cfg[gguf.MODEL_TENSOR.OUTPUT]:
             name = HEAD  # of a model that has one weight for both
         if name is None:
-            raise _unknown(architecture, weight)
+            raise _make_weight_error(architecture, weight)
         name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
         sources[name] = weight
         if half is not None:
-            changes[name] = partial(_half, half)
+            changes[name] = partial(_take_half, half)
         for pattern, change in architecture.changes.items():
             if re.search(pattern, name):
-                (scales if change is shifted else changes)[name] = partial(_with, change, head_dim)
+                (scales if change is shift_scale else changes)[name] = partial(_with, change, head_dim)
     if HEAD in sources and (tied or TABLE not in sources):  # one weight for both, under one name or the other
         sources.setdefault(TABLE, sources.pop(HEAD))
     if HEAD in sources and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]:
-        raise _unknown(architecture, sources[HEAD])
-    return weights.selected(sources).changed(changes, moves=True).changed(scales)
+        raise _make_weight_error(architecture, sources[HEAD])
+    return weights.select_names(sources).changed(changes, moves=True).changed(scales)
 
 
-def _unknown(architecture: Architecture, weight: str) -> MptkError:
+def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
     return MptkError(
         f"a GGUF file of a {architecture.name} model cannot hold {weight}; use the folder in another program"
     )
 
 
-def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
+def _split_parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
     """Each weight, the name of a part of it for gguf, and which half the part is; None: it is the whole."""
     for weight in weights:
         name = weight
@@ -107,7 +107,7 @@ def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
             yield weight, name, None
 
 
-def _half(half: int, weight: Tensor) -> Tensor:
+def _take_half(half: int, weight: Tensor) -> Tensor:
     return weight.chunk(2, dim=-2)[half]
 
 
@@ -120,7 +120,7 @@ class GgufWeights:
     first with experts; ``notes``: what a user should know.
 
     Args:
-        tensors: the weights as the file has them (``arranged``).
+        tensors: the weights as the file has them (``arrange_weights``).
         architecture: what llama.cpp expects.
         head_dim: the size of a head.
         kind: the type of the matrices; auto: the type in which each is stored.
@@ -131,8 +131,8 @@ class GgufWeights:
 
     def __init__(self, tensors: Weights, architecture: Architecture, head_dim: int, kind: GgufType) -> None:
         self.tensors, self.base, self.head_dim, self.type = tensors, architecture, head_dim, kind
-        self.kinds = self.kinds_as(kind)
-        self.layers = self._layers()
+        self.kinds = self.choose_kinds(kind)
+        self.layers = self._measure_layers()
         self.leading = next((i for i, layer in enumerate(self.layers) if layer.experts), len(self.layers))
         self._check_widths()
 
@@ -162,11 +162,11 @@ class GgufWeights:
         describe(writer)
         _write_tensors(writer, self.tensors, self.kinds)
 
-    def kinds_as(self, kind: GgufType) -> dict[str, Kind]:
+    def choose_kinds(self, kind: GgufType) -> dict[str, Kind]:
         """The type of each tensor if the matrices are of type ``kind``."""
-        return {name: self._kind(name, kind) for name in self.tensors}
+        return {name: self._choose_kind(name, kind) for name in self.tensors}
 
-    def _kind(self, name: str, asked: GgufType) -> Kind:
+    def _choose_kind(self, name: str, asked: GgufType) -> Kind:
         like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
         if held not in HELD:
             raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
@@ -178,16 +178,16 @@ class GgufWeights:
             return Kind.F16
         return Kind.Q8_0 if block > 1 and name in (TABLE, HEAD) else kind
 
-    def _layers(self) -> list[LayerWidths]:
+    def _measure_layers(self) -> list[LayerWidths]:
         blocks = {int(name.split(".")[1]) for name in self.tensors if name.startswith("blk.")}
         try:
-            return [self._layer(i) for i in range(max(blocks, default=-1) + 1)]
+            return [self._measure_layer(i) for i in range(max(blocks, default=-1) + 1)]
         except KeyError as error:
             raise MptkError(
                 f"the folder has no {error.args[0]}, which a {self.base.name} model has; use it in another program"
             ) from error
 
-    def _layer(self, i: int) -> LayerWidths:
+    def _measure_layer(self, i: int) -> LayerWidths:
         def shape(name: str) -> torch.Size:
             return self.tensors.like(f"blk.{i}.{name}.weight").shape
 
@@ -199,7 +199,7 @@ class GgufWeights:
         ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
         return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
-    def _shared_width(self) -> int:
+    def _count_shared(self) -> int:
         """Channels of the experts that all tokens use; 0 if there are none."""
         name = f"blk.{self.leading}.ffn_down_shexp.weight"
         return self.tensors.like(name).shape[1] if name in self.tensors else 0
@@ -213,9 +213,9 @@ class GgufWeights:
             )
         if not all(layer.experts for layer in sparse):
             raise MptkError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
-        if sparse and self.base.counted and self._shared_width() % sparse[0].ffn:
+        if sparse and self.base.counted and self._count_shared() % sparse[0].ffn:
             raise MptkError(
-                f"{self._shared_width()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
+                f"{self._count_shared()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
                 f"expects of {self.base.name} models; cut both by the same share"
             )
         if self.base.square and first.heads * self.head_dim != hidden:
@@ -242,7 +242,7 @@ class GgufWeights:
             writer.add_expert_count(sparse.experts)
             writer.add_expert_feed_forward_length(sparse.ffn)
             writer.add_leading_dense_block_count(self.leading)
-            if shared := self._shared_width():
+            if shared := self._count_shared():
                 writer.add_expert_shared_feed_forward_length(shared)
                 writer.add_expert_shared_count(shared // sparse.ffn)
         sizes = dict.fromkeys(self.kinds.values(), 0)  # the type of most numbers in matrices names the file's
@@ -256,7 +256,7 @@ class GgufWeights:
 
 def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
     """Write the tensors in float32, with the fields of another file of the same model."""
-    kinds = weights.kinds_as("f32")
+    kinds = weights.choose_kinds("f32")
     writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
     for name, field in like.fields.items():
         if name not in writer.kv_data[0] and not name.startswith("GGUF."):

@@ -16,7 +16,7 @@ from transformers import AutoFeatureExtractor
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, preprocessor
+from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor
 
 EXAMPLE_SECONDS = 1
 RATE = 16_000
@@ -30,7 +30,7 @@ class Audio(FileInputs):
     name: str
     what, suffixes = "WAV files", (".wav",)
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         config = model.config
         generator = torch.Generator().manual_seed(0)
         if self.name == "input_values":
@@ -46,7 +46,7 @@ class Audio(FileInputs):
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's feature extractor prepares them; shorter sounds are padded by it."""
-        extractor = preprocessor(loaded, AutoFeatureExtractor, "feature extractor")
+        extractor = load_preprocessor(loaded, AutoFeatureExtractor, "feature extractor")
         rate = extractor.sampling_rate
         sounds = []
         for done, file in enumerate(files, 1):

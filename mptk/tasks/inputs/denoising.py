@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.io import data as text
 from mptk.io.diffusion import open_pipeline
 from mptk.io.models import Loaded
@@ -20,7 +20,7 @@ IMAGE_STEPS = 20
 """Timesteps in which an image is made here, spread over the schedule."""
 
 
-def recorded(
+def record_samples(
     loaded: Loaded, like: Mapping[str, Tensor], data: str, count: int, seed: int, progress: Count
 ) -> dict[str, Tensor]:
     """``count`` samples that the model's pipeline gives it, in a random order of images and timesteps.
@@ -37,12 +37,12 @@ def recorded(
     names = inspect.signature(model.forward)
 
     def record(module: nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
-        calls.append(_inputs(names.bind(*args, **given).arguments, like))
+        calls.append(_collect_inputs(names.bind(*args, **given).arguments, like))
 
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
     generator = torch.Generator().manual_seed(seed)
     try:
-        for condition in conditions(pipeline, data, generator):
+        for condition in draw_conditions(pipeline, data, generator):
             _make_image(pipeline, condition, min(IMAGE_STEPS, count), generator)
             found = sum(len(call["timestep"]) for call in calls)
             progress(min(found, count), count)
@@ -55,7 +55,7 @@ def recorded(
     return {name: tensor[chosen] for name, tensor in inputs.items()}
 
 
-def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator[Mapping[str, object]]:
+def draw_conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator[Mapping[str, object]]:
     """What each image is made of, as arguments of the pipeline, again and again.
 
     Raises:
@@ -67,7 +67,7 @@ def conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator
             raise MptkError(
                 "this pipeline makes images of prompts; give a file with one on each line with --data, or random"
             )
-        pieces = ("".join(document) for document in text.documents(data, None))
+        pieces = ("".join(document) for document in text.read_documents(data, None))
         prompts = [line.strip() for piece in pieces for line in piece.splitlines() if line.strip()]
         yield from ({"prompt": prompt} for prompt in itertools.cycle(prompts))
     elif "class_labels" in arguments:
@@ -88,11 +88,11 @@ def _make_image(pipeline: Any, condition: Mapping[str, object], steps: int, gene
             pipeline(**condition, **known)
     except Exception as error:  # any part may raise anything
         raise MptkError(
-            f"the pipeline {type(pipeline).__name__} does not run ({first_line(error)}); try it in diffusers"
+            f"the pipeline {type(pipeline).__name__} does not run ({take_first_line(error)}); try it in diffusers"
         ) from error
 
 
-def _inputs(given: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _collect_inputs(given: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one call, each with as many samples as the latents, in the types of the examples."""
     flat = {**given, **given.get("kwargs", {}), **(given.get("added_cond_kwargs") or {})}
     count = len(flat[next(iter(like))])

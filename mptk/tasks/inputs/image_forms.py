@@ -1,7 +1,7 @@
 """image_forms: the forms in which classes read images, how many tokens an image becomes, and the sizes a trace holds.
 
 A sample holds its image in the first dimension of each input. Classes that pack the patches of all images into one
-sequence get them flattened when they are called (``arguments``).
+sequence get them flattened when they are called (``arrange_inputs``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from mptk.compat.torch import quiet_fakes, small_constants
-from mptk.compat.transformers import precomputed
-from mptk.errors import MptkError, first_line
+from mptk.compat.torch import hide_fake_logs, keep_small_constants
+from mptk.compat.transformers import compute_vision_inputs
+from mptk.errors import MptkError, take_first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
 from mptk.tasks.inputs.packed_images import FORMULAS
-from passes.frontend.trace import evaluating, fake_weights
+from passes.frontend.trace import hold_evaluation_mode, place_fake_weights
 
 PIXELS, POSITIONS = "pixel_values", "position_ids"
 GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
@@ -34,7 +34,7 @@ EXAMPLE_BLOCKS = 2
 """Height and width of a packed example image, in patches that become one token."""
 
 
-def arguments(inputs: Mapping[str, Tensor]) -> Named:
+def arrange_inputs(inputs: Mapping[str, Tensor]) -> Named:
     """The inputs of samples as the class takes them: packed patches in one sequence, axes of positions first."""
     found = dict(inputs)
     if GRIDS in found:
@@ -44,23 +44,25 @@ def arguments(inputs: Mapping[str, Tensor]) -> Named:
     return found
 
 
-def constants(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
+def find_trace_constants(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
     """What a trace holds as numbers: the sizes of images, and the windows that an encoder makes of them with loops."""
     sizes: dict[str, Tensor | int] = {name: inputs[name] for name in KNOWN_SIZES if name in inputs}
     encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
     if GRIDS in inputs and encoders:
-        found = precomputed(encoders[0], inputs[GRIDS])
+        found = compute_vision_inputs(encoders[0], inputs[GRIDS])
         sizes |= {f"image_{name}": value for name, value in found.items() if "window" in name and value is not None}
     return sizes
 
 
 @contextmanager
-def known(pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0) -> Iterator[dict[str, Any]]:
+def hold_constants(
+    pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0
+) -> Iterator[dict[str, Any]]:
     """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank.
 
     ``marks``: the tokens that stand for images, in all samples.
     """
-    with small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
+    with keep_small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
         yield {
             name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
             for name, value in numbers.items()
@@ -82,7 +84,7 @@ class NoBlankImages(TorchFunctionMode):
             mask = args[1]
             if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
                 return args[0]
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and self._at_marks(*args):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and self._is_at_marks(*args):
             mask = args[1][0]
             if func is Tensor.__setitem__:
                 return args[0].copy_(args[0].masked_scatter(mask[..., None], args[2]))
@@ -90,7 +92,7 @@ class NoBlankImages(TorchFunctionMode):
             return args[0].flatten(0, 1).index_select(0, first)
         return func(*args, **(kwargs or {}))
 
-    def _at_marks(self, states: Tensor, index: object, *values: Tensor) -> bool:
+    def _is_at_marks(self, states: Tensor, index: object, *values: Tensor) -> bool:
         """Whether an index takes the states [samples, length, channels] at the tokens of images."""
         if not isinstance(index, tuple) or len(index) != 2 or index[1] != slice(None):
             return False
@@ -122,7 +124,7 @@ class AnyImages(TorchFunctionMode):
             self.lengths = args[1][0].of
             return (args[0],)
         if func is F.scaled_dot_product_attention and self.lengths is not None and named.get("attn_mask") is None:
-            return func(*args, **named | {"attn_mask": _within(self.lengths, args[0].shape[-2])})
+            return func(*args, **named | {"attn_mask": _match_parts(self.lengths, args[0].shape[-2])})
         if not _is_open(args):
             return func(*args, **named)
         if func is Tensor.item:
@@ -142,7 +144,7 @@ def _is_open(args: Sequence[object]) -> bool:
     return isinstance(first, Tensor) and first.ndim > 0 and isinstance(first.shape[0], torch.SymInt)
 
 
-def _within(lengths: Tensor, count: int) -> Tensor:
+def _match_parts(lengths: Tensor, count: int) -> Tensor:
     """Whether two of ``count`` positions are in the same part of a sequence: bool [1, 1, count, count]."""
     part = (torch.arange(count)[:, None] >= lengths.cumsum(0)[None]).sum(1)
     return (part[:, None] == part[None])[None, None]
@@ -153,13 +155,13 @@ def _is_images_mask(index: object, images: Tensor) -> bool:
     return isinstance(index, Tensor) and index.dtype is torch.bool and index.ndim == 1 and images.ndim > 2
 
 
-def computed(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def make_grid_function(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """A function of sizes [images, 3] and packed patches: what the vision encoder makes of these with loops, by name.
 
     ``grids``: an example. Raises MptkError if the encoder makes something else of sizes.
     """
     encoders = [m for m in model.modules() if "grid_thw" in inspect.signature(m.forward).parameters]
-    wanted = precomputed(encoders[0], grids) if encoders else {}
+    wanted = compute_vision_inputs(encoders[0], grids) if encoders else {}
     names = [name for name, value in wanted.items() if isinstance(value, Tensor)]
     if not encoders or (unknown := [name for name in names if name not in FORMULAS]):
         what = unknown[0] if encoders else "something"
@@ -169,38 +171,38 @@ def computed(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], dict[str, 
     }
 
 
-def image_inputs(model: PreTrainedModel) -> Named:
+def make_image_inputs(model: PreTrainedModel) -> Named:
     """Noise in the form in which the class reads images, for ``EXAMPLES`` samples.
 
     Raises:
         MptkError: it takes none of the usual forms.
     """
     reasons = []
-    for inputs in _forms(model):
-        if not (reason := _refusal(model, inputs)):
+    for inputs in _list_forms(model):
+        if not (reason := _explain_refusal(model, inputs)):
             return inputs
         reasons.append(reason)
     raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
 
 
-def _refusal(model: PreTrainedModel, inputs: Named) -> str:
+def _explain_refusal(model: PreTrainedModel, inputs: Named) -> str:
     """Why the class does not take these images; empty if it does."""
     try:
-        with quiet_fakes():
-            image_tokens(model, inputs)
+        with hide_fake_logs():
+            count_image_tokens(model, inputs)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        return first_line(error) or type(error).__name__
+        return take_first_line(error) or type(error).__name__
     return ""
 
 
-def _forms(model: PreTrainedModel) -> Iterator[Named]:
+def _list_forms(model: PreTrainedModel) -> Iterator[Named]:
     """Images of the config's size in the usual forms."""
     vision = getattr(model.config, "vision_config", model.config)
     names = inspect.signature(model.forward).parameters
-    channels = _first(vision, "num_channels", "in_channels", "in_chans") or IMAGE_CHANNELS
+    channels = _find_first(vision, "num_channels", "in_channels", "in_chans") or IMAGE_CHANNELS
     generator = torch.Generator().manual_seed(0)
     if GRIDS in names:
-        yield from _packed(vision, channels, generator)
+        yield from _make_packed(vision, channels, generator)
         return
     size = getattr(vision, "image_size", None) or IMAGE_SIZE
     height, width = size if isinstance(size, Sequence) else (size, size)
@@ -217,26 +219,26 @@ def _forms(model: PreTrainedModel) -> Iterator[Named]:
     yield {PIXELS: pixels[:, None]}
 
 
-def _packed(vision: object, channels: int, generator: torch.Generator) -> Iterator[Named]:
+def _make_packed(vision: object, channels: int, generator: torch.Generator) -> Iterator[Named]:
     """Patches of a square image: [samples, patches, numbers], or [samples, patches, C, height, width]."""
-    patch = _first(vision, "patch_size", "spatial_patch_size")
+    patch = _find_first(vision, "patch_size", "spatial_patch_size")
     patch = patch[-1] if isinstance(patch, Sequence) else patch
-    merged = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
+    merged = _find_first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size") or 1
     side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
-    frames = _first(vision, "temporal_patch_size", "patch_temporal") or 1
+    frames = _find_first(vision, "temporal_patch_size", "patch_temporal") or 1
     grids = torch.tensor([[1, side, side]] * EXAMPLES)
     pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
     yield {PIXELS: pixels.flatten(2), GRIDS: grids}
     yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
 
 
-def _first(config: object, *names: str) -> Any:
+def _find_first(config: object, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def other_size(model: PreTrainedModel) -> Named | None:
-    """Images of another width than ``image_inputs`` makes; None if the class takes only one size."""
-    inputs, generator = image_inputs(model), torch.Generator().manual_seed(1)
+def make_other_size(model: PreTrainedModel) -> Named | None:
+    """Images of another width than ``make_image_inputs`` makes; None if the class takes only one size."""
+    inputs, generator = make_image_inputs(model), torch.Generator().manual_seed(1)
     pixels = inputs[PIXELS]
     if GRIDS in inputs:
         frames, height, width = inputs[GRIDS][0].tolist()
@@ -250,17 +252,17 @@ def other_size(model: PreTrainedModel) -> Named | None:
         found = {PIXELS: pixels[..., : width // 2], IMAGE_SIZES: torch.tensor([[height, width // 2]] * EXAMPLES)}
     else:
         return None
-    return None if _refusal(model, found) else found
+    return None if _explain_refusal(model, found) else found
 
 
 @torch.no_grad()
-def image_tokens(model: Any, inputs: Named) -> int:
+def count_image_tokens(model: Any, inputs: Named) -> int:
     """The tokens that the image of each sample becomes, by the shape of its features."""
-    named = arguments(inputs)
+    named = arrange_inputs(inputs)
     with (
-        evaluating(model),
-        fake_weights(model, (named[PIXELS],)) as (pixels,),
-        known(pixels, {n: x for n, x in inputs.items() if n in KNOWN_SIZES}) as held,
+        hold_evaluation_mode(model),
+        place_fake_weights(model, (named[PIXELS],)) as (pixels,),
+        hold_constants(pixels, {n: x for n, x in inputs.items() if n in KNOWN_SIZES}) as held,
     ):
         found = model.get_image_features(pixel_values=pixels, **held, return_dict=True)
     features = getattr(found, "pooler_output", found)
@@ -268,7 +270,7 @@ def image_tokens(model: Any, inputs: Named) -> int:
     return sum(x.numel() for x in each) // each[0].shape[-1] // len(inputs[PIXELS])
 
 
-def positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:
+def compute_image_positions(model: Any, inputs: Mapping[str, Tensor], images: Tensor) -> Named:
     """The positions on several axes that the class gives tokens of an image, [samples, axes, length], if it does.
 
     ``images``: bool [samples, length], where the tokens of images are.

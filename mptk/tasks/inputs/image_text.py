@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.io.chat_templates import ChatTemplate
-from mptk.io.data import SELF, check_ids, check_positions, positions_of, protocol_name
+from mptk.io.data import SELF, check_ids, check_positions, find_position_limit, name_data
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named, preprocessor
+from mptk.tasks.inputs.base import Inputs, Named, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats
 from mptk.tasks.inputs.image_forms import (
     GRIDS,
     KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    image_inputs,
-    image_tokens,
-    positions,
+    compute_image_positions,
+    count_image_tokens,
+    make_image_inputs,
 )
 from mptk.tasks.inputs.images import open_image
-from mptk.tasks.inputs.text import TextWindows, example_ids, vocabulary
+from mptk.tasks.inputs.text import TextWindows, count_vocabulary, make_example_ids
 from mptk.tasks.padding import IDS
 
 START = 1
@@ -45,8 +45,8 @@ FILLED = "text_tokens"
 class ImagesWithText(Inputs):
     """``input_ids`` with an image in each sample, ``pixel_values``, and sizes and positions if the class reads them."""
 
-    def example(self, model: nn.Module) -> Named:
-        return with_images(model, example_ids(), torch.Generator().manual_seed(0))
+    def make_example(self, model: nn.Module) -> Named:
+        return with_images(model, make_example_ids(), torch.Generator().manual_seed(0))
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         seed = settings.seed
@@ -69,7 +69,7 @@ class ImagesWithText(Inputs):
         return self.prepared(loaded, read_chats(data)[:count], length, lambda done, total: None)
 
     def named(self, data: str) -> str:
-        return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else protocol_name(data)
+        return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)
 
     def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
         """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's.
@@ -78,12 +78,12 @@ class ImagesWithText(Inputs):
             MptkError: the model has no processor; or it gives images of several sizes, or other numbers of them.
         """
         packages = " install pillow and torchvision if they are missing,"
-        processor, made = preprocessor(loaded, AutoProcessor, "processor", packages), []
-        names = list(self.example(loaded.model))
+        processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
+        names = list(self.make_example(loaded.model))
         with ChatTemplate(processor) as template:
             texts = [chat.text(processor, template) for chat in chats]
         for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):
-            made.append(one_sample(loaded.model, processor, chat, text, names, length))
+            made.append(prepare_sample(loaded.model, processor, chat, text, names, length))
             progress(done, len(chats))
         sizes = {
             str([[x.shape for x in one.values()], [x.tolist() for n, x in one.items() if n in KNOWN_SIZES]])
@@ -100,24 +100,26 @@ class ImagesWithText(Inputs):
         return found
 
 
-def one_sample(
+def prepare_sample(
     model: PreTrainedModel, processor: Any, chat: Chat, text: str, names: Sequence[str], length: int
 ) -> Named:
     """A chat, whose text the processor reads, as tensors: one sample in the first dimension, with ``FILLED``.
 
     ``names``: of the model's inputs.
     """
-    token = image_token(model)
+    token = find_image_token(model)
     images = [open_image(path) for path in chat.images]
     try:
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise MptkError(f"the processor does not take {chat.where}: {first_line(error)}; check its images") from error
+        raise MptkError(
+            f"the processor does not take {chat.where}: {take_first_line(error)}; check its images"
+        ) from error
     if missing := [name for name in names if name not in (*found, POSITIONS)]:
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
-    total = marks + room(model, marks, length)
+    total = marks + limit_text(model, marks, length)
     if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
         raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
     plain = ids[ids != token]
@@ -127,32 +129,32 @@ def one_sample(
     if GRIDS in inputs:
         inputs[PIXELS] = inputs[PIXELS][None]
     given = {IDS: filled, **inputs}
-    return {**given, **positions(model, given, filled == token), FILLED: torch.tensor([own])}
+    return {**given, **compute_image_positions(model, given, filled == token), FILLED: torch.tensor([own])}
 
 
 def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
     """Text, int64 [samples, length], with an image of normal noise in each sample. ``example``: one of its size."""
-    example, token = image_inputs(model) if example is None else example, image_token(model)
-    count = image_tokens(model, example)
-    text = torch.where(text == token, others(model, text), text)
+    example, token = make_image_inputs(model) if example is None else example, find_image_token(model)
+    count = count_image_tokens(model, example)
+    text = torch.where(text == token, shift_tokens(model, text), text)
     marks = torch.full((len(text), count), token)
-    ids = torch.cat([text[:, :START], marks, text[:, START : room(model, count, text.shape[1])]], 1)
-    inputs = {name: _resampled(x, len(text), generator) for name, x in example.items()}
+    ids = torch.cat([text[:, :START], marks, text[:, START : limit_text(model, count, text.shape[1])]], 1)
+    inputs = {name: _draw_like(x, len(text), generator) for name, x in example.items()}
     given = {IDS: ids, **inputs}
-    return {**given, **positions(model, given, ids == token)}
+    return {**given, **compute_image_positions(model, given, ids == token)}
 
 
 def without_images(loaded: Loaded, text: Named) -> Named:
     """The text. Raises MptkError if a token in it stands for an image."""
-    if int((text[IDS] == image_token(loaded.model)).sum()):
+    if int((text[IDS] == find_image_token(loaded.model)).sum()):
         raise MptkError("the text holds the token of images, and there are none; give a .jsonl of chats with images")
     return text
 
 
 def _check_marks(loaded: Loaded, sample: Named) -> None:
     """Raise MptkError unless the processor leaves as many places for an image as the class fills."""
-    marks = int((sample[IDS] == image_token(loaded.model)).sum())
-    features = image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *KNOWN_SIZES)})
+    marks = int((sample[IDS] == find_image_token(loaded.model)).sum())
+    features = count_image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *KNOWN_SIZES)})
     if marks != features:
         raise MptkError(
             f"the processor of {loaded.source} leaves {marks} tokens for its images, and the class has {features} "
@@ -160,14 +162,14 @@ def _check_marks(loaded: Loaded, sample: Named) -> None:
         )
 
 
-def others(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def shift_tokens(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """For each token another one, which does not stand for an image."""
-    size, token = vocabulary(model), image_token(model)
+    size, token = count_vocabulary(model), find_image_token(model)
     following = (ids + 1) % size
     return torch.where(following == token, (ids + 2) % size, following)
 
 
-def image_token(model: nn.Module) -> int:
+def find_image_token(model: nn.Module) -> int:
     """The token in whose places an image's features stand. Raises MptkError if the config names none."""
     config = model.config
     for name in ("image_token_id", "image_token_index"):
@@ -176,15 +178,15 @@ def image_token(model: nn.Module) -> int:
     raise MptkError(f"{type(config).__name__} names no token for images; give --inputs (docs/kinds.md)")
 
 
-def _resampled(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _draw_like(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Noise for ``count`` samples in the shape of an example; sizes stay."""
     if not example.is_floating_point():
         return example[:1].repeat(count, *[1] * (example.ndim - 1))
     return torch.randn((count, *example.shape[1:]), generator=generator)
 
 
-def room(model: PreTrainedModel, images: int, length: int) -> int:
+def limit_text(model: PreTrainedModel, images: int, length: int) -> int:
     """``length``, or the positions beside ``images`` tokens if these are fewer. Raises MptkError if there are none."""
-    positions = positions_of(model.config)
+    positions = find_position_limit(model.config)
     check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")
     return length if positions is None else min(length, positions - images)

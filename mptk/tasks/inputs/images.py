@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, accepted, preprocessor
+from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor, select_accepted
 
 IMAGE_SIZE, IMAGE_CHANNELS = 224, 3
 """Size of an image if neither processor nor config says one."""
@@ -29,10 +29,10 @@ class Images(FileInputs):
 
     what, suffixes = "images", (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         vision = getattr(model.config, "vision_config", model.config)
         if SHAPES in inspect.signature(model.forward).parameters:
-            return patches(vision)
+            return make_patches(vision)
         size = getattr(vision, "image_size", None) or IMAGE_SIZE
         channels = getattr(vision, "num_channels", None) or IMAGE_CHANNELS
         height, width = size if isinstance(size, Sequence) else (size, size)
@@ -46,13 +46,13 @@ class Images(FileInputs):
             MptkError: the model has no processor, or it gives images of several sizes.
         """
         packages = " install pillow and torchvision if they are missing,"
-        processor, made = preprocessor(loaded, AutoImageProcessor, "image processor", packages), []
-        example = self.example(loaded.model)
+        processor, made = load_preprocessor(loaded, AutoImageProcessor, "image processor", packages), []
+        example = self.make_example(loaded.model)
         for done, file in enumerate(files, 1):
             found = processor(images=open_image(file), return_tensors="pt")
             tensors = {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}
-            read = {n: x for n, x in tensors.items() if n in example or not _pads_nothing(n, x)}
-            made.append(accepted(loaded.model, read))
+            read = {n: x for n, x in tensors.items() if n in example or not _is_full_mask(n, x)}
+            made.append(select_accepted(loaded.model, read))
             progress(done, len(files))
         names = list(example)
         if any(set(names) != set(one) for one in made):
@@ -63,12 +63,12 @@ class Images(FileInputs):
         return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
 
 
-def _pads_nothing(name: str, mask: torch.Tensor) -> bool:
+def _is_full_mask(name: str, mask: torch.Tensor) -> bool:
     """Whether an input is a mask that says of each pixel that it is of the image, as classes take it without one."""
     return name.endswith("mask") and bool(mask.all())
 
 
-def patches(vision: Any) -> Named:
+def make_patches(vision: Any) -> Named:
     """Square images of normal noise as patches float32 [n, patches, numbers], a mask, and their shapes int64 [n, 2]."""
     side = math.isqrt(vision.num_patches)
     width = vision.num_channels * vision.patch_size**2

@@ -20,7 +20,7 @@ from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA, SELF
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
-from mptk.tasks.inputs.denoising import recorded
+from mptk.tasks.inputs.denoising import record_samples
 
 TRAINED_TIMESTEPS = 1000
 """Timesteps that a denoiser is trained on."""
@@ -34,26 +34,26 @@ class Latents(Inputs):
     The timesteps are spread evenly over the schedule.
     """
 
-    def example(self, model: nn.Module) -> Named:
-        return random_latents(model, EXAMPLES, 0)
+    def make_example(self, model: nn.Module) -> Named:
+        return draw_latents(model, EXAMPLES, 0)
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
-        return self._samples(loaded, settings.data, count, settings.seed, progress)
+        return self._draw_samples(loaded, settings.data, count, settings.seed, progress)
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         source = settings.eval_data or settings.data
-        return self._samples(loaded, source, settings.eval_windows, settings.seed + 1, lambda done, total: None)
+        return self._draw_samples(loaded, source, settings.eval_windows, settings.seed + 1, lambda done, total: None)
 
     def named(self, data: str) -> str:
         return "images of its own pipeline" if data == SELF else super().named(data)
 
-    def _samples(self, loaded: Loaded, data: str, count: int, seed: int, progress: Count) -> Named:
+    def _draw_samples(self, loaded: Loaded, data: str, count: int, seed: int, progress: Count) -> Named:
         if data == RANDOM_DATA:
-            return random_latents(loaded.model, count, seed)
-        return recorded(loaded, self.example(loaded.model), data, count, seed, progress)
+            return draw_latents(loaded.model, count, seed)
+        return record_samples(loaded, self.make_example(loaded.model), data, count, seed, progress)
 
 
-def random_latents(model: nn.Module, count: int, seed: int) -> Named:
+def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
     """``count`` random samples of what a denoiser reads.
 
     Raises:
@@ -63,11 +63,13 @@ def random_latents(model: nn.Module, count: int, seed: int) -> Named:
     parameters = inspect.signature(model.forward).parameters
     size = getattr(config, "sample_size", None)
     order = [*parameters, *ADDED_CONDITIONS]
-    shapes = ((n, [size for size in shape if size]) for n, shape in _shapes(model, size).items() if None not in shape)
+    shapes = (
+        (n, [size for size in shape if size]) for n, shape in _list_shapes(model, size).items() if None not in shape
+    )
     made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes if name in order}
     spread = (torch.randperm(count, generator=generator) + 0.5) / count
     made["timestep"] = spread * (1 if size is None else TRAINED_TIMESTEPS)  # packed latents come with times from 0 to 1
-    if classes := _first(config, "num_embeds_ada_norm", "num_class_embeds"):
+    if classes := _find_first(config, "num_embeds_ada_norm", "num_class_embeds"):
         made["class_labels"] = torch.randint(classes, (count,), generator=generator)
     if getattr(config, "guidance_embeds", False):
         made["guidance"] = torch.full((count,), 3.5)
@@ -82,17 +84,17 @@ def random_latents(model: nn.Module, count: int, seed: int) -> Named:
     return {name: made[name] for name in order if name in made}
 
 
-def _shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int | None, ...]]:
+def _list_shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int | None, ...]]:
     """Input → its shape without the samples' dimension; None in it: the class does not read it."""
     config = model.config
     height, width = size if isinstance(size, Sequence) else (size, size)
     latents = (LATENT_PATCHES, config.in_channels) if size is None else (config.in_channels, height, width)
-    text = _first(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
+    text = _find_first(config, "joint_attention_dim", "caption_channels", "cross_attention_dim")
     shapes: dict[str, tuple[int | None, ...]] = {
         "sample": latents,
         "hidden_states": latents,
         "encoder_hidden_states": (TEXT_TOKENS, text),
-        "pooled_projections": (_first(config, "pooled_projection_dim"),),
+        "pooled_projections": (_find_first(config, "pooled_projection_dim"),),
         "img_ids": (LATENT_PATCHES, 3),
         "txt_ids": (TEXT_TOKENS, 3),
     }
@@ -104,7 +106,7 @@ def _shapes(model: Any, size: int | Sequence[int] | None) -> dict[str, tuple[int
     return shapes
 
 
-def _first(config: object, *names: str) -> int | None:
+def _find_first(config: object, *names: str) -> int | None:
     """The first of these numbers that a config has; of one for each block, the first block's."""
     found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     return found[0] if isinstance(found, list | tuple) else found

@@ -46,7 +46,7 @@ class Packed:
         return cls(heights, widths, image, units - F.pad(ends, (1, 0))[image])
 
 
-def positions(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+def compute_patch_positions(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """Row and column of each patch, int64 [P, 2]; patches of a block follow each other."""
     merged, packed = encoder.spatial_merge_size, Packed.of(grids, patches)
     block, within = packed.local // merged**2, packed.local % merged**2
@@ -55,12 +55,12 @@ def positions(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     return torch.stack([rows, columns], 1)
 
 
-def ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+def compute_image_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The patches before the end of each image, after a zero: int64 [N + 1]."""
     return F.pad((grids[:, 1] * grids[:, 2]).cumsum(0), (1, 0))
 
 
-def _windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+def _number_windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The number of the window in which each token is, int64 [P / patches of a token]."""
     merged = encoder.spatial_merge_size
     packed = Packed.of(grids, patches // merged**2, merged)
@@ -71,24 +71,24 @@ def _windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     return before + packed.local // width // side * across[packed.image] + packed.local % width // side
 
 
-def window_order(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+def order_windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
     """The tokens window by window, int64 [tokens]."""
-    windows = _windows(encoder, grids, patches)
+    windows = _number_windows(encoder, grids, patches)
     count = windows.shape[0]
     return torch.argsort(windows * count + torch.arange(count))
 
 
-def window_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
-    """For each token in ``window_order`` the patches before the end of its window, after a zero: int64 [tokens + 1]."""
-    ordered = _windows(encoder, grids, patches).sort().values
+def compute_window_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """For each token in ``order_windows`` the patches before the end of its window, after a zero: int64 [tokens + 1]."""
+    ordered = _number_windows(encoder, grids, patches).sort().values
     before = (ordered[None] <= ordered[:, None]).sum(1)
     return F.pad(before * encoder.spatial_merge_size**2, (1, 0))
 
 
 FORMULAS: Mapping[str, Callable[[VisionEncoder, Tensor, int], Tensor]] = {
-    "position_ids": positions,
-    "cu_seqlens": ends,
-    "window_index": window_order,
-    "cu_window_seqlens": window_ends,
+    "position_ids": compute_patch_positions,
+    "cu_seqlens": compute_image_ends,
+    "window_index": order_windows,
+    "cu_window_seqlens": compute_window_ends,
 }
 """transformers' name → the function of an encoder, of the sizes of images int64 [N, 3], and of P."""

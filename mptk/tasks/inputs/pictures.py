@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mptk.io.diffusion import library
+from mptk.io.diffusion import import_diffusers
 from mptk.io.models import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named
@@ -21,7 +21,7 @@ class Pictures(FileInputs):
 
     what, suffixes = Images.what, Images.suffixes
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         config: Any = model.config
         generator = torch.Generator().manual_seed(0)
         shape = (EXAMPLES, config.in_channels, config.sample_size, config.sample_size)
@@ -29,7 +29,7 @@ class Pictures(FileInputs):
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         size = loaded.model.config.sample_size
-        processor, made = library().image_processor.VaeImageProcessor(resample="bilinear"), []
+        processor, made = import_diffusers().image_processor.VaeImageProcessor(resample="bilinear"), []
         for done, file in enumerate(files, 1):
             made.append(processor.preprocess(open_image(file), height=size, width=size, resize_mode="crop"))
             progress(done, len(files))

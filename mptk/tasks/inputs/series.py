@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.io.models import Loaded
 from mptk.progress import Count
 from mptk.reading import read_text
@@ -21,7 +21,7 @@ class Series(FileInputs):
 
     what, suffixes = "CSV files of numbers", (".csv",)
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         config = model.config
         steps, channels = getattr(config, "context_length", None), getattr(config, "num_input_channels", 1)
         if steps is None:
@@ -32,7 +32,7 @@ class Series(FileInputs):
         return {"past_values": torch.randn(EXAMPLES, steps, channels, generator=generator)}
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        _, steps, channels = self.example(loaded.model)["past_values"].shape
+        _, steps, channels = self.make_example(loaded.model)["past_values"].shape
         windows = []
         for done, file in enumerate(files, 1):
             windows.append(read_series(file, steps, channels))
@@ -55,7 +55,7 @@ def read_series(file: Path, steps: int, channels: int) -> Tensor:
     try:
         found = np.loadtxt(rows[named : named + steps], np.float32, delimiter=",", ndmin=2)
     except ValueError as error:
-        raise damaged(first_line(error)) from error
+        raise damaged(take_first_line(error)) from error
     if found.shape != (steps, channels):
         raise damaged(f"it has {found.shape[0]} and {found.shape[1]}")
     return torch.from_numpy(found)

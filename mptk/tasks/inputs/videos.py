@@ -14,11 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATIO
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Named, preprocessor
+from mptk.tasks.inputs.base import Named, load_preprocessor
 from mptk.tasks.inputs.images import Images, open_image
 
 
-def frames_of(model: nn.Module) -> int | None:
+def count_frames(model: nn.Module) -> int | None:
     """The frames of a video that a model of a type in transformers' list reads; None if it reads pictures."""
     config: Any = model.config
     return config.num_frames if config.model_type in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES else None
@@ -29,10 +29,10 @@ class Videos(Images):
 
     what = "folders of frames"
 
-    def example(self, model: nn.Module) -> Named:
-        frames = frames_of(model)
+    def make_example(self, model: nn.Module) -> Named:
+        frames = count_frames(model)
         assert frames is not None
-        pixels = super().example(model)["pixel_values"]
+        pixels = super().make_example(model)["pixel_values"]
         return {"pixel_values": torch.stack([pixels.roll(shift, -1) for shift in range(frames)], 1)}
 
     def find(self, data: str) -> list[Path]:
@@ -45,7 +45,7 @@ class Videos(Images):
         Raises:
             MptkError: the model has no processor, or a folder has too few pictures.
         """
-        processor, frames = preprocessor(loaded, AutoImageProcessor, "image processor"), frames_of(loaded.model)
+        processor, frames = load_preprocessor(loaded, AutoImageProcessor, "image processor"), count_frames(loaded.model)
         made = []
         for done, folder in enumerate(files, 1):
             pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in self.suffixes)[:frames]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Term, add_role, axis, freeze, leaves
+from mptk.ir.axes import Term, add_role, freeze, list_axes, make_axis
 from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
-from mptk.ir.ops import base_name, op_name
+from mptk.ir.ops import name_base_op, name_op
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import unify
@@ -56,12 +56,12 @@ class RuleContext:
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid a cut of ``term``. The user sees the reason with the call's module and source line."""
-        if leaves(term):
+        if list_axes(term):
             freeze(term, f"{reason} ({SourceLocation(node)})")
 
     def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
         """A fresh axis that cannot be cut."""
-        term = axis(size)
+        term = make_axis(size)
         self.freeze(term, reason, node)
         return term
 
@@ -95,7 +95,7 @@ class RuleContext:
 
     def positions(self, value: Value) -> Term | None:
         """The axis whose positions the integers in ``value`` are; None if it is not known."""
-        return self.positions_of(value.node)
+        return self.find_positions(value.node)
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
         """Record that ``indexed`` is read or written at ``indices``: tie it to their axis, or freeze it."""
@@ -129,7 +129,7 @@ class RuleContext:
     def _origins(node: fx.Node) -> list[fx.Node]:
         """A value, what it is a copy of, what that is a copy of, …"""
         found = [node]
-        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
+        while node.op == "call_function" and name_op(node).startswith(UNCHANGED):
             node = node.all_input_nodes[0]
             found.append(node)
         return found
@@ -145,9 +145,9 @@ class RuleContext:
         if not written.isdisjoint([*copies, node]):
             return False
         if node.op == "call_function":
-            return base_name(node.target) in ("zeros", "new_zeros", "zeros_like")
+            return name_base_op(node.target) in ("zeros", "new_zeros", "zeros_like")
         name = self.program.weights.get(node.name)
-        known = None if name is None else self.program.state.in_memory(name)
+        known = None if name is None else self.program.state.find_in_memory(name)
         return known is not None and not known.any()
 
     def freeze_input(self, dims: Dims, node: fx.Node) -> None:
@@ -155,7 +155,7 @@ class RuleContext:
         for d in dims:
             self.freeze(d, "comes from the model's input", node)
 
-    def positions_of(self, node: fx.Node) -> Term | None:
+    def find_positions(self, node: fx.Node) -> Term | None:
         """The axis whose positions a value holds, which must be one tensor; None if it holds none."""
         found = self.positions_in.get(node)
         assert not isinstance(found, list), f"{node} has several results"
@@ -164,11 +164,11 @@ class RuleContext:
     def freeze_positions(self, node: fx.Node) -> None:
         """Freeze the axes whose positions the operands hold, since the call computes with the positions."""
         for source in node.all_input_nodes:
-            if (domain := self.positions_of(source)) is not None:
+            if (domain := self.find_positions(source)) is not None:
                 self.freeze(domain, "its positions are computed with", node)
 
-    def carried(self, node: fx.Node, results: Results) -> Positions:
+    def find_carried_positions(self, node: fx.Node, results: Results) -> Positions:
         """The axes whose positions the results hold, if the call only moves the first operand's values."""
         source = node.args[0] if node.args else None
-        domain = self.positions_of(source) if isinstance(source, fx.Node) else None
+        domain = self.find_positions(source) if isinstance(source, fx.Node) else None
         return [domain] * len(results) if domain is not None and isinstance(results, list) else domain

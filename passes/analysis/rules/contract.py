@@ -8,9 +8,9 @@ from typing import cast
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, axes_in, axis, product, require_multiple
+from mptk.ir.axes import ONE, Axis, Term, collect_axes, make_axis, make_product, require_multiple
 from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import base_name, named_argument, op_name, result_shape
+from mptk.ir.ops import get_argument, name_base_op, name_op, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Counted, Resizer
 from passes.analysis.rules.table import Result, ZeroOf, align, rule
@@ -21,10 +21,10 @@ BIAS_FIRST = ("addmm", "baddbmm", "addmv")
 def zero_of_product(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """A product is zero along an axis that it keeps from an operand that is zero there. A bias must be zero, too."""
     values = [a for a in node.args if isinstance(a, fx.Node)]
-    bias_first = base_name(node.target) in BIAS_FIRST
-    bias = values[0] if bias_first else named_argument(node, "bias")
+    bias_first = name_base_op(node.target) in BIAS_FIRST
+    bias = values[0] if bias_first else get_argument(node, "bias")
     a, b = values[1:3] if bias_first else values[:2]
-    by_rows = base_name(node.target) in ("linear", "inner") or len(result_shape(b)) == 1
+    by_rows = name_base_op(node.target) in ("linear", "inner") or len(resolve_result_shape(b)) == 1
     found = zero_of_kept(facts, zero, a, -1) | zero_of_kept(facts, zero, b, -1 if by_rows else -2)
     return found if bias is None else found & zero(bias)
 
@@ -33,7 +33,7 @@ def zero_of_kept(facts: AxisFacts, zero: ZeroOf, value: fx.Node, contracted: int
     """Zero if an operand is zero along a dimension that the product keeps (all but ``contracted``)."""
     dims = facts.dims(value)
     rest = [t for d, t in enumerate(dims) if d != contracted + len(dims)]
-    return zero(value) & axes_in(rest)
+    return zero(value) & collect_axes(rest)
 
 
 @rule("aten.linear", zero=zero_of_product)
@@ -115,7 +115,7 @@ def addr(ctx: RuleContext, node: fx.Node, bias: Value, a: Value, b: Value, **_: 
 
 def _zero_of_addbmm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     bias, a, b = node.args[:3]
-    rows, columns = (axes_in([d]) for d in facts.dims(node))
+    rows, columns = (collect_axes([d]) for d in facts.dims(node))
     return zero(bias) & (zero(a) & rows | zero(b) & columns)
 
 
@@ -132,8 +132,8 @@ def addbmm(ctx: RuleContext, node: fx.Node, bias: Value, a: Value, b: Value, **_
 def _zero_of_bilinear(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero along leading dimensions if an operand is; along new channels if the weight and the bias are."""
     a, b, weight = (v for v in node.args[:3] if isinstance(v, fx.Node))
-    bias = named_argument(node, "bias")
-    made = zero(weight) & axes_in([facts.dims(node)[-1]])
+    bias = get_argument(node, "bias")
+    made = zero(weight) & collect_axes([facts.dims(node)[-1]])
     found = zero_of_kept(facts, zero, a, -1) | zero_of_kept(facts, zero, b, -1) | made
     return found if bias is None else found & zero(bias)
 
@@ -154,16 +154,16 @@ def bilinear(ctx: RuleContext, node: fx.Node, a: Value, b: Value, weight: Value,
 def _zero_of_einsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero as a product: along letters that the result keeps."""
     equation, operands = cast("tuple[str, Sequence[fx.Node]]", node.args[:2])
-    sources, result = _subscripts(equation)
+    sources, result = _parse_subscripts(equation)
     found: set[Axis] = set()
     for source, v in zip(sources, operands, strict=True):
-        letters = zip(_letters(source, len(result_shape(v))), facts.dims(v), strict=False)
-        kept = set(_letters(result, len(result_shape(node))))
-        found |= zero(v) & {leaf for letter, t in letters if letter in kept for leaf in axes_in([t])}
+        letters = zip(_expand_subscripts(source, len(resolve_result_shape(v))), facts.dims(v), strict=False)
+        kept = set(_expand_subscripts(result, len(resolve_result_shape(node))))
+        found |= zero(v) & {leaf for letter, t in letters if letter in kept for leaf in collect_axes([t])}
     return found
 
 
-def _subscripts(equation: str) -> tuple[list[str], str]:
+def _parse_subscripts(equation: str) -> tuple[list[str], str]:
     """The letters of operands and result. The default result is the ellipsis and all letters that occur once."""
     sources, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:
@@ -175,12 +175,12 @@ def _subscripts(equation: str) -> tuple[list[str], str]:
 @rule("aten.einsum", zero=_zero_of_einsum)
 def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Value], **__: object) -> Dims:
     """Each letter is an axis. The call sums over letters that are missing in the result."""
-    sources, result = _subscripts(equation)
+    sources, result = _parse_subscripts(equation)
     terms: dict[str, Term] = {}
-    places = _places(sources, operands)
+    places = _list_letter_dims(sources, operands)
     for letter, value, i in places:
         terms[letter] = _join(ctx, node, terms.get(letter, ONE), value.dims[i])
-    kept = _letters(result, len(result_shape(node)))
+    kept = _expand_subscripts(result, len(resolve_result_shape(node)))
     out = tuple(terms[letter] for letter in kept)
     summed = {letter: term for letter, term in terms.items() if letter not in kept}
     for letter, term in summed.items():
@@ -189,13 +189,13 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
     return out
 
 
-def _places(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
+def _list_letter_dims(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
     """Letter → its operands, each with the dimension that it names."""
     pairs = zip(sources, operands, strict=True)
-    return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_letters(source, v.ndim))]
+    return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
 
 
-def _letters(subscripts: str, ndim: int) -> list[str]:
+def _expand_subscripts(subscripts: str, ndim: int) -> list[str]:
     """Subscripts as names. An ellipsis stands for the leading dimensions, counted from the right."""
     if "..." not in subscripts:
         return list(subscripts)
@@ -229,7 +229,7 @@ def attention(
 def _pin_positions(ctx: RuleContext, node: fx.Node, q: Value, k: Value) -> None:
     """Pin keys' positions, since the softmax runs over them, and queries' positions if the mask is causal."""
     ctx.freeze(k.dims[-2], "attended positions", node)
-    if named_argument(node, "is_causal", False):
+    if get_argument(node, "is_causal", False):
         ctx.freeze(q.dims[-2], "compared by position", node)
 
 
@@ -241,7 +241,7 @@ def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) ->
     for dims in (k.dims[:-2], v.dims[:-2]):
         for i, d in enumerate(_pad(dims, ndim)):
             if 1 < d.size < heads[i].size:
-                ctx.unify(heads[i], product((d, axis(heads[i].size // d.size))), node)
+                ctx.unify(heads[i], make_product((d, make_axis(heads[i].size // d.size))), node)
             else:
                 heads[i] = _join(ctx, node, heads[i], d)
     for h in heads[1:] if len(heads) > 1 else heads:
@@ -264,7 +264,7 @@ def grouped_mm(
     ctx.contract(node, x, x.ndim - 1, weight, 1, out)
     if offs is not None:
         ctx.unify(offs.dims[0], weight.dims[0], node)
-    if op_name(node).startswith("aten._grouped_mm"):
+    if name_op(node).startswith("aten._grouped_mm"):
         for term in (x.dims[-1], weight.dims[2]):
             require_multiple(term, ROW_BYTES // x.node.meta["val"].dtype.itemsize)
     ctx.route(x.dims[0], weight.dims[0])

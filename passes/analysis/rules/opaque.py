@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, fx
 
 from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import shape_of
+from mptk.ir.ops import resolve_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule
 
@@ -31,22 +31,22 @@ OPAQUE = (
 @rule(*OPAQUE)
 def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
     """No axis can be followed: the operands' axes are frozen, and so are the result's fresh ones."""
-    for value in _values([*args, *kwargs.values()]):
+    for value in _list_values([*args, *kwargs.values()]):
         for d in value.dims:
             ctx.freeze(d, "mixed by an op that keeps no axes apart", node)
     results = node.meta["val"]
     if not isinstance(results, (list, tuple)):
-        return _frozen(ctx, node, results)
-    return [_frozen(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
+        return _make_frozen_dims(ctx, node, results)
+    return [_make_frozen_dims(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
 
 
-def _frozen(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
-    return tuple(ctx.frozen(size, "made by an op that keeps no axes apart", node) for size in shape_of(result))
+def _make_frozen_dims(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
+    return tuple(ctx.frozen(size, "made by an op that keeps no axes apart", node) for size in resolve_shape(result))
 
 
-def _values(arguments: Iterable[object]) -> Iterator[Value]:
+def _list_values(arguments: Iterable[object]) -> Iterator[Value]:
     for a in arguments:
         if isinstance(a, Value):
             yield a
         elif isinstance(a, (list, tuple)):
-            yield from _values(a)
+            yield from _list_values(a)

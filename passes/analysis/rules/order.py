@@ -11,18 +11,18 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Term, concat
 from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import base_name, named_argument, result_shape
+from mptk.ir.ops import get_argument, name_base_op, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.table import meet, normalize, normalize_all, rule, zero_of_first
+from passes.analysis.rules.table import normalize, normalize_all, record_meeting, rule, zero_of_first
 
 ORDER = "the order of its positions matters"
 
 
-def pinned(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
+def pin_dims(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
     """Freeze dimensions ``dims`` of x; the result has fresh axes of ``sizes`` there."""
     out = list(x.dims)
-    meet(ctx, x.dims, dims)
+    record_meeting(ctx, x.dims, dims)
     for d in dims:
         ctx.freeze(x.dims[d], ORDER, node)
         out[d] = ctx.frozen(sizes[d], ORDER, node)
@@ -36,47 +36,47 @@ DEFAULT_DIMS: dict[str, tuple[int, ...] | None] = {"2": (-2, -1), "n": None}
 @rule(*(f"aten.fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n")), zero="keep")
 def fourier(ctx: RuleContext, node: fx.Node, x: Value, sizes: object = None, *_: object, **__: object) -> Dims:
     """y_d = Σ over all positions of x_d, which pins d; the other dimensions pass."""
-    dims = named_argument(node, "dim", DEFAULT_DIMS.get(base_name(node.target)[-1], -1))
+    dims = get_argument(node, "dim", DEFAULT_DIMS.get(name_base_op(node.target)[-1], -1))
     if dims is None and isinstance(sizes, (list, tuple)):
         dims = range(-len(sizes), 0)
-    return pinned(ctx, node, x, normalize_all(dims, x.ndim), result_shape(node))
+    return pin_dims(ctx, node, x, normalize_all(dims, x.ndim), resolve_result_shape(node))
 
 
 @rule("aten.roll", zero="keep", positions="carry")
 def roll(ctx: RuleContext, node: fx.Node, x: Value, shifts: object, dims: Sequence[int] = ()) -> Dims:
     """y_d = x_d shifted, which pins d. Without dimensions x is flattened first, which pins all."""
-    return pinned(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
+    return pin_dims(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
 
 
 @rule("aten.flip", zero="keep", positions="carry")
 def flip(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims:
     """y_d = x_d in reverse, which pins d."""
-    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
+    return pin_dims(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
 
 
 @rule("aten.flipud", "aten.msort", "aten.fliplr", zero="keep", positions="carry")
 def reordered(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
     """y_0 = x_0 in another order, which pins dimension 0; for ``fliplr``, dimension 1."""
-    return pinned(ctx, node, x, [int(base_name(node.target) == "fliplr")], x.shape)
+    return pin_dims(ctx, node, x, [int(name_base_op(node.target) == "fliplr")], x.shape)
 
 
 @rule("aten.rot90", zero="keep", positions="carry")
 def rot90(ctx: RuleContext, node: fx.Node, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
     """Turned in the plane of two dimensions, which pins both."""
-    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], result_shape(node))
+    return pin_dims(ctx, node, x, [normalize(d, x.ndim) for d in dims], resolve_result_shape(node))
 
 
 @rule("aten.logcumsumexp")
 @rule("aten.cumprod", zero="keep")
 def scan(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d combines each position with all before it, which pins d."""
-    return pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
+    return pin_dims(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
 
 
 @rule("aten.cummax", "aten.cummin", zero=zero_of_first)
 def extremes(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> list[Dims]:
     """y_d = the largest so far and its position, which pins d."""
-    return [pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
+    return [pin_dims(ctx, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
 
 
 @rule("aten.diff", zero="all")
@@ -86,7 +86,7 @@ def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *
     for other in (*ends, *named.values()):
         for i, t in enumerate(other.dims if isinstance(other, Value) else ()):
             ctx.freeze(t, ORDER, node) if i == d else ctx.unify(t, x.dims[i], node)
-    return pinned(ctx, node, x, [d], result_shape(node))
+    return pin_dims(ctx, node, x, [d], resolve_result_shape(node))
 
 
 @rule("aten.kthvalue", zero=zero_of_first)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, axes_in, axis
+from mptk.ir.axes import ONE, Axis, Term, collect_axes, make_axis
 from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import named_argument, result_shape
+from mptk.ir.ops import get_argument, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import shape_argument
-from passes.analysis.rules.shape import cut
+from passes.analysis.rules.shape import cut_term
 from passes.analysis.rules.table import Rule, ZeroOf, normalize, rule
 
 
@@ -74,14 +74,14 @@ rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 def zero_of_clamp(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Clamping keeps zeros if its bounds are numbers with 0 between them."""
-    low, high = named_argument(node, "min"), named_argument(node, "max")
+    low, high = get_argument(node, "min"), get_argument(node, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
     return zero(node.args[0]) if keeps else set()
 
 
 def _zero_of_hardtanh(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    low, high = named_argument(node, "min_val", -1), named_argument(node, "max_val", 1)
+    low, high = get_argument(node, "min_val", -1), get_argument(node, "max_val", 1)
     return zero(node.args[0]) if low <= 0 <= high else set()
 
 
@@ -116,7 +116,7 @@ def glu(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     """x_d = A + A: y = x_A · σ(x_A'). Both halves are one axis; zero if the first is."""
     d = normalize(dim, x.ndim)
     half = x.dims[d].size // 2
-    first, second = cut(ctx, node, x.dims[d], [half, half])
+    first, second = cut_term(ctx, node, x.dims[d], [half, half])
     ctx.unify(first, second, node)
     return (*x.dims[:d], first, *x.dims[d + 1 :])
 
@@ -150,24 +150,24 @@ def prelu(ctx: RuleContext, node: fx.Node, x: Value, weight: Value) -> Dims:
     return x.dims
 
 
-def _every(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    return axes_in(facts.dims(node))
+def _list_all_axes(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    return collect_axes(facts.dims(node))
 
 
-@rule("aten.zeros_like", zero=_every)
+@rule("aten.zeros_like", zero=_list_all_axes)
 @rule("aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
 def like(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
     """y_d = x_d."""
     return x.dims
 
 
-@rule("aten.new_zeros", zero=_every, resize=shape_argument())
+@rule("aten.new_zeros", zero=_list_all_axes, resize=shape_argument())
 @rule("aten.new_ones", "aten.new_full", "aten.new_empty", resize=shape_argument())
-@rule("aten.zeros", zero=_every, resize=shape_argument())
+@rule("aten.zeros", zero=_list_all_axes, resize=shape_argument())
 @rule("aten.ones", "aten.full", "aten.empty", resize=shape_argument())
 def fresh(ctx: RuleContext, node: fx.Node, *_: object, **__: object) -> Dims:
     """Fresh axes of the given sizes."""
-    return tuple(axis(size) for size in result_shape(node))
+    return tuple(make_axis(size) for size in resolve_result_shape(node))
 
 
 @rule("aten.fill", "aten.fill_", "aten.zero_", "aten.bernoulli", "aten.bernoulli_", "aten.normal_", "aten.uniform_")

@@ -11,8 +11,8 @@ from torch import fx
 from torch.fx.node import Argument
 
 from mptk.ir.axes import Term, resolve
-from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Note, argument_at
-from mptk.ir.ops import named_argument, set_argument
+from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Note, find_argument_at
+from mptk.ir.ops import get_argument, set_argument
 from mptk.ir.resolved_plan import Cut
 
 _SCALE = "mptk_scale"
@@ -83,7 +83,7 @@ class Resizer:
 
     def untouched(self) -> set[str]:
         """Names of the calls that did not change: same target, same arguments."""
-        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
+        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._is_same_call(n)}
 
     def cut_caches(self) -> set[str]:
         """Give the cache inputs that lose channels their new shape. Returns their names."""
@@ -99,7 +99,7 @@ class Resizer:
                 names.add(node.name)
         return names
 
-    def _same(self, node: fx.Node) -> bool:
+    def _is_same_call(self, node: fx.Node) -> bool:
         original = self.original[node.name]
         names = [fx.map_arg((n.args, n.kwargs), lambda source: source.name) for n in (node, original)]
         viewed = node.target is torch.ops.aten.reshape.default and str(original.target) == "aten.view.default"
@@ -160,7 +160,7 @@ class Resizer:
                 torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
             )
 
-    def epsilon(self, node: fx.Node) -> float:
+    def compute_epsilon(self, node: fx.Node) -> float:
         """The default epsilon of a norm: its type's epsilon, for float32 or wider."""
         dtype = self.original[node.name].meta["val"].dtype
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -171,8 +171,8 @@ class Resizer:
         """If the cut shortens the axes of a constant, index the constant at this use."""
         for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
-                if self.cut.touches(term):
-                    source = argument_at(node, path)
+                if self.cut.has_choice(term):
+                    source = find_argument_at(node, path)
                     _put(node, path, self._select(node, source, d, term))
 
     def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
@@ -224,13 +224,13 @@ def shape_argument(name: str = "size") -> Resize:
     """The argument is the list of the result's sizes."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
-        sizes = named_argument(node, name)
+        sizes = get_argument(node, name)
         set_argument(node, name, [resizer.scaled(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
 
     return resize
 
 
-def counted_argument(name: str, less: int = 0) -> Resize:
+def count_argument(name: str, less: int = 0) -> Resize:
     """The argument is the number of positions of the rule's ``Counted`` axis, minus a constant."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:

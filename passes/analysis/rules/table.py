@@ -13,10 +13,10 @@ from typing import Literal, TypeVar
 
 from torch import fx
 
-from mptk.arguments import checked
-from mptk.ir.axes import Axis, Term, axes_in, coordinates
+from mptk.arguments import guard_arguments
+from mptk.ir.axes import Axis, Term, collect_axes, count_coordinates
 from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
-from mptk.ir.ops import target_name
+from mptk.ir.ops import name_target
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Resize
 
@@ -70,7 +70,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-@checked
+@guard_arguments
 def rule(
     *ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: OnPositions = "freeze"
 ) -> Callable[[F], F]:
@@ -97,7 +97,7 @@ def rule(
 
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call: its overload's rule, else its op's."""
-    name = target_name(node.target)
+    name = name_target(node.target)
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
 
@@ -116,16 +116,16 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def single(results: Results) -> Dims:
+def get_single_dims(results: Results) -> Dims:
     """The dimensions of a call with one result."""
     assert isinstance(results, tuple)
     return results
 
 
-def lone(dims: Dims, d: int) -> set[Axis]:
+def find_lone_axes(dims: Dims, d: int) -> set[Axis]:
     """The axes of dimension d that have no other coordinate: a value that is zero along d is zero along them."""
-    counts = coordinates(dims, each=True)
-    return {a for a in axes_in([dims[d]]) if counts[a] == 1}
+    counts = count_coordinates(dims, each=True)
+    return {a for a in collect_axes([dims[d]]) if counts[a] == 1}
 
 
 def freeze_positions(ctx: RuleContext, node: fx.Node, *values: object) -> None:
@@ -140,7 +140,7 @@ def zero_of_first(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
 
 
-def meet(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
+def record_meeting(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
     """Record that positions along these dimensions are combined or reordered.
 
     The choice of another axis's units must not vary along them, so a value without them is recorded. A fresh axis in

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.tensors import Floats, change_tensor, tensor_of
+from passes.targets.onnx.tensors import Floats, change_tensor, get_constant_tensor
 
 ELEMENTWISE_OPS = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
 
@@ -28,9 +28,9 @@ class BalancePass(ir.passes.InPlacePass):
     """Scale and sort the channels of gated products, so that blocks of them quantise well."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [parts for node in model.graph if (parts := gated(node)) is not None]
+        found = [parts for node in model.graph if (parts := match_gated_product(node)) is not None]
         for parts in found:
-            balance = balancing(*(tensor_of(part.inputs[1]) for part in parts))
+            balance = balance_channels(*(get_constant_tensor(part.inputs[1]) for part in parts))
             for part, change in zip(parts, (balance.gate, balance.up, balance.down), strict=True):
                 change_tensor(part.inputs[1], change)
         return ir.passes.PassResult(model, bool(found))
@@ -60,17 +60,17 @@ class Balance:
         return ordered
 
 
-def balancing(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorProtocol) -> Balance:
+def balance_channels(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorProtocol) -> Balance:
     """How to scale and sort the channels of ``gate``, ``up`` [hidden, channels] and ``down`` [channels, out].
 
     A channel that is zero somewhere keeps its scale.
     """
     size = np.linalg.norm(gate.numpy(), axis=0) * np.linalg.norm(up.numpy(), axis=0)
-    scale = equalising(size, np.linalg.norm(down.numpy(), axis=1))
+    scale = compute_equal_scales(size, np.linalg.norm(down.numpy(), axis=1))
     return Balance(scale, np.argsort(size / scale, kind="stable"))
 
 
-def equalising(size: Floats, rows: Floats) -> Floats:
+def compute_equal_scales(size: Floats, rows: Floats) -> Floats:
     """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
     nonzero = (size > 0) & (rows > 0)
     scale = np.ones_like(size)
@@ -79,24 +79,24 @@ def equalising(size: Floats, rows: Floats) -> Floats:
     return scale
 
 
-def gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
+def match_gated_product(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
     """(G, U, D) if ``down`` is the D of a gated product and the three weights have no other use."""
     if not is_product(down) or down.inputs[0] is None:
         return None
     mul = down.inputs[0].producer()
-    if mul is None or mul.op_type != "Mul" or _uses(mul.outputs[0]) != {down}:
+    if mul is None or mul.op_type != "Mul" or _list_uses(mul.outputs[0]) != {down}:
         return None
     for left, right in (mul.inputs, mul.inputs[::-1]):
         up = right.producer() if right is not None else None
-        if up is None or not is_product(up) or _uses(up.outputs[0]) != {mul}:
+        if up is None or not is_product(up) or _list_uses(up.outputs[0]) != {mul}:
             continue
-        gate = _source(left, mul)
+        gate = _find_source_product(left, mul)
         if gate is not None and gate is not up:
             return gate, up, down
     return None
 
 
-def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
+def _find_source_product(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
     """The one product from which ``value`` comes through element-wise operators that only ``end`` uses; else None."""
     inside, waiting, products = {end}, [value], set[ir.Node]()
     while waiting:
@@ -113,7 +113,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
         elif node not in inside:
             return None
     outputs = [n.outputs[0] for n in (*inside - {end}, *products)]
-    closed = all(_uses(output) <= inside for output in outputs)
+    closed = all(_list_uses(output) <= inside for output in outputs)
     return products.pop() if len(products) == 1 and closed else None
 
 
@@ -124,14 +124,14 @@ def is_product(node: ir.Node) -> bool:
         weight is not None
         and weight.const_value is not None
         and weight.const_value.shape.rank() == 2
-        and _uses(weight) == {node}
+        and _list_uses(weight) == {node}
     )
 
 
-def _uses(value: ir.Value) -> set[ir.Node]:
+def _list_uses(value: ir.Value) -> set[ir.Node]:
     return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
 
 
-def weight_of(product: ir.Node) -> Floats:
+def get_product_weight(product: ir.Node) -> Floats:
     """The weight of a product, [inputs, outputs]."""
-    return tensor_of(product.inputs[1]).numpy()
+    return get_constant_tensor(product.inputs[1]).numpy()

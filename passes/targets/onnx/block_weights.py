@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from mptk.compat.onnxruntime import matmul_quantizer
-from mptk.progress import steps
-from passes.targets.onnx.balance import weight_of
-from passes.targets.onnx.plain_products import constant, logit_products, products
-from passes.targets.onnx.tensors import Array, Spill, parts, shape_of, tensor_of
+from mptk.compat.onnxruntime import import_matmul_quantizer
+from mptk.progress import step_through
+from passes.targets.onnx.balance import get_product_weight
+from passes.targets.onnx.plain_products import add_constant, find_logit_products, find_weight_products
+from passes.targets.onnx.tensors import Array, Spill, get_constant_tensor, read_tensor_shape, slice_in_parts
 
 BLOCK = 32
 """Inputs that share a scale in 4 bits. More of them would be too coarse."""
@@ -40,63 +40,71 @@ class BlockWeightsPass(ir.passes.InPlacePass):
     numbers: bool = True
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        formats, spill = self._formats(model), Spill(self.source.parent)
+        formats, spill = self._choose_formats(model), Spill(self.source.parent)
         nodes = {str(node.name): node for node in model.graph if node.name in formats}
         order = sorted(formats.items(), key=lambda item: item[1])
-        for name, (bits, block) in steps(order, f"weights in {self.bits}-bit blocks"):
+        for name, (bits, block) in step_through(order, f"weights in {self.bits}-bit blocks"):
             names = [f"Q{bits}", "scales", "zero_points"]
             if self.numbers:
-                kept: list[ir.TensorProtocol] = [*map(spill.keep, rounded(weight_of(nodes[name]), bits, block))]
+                kept: list[ir.TensorProtocol] = [
+                    *map(spill.keep, round_to_blocks(get_product_weight(nodes[name]), bits, block))
+                ]
             else:
-                kept = unrounded(shape_of(tensor_of(nodes[name].inputs[1])), bits, block)
+                kept = make_zero_blocks(read_tensor_shape(get_constant_tensor(nodes[name].inputs[1])), bits, block)
             set_blocks(model.graph, nodes[name], bits, block, dict(zip(names, kept, strict=False)))
         return ir.passes.PassResult(model, bool(formats))
 
     def ensures(self, model: ir.Model) -> None:
         """No product has a float weight."""
-        left = sorted(products(model))
+        left = sorted(find_weight_products(model))
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} has a float weight")
 
-    def _formats(self, model: ir.Model) -> dict[str, tuple[int, int]]:
+    def _choose_formats(self, model: ir.Model) -> dict[str, tuple[int, int]]:
         """Bits and block size by product."""
         if self.bits == 4:
-            head = logit_products(model)
-            return {name: (8 if name in head else 4, BLOCK) for name in products(model)}
-        inputs = {name: shape_of(weight)[0] for name, weight in products(model).items()}
+            head = find_logit_products(model)
+            return {name: (8 if name in head else 4, BLOCK) for name in find_weight_products(model)}
+        inputs = {name: read_tensor_shape(weight)[0] for name, weight in find_weight_products(model).items()}
         return {
             name: (8, max(LEAST_BLOCK, min(WIDE_BLOCK, 1 << (count - 1).bit_length())))
             for name, count in inputs.items()
         }
 
 
-def rounded(weight: Array, bits: int, block: int) -> list[Array]:
+def round_to_blocks(weight: Array, bits: int, block: int) -> list[Array]:
     """Codes [outputs, blocks, bytes], scales [outputs, blocks] and, for 4 bits, zero points [outputs, bytes].
 
     ``weight``: [inputs, outputs]. Each output is rounded by itself.
     """
-    ort = matmul_quantizer()
+    ort = import_matmul_quantizer()
     symmetric = bits == 8
     config = ort.DefaultWeightOnlyQuantConfig(
         block_size=block, is_symmetric=symmetric, accuracy_level=ACCURACY_LEVEL, bits=bits
     )
     quantizer = ort.DefaultWeightOnlyQuantizer(config)
-    done = [quantizer.qbits_block_quant(np.ascontiguousarray(weight[:, outputs])) for outputs in parts(weight.shape, 1)]
+    done = [
+        quantizer.qbits_block_quant(np.ascontiguousarray(weight[:, outputs]))
+        for outputs in slice_in_parts(weight.shape, 1)
+    ]
     return [np.concatenate(arrays) for arrays in zip(*done, strict=True)][: 2 if symmetric else 3]
 
 
-def unrounded(shape: Sequence[int], bits: int, block: int) -> list[ir.TensorProtocol]:
-    """The constants of ``rounded`` for a weight of this shape, of zeros that take no memory before they are read."""
+def make_zero_blocks(shape: Sequence[int], bits: int, block: int) -> list[ir.TensorProtocol]:
+    """The constants of ``round_to_blocks`` for a weight of this shape, of zeros that take no memory before they are read."""
     (inputs, outputs), packed = shape, 8 // bits
     blocks = -(-inputs // block)
-    codes = zeros(ir.DataType.UINT8, outputs, blocks, block // packed)
+    codes = make_lazy_zeros(ir.DataType.UINT8, outputs, blocks, block // packed)
     if bits == 8:
-        return [codes, zeros(ir.DataType.FLOAT, outputs, blocks)]
-    flat = zeros(ir.DataType.FLOAT, outputs * blocks), zeros(ir.DataType.UINT8, outputs * -(-blocks // packed))
+        return [codes, make_lazy_zeros(ir.DataType.FLOAT, outputs, blocks)]
+    flat = (
+        make_lazy_zeros(ir.DataType.FLOAT, outputs * blocks),
+        make_lazy_zeros(ir.DataType.UINT8, outputs * -(-blocks // packed)),
+    )
     return [codes, *flat]
 
 
-def zeros(kind: ir.DataType, *shape: int) -> ir.LazyTensor:
+def make_lazy_zeros(kind: ir.DataType, *shape: int) -> ir.LazyTensor:
     """A constant of zeros."""
     return ir.LazyTensor(lambda: ir.Tensor(np.zeros(shape, kind.numpy())), kind, ir.Shape(shape))
 
@@ -116,12 +124,12 @@ def set_blocks(
     """
     weight = product.inputs[1]
     assert weight is not None
-    inputs, outputs = shape_of(tensor_of(weight))
+    inputs, outputs = read_tensor_shape(get_constant_tensor(weight))
     sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
     product.op_type, product.domain = "MatMulNBits", "com.microsoft"
     product.attributes.update({name: ir.AttrInt64(name, size) for name, size in sizes.items()})
     product.resize_inputs(1 + len(tensors))
     for index, (ending, tensor) in enumerate(tensors.items(), 1):
         name = f"{weight.name}_{ending}"  # there already if two products share the weight
-        product.replace_input_with(index, graph.initializers.get(name) or constant(graph, name, tensor))
+        product.replace_input_with(index, graph.initializers.get(name) or add_constant(graph, name, tensor))
     graph.opset_imports.setdefault("com.microsoft", 1)

@@ -1,6 +1,6 @@
 """emit: a traced program → ONNX files in standard operators, with given names of inputs, outputs and axes.
 
-The graph is the program's own; the model's class is not exported again. ``decoder_interface`` has the names and axes of
+The graph is the program's own; the model's class is not exported again. ``make_decoder_interface`` has the names and axes of
 a decoder with its KV cache as optimum and onnxruntime-genai have them.
 """
 
@@ -17,9 +17,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch.export import ExportedProgram
 
-from mptk.compat.torch import quiet_exporter
-from mptk.errors import MptkError, first_line
-from mptk.ir.passes import Log, Pass, run
+from mptk.compat.torch import hide_exporter_logs
+from mptk.errors import MptkError, take_first_line
+from mptk.ir.passes import Log, Pass, run_passes
 from mptk.ir.program import Program
 from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter
@@ -46,7 +46,7 @@ class Interface:
     outputs: Sequence[str]
 
 
-def decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
+def make_decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
     """The names of a traced decoding step.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
@@ -111,26 +111,26 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
 
     If the exporter lacks an operator, torch decomposes the whole graph into simpler ones. That takes ten times as long.
     """
-    lowered = run(program, lowering, log)[-1].program
+    lowered = run_passes(program, lowering, log)[-1].program
     try:
-        return with_weights(_exported(to_exporter(without_weights(lowered))), lowered)
+        return with_weights(_export_model(to_exporter(with_fake_weights(lowered))), lowered)
     except torch.onnx.OnnxExporterError as error:
         first = error
     try:
-        return with_weights(_exported(without_weights(program).to_exported()), program)
+        return with_weights(_export_model(with_fake_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
-        raise MptkError(f"torch.onnx cannot write this model: {_first_cause(first)}; see docs/onnx.md") from first
+        raise MptkError(f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md") from first
 
 
-def _exported(program: ExportedProgram) -> ir.Model:
-    with quiet_exporter():
+def _export_model(program: ExportedProgram) -> ir.Model:
+    with hide_exporter_logs():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table=translations(),
+            custom_translation_table=list_translations(),
         )
     assert exported is not None
     return exported.model
@@ -149,29 +149,29 @@ def _name(model: ir.Model, interface: Interface) -> None:
         axes = {size: name for size, name in pairs if name} | axes
     for value in (*inputs, *(result for node in model.graph for result in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([_named(size, axes) for size in value.shape])
+            value.shape = ir.Shape([_name_size(size, axes) for size in value.shape])
 
 
-def _named(size: int | ir.SymbolicDim, axes: Mapping[object, str]) -> int | str | None:
+def _name_size(size: int | ir.SymbolicDim, axes: Mapping[object, str]) -> int | str | None:
     """A size that varies by the name of its axis. The exporter writes a size that export has fixed as a symbol."""
     text = str(size if isinstance(size, int) else size.value)
     return int(text) if text.isdigit() else axes.get(size)
 
 
-def _first_cause(error: BaseException) -> str:
+def _find_first_cause(error: BaseException) -> str:
     """The first line of the first exception in the chain: the exporter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return take_first_line(error)
 
 
 SMALL = 1 << 12
 """Largest constant, in numbers, that is read at once: passes look at the values of small ones."""
 
 
-def without_weights(program: Program) -> Program:
+def with_fake_weights(program: Program) -> Program:
     """``program`` with the fake tensors of its trace in the place of its weights."""
-    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    values = {node.name: node.meta["val"] for node in program.list_placeholders()}
     return program.with_state({name: values[node] for node, name in program.weights.items()})
 
 
@@ -181,11 +181,11 @@ def with_weights(model: ir.Model, program: Program) -> ir.Model:
     for name, value in model.graph.initializers.items():
         source = program.aliases.get(name, name)
         if source in held:
-            value.const_value = _lazy(value, program, source)
+            value.const_value = _make_lazy_weight(value, program, source)
     return model
 
 
-def _lazy(value: ir.Value, program: Program, name: str) -> ir.TensorProtocol:
+def _make_lazy_weight(value: ir.Value, program: Program, name: str) -> ir.TensorProtocol:
     like = value.const_value
     assert isinstance(like, ir.Tensor)
     kind = like.raw.dtype
@@ -201,7 +201,7 @@ op: Any = onnxscript.opset23
 """Any: its methods are typed for tensors, but here they take and return the values of a graph."""
 
 
-def grouped_mm(x: object, weight: object, offs: object) -> object:
+def translate_grouped_mm(x: object, weight: object, offs: object) -> object:
     """Multiply the rows of each expert by its weight.
 
     Rows ``offs[e - 1]`` to ``offs[e]`` of x [rows, in] times weight[e] of [experts, in, out]; ``offs[-1]`` = rows.
@@ -223,7 +223,7 @@ def grouped_mm(x: object, weight: object, offs: object) -> object:
     return op.Concat(*parts, axis=0)
 
 
-def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
+def translate_diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
     """Each number minus the one before it along ``dim``, ``n`` times over, with ``prepend`` and ``append`` around x."""
     parts = [part for part in (prepend, x, append) if part is not None]
     whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else x
@@ -234,7 +234,7 @@ def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: o
     return whole
 
 
-def conv3d(
+def translate_conv3d(
     x: object,
     weight: object,
     bias: object = None,
@@ -249,26 +249,26 @@ def conv3d(
     return op.Conv(*given, group=groups, **sizes)
 
 
-def rsub(x: object, other: float, alpha: float = 1.0) -> object:
+def translate_rsub(x: object, other: float, alpha: float = 1.0) -> object:
     """``other - alpha * x``."""
     scaled = x if alpha == 1.0 else op.Mul(x, op.CastLike(op.Constant(value_float=float(alpha)), x))
     return op.Sub(op.CastLike(op.Constant(value_float=float(other)), x), scaled)
 
 
-def argsort(x: object, dim: int = -1, descending: bool = False) -> object:
+def translate_argsort(x: object, dim: int = -1, descending: bool = False) -> object:
     """The places of numbers along ``dim``, the lowest first or, if ``descending``, the highest."""
     count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
     return op.TopK(x, count, axis=dim, largest=int(descending))[1]
 
 
-def translations() -> dict[Callable[..., object], Callable[..., object]]:
+def list_translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     aten = torch.ops.aten
     own: dict[Callable[..., object], Callable[..., object]] = {
-        aten.diff.default: diff,
-        aten.conv3d.default: conv3d,
-        aten.rsub.Scalar: rsub,
-        aten.argsort.default: argsort,
+        aten.diff.default: translate_diff,
+        aten.conv3d.default: translate_conv3d,
+        aten.rsub.Scalar: translate_rsub,
+        aten.argsort.default: translate_argsort,
     }
-    return own if fallback is None else {**own, fallback.default: grouped_mm}
+    return own if fallback is None else {**own, fallback.default: translate_grouped_mm}

@@ -35,16 +35,16 @@ class ExtractPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """The graph has these values."""
-        missing = {*self.part.inputs, *self.part.outputs} - _values(model).keys()
+        missing = {*self.part.inputs, *self.part.outputs} - _index_values(model).keys()
         if missing:
             raise ir.passes.PreconditionError(f"the graph has no value {min(missing)}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, values = model.graph, _values(model)
+        graph, values = model.graph, _index_values(model)
         outputs = [values[name] for name in self.part.outputs]
         graph.outputs.clear()
         graph.outputs.extend(outputs)
-        given = {name: _as_input(values[name]) for name in self.part.inputs}
+        given = {name: _convert_to_input(values[name]) for name in self.part.inputs}
         others = [value for value in graph.inputs if value.name not in given]
         graph.inputs.clear()
         graph.inputs.extend([*given.values(), *others])
@@ -66,13 +66,13 @@ class ExtractPass(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"the part also reads {', '.join(sorted(map(str, others)))}")
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
+def _index_values(model: ir.Model) -> dict[str, ir.Value]:
     """The inputs and the results of nodes, by name."""
     results = (value for node in model.graph for value in node.outputs)
     return {str(value.name): value for value in (*model.graph.inputs, *results)}
 
 
-def _as_input(value: ir.Value) -> ir.Value:
+def _convert_to_input(value: ir.Value) -> ir.Value:
     """Case 1."""
     if value.is_graph_input():
         return value

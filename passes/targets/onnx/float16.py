@@ -7,9 +7,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
-from mptk.ir.ops import reached
+from mptk.ir.ops import find_reachable
 from passes.targets.onnx.names import CACHE
-from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
+from passes.targets.onnx.tensors import Array, get_constant_tensor, name_nodes, read_tensor_shape, slice_in_parts
 
 LARGE = 1 << 10
 """Weights of more numbers than this are converted when they are written."""
@@ -23,7 +23,7 @@ class Float16Pass(ir.passes.FunctionalPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         # float16 cannot hold every position above 2048.
-        angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
+        angles = _find_ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
         name_nodes(model)
         inputs = [str(value.name) for value in model.graph.inputs]
         kept = [str(model.graph.outputs[0].name), *(name for name in inputs if not name.startswith(CACHE))]
@@ -43,11 +43,11 @@ class Float16Pass(ir.passes.FunctionalPass):
             raise ir.passes.PostconditionError(f"the logits are {model.graph.outputs[0].dtype}")
 
 
-def _ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
+def _find_ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
     def producers(node: ir.Node) -> list[ir.Node]:
         return [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
 
-    return reached(nodes, producers)
+    return find_reachable(nodes, producers)
 
 
 def _drop_detours(model: ir.Model) -> None:
@@ -74,12 +74,16 @@ def _to_inputs(graph: ir.Graph, angles: set[ir.Node]) -> dict[str, ir.TensorProt
     """
     weights = {}
     for name, value in list(graph.initializers.items()):
-        tensor, readers = tensor_of(value), {use.node for use in value.uses()}
+        tensor, readers = get_constant_tensor(value), {use.node for use in value.uses()}
         blocked = not readers.isdisjoint(angles) or any(node.op_type in DEFAULT_OP_BLOCK_LIST for node in readers)
         if tensor.dtype is ir.DataType.FLOAT and tensor.size > LARGE and not blocked:
             weights[name] = tensor
             graph.initializers.pop(name)
-            value.const_value, value.shape, value.type = None, ir.Shape(shape_of(tensor)), ir.TensorType(tensor.dtype)
+            value.const_value, value.shape, value.type = (
+                None,
+                ir.Shape(read_tensor_shape(tensor)),
+                ir.TensorType(tensor.dtype),
+            )
             graph.inputs.append(value)
     return weights
 
@@ -94,17 +98,17 @@ def _to_constants(graph: ir.Graph, names: list[str], weights: dict[str, ir.Tenso
     graph.initializers.clear()
     for name in names:
         if name in weights:
-            held[name].const_value = _halved(weights[name])
-        held[name].type = ir.TensorType(tensor_of(held[name]).dtype)
+            held[name].const_value = _round_to_float16(weights[name])
+        held[name].type = ir.TensorType(get_constant_tensor(held[name]).dtype)
         graph.register_initializer(held[name])
 
 
-def _halved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _round_to_float16(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     def halve() -> ir.TensorProtocol:
         numbers = tensor.numpy()
         halves: Array = np.empty(numbers.shape, np.float16)
-        for part in parts(numbers.shape):
+        for part in slice_in_parts(numbers.shape):
             halves[part] = convert_np_to_float16(numbers[part])
         return ir.Tensor(halves)
 
-    return ir.LazyTensor(halve, ir.DataType.FLOAT16, ir.Shape(shape_of(tensor)), name=tensor.name)
+    return ir.LazyTensor(halve, ir.DataType.FLOAT16, ir.Shape(read_tensor_shape(tensor)), name=tensor.name)

@@ -66,8 +66,8 @@ def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node
     is_causal = node.attributes.get_int("is_causal", 0)
     if has_past or is_causal or len(node.outputs[0].shape or ()) != 4:
         return node
-    keys, values = _cached(key), _cached(value)
-    if keys is None or values is None or _size(keys.new, 1) != _size(values.new, 1):
+    keys, values = _match_cached(key), _match_cached(value)
+    if keys is None or values is None or _read_dimension(keys.new, 1) != _read_dimension(values.new, 1):
         return node
     folded = ir.node(
         "Attention",
@@ -78,29 +78,29 @@ def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node
     )
     graph.insert_before(node, folded)
     for old, new in zip((node.outputs[0], keys.present, values.present), folded.outputs, strict=True):
-        _redirect(graph, old, new, earlier)
+        _replace_uses(graph, old, new, earlier)
     graph.remove(node, safe=True)
     return folded
 
 
-def _cached(operand: ir.Value | None) -> _Cached | None:
+def _match_cached(operand: ir.Value | None) -> _Cached | None:
     if operand is None:
         return None
-    present = _unrepeated(operand)
-    concat = producer(present, "Concat")
+    present = _undo_repeat(operand)
+    concat = find_producer(present, "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", None) not in (2, -2):
         return None
     past, new = concat.inputs
-    if past is None or new is None or not past.is_graph_input() or producer(new, "Slice") is not None:
+    if past is None or new is None or not past.is_graph_input() or find_producer(new, "Slice") is not None:
         return None
     return _Cached(past, new, present)
 
 
-def _unrepeated(value: ir.Value) -> ir.Value:
+def _undo_repeat(value: ir.Value) -> ir.Value:
     """``x`` if ``value`` is ``Reshape(Expand(Unsqueeze(x, 2)))``: each head of x repeated in place. Else ``value``."""
-    reshape = producer(value, "Reshape")
-    expand = reshape and producer(reshape.inputs[0], "Expand")
-    unsqueeze = expand and producer(expand.inputs[0], "Unsqueeze")
+    reshape = find_producer(value, "Reshape")
+    expand = reshape and find_producer(reshape.inputs[0], "Expand")
+    unsqueeze = expand and find_producer(expand.inputs[0], "Unsqueeze")
     if reshape is None or expand is None or unsqueeze is None:
         return value
     source, axes = unsqueeze.inputs[:2]
@@ -122,9 +122,9 @@ def _fold_layout(graph: ir.Graph, node: ir.Node) -> bool:
     """Case 2. Returns whether the node had the form."""
     if len(node.inputs) < 6:
         return False
-    operands = [_flat(operand) for operand in node.inputs[:3]]
-    merged = _merged(node.outputs[0])
-    query_heads, key_heads = _size(node.inputs[0], 1), _size(node.inputs[1], 1)
+    operands = [_match_flat(operand) for operand in node.inputs[:3]]
+    merged = _match_merged(node.outputs[0])
+    query_heads, key_heads = _read_dimension(node.inputs[0], 1), _read_dimension(node.inputs[1], 1)
     if any(flat is None for flat in operands) or merged is None or query_heads is None or key_heads is None:
         return False
     attributes = [ir.AttrInt64("q_num_heads", query_heads), ir.AttrInt64("kv_num_heads", key_heads)]
@@ -138,9 +138,9 @@ def _fold_layout(graph: ir.Graph, node: ir.Node) -> bool:
     )
     graph.insert_before(node, folded)
     folded.outputs[0].shape, folded.outputs[0].type = merged.shape, merged.type
-    _redirect(graph, merged, folded.outputs[0])
+    _replace_uses(graph, merged, folded.outputs[0])
     for old, new in zip(node.outputs[1:], folded.outputs[1:], strict=True):
-        _redirect(graph, old, new)
+        _replace_uses(graph, old, new)
     return True
 
 
@@ -165,28 +165,28 @@ class _Flat:
         return node.outputs[0]
 
 
-def _flat(operand: ir.Value | None) -> _Flat | None:
-    rotary = producer(operand, "RotaryEmbedding")
-    if rotary is not None and rotary.attributes.get_int("num_heads", None) != _size(operand, 1):
+def _match_flat(operand: ir.Value | None) -> _Flat | None:
+    rotary = find_producer(operand, "RotaryEmbedding")
+    if rotary is not None and rotary.attributes.get_int("num_heads", None) != _read_dimension(operand, 1):
         return None
-    transpose = producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
-    reshape = transpose and producer(transpose.inputs[0], "Reshape")
-    if transpose is None or reshape is None or _permutation(transpose) != HEADS_TO_FRONT:
+    transpose = find_producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
+    reshape = transpose and find_producer(transpose.inputs[0], "Reshape")
+    if transpose is None or reshape is None or _read_permutation(transpose) != HEADS_TO_FRONT:
         return None
     flat, split = reshape.inputs[0], reshape.outputs[0]
-    return _Flat(flat, rotary) if flat is not None and _merges(flat, split) else None
+    return _Flat(flat, rotary) if flat is not None and _is_merge(flat, split) else None
 
 
-def _merged(value: ir.Value) -> ir.Value | None:
+def _match_merged(value: ir.Value) -> ir.Value | None:
     """The only use of ``value`` [batch, heads, sequence, dim], if it is ``Reshape(Transpose(value))``, heads merged."""
-    transpose = _only_user(value, "Transpose")
-    reshape = transpose and _only_user(transpose.outputs[0], "Reshape")
-    if transpose is None or reshape is None or _permutation(transpose) != HEADS_TO_FRONT:
+    transpose = _find_only_user(value, "Transpose")
+    reshape = transpose and _find_only_user(transpose.outputs[0], "Reshape")
+    if transpose is None or reshape is None or _read_permutation(transpose) != HEADS_TO_FRONT:
         return None
-    return reshape.outputs[0] if _merges(reshape.outputs[0], transpose.outputs[0]) else None
+    return reshape.outputs[0] if _is_merge(reshape.outputs[0], transpose.outputs[0]) else None
 
 
-def _merges(flat: ir.Value, split: ir.Value) -> bool:
+def _is_merge(flat: ir.Value, split: ir.Value) -> bool:
     """Whether shapes are [batch, sequence, heads × dim] and [batch, sequence, heads, dim]."""
     if flat.shape is None or split.shape is None or len(flat.shape) != 3 or len(split.shape) != 4:
         return False
@@ -194,7 +194,7 @@ def _merges(flat: ir.Value, split: ir.Value) -> bool:
     return isinstance(heads, int) and isinstance(size, int) and flat.shape == ir.Shape([batch, sequence, heads * size])
 
 
-def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
+def _replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
     """Use ``new`` instead of ``old`` everywhere except in ``earlier``, and as the graph's output if ``old`` was one."""
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     for user, index in tuple(old.uses()):
@@ -206,21 +206,21 @@ def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Nod
             new.name, old.name = old.name, f"{old.name}_earlier"
 
 
-def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def find_producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that makes ``value``, if it is of this standard operator."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type == op_type else None
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+def _find_only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     users = [user for user, _ in value.uses()]
     return users[0] if len(users) == 1 and users[0].op_type == op_type and not value.is_graph_output() else None
 
 
-def _permutation(transpose: ir.Node) -> tuple[int, ...]:
+def _read_permutation(transpose: ir.Node) -> tuple[int, ...]:
     return tuple(transpose.attributes.get_ints("perm", ()))
 
 
-def _size(value: ir.Value | None, dimension: int) -> int | None:
+def _read_dimension(value: ir.Value | None, dimension: int) -> int | None:
     size = value.shape[dimension] if value is not None and value.shape is not None else None
     return size if isinstance(size, int) else None

@@ -19,10 +19,10 @@ import torch
 from mptk.files import staged
 from mptk.ort.sessions import CPU
 from mptk.progress import step
-from passes.targets.onnx.balance import weight_of
+from passes.targets.onnx.balance import get_product_weight
 from passes.targets.onnx.block_weights import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
-from passes.targets.onnx.plain_products import logit_products, products
+from passes.targets.onnx.plain_products import find_logit_products, find_weight_products
 from passes.targets.onnx.tensors import Floats, Spill
 
 SHRINKS = np.linspace(1, 0.75, 11)
@@ -67,12 +67,12 @@ class GPTQPass(ir.passes.InPlacePass):
     device: torch.device = CPU
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        names = products(model).keys() - logit_products(model)
+        names = find_weight_products(model).keys() - find_logit_products(model)
         readers: dict[str, list[ir.Node]] = {}
         for node in model.graph:
             if node.name in names:
                 readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
-        channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
+        channels = {name: get_product_weight(nodes[0]).shape[0] for name, nodes in readers.items()}
         spill = Spill(self.source.parent)
         with staged(self.source.parent) as staging:
             file = staging.folder / self.source.name
@@ -80,40 +80,40 @@ class GPTQPass(ir.passes.InPlacePass):
             found = measure_onnx(file, channels, self.text, "products", self.device)
             for done, (name, moments) in enumerate(found):
                 step(done, len(channels), "inputs of weights in 4-bit blocks")
-                inverse = inverse_root(moments)
+                inverse = compute_inverse_root(moments)
                 for node in readers[name]:
-                    rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)
-                    set_blocks(model.graph, node, 4, self.block, _packed(rounded, spill))
+                    rounded = round_blocks(get_product_weight(node), moments.diagonal(), inverse, self.block)
+                    set_blocks(model.graph, node, 4, self.block, _pack_blocks(rounded, spill))
         return ir.passes.PassResult(model, bool(readers))
 
     def ensures(self, model: ir.Model) -> None:
         """Only the output projection has a float weight."""
-        left = sorted(products(model).keys() - logit_products(model))
+        left = sorted(find_weight_products(model).keys() - find_logit_products(model))
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} has a float weight")
 
 
-def inverse_root(moments: Floats) -> Floats:
+def compute_inverse_root(moments: Floats) -> Floats:
     """The upper triangular U with Uᵀ U = (moments + damping)⁻¹. An input that is always 0 counts as 1."""
     damped = moments.astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * damped.diagonal().mean() + (damped.diagonal() == 0)
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
-def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
+def round_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
     """Round ``weight`` [inputs, outputs] to blocks.
 
     Args:
         weight: [inputs, outputs].
         sizes: mean squares of the inputs, times any factor, [inputs].
-        inverse: the result of ``inverse_root``, [inputs, inputs].
+        inverse: the result of ``compute_inverse_root``, [inputs, inputs].
         block: inputs that share a scale and a zero point.
     """
     left, codes, grids = weight.copy(), np.empty_like(weight), []
     for start in range(0, len(weight), block):
         rows = slice(start, start + block)
         part, steps = left[rows].copy(), inverse[rows, rows]
-        scale, zero = grid(part, sizes[rows])
+        scale, zero = fit_grid(part, sizes[rows])
         errors = np.empty_like(part)
         for i, row in enumerate(part):
             codes[start + i] = round_to_grid(row, scale, zero)
@@ -125,7 +125,7 @@ def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -
     return Blocks(codes.astype(np.uint8), scales, zeros.astype(np.uint8), block)
 
 
-def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+def fit_grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
     """Scale and zero point of a block [inputs, outputs], each [outputs]: the ``SHRINKS`` range with the least error."""
     low, high = np.minimum(part.min(axis=0), 0), np.maximum(part.max(axis=0), 0)
     best = np.full(part.shape[1], np.inf, dtype=np.float32)
@@ -145,20 +145,20 @@ def round_to_grid(values: Floats, scale: Floats, zero: Floats) -> Floats:
     return codes
 
 
-def _packed(blocks: Blocks, spill: Spill) -> dict[str, ir.TensorProtocol]:
+def _pack_blocks(blocks: Blocks, spill: Spill) -> dict[str, ir.TensorProtocol]:
     """The constants of MatMulNBits. A byte holds two neighbours of a block, the first in its lower half."""
     inputs, outputs = blocks.codes.shape
     count = len(blocks.scales)
     padded = np.pad(blocks.codes, ((0, count * blocks.size - inputs), (0, 0))).T.reshape(outputs, count, blocks.size)
     zeros = np.pad(blocks.zeros, ((0, count % 2), (0, 0))).T
     return {
-        "Q4": spill.keep(_pairs(padded)),
+        "Q4": spill.keep(_pack_pairs(padded)),
         "scales": spill.keep(blocks.scales.T.flatten()),
-        "zero_points": spill.keep(_pairs(zeros).flatten()),
+        "zero_points": spill.keep(_pack_pairs(zeros).flatten()),
     }
 
 
-def _pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _pack_pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Pack two neighbours of the last axis into a byte."""
     joined: npt.NDArray[np.uint8] = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
     return joined

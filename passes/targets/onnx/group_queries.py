@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.fold_kv import producer
+from passes.targets.onnx.fold_kv import find_producer
 from passes.targets.onnx.tensors import change_tensor
 
 LOWEST = np.array(np.finfo(np.float32).min)
@@ -52,7 +52,7 @@ class GroupQueriesPass(ir.passes.InPlacePass):
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             if mask is not None and mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT):
-                heads = _heads(node, mask) if self.rows else None
+                heads = _read_heads(node, mask) if self.rows else None
                 grouped = heads is not None and _to_rows(model.graph, node, heads)
                 key = (mask, heads.repeat, heads.flat) if heads is not None and grouped else (mask, 1, False)
                 if key not in made:
@@ -87,7 +87,7 @@ class _Heads:
         return old.transpose(1, 0, 2).flatten()
 
 
-def _heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
+def _read_heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
     """The sizes of ``node``; None if no heads share keys, or if the mask differs between heads."""
     query, key, result = (value.shape if value is not None else None for value in (*node.inputs[:2], node.outputs[0]))
     softcap = node.attributes.get_float("softcap", 0.0)
@@ -127,18 +127,18 @@ def _to_rows(graph: ir.Graph, node: ir.Node, heads: _Heads) -> bool:
 def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
     """Reorder the heads of query and output projection, if both exist and have no other use."""
     query, result = node.inputs[0], node.outputs[0]
-    rotary = _made_by(query, "RotaryEmbedding")
+    rotary = _find_sole_producer(query, "RotaryEmbedding")
     if rotary is not None:
         query = rotary.inputs[0]
     columns: list[ir.Value | None] = []
-    bias = _made_by(query, "Add")
+    bias = _find_sole_producer(query, "Add")
     if bias is not None:
         query, added = bias.inputs if _is_weight(bias.inputs[1], 1) else bias.inputs[::-1]
         if not _is_weight(added, 1):
             return False
         columns.append(added)
-    product = _made_by(query, "MatMul")
-    output = next(iter(result.uses())).node if _used_once(result) else None
+    product = _find_sole_producer(query, "MatMul")
+    output = next(iter(result.uses())).node if _is_used_once(result) else None
     if product is None or output is None or output.op_type != "MatMul" or output.inputs[0] is not result:
         return False
     weight, rows = product.inputs[1], output.inputs[1]
@@ -150,12 +150,12 @@ def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
     return True
 
 
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def _find_sole_producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that makes ``value``, if it is of this operator and ``value`` is used once."""
-    return producer(value, op_type) if value is not None and _used_once(value) else None
+    return find_producer(value, op_type) if value is not None and _is_used_once(value) else None
 
 
-def _used_once(value: ir.Value) -> bool:
+def _is_used_once(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
@@ -169,27 +169,29 @@ def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Va
     """``mask`` as floats with repeated rows: each row is repeated in place if ``flat``, else the whole is repeated."""
     if mask.dtype == ir.DataType.BOOL:
         old = mask.shape
-        mask = steps.op("Where", [mask, _constant(steps, np.zeros((), dtype=np.float32)), _constant(steps, LOWEST)])
+        mask = steps.op(
+            "Where", [mask, _add_constant(steps, np.zeros((), dtype=np.float32)), _add_constant(steps, LOWEST)]
+        )
         mask.shape, mask.type = old, ir.TensorType(ir.DataType.FLOAT)
     if repeat == 1:
         return mask
     axis = 3 if flat else 2
     times = np.where(np.arange(5) == axis, repeat, 1)
-    rows = steps.op("Unsqueeze", [mask, _constant(steps, np.array([axis]))])
-    rows = steps.op("Expand", [rows, _constant(steps, times)])
+    rows = steps.op("Unsqueeze", [mask, _add_constant(steps, np.array([axis]))])
+    rows = steps.op("Expand", [rows, _add_constant(steps, times)])
     shape = steps.op(
-        "Concat", [_constant(steps, np.array([0, 0, -1])), steps.op("Shape", [mask], {"start": 3})], {"axis": 0}
+        "Concat", [_add_constant(steps, np.array([0, 0, -1])), steps.op("Shape", [mask], {"start": 3})], {"axis": 0}
     )
     return steps.op("Reshape", [rows, shape])
 
 
 def _reshape(steps: ir.tape.Tape, value: ir.Value, shape: list[int]) -> ir.Value:
-    result = steps.op("Reshape", [value, _constant(steps, np.array(shape))])
+    result = steps.op("Reshape", [value, _add_constant(steps, np.array(shape))])
     result.shape, result.type = ir.Shape([size if size > 0 else None for size in shape]), value.type
     return result
 
 
-def _constant(steps: ir.tape.Tape, array: npt.NDArray[np.generic]) -> ir.Value:
+def _add_constant(steps: ir.tape.Tape, array: npt.NDArray[np.generic]) -> ir.Value:
     result = steps.op("Constant", [], {"value": ir.tensor(array)})
     result.const_value = ir.tensor(array)
     return result

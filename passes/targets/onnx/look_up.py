@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.block_weights import BLOCK, ZERO_POINT, zeros
-from passes.targets.onnx.plain_products import constant, looks_up_tokens, put
-from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
+from passes.targets.onnx.block_weights import BLOCK, ZERO_POINT, make_lazy_zeros
+from passes.targets.onnx.plain_products import add_constant, is_token_lookup, put
+from passes.targets.onnx.tensors import Spill, get_constant_tensor, make_lazy_tensor, read_tensor_shape, slice_in_parts
 
 
 @dataclass(frozen=True)
@@ -27,36 +27,36 @@ class LookUpInBlocksPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        found = [node for node in graph if looks_up_tokens(graph, node)]
+        found = [node for node in graph if is_token_lookup(graph, node)]
         for node in found:
             spill = Spill(self.source.parent) if self.numbers else None
-            blocks, scales = _blocks_of(graph, node.inputs[0], spill)  # type: ignore[arg-type]
+            blocks, scales = _make_table_blocks(graph, node.inputs[0], spill)  # type: ignore[arg-type]
             _look_up(graph, node, blocks, scales)
         return ir.passes.PassResult(model, bool(found))
 
     def ensures(self, model: ir.Model) -> None:
         """No float table is looked up by token ids."""
-        left = [n.name for n in model.graph if looks_up_tokens(model.graph, n)]
+        left = [n.name for n in model.graph if is_token_lookup(model.graph, n)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} looks up a float table")
 
 
-def _blocks_of(graph: ir.Graph, table: ir.Value, spill: Spill | None) -> tuple[ir.Value, ir.Value]:
+def _make_table_blocks(graph: ir.Graph, table: ir.Value, spill: Spill | None) -> tuple[ir.Value, ir.Value]:
     """A table [rows, width] as uint8 [rows, blocks, block] and float32 [rows, blocks, 1]; without a ``spill`` zeros."""
     blocks = graph.initializers.get(f"{table.name}.T_Q8")
     if blocks is not None:
-        shared = tensor_of(graph.initializers[f"{table.name}.T_scales"])
-        shape = (*shape_of(tensor_of(blocks))[:2], 1)
-        scales: ir.TensorProtocol = lazy(shared, lambda: shared.numpy().reshape(shape), shape)
+        shared = get_constant_tensor(graph.initializers[f"{table.name}.T_scales"])
+        shape = (*read_tensor_shape(get_constant_tensor(blocks))[:2], 1)
+        scales: ir.TensorProtocol = make_lazy_tensor(shared, lambda: shared.numpy().reshape(shape), shape)
     elif spill is None:
-        rows, width = shape_of(tensor_of(table))
+        rows, width = read_tensor_shape(get_constant_tensor(table))
         count = -(-width // BLOCK)
-        blocks = constant(graph, f"{table.name}_Q8", zeros(ir.DataType.UINT8, rows, count, BLOCK))
-        scales = zeros(ir.DataType.FLOAT, rows, count, 1)
+        blocks = add_constant(graph, f"{table.name}_Q8", make_lazy_zeros(ir.DataType.UINT8, rows, count, BLOCK))
+        scales = make_lazy_zeros(ir.DataType.FLOAT, rows, count, 1)
     else:
-        codes, found = quantize_rows(tensor_of(table).numpy())
-        blocks, scales = constant(graph, f"{table.name}_Q8", spill.keep(codes)), spill.keep(found)
-    return blocks, constant(graph, f"{table.name}_row_scales", scales)
+        codes, found = quantize_rows(get_constant_tensor(table).numpy())
+        blocks, scales = add_constant(graph, f"{table.name}_Q8", spill.keep(codes)), spill.keep(found)
+    return blocks, add_constant(graph, f"{table.name}_row_scales", scales)
 
 
 def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
@@ -64,12 +64,12 @@ def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8]
 
     The last block is padded with zeros.
     """
-    done = [_quantized(table[rows]) for rows in parts(table.shape)]
+    done = [_quantize_table(table[rows]) for rows in slice_in_parts(table.shape)]
     codes, scales = (np.concatenate(arrays) for arrays in zip(*done, strict=True))
     return codes, scales
 
 
-def _quantized(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def _quantize_table(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     rows, width = table.shape
     padded = np.pad(table, ((0, 0), (0, -width % BLOCK))).reshape(rows, -1, BLOCK)
     scales = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / (ZERO_POINT - 1), np.finfo(np.float32).tiny)
@@ -81,15 +81,15 @@ def _look_up(graph: ir.Graph, gather: ir.Node, blocks: ir.Value, scales: ir.Valu
     ids, result = gather.inputs[1], gather.outputs[0]
     assert result.shape is not None
     width = int(result.shape[-1])  # type: ignore[arg-type]
-    zero = constant(graph, "embedding_zero", ir.tensor(np.array(ZERO_POINT, dtype=np.float32)))
-    merge = constant(graph, "embedding_merge", ir.tensor(np.array([0, 0, -1], dtype=np.int64)))
+    zero = add_constant(graph, "embedding_zero", ir.tensor(np.array(ZERO_POINT, dtype=np.float32)))
+    merge = add_constant(graph, "embedding_merge", ir.tensor(np.array([0, 0, -1], dtype=np.int64)))
     steps = ir.tape.Tape()
     looked = steps.op("Cast", [steps.op("Gather", [blocks, ids])], {"to": ir.DataType.FLOAT})
     scaled = steps.op("Mul", [steps.op("Sub", [looked, zero]), steps.op("Gather", [scales, ids])])
     merged = steps.op("Reshape", [scaled, merge])
     if blocks.shape is not None and int(blocks.shape[1]) * int(blocks.shape[2]) != width:  # type: ignore[arg-type]
         bounds = [
-            constant(graph, f"embedding_{name}", ir.tensor(np.array([value], dtype=np.int64)))
+            add_constant(graph, f"embedding_{name}", ir.tensor(np.array([value], dtype=np.int64)))
             for name, value in (("from", 0), ("to", width), ("axis", -1))
         ]
         merged = steps.op("Slice", [merged, *bounds])

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from mptk.compat.torch import OpOverload, schema, size_expression, undecomposed
+from mptk.compat.torch import OpOverload, express_size, find_schema, mark_undecomposed
 from mptk.errors import MptkError
-from mptk.ir.passes import Pass, PassResult, shapes
+from mptk.ir.passes import Pass, PassResult, list_state_shapes
 from mptk.ir.program import Program
 from mptk.ir.size_calls import write_size_functions
 
@@ -81,24 +81,24 @@ class LowerOps(Pass):
         module = program.copy_graph()
         write_size_functions(module.graph, onnx=True)
         nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
-        if all(_functional(node) for node in nodes):
+        if all(_make_functional(node) for node in nodes):
             for node in nodes:
                 _lower(node)
-            return PassResult(relinked(program, module), module.code != program.graph.code)
+            return PassResult(replace_graph(program, module), module.code != program.graph.code)
         module = program.copy_graph()
         for node in list(module.graph.nodes):
             if node.target in ASSERTIONS:
                 module.graph.erase_node(node)
-        lowered = relinked(program, module)
+        lowered = replace_graph(program, module)
         return PassResult(lowered, module.code != program.graph.code, ("writes in place are left to torch",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """No assertion is left; the weights have the same names and shapes."""
         assert ASSERTIONS.isdisjoint(node.target for node in after.graph.graph.nodes), "an assertion is left"
-        assert shapes(after) == shapes(before), "a weight has another shape"
+        assert list_state_shapes(after) == list_state_shapes(before), "a weight has another shape"
 
 
-def relinked(program: Program, module: fx.GraphModule) -> Program:
+def replace_graph(program: Program, module: fx.GraphModule) -> Program:
     """``program`` with the graph ``module``: dead calls removed, and the signature's output names updated."""
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -108,15 +108,15 @@ def relinked(program: Program, module: fx.GraphModule) -> Program:
 def to_exporter(program: Program) -> ExportedProgram:
     """A lowered program for ``torch.onnx.export``. It is decomposed only if a write in place is left."""
     exported = program.to_exported()
-    signatures = [schema(node.target) for node in program.graph.graph.nodes]
+    signatures = [find_schema(node.target) for node in program.graph.graph.nodes]
     mutable = any(signature is not None and signature.is_mutable for signature in signatures)
-    return exported if mutable else undecomposed(exported)
+    return exported if mutable else mark_undecomposed(exported)
 
 
-def _functional(node: fx.Node) -> bool:
+def _make_functional(node: fx.Node) -> bool:
     """Whether ``node`` writes to no input. If case 5 allows it, ``node`` is changed into its op without the write."""
     assert isinstance(node.target, OpOverload)
-    signature = schema(node.target)
+    signature = find_schema(node.target)
     assert signature is not None
     if not signature.is_mutable:
         return True
@@ -139,7 +139,7 @@ def _is_view(node: fx.Node) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
     if node.target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
-    signature = schema(node.target)
+    signature = find_schema(node.target)
     return signature is None or any(result.alias_info is not None for result in signature.returns)
 
 
@@ -159,7 +159,7 @@ def _lower(node: fx.Node) -> None:
         node.target, dimensions = aten.permute.default, node.meta["val"].ndim
         node.args = (source, list(reversed(range(dimensions))))
     elif packet in RETURN_THEIR_INPUT and isinstance(source, fx.Node):
-        if _type(source) == _type(node):
+        if _read_type(source) == _read_type(node):
             node.replace_all_uses_with(source)
             node.graph.erase_node(node)
         elif packet is aten.to:
@@ -185,7 +185,7 @@ def _lower_attention(node: fx.Node) -> None:
         node.replace_input_with(mask, wide)
 
 
-def _type(node: fx.Node) -> tuple[torch.dtype, list[object]]:
+def _read_type(node: fx.Node) -> tuple[torch.dtype, list[object]]:
     """Dtype and shape. Symbolic sizes are expressions, since a comparison of the sizes would add a guard."""
     value: Tensor = node.meta["val"]
-    return value.dtype, [size if isinstance(size, int) else size_expression(size) for size in value.shape]
+    return value.dtype, [size if isinstance(size, int) else express_size(size) for size in value.shape]

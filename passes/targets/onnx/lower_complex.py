@@ -14,10 +14,10 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import enable_python_dispatcher
-from mptk.ir.ops import op_name
-from mptk.ir.passes import Pass, PassResult, shapes
+from mptk.ir.ops import name_op
+from mptk.ir.passes import Pass, PassResult, list_state_shapes
 from mptk.ir.program import Program
-from passes.targets.onnx.lower import aten, relinked
+from passes.targets.onnx.lower import aten, replace_graph
 
 Lowering = Callable[[tuple[Argument, ...]], fx.Node]
 """A call's arguments, pairs for complex values → the call on pairs."""
@@ -30,21 +30,21 @@ class LowerComplex(Pass):
     name: ClassVar[str] = "lower complex"
 
     def run(self, program: Program) -> PassResult:
-        complex_ops = _complex_ops(program.graph.graph)
-        unknown = sorted({op_name(node) for node in complex_ops if _packet(node) not in LOWERED})
+        complex_ops = _list_complex_ops(program.graph.graph)
+        unknown = sorted({name_op(node) for node in complex_ops if _get_packet(node) not in LOWERED})
         if unknown or not complex_ops:
             return PassResult(program, False, (f"complex {', '.join(unknown)} left",) if unknown else ())
         module = program.copy_graph()
-        _lower(module.graph, _complex_ops(module.graph))
-        return PassResult(relinked(program, module), True)
+        _lower(module.graph, _list_complex_ops(module.graph))
+        return PassResult(replace_graph(program, module), True)
 
     def ensures(self, before: Program, after: Program) -> None:
         """If anything changed, no complex number is left. The weights have the same names and shapes."""
-        assert after is before or not _complex_ops(after.graph.graph), "a complex number is left"
-        assert shapes(after) == shapes(before), "a weight has another shape"
+        assert after is before or not _list_complex_ops(after.graph.graph), "a complex number is left"
+        assert list_state_shapes(after) == list_state_shapes(before), "a weight has another shape"
 
 
-def _complex_ops(graph: fx.Graph) -> list[fx.Node]:
+def _list_complex_ops(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if any(map(_is_complex, (node, *node.all_input_nodes)))]
 
 
@@ -53,7 +53,7 @@ def _lower(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     pairs: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         with graph.inserting_before(node):
-            pair = LOWERED[_packet(node)](fx.map_arg(node.args, lambda n: pairs.get(n, n)))
+            pair = LOWERED[_get_packet(node)](fx.map_arg(node.args, lambda n: pairs.get(n, n)))
         if _is_complex(node):
             pairs[node] = pair
         else:
@@ -65,7 +65,7 @@ def _is_complex(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _packet(node: fx.Node) -> object:
+def _get_packet(node: fx.Node) -> object:
     return getattr(node.target, "overloadpacket", None)
 
 
@@ -83,24 +83,24 @@ def _stack(real: fx.Node, imaginary: fx.Node) -> fx.Node:
     return _call(aten.stack.default, [real, imaginary], -1)
 
 
-def _node(argument: Argument) -> fx.Node:
+def _cast_node(argument: Argument) -> fx.Node:
     assert isinstance(argument, fx.Node)
     return argument
 
 
-def _same(args: tuple[Argument, ...]) -> fx.Node:
+def _return_input(args: tuple[Argument, ...]) -> fx.Node:
     """The input itself: for the views between pairs and complex numbers, and for copies."""
-    return _node(args[0])
+    return _cast_node(args[0])
 
 
-def _polar(args: tuple[Argument, ...]) -> fx.Node:
-    length, angle = map(_node, args)
+def _lower_polar(args: tuple[Argument, ...]) -> fx.Node:
+    length, angle = map(_cast_node, args)
     cosine, sine = _call(aten.cos.default, angle), _call(aten.sin.default, angle)
     return _stack(_call(aten.mul.Tensor, length, cosine), _call(aten.mul.Tensor, length, sine))
 
 
-def _product(args: tuple[Argument, ...]) -> fx.Node:
-    x, y = _node(args[0]), args[1]
+def _lower_product(args: tuple[Argument, ...]) -> fx.Node:
+    x, y = _cast_node(args[0]), args[1]
     if not isinstance(y, fx.Node):
         return _call(aten.mul.Tensor, x, y)
     a, b, c, d = (_call(aten.select.int, pair, -1, part) for pair in (x, y) for part in (0, 1))
@@ -108,25 +108,25 @@ def _product(args: tuple[Argument, ...]) -> fx.Node:
     return _stack(real, _call(aten.add.Tensor, _call(aten.mul.Tensor, a, d), _call(aten.mul.Tensor, b, c)))
 
 
-def _along(op: Callable[..., object]) -> Lowering:
+def _lower_along(op: Callable[..., object]) -> Lowering:
     """For an op on one dimension: a negative dimension now counts from the parts."""
 
     def lower(args: tuple[Argument, ...]) -> fx.Node:
         pair, dim, *rest = args
         assert isinstance(dim, int)
-        return _call(op, _node(pair), dim if dim >= 0 else dim - 1, *rest)
+        return _call(op, _cast_node(pair), dim if dim >= 0 else dim - 1, *rest)
 
     return lower
 
 
 LOWERED: dict[object, Lowering] = {
-    aten._to_copy: _same,
-    aten.index_select: _along(aten.index_select.default),
-    aten.mul: _product,
-    aten.polar: _polar,
-    aten.slice: _along(aten.slice.Tensor),
-    aten.to: _same,
-    aten.unsqueeze: _along(aten.unsqueeze.default),
-    aten.view_as_complex: _same,
-    aten.view_as_real: _same,
+    aten._to_copy: _return_input,
+    aten.index_select: _lower_along(aten.index_select.default),
+    aten.mul: _lower_product,
+    aten.polar: _lower_polar,
+    aten.slice: _lower_along(aten.slice.Tensor),
+    aten.to: _return_input,
+    aten.unsqueeze: _lower_along(aten.unsqueeze.default),
+    aten.view_as_complex: _return_input,
+    aten.view_as_real: _return_input,
 }

@@ -44,7 +44,7 @@ def measure_onnx(
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     Args:
-        file: a graph of ``emit_onnx`` in float32 that ``reads_text``.
+        file: a graph of ``emit_onnx`` in float32 that ``takes_text_inputs``.
         channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
         device: where the graph runs.
@@ -53,18 +53,20 @@ def measure_onnx(
     part: list[str] = []
     for name in channels:
         if part and sum(map(size.__getitem__, part)) + size[name] > BYTES:
-            yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
+            yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
             part = []
         part.append(name)
     if part:
-        yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
+        yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
 
 
-def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device) -> dict[str, Floats]:
+def _measure_sums(
+    file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device
+) -> dict[str, Floats]:
     proto = onnx.load(file, load_external_data=False)
     for name, count in channels.items():
         proto.graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [2], [-1, count]))
-        proto.graph.node.extend(_nodes(name, what))
+        proto.graph.node.extend(_make_sum_nodes(name, what))
         shape = [count] if what == "squares" else [count, count]
         proto.graph.output.append(helper.make_tensor_value_info(f"{name}.sum", TensorProto.FLOAT, shape))
     entries = {WEIGHTS_FOLDER: str(file.parent.resolve())}
@@ -72,13 +74,13 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS_AT_ONCE // text.shape[1])):
-        feeds = _feeds(session, text[start : start + step], file)
+        feeds = _make_feeds(session, text[start : start + step], file)
         for name, found in zip(channels, session.run(names, feeds), strict=True):
             sums[name] = sums[name] + found
     return sums
 
 
-def _nodes(name: str, what: str) -> list[NodeProto]:
+def _make_sum_nodes(name: str, what: str) -> list[NodeProto]:
     flat, axes, result = f"{name}.flat", f"{name}.axes", f"{name}.sum"
     nodes = [helper.make_node("Reshape", [name, f"{name}.shape"], [flat])]
     if what == "products":
@@ -87,14 +89,14 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
     return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
 
 
-def reads_text(inputs: Collection[str]) -> bool:
+def takes_text_inputs(inputs: Collection[str]) -> bool:
     """Whether a graph with inputs of these names reads text: token ids, or embeddings that a graph beside it makes."""
     return not {*IDS_AND_EMBEDDINGS}.isdisjoint(inputs) and all(
         name in (*IDS_AND_EMBEDDINGS, *OF_TEXT) or name.startswith(CACHE) for name in inputs
     )
 
 
-def _feeds(session: ort.InferenceSession, ids: Text, file: Path) -> dict[str, npt.NDArray[np.generic]]:
+def _make_feeds(session: ort.InferenceSession, ids: Text, file: Path) -> dict[str, npt.NDArray[np.generic]]:
     """The inputs of a prompt without padding, with an empty cache, if the graph has one."""
     inputs = {i.name: i.shape for i in session.get_inputs()}
     given: dict[str, npt.NDArray[np.generic]] = {name: make(ids) for name, make in OF_TEXT.items()}

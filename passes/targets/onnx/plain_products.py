@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.targets.onnx.library import CONSTANT_SIZE
-from passes.targets.onnx.tensors import lazy, shape_of, tensor_of
+from passes.targets.onnx.tensors import get_constant_tensor, make_lazy_tensor, read_tensor_shape
 
 
 class PlainProductsPass(ir.passes.InPlacePass):
@@ -25,7 +25,7 @@ class PlainProductsPass(ir.passes.InPlacePass):
         graph, modified = model.graph, False
         for node in list(graph):
             if node.op_type == "Transpose" and is_constant(node.inputs[0]):
-                folded = _transposed(graph, node.inputs[0])  # type: ignore[arg-type]
+                folded = _transpose_weight(graph, node.inputs[0])  # type: ignore[arg-type]
                 ir.convenience.replace_all_uses_with(node.outputs[0], folded)
                 graph.remove(node, safe=True)
                 modified = True
@@ -46,7 +46,7 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
         return False
     data, weight, *bias = gemm.inputs
     steps = ir.tape.Tape()
-    result = steps.op("MatMul", [data, _transposed(graph, weight) if settings.get("transB", 0) else weight])  # type: ignore[arg-type]
+    result = steps.op("MatMul", [data, _transpose_weight(graph, weight) if settings.get("transB", 0) else weight])  # type: ignore[arg-type]
     if bias and bias[0] is not None:
         result.shape, result.type = gemm.outputs[0].shape, gemm.outputs[0].type
         result = steps.op("Add", [result, bias[0]])
@@ -64,13 +64,13 @@ def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) ->
     graph.remove(old, safe=True)
 
 
-def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+def _transpose_weight(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     """The transpose of a matrix as a new weight, made once."""
     name = f"{weight.name}.T"
     if name in graph.initializers:
         return graph.initializers[name]
-    old = tensor_of(weight)
-    return constant(graph, name, lazy(old, lambda: old.numpy().T, shape_of(old)[::-1]))
+    old = get_constant_tensor(weight)
+    return add_constant(graph, name, make_lazy_tensor(old, lambda: old.numpy().T, read_tensor_shape(old)[::-1]))
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -78,35 +78,37 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.const_value.shape.rank() == 2
 
 
-def constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A new constant of the graph."""
     tensor.name = name
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape_of(tensor)))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(read_tensor_shape(tensor)))
     value.type = ir.TensorType(tensor.dtype)
     graph.register_initializer(value)
     return value
 
 
-def products(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+def find_weight_products(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Name of each product with a weight → the weight, [inputs, outputs]."""
     return {
-        str(node.name): tensor_of(node.inputs[1])
+        str(node.name): get_constant_tensor(node.inputs[1])
         for node in model.graph
         if node.op_type == "MatMul" and is_constant(node.inputs[1])
     }
 
 
-def looks_up_tokens(graph: ir.Graph, node: ir.Node) -> bool:
+def is_token_lookup(graph: ir.Graph, node: ir.Node) -> bool:
     """Whether a node looks token ids up in a table."""
     ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
     return node.op_type == "Gather" and is_constant(node.inputs[0]) and ids is not None and node.inputs[1] is ids
 
 
-def logit_products(model: ir.Model) -> set[str]:
+def find_logit_products(model: ir.Model) -> set[str]:
     """Names of the products that give the logits: those whose outputs are the vocabulary. None if features come out."""
     output = model.graph.outputs[0]
     vocabulary = output.shape if output.name == "logits" else None
-    return {name for name, weight in products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}
+    return {
+        name for name, weight in find_weight_products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]
+    }
 
 
 class FoldTransposesPass(ir.passes.InPlacePass):
@@ -128,10 +130,10 @@ def _is_large(value: ir.Value | None) -> bool:
 def _fold(graph: ir.Graph, transpose: ir.Node) -> None:
     weight, result = transpose.inputs[0], transpose.outputs[0]
     assert weight is not None
-    old, name = tensor_of(weight), str(result.name)
+    old, name = get_constant_tensor(weight), str(result.name)
     axes = transpose.attributes.get_ints("perm", tuple(reversed(range(len(old.shape)))))
-    shape = [shape_of(old)[axis] for axis in axes]
-    folded = constant(graph, name, lazy(old, lambda: np.transpose(old.numpy(), axes), shape))
+    shape = [read_tensor_shape(old)[axis] for axis in axes]
+    folded = add_constant(graph, name, make_lazy_tensor(old, lambda: np.transpose(old.numpy(), axes), shape))
     ir.convenience.replace_all_uses_with(result, folded)
     graph.remove(transpose, safe=True)
     graph.initializers.pop(str(weight.name))

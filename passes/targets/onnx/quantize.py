@@ -27,7 +27,7 @@ from onnx_ir.passes import common
 from mptk.ir.passes import Log
 from passes.targets.onnx.balance import BalancePass
 from passes.targets.onnx.block_weights import BLOCK
-from passes.targets.onnx.names import quantized as quantized_file
+from passes.targets.onnx.names import name_quantized_file as quantized_file
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
@@ -52,14 +52,14 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
     """
     model = read_float(source)
     metadata = {**model.metadata_props, "quantization": scheme}
-    with _quiet():
+    with _hide_log():
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
     return save_graph(quantized, quantized_file(source, scheme))
 
 
-def even_channels(source: Path) -> list[ir.passes.PassBase]:
+def list_evening_passes(source: Path) -> list[ir.passes.PassBase]:
     """The passes that make channels equally large before rounding. Their input is ``read_float(source)``."""
     return [
         PlainProductsPass(),
@@ -78,7 +78,7 @@ def read_float(source: Path) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _hide_log() -> Iterator[None]:
     """Disable the log of ONNX Runtime's quantisers, which has a line for every node."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -14,34 +14,34 @@ class RepeatAnglesPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """No node's angles have one row if its input may have more."""
-        if left := [node.name for node in model.graph if _shared(node)]:
+        if left := [node.name for node in model.graph if _has_shared_angles(node)]:
             raise ir.passes.PostconditionError(f"{left[0]} has the angles of one row")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         made: dict[tuple[ir.Value, object], ir.Value] = {}
-        for node in [node for node in model.graph if _shared(node)]:
+        for node in [node for node in model.graph if _has_shared_angles(node)]:
             turned = node.inputs[0]
             assert turned is not None
             for place in (1, 2):
                 waves = node.inputs[place]
                 assert waves is not None
-                key = waves, _rows(turned) or turned
+                key = waves, _find_row_size(turned) or turned
                 if key not in made:
                     steps = ir.tape.Tape()
-                    made[key] = _repeated(steps, waves, turned)
+                    made[key] = _repeat_rows(steps, waves, turned)
                     model.graph.insert_before(node, steps.nodes)
                 node.replace_input_with(place, made[key])
         return ir.passes.PassResult(model, bool(made))
 
 
-def _shared(node: ir.Node) -> bool:
+def _has_shared_angles(node: ir.Node) -> bool:
     """Whether a RotaryEmbedding has angles of one row for an input of more."""
     if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) > 3:  # a fourth input looks angles up
         return False
-    return _rows(_angles(node.inputs[1])) == 1 != _rows(node.inputs[0])
+    return _find_row_size(_find_angles(node.inputs[1])) == 1 != _find_row_size(node.inputs[0])
 
 
-def _rows(value: ir.Value | None) -> object:
+def _find_row_size(value: ir.Value | None) -> object:
     """The size of the first axis, a number or its name; None if it is not known."""
     if value is None or value.shape is None:
         return None
@@ -49,13 +49,13 @@ def _rows(value: ir.Value | None) -> object:
     return size if isinstance(size, int) else size.value
 
 
-def _angles(cosines: ir.Value | None) -> ir.Value | None:
+def _find_angles(cosines: ir.Value | None) -> ir.Value | None:
     """The value whose cosines, or sines, ``cosines`` are; the fusion gives these no shape."""
     made_by = None if cosines is None else cosines.producer()
     return made_by.inputs[0] if made_by is not None and made_by.op_type in ("Cos", "Sin") else cosines
 
 
-def _repeated(steps: ir.tape.Tape, waves: ir.Value, turned: ir.Value) -> ir.Value:
+def _repeat_rows(steps: ir.tape.Tape, waves: ir.Value, turned: ir.Value) -> ir.Value:
     """``waves`` [1, sequence, n] as [batch of ``turned``, sequence, n]."""
     batch = steps.op("Shape", [turned], {"start": 0, "end": 1})
     ones = steps.op("Constant", [], {"value_ints": [1, 1]})

@@ -40,7 +40,7 @@ class _Link:
 
 def _move(graph: ir.Graph, node: ir.Node) -> bool:
     """Move a Slice as far to the front as it goes. Returns whether it passed a product."""
-    axes, (sliced,) = _numbers(node.inputs[3] if len(node.inputs) > 3 else None), node.outputs
+    axes, (sliced,) = _read_numbers(node.inputs[3] if len(node.inputs) > 3 else None), node.outputs
     if axes is None or len(axes) != 1 or sliced.is_graph_output() or sliced.shape is None:
         return False
     links = list[_Link]()
@@ -100,7 +100,7 @@ def _resize(link: _Link, size: int | ir.SymbolicDim, steps: ir.tape.Tape) -> Non
     made.shape = ir.Shape([size if place == link.axis else old for place, old in enumerate(made.shape)])
 
 
-def _numbers(value: ir.Value | None) -> list[int] | None:
+def _read_numbers(value: ir.Value | None) -> list[int] | None:
     """The numbers of a constant."""
     constant = None if value is None else value.const_value
     return None if constant is None else [int(number) for number in constant.numpy().reshape(-1)]

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.files import write_together
-from passes.targets.onnx.names import data_file
+from passes.targets.onnx.names import name_data_file
 
 Array = npt.NDArray[Any]
 """Any: a graph's constants are of many types."""
@@ -30,22 +30,24 @@ PART = 1 << 22
 """Numbers processed at once if a step does not need the whole weight."""
 
 
-def lazy(like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None) -> ir.LazyTensor:
+def make_lazy_tensor(
+    like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None
+) -> ir.LazyTensor:
     """A tensor that ``make`` computes at each request, of ``like``'s type and of its shape or ``shape``."""
-    sizes = shape_of(like) if shape is None else shape
-    return ir.LazyTensor(lambda: _tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
+    sizes = read_tensor_shape(like) if shape is None else shape
+    return ir.LazyTensor(lambda: _make_tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
 
 
-def _tensor(array: Array) -> ir.TensorProtocol:
+def _make_tensor(array: Array) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(array))
 
 
-def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+def read_tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """The shape as numbers."""
     return tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
 
 
-def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+def get_constant_tensor(value: ir.Value | None) -> ir.TensorProtocol:
     """The constant of ``value``, which has one."""
     assert value is not None
     assert value.const_value is not None
@@ -54,9 +56,9 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
 
 def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> None:
     """Give ``value`` the changed constant, of the same shape and type."""
-    old = tensor_of(value)
+    old = get_constant_tensor(value)
     assert value is not None
-    value.const_value = lazy(old, lambda: change(old.numpy()))
+    value.const_value = make_lazy_tensor(old, lambda: change(old.numpy()))
 
 
 def save_graph(model: ir.Model, file: Path) -> Path:
@@ -65,14 +67,14 @@ def save_graph(model: ir.Model, file: Path) -> Path:
     Raises:
         MptkError: ONNX does not accept it, as the exporter mixed types in arithmetic on sizes.
     """
-    data = data_file(file.name)
+    data = name_data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
         try:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise MptkError(
-                f"torch.onnx writes a graph that ONNX does not accept ({first_line(error)}); leave out ONNX"
+                f"torch.onnx writes a graph that ONNX does not accept ({take_first_line(error)}); leave out ONNX"
             ) from error
     return file
 
@@ -93,15 +95,15 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def _from_file(tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    kind, shape = tensor.dtype.numpy(), shape_of(tensor)
-    return lazy(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))
+    kind, shape = tensor.dtype.numpy(), read_tensor_shape(tensor)
+    return make_lazy_tensor(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))
 
 
 def _read(file: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
     return np.fromfile(file, kind, math.prod(shape), offset=offset).reshape(shape)
 
 
-def parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
+def slice_in_parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
     """Slices of an axis of an array of this shape, of about ``PART`` numbers each."""
     count = shape[axis]
     step = max(1, PART * count // max(1, math.prod(shape)))

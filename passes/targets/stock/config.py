@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from passes.targets.stock.attempt import Refusal, configured, on_meta, shapes_of
+from passes.targets.stock.attempt import Refusal, build_config, build_on_meta, list_weight_shapes
 from passes.targets.stock.equations import Grown, Law, WidthProducts
 from passes.targets.stock.symbolic import Assignment, Field, Reading, Unread, WeightShapes
 
@@ -73,7 +73,7 @@ def probe_config(
         reading = Reading(model_class, config)
     except Unread as error:
         return error.refusal
-    if (wrong := misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
+    if (wrong := find_misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
         return wrong
     grows = [name for name, (before, after) in widths.items() if after > before]
     products = WidthProducts({name: before for name, (before, _) in widths.items()}, fixed, grows)
@@ -82,17 +82,17 @@ def probe_config(
     if isinstance(assignment, Refusal):
         return assignment
     cut = reading.at(assignment)
-    refused = misfit(cut.shapes, target_shapes) or products.strange(reading.dense, cut, new)
-    return refused or finished(model_class, config, reading.needed(assignment), target_shapes)
+    refused = find_misfit(cut.shapes, target_shapes) or products.find_unexplained(reading.dense, cut, new)
+    return refused or finish_config(model_class, config, reading.needed(assignment), target_shapes)
 
 
-def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
     """The class on the meta device."""
     with no_init_weights():  # which even on meta is a third of the work
-        return on_meta(model_class, config)
+        return build_on_meta(model_class, config)
 
 
-def misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) -> Refusal | None:
+def find_misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) -> Refusal | None:
     """The first weight of the class that has another shape than ``target``, or that only one of them has.
 
     ``sizes``: whether to compare these, too, or only names and numbers of dimensions.
@@ -106,7 +106,7 @@ def misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) ->
     return None
 
 
-def finished(
+def finish_config(
     model_class: type[PreTrainedModel],
     template: PreTrainedConfig,
     assignment: Assignment,
@@ -118,30 +118,32 @@ def finished(
     ``scalars``: old → new value of float fields (a norm's eps after a cut of its axis). Every float field with the old
     value gets the new one.
     """
-    made = assigned(template, assignment)
+    made = assign_fields(template, assignment)
     if isinstance(made, Refusal):
         return made
     config, refused = made
-    model = built(model_class, config)
+    model = build_meta_model(model_class, config)
     if isinstance(model, Refusal):
         return model
     if refused is not None:
         return replace(refused, config=with_scalars(config, scalars))
-    if (wrong := misfit(shapes_of(model), target)) is not None:
+    if (wrong := find_misfit(list_weight_shapes(model), target)) is not None:
         return wrong
-    changes = _changes(template, assignment) | _scalar_changes(config, scalars)
+    changes = _list_changes(template, assignment) | _list_scalar_changes(config, scalars)
     return StockConfig(model_class, with_scalars(config, scalars), changes)
 
 
-def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+def assign_fields(
+    template: PreTrainedConfig, assignment: Assignment
+) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
     """The config with ``assignment``, as ``configured`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():
         key.put(body, value)
-    return configured(template, body)
+    return build_config(template, body)
 
 
-def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
+def _list_changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
     before, after = template.to_dict(), template.to_dict()
     for key, value in assignment.items():
         key.put(after, value)
@@ -152,11 +154,11 @@ def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tu
     return {".".join(key.path): (None if key.implicit else at(before, key), at(after, key)) for key in assignment}
 
 
-def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:
+def _find_floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:
     """Every float attribute of ``config`` and its inner configs whose value is ``old``: owner, attribute, path."""
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from ((owner, name, f"{key}.{path}") for owner, name, path in _floats(value, old))
+            yield from ((owner, name, f"{key}.{path}") for owner, name, path in _find_floats(value, old))
         elif isinstance(value, float) and value == old:
             yield config, key, key
 
@@ -164,11 +166,11 @@ def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedCo
 def with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> PreTrainedConfig:
     """A copy of ``config`` in which every float field with an old value of ``scalars`` has the new one."""
     config = copy.deepcopy(config)
-    found = [(owner, name, new) for old, new in scalars.items() for owner, name, _ in _floats(config, old)]
+    found = [(owner, name, new) for old, new in scalars.items() for owner, name, _ in _find_floats(config, old)]
     for owner, name, new in found:
         setattr(owner, name, new)
     return config
 
 
-def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
-    return {path: (old, new) for old, new in scalars.items() for _, _, path in _floats(config, old)}
+def _list_scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
+    return {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}

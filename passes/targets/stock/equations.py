@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.symbolic import Field, Reading, Sizes, SizeSlot, WeightShapes, starred
+from passes.targets.stock.symbolic import Field, Reading, Sizes, SizeSlot, WeightShapes, replace_indices
 
 CutShapes = Callable[[Mapping[str, int]], WeightShapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
@@ -85,7 +85,7 @@ class WidthProducts:
         """The families, with exponents, that are factors of ``value``."""
         return self._of.get(int(value), [])
 
-    def strange(self, dense: Sizes, cut: Sizes, widths: Mapping[str, int]) -> Refusal | None:
+    def find_unexplained(self, dense: Sizes, cut: Sizes, widths: Mapping[str, int]) -> Refusal | None:
         """A number of a module that the cut does not explain.
 
         An integer may change if it is a product of widths, or a size that the cut changes. Floats (an attention scale
@@ -99,11 +99,11 @@ class WidthProducts:
             if math.isnan(old) or math.isclose(old, new, rel_tol=1e-9):
                 continue
             may = is_width(name, old) and (
-                (old, new) in sizes or any(scaled(old, r, ratios) == new for r in self.of(old))
+                (old, new) in sizes or any(compute_scaled(old, r, ratios) == new for r in self.of(old))
             )
             if not may:
                 what = f"it changes from {old} to {new}, so the class computes another function"
-                return Refusal("numeric", starred(name), what)
+                return Refusal("numeric", replace_indices(name), what)
         return None
 
 
@@ -112,7 +112,7 @@ def is_width(name: str, value: float) -> bool:
     return isinstance(value, int) and not name.endswith("]")
 
 
-def scaled(value: float, exponents: Exponents, ratios: Exponents) -> Fraction | None:
+def compute_scaled(value: float, exponents: Exponents, ratios: Exponents) -> Fraction | None:
     """``value`` times the product of powers of the ratios; None if that is no fraction."""
     powers = Counter[Fraction]()
     for unknown, exponent in exponents.items():
@@ -139,10 +139,10 @@ class Equation:
         return self.fields | {unknown: -factor for unknown, factor in self.wanted.items()}
 
 
-def equations(reading: Reading, grown: Grown) -> list[Equation]:
+def list_equations(reading: Reading, grown: Grown) -> list[Equation]:
     """All different equations of a class. A size of 1 that stays is left out: what it is made of may be rounded."""
     found = dict[Hashable, Equation]()
-    for place, own in reading.exponents():
+    for place, own in reading.list_exponents():
         fields, grows, integer = dict[Hashable, Fraction](own.items()), Exponents(), None
         if isinstance(place, tuple):
             grows = grown.get(place, {})
@@ -170,7 +170,7 @@ class Law:
 
     def __init__(self, reading: Reading, products: WidthProducts, grown: Grown, fixed: Collection[str] | None) -> None:
         self.reading, self.products, self.grown, families = reading, products, grown, products.families
-        every = equations(reading, grown)
+        every = list_equations(reading, grown)
         every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
         others = [each for each in every if each.integer is None]
         count = Counter(field for each in others for field in each.fields)
@@ -185,7 +185,7 @@ class Law:
         for (name, dimension), row in grown.items():
             sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
         for each in every:
-            if each.integer is not None and _free(self._echelon.left(each.fields)):
+            if each.integer is not None and _has_field(self._echelon.left(each.fields)):
                 like = [*products.of(each.integer), *sizes.get(each.integer, [])]
                 self._explain(each.fields, each.integer, like)
         solved = self._echelon.solved
@@ -217,7 +217,7 @@ class Law:
         """The fields that ``widths`` change, and all implicit ones."""
         ratios: Exponents = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
         for tie in self.ties:
-            if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
+            if tie.keys() & widths.keys() and compute_scaled(1, tie, ratios) != 1:
                 names, config = " and ".join(sorted(map(str, tie))), type(self.reading.template).__name__
                 if len(tie) == 1:
                     return Refusal("shape", config, f"no field sets the sizes of {names} and no others")
@@ -225,7 +225,7 @@ class Law:
                 return Refusal("shared", where, f"{names} are one number in the config and must be cut in proportion")
         found = {pin: pin.value for pin in self.reading.pins}
         for field, row in self.fields.items():
-            value = scaled(field.value, row, ratios)
+            value = compute_scaled(field.value, row, ratios)
             if value is None or value.denominator != 1 or value < 1:
                 cut = ", ".join(f"{name}={width}" for name, width in widths.items())
                 return Refusal("shape", field.name, f"no whole number of it gives the widths {cut}")
@@ -259,11 +259,11 @@ class Law:
         return frozenset(group)
 
 
-def _free(row: Exponents) -> bool:
+def _has_field(row: Exponents) -> bool:
     return any(isinstance(unknown, Field) for unknown in row)
 
 
-def growing(dense: WeightShapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Exponents]:
+def find_growth(dense: WeightShapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Exponents]:
     """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
     found: dict[SizeSlot, Exponents] = {}
     for family, width in families.items():

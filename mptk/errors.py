@@ -125,7 +125,8 @@ def find_broken_package(error: BaseException) -> MptkError | None:
     if package in ("", "__main__", "mptk", "passes"):
         return None
     return MptkError(
-        f"the package {package} is installed, but does not import ({take_first_line(error)}); repair it, or uninstall it if "
+        f"the package {package} is installed, but does not import ({take_first_line(error)}); repair it, or uninstall "
+        "it if "
         "you do not need it"
     )
 

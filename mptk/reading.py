@@ -83,7 +83,10 @@ def make_damage_error(file: Path, remedy: str = "download or export the model ag
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ``make_damage_error`` for another kind, if it is unreadable or exceeds ``most``."""
+    """The bytes of a regular file.
+
+    Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``.
+    """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -428,7 +428,7 @@ def test_a_session_takes_and_gives_its_own_tensors() -> None:
 def test_the_quantiser_leaves_logging_alone() -> None:
     """In a process of its own: a module is imported once."""
     program = (
-        "import logging; from mptk.compat.onnxruntime import matmul_quantizer; module = matmul_quantizer();"
+        "import logging; from mptk.compat.onnxruntime import import_matmul_quantizer; module = import_matmul_quantizer();"
         "assert module.MatMulNBitsQuantizer and module.DefaultWeightOnlyQuantConfig;"
         "assert not logging.root.handlers and logging.root.level == logging.WARNING"
     )

@@ -197,7 +197,7 @@ class TestLongTexts:
             "import resource, sys; from transformers import AutoTokenizer; from mptk.io import data;"
             f"tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r});"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
-            f"data._shared_out(data.parse({str(tmp_path / 'long.txt')!r}), tokenizer, 256, 32, 0);"
+            f"data._share_windows(data.parse({str(tmp_path / 'long.txt')!r}), tokenizer, 256, 32, 0);"
             "print((peak() - before) // 1024)"
         )
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -113,7 +113,7 @@ def _find_log_folder() -> Path:
 
 
 class Lasting(io.FileIO):
-    """A stream that accepts all text. ``find_lost_output``: why it could not pass some of it on."""
+    """A stream that accepts all text. ``lost``: why it could not pass some of it on."""
 
     lost: OSError | None = None
 

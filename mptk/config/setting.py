@@ -93,11 +93,12 @@ class Setting:
     """The declaration of a setting.
 
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
-    that have the option. ``find_idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
-    of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
-    ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
-    reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
-    another value. ``said_in_call``: it holds only in the call in which the caller said it: no file stores or sets it.
+    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``:
+    bounds of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some
+    commands. ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its
+    recipe, only reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may
+    go on with another value. ``said_in_call``: it holds only in the call in which the caller said it: no file stores or
+    sets it.
     """
 
     help: str

@@ -223,7 +223,8 @@ class Estimate:
         there = f", {describe_size(sum(self.there.values()))} on {self.device}" if self.device else ""
         does = f" for {self.does}" if self.does else ""
         note = f" ({self.note})" if self.note else ""
-        return f"will need about {describe_size(memory)} of memory{there}, {describe_size(disk)} of disk and {time}{does}{note}"
+        sizes = f"{describe_size(memory)} of memory{there}, {describe_size(disk)} of disk"
+        return f"will need about {sizes} and {time}{does}{note}"
 
 
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:

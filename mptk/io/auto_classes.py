@@ -49,7 +49,10 @@ def name_loader(config: PreTrainedConfig) -> str:
 
 
 def find_loader(config: PreTrainedConfig) -> Any:
-    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``name_loader``."""
+    """The class, or the auto class of transformers, that loads a checkpoint with ``config``.
+
+    Raises as ``name_loader``.
+    """
     return (
         find_diffusers_class(config)
         if isinstance(config, DiffusersConfig)

@@ -122,7 +122,8 @@ def load_calibration_windows(
     Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
-        MptkError: as ``check_length``, ``sampled.sampled``, ``read_documents``, ``make_token_windows``; or there is no tokenizer.
+        MptkError: as ``check_length``, ``sampled.sampled``, ``read_documents``, ``make_token_windows``; or there is no
+        tokenizer.
     """
     check_length(model, length)
     if data == SELF:

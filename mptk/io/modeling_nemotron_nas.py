@@ -8,7 +8,8 @@ vLLM, SGLang, TensorRT-LLM and mlx-lm read with code of their own. Its ``block_c
      "ffn": {"no_op": false, "replace_with_linear": false, "ffn_mult": 2.0}}
 
 ``n_heads_in_group`` is the number of query heads for each KV head. ``ffn_mult`` says the feed-forward width as in
-``compute_ffn_width``; the width itself, as ``intermediate_size``, may stand in its place. A part that is ``no_op`` is absent.
+``compute_ffn_width``; the width itself, as ``intermediate_size``, may stand in its place. A part that is ``no_op`` is
+absent.
 """
 
 from __future__ import annotations

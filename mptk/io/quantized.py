@@ -290,7 +290,8 @@ def read_quantization(folder: Path) -> dict[str, object] | None:
     method = found.get("quant_method") if isinstance(found, dict) else found
     if not isinstance(method, str) or method not in FORMATS:
         raise MptkError(
-            f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; give the "
+            f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
+            "give the "
             "float checkpoint that it was made of"
         )
     return dict(found)

@@ -65,7 +65,8 @@ def _build_model(
     cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
         raise MptkError(
-            f"{name} cannot have {what}: its {wrong[0]} would be {_describe_shape(there, wrong[0])}, and what is left of it is "
+            f"{name} cannot have {what}: its {wrong[0]} would be {_describe_shape(there, wrong[0])}, and what is left "
+            "of it is "
             f"{_describe_shape(cut, wrong[0])}; {remedy}"
         )
     before = dict(dense.named_buffers())

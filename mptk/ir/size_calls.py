@@ -140,7 +140,8 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
                 holds = interpret(calls, values, condition.holds)
             except KeyError as error:
                 raise MptkError(
-                    f"a graph cannot hold the condition on sizes that {sizes.describe_condition(condition)}: it lacks {error}; write "
+                    f"a graph cannot hold the condition on sizes that {sizes.describe_condition(condition)}: it lacks "
+                    f"{error}; write "
                     "what depends on sizes with tensors (docs/tracing.md)"
                 ) from error
             if isinstance(holds, fx.Node):

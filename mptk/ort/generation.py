@@ -179,7 +179,8 @@ class TextGenerator:
         """As ``generate_tokens``, with the model's own end tokens. At the end it sets ``speed``.
 
         Raises:
-            MptkError: as ``generate_tokens``; a token is outside the vocabulary; or a prompt and the tokens to be written
+            MptkError: as ``generate_tokens``; a token is outside the vocabulary; or a prompt and the tokens to be
+            written
                 have more tokens than the model has positions (``fit_prompts`` cuts them).
         """
         if all(map(len, prompts)):

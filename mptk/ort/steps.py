@@ -115,7 +115,8 @@ class WholeRun:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no base class
             raise MptkError(
-                f"{self.file} does not run on {case.batch} × {case.length}: {take_first_line(error)}; give other --lengths"
+                f"{self.file} does not run on {case.batch} × {case.length}: {take_first_line(error)}; give other "
+                "--lengths"
             ) from error
         return lambda: self.session.run_with_iobinding(binding)
 

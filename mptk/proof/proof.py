@@ -58,9 +58,9 @@ def prove_folder(
 ) -> Proven:
     """The difference at every stage: of the cut program, and of each target's files in ``folder``.
 
-    ``samples``: the proof's batches are made from them (``make_proof_batches``). ``whole``: whether a wrong optional file is
-    an error; if not, it is removed. ``again``: whether another process wrote the folder; then it is also compared with
-    what is written anew.
+    ``samples``: the proof's batches are made from them (``make_proof_batches``). ``whole``: whether a wrong optional
+    file is an error; if not, it is removed. ``again``: whether another process wrote the folder; then it is also
+    compared with what is written anew.
 
     Raises:
         MptkError: the config is wrong; the folder cannot be loaded; or ``whole``, and an optional file is wrong.

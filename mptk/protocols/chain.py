@@ -247,8 +247,8 @@ class Proven:
 class Method(Protocol):
     """How to choose the units that stay.
 
-    ``learns``: it trains before the cut, in ``settings.steps``. ``should_reconstruct``: by default consumers are fitted to
-    the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
+    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: by default consumers are fitted
+    to the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
     budget among families to choose from, spread over all legal ones; None: all.
     """
 

@@ -85,7 +85,8 @@ def describe_advice(found: Advice) -> list[str]:
         bad = [text for text in found.texts if found.find_safe(text) is None]
         worst = max(first.texts[text].change for text in bad)
         said.append(
-            f"Without training no measured cut is safe for {', '.join(map(name_text, bad))}: the smallest, {format_share(first)}, "
+            f"Without training no measured cut is safe for {', '.join(map(name_text, bad))}: the smallest, "
+            f"{format_share(first)}, "
             f"already costs {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
         )
     if found.recovery is not None:

@@ -168,7 +168,8 @@ def _check_memory(parts: Mapping[str, float], what: str, free: float | None, mor
     if free is not None and least > free:
         most = max(parts, key=lambda name: parts[name])
         raise MptkError(
-            f"the run needs at least {describe_size(least)} of {what} ({describe_size(parts[most])} of it: {most}), and "
+            f"the run needs at least {describe_size(least)} of {what} ({describe_size(parts[most])} of it: {most}), "
+            "and "
             f"{describe_size(free)} is free; {REMEDIES[most]}{more}"
         )
 

@@ -192,7 +192,8 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
     less = "fewer --steps" if least.steps else "fewer --samples"
     less = "a one-shot --method, as wanda" if learns_masks(least) else less
     return (
-        f"--minutes {least.minutes:g} is too short: {say_numbers(least)} take about {describe_duration(total)}, of which "
+        f"--minutes {least.minutes:g} is too short: {say_numbers(least)} take about {describe_duration(total)}, of "
+        "which "
         f"{describe_duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
         f"{SHORTER.get(longest, less)}"
     )

@@ -144,7 +144,8 @@ def check_archive(program: Program) -> None:
             open_archive(file, program.state)
         except MptkError as error:
             raise MptkError(
-                f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); write what "
+                f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); "
+                "write what "
                 "depends on sizes with tensors (docs/tracing.md)"
             ) from error
 

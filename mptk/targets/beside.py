@@ -135,7 +135,8 @@ def require(file: str, field: str, found: object, expected: object) -> None:
     """Raise ProofError unless a field has the expected value and type."""
     if type(found) is not type(expected) or found != expected:
         fail(
-            f"{field} of {file} is {_format_field(found)}, but {_format_field(expected)} in the dense model cut to the plan"
+            f"{field} of {file} is {_format_field(found)}, but {_format_field(expected)} in the dense model cut to "
+            "the plan"
         )
 
 

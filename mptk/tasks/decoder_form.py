@@ -193,7 +193,9 @@ def _count_before(calls: Sequence[int]) -> list[int]:
 
 
 def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``draw_size_cases``, and behind a cache of padding that fills the model's ``positions`` (0: unknown)."""
+    """The logits of ``draw_size_cases``, and behind a cache of padding that fills the model's ``positions`` (0:
+    unknown).
+    """
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
     for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):

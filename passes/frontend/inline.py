@@ -1,8 +1,8 @@
 """inline: move regions that only set a mode into the graph around them.
 
-torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph. ``inline_regions``
-moves the calls of these graphs into the exported program's graph, each with its module and source line. The program
-computes the same numbers. The modes:
+torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph.
+``inline_regions`` moves the calls of these graphs into the exported program's graph, each with its module and source
+line. The program computes the same numbers. The modes:
 
 1. gradients off: no number depends on them, but training does. A value that leaves such a region is detached, so that
    no gradient goes back into it. Gradients on: the calls as they are;

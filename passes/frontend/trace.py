@@ -64,8 +64,8 @@ class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
     ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns only what ``pick_results`` says. The model also returns its cache, which would count as a
-    use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
+    transformers model it returns only what ``pick_results`` says. The model also returns its cache, which would count
+    as a use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
@@ -228,7 +228,8 @@ def export_program(
         raise
     except Exception as error:
         raise MptkError(
-            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {take_first_line(error)}; "
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: "
+            f"{take_first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
     drop_tracked_inputs(exported)

@@ -314,8 +314,8 @@ def choose_candidates(
     """The candidates within ``tolerance`` of the budget, the most even first; else the nearest, if within ``NEAREST``.
 
     With a ``count``, each combination of the families other than ``finest`` occurs once, with the width nearest to the
-    budget, and ``pick_candidates`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``: a further
-    remedy in the error, beside the nearest widths.
+    budget, and ``pick_candidates`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``:
+    a further remedy in the error, beside the nearest widths.
 
     Raises:
         MptkError: no candidate is that near. The message names the nearest ones.

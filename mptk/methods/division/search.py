@@ -117,7 +117,10 @@ def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
 
 
 def count_least_tokens(settings: Settings, shapes: int | None = None) -> int:
-    """Tokens with which the first rung has ``count_least_steps`` for each of its shapes. ``shapes``: the number of all."""
+    """Tokens with which the first rung has ``count_least_steps`` for each of its shapes.
+
+    ``shapes``: the number of all.
+    """
     alive = _count_alive(settings, settings.search_finalists if shapes is None else shapes)
     steps = sum(n << rung for rung, n in enumerate(alive)) * count_least_steps(settings)
     return steps * settings.learning.training.batch * settings.length

@@ -104,7 +104,10 @@ def check_aligned(analysis: Analysis, settings: Settings) -> None:
 
 
 def collect_named_layers(analysis: Analysis, names: Iterable[str]) -> Mapping[str, set[int | None]]:
-    """Family → its layers that are named; None stands for the family as a whole. Raises MptkError as ``parse_family_name``."""
+    """Family → its layers that are named; None stands for the family as a whole.
+
+    Raises MptkError as ``parse_family_name``.
+    """
     found = defaultdict[str, set[int | None]](set)
     for name in names:
         family, layer = parse_family_name(analysis, name)

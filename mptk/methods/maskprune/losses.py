@@ -3,8 +3,8 @@
 Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
 
 With a large vocabulary the losses cost as much as several layers, and their temporary tensors take most of the memory.
-So ``compute_class_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
-through one softmax each, and only the gradient is kept for the backward pass.
+So ``compute_class_losses`` computes both losses and their gradient together, a few positions at a time. Student and
+teacher go through one softmax each, and only the gradient is kept for the backward pass.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A view on a page. ``draw_figures``: title of a section → its charts. ``list_tiles``: label, value, and a note on it."""
+    """A view on a page.
+
+    ``figures``: title of a section → its charts. ``tiles``: label, value, and a note on it.
+    """
 
     view: View
     figures: Mapping[str, Sequence[Figure]]

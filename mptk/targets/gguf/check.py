@@ -123,7 +123,8 @@ class GgufFile:
 
     def fail(self, field: str, has: object, wanted: object) -> ProofError:
         """The error that a field has another value than the folder gives."""
-        said = f"the proof fails: {field} in {self.file.name} is {_shorten_value(has)}, but {_shorten_value(wanted)} in the folder"
+        found, expected = _shorten_value(has), _shorten_value(wanted)
+        said = f"the proof fails: {field} in {self.file.name} is {found}, but {expected} in the folder"
         return ProofError(f"{said}; {GIVEN_LIKE if has is MISSING else WRITE_AGAIN}")
 
 
@@ -217,7 +218,8 @@ def _check_given(found: GgufFile, key: str, given: object) -> None:
         return
     if given is not MISSING:
         raise ProofError(
-            f"the proof fails: {key} in {found.file.name} is {_shorten_value(value)}, but {_shorten_value(given)} in the dense model's "
+            f"the proof fails: {key} in {found.file.name} is {_shorten_value(value)}, but {_shorten_value(given)} in "
+            "the dense model's "
             f"file; {WRITE_AGAIN}"
         )
     raise ProofError(f"the proof fails: {key} in {found.file.name} does not follow from the folder; {GIVEN_LIKE}")

@@ -84,7 +84,8 @@ def encode_texts(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
         made = tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
     except ValueError as error:
         raise MptkError(
-            f"the tokenizer of {loaded.source} does not take the captions: {take_first_line(error)}; give it a pad_token"
+            f"the tokenizer of {loaded.source} does not take the captions: {take_first_line(error)}; give it a "
+            "pad_token"
         ) from error
     ids = made[IDS]
     return {IDS: ids, MASK: made[MASK] if padding == "longest" else torch.ones_like(ids)}

@@ -79,7 +79,7 @@ def order_windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor
 
 
 def compute_window_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
-    """For each token in ``order_windows`` the patches before the end of its window, after a zero: int64 [tokens + 1]."""
+    """For each token of ``order_windows`` the patches before its window ends, after a zero: int64 [tokens + 1]."""
     ordered = _number_windows(encoder, grids, patches).sort().values
     before = (ordered[None] <= ordered[:, None]).sum(1)
     return F.pad(before * encoder.spatial_merge_size**2, (1, 0))

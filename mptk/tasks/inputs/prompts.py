@@ -49,7 +49,8 @@ def encode_image_prompt(
         made = processor(text=[text], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:
         raise MptkError(
-            f"the processor of {folder} does not take the prompt: {take_first_line(error)}; copy the files of the dense "
+            f"the processor of {folder} does not take the prompt: {take_first_line(error)}; copy the files of the "
+            "dense "
             "model's processor into it"
         ) from error
     given = {name: made[name] for name in decoder.embeddings.images.inputs}

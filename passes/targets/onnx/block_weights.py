@@ -91,7 +91,9 @@ def round_to_blocks(weight: Array, bits: int, block: int) -> list[Array]:
 
 
 def make_zero_blocks(shape: Sequence[int], bits: int, block: int) -> list[ir.TensorProtocol]:
-    """The constants of ``round_to_blocks`` for a weight of this shape, of zeros that take no memory before they are read."""
+    """The constants of ``round_to_blocks`` for a weight of this shape, of zeros that take no memory before they are
+    read.
+    """
     (inputs, outputs), packed = shape, 8 // bits
     blocks = -(-inputs // block)
     codes = make_lazy_zeros(ir.DataType.UINT8, outputs, blocks, block // packed)

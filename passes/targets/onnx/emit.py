@@ -1,7 +1,7 @@
 """emit: a traced program → ONNX files in standard operators, with given names of inputs, outputs and axes.
 
-The graph is the program's own; the model's class is not exported again. ``make_decoder_interface`` has the names and axes of
-a decoder with its KV cache as optimum and onnxruntime-genai have them.
+The graph is the program's own; the model's class is not exported again. ``make_decoder_interface`` has the names and
+axes of a decoder with its KV cache as optimum and onnxruntime-genai have them.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def find_other_class(
         config: the config after the cut, which its own class refuses (``Refusal.config``).
         target_shapes: state-dict name → shape after the cut, tied names included.
         check: the largest logit difference between the class with the cut weights and the cut model
-            (``make_logits_check``). It is called for every candidate that fits. Its inputs should be as long as the caller
-            can afford. Differences up to ``TOLERANCE`` count as equal.
+            (``make_logits_check``). It is called for every candidate that fits. Its inputs should be as long as the
+            caller can afford. Differences up to ``TOLERANCE`` count as equal.
 
     Returns:
         The class and its config. ``changes`` holds every field that differs from ``config``, ``model_type`` included.
@@ -97,7 +97,7 @@ def _plan_first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
 
 
 def make_logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
-    """A check for ``find_other_class``: the difference between a class with the weights of ``program`` and ``program`` itself.
+    """A check for ``find_other_class``: the difference between a class with ``program``'s weights and ``program``.
 
     The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence]. The class shares the
     weights' memory.

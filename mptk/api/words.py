@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 from mptk.arguments import P, R, checked
-from mptk.compat.torch import usual_state
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, find_broken_package
@@ -30,7 +29,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     What the caller has set in torch, as ``torch.no_grad`` or autocast, does not count within.
     """
-    safe = checked(usual_state()(function))
+
+    @functools.wraps(function)
+    def unaffected(*args: P.args, **kwargs: P.kwargs) -> R:
+        from mptk.compat.torch import usual_state  # here: help needs no torch
+
+        with usual_state():
+            return function(*args, **kwargs)
+
+    safe = checked(unaffected)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

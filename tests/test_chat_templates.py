@@ -91,6 +91,16 @@ def test_other_templates_write_what_they_wrote(template: str) -> None:
             assert filled.ids(TURNS, "x", "y", add_generation_prompt=asks) == ids
 
 
+def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(
+    inside: Inside, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 26)
+    long = tokenizer("a b " * (1 << 22))
+    with ChatTemplate(long) as filled, pytest.raises(MptkError, match="takes more than"):
+        filled.ids(TURNS, "x", "y")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_chat_after_a_refused_one_is_filled(inside: Inside) -> None:
     """And each chat has its own time: a file may hold any number of them."""
     once = "{% for a in range(99999) %}{% endfor %}" * 20 + "{{ messages[0].content }}"

@@ -225,10 +225,10 @@ def test_the_former_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_p
     with publish(folder) as temporary:
         (temporary / "good").write_text("1")
 
-    def failing(rename: Callable[..., None], path: Path, target: Path) -> None:
-        if path.name == "new":
+    def failing(rename: Callable[..., None], path: str, target: str, **at: int) -> None:
+        if Path(path).name == "new":
             raise OSError(28, "No space left on device")
-        rename(path, target)
+        rename(path, target, **at)
 
     inside.gives("mptk.files.replace._exchanged", False)
     inside.around("os.rename", failing)

@@ -145,11 +145,13 @@ def test_data_of_another_kind_is_said_before_any_work(
 
 
 def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "broken.png").write_bytes(b"no image")
+    (data / "broken.wav").write_bytes(b"no sound")
     for name, line in (("image classifier", "is not a readable image"), ("speech", "is not a readable WAV file")):
         with pytest.raises(MptkError, match=line):
-            mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(tmp_path)))
+            mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(data)))
 
 
 def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(
 @as_root
 def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp_path: Path, victim: Path) -> None:
     """One file is made elsewhere if its folder is open to others: the command's result is not lost."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)  # the other user must get there
     place = tmp_path / "place"
     place.mkdir()

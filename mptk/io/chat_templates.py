@@ -150,6 +150,9 @@ def _alone(kept: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for written in {1, 2} - {kept}:  # a library that runs out of memory writes to it, and mptk says one line
+        os.dup2(quiet, written)
     os.closerange(3, kept)
     os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     pages = int(Path("/proc/self/statm").read_text().split()[0])

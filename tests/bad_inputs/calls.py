@@ -421,7 +421,7 @@ IN_USE = [
     Call("a long out", lambda p: prune(p, out=LONG), ("name too long", "give a shorter")),
     Call("a long folder to save", lambda p: p.pruned.save(LONG), ("name too long", "give a shorter")),
     Call("a long folder to open", lambda p: mptk.Pruned.open(LONG), ("name is too long", "give a shorter")),
-    Call("a long model", lambda p: mptk.prune(LONG, progress=None), ("name is too long", "give a shorter")),
+    Call("a long model", lambda p: mptk.prune(LONG, progress=None), ("name too long", "cannot be a model's name")),
     Call("a long folder to verify", lambda p: mptk.verify(LONG), ("name is too long", "give a shorter")),
     Call("a long folder to measure", lambda p: mptk.evaluate(LONG, X, progress=None), ("name is too long",)),
     Call("a long folder to generate", lambda p: mptk.generate(LONG, "a"), ("name is too long", "give a shorter")),

@@ -7,12 +7,7 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 
-<<<<<<< HEAD
 from mptk.arguments import P, R, guard_arguments
-from mptk.compat.torch import usual_state
-=======
-from mptk.arguments import P, R, checked
->>>>>>> main
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, find_broken_package
@@ -34,9 +29,6 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     What the caller has set in torch, as ``torch.no_grad`` or autocast, does not count within.
     """
-<<<<<<< HEAD
-    safe = guard_arguments(usual_state()(function))
-=======
 
     @functools.wraps(function)
     def unaffected(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,8 +37,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         with usual_state():
             return function(*args, **kwargs)
 
-    safe = checked(unaffected)
->>>>>>> main
+    safe = guard_arguments(unaffected)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

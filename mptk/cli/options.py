@@ -37,7 +37,7 @@ from mptk.config.setting import (
 )
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, did_you_mean
-from mptk.files import path_of
+from mptk.files import path_of, tidy
 from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, json_object
 
@@ -360,6 +360,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         return None
     from mptk.config.recipe import read_recipe, refused
 
+    tidy(path_of(file).parent)  # a command that ends here removes what a killed one left, too
     known: dict[str, Any] = {}
     for parameter in context.command.params:
         flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, defaults, fixed_place, job_of, reporting
+from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting, resolve_place
 from mptk.api.samples import Data
 from mptk.api.sources import GivenInputs, Model
 from mptk.api.words import public
@@ -69,12 +69,12 @@ def ladder(
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
     inputs = tokenizer, example_inputs, data, eval_data, vocabulary
     job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    ready = job(place := fixed_place(out))
+    ready = job(place := resolve_place(out))
     with reporting(progress) as say:
         if chosen.shared:
             found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
             return [
-                _pruned(place, found, chosen.trust),
+                _read_rung(place, found, chosen.trust),
                 *(rung(place, size, trust_remote_code=chosen.trust_remote_code) for size in sparsities[1:]),
             ]
         steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
@@ -84,11 +84,11 @@ def ladder(
             return Context(Log(on_record=on_stage), say)
 
         return [
-            _pruned(step.out, found, chosen.trust) for step, found in climb(ready, place, steps, context) if leads()
+            _read_rung(step.out, found, chosen.trust) for step, found in climb(ready, place, steps, context) if leads()
         ]
 
 
-def _pruned(place: Path, found: Finished | None, trust: Trust) -> Pruned:
+def _read_rung(place: Path, found: Finished | None, trust: Trust) -> Pruned:
     report = Report.read(place)
     compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
     return Pruned(report, place, compiled=compiled, origin=FirstRun(trust=trust))
@@ -131,7 +131,7 @@ def rung(
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
     kept = scratch() if out is None else None
-    made = kept.folder / name if kept is not None else fixed_place(str(out))
+    made = kept.folder / name if kept is not None else resolve_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
         restore_rung(place, name, new)

@@ -202,7 +202,7 @@ class Pruned:
         module, snapshot = self.model, self._snapshot
         assert snapshot is not None
         _ = self.changed  # raises its errors
-        if not snapshot.converted(module):
+        if not snapshot.is_converted(module):
             return module
         found = self._open_folder()
         found.load_state_dict(snapshot.weights(module))
@@ -220,7 +220,7 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
-        folder, target = Path(folder), fixed_place(folder)
+        folder, target = Path(folder), resolve_place(folder)
         check_replaceable(folder, overwrite)
         place = self.place
         if place.resolve() in target.resolve().parents:
@@ -377,7 +377,7 @@ def finished(
 ) -> Pruned | None:
     """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
     kept = scratch() if out is None else None
-    made, settings = job(kept.folder / "pruned" if kept is not None else fixed_place(str(out)))
+    made, settings = job(kept.folder / "pruned" if kept is not None else resolve_place(str(out)))
     with reporting(progress) as say:
         found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
     if found is None:
@@ -387,7 +387,7 @@ def finished(
     return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
 
 
-def fixed_place(out: str | Path) -> Path:
+def resolve_place(out: str | Path) -> Path:
     """The place that ``out`` names now, also if the current folder changes during the call.
 
     Raises MptkError if no file can have this name.

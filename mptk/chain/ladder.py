@@ -174,20 +174,20 @@ def climb(
     """
     if is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
-    with locked(out, steps):
+    with lock_ladder(out, steps):
         done = once(lambda: finished(job, steps))
         yield from ((rung, None) for rung in steps[:done])
         left = steps[done:]
         given = None if job.samples is None else first_only(job.samples)
         job = replace(job, load=first_only(job.load), dense=first_only(lambda make: make()), samples=given)
-        with teacher_kept(out, left):
+        with keep_teacher(out, left):
             for i, rung in enumerate(left, 1):
                 further = [each.settings.sparsity for each in left[i:]]
                 yield rung, run(replace(job, out=rung.out, further=further), rung.settings, context(rung))
 
 
 @contextmanager
-def locked(out: Path, steps: Sequence[LadderRun]) -> Iterator[None]:
+def lock_ladder(out: Path, steps: Sequence[LadderRun]) -> Iterator[None]:
     """Lock the folder of a ladder and all of its rungs, since each will be replaced, however late.
 
     Raises:
@@ -204,7 +204,7 @@ def locked(out: Path, steps: Sequence[LadderRun]) -> Iterator[None]:
 
 
 @contextmanager
-def teacher_kept(out: Path, left: Sequence[LadderRun]) -> Iterator[None]:
+def keep_teacher(out: Path, left: Sequence[LadderRun]) -> Iterator[None]:
     """The folder of a teacher that these rungs share, which stays if they are not finished.
 
     Raises:

@@ -1,7 +1,7 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
 from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import check_way, is_own, opened
+from mptk.files.places import check_way, hold_open, is_own
 from mptk.files.replace import (
     discard,
     fill_folder,
@@ -28,12 +28,12 @@ __all__ = [
     "claimed",
     "discard",
     "fill_folder",
+    "hold_open",
     "is_of",
     "is_own",
     "json_text",
     "make_mark",
     "make_marked",
-    "opened",
     "path_of",
     "put_folder",
     "put_made",

@@ -27,7 +27,7 @@ from mptk.compat.transformers import dequantize_gguf, gguf_config
 from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
 from mptk.io.auto_classes import opener
-from mptk.io.cache import build_private, kept_sha256, private_place
+from mptk.io.cache import build_private, private_place, read_sha256
 from mptk.io.checkpoint import SMALL_FILES, dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.diffusion import PIPELINE, is_diffusers, parts, read_config
 from mptk.io.opening import Files
@@ -296,7 +296,7 @@ def _gguf(model: str, *, local: bool = False) -> Path | None:
 def _converted(source: Path) -> Path:
     """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes: one for each content."""
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
-    digests = [f"{file.name}|{kept_sha256(file)}" for file in files]
+    digests = [f"{file.name}|{read_sha256(file)}" for file in files]
     key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
     return private_place("checkpoints", f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, find_removed, removed_meanwhile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,10 +29,6 @@ IN_WORDS: dict[object, str] = {
     types.NoneType: "None",
     None: "None",
 }
-
-
-TEMPORARY = ".mptk"
-"""In the name of each folder that mptk makes for a time."""
 
 
 class Turn:
@@ -72,23 +68,19 @@ def guard_arguments(function: Callable[P, R]) -> Callable[P, R]:
             try:
                 return function(*args, **kwargs)
             except OSError as error:
-                raise _in_one_line(error) or error from error.__cause__
+                raise _shorten_error(error) or error from error.__cause__
 
     return call
 
 
-def _in_one_line(error: OSError) -> MptkError | None:
+def _shorten_error(error: OSError) -> MptkError | None:
     """The message for a name that is too long, or a temporary folder that somebody removed; None for other errors."""
     if error.filename is None:
         return None
     if error.errno == errno.ENAMETOOLONG:
         return MptkError(f"{error.filename}: the name is too long; give a shorter one")
-    if error.errno == errno.ENOENT and TEMPORARY in str(error.filename):
-        return MptkError(
-            f"{error.filename} was removed during the call, or its folder is not there; call again, and let nothing "
-            "clean the folder of temporary files (TMPDIR) meanwhile"
-        )
-    return None
+    gone = find_removed(error) if error.errno == errno.ENOENT else None
+    return None if gone is None else removed_meanwhile(gone)
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

@@ -100,7 +100,7 @@ def find_exhaustion(error: BaseException) -> MptkError | None:
             return Exhausted(f"{_FULL[number]}{where}; free some space, or give a place on another disk")
         if number in _REFUSED and silent:
             return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
-        if silent and (gone := _find_removed(cause)) is not None:
+        if silent and (gone := find_removed(cause)) is not None:
             return removed_meanwhile(gone)
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _is_memory_error(cause):
             return Exhausted(_describe_memory(str(cause)))
@@ -136,7 +136,7 @@ def _is_first_import(frame: FrameType) -> bool:
     return frame.f_code.co_name == "<module>"
 
 
-def _find_removed(error: BaseException) -> str | None:
+def find_removed(error: BaseException) -> str | None:
     """A file or folder of mptk's that an error names and that is no more there, though this process uses it."""
     said = str(error)
     for place in tuple(STAGED):

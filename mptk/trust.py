@@ -34,7 +34,7 @@ class Trust:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _untrusting, ()  # another process, or a later one, hears the caller's word anew
+        return _give_no_code, ()  # another process, or a later one, hears the caller's word anew
 
 
 NO_CODE = Trust()
@@ -43,7 +43,7 @@ _ALL_CODE = Trust()
 _ALL_CODE._allows = True
 
 
-def _untrusting() -> Trust:
+def _give_no_code() -> Trust:
     return NO_CODE
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -195,3 +197,18 @@ def moe():
     import criteria_cases
 
     return criteria_cases.packed_experts()
+
+
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory):
+    """A folder of the file's own for the code of models that transformers copies, and for the cache of mptk."""
+    from inside import Inside
+
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        Inside(patch).bound("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # of another folder, from another file's tests
+        Inside(patch).bound("sys.path", [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()])
+        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -16,6 +16,19 @@ WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+class Net(nn.Module):
+    """Two layers, 8 → 40 → 4, of which the first is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.up(x).relu())
+        return found
+
+
 class Small(nn.Module):
     """``up``: what is cut (10 units, or ``inner``); ``body`` makes the output of it with the weights it asks for."""
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import toy_checkpoints as toys
 from gguf import GGUFReader
+from small_modules import Net
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -25,16 +26,6 @@ from mptk.api.rerun import rerun
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
 SMALL |= {"eval_windows": 3, "eval_length": 24, "progress": None}
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).relu())
 
 
 def prune_net(out: Path | None = None) -> mptk.Pruned:

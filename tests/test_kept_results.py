@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import toy_checkpoints as toys
+from small_modules import Net
 from torch import nn
 
 import mptk
@@ -26,16 +27,6 @@ X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 SMALL: dict[str, Any] = {"method": "magnitude", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
 SMALL |= {"eval_windows": 3, "eval_length": 24, "progress": None, "tolerance": 1.0, "onnx": False}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).relu())
 
 
 def prune_net(out: Path | str | None = None, **keywords: Any) -> mptk.Pruned:

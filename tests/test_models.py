@@ -250,20 +250,20 @@ class TestGguf:
     ) -> None:
         inside.bound("mptk.io.cache.HASHED_AT_ONCE", 0)
         inside.bound("mptk.io.cache.SETTLED", 0)
-        first = cache.kept_sha256(file)
+        first = cache.read_sha256(file)
         assert first == hashlib.sha256(file.read_bytes()).hexdigest()
         (kept,) = (tmp_path / "cache" / "digests").iterdir()
         read = inside.calls("mptk.io.cache.hash_file")
-        assert cache.kept_sha256(file) == first
+        assert cache.read_sha256(file) == first
         assert not read
         for content in ("", json.dumps({"file": [1], "sha256": "0" * 64})):
             kept.write_text(content)
-            assert cache.kept_sha256(file) == first
+            assert cache.read_sha256(file) == first
         kept.write_text(json.dumps({**json.loads(kept.read_text()), "sha256": "0" * 64}))
         kept.chmod(0o666)
-        assert cache.kept_sha256(file) == first, "others may have written it"
+        assert cache.read_sha256(file) == first, "others may have written it"
         monkeypatch.setenv("MPTK_CACHE", "/proc/x")
-        assert cache.kept_sha256(file) == first
+        assert cache.read_sha256(file) == first
 
     def test_a_file_that_changes_while_it_is_converted_is_refused(
         self, file: Path, tmp_path: Path, inside: Inside

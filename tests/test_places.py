@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import test_resume
 import torch
+from commands import refused
 from inside import Inside
 from test_replacing import code_of, forked, hold, killed, names, write
 from toy_checkpoints import llama as toy
@@ -456,6 +457,14 @@ def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_
         tidy_for([tmp_path / named])
         left = [path.name for path in (tmp_path / "m").iterdir()]
         assert left == ["0.2"], named
+
+
+def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_path: Path) -> None:
+    killed(lambda: [hold(tmp_path / "m")])
+    assert (tmp_path / ".m.mptk").is_dir()
+    (tmp_path / "run.yaml").write_text("no options")
+    assert "does not list options" in refused("prune", "--config", tmp_path / "run.yaml")
+    assert not (tmp_path / ".m.mptk").exists()
 
 
 # ---- a cleaner of temporary files ----

@@ -10,8 +10,7 @@ import ast
 import json
 import pickle
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +20,6 @@ import pytest
 import torch
 import toy_checkpoints as toys
 from commands import refused
-from inside import Inside
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -94,17 +92,7 @@ FORMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies a model's own code to; and the cache of mptk."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        Inside(patch).bound("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-            patch.delitem(sys.modules, name)
-        Inside(patch).bound("sys.path", [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()])
-        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 @pytest.fixture(scope="module")

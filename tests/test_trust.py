@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,16 +69,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("dense")))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies a model's own code to."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        Inside(patch).bound("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-            patch.delitem(sys.modules, name)  # of another folder, from another file's tests
-        Inside(patch).bound("sys.path", [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()])
-        yield
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 @pytest.fixture(scope="module")

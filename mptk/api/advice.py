@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.api.pruned import Shown, fixed_place, reporting
+from mptk.api.pruned import Shown, reporting, resolve_place
 from mptk.api.words import public
 from mptk.config.choices import MOST_SPARSITY
 from mptk.config.recipe import format_command
@@ -161,7 +161,7 @@ def shapes(
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
     kept = make_scratch() if out is None else None
-    place = kept.folder / "shapes" if kept is not None else fixed_place(str(out))
+    place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
     source = name_model(model)
     with (
         reporting(progress) as say,

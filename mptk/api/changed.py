@@ -85,8 +85,10 @@ class Snapshot:
         module = unwrap_parallel(module)
         weights = module.state_dict()
         likes = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
-        buffers = {name: tensor.clone() for name, tensor in _unsaved(module).items()}
-        return Snapshot(likes, _digest(weights), _tied(weights), _configs(module), _parts(module), buffers)
+        buffers = {name: tensor.clone() for name, tensor in _list_unsaved_buffers(module).items()}
+        return Snapshot(
+            likes, _digest(weights), _group_tied_names(weights), _configs(module), _list_parts(module), buffers
+        )
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's present weights in the types that they were opened in, on the CPU.
@@ -116,7 +118,7 @@ class Snapshot:
         """Whether the module has other numbers now. Raises MptkError as ``weights``."""
         return _digest(self.weights(module)) != self.digest
 
-    def converted(self, module: nn.Module) -> bool:
+    def is_converted(self, module: nn.Module) -> bool:
         """Whether the module has its weights in other types now, as after ``half()``."""
         return any(tensor.dtype != self.likes[name][0] for name, tensor in unwrap_parallel(module).state_dict().items())
 
@@ -130,15 +132,16 @@ class Snapshot:
                     f"{name} of model was changed in memory ({fields[0]}), and a pruned folder has the config that was "
                     "proven; put it back, or write the model by itself with model.save_pretrained(DIR)"
                 )
-        parts = _parts(module)
+        parts = _list_parts(module)
         for name, part in self.parts.items():
             there = parts.get(name)
             if there is None or any(there.get(key) != value for key, value in part.items()):
+                what = _describe_difference(part, there)
                 raise MptkError(
-                    f"{name or 'model'} was changed in memory ({_difference(part, there)}), and a pruned folder has "
-                    "the parts that were proven; put it back, or write the model by itself"
+                    f"{name or 'model'} was changed in memory ({what}), and a pruned folder has the parts that were "
+                    "proven; put it back, or write the model by itself"
                 )
-        buffers = _unsaved(module)
+        buffers = _list_unsaved_buffers(module)
         for name, buffer in self.buffers.items():
             if name not in buffers or not _rounds_to(buffer, buffers[name]):
                 raise MptkError(
@@ -160,7 +163,7 @@ def _cannot_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> str |
     return None
 
 
-def _tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
+def _group_tied_names(weights: Mapping[str, Tensor]) -> list[list[str]]:
     """The names of each weight that has several."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in weights.items():
@@ -169,8 +172,8 @@ def _tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _parts(module: nn.Module) -> dict[str, dict[str, object]]:
-    """Name → class of each part, and its numbers and words, but those that training and running change."""
+def _list_parts(module: nn.Module) -> dict[str, dict[str, object]]:
+    """Name of each part → its class, numbers and words. What training or running changes is left out."""
     return {
         name: {"class": type(part).__name__}
         | {
@@ -184,7 +187,7 @@ def _parts(module: nn.Module) -> dict[str, dict[str, object]]:
     }
 
 
-def _difference(before: Mapping[str, object], now: Mapping[str, object] | None) -> str:
+def _describe_difference(before: Mapping[str, object], now: Mapping[str, object] | None) -> str:
     """What is other in a part, in words."""
     if now is None:
         return "it was removed"
@@ -192,8 +195,8 @@ def _difference(before: Mapping[str, object], now: Mapping[str, object] | None) 
     return f"{key} {before[key]} is {now.get(key, 'gone')}"
 
 
-def _unsaved(module: nn.Module) -> dict[str, Tensor]:
-    """The floating buffers that are not in the state of a module, but those that its ``forward`` computes anew."""
+def _list_unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The floating buffers that no checkpoint holds. Those that ``forward`` computes anew are left out."""
     saved = module.state_dict().keys()
     running = {name for name, part in module.named_modules() if getattr(part, "rope_type", "default") in ROPES_ANEW}
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.api.compiler import check_whole, trace
-from mptk.api.pruned import Pruned, fixed_place
+from mptk.api.pruned import Pruned, resolve_place
 from mptk.api.words import public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
@@ -122,7 +122,7 @@ def export(
         check_apart(folder, model.proven)
         module, inputs = model.present, load_folder_inputs(model.proven, model.report)
         model, example_inputs = module, inputs if example_inputs is None else example_inputs
-    place = fixed_place(folder)
+    place = resolve_place(folder)
     if not isinstance(model, PreTrainedModel):
         if tokenizer is not None:
             raise MptkError(

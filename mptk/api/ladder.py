@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, check_asked, defaults, fixed_place, reporting
+from mptk.api.pruned import Pruned, Shown, check_asked, defaults, reporting, resolve_place
 from mptk.api.words import public
 from mptk.compile.rungs import list_rung_sizes, restore_rung
 from mptk.config.setting import with_keywords
@@ -80,7 +80,7 @@ def ladder(
     )
     start, asked, inputs = take_model(model, asked, inputs)
     check_asked(start, asked, inputs)
-    place, source = fixed_place(out), name_model(model)
+    place, source = resolve_place(out), name_model(model)
     with (
         reporting(progress) as say,
         open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
@@ -138,7 +138,7 @@ def rung(
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
     kept = make_scratch() if out is None else None
-    made = kept.folder / name if kept is not None else fixed_place(str(out))
+    made = kept.folder / name if kept is not None else resolve_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
         restore_rung(place, name, new)

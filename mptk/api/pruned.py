@@ -207,7 +207,7 @@ class Pruned:
         module, snapshot = self.model, self._snapshot
         assert snapshot is not None
         _ = self.changed  # raises its errors
-        if not snapshot.converted(module):
+        if not snapshot.is_converted(module):
             return module
         found = self._open_folder()
         found.load_state_dict(snapshot.weights(module))
@@ -225,7 +225,7 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
-        folder, target = Path(folder), fixed_place(folder)
+        folder, target = Path(folder), resolve_place(folder)
         check_replaceable(folder, overwrite)
         place = self.place
         if place.resolve() in target.resolve().parents:
@@ -358,7 +358,7 @@ def prune(
     start, asked, inputs = take_model(model, asked, inputs)
     check_asked(start, asked, inputs)
     kept = make_scratch() if out is None else None
-    place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
+    place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
     with (
         reporting(progress) as say,
         open_run(start, name_model(model), place, asked, inputs, Context(Log(on_record=on_stage), say)) as run,
@@ -395,7 +395,7 @@ def make_pruned(result: Result, place: Path, kept: object = None) -> Pruned | No
     return Pruned(result.report, place, compiled=result.compiled, kept=kept, origin=origin)
 
 
-def fixed_place(out: str | Path) -> Path:
+def resolve_place(out: str | Path) -> Path:
     """The place that ``out`` names now, also if the current folder changes during the call.
 
     Raises MptkError if no file can have this name.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mptk.api.pruned import Pruned, Shown, fixed_place, make_pruned, reporting
+from mptk.api.pruned import Pruned, Shown, make_pruned, reporting, resolve_place
 from mptk.api.words import public
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
@@ -64,7 +64,7 @@ def recover(
         dense = Opened(prepared.given, prepared.task)
     inputs = Inputs.of(data=data, eval_data=eval_data)
     kept = make_scratch() if out is None else None
-    place = kept.folder / "pruned" if kept is not None else fixed_place(str(out))
+    place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
     start = PrunedFolder.read(folder, dense)
     settings = start.take_settings(asked)
     with (

@@ -25,7 +25,7 @@ from mptk.io import evaluation, models
 from mptk.io.data import find_position_limit
 from mptk.io.dense import open_dense
 from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import evaluating, unwrap_parallel
+from mptk.io.live import set_evaluating, unwrap_parallel
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -209,7 +209,7 @@ class _Programs:
             for i, batch in enumerate(batches):
                 for name in names:
                     # not around the yield, where it would hold for the caller
-                    with torch.no_grad(), evaluating(self.modules[name]):
+                    with torch.no_grad(), set_evaluating(self.modules[name]):
                         output = task.output(self.modules[name], batch)
                     yield name, i, output
                 progress(i + 1, len(batches))
@@ -271,7 +271,7 @@ def generate(
     if words is None:
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
     encoded = encode_prompts(words, prompts, chat=chat)
-    with evaluating(module):
+    with set_evaluating(module):
         return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 

@@ -37,7 +37,7 @@ from mptk.config.setting import (
 )
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, suggest_name
-from mptk.files import expand_path
+from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, read_json_object
 
@@ -366,6 +366,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         return None
     from mptk.config.recipe import list_refused, read_recipe
 
+    tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
     known: dict[str, Any] = {}
     for parameter in context.command.params:
         flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]

@@ -1,7 +1,7 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
 from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import check_way, is_own, opened
+from mptk.files.places import check_way, hold_open, is_own
 from mptk.files.replace import (
     discard,
     fill_folder,
@@ -39,12 +39,12 @@ __all__ = [
     "expand_path",
     "fill_folder",
     "format_json",
+    "hold_open",
     "is_of",
     "is_own",
     "make_mark",
     "make_marked",
     "make_scratch",
-    "opened",
     "put_folder",
     "put_made",
     "read_mark",

@@ -49,7 +49,7 @@ class OpenFolder:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, at: int | None = None) -> Iterator[int]:
+def hold_open(path: str | Path, at: int | None = None) -> Iterator[int]:
     """The descriptor of a folder, within it. ``at``: of its parent, in which no link is followed."""
     descriptor = os.open(path, FOLDER) if at is None else os.open(path, FOLDER | os.O_NOFOLLOW, dir_fd=at)
     try:
@@ -91,7 +91,7 @@ def check_way(folder: Path) -> None:
     That is a folder, or one of those above it, in which all users may rename, or a folder in which a group may that is
     neither root's nor this user's own. Owners of folders above and root can, and are trusted.
     """
-    if (exposed := exposed_at(folder)) is not None:
+    if (exposed := find_exposed(folder)) is not None:
         own = exposed.stat().st_uid == os.geteuid()
         remedy = f"take that right away (`chmod go-w {exposed}`)" if own else "give a place in a folder of your own"
         raise MptkError(
@@ -100,7 +100,7 @@ def check_way(folder: Path) -> None:
         )
 
 
-def exposed_at(folder: Path) -> Path | None:
+def find_exposed(folder: Path) -> Path | None:
     """The folder because of which ``check_way`` refuses one; None if it does not."""
     whole = folder.resolve()
     for each in (whole, *whole.parents):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from mptk.errors import MptkError
 from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import PLAIN_FILE, exposed_at, is_own, lies_in, lstat_in, opened
-from mptk.files.staging import NEW, OLD, Staging, make_scratch, staged, staged_openly, tidy
+from mptk.files.places import PLAIN_FILE, find_exposed, hold_open, is_own, lies_in, lstat_in
+from mptk.files.staging import NEW, OLD, Staging, make_scratch, stage_openly, staged, tidy
 from mptk.files.writing import cannot_write
 
 _RENAME_EXCHANGE = 2
@@ -33,8 +33,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the file cannot be renamed. Errors of ``write`` pass through.
     """
     with contextlib.ExitStack() as stack:
-        exposed = exposed_at(path.parent) is not None
-        staging = stack.enter_context(staged_openly(path.parent) if exposed else staged(path.parent))
+        exposed = find_exposed(path.parent) is not None
+        staging = stack.enter_context(stage_openly(path.parent) if exposed else staged(path.parent))
         made = stack.enter_context(make_scratch()) if exposed else staging
         write(made.folder / path.name)
         ordinary(made)
@@ -73,7 +73,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     for each in kept:
         _carry(target / each, staging.folder / each)
     if earlier:
-        with opened(name, at) as folder:
+        with hold_open(name, at) as folder:
             earlier = bool(os.listdir(folder))
     staging.check()
     if not earlier:
@@ -114,7 +114,7 @@ def make_marked(folder: Path, mark: str) -> None:
     with staged(folder.parent) as staging:
         own = staging.place.own
         os.chmod(NEW, lstat_in(own, NEW).st_mode & 0o755, dir_fd=own)
-        with opened(NEW, own) as new:
+        with hold_open(NEW, own) as new:
             make_mark(new, mark, folder.name)
         staging.check()
         os.rename(NEW, folder.name, src_dir_fd=own, dst_dir_fd=staging.place.at)
@@ -128,7 +128,7 @@ def discard(folder: Path, mark: str | None = None) -> None:
     Raises:
         MptkError: it is another user's, or has no such mark.
     """
-    with staged(folder.parent) as staging, opened(folder.name, staging.place.at) as own:
+    with staged(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
         if not is_own(os.fstat(own)) or (mark is not None and not is_of(read_mark(own, mark), own, folder.name)):
             raise MptkError(f"{folder} was not made by mptk; remove it yourself")
         aside = f"{NEW}/{folder.name}"

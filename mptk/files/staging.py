@@ -35,10 +35,10 @@ from mptk.files.places import (
     PLAIN_FILE,
     OpenFolder,
     check_way,
+    hold_open,
     is_own,
     lies_in,
     lstat_in,
-    opened,
     remove_tree,
 )
 from mptk.files.writing import cannot_write
@@ -123,14 +123,14 @@ class Staging:
 def staged(parent: Path) -> Staging:
     """A new staging folder in ``parent``, which must be there. Raises MptkError as ``check_way``."""
     check_way(parent)
-    return staged_openly(parent)
+    return stage_openly(parent)
 
 
-def staged_openly(parent: Path) -> Staging:
+def stage_openly(parent: Path) -> Staging:
     """As ``staged``, also if other users can rename what is in ``parent``: use no path within it."""
     check_open_files()
-    with opened(parent) as at:
-        return Staging(*_made(at, parent))
+    with hold_open(parent) as at:
+        return Staging(*_make_hidden(at, parent))
 
 
 def make_scratch() -> Staging:
@@ -141,7 +141,7 @@ def make_scratch() -> Staging:
     """
     check_scratch()
     try:
-        return staged_openly(Path(tempfile.gettempdir()))
+        return stage_openly(Path(tempfile.gettempdir()))
     except FileNotFoundError as error:
         raise removed_meanwhile(tempfile.gettempdir()) from error
 
@@ -164,18 +164,18 @@ def take(path: Path) -> Staging | None:
     """
     check_open_files()
     check_way(path.parent)
-    with opened(path.parent) as at:
+    with hold_open(path.parent) as at:
         if not lies_in(at, path.name):
-            (place, held), named = _made(at, path.parent), False
+            (place, held), named = _make_hidden(at, path.parent), False
             try:
-                named = _renamed(place, path.name)  # it has its lock and its mark by then
+                named = _rename_new(place, path.name)  # it has its lock and its mark by then
             finally:
                 if not named:
                     _close(place, held, os.getpid())
             return Staging(replace(place, path=path), held) if named else None
         if not is_own(lstat_in(at, path.name)):
             raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it")
-        with contextlib.suppress(FileNotFoundError), opened(path.name, at) as own:
+        with contextlib.suppress(FileNotFoundError), hold_open(path.name, at) as own:
             marked = is_of(read_mark(own, LOCK), own)  # asked first: who removes the folder removes its mark last
             lock = _locked(own)
             if marked and lock is not None:
@@ -209,7 +209,7 @@ def check_open_files() -> None:
 
 def tidy(parent: Path) -> None:
     """Remove what killed processes left in a folder, and put back an output that one of them was about to replace."""
-    with contextlib.suppress(OSError, ValueError), opened(parent) as at:
+    with contextlib.suppress(OSError, ValueError), hold_open(parent) as at:
         for name in os.listdir(at):
             if name.startswith(".mptk-") or (name[0] == "." and name.endswith(".mptk")):
                 with contextlib.suppress(OSError):
@@ -231,7 +231,7 @@ def holder() -> dict[str, object]:
 
 def held_by(path: Path) -> dict[str, object]:
     """What the lock of a staging folder says of its owner; empty while nobody, or somebody who tidies, has it."""
-    with contextlib.suppress(OSError), opened(path.parent) as at, opened(path.name, at) as own:
+    with contextlib.suppress(OSError), hold_open(path.parent) as at, hold_open(path.name, at) as own:
         return _owner(own)
     return {}
 
@@ -239,7 +239,7 @@ def held_by(path: Path) -> dict[str, object]:
 # ---- whose a folder is ----
 
 
-def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
+def _make_hidden(at: int, parent: Path) -> tuple[OpenFolder, int]:
     """A new hidden folder in the folder ``at``, with its lock, which this process has, and its mark."""
     for _ in range(TRIES):
         token = f".mptk-{secrets.token_hex(6)}"
@@ -248,7 +248,7 @@ def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
         except FileExistsError:
             continue
         try:
-            with contextlib.suppress(FileNotFoundError), opened(token, at) as own:  # if not, somebody tidied it away
+            with contextlib.suppress(FileNotFoundError), hold_open(token, at) as own:  # if not, somebody tidied it away
                 if not is_own(os.fstat(own)) or os.listdir(own):  # somebody put another in its place
                     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(parent))
                 if (lock := _locked(own, create=True)) is not None:
@@ -263,13 +263,13 @@ def _made(at: int, parent: Path) -> tuple[OpenFolder, int]:
 
 def _discard_new(token: str, at: int) -> None:
     """Remove a new hidden folder that could not get its lock and its mark."""
-    with opened(token, at) as own, contextlib.suppress(FileNotFoundError):
+    with hold_open(token, at) as own, contextlib.suppress(FileNotFoundError):
         if os.listdir(own) == [LOCK] and not read_mark(own, LOCK):
             os.unlink(LOCK, dir_fd=own)
     os.rmdir(token, dir_fd=at)
 
 
-def _renamed(place: OpenFolder, name: str) -> bool:
+def _rename_new(place: OpenFolder, name: str) -> bool:
     """Whether a hidden folder gets a name, which no other file or folder has, except an empty one."""
     try:
         os.rename(place.path.name, name, src_dir_fd=place.at, dst_dir_fd=place.at)
@@ -334,7 +334,7 @@ def _lives(owner: Mapping[str, object]) -> bool:
 
 
 def _remove_if_free(at: int, path: Path) -> None:
-    with opened(path.name, at) as own:
+    with hold_open(path.name, at) as own:
         marked = is_of(read_mark(own, LOCK), own)
         if not lies_in(own, LOCK):
             os.rmdir(path.name, dir_fd=at)  # only one whose owner was killed before it had a lock is empty
@@ -455,7 +455,7 @@ def _taken(place: Path, said: Path, wait: bool) -> Staging:
 def _make_folders(missing: list[Path]) -> None:
     """Make folders, the innermost of which is first. Only their owner can rename what will be in them."""
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError), opened(folder.parent) as at:
+        with contextlib.suppress(FileExistsError), hold_open(folder.parent) as at:
             os.mkdir(folder.name, 0o755, dir_fd=at)
 
 
@@ -463,5 +463,5 @@ def _remove_empty(folders: list[Path]) -> None:
     """Remove ``folders`` that are empty, from the innermost on."""
     with contextlib.suppress(OSError):
         for folder in folders:
-            with opened(folder.parent) as at:
+            with hold_open(folder.parent) as at:
                 os.rmdir(folder.name, dir_fd=at)

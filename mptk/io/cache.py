@@ -129,7 +129,7 @@ def keep(file: Path, content: Json) -> str:
     return ""
 
 
-def kept_sha256(file: Path) -> str:
+def read_sha256(file: Path) -> str:
     """SHA-256 of a file. It is read once: the digest is kept in the cache for the file's identity."""
     state = file_identity(file)
     if file.stat().st_size < HASHED_AT_ONCE:

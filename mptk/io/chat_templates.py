@@ -66,7 +66,7 @@ class ChatTemplate:
         return list(self._filled(turns, where, remedy, {**options, "return_dict": True}))
 
     def _filled(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
-        pid, pipe = self._process = self._process or _started(self._owner)
+        pid, pipe = self._process = self._process or _start_process(self._owner)
         late = False
         try:
             pipe.send((turns, options))
@@ -96,7 +96,7 @@ class ChatTemplate:
         return 0
 
 
-def _started(owner: Owner) -> tuple[int, Connection]:
+def _start_process(owner: Owner) -> tuple[int, Connection]:
     here, there = Pipe()
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # else one may raise in the fork, out of _answer
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -119,7 +119,7 @@ def _started(owner: Owner) -> tuple[int, Connection]:
 def _answer(owner: Owner, pipe: Connection) -> None:
     """What the fork does: fill the template for each chat that it is sent, until the pipe ends."""
     try:
-        _alone(pipe.fileno())
+        _isolate(pipe.fileno())
         while True:
             turns, options = pipe.recv()
             signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)
@@ -142,7 +142,7 @@ def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object,
         return None, shorten_text(take_first_line(error), 300).rstrip(".")
 
 
-def _alone(kept: int) -> None:
+def _isolate(kept: int) -> None:
     """Set the fork's bounds, and leave it nothing of this process but its memory and one descriptor.
 
     Locks of this process would else stay locked, and its signals be handled twice.

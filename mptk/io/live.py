@@ -62,7 +62,7 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def set_evaluating(model: nn.Module) -> Iterator[None]:
     """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()

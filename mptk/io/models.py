@@ -27,7 +27,7 @@ from mptk.compat.transformers import dequantize_gguf, read_gguf_config
 from mptk.errors import MptkError, take_first_line
 from mptk.files import expand_path, tidy
 from mptk.io.auto_classes import find_loader
-from mptk.io.cache import build_private, kept_sha256, locate_private_folder
+from mptk.io.cache import build_private, locate_private_folder, read_sha256
 from mptk.io.checkpoint import (
     SMALL_FILES,
     fill_parameters,
@@ -303,7 +303,7 @@ def _locate_gguf(model: str, *, local: bool = False) -> Path | None:
 def _locate_converted(source: Path) -> Path:
     """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes: one for each content."""
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
-    digests = [f"{file.name}|{kept_sha256(file)}" for file in files]
+    digests = [f"{file.name}|{read_sha256(file)}" for file in files]
     key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
     return locate_private_folder("checkpoints", f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 

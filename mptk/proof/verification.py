@@ -97,13 +97,13 @@ def verify(
             meanwhile.
     """
     if is_gguf(folder):
-        with _as_it_was(expand_path(folder), *([] if like is None else [expand_path(like)])):
+        with _require_unchanged(expand_path(folder), *([] if like is None else [expand_path(like)])):
             return _verify_gguf(expand_path(folder), like, model)
     if like is not None:
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
-    with _as_it_was(folder):
+    with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
         return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
 
@@ -216,7 +216,7 @@ def read_folder_plan(folder: str | Path) -> Plan:
 
 
 @contextmanager
-def _as_it_was(*places: Path) -> Iterator[None]:
+def _require_unchanged(*places: Path) -> Iterator[None]:
     """Raise MptkError if somebody changed or replaced what is proven: no result, nor an error, is of what is there."""
     before = [_files_of(place) for place in places]
     try:

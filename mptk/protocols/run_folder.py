@@ -22,11 +22,11 @@ from mptk.files import (
     cannot_write,
     discard,
     format_json,
+    hold_open,
     is_of,
     is_own,
     make_mark,
     make_marked,
-    opened,
     read_mark,
     tidy,
     write_file,
@@ -220,7 +220,7 @@ def check_run_folder(path: Path, resume: bool) -> None:
     if not os.path.lexists(path):
         return
     if path.is_dir():
-        with opened(path.parent) as at, opened(path.name, at) as own:
+        with hold_open(path.parent) as at, hold_open(path.name, at) as own:
             names, mark = os.listdir(own), read_mark(own, RUN_MARK)
             if not names or (is_own(os.fstat(own)) and is_of(mark, own, path.name)):
                 return
@@ -258,7 +258,7 @@ def make_run_folder(path: Path) -> None:
 def remove_run_folder(path: Path) -> None:
     """Remove the folder of an unfinished run, if there is one: as a whole, since half of it could not be resumed."""
     if path.is_dir() and not path.is_symlink():
-        with opened(path.parent) as at, opened(path.name, at) as own:
+        with hold_open(path.parent) as at, hold_open(path.name, at) as own:
             made = is_of(read_mark(own, RUN_MARK), own, path.name)
         if made:
             discard(path, RUN_MARK)

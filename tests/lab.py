@@ -26,7 +26,10 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.progress import show_nothing
+from mptk.protocols.chain import Prepared
+from mptk.protocols.conversion import Analysed, Dense, Opened
 from mptk.publish.manifest import write_manifest
+from mptk.run.prepare import legalise
 from mptk.run.run import Run
 from passes.analysis import group
 
@@ -39,13 +42,18 @@ def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path
     return Run(log=Log(), progress=show_nothing, source="model", out=out, settings=settings, plan=plan)
 
 
+def legalise_bare(model: Analysed, settings: mptk.Settings, plan: Plan | None = None) -> Prepared:
+    """An analysed model, prepared in a bare run."""
+    return legalise(bare_run(settings, plan), settings, Dense(Opened(model.loaded, model.task), model))
+
+
 @contextmanager
 def remembered() -> Iterator[None]:
     """Within it, models are loaded, traced and analysed once; every cut, emission and proof is done anew."""
     with changed() as inside:
         for owner, name, key in (
-            (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
-            (group, "analyze", lambda program: id(program)),
+            (passes.frontend.trace, "trace_to_program", lambda model, *_, **o: (id(model), str(o))),
+            (group, "analyze_program", lambda program: id(program)),
         ):
             inside.bound(f"{owner.__name__}.{name}", once(getattr(owner, name), key))
         load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)

@@ -32,12 +32,11 @@ from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import SampleSets
-from mptk.run.prepare import legalise
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
-from tests.lab import bare_run
+from tests.lab import legalise_bare
 
 TEXT = make_token_samples(architectures.tokens(8, 32))
 ADAPTED = 7
@@ -52,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     loaded = models.load(path)
     analysis = group.analyze_program(trace.trace_to_program(loaded.model, dynamic=True))
     asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")
-    return legalise(bare_run(asked), asked, Analysed(loaded, CAUSAL_LM, analysis))
+    return legalise_bare(Analysed(loaded, CAUSAL_LM, analysis), asked)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,9 @@ from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, f
 from mptk.io.models import Loaded
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
-from mptk.run.prepare import legalise
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
-from tests.lab import bare_run
+from tests.lab import legalise_bare
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
@@ -248,7 +247,7 @@ def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine):
 
 def prepared(model, analysis, settings, plan=None) -> Prepared:
     start = Analysed(Loaded(model, None, "model", Path()), CAUSAL_LM, analysis)
-    return legalise(bare_run(settings, plan=plan), settings, start)
+    return legalise_bare(start, settings, plan)
 
 
 # ---- errors ----

@@ -15,12 +15,11 @@ from mptk.cost.model import CostModel
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment, read_alignment
 from mptk.protocols.conversion import Analysed
-from mptk.run.prepare import legalise
 from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
 from passes.targets.derived import find_derived_families
-from tests.lab import bare_run
+from tests.lab import legalise_bare
 
 
 def llama(**changes: int) -> LlamaForCausalLM:
@@ -149,7 +148,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     analysis, _, _ = small
     settings = Settings(align=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
     model = Analysed(Loaded(llama(), None, "model", Path()), CAUSAL_LM, analysis)
-    widths = [c.widths["ffn"] for c in legalise(bare_run(settings), settings, model).candidates]
+    widths = [c.widths["ffn"] for c in legalise_bare(model, settings).candidates]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
 

@@ -143,8 +143,9 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
     def checked(
         real: Any, compiled: Compiled, targets: Sequence[Target], out: Path, windows: Samples, **how: bool
     ) -> Proven:
-        executor = replace(compiled.prepared.executor, device=torch.device("cuda", 1))
-        there = replace(compiled, prepared=replace(compiled.prepared, executor=executor))
+        dense = compiled.prepared.dense
+        dense = replace(dense, executor=replace(dense.executor, device=torch.device("cuda", 1)))
+        there = replace(compiled, prepared=replace(compiled.prepared, dense=dense))
         asked.clear()
         ONNX.make_checks(there, out, [])
         ONNX.compare_rounded(there, out, [windows[:1]])

@@ -19,11 +19,12 @@ from mptk.files import make_scratch
 from mptk.io.data import list_source_names
 from mptk.ir.passes import Log
 from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
+from mptk.protocols.conversion import Opened
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
 from mptk.run.advise import measure_cuts, rank_shapes
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
-from mptk.run.open import Model, Opened, name_model, take_model
+from mptk.run.open import Model, name_model, take_model
 from mptk.run.run import open_run
 
 FAMILIES = 1.5

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,9 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.proof.claims import LATER
 from mptk.proof.proof import check_proof
+from mptk.protocols.conversion import Opened
 from mptk.protocols.onnx_form import Dense, Use
+from mptk.protocols.origin import Origin
 from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
 from mptk.protocols.values import Context, SampleSets
 from mptk.publish.folder import publish
@@ -37,7 +39,7 @@ from mptk.report.card import write_card
 from mptk.run.changed_weights import WEIGHTS_CHANGED, ChangedWeights, rewrite_folder
 from mptk.run.describe import graph_sizes
 from mptk.run.inputs import Inputs
-from mptk.run.open import Opened, open_in_memory
+from mptk.run.open import open_in_memory
 from mptk.run.prune import Result
 from mptk.run.run import open_run
 from mptk.staged.staged import EXECUTOR
@@ -258,13 +260,15 @@ def check_same(what: str, now: object, before: object) -> None:
 class FirstRun:
     """What is known of the run that made a folder: the dense model, its task, and the samples; None if it is not.
 
-    ``trust``: the caller's word on code, in the call that made the result or opened the folder.
+    ``trust``: the caller's word on code, in the call that made the result or opened the folder. ``digests``: of the
+    run's inputs.
     """
 
     opened: Opened | None = None
     model: str | nn.Module | None = None
     sets: SampleSets | None = None
     trust: Trust = NO_CODE
+    digests: Origin = field(default_factory=Origin)
 
 
 def write_again(

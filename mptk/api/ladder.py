@@ -94,8 +94,9 @@ def ladder(
 
 def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
-    compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-    return Pruned(report, place, compiled=compiled, origin=FirstRun(trust=trust))
+    if found is None or not report.live:  # the folder says enough
+        return Pruned(report, place, origin=FirstRun(trust=trust))
+    return Pruned(report, place, compiled=found.compiled, origin=FirstRun(trust=trust, digests=found.run.origin))
 
 
 def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:

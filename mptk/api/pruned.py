@@ -36,6 +36,7 @@ from mptk.progress import Progress, show_nothing
 from mptk.proof.claims import LATER
 from mptk.proof.verification import read_folder_plan
 from mptk.protocols.chain import Compiled
+from mptk.protocols.conversion import Opened
 from mptk.protocols.origin import check_dense, check_tokenizer
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
@@ -45,7 +46,7 @@ from mptk.run.estimate import read_estimator
 from mptk.run.given_samples import check_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
 from mptk.run.minutes import complete_settings
-from mptk.run.open import Model, Opened, name_model, take_model
+from mptk.run.open import Model, name_model, take_model
 from mptk.run.prune import Result
 from mptk.run.prune import prune as prune_model
 from mptk.run.run import Start, open_run
@@ -173,7 +174,7 @@ class Pruned:
         self._check_result()
         if self.compiled is not None:  # a copy: what the caller does to his own tokenizer later does not count
             prepared = self.compiled.prepared
-            check_tokenizer(prepared.given, prepared.origin)
+            check_tokenizer(prepared.given, self._origin.digests)
             found = copy.deepcopy(prepared.loaded.tokenizer)
         else:
             known = models.has_tokenizer(self.proven)
@@ -276,8 +277,7 @@ class Pruned:
     def check_dense(self) -> None:
         """Raise MptkError if the dense model that is in memory, or its tokenizer, is not as it was pruned."""
         if self.compiled is not None:
-            prepared = self.compiled.prepared
-            check_dense(self.report.model, prepared.given, prepared.origin)
+            check_dense(self.report.model, self.compiled.prepared.given, self._origin.digests)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied and pickled: the files, and what is known of the dense model, would not come along."""
@@ -390,8 +390,8 @@ def make_pruned(result: Result, place: Path, kept: object = None) -> Pruned | No
     if result.report is None:
         return None
     prepared = result.compiled.prepared
-    opened = Opened(prepared.given, prepared.task)
-    origin = FirstRun(opened, sets=result.sets, trust=prepared.given.trust)
+    opened = prepared.dense.given
+    origin = FirstRun(opened, sets=result.sets, trust=prepared.given.trust, digests=result.run.origin)
     return Pruned(result.report, place, compiled=result.compiled, kept=kept, origin=origin)
 
 

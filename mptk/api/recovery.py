@@ -15,10 +15,11 @@ from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.ir.passes import Log, PassRecord
+from mptk.protocols.conversion import Opened
 from mptk.protocols.values import Context
 from mptk.run.inputs import Data, Inputs, name_inputs
 from mptk.run.minutes import complete_settings
-from mptk.run.open import Model, Opened
+from mptk.run.open import Model
 from mptk.run.prune import prune as prune_model
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import open_run

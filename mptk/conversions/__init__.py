@@ -94,12 +94,13 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
         with context.stage(each.fits):
             made = each.fitted(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
-        prepared = replace(
-            prepared,
+        model = replace(
+            prepared.model,
             loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),
             analysis=prepared.analysis.with_weights(weights),
-            conversions=tuple(made if other is each else other for other in prepared.conversions),
         )
+        conversions = tuple(made if other is each else other for other in prepared.conversions)
+        prepared = replace(prepared, model=model, dense=replace(prepared.dense, conversions=conversions))
     return prepared
 
 

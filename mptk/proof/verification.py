@@ -37,7 +37,7 @@ from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, find_stored_type
-from mptk.protocols.conversion import Analysed, Conversion
+from mptk.protocols.conversion import Analysed, Dense, Opened
 from mptk.protocols.execution import build_executor
 from mptk.protocols.report import PROVEN_ON, Report, make_report_error
 from mptk.protocols.values import Context
@@ -117,13 +117,12 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
     context = Context(Log(), show_nothing)
-    start, conversions, samples = _analyse_dense(folder, report, plan, loaded, executor, context)
-    loaded, analysis = start.loaded, start.analysis
-    settings = replace(report.settings, proof_length=asked.proof_length)
-    prepared = _prepare_dense(report, replace(settings, rehome=_is_rehomed(folder, loaded)), start, plan)
-    prepared = replace(prepared, executor=executor, conversions=conversions)
-    assert prepared.cut is not None
-    chosen = Chosen(plan, prepared.cut, find_changes(analysis, prepared.cut, folder, report, asked.trust))
+    dense, samples = _analyse_dense(folder, report, plan, loaded, executor, context)
+    settings = replace(report.settings, proof_length=asked.proof_length, rehome=_is_rehomed(folder, dense.model.loaded))
+    prepared = _prepare_dense(settings, dense, plan)
+    assert prepared.planned is not None
+    changes = find_changes(prepared.analysis, prepared.planned.cut, folder, report, asked.trust)
+    chosen = replace(prepared.planned, changes=changes)
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
@@ -131,7 +130,7 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     check_proof(proven.differences, PRUNE_AGAIN)
     check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
     return Proof(
-        proven.differences, [note for note in (proven.note, describe_unread_tokenizer(loaded, folder)) if note]
+        proven.differences, [note for note in (proven.note, describe_unread_tokenizer(prepared.loaded, folder)) if note]
     )
 
 
@@ -163,7 +162,7 @@ def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Mod
 
 def _analyse_dense(
     folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
-) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
+) -> tuple[Dense, Samples]:
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
     task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
@@ -171,7 +170,7 @@ def _analyse_dense(
     like = samples if find_target(report.settings.target).classed else None
     program = trace_loaded(loaded, task, executor, report.settings.length, like)
     samples = fit_to_program(task, program, samples, PROVEN_ON)
-    start = Analysed(loaded, task, group.analyze_program(program))
+    given, start = Opened(loaded, task), Analysed(loaded, task, group.analyze_program(program))
     start, conversions = convert_model(
         start, read_plan_conversions(plan), context, executor, report.settings.length, like
     )
@@ -179,25 +178,21 @@ def _analyse_dense(
     with _explain_unreadable(folder):
         check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
         check_samples(samples, folder, start.analysis.program, example)
-    return start, conversions, samples
+    return Dense(given, start, conversions, executor), samples
 
 
-def _prepare_dense(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
+def _prepare_dense(settings: Settings, dense: Dense, plan: Plan) -> Prepared:
     """The dense model, prepared as in ``prune``."""
-    target, method = find_target(settings.target), find_method(settings.method)
-    loaded, analysis = model.loaded, model.analysis
+    target, method, model = find_target(settings.target), find_method(settings.method), dense.model
     return Prepared(
-        source=report.model,
-        settings=settings,
-        loaded=loaded,
-        task=model.task,
-        method=method,
-        target=target,
-        analysis=analysis,
-        legal=target.legal(analysis, loaded.model, build_alignment(settings)),
-        cost=CostModel(analysis, itemsize=find_stored_type(settings, loaded).itemsize),
-        plan=plan,
-        cut=resolve_plan(analysis, plan),
+        dense,
+        model,
+        settings,
+        method,
+        target,
+        legal=target.legal(model.analysis, model.loaded.model, build_alignment(settings)),
+        cost=CostModel(model.analysis, itemsize=find_stored_type(settings, model.loaded).itemsize),
+        planned=Chosen(plan, resolve_plan(model.analysis, plan)),
     )
 
 

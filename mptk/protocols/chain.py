@@ -34,12 +34,10 @@ from mptk.ir.program import Program, compute_typical_size
 from mptk.ir.resolved_plan import Cut, collect_kept_units
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Analysed, Conversion, find_imitated
-from mptk.protocols.origin import Origin
-from mptk.protocols.shapes import Shapes
+from mptk.protocols.conversion import Analysed, Conversion, Dense
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
-from mptk.staged.staged import EXECUTOR, Executor
+from mptk.staged.staged import Executor
 from passes.targets.legalize import Candidate, LegalWidths, find_graph_widths
 from passes.transforms.fold_norms import find_epsilons
 from passes.transforms.insert_masks import MaskSite, find_disturbance, find_mask_sites
@@ -51,48 +49,61 @@ from passes.verify import Difference
 class Prepared:
     """An analysed dense model with the widths that the settings and the target allow.
 
-    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget; empty if a ``plan``
-    is given, and then ``cut`` is the resolved plan. ``shapes``: the ranking of a search, of which the only candidate is
-    the best. ``executor`` runs the programs. ``conversions``: the conversions that made ``loaded`` from the user's
-    model. ``origin``: digests of the inputs. ``start``: the larger cut that the run begins with; None: the dense model.
-    ``imitates``: the reference for training and quality, if it is not the model itself or that before its conversions.
+    ``model``: what units are chosen from: the dense model or, in its shapes, a larger cut of it. ``legal``: all legal
+    widths; ``candidates``: those that meet the budget. ``planned``: the choice of a given plan, in place of candidates.
+    ``start``: the larger cut that the run begins with; None: the dense model.
     """
 
-    source: str
+    dense: Dense
+    model: Analysed
     settings: Settings
-    loaded: Loaded
-    task: Task
     method: Method
     target: Target
-    analysis: Analysis
     legal: LegalWidths
     cost: CostModel
-    executor: Executor = EXECUTOR
     candidates: tuple[Candidate, ...] = ()
-    plan: Plan | None = None
-    cut: Cut | None = None
-    shapes: Shapes | None = None
-    conversions: tuple[Conversion, ...] = ()
-    origin: Origin = field(default_factory=Origin)
+    planned: Chosen | None = None
     start: Chosen | None = None
-    imitates: Analysed | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The weights of ``model``."""
+        return self.model.loaded
+
+    @property
+    def task(self) -> Task:
+        """The task of ``model``."""
+        return self.model.task
+
+    @property
+    def analysis(self) -> Analysis:
+        """The analysis of ``model``."""
+        return self.model.analysis
+
+    @property
+    def conversions(self) -> tuple[Conversion, ...]:
+        """The conversions that made ``model`` from the user's model."""
+        return self.dense.conversions
+
+    @property
+    def executor(self) -> Executor:
+        """Runs the programs."""
+        return self.dense.executor
 
     @property
     def given(self) -> Loaded:
         """The user's dense model, before conversions."""
-        return self.conversions[0].before.loaded if self.conversions else self.loaded
+        return self.dense.given.loaded
 
     @property
     def compared(self) -> Loaded:
         """The reference for training and quality: the dense model before the conversions that change its outputs."""
-        model = self.imitates or find_imitated(self.conversions)
-        return self.loaded if model is None else model.loaded
+        return self.dense.reference.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        model = self.imitates or find_imitated(self.conversions)
-        return self.analysis.program if model is None else model.analysis.program
+        return self.dense.reference.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +118,7 @@ class Prepared:
     @property
     def families(self) -> list[str]:
         """The families that are cut."""
-        return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+        return list(self.candidates[0].widths if self.planned is None else self.planned.plan.families)
 
     @property
     def stays(self) -> dict[str, Tensor]:
@@ -129,7 +140,7 @@ class Prepared:
         """Those of ``under_norms`` that a plan names, or some candidate cuts."""
         size = {name: self.analysis.family(name).size for name in self.under_norms}
         cut = {name for name in size if any(each.widths[name] < size[name] for each in self.candidates)}
-        return [name for name in size if self.plan is not None or name in cut]
+        return [name for name in size if self.planned is not None or name in cut]
 
     @cached_property
     def weight_size(self) -> float:
@@ -146,15 +157,15 @@ class Prepared:
         """How the cut model is trained."""
         return self.settings.learning.of_recovery(bool(self.norms_change), self.weight_size)
 
-    def dense(self, weights: bool = True) -> PreTrainedModel:
+    def copy_model(self, weights: bool = True) -> PreTrainedModel:
         """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.
 
         ``weights``: whether parameters need values; if not, they take no memory.
         """
         return make_replica(self.loaded.whole() if weights else self.loaded.model, weights)
 
-    def teacher(self, weights: bool = True) -> PreTrainedModel:
-        """The reference module, copied as in ``dense``."""
+    def copy_teacher(self, weights: bool = True) -> PreTrainedModel:
+        """The reference module, copied as in ``copy_model``."""
         return make_replica(self.compared.whole() if weights else self.compared.model, weights)
 
     @cached_property

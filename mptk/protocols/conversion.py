@@ -16,7 +16,7 @@ from mptk.ir.plan import Entry
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.protocols.task import Task
-from mptk.staged.staged import Executor
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.verify import StageOutputs
 
 
@@ -27,6 +27,15 @@ class Analysed:
     loaded: Loaded
     task: Task
     analysis: Analysis
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A dense model that is open, with its task. ``plain``: not a transformers model, so it has no stock class."""
+
+    loaded: Loaded
+    task: Task
+    plain: bool = False
 
 
 Analyse = Callable[[Loaded], Analysed]
@@ -105,6 +114,28 @@ class Conversion(ABC):
     def tokens(self) -> Sequence[int] | None:
         """The ids in ``before`` of the tokens of ``after``; None if they are the same."""
         return None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model that is analysed, after its conversions. The runs of a ladder share it.
+
+    ``given``: the user's model and its task, before conversions. ``executor``: runs its programs. ``training``,
+    ``evaluation``: the caller's samples in memory, which may come from an iterator that is read only once; None: they
+    were not read yet.
+    """
+
+    given: Opened
+    model: Analysed
+    conversions: tuple[Conversion, ...] = ()
+    executor: Executor = EXECUTOR
+    training: Samples | None = None
+    evaluation: Samples | None = None
+
+    @property
+    def reference(self) -> Analysed:
+        """The reference for training and quality: the model before the conversions that change its outputs."""
+        return find_imitated(self.conversions) or self.model
 
 
 def find_imitated(conversions: Sequence[Conversion]) -> Analysed | None:

@@ -27,10 +27,7 @@ def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance:
 
     ``tolerance``: the largest change that is safe, as in ``mptk.advise``.
     """
-    run.check_unfinished()
-    run.announce()
-    prepared, _ = prepare(model, run)
-    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
@@ -44,12 +41,9 @@ def rank_shapes(model: Start, run: Run, asked: Settings, *, writes: bool) -> Sha
 
     ``asked``: the settings that the command repeats. ``writes``: into the run's output.
     """
-    run.check_unfinished()
-    run.announce()
-    prepared, dense = prepare(model, run)
-    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
-        sets, _ = read_samples(prepared, run, dense, measures=False)
+        sets, run = read_samples(prepared, run, measures=False)
         sets = add_dense_outputs(prepared, sets, run)
         found = search_shapes(fit_conversions(prepared, sets.calibration, run), sets, run)
         if isinstance(model, str):

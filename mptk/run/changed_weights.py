@@ -54,9 +54,8 @@ class ChangedWeights(PrunedFolder):
 
     def read_choice(self, prepared: Prepared) -> Chosen:
         """The plan with the changed weights as trained ones."""
-        assert prepared.plan is not None
-        assert prepared.cut is not None
-        analysis, cut = prepared.analysis, prepared.cut
+        assert prepared.planned is not None
+        analysis, cut = prepared.analysis, prepared.planned.cut
         stored = self._read_stored(prepared)
         named = {*self.report.trained}
         if (biases := self.folder / COMPENSATION).is_file():  # the method changed these, too
@@ -69,7 +68,8 @@ class ChangedWeights(PrunedFolder):
             weight = self.weights[there]
             if name in named or there not in stored or not stored[there].to(weight.dtype).equal(weight):
                 found[name] = weight
-        return Chosen(prepared.plan, cut, widen_weights(analysis, cut, Weights(found)), tuple(found))
+        changes = widen_weights(analysis, cut, Weights(found))
+        return replace(prepared.planned, changes=changes, trained=tuple(found))
 
     def _read_stored(self, prepared: Prepared) -> Weights:
         return open_pruned_weights(self.folder, prepared.loaded.trust)
@@ -92,8 +92,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
     Raises:
         MptkError: as ``prune``; or a changed weight is one that the cut makes anew.
     """
-    prepared, dense = prepare(changed, run)
-    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    prepared, run = prepare(changed, run)
     with keep_stages_on_failure(prepared, run):
         sets = changed.sets
         if sets is None:
@@ -119,4 +118,4 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
             report = measure(report, compiled, sets, run.out, run)
         else:
             publish_report(report, compiled, run.out)
-    return Result(report, compiled, sets, dense)
+    return Result(report, compiled, sets, run)

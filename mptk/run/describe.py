@@ -30,6 +30,7 @@ from mptk.publish.licence import CARD
 from mptk.publish.manifest import hash_weight_files, list_files, update_manifest
 from mptk.reading import Json
 from mptk.report.card import write_card
+from mptk.run.run import Run
 from mptk.targets.stock_config import find_config_changes
 from mptk.version import __version__
 from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quantized_files, name_quantized_file
@@ -37,9 +38,7 @@ from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quant
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
 
-def describe(
-    compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, context: Context
-) -> Report:
+def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, run: Run) -> Report:
     """The report of a proven folder without its quality, which ``measure`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
@@ -48,8 +47,8 @@ def describe(
     figures = compute_costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
-        model=resolve_model_name(prepared.source),
-        model_sha256=prepared.origin.model,
+        model=resolve_model_name(run.source),
+        model_sha256=run.origin.model,
         live=prepared.loaded.live,
         settings=replace(prepared.settings, trust_remote_code=False),  # a word of this call, not of the result
         families=compute_widths(prepared.analysis, chosen.plan),
@@ -65,7 +64,7 @@ def describe(
         config_changes={} if compiled.written is None else find_config_changes(compiled.written, folder),
         plan_sha256=chosen.plan.digest,
         notes=[note for note in notes if note],
-        stages=context.log.to_list(),
+        stages=run.log.to_list(),
         files=sorted([*list_files(folder), REPORT_FILE, CARD]),
         task=prepared.task.name,
         legal={
@@ -74,7 +73,7 @@ def describe(
         },
         data=used_data(sets, prepared.settings),
         recovery=compiled.recovery,
-        search={} if prepared.shapes is None else prepared.shapes.to_json(),
+        search={} if run.shapes is None else run.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         **rows,
     )

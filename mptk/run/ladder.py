@@ -210,8 +210,8 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
             rung.progress(f"sparsity {rung.out.name}", 0, 0)
             log = Log(on_record=rung.log.on_record)
             with separate_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
-                result = prune(model, replace(rung, log=log), dense)
-            dense = result.dense
+                result = prune(model, replace(rung, log=log, dense=dense))
+            dense = result.run.dense
             yield rung, result
 
 

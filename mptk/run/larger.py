@@ -117,10 +117,10 @@ def take_larger(prepared: Prepared) -> Prepared:
     changed = analysis.with_weights(start.changes)
     weights = Weights(start.changes).with_entries(without(changed, start.cut))
     bare: PreTrainedModel = copy_without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
-    model = replace(loaded, model=bare).changed(weights, analysis.program.aliases)
-    dense = Analysed(prepared.compared, prepared.task, replace(analysis, program=prepared.reference))
+    larger = replace(loaded, model=bare).changed(weights, analysis.program.aliases)
+    model = replace(prepared.model, loaded=larger, analysis=analysis.with_weights(weights))
     fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
-    return replace(prepared, loaded=model, analysis=analysis.with_weights(weights), conversions=fitted, imitates=dense)
+    return replace(prepared, model=model, dense=replace(prepared.dense, conversions=fitted))
 
 
 def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:

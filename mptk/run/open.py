@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -14,8 +14,7 @@ from mptk.io import models
 from mptk.io.live import name_live_model, open_live, unwrap_parallel
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
-from mptk.ir.samples import Samples
-from mptk.protocols.conversion import Analysed, Conversion
+from mptk.protocols.conversion import Opened
 from mptk.protocols.task import Task
 from mptk.run.inputs import Inputs
 from mptk.tasks import bind_task, open_task
@@ -24,30 +23,6 @@ from mptk.trust import Trust
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A dense model that is open, with its task. ``plain``: it is no transformers model, so it has no stock class."""
-
-    loaded: Loaded
-    task: Task
-    plain: bool = False
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense model that is analysed, after its conversions, as the runs of a ladder share it.
-
-    ``given``: the model and task before conversions. ``training``, ``evaluation``: the caller's samples in memory,
-    which may come from an iterator that is read only once; None: they were not read yet.
-    """
-
-    given: Opened
-    model: Analysed
-    conversions: tuple[Conversion, ...]
-    training: Samples | None = None
-    evaluation: Samples | None = None
 
 
 def read_example_inputs(settings: Settings, inputs: Inputs) -> tuple[Settings, Inputs]:

@@ -27,12 +27,12 @@ from mptk.methods.division.budget import apply_budget, build_alignment, build_co
 from mptk.methods.division.selection import LayerSelection, expand_parts, select_layers
 from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Prepared, find_stored_type
-from mptk.protocols.conversion import Analysed, Conversion, find_imitated
+from mptk.protocols.conversion import Analysed, Dense, Opened, find_imitated
 from mptk.protocols.origin import Origin, compute_origin, read_file_states
 from mptk.protocols.run_folder import read_kept_tensors
 from mptk.run.checks import check_divides, check_ragged
 from mptk.run.larger import keep_reachable, read_larger
-from mptk.run.open import Dense, Opened, open_named
+from mptk.run.open import open_named
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES
@@ -41,30 +41,31 @@ from passes.analysis import group
 from passes.targets.legalize import keep_portable_families
 
 
-def prepare(model: Start, run: Run, dense: Dense | None = None) -> tuple[Prepared, Dense]:
-    """Load, trace, analyse and find legal widths. Returns what further runs on the same model share, too.
+def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
+    """Load, trace, analyse and find legal widths. Returns the run with what was found, and with its folder.
 
-    ``dense``: of an earlier run on the same model.
+    A run that has a dense model already, of an earlier run on it, begins with that.
 
     Raises:
-        MptkError: one of these fails; no legal widths meet the budget; or the cut model cannot be trained.
+        MptkError: there is an unfinished run that is another one; this machine has too little memory; one of these
+            steps fails; no legal widths meet the budget; or the cut model cannot be trained.
     """
+    run.check_unfinished()
+    run.announce()
     settings = run.settings
     with run.stage("load"):
-        given, origin = open_unchanged(model, run, dense)
-    dense = dense or analyse(given, run)
+        given, origin = open_unchanged(model, run)
+    dense = run.dense or analyse(given, run)
     if (length := dense.model.task.find_fixed_length(dense.model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
     with run.stage("legalise"):
         larger = read_larger(settings, dense.model, dense.conversions, origin)
-        prepared = legalise(run, settings, dense.model, dense.conversions, larger)
-        prepared = keep_reachable(prepared, run.further)
-    prepared = replace(prepared, executor=run.executor, origin=origin)
+        prepared = keep_reachable(legalise(run, settings, dense, larger), run.further)
     under = prepared.norms_change
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}")
-    return prepared, dense
+    return prepared, replace(run, settings=prepared.settings, dense=dense, origin=origin).open_folder()
 
 
 def analyse(given: Opened, run: Run) -> Dense:
@@ -90,17 +91,18 @@ def analyse(given: Opened, run: Run) -> Dense:
     with run.stage("analyse"):
         model = Analysed(loaded, task, group.analyze_program(program))
     changes = find_conversions(settings, run.plan, run.inputs.texts)
-    return Dense(given, *convert_model(model, changes, run, run.executor, length or settings.length, like))
+    found = convert_model(model, changes, run, run.executor, length or settings.length, like)
+    return Dense(given, *found, run.executor)
 
 
-def open_unchanged(model: Start, run: Run, dense: Dense | None) -> tuple[Opened, Origin]:
+def open_unchanged(model: Start, run: Run) -> tuple[Opened, Origin]:
     """The dense model and its task, and digests of the run's inputs.
 
     Raises:
         MptkError: the model cannot be opened; or its files changed while they were read.
     """
     before = read_file_states(run.source)
-    given = dense.given if dense is not None else open_start(model, run)
+    given = run.dense.given if run.dense is not None else open_start(model, run)
     origin = run_once(lambda: compute_origin(run.source, given.loaded, run.settings, run.start, run.plan))
     if before and not given.loaded.live and read_file_states(run.source) != before:
         raise MptkError(f"{run.source} changed while it was opened; start again")
@@ -166,18 +168,13 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
         )
 
 
-def legalise(
-    run: Run,
-    settings: Settings,
-    model: Analysed,
-    conversions: tuple[Conversion, ...] = (),
-    larger: Chosen | None = None,
-) -> Prepared:
+def legalise(run: Run, settings: Settings, dense: Dense, larger: Chosen | None = None) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
-    ``conversions``: the conversions that made ``model``. ``larger``: a larger cut, which the run begins with.
+    ``larger``: a larger cut, which the run begins with.
     """
-    loaded, analysis, compared = model.loaded, model.analysis, find_imitated(conversions)
+    model, compared = dense.model, find_imitated(dense.conversions)
+    loaded, analysis = model.loaded, model.analysis
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, build_alignment(settings))
@@ -197,11 +194,11 @@ def legalise(
     if settings.budget in CACHED and not model.task.caches:
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
     cost, settings = apply_budget(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
-    prepared = Prepared(run.source, settings, loaded, model.task, method, target, analysis, legal, cost)
-    prepared = replace(prepared, conversions=conversions, start=larger)
+    prepared = Prepared(dense, model, settings, method, target, legal, cost, start=larger)
     if settings.fixed:
         analysis = analysis.divided(plan.divided)
-        return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
+        planned = Chosen(plan, resolve_plan(analysis, plan))
+        return replace(prepared, model=replace(model, analysis=analysis), planned=planned)
     check_any(analysis, cost)
     check_left(cost, settings)
     return divide_by_layer(add_candidates(prepared, selection, before), selection, before)
@@ -225,7 +222,7 @@ def add_candidates(prepared: Prepared, selection: LayerSelection, before: Analys
         cost = build_cost_model(analysis, p.settings, p.dtype.itemsize, before)
     legal = selection.restrict_widths(legal)
     renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
-    apart = replace(p, analysis=analysis, legal=legal, cost=cost, settings=renamed)
+    apart = replace(p, model=replace(p.model, analysis=analysis), legal=legal, cost=cost, settings=renamed)
     return replace(p, candidates=tuple(run_once(partial(find_widths, apart))))
 
 
@@ -246,7 +243,7 @@ def divide_by_layer(prepared: Prepared, selection: LayerSelection, before: Analy
     cost = build_cost_model(analysis, s, find_stored_type(s, prepared.loaded).itemsize, before)
     return replace(
         prepared,
-        analysis=analysis,
+        model=replace(prepared.model, analysis=analysis),
         legal=replace(legal, ladders=ladders),
         cost=cost,
         candidates=tuple(candidates),

@@ -38,7 +38,6 @@ from mptk.report.card import write_card
 from mptk.run.describe import describe, measure
 from mptk.run.larger import join_larger, take_larger
 from mptk.run.minutes import note_minutes
-from mptk.run.open import Dense
 from mptk.run.prepare import prepare
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.recover import distil, reconstruct, recover_quality
@@ -55,19 +54,17 @@ REMEDY = "nothing was published. Please report this model"
 class Result:
     """The report of a proven folder, the compiled model, and the samples of the run.
 
-    ``report``: None in all processes but the first. ``dense``: what further runs on the same model share.
+    ``report``: None in all processes but the first. ``run``: with what its stages found.
     """
 
     report: Report | None
     compiled: Compiled
     sets: SampleSets
-    dense: Dense
+    run: Run
 
 
-def prune(model: Start, run: Run, dense: Dense | None = None) -> Result:
+def prune(model: Start, run: Run) -> Result:
     """Run every stage in order. Of several processes only the first writes, and has the report.
-
-    ``dense``: the dense model of an earlier run on it, which this run shares.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
@@ -75,23 +72,21 @@ def prune(model: Start, run: Run, dense: Dense | None = None) -> Result:
     """
     if run.settings.shared:
         raise MptkError("only the sizes of a ladder can share weights; use mptk.ladder, or leave out --shared")
-    run.check_unfinished()
-    run.announce()
-    prepared, dense = prepare(model, run, dense)
-    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
-        sets, dense = read_samples(prepared, run, dense)
+        sets, run = read_samples(prepared, run)
         sets = add_dense_outputs(prepared, sets, run)
         if not isinstance(model, PrunedFolder):
             prepared = fit_conversions(prepared, sets.calibration, run)
         if run.settings.search:
-            prepared = fix_winner(prepared, search_shapes(prepared, sets, run))
+            shapes = search_shapes(prepared, sets, run)
+            prepared, run = fix_winner(prepared, shapes), replace(run, shapes=shapes)
         run = start_processes(run)
         compiled, checked = cut(model, prepared, sets, run)
         compiled, further = recover_quality(compiled, sets, run)
         connect_processes().wait_for_everyone()  # the others may still read what the folder keeps
         if not connect_processes().is_main_process:
-            return Result(None, compiled, sets, dense)
+            return Result(None, compiled, sets, run)
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(compiled, sets, folder, run)
             proven = prove(compiled, sets, folder, [*checked, *further], run)
@@ -101,7 +96,7 @@ def prune(model: Start, run: Run, dense: Dense | None = None) -> Result:
             report = measure(report, compiled, sets, run.out, run)
         finally:  # the folder is published: what a resumed run would need is done
             run.remove_folder()
-    return Result(report, compiled, sets, dense)
+    return Result(report, compiled, sets, run)
 
 
 @contextmanager
@@ -126,7 +121,7 @@ def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
 
 def check_unchanged(prepared: Prepared, run: Run) -> None:
     """Raise MptkError if an input of the run changed since the run began."""
-    prepared.origin.require(compute_origin(run.source, prepared.given, prepared.settings, run.start, run.plan))
+    run.origin.require(compute_origin(run.source, prepared.given, prepared.settings, run.start, run.plan))
 
 
 def start_processes(run: Run) -> Run:
@@ -153,12 +148,11 @@ def cut(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> tuple[C
 
 def choose_units(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
     """Choose what is cut: as a plan file says, or by the method."""
-    if prepared.plan is not None:
-        assert prepared.cut is not None
-        return with_conversions(prepared, Chosen(prepared.plan, prepared.cut))
+    if prepared.planned is not None:
+        return with_conversions(prepared, prepared.planned)
     s = prepared.settings
     chosen = keep_choice(prepared, sets, run)
-    meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
+    meta = {"model": run.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
     return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
 
 

@@ -15,10 +15,10 @@ from mptk.distributed.processes import holds
 from mptk.io.dense import open_dense
 from mptk.io.resident import Resident
 from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.conversion import Opened
 from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import Estimator
-from mptk.run.open import Opened
 from mptk.targets.stock_config import check_code
 from mptk.tasks.of_folder import find_folder_task
 from mptk.trust import Trust
@@ -78,9 +78,9 @@ class PrunedFolder:
     def read_choice(self, prepared: Prepared) -> Chosen:
         """The plan and the weights that it has. Raises MptkError if code in it is not the dense model's."""
         check_code(prepared.loaded.path, self.folder)
-        assert prepared.plan is not None
-        assert prepared.cut is not None
+        planned = prepared.planned
+        assert planned is not None
         if not holds():
-            return Chosen(prepared.plan, prepared.cut)
-        changes = find_changes(prepared.analysis, prepared.cut, self.folder, self.report, prepared.loaded.trust)
-        return Chosen(prepared.plan, prepared.cut, changes)
+            return planned
+        changes = find_changes(prepared.analysis, planned.cut, self.folder, self.report, prepared.loaded.trust)
+        return replace(planned, changes=changes)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,17 @@ from mptk.io.cache import tidy_shared
 from mptk.io.resident import Resident
 from mptk.ir.plan import Plan
 from mptk.progress import show_nothing
+from mptk.protocols.conversion import Dense, Opened
 from mptk.protocols.execution import build_executor, find_device
+from mptk.protocols.origin import Origin
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, read_kept_settings
+from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
 from mptk.run.estimate import Estimator, check_fits, read_estimator
 from mptk.run.inputs import Inputs
 from mptk.run.minutes import complete_settings, fill_in
-from mptk.run.open import Opened
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.trust import Trust
@@ -52,6 +54,9 @@ class Run(Context):
     ``plan``: what the settings' file of a plan says, read once, so that later changes of the file have no effect.
     ``estimator``: estimates it; None if that is not possible. ``reads_data``: whether it reads data. ``further``:
     sparsities to which its result is cut further. ``sizes``: the sparsities of all sizes, if they share weights.
+
+    Found by its stages: ``dense``: the analysed dense model, which further runs on it share. ``origin``: digests of the
+    inputs. ``shapes``: the ranking of a search.
     """
 
     source: str
@@ -66,6 +71,9 @@ class Run(Context):
     sizes: Sequence[float] = ()
     resident: Resident = field(default_factory=lambda: Resident(0))
     executor: Executor = EXECUTOR
+    dense: Dense | None = None
+    origin: Origin = field(default_factory=Origin)
+    shapes: Shapes | None = None
 
     def at(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
         """The same run with another output and other settings: a size of a ladder."""
@@ -86,12 +94,12 @@ class Run(Context):
         if self.keeps_stages:
             check_unfinished(self.out, self.described, self.settings.resume, but=(*FOUND, GIVEN))
 
-    def keep_in_folder(self, settings: Settings, digests: Mapping[str, str]) -> Self:
-        """The run with its folder, if it keeps stages. ``settings``, ``digests``: as ``prepare`` found them."""
-        run = replace(self, settings=settings)
-        if not run.keeps_stages:
-            return run
-        return replace(run, folder=RunFolder(run.out, {**run.described, GIVEN: dict(digests)}, settings.resume))
+    def open_folder(self) -> Self:
+        """The run with its folder, if it keeps stages. Its settings and its origin are known by now."""
+        if not self.keeps_stages:
+            return self
+        described = {**self.described, GIVEN: dict(self.origin.parts)}
+        return replace(self, folder=RunFolder(self.out, described, self.settings.resume))
 
     def remove_folder(self) -> None:
         """Remove the folder of the unfinished run, if there is one."""

@@ -19,20 +19,20 @@ from mptk.protocols.origin import check_kept_samples
 from mptk.protocols.values import SampleSets
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
 from mptk.run.given_samples import collect_given
-from mptk.run.open import Dense
 from mptk.run.run import Run
 
 KEPT_SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 
 
-def read_samples(prepared: Prepared, run: Run, dense: Dense, *, measures: bool = True) -> tuple[SampleSets, Dense]:
+def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tuple[SampleSets, Run]:
     """Samples to train, calibrate and measure on. The first of several processes makes them; the others read them.
 
-    ``dense``: of this run; it is returned with the caller's samples, which further runs on the same model share.
-    ``measures``: whether there are samples to measure on.
+    Also returns the run with the caller's samples, which further runs on the same model share. ``measures``: whether
+    there are samples to measure on.
     """
-    s, task, folder = prepared.settings, prepared.task, run.folder
+    s, task, folder, dense = prepared.settings, prepared.task, run.folder, run.dense
+    assert dense is not None
     if run.inputs.has_samples and dense.training is None and dense.evaluation is None:
         training, evaluation = collect_given(prepared, run.inputs)
         dense = replace(dense, training=training, evaluation=evaluation)
@@ -65,7 +65,7 @@ def read_samples(prepared: Prepared, run: Run, dense: Dense, *, measures: bool =
     measured = fit_to_program(task, program, measured, "eval_data")
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     used, held_out = hold_out(restored, s)
-    return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), dense
+    return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), replace(run, dense=dense)
 
 
 def hold_out(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
@@ -77,7 +77,7 @@ def hold_out(samples: Samples, settings: Settings) -> tuple[Samples, Samples | N
 
 def add_dense_outputs(prepared: Prepared, sets: SampleSets, run: Run) -> SampleSets:
     """The sets with the dense model's outputs as targets, if the task's loss compares outputs."""
-    if not prepared.task.compares or prepared.plan is not None:
+    if not prepared.task.compares or prepared.planned is not None:
         return sets
     with run.stage("dense outputs"):
         return replace(sets, calibration=with_dense_outputs(prepared, sets.calibration))

@@ -61,10 +61,7 @@ def prune_together(model: Start, run: Run) -> Result:
     Raises:
         MptkError: norms change with a family's width, and something is trained; or as ``prune``.
     """
-    run.check_unfinished()
-    run.announce()
-    prepared, dense = prepare(model, run)
-    run = run.keep_in_folder(prepared.settings, prepared.origin.parts)
+    prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
         folder_of_run = run.folder
         assert folder_of_run is not None
@@ -72,7 +69,7 @@ def prune_together(model: Start, run: Run) -> Result:
             raise MptkError(
                 f"{prepared.under_norms[0]} is trained by LoRA, which sizes cannot share; leave out --shared"
             )
-        sets, dense = read_samples(prepared, run, dense)
+        sets, run = read_samples(prepared, run)
         sets = add_dense_outputs(prepared, sets, run)
         prepared = fit_conversions(prepared, sets.calibration, run)
         run = start_processes(run)
@@ -93,7 +90,7 @@ def prune_together(model: Start, run: Run) -> Result:
             report = measure(report, largest, sets, run.out, run)
         finally:
             run.remove_folder()
-    return Result(report, largest, sets, dense)
+    return Result(report, largest, sets, run)
 
 
 def cut_further(larger: Compiled, sparsity: float, rest: Sequence[float]) -> Prepared:

@@ -178,7 +178,7 @@ class Advising:
             f"consumers are {'' if self.trials.products else 'not '}fitted, and nothing is trained"
         )
         dense = self._point({}, 0.0, self.dense)
-        return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
+        return Advice(p.given.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
 
     def recovery(self, points: Sequence[Point]) -> Recovery:
         """Train each of the cuts by itself, and measure it again."""
@@ -255,7 +255,9 @@ class Advising:
         if not names:
             return {}
         scores = {part.name: self.trials.scores[n][i : i + 1] for n in names for i, part in enumerate(parts[n])}
-        apart = replace(p, analysis=p.analysis.divided(names), legal=replace(p.legal, stock=None))
+        apart = replace(
+            p, model=replace(p.model, analysis=p.analysis.divided(names)), legal=replace(p.legal, stock=None)
+        )
         ladders = {part.name: p.legal.ladders[name] for name in names for part in parts[name]}
         curves = measure_curves(apart, scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
         return {name: tuple(curves[part.name].losses[-1] for part in parts[name]) for name in names}

@@ -64,14 +64,14 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
         f"{search.criterion} from {len(sets.calibration)} other samples"
     )
     metric: Literal["perplexity", "loss"] = "perplexity" if task.classes and not task.compares else "loss"
-    return Shapes(prepared.source, protocol, metric, search.dense(), rank_shapes(found))
+    return Shapes(prepared.given.source, protocol, metric, search.dense(), rank_shapes(found))
 
 
 def fix_winner(prepared: Prepared, found: Shapes) -> Prepared:
     """``prepared`` with only the widths of the best shape, as if ``--width`` had fixed them."""
     settings = replace(prepared.settings, widths=dict(found.best.widths), search=False)
     candidates = find_widths(replace(prepared, settings=settings))
-    return replace(prepared, candidates=tuple(candidates), shapes=found)
+    return replace(prepared, candidates=tuple(candidates))
 
 
 # ---- how tokens are spent ----

@@ -147,7 +147,7 @@ class Learner:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the teacher's weights, computed in the first process, and the precision if it is less."""
-        found = [hash_model_weights(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
+        found = [hash_model_weights(self.prepared.copy_teacher()) if self.accelerator.is_main_process else ""]
         less = "" if self.settings.precision == "no" else f"-{self.settings.precision}"
         return f"{broadcast_object_list(found)[0]}{less}"
 
@@ -204,7 +204,7 @@ class Learner:
         stays = {family: units.to(device) for family, units in prepared.stays.items()}
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
         past = {site.module for site in prepared.mask_sites if site.past}
-        student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
+        student = adapt(prepared.copy_model(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         dense = partial(_run_dense, prepared.task, student, masks)
@@ -344,7 +344,7 @@ class Learner:
 
         @cache
         def dense() -> Any:  # with a cached teacher it may never run
-            return place_model(self.accelerator, self.prepared.teacher(self.keeps))
+            return place_model(self.accelerator, self.prepared.copy_teacher(self.keeps))
 
         return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
 

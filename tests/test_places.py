@@ -346,7 +346,7 @@ def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Pat
     ):
         RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=False)
     again = RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=True)
-    assert again.tensors("text") is not None
+    assert again.keeps("text")
     again.remove()
     assert names(tmp_path) == ["out.run"]
     RunFolder(tmp_path / "out", {"learning": {"steps": 0}}, resume=False)

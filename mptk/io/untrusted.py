@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import stat
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -136,9 +136,26 @@ def check_weights(file: Path) -> int:
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
+    return dict(stream_tensors(file, damaged))
+
+
+def stream_tensors(file: Path, damaged: Damaged) -> Iterator[tuple[str, Tensor]]:
+    """As ``load_tensors``, one by one, so that a file may be larger than memory."""
     try:
         _check_ordinary(file)
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is not a mapping
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError, MptkError) as error:
+        raise damaged(take_first_line(error)) from error
+
+
+def read_metadata(file: Path, damaged: Damaged) -> Mapping[str, str]:
+    """The metadata of a safetensors file. Raises as ``load_tensors``."""
+    try:
+        _check_ordinary(file)
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
     except (SafetensorError, OSError, MptkError) as error:
         raise damaged(take_first_line(error)) from error
 

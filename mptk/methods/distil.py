@@ -31,7 +31,7 @@ from mptk.methods.criteria.observe import find_sites, split_batches
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import name_operand_weight
 from mptk.progress import Count
-from mptk.protocols.run_folder import RunFolder, keep_tensors
+from mptk.protocols.run_folder import Kept, RunFolder
 from mptk.staged.partition import Flow, partition_blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
@@ -123,13 +123,14 @@ def distil_blocks(
     )
     if not any(owned[:count]):
         return None
-    runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
+    runs = folder is None or not all(folder.keeps(f"block-{k}") for k in range(count))
     shelf, errors = Spool(executor.borders), list[tuple[float, float]]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
             teacher.advance(k)
-        found = keep_tensors(folder, f"block-{k}", partial(block.trained, how))
+        train = partial(block.trained, how)
+        found = dict((train() if folder is None else folder.keep(f"block-{k}", train)).tensors)
         if runs:
             student.advance(k, weights=block.weights(found))
         before, after = found.pop(ERRORS).tolist()
@@ -212,7 +213,7 @@ class _Block:
                 self.ends.append((node, theirs[node.name], dims, channels))
         self.owned = owned if self.ends else {}
 
-    def trained(self, how: Schedule) -> dict[str, Tensor]:
+    def trained(self, how: Schedule) -> Kept:
         """The weights of the epoch with the least error, or the initial ones if no epoch had less, and ``ERRORS``."""
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
@@ -232,7 +233,7 @@ class _Block:
             if found < least:
                 least, best = found, [weight.detach().clone() for weight in learned]
         named = {name: weight.cpu() for name, weight in zip(self.owned.values(), best, strict=True)}
-        return {**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)}
+        return Kept({**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)})
 
     def weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         """The student's weights in this block with the trained ones among them."""

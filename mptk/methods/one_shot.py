@@ -15,7 +15,6 @@ import torch
 from mptk.config.choices import FREE
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
-from mptk.distributed.processes import is_leader
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
@@ -23,7 +22,7 @@ from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criter
 from mptk.methods.division.layers import choose_division, describe_ends
 from mptk.methods.division.trial import find_best_plan, plan_widths
 from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.run_folder import Kept
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import describe_widths
 
@@ -69,8 +68,11 @@ class OneShotMethod(Method):
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         analysis, compensate = prepared.analysis, self.criterion.compensate
-        kept = None if compensate else context.folder  # to compensate takes the evidence, too
-        scores, evidence = score_families(prepared, self.name, sets, context, kept)
+        evidence: object = None
+        if compensate is None:
+            scores = keep_scores(prepared, self.name, sets, context)
+        else:  # which takes the evidence, too, and that is not kept
+            scores, evidence = score_families(prepared, self.name, sets, context)
         every = [plan_widths(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
@@ -90,16 +92,14 @@ class OneShotMethod(Method):
         return replace(chosen, changes=biases.state, notes=(note, biases.statement))
 
 
-def score_families(
-    prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
-) -> tuple[Scores, object]:
-    """The scores of the cut families, and the evidence behind them.
+def keep_scores(prepared: Prepared, criterion: str, sets: SampleSets, context: Context) -> Scores:
+    """The scores of the cut families, which an unfinished run keeps."""
+    kept = context.keep(SCORES, lambda: Kept(score_families(prepared, criterion, sets, context)[0]))
+    return dict(kept.tensors)
 
-    ``folder`` stores the scores; if they were stored before, there is no evidence.
-    """
-    before = None if folder is None else folder.read_earlier(SCORES)
-    if before is not None:
-        return before, None
+
+def score_families(prepared: Prepared, criterion: str, sets: SampleSets, context: Context) -> tuple[Scores, object]:
+    """The scores of the cut families, and the evidence behind them."""
     analysis = prepared.analysis
     with context.stage(stage := f"score ({criterion})"):
         given = Calibration(
@@ -115,6 +115,4 @@ def score_families(
         scores, evidence = criteria.measure_and_score(find_criterion(criterion), given)
     stays = prepared.stays
     scores = {f: values.masked_fill(~stays[f], -torch.inf) if f in stays else values for f, values in scores.items()}
-    if folder is not None and is_leader():
-        folder.save(SCORES, scores)
     return scores, evidence

@@ -7,13 +7,15 @@ whatever its name and its files (``mptk/files/marks.py``).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.distributed.processes import connect_processes, is_leader
@@ -32,9 +34,12 @@ from mptk.files import (
     write_file,
     write_text,
 )
-from mptk.io.untrusted import load_tensors
+from mptk.io.tensors import write_weights
+from mptk.io.untrusted import load_tensors, read_metadata, stream_tensors
+from mptk.ir.weights import Weights
 from mptk.protocols.origin import name_differing
-from mptk.reading import Damaged, Json, make_damage_error, read_json_object
+from mptk.reading import Damaged, Json, make_damage_error, parse_json, read_json_object
+from mptk.staged.spool import spool_weights
 
 CHECKPOINTS_KEPT = 2
 SETTINGS = "settings.json"
@@ -42,8 +47,17 @@ GIVEN = "given"
 """The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
 RUN_MARK = "mptk.mark"
+FACTS = "facts"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a stage found, as the folder of a run keeps it: tensors, and facts, which JSON holds."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -84,34 +98,34 @@ class RunFolder:
         """As ``within``, with settings of its own."""
         return RunFolder(self.make() / name, settings, resume)
 
-    def holds(self, file: str) -> bool:
-        """Whether a file existed when the run was resumed; the same in all processes."""
-        return file in self._found
+    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
+        """What ``make`` gave before the run was resumed; else what it gives now, which the first process stores.
 
-    def read_earlier(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name before the run was resumed, or None."""
-        return self.tensors(name) if self.holds(f"{name}.safetensors") else None
+        This is how a run is resumed; only training has checkpoints, too, of its steps.
+
+        Args:
+            once: the first of several processes makes it, and the others read it. Else each makes its own.
+            bound: bytes of the stored tensors that stay in memory; the others go to temporary files.
+        """
+        with connect_processes().main_process_first() if once else nullcontext():
+            if self.keeps(name) or (once and self._file(name).exists()):
+                return self._read_kept(name, bound)
+            made = make()
+            if is_leader():
+                self.save(name, made.tensors, **({FACTS: format_json(made.facts)} if made.facts else {}))
+            return made
+
+    def keeps(self, name: str) -> bool:
+        """Whether something was kept under ``name`` when the run was resumed; the same in all processes."""
+        return self._file(name).name in self._found
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-        """Write ``NAME.safetensors``, whole or not at all."""
+        """Write ``NAME.safetensors``, whole or not at all. One tensor is in memory at a time."""
         if not (self.make() / SETTINGS).is_file():
             write_text(self.path / SETTINGS, self._described)
-        whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
+        write_file(self._file(name), lambda file: write_weights(file, Weights(tensors), metadata or None))
         if connect_processes().num_processes == 1:  # nobody else has to find the same
             self._found |= {f"{name}.safetensors"}
-
-    def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
-        return _read_tensors(self.path, name)
-
-    def tensor(self, name: str, key: str) -> Tensor:
-        """One tensor that ``save`` wrote under that name. Raises MptkError if the file is missing or damaged."""
-        path = self.path / f"{name}.safetensors"
-        found = load_tensors(path, _make_stage_error(path))
-        if key not in found:
-            raise _make_stage_error(path)(f"{key} is missing")
-        return found[key]
 
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
@@ -122,7 +136,7 @@ class RunFolder:
 
     def read_checkpoint(self, phase: str, step: int) -> dict[str, Tensor]:
         """The stored state after ``step`` steps of a phase. Raises MptkError if the file is damaged."""
-        return _read_state(self.path / f"{_name(phase, step)}.safetensors")
+        return _read_state(self._file(_name(phase, step)))
 
     def read_latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """The number of steps and the state of a phase's newest checkpoint, or None."""
@@ -160,6 +174,16 @@ class RunFolder:
         kept = {path.name for pattern in ("*.safetensors", "*.json") for path in self.path.glob(pattern)}
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def _read_kept(self, name: str, bound: float) -> Kept:
+        """What was kept under ``name``. It is copied, since the result of a run outlives the run's folder."""
+        file = self._file(name)
+        damaged = _make_stage_error(file)
+        facts = parse_json(read_metadata(file, damaged).get(FACTS, "{}"), damaged)
+        return Kept(spool_weights(stream_tensors(file, damaged), bound), facts)
 
     def _list_checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
@@ -207,7 +231,8 @@ def read_kept_settings(out: Path) -> Json:
 
 def read_kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
-    return _read_tensors(name_run_folder(out), name)
+    path = name_run_folder(out) / f"{name}.safetensors"
+    return load_tensors(path, _make_stage_error(path)) if os.path.lexists(path) else None
 
 
 def check_run_folder(path: Path, resume: bool) -> None:
@@ -262,21 +287,6 @@ def remove_run_folder(path: Path) -> None:
             made = is_of(read_mark(own, RUN_MARK), own, path.name)
         if made:
             discard(path, RUN_MARK)
-
-
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
-    path = folder / f"{name}.safetensors"
-    return load_tensors(path, _make_stage_error(path)) if os.path.lexists(path) else None
-
-
-def keep_tensors(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
-    found = None if folder is None else folder.read_earlier(name)
-    if found is None:
-        found = make()
-        if folder is not None and is_leader():
-            folder.save(name, found)
-    return found
 
 
 def _name(phase: str, step: int) -> str:

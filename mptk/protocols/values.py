@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.progress import Progress, enter_stage
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.run_folder import Kept, RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
@@ -40,6 +41,13 @@ class Context:
     progress: Progress
     folder: RunFolder | None = None
     accelerator: Accelerator | None = None
+
+    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
+        """What the unfinished run kept under ``name``, or what ``make`` gives, which it then keeps.
+
+        ``once``, ``bound``: as in ``RunFolder.keep``. A run without a folder keeps nothing.
+        """
+        return make() if self.folder is None else self.folder.keep(name, make, once=once, bound=bound)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from mptk.config.settings import Settings
-from mptk.cost.estimate import Pass
 from mptk.io import data
 from mptk.io.dense import resolve_model_name
 from mptk.io.tensors import write_weights
@@ -94,12 +93,6 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
             if name != "evaluation":
                 found[name]["seed"] = settings.seed
     return {**found, "files": data.hash_text_files(*list_sources(settings))}
-
-
-def work(settings: Settings) -> dict[str, Pass]:
-    """The cost of ``measure``."""
-    s = settings
-    return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)}
 
 
 def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

@@ -6,10 +6,14 @@ Report. A folder is published only if every stage of the proof is within its tol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from typing_extensions import TypedDict
 
 from mptk.compile.changes import COMPENSATION
 from mptk.compile.cut import apply_choice, compile_plan
@@ -19,8 +23,10 @@ from mptk.conversions import fit_conversions, with_conversions
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.distributed.processes import describe_processes as describe_processes
 from mptk.errors import MptkError, ProofError
+from mptk.files import format_json
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
 from mptk.methods.division.search import fix_winner, search_shapes
@@ -31,9 +37,11 @@ from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Compiled, Prepared, Proven
 from mptk.protocols.origin import compute_origin
 from mptk.protocols.report import Report
+from mptk.protocols.run_folder import Kept
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
+from mptk.reading import make_typed
 from mptk.report.card import write_card
 from mptk.run.describe import describe, measure
 from mptk.run.larger import join_larger, take_larger
@@ -43,7 +51,6 @@ from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.recover import distil, reconstruct, recover_quality
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES, add_dense_outputs, read_samples
-from mptk.run.stored import keep_choice
 from mptk.targets import list_run_targets as targets_of
 from passes.verify import Difference
 
@@ -151,9 +158,39 @@ def choose_units(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
     if prepared.planned is not None:
         return with_conversions(prepared, prepared.planned)
     s = prepared.settings
-    chosen = keep_choice(prepared, sets, run)
+    # Training writes checkpoints of its own, from which it makes its choice again.
+    chosen = prepared.method.choose(prepared, sets, run) if prepared.method.learns else keep_choice(prepared, sets, run)
     meta = {"model": run.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
     return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
+
+
+class KeptChoice(TypedDict):
+    """The facts of a choice in the folder of an unfinished run. A loss of None is infinite."""
+
+    plan: Mapping[str, object]
+    trained: Sequence[str]
+    losses: Mapping[str, float | None]
+    notes: Sequence[str]
+
+
+def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
+    """The method's choice, which an unfinished run keeps."""
+
+    def choose() -> Kept:
+        made = prepared.method.choose(prepared, sets, run)
+        facts = {"plan": made.plan.to_json(), "trained": made.trained, "losses": made.losses, "notes": made.notes}
+        return Kept(made.changes, facts)
+
+    kept = run.keep("choice", choose, bound=prepared.executor.borders)
+    try:
+        known = make_typed(KeptChoice, json.loads(format_json(kept.facts)))
+    except ValueError as error:
+        where = run.folder.path if run.folder is not None else run.out
+        raise MptkError(f"the choice in {where} is damaged: {error}; remove the folder, and start again") from error
+    plan = Plan.from_json(known["plan"])
+    losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
+    cut = resolve_plan(prepared.analysis, plan)
+    return Chosen(plan, cut, kept.tensors, tuple(known["trained"]), losses, tuple(known["notes"]))
 
 
 # ---- writing ----

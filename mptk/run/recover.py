@@ -24,9 +24,9 @@ from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
 from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
 from mptk.protocols.report import Row
+from mptk.protocols.run_folder import Kept
 from mptk.protocols.values import SampleSets
 from mptk.run.run import Run
-from mptk.run.stored import read_fit, store_fit
 from passes.verify import Difference
 
 
@@ -35,9 +35,8 @@ def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) 
     if not should_reconstruct(prepared.settings, prepared.method) or not holds():
         return chosen
     with run.stage("reconstruct"):
-        if (kept := read_fit(prepared, run.folder)) is not None:
-            return chosen.with_weights(kept)
-        found = reconstruct_consumers(
+        fit = partial(
+            reconstruct_consumers,
             prepared.analysis,
             prepared.find_plan_sites(chosen.plan),
             chosen.cut,
@@ -46,8 +45,8 @@ def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) 
             partial(run.progress, "reconstruct"),
             prepared.calibrator,
         )
-        store_fit(found, run.folder)
-    return chosen.with_weights(found)
+        kept = run.keep("fitted", lambda: Kept(fit()), bound=prepared.executor.borders)
+    return chosen.with_weights(kept.tensors)
 
 
 def distil(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -10,12 +9,12 @@ from mptk.compile.dense_outputs import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config.choices import IN_MEMORY
 from mptk.config.settings import Settings
-from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir.samples import Samples, concatenate_samples
 from mptk.protocols.chain import Prepared
 from mptk.protocols.origin import check_kept_samples
+from mptk.protocols.run_folder import Kept
 from mptk.protocols.values import SampleSets
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
 from mptk.run.given_samples import collect_given
@@ -31,24 +30,24 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
     Also returns the run with the caller's samples, which further runs on the same model share. ``measures``: whether
     there are samples to measure on.
     """
-    s, task, folder, dense = prepared.settings, prepared.task, run.folder, run.dense
+    s, task, dense = prepared.settings, prepared.task, run.dense
     assert dense is not None
     if run.inputs.has_samples and dense.training is None and dense.evaluation is None:
         training, evaluation = collect_given(prepared, run.inputs)
         dense = replace(dense, training=training, evaluation=evaluation)
     own, source = s.data == data.SELF and dense.training is None, s.eval_data or s.data
     count = count_samples(s, own=own)
-    with run.stage("calibration data"), connect_processes().main_process_first() if folder else nullcontext():
-        kept = None if folder is None else folder.tensors(KEPT_SAMPLES)
-        if kept is None:
-            more = count_measured(s, count) if own and measures and dense.evaluation is None else 0
-            say = partial(run.progress, "calibration data")
-            made = dense.training or task.samples(prepared.loaded, s, count + more, say)
-            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if more else {})
-            if folder is not None:
-                folder.save(KEPT_SAMPLES, kept)
-        elif dense.training is not None and folder is not None:
-            check_kept_samples(kept, dense.training[:count].saved("training"), folder.path)
+    more = count_measured(s, count) if own and measures and dense.evaluation is None else 0
+    given, say = dense.training, partial(run.progress, "calibration data")
+
+    def make() -> Kept:
+        made = given or task.samples(prepared.loaded, s, count + more, say)
+        return Kept(made[:count].saved("training") | (made[count:].saved("evaluation") if more else {}))
+
+    with run.stage("calibration data"):
+        kept = dict(run.keep(KEPT_SAMPLES, make, once=True).tensors)
+        if given is not None and run.folder is not None:
+            check_kept_samples(kept, given[:count].saved("training"), run.folder.path)
         examples = task.make_examples(prepared.loaded.model)
         restored, written = (Samples.from_tensors(kept, examples, what) for what in ("training", "evaluation"))
         assert restored is not None

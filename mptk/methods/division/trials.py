@@ -22,7 +22,7 @@ from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.one_shot import score_families
+from mptk.methods.one_shot import keep_scores
 from mptk.methods.reconstruct import Products, gather_products
 from mptk.progress import Progress, show_nothing
 from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
@@ -49,7 +49,7 @@ class Trials:
     @cached_property
     def scores(self) -> Scores:
         """Scores of all units."""
-        return score_families(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
+        return keep_scores(self.prepared, self.criterion, self.sets, self.context)
 
     @cached_property
     def products(self) -> Products | None:

@@ -41,7 +41,7 @@ from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, move_to_host, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.run_folder import TRACKER, RunFolder, keep_tensors
+from mptk.protocols.run_folder import TRACKER, Kept, RunFolder
 from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
@@ -169,7 +169,7 @@ class Learner:
         student, masks, solver, loop = self.begin()
         if self.folder.read_latest("masks") is None:
             before = partial(self._score_units, student, solver, sets.calibration)
-            solver.load(keep_tensors(self.scored or self.folder, SALIENCY, before))
+            solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         scores = {family: solver.scores(family).cpu() for family in widths}
@@ -221,11 +221,11 @@ class Learner:
         loop = self._make_loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _score_units(self, student: PeftModel, solver: Solver, calibration: Samples) -> dict[str, Tensor]:
+    def _score_units(self, student: PeftModel, solver: Solver, calibration: Samples) -> Kept:
         """The state of the solver before any training: with the prior and the saliency."""
         solver.prior = {family: values.to(solver.device) for family, values in self._score_prior(calibration).items()}
         self._estimate_saliency(student, solver, calibration)
-        return solver.state()
+        return Kept(solver.state())
 
     def _score_prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from mptk.config.choices import FREE
 from mptk.config.settings import Settings
@@ -16,9 +15,9 @@ from mptk.ir.families import Analysis
 from mptk.methods.division.layers import choose_division
 from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner
-from mptk.methods.one_shot import score_families
+from mptk.methods.one_shot import keep_scores
 from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder, keep_tensors
+from mptk.protocols.run_folder import Kept
 from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import find_disturbance
@@ -55,29 +54,25 @@ class MaskPrune(Method):
         assert context.accelerator is not None
         learning, found = prepared.mask_learning, dict[str, float]()
         if prepared.settings.layers == FREE:
-            prepared, found = divide_over_layers(prepared, sets, context, context.folder)
+            prepared, found = divide_over_layers(prepared, sets, context)
         with context.stage("learn masks"):
             learner = Learner(context.accelerator, prepared, sets.training, learning, context.folder, context.progress)
             chosen = learner.learn(sets)
         return replace(chosen, losses=found)
 
 
-def divide_over_layers(
-    prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
-) -> tuple[Prepared, dict[str, float]]:
-    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
+def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, dict[str, float]]:
+    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers."""
 
-    ``folder`` keeps both.
-    """
-
-    def find() -> dict[str, Tensor]:
-        scores, _ = score_families(prepared, "wanda", sets, context, folder)
+    def find() -> Kept:
+        scores = keep_scores(prepared, "wanda", sets, context)
         equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = choose_division(prepared, scores, equal, sets, context)
         sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
+        both = (*sizes.items(), *losses.items())
+        return Kept({name: torch.tensor(value, dtype=torch.float64) for name, value in both})
 
-    found = keep_tensors(folder, DIVISION, find)
+    found = context.keep(DIVISION, find).tensors
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}
     return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses

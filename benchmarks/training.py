@@ -37,7 +37,7 @@ from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import show_nothing
 from mptk.protocols.chain import Prepared
-from mptk.protocols.conversion import Analysed, Dense, Opened
+from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.protocols.run_folder import RunFolder
 from mptk.run.prepare import legalise
 from mptk.run.run import Run
@@ -92,7 +92,7 @@ def prepared(teacher: str) -> Prepared:
     analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
     asked = settings(teacher)
     run = Run(log=Log(), progress=show_nothing, source=MODEL, out=Path("out"), settings=asked)
-    return legalise(run, asked, Dense(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
+    return legalise(run, asked, DenseModel(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
 
 
 def learner(run: Prepared) -> Learner:

@@ -37,7 +37,7 @@ from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, find_stored_type
-from mptk.protocols.conversion import Analysed, Dense, Opened
+from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.protocols.execution import build_executor
 from mptk.protocols.report import PROVEN_ON, Report, make_report_error
 from mptk.protocols.values import Context
@@ -162,7 +162,7 @@ def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Mod
 
 def _analyse_dense(
     folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
-) -> tuple[Dense, Samples]:
+) -> tuple[DenseModel, Samples]:
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
     task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
@@ -178,10 +178,10 @@ def _analyse_dense(
     with _explain_unreadable(folder):
         check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
         check_samples(samples, folder, start.analysis.program, example)
-    return Dense(given, start, conversions, executor), samples
+    return DenseModel(given, start, conversions, executor), samples
 
 
-def _prepare_dense(settings: Settings, dense: Dense, plan: Plan) -> Prepared:
+def _prepare_dense(settings: Settings, dense: DenseModel, plan: Plan) -> Prepared:
     """The dense model, prepared as in ``prune``."""
     target, method, model = find_target(settings.target), find_method(settings.method), dense.model
     return Prepared(

@@ -34,7 +34,7 @@ from mptk.ir.program import Program, compute_typical_size
 from mptk.ir.resolved_plan import Cut, collect_kept_units
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Analysed, Conversion, Dense
+from mptk.protocols.conversion import Analysed, Conversion, DenseModel
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.staged.staged import Executor
@@ -54,7 +54,7 @@ class Prepared:
     ``start``: the larger cut that the run begins with; None: the dense model.
     """
 
-    dense: Dense
+    dense: DenseModel
     model: Analysed
     settings: Settings
     method: Method

@@ -117,7 +117,7 @@ class Conversion(ABC):
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseModel:
     """A dense model that is analysed, after its conversions. The runs of a ladder share it.
 
     ``given``: the user's model and its task, before conversions. ``executor``: runs its programs. ``training``,

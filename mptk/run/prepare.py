@@ -27,7 +27,7 @@ from mptk.methods.division.budget import apply_budget, build_alignment, build_co
 from mptk.methods.division.selection import LayerSelection, expand_parts, select_layers
 from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Prepared, find_stored_type
-from mptk.protocols.conversion import Analysed, Dense, Opened, find_imitated
+from mptk.protocols.conversion import Analysed, DenseModel, Opened, find_imitated
 from mptk.protocols.origin import Origin, compute_origin, read_file_states
 from mptk.protocols.run_folder import read_kept_tensors
 from mptk.run.checks import check_divides, check_ragged
@@ -68,7 +68,7 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
     return prepared, replace(run, settings=prepared.settings, dense=dense, origin=origin).open_folder()
 
 
-def analyse(given: Opened, run: Run) -> Dense:
+def analyse(given: Opened, run: Run) -> DenseModel:
     """Trace and analyse an open model, and convert it as the settings and the plan ask.
 
     Raises:
@@ -92,7 +92,7 @@ def analyse(given: Opened, run: Run) -> Dense:
         model = Analysed(loaded, task, group.analyze_program(program))
     changes = find_conversions(settings, run.plan, run.inputs.texts)
     found = convert_model(model, changes, run, run.executor, length or settings.length, like)
-    return Dense(given, *found, run.executor)
+    return DenseModel(given, *found, run.executor)
 
 
 def open_unchanged(model: Start, run: Run) -> tuple[Opened, Origin]:
@@ -168,7 +168,7 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
         )
 
 
-def legalise(run: Run, settings: Settings, dense: Dense, larger: Chosen | None = None) -> Prepared:
+def legalise(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | None = None) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
     ``larger``: a larger cut, which the run begins with.

@@ -24,7 +24,7 @@ from mptk.io.cache import tidy_shared
 from mptk.io.resident import Resident
 from mptk.ir.plan import Plan
 from mptk.progress import show_nothing
-from mptk.protocols.conversion import Dense, Opened
+from mptk.protocols.conversion import DenseModel, Opened
 from mptk.protocols.execution import build_executor, find_device
 from mptk.protocols.origin import Origin
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, read_kept_settings
@@ -71,7 +71,7 @@ class Run(Context):
     sizes: Sequence[float] = ()
     resident: Resident = field(default_factory=lambda: Resident(0))
     executor: Executor = EXECUTOR
-    dense: Dense | None = None
+    dense: DenseModel | None = None
     origin: Origin = field(default_factory=Origin)
     shapes: Shapes | None = None
 

@@ -1,5 +1,7 @@
 """Words that names of functions begin with (``test_names.py``)."""
 
+# ruff: noqa: SIM905
+
 VERBS = frozenset(
     """
     adapt add adjust advise align allow analyse analyze announce answer append apply approve arrange ask assemble assert

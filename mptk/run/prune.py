@@ -79,19 +79,22 @@ def prune(model: Start, run: Run) -> Result:
     """
     if run.settings.shared:
         raise MptkError("only the sizes of a ladder can share weights; use mptk.ladder, or leave out --shared")
+    # What is there: the dense model, traced and analysed, the widths it may get, and text.
     prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
         sets, run = read_samples(prepared, run)
         sets = add_dense_outputs(prepared, sets, run)
+        # What is cut. The conversions of a pruned folder were fitted when it was made.
         if not isinstance(model, PrunedFolder):
             prepared = fit_conversions(prepared, sets.calibration, run)
         if run.settings.search:
             shapes = search_shapes(prepared, sets, run)
             prepared, run = fix_winner(prepared, shapes), replace(run, shapes=shapes)
-        run = start_processes(run)
+        run = start_processes(run)  # after a search, which runs in one process
         compiled, checked = cut(model, prepared, sets, run)
         compiled, further = recover_quality(compiled, sets, run)
-        connect_processes().wait_for_everyone()  # the others may still read what the folder keeps
+        # What is published. The other processes have trained with the first and have nothing to write.
+        connect_processes().wait_for_everyone()  # they may still read what the folder keeps
         if not connect_processes().is_main_process:
             return Result(None, compiled, sets, run)
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
@@ -143,7 +146,7 @@ def start_processes(run: Run) -> Run:
 
 def cut(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> tuple[Compiled, list[Difference]]:
     """Choose what is cut, fit what stays, and cut. Also returns the difference of a model that learned its masks."""
-    base = take_larger(prepared)
+    base = take_larger(prepared)  # units are chosen among those of the larger cut, and the dense model is cut
     chosen = model.read_choice(base) if isinstance(model, PrunedFolder) else choose_units(base, sets, run)
     checked = []
     if chosen.witness is not None:
@@ -199,9 +202,11 @@ def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
 def write_targets(compiled: Compiled, sets: SampleSets, folder: Path, run: Run) -> list[str]:
     """Write the plan, the cut model and its graphs into ``folder``. Returns notes for the report."""
     prepared, chosen = compiled.prepared, compiled.chosen
-    if run.folder is not None and run.accelerator is not None:
+    if run.folder is not None and run.accelerator is not None:  # it trained, so there are metrics
         run.folder.finish(folder)
     chosen.plan.save(folder / "plan.json")
+    # Biases that the method made are not in the dense checkpoint, from which `verify` cuts again; trained weights are
+    # read from the result itself.
     if chosen.changes and not chosen.trained:
         write_weights(folder / COMPENSATION, Weights(chosen.changes))
     notes = [

@@ -84,6 +84,7 @@ def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Com
     s = prepared.recovery
     learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
     with run.stage("recover"):
+        # Before norms are rounded to the stored type, or training would begin with that error.
         weights = compiled.exact.state_dict() if learner.keeps else {}
         small = build_small_model(compiled, weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch

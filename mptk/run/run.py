@@ -43,7 +43,8 @@ Start = str | Opened | PrunedFolder
 """What a run starts from: a model's name, a model in memory, or a pruned folder, whose plan and weights it trains."""
 
 FOUND = ("sparsity", "length", "eval_length", "families", "keep")
-"""Settings that the run itself fills in: from a latency, a trace of one length, or the families in a part."""
+"""Settings that ``prepare`` fills in: from a latency, a trace of one length, or the families in a part. Until then they
+may differ from an unfinished run's, which has them filled in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +144,16 @@ def open_run(
     """
     start = model.folder if isinstance(model, PrunedFolder) else None
     with at_work(asked.device), lock_outputs([out], asked, [source, start]):
-        if not trains:
+        if not trains:  # minutes have nothing to choose: what they would is as for a long run
             asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
         plan, recovers = read_plan(asked), start is not None
+        # Settings are checked before the machine is measured, which takes seconds, and before a config is read.
         settings = fill_in(asked, recovers, plan)
         check_settings(settings, plan, inputs.texts)
         estimator = read_estimator_of(model, asked.trust)
         if estimator is not None and advises is not None:
             estimator = replace(estimator, cuts=advises[0], texts=advises[1])
-        if trains:
+        if trains:  # the first process decides: rates that others measure would give them other numbers
             unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
             settings = run_once(
                 lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
@@ -177,12 +179,12 @@ def open_run(
 
 @contextmanager
 def at_work(device: str) -> Iterator[None]:
-    """Within it stages may work: torch's and accelerate's state is the run's own, and errors are one line.
+    """Let stages work: torch's and accelerate's state is the run's own, and errors are one line.
 
     Raises:
         MptkError: this machine has no such device.
     """
-    find_device(device)  # fail here: accelerate's message for a missing device is vague
+    find_device(device)  # it fails here: accelerate's message for a missing device is vague
     with forget_sources(), separate_state(device), explain_errors():
         yield
 

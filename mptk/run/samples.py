@@ -35,6 +35,7 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
     if run.inputs.has_samples and dense.training is None and dense.evaluation is None:
         training, evaluation = collect_given(prepared, run.inputs)
         dense = replace(dense, training=training, evaluation=evaluation)
+    # Text that the model writes costs most, so one stretch of it serves to train and to measure on.
     own, source = s.data == data.SELF and dense.training is None, s.eval_data or s.data
     count = count_samples(s, own=own)
     more = count_measured(s, count) if own and measures and dense.evaluation is None else 0

@@ -18,7 +18,7 @@ import mptk
 from mptk import MptkError, Samples
 from mptk.io.live import open_live
 from mptk.ir.samples import make_token_samples
-from mptk.run.given_samples import collect_samples
+from mptk.run.samples import collect_samples
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import bind_task
 

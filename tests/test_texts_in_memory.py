@@ -1,6 +1,6 @@
 """Texts that a caller has in memory: whatever gives strings, or rows with text in them, is data.
 
-It reaches for mptk.run.given_samples: a run does not show its windows.
+It reaches for mptk.run.samples: a run does not show its windows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mptk
 from mptk import MptkError
 from mptk.io.live import open_live
 from mptk.io.models import Loaded
-from mptk.run.given_samples import check_texts, collect_samples
+from mptk.run.samples import check_texts, collect_samples
 from mptk.tasks import bind_task
 
 TEXTS = [" ".join(toys.WORDS[i : i + 9]) for i in range(9)]

@@ -43,13 +43,13 @@ from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.given_samples import check_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
 from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_model, take_model
 from mptk.run.prune import Result
 from mptk.run.prune import prune as prune_model
 from mptk.run.run import Start, open_run
+from mptk.run.samples import check_texts
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
 from mptk.trust import trust_by_caller

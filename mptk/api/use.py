@@ -39,9 +39,9 @@ from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import Json
-from mptk.run.given_samples import check_fits, collect_samples
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
 from mptk.run.open import Model, open_in_memory, open_model
+from mptk.run.samples import check_fits, collect_samples
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, find_task, load_decoder
 from mptk.tasks.module import Module

@@ -57,20 +57,32 @@ TURN = Turn()
 
 def guard_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function: it raises MptkError if an argument is not of its annotated type, and takes its turn."""
-    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        kinds = {name: signature.parameters[name].kind for name in given}
-        check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
-        with TURN.taken():
-            try:
-                return function(*args, **kwargs)
-            except OSError as error:
-                raise _shorten_error(error) or error from error.__cause__
+        with guard_call(function, args, kwargs):
+            return function(*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def guard_call(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Check the arguments of a call, and hold the turn for it.
+
+    Raises:
+        MptkError: an argument is not of its annotated type; or a file's name is too long, or a temporary file was
+            removed during the call.
+    """
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    _, parameters = _read_annotations(function)
+    several = inspect.Parameter.VAR_KEYWORD
+    check_arguments(function, {name: v for name, v in given.items() if parameters[name].kind is not several})
+    with TURN.taken():
+        try:
+            yield
+        except OSError as error:
+            raise _shorten_error(error) or error from error.__cause__
 
 
 def _shorten_error(error: OSError) -> MptkError | None:

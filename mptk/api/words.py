@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
-from mptk.arguments import P, R, guard_arguments
+from mptk.arguments import P, R, guard_call
 from mptk.config.setting import Declared
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, find_broken_package
@@ -31,26 +32,27 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def unaffected(*args: P.args, **kwargs: P.kwargs) -> R:
-        from mptk.compat.torch import usual_state  # here: help needs no torch
-
-        with usual_state():
-            return function(*args, **kwargs)
-
-    safe = guard_arguments(unaffected)
-
-    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return safe(*args, **kwargs)
-        except MptkError as error:
-            if error.args and not COMMAND_LINE.get():
-                error.args = (in_python(str(error)), *error.args[1:])
-            raise
-        except (ImportError, OSError) as error:
-            raise find_broken_package(error) or error from error.__cause__
+        with name_keywords(), guard_call(function, args, kwargs):
+            from mptk.compat.torch import usual_state  # here: help needs no torch
+
+            with usual_state():
+                return function(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def name_keywords() -> Iterator[None]:
+    """Let errors speak of keywords, not of options, unless a command runs; a broken package is named."""
+    try:
+        yield
+    except MptkError as error:
+        if error.args and not COMMAND_LINE.get():
+            error.args = (in_python(str(error)), *error.args[1:])
+        raise
+    except (ImportError, OSError) as error:
+        raise find_broken_package(error) or error from error.__cause__
 
 
 def in_python(text: str) -> str:

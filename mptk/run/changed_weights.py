@@ -14,11 +14,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from mptk.compile.changes import COMPENSATION, open_pruned_weights, widen_weights
+from mptk.compile.cut import compile_plan
 from mptk.config.recipe import RECIPE_FILE
 from mptk.errors import MptkError
 from mptk.io.untrusted import load_tensors
 from mptk.ir.resolved_plan import build_renumbering
 from mptk.ir.weights import Weights
+from mptk.methods.drafter import with_drafter
 from mptk.proof.claims import read_proof_samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.values import SampleSets
@@ -26,7 +28,7 @@ from mptk.publish.folder import publish
 from mptk.reading import make_damage_error
 from mptk.run.describe import measure, publish_report
 from mptk.run.prepare import prepare
-from mptk.run.prune import Result, cut, keep_stages_on_failure, prove, write_report, write_targets
+from mptk.run.prune import Result, keep_stages_on_failure, prove, write_report, write_targets
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Run
 from mptk.trust import Trust
@@ -98,11 +100,12 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
         if sets is None:
             samples, _ = read_proof_samples(changed.folder, prepared.task.make_examples(prepared.loaded.model))
             sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
-        compiled, checked = cut(changed, prepared, sets, run)
+        chosen = changed.read_choice(prepared)
+        compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
         changed.check_adopted(compiled)
         with publish(run.out) as folder:
             notes = write_targets(compiled, sets, folder, run)
-            proven = prove(compiled, sets, folder, checked, run)
+            proven = prove(compiled, sets, folder, [], run)
             # The first run's recipe says how the cut was made, and no run repeats the rest.
             shutil.copy(changed.folder / RECIPE_FILE, folder)
             report = write_report(compiled, proven, sets, notes, folder, run)

@@ -91,7 +91,10 @@ def prune(model: Start, run: Run) -> Result:
             shapes = search_shapes(prepared, sets, run)
             prepared, run = fix_winner(prepared, shapes), replace(run, shapes=shapes)
         run = start_processes(run)  # after a search, which runs in one process
-        compiled, checked = cut(model, prepared, sets, run)
+        base = take_larger(prepared)
+        chosen, checked = choose_units(model, base, sets, run)
+        chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
+        compiled = with_drafter(compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run))
         compiled, further = recover_quality(compiled, sets, run)
         # What is published. The other processes have trained with the first and have nothing to write.
         connect_processes().wait_for_everyone()  # they may still read what the folder keeps
@@ -144,27 +147,24 @@ def start_processes(run: Run) -> Run:
 # ---- choosing and cutting ----
 
 
-def cut(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> tuple[Compiled, list[Difference]]:
-    """Choose what is cut, fit what stays, and cut. Also returns the difference of a model that learned its masks."""
-    base = take_larger(prepared)  # units are chosen among those of the larger cut, and the dense model is cut
-    chosen = model.read_choice(base) if isinstance(model, PrunedFolder) else choose_units(base, sets, run)
-    checked = []
-    if chosen.witness is not None:
-        analysis = apply_choice(base, chosen)
-        checked.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
-    chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
-    return with_drafter(compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run)), checked
+def choose_units(model: Start, base: Prepared, sets: SampleSets, run: Run) -> tuple[Chosen, list[Difference]]:
+    """Choose what is cut of ``base``: as a pruned folder or a plan says, or by the method.
 
-
-def choose_units(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
-    """Choose what is cut: as a plan file says, or by the method."""
-    if prepared.planned is not None:
-        return with_conversions(prepared, prepared.planned)
-    s = prepared.settings
+    Also returns the difference between what training saw of a model that learned its masks, and what it computes.
+    """
+    if isinstance(model, PrunedFolder):
+        return model.read_choice(base), []
+    if base.planned is not None:
+        return with_conversions(base, base.planned), []
     # Training writes checkpoints of its own, from which it makes its choice again.
-    chosen = prepared.method.choose(prepared, sets, run) if prepared.method.learns else keep_choice(prepared, sets, run)
+    chosen = base.method.choose(base, sets, run) if base.method.learns else keep_choice(base, sets, run)
+    s = base.settings
     meta = {"model": run.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
-    return with_conversions(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta)))
+    chosen = with_conversions(base, replace(chosen, plan=Plan(chosen.plan.families, meta)))
+    if chosen.witness is None:
+        return chosen, []
+    analysis = apply_choice(base, chosen)
+    return chosen, [check_witness(analysis, chosen.cut, chosen.witness, sets.proof, base.executor)]
 
 
 class KeptChoice(TypedDict):

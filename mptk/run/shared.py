@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mptk.compile.cut import compile_plan
 from mptk.compile.rungs import keep_rung
 from mptk.config.recipe import write_recipe
 from mptk.config.settings import Settings
@@ -19,22 +20,23 @@ from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
+from mptk.methods.drafter import with_drafter
 from mptk.protocols.chain import Compiled, Prepared
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import publish
 from mptk.run.describe import measure
-from mptk.run.larger import keep_reachable
+from mptk.run.larger import join_larger, keep_reachable, take_larger
 from mptk.run.prepare import prepare
 from mptk.run.prune import (
     Result,
-    cut,
+    choose_units,
     keep_stages_on_failure,
     prove,
     start_processes,
     write_report,
     write_targets,
 )
-from mptk.run.recover import find_places, recover_together
+from mptk.run.recover import find_places, reconstruct, recover_together
 from mptk.run.run import Run, Start
 from mptk.run.samples import add_dense_outputs, read_samples
 from passes.verify import Difference
@@ -73,10 +75,10 @@ def prune_together(model: Start, run: Run) -> Result:
         sets = add_dense_outputs(prepared, sets, run)
         prepared = fit_conversions(prepared, sets.calibration, run)
         run = start_processes(run)
-        made = [cut(model, prepared, sets, run)[0]]
+        made = [cut_size(model, prepared, sets, run)]
         for i, sparsity in enumerate(run.further, 1):
             own = replace(run, folder=folder_of_run.within(f"{sparsity:g}"))
-            made.append(cut(model, cut_further(made[-1], sparsity, run.further[i:]), sets, own)[0])
+            made.append(cut_size(model, prepare_further(made[-1], sparsity, run.further[i:]), sets, own))
         (largest, checked), *others = recover_together(made, sets, run)
         full = [write_size(each, sets, more, run) for each, more in others]
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
@@ -93,7 +95,15 @@ def prune_together(model: Start, run: Run) -> Result:
     return Result(report, largest, sets, run)
 
 
-def cut_further(larger: Compiled, sparsity: float, rest: Sequence[float]) -> Prepared:
+def cut_size(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> Compiled:
+    """Choose the units of a size and cut to them. A one-shot method has no witness, and nothing is distilled."""
+    base = take_larger(prepared)
+    chosen, _ = choose_units(model, base, sets, run)
+    chosen = join_larger(prepared, reconstruct(base, chosen, sets, run))
+    return with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
+
+
+def prepare_further(larger: Compiled, sparsity: float, rest: Sequence[float]) -> Prepared:
     """The model prepared to be cut further than ``larger``, among whose units it chooses. ``rest``: still smaller."""
     prepared = larger.prepared
     settings = replace(prepared.settings, sparsity=sparsity)

@@ -14,10 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import PLAIN_FILE, find_exposed, hold_open, is_own, lies_in, lstat_in
+from mptk.files.outputs import cannot_write
+from mptk.files.places import (
+    PLAIN_FILE,
+    find_exposed,
+    hold_open,
+    is_of,
+    is_own,
+    lies_in,
+    lstat_in,
+    make_mark,
+    read_mark,
+)
 from mptk.files.staging import NEW, OLD, Staging, make_scratch, stage_openly, staged, tidy
-from mptk.files.writing import cannot_write
 
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}

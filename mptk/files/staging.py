@@ -30,18 +30,20 @@ from pathlib import Path
 from types import TracebackType
 
 from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, removed_meanwhile
-from mptk.files.marks import is_of, read_mark, write_mark
+from mptk.files.outputs import cannot_write
 from mptk.files.places import (
     PLAIN_FILE,
     OpenFolder,
     check_way,
     hold_open,
+    is_of,
     is_own,
     lies_in,
     lstat_in,
+    read_mark,
     remove_tree,
+    write_mark,
 )
-from mptk.files.writing import cannot_write
 
 LOCK = "mptk.lock"
 NEW, OLD = "new", "old"

@@ -20,11 +20,9 @@ from transformers.modeling_layers import MtpModel
 
 from mptk.compat.transformers import list_ignored_weights
 from mptk.errors import MptkError, take_first_line
-from mptk.io.deferred import Deferred, find_own_weight, list_weight_names
 from mptk.io.models import Loaded, fill_program
-from mptk.io.opening import Files
 from mptk.io.resident import Resident, open_stored_weight
-from mptk.io.tensors import read_likes
+from mptk.io.tensors import Deferred, Files, find_own_weight, list_weight_names, read_likes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 

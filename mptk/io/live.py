@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io import models
-from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
+from mptk.io.remade import make_anew
 from mptk.ir.copies import copy_module
 from mptk.ir.weights import Lazy, Weights
 from mptk.trust import NO_CODE, Trust

@@ -37,10 +37,10 @@ from mptk.io.checkpoint import (
     save_checkpoint,
 )
 from mptk.io.diffusion import PIPELINE, is_diffusers, list_model_parts, read_config
-from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, fetch, find_cached
 from mptk.io.quantized import read_quantization, write_float
 from mptk.io.resident import Resident
+from mptk.io.tensors import Files
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights

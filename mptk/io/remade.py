@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from accelerate import init_empty_weights
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from mptk.errors import MptkError
 from mptk.files import make_scratch
-from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
 from mptk.ir.weights import Weights
@@ -79,3 +81,15 @@ def _build_model(
 
 def _describe_shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "missing"
+
+
+def make_anew(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The class in evaluation mode: parameters on the meta device, buffers on the CPU, as the class computes them.
+
+    Raises:
+        Exception: whatever the class raises for this config.
+    """
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class(copy.deepcopy(config)).eval()
+    model.tie_weights()
+    return model

@@ -6,21 +6,27 @@ A file is the same as if safetensors wrote all its tensors at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mptk.compat.accelerate import load_on_all
+from mptk.compat.torch import tree_leaves, tree_map
+from mptk.compat.transformers import replace_opener
+from mptk.errors import MptkError
 from mptk.files import format_json
-from mptk.io.deferred import Deferred, defer_weight, list_weight_names, materialize_tensor
-from mptk.ir.weights import Weights
+from mptk.io.checkpoint import read_float_types
+from mptk.io.resident import Resident, open_stored_weight
+from mptk.ir.weights import Lazy, Weights
 
 ALIGNED = 8
 """The header is filled up with spaces to a multiple of this."""
@@ -98,3 +104,147 @@ def _put(out: BinaryIO, tensor: Tensor, like: Tensor) -> None:
     assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), "a weight is not what its shape and type say"
     whole = tensor.detach().cpu().contiguous().flatten()
     out.write(whole.view(torch.uint8).numpy().data)
+
+
+class Deferred(Tensor):
+    """A tensor on the meta device that is a named weight, or what a call made of such tensors."""
+
+    weight: str | None = None
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, object], int | None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        if func is Tensor.to:  # it stays on the meta device
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        given = {id(value) for value in tree_leaves((args, kwargs))}
+        several = isinstance(found, (tuple, list))
+        for i, result in enumerate(found if several else (found,)):
+            if isinstance(result, Deferred) and id(result) not in given:
+                result.call = func, args, kwargs or {}, i if several else None
+        return found
+
+
+def defer_weight(name: str, like: Tensor) -> Deferred:
+    """The weight ``name``, of the shape and type of ``like``."""
+    tensor: Deferred = torch.empty_like(like, device="meta").as_subclass(Deferred)
+    tensor.weight = name
+    return tensor
+
+
+def list_weight_names(tensor: Deferred) -> frozenset[str]:
+    """The names of the weights that ``tensor`` is made of."""
+    if tensor.weight is not None:
+        return frozenset([tensor.weight])
+    parts = (list_weight_names(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
+    return frozenset[str]().union(*parts)
+
+
+_SAME = (Tensor.__getitem__, Tensor.to, Tensor.detach, Tensor.requires_grad_, Tensor.contiguous)
+
+
+def find_own_weight(tensor: Deferred) -> str | None:
+    """The name of the weight that ``tensor`` is, be it in another type; None if it is made of weights."""
+    while tensor.weight is None:
+        func, args, _, index = tensor.call
+        if func not in _SAME or index is not None or any(each is not ... for each in args[1:]):
+            return None
+        tensor = args[0]
+    return tensor.weight
+
+
+def materialize_tensor(tensor: Deferred, weights: Mapping[str, Tensor]) -> Tensor:
+    """``tensor`` with numbers, from those of its weights."""
+    if tensor.weight is not None:
+        return weights[tensor.weight]
+    func, args, kwargs, index = tensor.call
+    args, kwargs = tree_map(lambda a: materialize_tensor(a, weights) if isinstance(a, Deferred) else a, (args, kwargs))
+    found = func(*args, **kwargs)
+    result: Tensor = found if index is None else found[index]
+    return result
+
+
+class Files(dict[str, tuple[Path, Tensor]]):
+    """The tensors of the safetensors files that ``from_pretrained`` opened: name → file, and shape and type."""
+
+    @contextmanager
+    def defer_reads(self) -> Iterator[None]:
+        """Within it ``from_pretrained`` reads no weight: the model gets ``Deferred`` ones."""
+        with load_on_all(), replace_opener(lambda file, *_, **__: _Opened(Path(file), self)):
+            yield
+
+    def weights(self, model: nn.Module, resident: Resident) -> Weights:
+        """Parameters and saved buffers of ``model``; its parameters are then plain tensors on the meta device.
+
+        ``resident`` keeps what fits. Weights that the module holds in another form than the files (the experts of a
+        layer in one tensor) are made when they are asked for.
+
+        Raises:
+            MptkError: a weight is of whole numbers.
+        """
+        entries, buffers, metas = dict[str, Tensor | Lazy](), dict(model.named_buffers()), dict[int, nn.Parameter]()
+        self._check(model)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Deferred):
+                entries[name] = tensor.detach()
+                continue
+            entry = entries[name] = self._make_entry(tensor, resident)
+            owner, _, leaf = name.rpartition(".")
+            if name in buffers:
+                value = entries[name] = entry.make()
+                setattr(model.get_submodule(owner), leaf, value)
+            else:
+                meta = metas.setdefault(id(tensor), nn.Parameter(entry.like, requires_grad=tensor.requires_grad))
+                setattr(model.get_submodule(owner), leaf, meta)
+        return Weights(entries)
+
+    def _check(self, model: nn.Module) -> None:
+        held = {file: read_float_types(file) for file in {file for file, _ in self.values()}}
+        for tensor in model.state_dict(keep_vars=True).values():
+            for key in list_weight_names(tensor) if isinstance(tensor, Deferred) and tensor.is_floating_point() else ():
+                file, _ = self[key]
+                if held[file][key] is None:
+                    raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
+
+    def _make_entry(self, tensor: Deferred, resident: Resident) -> Lazy:
+        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if (key := find_own_weight(tensor)) is not None:
+            file, stored = self[key]
+            return open_stored_weight(file, key, like, resident, stored.dtype if stored.is_floating_point() else None)
+        unkept, names = Resident(0), sorted(list_weight_names(tensor))
+        parts = {key: open_stored_weight(self[key][0], key, self[key][1], unkept) for key in names}
+
+        def make() -> Tensor:
+            return materialize_tensor(tensor, {key: part.make() for key, part in parts.items()})
+
+        return Lazy(like, partial(resident.get, f"{self[names[0]][0]}|{names}", make))
+
+
+class _Opened:
+    """A safetensors file as ``from_pretrained`` opens it, whose tensors are read later."""
+
+    def __init__(self, file: Path, files: Files) -> None:
+        with safe_open(file, "pt") as opened:
+            self._metadata = opened.metadata()
+        self._likes = read_likes(file)
+        files.update({key: (file, like) for key, like in self._likes.items()})
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._likes)
+
+    def metadata(self) -> object:
+        """What the file says beside them."""
+        return self._metadata
+
+    def get_slice(self, key: str) -> Deferred:
+        """A tensor, which is read later."""
+        return defer_weight(key, self._likes[key])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """It is closed already."""

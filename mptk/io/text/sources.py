@@ -18,9 +18,9 @@ from mptk.io.text.files import (
     list_visible_files,
     read_file_documents,
     read_folder_documents,
+    read_row_texts,
     with_cause,
 )
-from mptk.io.text.rows import read_row_texts
 from mptk.publish.manifest import hash_file
 
 

@@ -1,6 +1,7 @@
-"""outputs: what may be written where: nothing that is read is replaced or changed, and no file that is not mptk's.
+"""outputs: what may be written where, and why a place cannot be written.
 
-Files are compared by identity, as one file has many names: links, ``..``, another mount.
+Nothing that is read is replaced or changed, and no file that mptk did not write. Files are compared by identity, since
+one file has many names: links, ``..``, another mount.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TABLE_MARK = "mptk-table/1"
 PLOT_MARK = "mptk-plot/1"
 GGUF_MARK = "mptk-gguf/1"
 _PLOTS = rb"\x89PNG|%PDF|<\?xml"
+# Kind of file → the mark that mptk's own files of it have.
 _MARKS = {
+    # The first key: a user's collection of results has the same key further in, and is not mptk's.
     "JSON": re.compile(rb'\A\s*\{\s*"format":\s*"mptk-(advice|analysis|bench|eval|ops|rerun|shapes)/\d'),
     "plan": re.compile(rb'\A\s*\{\s*"format":\s*"mptk-plan/\d'),
     "page": re.compile(rb'\A<!doctype html>.*<meta name="generator" content="mptk-page/\d', re.S),
@@ -29,10 +32,8 @@ _MARKS = {
     "graph": re.compile(rb"\A\x08.*mptk_version", re.S),
     "GGUF": re.compile(rb"\AGGUF.*general\.source\.writer.*mptk-gguf/\d", re.S),
 }
-"""Kind of a file that mptk writes → the mark that it has. Of JSON it is the first key: a user's collection of results
-has it further within."""
+# Marks are looked for in so many bytes at each end of a file: a PDF has its mark at the end, and files may be large.
 _MARKED_BYTES = 1 << 16
-"""Bytes at the beginning and at the end of a file in which its mark is: a PDF has it at the end."""
 
 
 def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") -> None:
@@ -42,6 +43,7 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
     ``out``.
     """
     path = expand_path(out)
+    # ``out`` need not exist, but the folders above it do. They are compared, after links are followed.
     place = Path(os.path.realpath(path))
     there = _state(place)
     above = [state for folder in place.parents if (state := _state(folder)) is not None]
@@ -58,12 +60,13 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
 def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str = "--out") -> None:
     """Raise MptkError if writing ``file`` would replace a file that mptk did not write, or follow a link.
 
-    ``kind``: of what is written: a key of the marks. ``overwrite``: whether the user lets any file be replaced.
+    ``kind``: a key of ``_MARKS``. ``overwrite``: whether the user lets any file be replaced.
     """
     path = expand_path(file)
     if path.is_symlink():
         raise MptkError(f"{file} is a symbolic link; give the file that it leads to as {option}")
     state = _state(path)
+    # Nothing is lost with an empty file, and a device or a pipe is written to, not replaced.
     if overwrite or state is None or not stat.S_ISREG(state.st_mode) or not state.st_size:
         return
     if not _MARKS[kind].search(_ends(path)):
@@ -71,7 +74,10 @@ def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str
 
 
 def _read_through(path: Path, state: os.stat_result) -> Iterator[os.stat_result]:
-    """What is read with a path, and the folders that hold it. In a folder, files may be links."""
+    """The states of what is read with a path: itself, the folders above it, and what the links in a folder lead to.
+
+    Snapshots in the hub's cache are such folders: their files are links to blobs elsewhere.
+    """
     yield state
     for folder in Path(os.path.realpath(path)).parents:
         if (found := _state(folder)) is not None:
@@ -83,7 +89,6 @@ def _read_through(path: Path, state: os.stat_result) -> Iterator[os.stat_result]
 
 
 def _state(path: Path) -> os.stat_result | None:
-    """What the system says of a file; None if there is none."""
     try:
         return path.stat()
     except (OSError, ValueError):  # too long; a null character
@@ -95,11 +100,14 @@ def _ends(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             found = file.read(_MARKED_BYTES)
+            # The end begins where the beginning ended, at the earliest: no byte counts twice.
             file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _MARKED_BYTES))
             return found + file.read(_MARKED_BYTES)
     except OSError:
         return b""
 
+
+# ---- why a place cannot be written ----
 
 _ROOM = "free some space, or give a place on another disk"
 _REMEDIES = {
@@ -114,10 +122,8 @@ _REMEDIES = {
     errno.EISDIR: "a folder has this name; give another",
     errno.ELOOP: "it is a symbolic link; give the place that it leads to",
 }
-
-
+# Only writing raises these, so a file that they name was written, not read.
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors that only writing raises."""
 
 
 def cannot_write(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
@@ -128,14 +134,11 @@ def cannot_write(path: Path, error: OSError, remedy: str | None = None) -> MptkE
 
 @contextlib.contextmanager
 def writing(target: Path, staging: Path, remedy: str | None = None) -> Iterator[None]:
-    """Within it, an OSError about ``target`` or its staging folder names the target, another one its own file.
-
-    Raises:
-        MptkError: in place of an OSError.
-    """
+    """Turn each OSError into an MptkError: about ``target`` if it is of that or of ``staging``, else about its file."""
     try:
         yield
     except OSError as error:
+        # The user knows the target and not the hidden folder beside it.
         about = target if error.filename is None else Path(os.fsdecode(error.filename))
         if about.is_relative_to(staging) or about == target:
             raise cannot_write(target, error, remedy) from error
@@ -145,7 +148,7 @@ def writing(target: Path, staging: Path, remedy: str | None = None) -> Iterator[
 
 
 def check_text(name: str | Path) -> None:
-    """Raise MptkError for a name that no report and no recipe could hold, as they are UTF-8."""
+    """Raise MptkError for a name that is not UTF-8: no report and no recipe could hold it."""
     try:
         str(name).encode()
     except UnicodeEncodeError as error:
@@ -154,4 +157,5 @@ def check_text(name: str | Path) -> None:
 
 def expand_path(name: str | Path) -> Path:
     """``name`` as a path, with ``~`` as a home. An unknown user's ``~name`` stays as it is, as in a shell."""
+    # Not Path.expanduser, which raises an error for an unknown user.
     return Path(os.path.expanduser(name))

@@ -1,4 +1,4 @@
-"""remade: a model with another config and other weights, opened as ``io/models.py`` opens one of a folder."""
+"""remade: a model with another config and other weights, as ``io/models.py`` opens a model of a folder."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def rebuild_model(
 
     Args:
         stored: ``config`` as its folder has it, with the type of the stored weights.
-        what: what the model now has, and ``remedy``: what to do if its class cannot have that.
+        what: what the model now has, for the error; ``remedy``: what to do if its class cannot have that.
 
     Raises:
         MptkError: the class has other weights with this config.
     """
     model = _build_model(loaded.model, config, weights, what, remedy)
     place = make_scratch()
-    weakref.finalize(model, place.close)
+    weakref.finalize(model, place.close)  # later stages read the folder as long as there is the model
     stored.save_pretrained(place.folder)
     copy_beside(loaded.path, place.folder)
     if generation is not None:
@@ -63,6 +63,7 @@ def _build_model(
     except Exception as error:  # a model class may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise MptkError(f"{name} cannot have {what} ({reason}); {remedy}") from error
+    # The class decides what weights it has with this config. They must be the ones that were made.
     there = {n: tuple(tensor.shape) for n, tensor in model.state_dict(keep_vars=True).items()}
     cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
@@ -71,6 +72,8 @@ def _build_model(
             "of it is "
             f"{_describe_shape(cut, wrong[0])}; {remedy}"
         )
+    # A buffer that the class computes may have been changed in the dense model, so its numbers come from there if its
+    # shape is the same.
     before = dict(dense.named_buffers())
     for n, buffer in model.named_buffers():
         value = weights[n] if n in weights else before.get(n)
@@ -86,9 +89,9 @@ def _describe_shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
 def make_anew(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The class in evaluation mode: parameters on the meta device, buffers on the CPU, as the class computes them.
 
-    Raises:
-        Exception: whatever the class raises for this config.
+    It raises whatever the class raises for this config.
     """
+    # No checkpoint has the buffers that a class computes, such as rotary frequencies, so they need numbers.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class(copy.deepcopy(config)).eval()
     model.tie_weights()

@@ -32,9 +32,9 @@ SIZES = (
 # Fields that transformers may take for the name of a hub's repository with native code, which it fetches and runs. They
 # are refused even if the caller trusts the model's Python code.
 KERNELS = tuple(f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts"))
-# No size in a config is as large. A larger one would let the class fill the memory before any weight is read.
+# No size in a config is as large. A larger one could fill the memory before any weight is read.
 LARGEST_SIZE = 1 << 31
-# More layers than any model has: building them, even without weights, would take hours.
+# More layers than any model has. Building them takes long, even without weights.
 MOST_LAYERS = 10_000
 # Layers may share weights (ALBERT), so a model may have more layers than weights: up to so many layers.
 SHARED = 256

@@ -27,6 +27,7 @@ Document = Iterable[str]
 PIECE = 1 << 16
 """Characters that are read, or tokenised, at once."""
 
+# Ending of a table → the reader of ``datasets``; endings of compressed files; bytes that tell whether a file is text.
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _SNIFFED = 4096
@@ -38,7 +39,7 @@ def read_file_documents(
     """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
 
     Raises:
-        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is not a table.
+        MptkError: it cannot be read; as ``read_row_texts``; or a column is named and the file is not a table.
     """
     suffix = _find_suffix(path)
     if suffix not in _TABLES:
@@ -46,9 +47,10 @@ def read_file_documents(
             raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
         yield _read_pieces(path)
         return
+    # ``datasets`` raises an error for an empty file.
     if not path.stat().st_size:
         return
-    from datasets import load_dataset
+    from datasets import load_dataset  # takes time, and plain text needs none of it
 
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
@@ -84,10 +86,12 @@ def read_folder_documents(
         MptkError: as ``read_file_documents``; or there is no text.
     """
     files = list_text_files(folder)
+    # All of it. A column is named for the tables among the files.
     if characters is None:
         for file in files:
             yield from read_file_documents(file, column if _find_suffix(file) in _TABLES else None, tokenizer)
         return
+    # A part of each: in a random order, since the reader stops when it has enough.
     random.Random(seed).shuffle(files)
     total = sum(file.stat().st_size for file in files) or 1
     for file in files:
@@ -131,6 +135,7 @@ def _is_table(path: Path) -> bool:
     suffix = _find_suffix(path)
     if suffix != ".json" or path.suffix.lower() in _PACKED:
         return suffix in _TABLES
+    # One object over many lines, such as a config.json, is text.
     with path.open(encoding="utf-8", errors="replace") as file:
         start = file.read(PIECE).lstrip()
     if start.startswith("["):
@@ -145,6 +150,7 @@ def _is_text(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(_SNIFFED)
     try:
+        # Not final if there is more: the last letter may be cut in two.
         codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _SNIFFED)
     except UnicodeDecodeError:
         return False
@@ -193,18 +199,19 @@ def with_cause(error: BaseException) -> str:
     return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 
 
+# ---- the rows of a JSON file ----
+
+# Bytes of the longest line, and of the largest file that is one list: they are parsed as a whole.
 LONGEST_LINE = 1 << 28
-"""Bytes of the longest line, and of the largest list of objects."""
 
 
 def read_json_rows(path: Path) -> Iterator[Json]:
     """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
 
-    The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
-
     Raises:
         MptkError: a line is not an object.
     """
+    # Not by ``datasets``: the readers of pyarrow, which it calls, crash the process on a line that is a number.
     number = 0
 
     def damaged(why: str) -> MptkError:
@@ -215,6 +222,7 @@ def read_json_rows(path: Path) -> Iterator[Json]:
             number += 1
             if len(line) > LONGEST_LINE:
                 raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
+            # An object a line never begins with a bracket.
             if number == 1 and line.lstrip()[:1] == b"[":
                 yield from _read_list(line, file.read, damaged)
                 return
@@ -255,9 +263,11 @@ def _check_object(row: object, damaged: Damaged) -> Json:
     return row
 
 
-CHATS = ("messages", "conversations", "conversation")
-"""Usual names of a column of chats."""
+# ---- the text of a table's rows: a column of strings, or a column of chats through the tokenizer's template ----
 
+# Usual names of a column of chats.
+CHATS = ("messages", "conversations", "conversation")
+# The roles of the ShareGPT format → the names that templates know.
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
 
@@ -274,10 +284,11 @@ def read_row_texts(
             tokenizer has no chat template.
     """
     chosen: str | None = None
-    begin = getattr(tokenizer, "bos_token", None) or ""  # each window gets one
+    # Templates begin a chat with it, but here each window gets one.
+    begin = getattr(tokenizer, "bos_token", None) or ""
     with ChatTemplate(tokenizer) as template:
         for row in rows:
-            chosen = chosen or _choose_column(row, source, column)
+            chosen = chosen or _choose_column(row, source, column)  # the first row decides for all
             value = row.get(chosen)
             if value is None:
                 continue
@@ -305,6 +316,7 @@ def _choose_column(row: Mapping[str, object], source: str, column: str | None) -
     for found in (["text"] if "text" in strings else [], usual[:1], strings or chats):
         if len(found) == 1:
             return found[0]
+    # More than one could be meant, or none: never a guess.
     if not strings and not chats:
         raise MptkError(f"{source} has no columns of strings ({', '.join(row)}); give a file with text in it")
     raise MptkError(
@@ -330,7 +342,7 @@ def check_has_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -
 
 
 def with_roles(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A chat in the names that templates know."""
+    """A chat with ``role`` and ``content``, also if it has ShareGPT's ``from`` and ``value``."""
     return [
         {"role": turn["role"], "content": turn["content"]}
         if "role" in turn

@@ -37,6 +37,7 @@ def push(
     Raises:
         MptkError: the folder was not made by mptk, or changed since; or the hub refuses it or cannot be reached.
     """
+    # A damaged or incomplete folder is refused before anything is made on the hub.
     folder, api = Path(folder), HfApi(library_name="mptk")
     check_manifest(folder)
     if dry_run:

@@ -47,7 +47,7 @@ def read_file_documents(
             raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
         yield _read_pieces(path)
         return
-    # ``datasets`` raises an error for an empty file.
+    # An empty file has no rows; some readers raise an error for it.
     if not path.stat().st_size:
         return
     from datasets import load_dataset  # takes time, and plain text needs none of it

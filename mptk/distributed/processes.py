@@ -27,8 +27,8 @@ from mptk.errors import MptkError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Found = TypeVar("Found")
-# How long processes wait for one that works by itself (writes text, fits layers). torch's default of minutes would end the
-# run. If a process dies, the launcher ends all.
+# How long processes wait for one that works by itself (writes text, fits layers). torch's default of minutes would end
+# the run. If a process dies, the launcher ends all.
 PATIENCE = timedelta(hours=24)
 
 

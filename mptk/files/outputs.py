@@ -39,8 +39,7 @@ _MARKED_BYTES = 1 << 16
 def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") -> None:
     """Raise MptkError if ``out`` is read, holds what is read, or lies in a folder that is read.
 
-    ``sources``: what is read; a name that is neither a file nor a folder (a model of the hub) is left out. ``option``: names
-    ``out``.
+    ``sources``: what is read; names that are not there (a model of the hub) are left out. ``option``: names ``out``.
     """
     path = expand_path(out)
     # ``out`` need not exist, but the folders above it do. They are compared, after links are followed.

@@ -73,7 +73,7 @@ class Symbols:
         self._env = ShapeEnv(specialize_zero_one=False)
 
     def integer(self, name: str, value: int) -> tuple[Symbol, int | torch.SymInt]:
-        """The sympy symbol of a new integer, and the integer itself. Where Python needs a number it is ``value``."""
+        """The sympy symbol of a new integer, and the integer itself, which is ``value`` if Python needs a number."""
         from torch._dynamo.source import ConstantSource  # takes time, so not before a trace
 
         symbol = self._env.create_symbol(
@@ -160,9 +160,9 @@ def compute_value(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
 
 
 def compute_exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
-    """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
+    """By how many percent a number grows at ``values`` if a symbol grows by one percent, as if nothing were rounded.
 
-    A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.
+    If the number is a product, this is the symbol's exponent. The parts of a sum count by their sizes.
     """
     # ∂ log f / ∂ log s = s · f′ / f
     smooth = _smooth(number, values) if find_symbols(number) else sympy.Integer(1)

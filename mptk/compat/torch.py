@@ -158,7 +158,8 @@ def forward_hooks(module: nn.Module) -> list[object]:
 
 
 def list_field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
-    """The names of a named tuple's fields, which have an underscore though they are public; None of another tuple."""
+    """The names of a named tuple's fields; None for another tuple."""
+    # ``_fields`` is public, in spite of its underscore.
     found: tuple[str, ...] | None = getattr(value, "_fields", None)
     return found
 
@@ -235,7 +236,7 @@ def find_size_origin(size: torch.SymInt) -> str:
 
 
 def _is_in_kernel(stack: str) -> bool:
-    """Whether an operator asked a question, other than for a number."""
+    """Whether an operator asked the question, and did not ask for a number."""
     # If it asks for a number (guard_int), the count of its results may depend on it, as with ``unbind``.
     return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 

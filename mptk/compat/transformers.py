@@ -156,7 +156,7 @@ ConfigPair = tuple[PreTrainedConfig, PreTrainedConfig]
 
 
 def match_configs(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[ConfigPair]:
-    """A config and those within it, each with its counterpart in ``like``."""
+    """A config and the configs in it, each with its counterpart in ``like``."""
     yield config, like
     for name, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):

@@ -99,7 +99,7 @@ def has_shards() -> bool:
 
 
 def holds() -> bool:
-    """Whether this process needs whole weights on its host. With FSDP2 only the first does: it sends out the shards."""
+    """Whether this process needs whole weights on its host. With FSDP2 only the first does, which sends out shards."""
     return bool(connect_processes().is_main_process) or not has_shards()
 
 
@@ -158,7 +158,7 @@ def _wrap_blocks(acc: Accelerator, model: nn.Module) -> None:
 
 
 def find_module_blocks(model: nn.Module) -> list[nn.Module]:
-    """A model's blocks: the members of its largest list of modules."""
+    """A model's blocks: the members of its largest list of modules, by parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
@@ -191,10 +191,11 @@ def find_widest_float(device: torch.device) -> torch.dtype:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, on the device of ``like`` and spread as that is."""
+    """A whole tensor, which every process has, on the device of ``like`` and spread like it."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
+    # Each process takes its own part: nothing is sent.
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 

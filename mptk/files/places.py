@@ -79,7 +79,7 @@ def lies_in(at: int, name: str) -> bool:
 
 
 def is_own(state: os.stat_result) -> bool:
-    """Whether it is a folder of this user."""
+    """Whether this is the state of a folder of this user."""
     return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
 
 

@@ -246,7 +246,7 @@ def write_json(path: Path | None, content: object) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file in UTF-8. Otherwise as ``write_result``."""
+    """``write_result`` of a text, in UTF-8."""
     write_result(path, lambda file: file.write_text(content, encoding="utf-8"))
 
 

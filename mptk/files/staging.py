@@ -130,7 +130,7 @@ def staged(parent: Path) -> Staging:
 
 
 def stage_openly(parent: Path) -> Staging:
-    """As ``staged``, also if other users can rename what is in ``parent``. Then use no path in it, only descriptors."""
+    """``staged``, also if other users can rename what is in ``parent``. Then use no path in it, only descriptors."""
     check_open_files()
     with hold_open(parent) as at:
         return Staging(*_make_hidden(at, parent))
@@ -150,7 +150,7 @@ def make_scratch() -> Staging:
 
 
 def check_scratch() -> None:
-    """Raise MptkError if other users could exchange the system's temporary files of this one."""
+    """Raise MptkError if other users could exchange this user's temporary files."""
     try:
         check_way(Path(tempfile.gettempdir()))
     except MptkError as error:
@@ -247,7 +247,7 @@ def held_by(path: Path) -> dict[str, object]:
 
 
 def _make_hidden(at: int, parent: Path) -> tuple[OpenFolder, int]:
-    """A new hidden folder in the folder ``at``, with its lock, which this process has, and its mark."""
+    """Make a hidden folder with a mark in the folder ``at``. Returns it and its lock, which this process holds."""
     for _ in range(TRIES):
         token = f".mptk-{secrets.token_hex(6)}"
         try:
@@ -279,7 +279,7 @@ def _discard_new(token: str, at: int) -> None:
 
 
 def _rename_new(place: OpenFolder, name: str) -> bool:
-    """Whether a hidden folder gets a name, which no other file or folder has, except an empty one."""
+    """Give a hidden folder a name, unless a file or a folder with something in it has that; returns whether it did."""
     try:
         os.rename(place.path.name, name, src_dir_fd=place.at, dst_dir_fd=place.at)
     except OSError as error:

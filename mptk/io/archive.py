@@ -57,7 +57,7 @@ LONGEST_EXPRESSION = 10_000
 
 
 def read_archive(file: Path) -> tuple[ExportedProgram, str]:
-    """The program of an archive, and the text that mptk put beside it.
+    """The program of an archive, and the text that mptk put beside it (``EXTRA``).
 
     Raises:
         MptkError: the file is missing, is not such an archive, or holds what could run code: a pickle, Python, calls
@@ -74,7 +74,7 @@ def read_archive(file: Path) -> tuple[ExportedProgram, str]:
 
 
 def _rebuild_checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
-    """The archive made anew of its checked parts."""
+    """A new archive of the checked parts of ``file``."""
     found = io.BytesIO()
     try:
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(found, "w") as new:
@@ -91,7 +91,7 @@ def _rebuild_checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
 
 
 def _check_part(name: str, content: bytes, said: Damaged) -> bytes | str:
-    """What the new archive holds under ``name``."""
+    """Check a part of the old archive; returns its content in the new one."""
     if RAW.fullmatch(name):
         return content
     if name == EXAMPLE_INPUTS:  # a pickle

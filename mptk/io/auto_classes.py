@@ -79,7 +79,7 @@ def _list_auto_names() -> list[str]:
 
 
 def _list_class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
-    """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
+    """Names of the classes that an auto class has for ``config``: transformers', and the model's own (``code``)."""
     names = {known.__name__ for known in find_auto_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 

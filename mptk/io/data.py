@@ -43,10 +43,11 @@ _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
 
 
 def read_documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
-    """The documents of ``data``, whole, in pieces; weights are ignored.
+    """The documents of ``data``, each whole, in pieces. The sources' weights are ignored.
 
     Raises:
-        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
+        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is made up (``self``,
+            ``random``).
     """
     if data in (SELF, RANDOM_DATA):
         raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")

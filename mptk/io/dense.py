@@ -29,7 +29,7 @@ _READERS = (
 
 
 def list_model_files(model: str, *, local: bool = False) -> dict[str, Path]:
-    """Name → path of the files that a run reads of a dense model, its tokenizer's included.
+    """Name → path of the files that a run reads of a dense model, with its tokenizer's files.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """
@@ -41,7 +41,7 @@ def list_model_files(model: str, *, local: bool = False) -> dict[str, Path]:
 
 
 def hash_model(model: str, *, local: bool = False) -> str:
-    """SHA-256 of a dense model: of its config, weights and code, or of its ``.gguf`` file.
+    """The fingerprint of a dense model: a SHA-256 of its config, weights and code, or of its ``.gguf`` file.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """

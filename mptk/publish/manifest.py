@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def check_not_rung(folder: Path) -> None:
-    """Raise MptkError if a folder holds only what one size of a ladder has of its own."""
+    """Raise MptkError if a folder is one size of a ladder, which is not whole without the folder around it."""
     rungs = folder.absolute().parent
     if rungs.name == RUNGS and is_ours(rungs.parent):
         raise MptkError(
@@ -134,7 +134,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def copy_listed(folder: Path, new: Path) -> None:
-    """Copy the files that a published folder lists. Raises MptkError if one is not as it was published."""
+    """Copy the files that a published folder lists. Raises MptkError if one was changed since."""
     files = read_manifest(folder)
     check_listed(folder)
     # The copies are compared, too: the folder may change after the check.

@@ -181,6 +181,7 @@ class Partition:
 
     def stages(self, flow: Flow) -> list[Stage]:
         """The stages of a flow. A call that the partitioned graph does not have belongs to the stage around it."""
+        # Another program may have the calls in another order: a border never lies before the one before it.
         place = {node.name: i + 1 for i, node in enumerate(flow.calls)}
         borders = [0, *accumulate((place[name] for name in self.ends), max), len(flow.calls)]
         return [flow.stage(start, end) for start, end in pairwise(borders)]

@@ -196,7 +196,8 @@ class StagedRun(DeviceInterpreter):
         self.count = len(inputs)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """An input on the device, in the program's floating type if that is not its module's."""
+        """An input on the device, in the type that the program takes."""
+        # A program may compute in another floating type than its module, and callers give the module's.
         types = self.program.types
         return tensor.to(self.device, tensor.dtype if types is None or not tensor.is_floating_point() else types.wide)
 
@@ -210,7 +211,7 @@ class StagedRun(DeviceInterpreter):
         return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
 
     def advance(self, k: int, count: _Counter | None = None, weights: Mapping[fx.Node, Tensor] | None = None) -> None:
-        """Run stage ``k`` on all inputs. ``weights``: other ones than the program's."""
+        """Run stage ``k`` on all inputs. ``weights``: in place of the program's."""
         weights = self.load(k) if weights is None else self.cast_values(weights)
         for i in range(self.count):
             values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
@@ -225,7 +226,7 @@ class StagedRun(DeviceInterpreter):
         return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
 
     def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
-        """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
+        """Run the last stage on the i-th inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
         loaded = self.load(k) if weights is None else weights
         made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
@@ -240,7 +241,7 @@ class StagedRun(DeviceInterpreter):
         above: Values,
         loss: Callable[[object, int], Tensor],
     ) -> Values:
-        """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
+        """Run stage ``k`` again and backward. The leaves collect the weights' gradients; returns the inputs' gradients.
 
         ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
         """

@@ -125,13 +125,13 @@ def list_visible_files(folder: Path) -> list[Path]:
 
 
 def _find_suffix(path: Path) -> str:
-    """The file's suffix in lower case; of a compressed table, the suffix before the packer's."""
+    """The file's suffix in lower case; if it is compressed, the suffix before that: ``a.jsonl.gz`` → ``.jsonl``."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a file of a folder is a table. A ``.json`` file is one if it is a list, or has an object a line."""
+    """Whether a file of a folder is a table. A ``.json`` file is one if it is a list or has an object a line."""
     suffix = _find_suffix(path)
     if suffix != ".json" or path.suffix.lower() in _PACKED:
         return suffix in _TABLES
@@ -194,7 +194,7 @@ def check_ordinary(path: Path) -> None:
 
 
 def with_cause(error: BaseException) -> str:
-    """What an error says first, and what its cause says."""
+    """The first line of an error and, in brackets, of its cause."""
     said, cause = take_first_line(error), error.__cause__
     return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 

@@ -79,7 +79,7 @@ def count_rows_at_once(length: int) -> int:
 
 
 def can_write_text(model: PreTrainedModel) -> bool:
-    """Whether the model writes text from nothing."""
+    """Whether the model can write text without any to begin with: an encoder-decoder cannot."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
 

@@ -28,8 +28,8 @@ from mptk.publish.manifest import hash_file
 class HubText:
     """A data set of the hub: id, config, split and column.
 
-    ``held_out``: the split to measure on. ``joined``: what stands between rows that are one text; None if each row is a
-    text.
+    ``held_out``: the split to measure on. ``joined``: the text between rows, if all rows are one text; None if each row
+    is a text of its own.
     """
 
     id: str
@@ -83,7 +83,7 @@ PRESETS = {
 def parse_hub_text(name: str, *, held_out: bool) -> HubText:
     """The data set that ``NAME``, a preset, or ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` names.
 
-    ``held_out``: by default its split to measure on, and not the one to train on.
+    ``held_out``: whether the split that is not named is the one to measure on, and not the one to train on.
 
     Raises:
         MptkError: there are more parts; or the name can only be a file's, which does not exist.

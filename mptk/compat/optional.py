@@ -71,7 +71,7 @@ def hide_broken() -> list[str]:
 
 def _forget(name: str) -> None:
     """Make transformers, which was imported before, forget that a package is there."""
-    # It keeps the answer in two places: a cached function, and a flag that is read when the module is imported.
+    # It keeps the answer in two places: a cached function, and a flag that was set when the module was imported.
     utils = sys.modules.get("transformers.utils.import_utils")
     known = getattr(utils, f"is_{name}_available", None)
     if known is not None and hasattr(known, "cache_clear"):

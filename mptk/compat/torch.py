@@ -118,7 +118,7 @@ def drop_tracked_inputs(exported: ExportedProgram) -> None:
 
     The export needs them only while it runs. torch has no public way to drop them.
     """
-    # Their symbolic sizes point back, from C++, to the list that holds them: no garbage collection finds that circle.
+    # Their symbolic sizes point back to what tracks them, from C++: no garbage collection finds that circle.
     for node in exported.graph.find_nodes(op="placeholder"):
         if isinstance(value := node.meta.get("val"), FakeTensor):
             sizes = value.fake_mode.shape_env

@@ -94,6 +94,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     if not earlier:
         os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
     elif not _exchanged(NEW, name, own, at):
+        # For a moment nothing has the name.
         os.rename(name, OLD, src_dir_fd=at, dst_dir_fd=own)
         try:
             os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
@@ -216,7 +217,7 @@ def _exchanged(one: str, two: str, one_at: int, two_at: int) -> bool:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:
+    except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
 
 

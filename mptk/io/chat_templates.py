@@ -165,7 +165,7 @@ def _isolate(kept: int) -> None:
         os.dup2(quiet, written)
     os.closerange(3, kept)
     os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    # The system bounds the address space, of which this process has much already (torch maps gigabytes).
+    # The system bounds the whole address space, of which this process has much already.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + TEMPLATE_MEMORY
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -81,9 +81,9 @@ def defer_weight(name: str, like: Tensor) -> Deferred:
 
 def list_weight_names(tensor: Deferred) -> frozenset[str]:
     """The names of the weights that ``tensor`` is made of."""
-    # Arguments and keywords hold the tensors that the call took.
     if tensor.weight is not None:
         return frozenset([tensor.weight])
+    # The tensors that the call took are among its arguments and keywords.
     parts = (list_weight_names(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
     return frozenset[str]().union(*parts)
 

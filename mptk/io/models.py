@@ -167,7 +167,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
     It needs only the config, or the metadata of a GGUF file that has not been converted yet.
     """
     config = load_config(model, trust=trust)
-    # The numbers of a config may ask for any size; on the meta device that takes no memory.
+    # A config may ask for weights of any size; on the meta device they take no memory.
     with _explain_errors(model), torch.device("meta"):
         kind = find_loader(config)
         if issubclass(kind, PreTrainedModel):
@@ -182,7 +182,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
 
 def load_config(model: str, *, trust: Trust = NO_CODE) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
-    # The metadata of a GGUF file will do: converting it takes long.
+    # If a GGUF file is not converted yet, its metadata will do: converting it takes long.
     gguf = _locate_gguf(model)
     if gguf is not None and not _locate_converted(gguf).is_dir():
         with _explain_errors(model):
@@ -293,10 +293,9 @@ def _fetch_alias(alias: str, local: bool) -> Path:
 
 
 def _locate_gguf(model: str, *, local: bool = False) -> Path | None:
-    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is no GGUF file."""
+    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is not one."""
     if model in ALIASES:
         return None if ALIASES[model].folder else _fetch_alias(model, local)
-    # By its ending: a checkpoint folder must not be opened to find out.
     if not model.lower().endswith(".gguf"):
         return None
     path = _parse_path(model)

@@ -15,8 +15,8 @@ from mptk.errors import MptkError
 from mptk.ir.weights import Lazy
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory for weights and values between stages, if the user names no bound. Libraries, activations and
-logits come on top (docs/scale.md)."""
+"""Share of the free memory for weights and values between stages, if the user names no bound. Libraries, activations
+and logits come on top (docs/scale.md)."""
 
 
 class Resident:

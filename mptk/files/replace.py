@@ -221,6 +221,9 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+# ---- single results: JSON, text, whatever a function writes ----
+
+
 def format_json(
     content: object,
     *,

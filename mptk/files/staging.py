@@ -59,6 +59,8 @@ COMMAND = 120
 SPARE = 16
 # How often a new folder may be removed before it has its lock, by another process that tidies in that moment.
 TRIES = 100
+# Seconds between two looks at a lock that another process has.
+PAUSE = 0.05
 _TOKEN = re.compile(r"\.mptk-[0-9a-f]{12}")
 
 
@@ -155,6 +157,86 @@ def check_scratch() -> None:
         check_way(Path(tempfile.gettempdir()))
     except MptkError as error:
         raise MptkError(f"{str(error).partition(';')[0]}; set TMPDIR to a folder of your own") from error
+
+
+# ---- the staging folder of an output, which is also its lock ----
+
+# Path → its staging folder, and the process and thread that have it. A fork inherits the table but owns nothing in it.
+_held: dict[Path, tuple[Staging, int, int]] = {}
+
+
+@contextlib.contextmanager
+def claim_place(target: Path, *, wait: bool = False, remedy: str | None = None) -> Iterator[Staging]:
+    """Let only this thread write ``target``, and give the staging folder beside it. Its folder is made if missing.
+
+    What killed processes left beside it is removed first. A thread may claim again what it has.
+
+    Args:
+        wait: until its owner is done; if False, refuse.
+        remedy: what to do if its folder cannot be written.
+
+    Raises:
+        MptkError: another process or thread, which is named, has it; or its folder cannot be written.
+    """
+    # All spellings of a path are one lock, so links in it are followed, but not its last part: that is refused if it is
+    # a link.
+    whole = Path(os.path.abspath(target))
+    place = whole.parent.resolve() / whole.name
+    own = _held.get(place)
+    if own is not None and own[1:] == (os.getpid(), threading.get_ident()):
+        yield own[0]
+        return
+    # Folders that are made for a run that fails are removed again; what holds something by then stays.
+    missing = [folder for folder in place.parents if not folder.exists()]
+    try:
+        _make_folders(missing)
+        tidy(place.parent)
+        staging = _taken(place, target, wait)
+    except OSError as error:
+        _remove_empty(missing)
+        raise cannot_write(target, error, remedy) from error
+    except MptkError:
+        _remove_empty(missing)
+        raise
+    _held[place] = staging, os.getpid(), threading.get_ident()
+    try:
+        with staging:
+            yield staging
+    finally:
+        del _held[place]
+        _remove_empty(missing)
+
+
+def _taken(place: Path, said: Path, wait: bool) -> Staging:
+    path = place.with_name(f".{place.name}.mptk")
+    while (staging := take(path)) is None:
+        owner = held_by(path)
+        # Without an owner somebody is tidying, which ends soon.
+        if owner and not wait:
+            raise MptkError(
+                f"{said} is in use by process {owner['pid']} on {owner['host']} ({owner['command']}); "
+                "wait until it is done, or give another place"
+            )
+        time.sleep(PAUSE)
+    return staging
+
+
+def _make_folders(missing: list[Path]) -> None:
+    """Make folders, given from the innermost on. Only their owner can rename what will be in them."""
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError), hold_open(folder.parent) as at:
+            os.mkdir(folder.name, 0o755, dir_fd=at)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove ``folders`` that are empty, from the innermost on."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            with hold_open(folder.parent) as at:
+                os.rmdir(folder.name, dir_fd=at)
+
+
+# ---- make, find and tidy staging folders ----
 
 
 def take(path: Path) -> Staging | None:
@@ -405,83 +487,3 @@ def _empty(place: OpenFolder) -> None:
     for each in os.listdir(place.own):
         if each != LOCK:
             remove_tree(each, place.own)
-
-
-# ---- the staging folder of an output, which is also its lock ----
-
-PAUSE = 0.05
-"""Seconds between two looks at a lock."""
-
-# Path → its staging folder, and the process and thread that have it. A fork inherits the table but owns nothing in it.
-_held: dict[Path, tuple[Staging, int, int]] = {}
-
-
-@contextlib.contextmanager
-def claim_place(target: Path, *, wait: bool = False, remedy: str | None = None) -> Iterator[Staging]:
-    """Let only this thread write ``target``, and give the staging folder beside it. Its folder is made if missing.
-
-    What killed processes left beside it is removed first. A thread may claim again what it has.
-
-    Args:
-        wait: until its owner is done; if False, refuse.
-        remedy: what to do if its folder cannot be written.
-
-    Raises:
-        MptkError: another process or thread, which is named, has it; or its folder cannot be written.
-    """
-    # All spellings of a path are one lock, so links in it are followed, but not its last part: that is refused if it is
-    # a link.
-    whole = Path(os.path.abspath(target))
-    place = whole.parent.resolve() / whole.name
-    own = _held.get(place)
-    if own is not None and own[1:] == (os.getpid(), threading.get_ident()):
-        yield own[0]
-        return
-    # Folders that are made for a run that fails are removed again; what holds something by then stays.
-    missing = [folder for folder in place.parents if not folder.exists()]
-    try:
-        _make_folders(missing)
-        tidy(place.parent)
-        staging = _taken(place, target, wait)
-    except OSError as error:
-        _remove_empty(missing)
-        raise cannot_write(target, error, remedy) from error
-    except MptkError:
-        _remove_empty(missing)
-        raise
-    _held[place] = staging, os.getpid(), threading.get_ident()
-    try:
-        with staging:
-            yield staging
-    finally:
-        del _held[place]
-        _remove_empty(missing)
-
-
-def _taken(place: Path, said: Path, wait: bool) -> Staging:
-    path = place.with_name(f".{place.name}.mptk")
-    while (staging := take(path)) is None:
-        owner = held_by(path)
-        # Without an owner somebody is tidying, which ends soon.
-        if owner and not wait:
-            raise MptkError(
-                f"{said} is in use by process {owner['pid']} on {owner['host']} ({owner['command']}); "
-                "wait until it is done, or give another place"
-            )
-        time.sleep(PAUSE)
-    return staging
-
-
-def _make_folders(missing: list[Path]) -> None:
-    """Make folders, given from the innermost on. Only their owner can rename what will be in them."""
-    for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError), hold_open(folder.parent) as at:
-            os.mkdir(folder.name, 0o755, dir_fd=at)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove ``folders`` that are empty, from the innermost on."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            with hold_open(folder.parent) as at:
-                os.rmdir(folder.name, dir_fd=at)

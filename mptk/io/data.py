@@ -127,7 +127,7 @@ def load_calibration_windows(
         MptkError: as ``check_length``, ``sampled.sample_text``, ``read_documents``, ``make_token_windows``; or there is
         no tokenizer.
     """
-    check_length(model, length)
+    check_length(model, length)  # before text is written or read, which takes time
     if data == SELF:
         return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
     windows = _share_windows(parse(data), _require_tokenizer(tokenizer), length, count, seed)
@@ -154,6 +154,7 @@ def check_positions(positions: int | None, length: int, what: str) -> None:
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise MptkError if a token id is outside the model's vocabulary: the tokenizer is of another model."""
+    # A kernel would fail at such an id, without its name; on a GPU no other kernel would run after that.
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
         raise MptkError(
@@ -168,6 +169,7 @@ def name_data(data: str) -> str:
         return sampled.SAMPLED_NAME
     if data == RANDOM_DATA:
         return RANDOM_NAME
+    # Of a folder, windows are chosen, so the protocol says from what and how.
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
 

@@ -156,6 +156,7 @@ def zero_shot(
             "its "
             "files"
         ) from error
+    # The numbers of each task. lm-eval's rows also have names and counts.
     return {
         task: {key: value for key, value in row.items() if isinstance(value, float)}
         for task, row in report["results"].items()

@@ -45,6 +45,7 @@ def push(
         lines = [f"{size / 1e6:10,.1f} MB  {name}" for name, size in sizes.items()]
         total = f"{sum(sizes.values()) / 1e6:10,.1f} MB  in {len(sizes)} files would go to {api.endpoint}/{repo}"
         return "\n".join([*lines, total])
+    # Each step may find its work done already, so a push that failed can be repeated.
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:

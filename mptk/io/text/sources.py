@@ -167,6 +167,7 @@ def _is_there(name: str) -> bool:
 
 def _split_weight(part: str) -> tuple[str, float]:
     """``c4.jsonl=0.7`` → ("c4.jsonl", 0.7)."""
+    # At the last sign, since a name may have some.
     name, equals, weight = part.rpartition("=")
     if not equals or _is_there(part):
         return part, 1.0
@@ -197,6 +198,7 @@ def share_count(count: int, weights: Sequence[float]) -> list[int]:
     """``count`` shared out by weight, to whole numbers (largest remainder; on a tie the earlier one)."""
     exact = [count * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
+    # What rounding down left over goes to the largest remainders.
     for i in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: count - sum(whole)]:
         whole[i] += 1
     return whole

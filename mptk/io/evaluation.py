@@ -153,8 +153,7 @@ def zero_shot(
     except Exception as error:  # a task's data, templates and functions fail in any way
         raise MptkError(
             f"lm-eval cannot run {', '.join(tasks)}: {take_first_line(error)}; check the network, the task's data and "
-            "its "
-            "files"
+            "its files"
         ) from error
     # The numbers of each task. lm-eval's rows also have names and counts.
     return {

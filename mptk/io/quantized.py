@@ -302,8 +302,7 @@ def read_quantization(folder: Path) -> dict[str, object] | None:
     if not isinstance(method, str) or method not in FORMATS:
         raise MptkError(
             f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
-            "give the "
-            "float checkpoint that it was made of"
+            "give the float checkpoint that it was made of"
         )
     return dict(found)
 

@@ -69,8 +69,7 @@ def _build_model(
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
         raise MptkError(
             f"{name} cannot have {what}: its {wrong[0]} would be {_describe_shape(there, wrong[0])}, and what is left "
-            "of it is "
-            f"{_describe_shape(cut, wrong[0])}; {remedy}"
+            f"of it is {_describe_shape(cut, wrong[0])}; {remedy}"
         )
     # A buffer that the class computes may have been changed in the dense model, so its numbers come from there if its
     # shape is the same.

@@ -282,7 +282,7 @@ class _Undecomposed(ExportedProgram):
 
 
 def mark_undecomposed(exported: ExportedProgram) -> ExportedProgram:
-    """``exported`` as ``torch.onnx.export`` leaves it whole: it has no option against decomposing a program."""
+    """``exported`` in a form that ``torch.onnx.export`` does not decompose. It has no option for that."""
     return _Undecomposed(
         root=exported.graph_module,
         graph=exported.graph,

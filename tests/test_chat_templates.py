@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
 from mptk.io.chat_templates import ChatTemplate
-from mptk.io.text.rows import read_row_texts
+from mptk.io.text.files import read_row_texts
 
 TURNS = [{"role": "user", "content": "hi ü 🦊"}, {"role": "assistant", "content": "ho"}]
 FOR = "{% for a in range(99999) %}"

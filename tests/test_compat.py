@@ -61,9 +61,8 @@ from mptk.compat.transformers import (
     watch_missing_attributes,
     without_generation,
 )
-from mptk.io.deferred import Deferred
-from mptk.io.opening import Files
 from mptk.io.resident import Resident
+from mptk.io.tensors import Deferred, Files
 from mptk.methods.maskprune.adapters import adapt, unwrap_adapters
 
 ROOT = Path(__file__).resolve().parents[1]

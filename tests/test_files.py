@@ -40,11 +40,11 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     ]
     assert sorted(writers) == [
         "mptk/compat/llama_cpp.py",
-        "mptk/files/marks.py",
+        "mptk/files/places.py",
         "mptk/files/replace.py",
         "mptk/reading.py",
         "mptk/targets/beside.py",
-    ]  # llama_cpp runs without mptk; but replace and marks the others look at values
+    ]  # llama_cpp runs without mptk; but for replace and places the others look at values
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -63,16 +63,15 @@ __all__ = [
     "vmap_opens",  # The same on its operands.
 ]
 
+# Paths in the stack of a question that an operator asks while export computes the shape of its result.
 _KERNELS = ("/torch/_subclasses/", "/torch/_prims_common/", "/torch/_refs/")
-"""In the stack of what an operator asks while export computes the shape of its result."""
 
 
 @contextlib.contextmanager
 def forget_sources() -> Iterator[None]:
-    """Within it torch keeps the source of each module that it generates, and what it found out about symbolic sizes.
+    """Drop what torch keeps of the block: the source of each generated module, and its caches of symbolic sizes.
 
-    Afterwards both are dropped. torch drops neither, so a process that compiles many models would grow with each. It
-    has no public way to.
+    torch drops neither and has no public way to, so a process that compiles many models would grow with each.
     """
     before = set(_loader.eval_cache)
     try:
@@ -92,12 +91,13 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def usual_state() -> Iterator[None]:
-    """Within it torch computes as in a new process, whatever the caller has set around the call.
+    """Let torch compute as in a new process, whatever the caller has set around the call.
 
     Gradients can be taken, autocast is off, new tensors are on the CPU and not in half precision. A default type of
     float64 stays: the caller's module may make tensors in it.
     """
     with contextlib.ExitStack() as stack:
+        # Each is set only if it differs: most callers have set nothing.
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled():
@@ -114,17 +114,17 @@ def usual_state() -> Iterator[None]:
 
 
 def drop_tracked_inputs(exported: ExportedProgram) -> None:
-    """Let go of the fake inputs that an export tracked, which would keep all of it in memory for ever.
+    """Let go of the fake inputs that an export tracked, which would keep the whole export in memory for ever.
 
-    Their symbolic sizes point back to what tracks them from C++, so no garbage collection finds the circle. The export
-    needs them only while it runs. torch has no public way to drop them.
+    The export needs them only while it runs. torch has no public way to drop them.
     """
+    # Their symbolic sizes point back to what tracks them, from C++: no garbage collection finds that circle.
     for node in exported.graph.find_nodes(op="placeholder"):
         if isinstance(value := node.meta.get("val"), FakeTensor):
             sizes = value.fake_mode.shape_env
             if sizes is not None and sizes.tracked_fakes is not None:
                 sizes.tracked_fakes.clear()
-            return
+            return  # all inputs share one list
 
 
 def find_schema(target: object) -> FunctionSchema | None:
@@ -158,16 +158,18 @@ def forward_hooks(module: nn.Module) -> list[object]:
 
 
 def list_field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
-    """The names of a named tuple's fields, which have an underscore though they are public; None of another tuple."""
+    """The names of a named tuple's fields; None for another tuple."""
+    # ``_fields`` is public, in spite of its underscore.
     found: tuple[str, ...] | None = getattr(value, "_fields", None)
     return found
 
 
 def move_samples_last(value: Tensor) -> Tensor:
-    """A value within ``torch.vmap`` with the hidden dimensions after its own; any other value as it is.
+    """A value under ``torch.vmap`` with its samples as last dimensions; any other value as it is.
 
-    What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it, and torch has no public way to the rest.
+    What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it. torch has no public way to the samples.
     """
+    # Levels of ``torch.vmap`` may be nested; the innermost is unwrapped first.
     while (dim := maybe_get_bdim(value)) >= 0:
         value = get_unwrapped(value).movedim(dim, -1)
     return value
@@ -197,7 +199,7 @@ class Guard:
 
 @contextlib.contextmanager
 def record_locations() -> Iterator[None]:
-    """Within it, export keeps the Python stack with each condition on sizes, and not only one frame."""
+    """Let export keep the Python stack with each condition on sizes, and not only one frame."""
     original = ShapeEnv._get_sloc
     ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
     try:
@@ -207,6 +209,7 @@ def record_locations() -> Iterator[None]:
 
 
 def _stack() -> str:
+    # From whoever asked ``ShapeEnv`` out to where export called the model; the frames around that are mptk's.
     frame, lines = sys._getframe(2), list[str]()
     while frame is not None and not frame.f_code.co_filename.endswith("/torch/export/_trace.py"):
         lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
@@ -225,6 +228,7 @@ def list_guards(sizes: Iterable[torch.SymInt]) -> list[Guard]:
 
 def find_size_origin(size: torch.SymInt) -> str:
     """The stack that made a symbolic size a number, or another size; empty if nothing did."""
+    # A symbol may be replaced by another, and that again: the last replacement counts.
     symbol, stack = size.node._expr, ""
     while (place := size.node.shape_env.replacements_slocs.get(symbol)) is not None:
         stack, symbol = str(place.maybe_user_loc), size.node.shape_env.replacements[symbol]
@@ -232,7 +236,8 @@ def find_size_origin(size: torch.SymInt) -> str:
 
 
 def _is_in_kernel(stack: str) -> bool:
-    """Whether an operator asked, but not for a number, on which the count of its results may depend."""
+    """Whether an operator asked the question, and did not ask for a number."""
+    # If it asks for a number (guard_int), the count of its results may depend on it, as with ``unbind``.
     return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
@@ -255,8 +260,9 @@ def build_exported(
 ) -> ExportedProgram:
     """An ``ExportedProgram`` with another graph and weights. Size ranges, nesting and verifier are taken from ``like``.
 
-    torch asks users not to call the constructor. A public way to edit an exported program would replace this.
+    A public way to edit an exported program would replace this.
     """
+    # torch asks users not to call the constructor.
     return ExportedProgram(
         root=graph,
         graph=graph.graph,
@@ -276,7 +282,7 @@ class _Undecomposed(ExportedProgram):
 
 
 def mark_undecomposed(exported: ExportedProgram) -> ExportedProgram:
-    """``exported`` for ``torch.onnx.export`` without decomposition, for which that has no option."""
+    """``exported`` in a form that ``torch.onnx.export`` does not decompose. It has no option for that."""
     return _Undecomposed(
         root=exported.graph_module,
         graph=exported.graph,
@@ -292,10 +298,8 @@ def mark_undecomposed(exported: ExportedProgram) -> ExportedProgram:
 
 @contextlib.contextmanager
 def stop_operator_cache() -> Iterator[None]:
-    """Within it fake tensors do not remember what operators gave, which a symbolic trace would keep for ever.
-
-    There is no public switch.
-    """
+    """Let fake tensors not remember the results of operators. There is no public switch."""
+    # The cache is global, and its keys would keep all symbolic sizes of a trace for ever.
     import torch._dynamo.config  # takes time, so not before a trace
 
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -303,15 +307,16 @@ def stop_operator_cache() -> Iterator[None]:
 
 
 KNOWN_NUMBERS = 4096
-"""Most numbers of a constant that ``keep_small_constants`` computes with."""
+"""Elements of the largest constant whose numbers ``keep_small_constants`` keeps. torch's own limit is 1."""
 
 
 @contextlib.contextmanager
 def keep_small_constants() -> Iterator[None]:
-    """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
+    """Let a trace compute with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
 
-    So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
+    So sizes that ``forward`` computes from a constant stay numbers. There is no public switch.
     """
+    # Both modules have a name of their own for the limit.
     before = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
     for module, _ in before:
         setattr(module, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS)  # noqa: B010 (mypy: torch declares it final)

@@ -1,7 +1,7 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
-from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import check_way, hold_open, is_own
+from mptk.files.outputs import cannot_write, check_text, expand_path, writing
+from mptk.files.places import check_way, hold_open, is_of, is_own, make_mark, read_mark
 from mptk.files.replace import (
     discard,
     fill_folder,
@@ -25,7 +25,6 @@ from mptk.files.staging import (
     tidy,
     tidy_scratch,
 )
-from mptk.files.writing import cannot_write, check_text, expand_path, writing
 
 __all__ = [
     "Staging",

@@ -1,7 +1,8 @@
 """archive: read a torch.export archive of unknown origin such that nothing in it can run.
 
-``torch.export.load`` unpickles, evaluates expressions and compiles names as Python. So it gets an archive that is made
-anew of the parts that are data, each checked: plain tensors, names that are words, arithmetic, and operators.
+``torch.export.load`` unpickles, evaluates expressions and compiles names as Python. So it gets another archive, made of
+the parts that are data, each checked: plain tensors, names that are words, arithmetic, and operators. What mptk itself
+never writes is refused: nobody needs to know whether it is dangerous.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ MOST_ARCHIVE_BYTES = 1 << 31
 EXTRA = "program.json"
 MODEL, EXAMPLE_INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+# Parts whose bytes are data: versions, and the numbers of tensors.
 RAW = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+|data/(weights/weight|constants/tensor)_\d+")
 DOTTED_NAME = re.compile(r"[\w.]*")
+# What a call may be of. ``aten.from_file`` would read any file of the machine.
 OPERATOR = re.compile(
     r"torch\.ops\.(?!aten\.from_file)\w+\.\w+\.\w+|_operator\.\w+|torch\._?sym_\w+|torch\._functorch\.predispatch\.\w+"
     r"|math\.(trunc|ceil|floor)"
 )
 NUMBER_OR_SYMBOL = re.compile(r"[a-z]+\d+|-?\d+(\.\d+)?(e[+-]?\d+)?")
+# What ``sympy.srepr`` of a size, or of a condition on sizes, consists of. torch evaluates such text as Python.
 FUNCTIONS = {
     *("Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv"),
     *("CeilDiv", "CleanDiv", "IntTrueDiv", "FloatTrueDiv", "PowByNatural", "FloatPow", "ToFloat", "TruncToInt"),
@@ -43,20 +47,21 @@ FUNCTIONS = {
     *("Or", "Not", "Abs", "Piecewise", "ExprCondPair", "ITE", "OpaqueUnaryFn_sqrt"),
     *("BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor"),
 }
-"""What ``sympy.srepr`` of a size, or of a condition on sizes, consists of."""
+# Largest exponent that is a number, and largest base of an exponent with sizes. sympy computes powers at once, and a
+# tower of large ones would fill the memory.
 HIGHEST_POWER, HIGHEST_BASE = 8, 10
-"""Largest exponent that is a number, and largest base with an exponent of sizes: more could fill the memory."""
+# Types of containers in inputs and outputs: others are classes that would be imported.
 NESTED = {"builtins.tuple", "builtins.list", "builtins.dict", None}
+# Letters of the longest expression.
 LONGEST_EXPRESSION = 10_000
-"""Letters of the longest expression."""
 
 
 def read_archive(file: Path) -> tuple[ExportedProgram, str]:
-    """The program of an archive, and the text that mptk put beside it.
+    """The program of an archive, and the text that mptk put beside it (``EXTRA``).
 
     Raises:
-        MptkError: the file is missing, no such archive, or holds what could run code: a pickle, Python, other calls
-            than of operators.
+        MptkError: the file is missing, is not such an archive, or holds what could run code: a pickle, Python, calls
+            of anything but operators.
     """
     said, extra = make_damage_error(file), {EXTRA: ""}
     archive = _rebuild_checked(io.BytesIO(read_bytes(file, said, MOST_ARCHIVE_BYTES)), said)
@@ -69,11 +74,12 @@ def read_archive(file: Path) -> tuple[ExportedProgram, str]:
 
 
 def _rebuild_checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
-    """The archive made anew of its checked parts."""
+    """A new archive of the checked parts of ``file``."""
     found = io.BytesIO()
     try:
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(found, "w") as new:
             for info in old.infolist():
+                # torch stores without compression. So nothing unpacks to more than the file's own size.
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise said(f"{info.filename[:80]} is compressed")
                 name = info.filename.partition("/")[2]
@@ -85,10 +91,10 @@ def _rebuild_checked(file: io.BytesIO, said: Damaged) -> io.BytesIO:
 
 
 def _check_part(name: str, content: bytes, said: Damaged) -> bytes | str:
-    """What the new archive holds under ``name``."""
+    """Check a part of the old archive; returns its content in the new one."""
     if RAW.fullmatch(name):
         return content
-    if name == EXAMPLE_INPUTS:
+    if name == EXAMPLE_INPUTS:  # a pickle
         return b""
     if name not in (MODEL, f"extra/{EXTRA}", *CONFIGS):
         raise said(f"it holds {name[:80]}, which mptk never writes")
@@ -101,7 +107,7 @@ def _check_part(name: str, content: bytes, said: Damaged) -> bytes | str:
     if not isinstance(values, dict):
         raise said(f"{name} is not an object")
     if name == MODEL:
-        values["guards_code"] = []  # Python
+        values["guards_code"] = []  # Python, which loading would compile
     _check(values, "", said)
     return format_json(values)
 
@@ -109,6 +115,7 @@ def _check_part(name: str, content: bytes, said: Damaged) -> bytes | str:
 def _check(value: object, key: str, said: Damaged) -> None:
     """Raise ``said`` for text under ``key`` that torch could run."""
     if isinstance(value, dict):
+        # ``as_custom_obj`` is an object of a class that a library registers: torch unpickles it.
         if wrong := next((name for name in value if not DOTTED_NAME.fullmatch(name) or name == "as_custom_obj"), None):
             raise said(f"{shorten_text(repr(wrong))} is not a name")
         if value.get("use_pickle"):
@@ -142,6 +149,7 @@ def _is_arithmetic(node: ast.expr) -> bool:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
         return False
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    # x ** 2 and 2 ** x are sizes of models; x ** x and 9 ** 9 ** 9 are not.
     if "Pow" in node.func.id and not (
         len(given) == 2 and (_is_small(given[1]) or (_is_small(given[0], HIGHEST_BASE) and _is_linear(given[1])))
     ):
@@ -176,12 +184,16 @@ def _has_plain_nesting(text: str) -> bool:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return False
+    # At every depth, so in the text. A "type" in a string would have escaped quotes, and not match.
     types = re.findall(r'"type": *("[^"]*"|null)', text)
     return isinstance(values, list) and all(json.loads(each) in NESTED for each in types)
 
 
+# Floats that JSON lacks, which torch writes as text.
 NOT_FINITE = {"Infinity", "-Infinity", "NaN"}
+# Key → whether its text is data. All other text must be a word.
 ALLOWED: dict[str, Callable[[str], object]] = {
+    # Arguments of operators that are text, such as a mode: they are passed on as they are.
     "as_string": lambda _: True,
     "as_strings": lambda _: True,
     "as_float": NOT_FINITE.__contains__,

@@ -15,7 +15,7 @@ from mptk.io import modeling_nemotron_nas as nas
 from mptk.io.diffusion import DiffusersConfig, find_diffusers_class
 
 OWN_CODE = Path(nas.__file__)
-"""The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
+"""The code that mptk writes into folders. mptk reads it from here, so it runs no code of such a folder."""
 AutoConfig.register(nas.DeciLMConfig.model_type, nas.DeciLMConfig)
 AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
 
@@ -26,9 +26,10 @@ _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMa
 def name_loader(config: PreTrainedConfig) -> str:
     """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
 
-    It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
-    class itself: no auto class knows decoders such as ``MusicgenForCausalLM``. A class with a head (``…For…``) comes
-    before ``AutoModel``, which would leave the head out.
+    1. the first auto class with the class that the checkpoint names;
+    2. the checkpoint's class itself, if it has a head (``…For…``) and only ``AutoModel`` takes the config;
+    3. the first auto class that takes the config;
+    4. the checkpoint's class itself.
 
     Raises:
         MptkError: transformers has no class for it.
@@ -36,23 +37,22 @@ def name_loader(config: PreTrainedConfig) -> str:
     if isinstance(config, DiffusersConfig):
         return find_diffusers_class(config).__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
+    # Which auto classes take the config, and which of the checkpoint's own classes do.
     fitting = {name: _list_class_names(name, config, code) for name in _list_auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     saved = set(config.architectures or ())
     named = [found.__name__ for found in map(_find_class, sorted(saved)) if found and _takes(found, config)]
     if taken:
+        # ``AutoModel``, the last of all, would leave the head out (2).
         heads = [name for name in named if "For" in name] if taken[0] == "AutoModel" else []
         return next((name for name in taken if fitting[name] & saved), (heads or taken)[0])
     if not named:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
-    return named[0]
+    return named[0]  # no auto class knows decoders such as ``MusicgenForCausalLM`` (4)
 
 
 def find_loader(config: PreTrainedConfig) -> Any:
-    """The class, or the auto class of transformers, that loads a checkpoint with ``config``.
-
-    Raises as ``name_loader``.
-    """
+    """The class, or the auto class of transformers, that ``name_loader`` names."""
     return (
         find_diffusers_class(config)
         if isinstance(config, DiffusersConfig)
@@ -61,7 +61,7 @@ def find_loader(config: PreTrainedConfig) -> Any:
 
 
 def find_model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own."""
+    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own code."""
     if isinstance(config, DiffusersConfig):
         return {find_diffusers_class(config)}
     name = name_loader(config)
@@ -79,13 +79,13 @@ def _list_auto_names() -> list[str]:
 
 
 def _list_class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
-    """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
+    """Names of the classes that an auto class has for ``config``: transformers', and the model's own (``code``)."""
     names = {known.__name__ for known in find_auto_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 
 def _find_class(name: str) -> type[PreTrainedModel] | None:
-    """transformers' model of that name; None if it has none, as for an auto class."""
+    """transformers' model of that name; None if it has none, such as for the name of an auto class."""
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 

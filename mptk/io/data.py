@@ -37,16 +37,17 @@ __all__ = [
     "read_places",
 ]
 
-# Characters to read for each wanted token. Text has about 4 a token; more are read so that windows can be chosen, up to
-# ``_MOST`` characters more than it takes.
+# Characters to read for each wanted token. Text has about 4 a token, so 8 are enough. With a seed, up to 64 are read,
+# so that there are more windows to choose from than are wanted, but no more than ``_MOST`` characters beyond the 8.
 _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
 
 
 def read_documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
-    """The documents of ``data``, whole, in pieces; weights are ignored.
+    """The documents of ``data``, each whole, in pieces. The sources' weights are ignored.
 
     Raises:
-        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
+        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is made up (``self``,
+            ``random``).
     """
     if data in (SELF, RANDOM_DATA):
         raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
@@ -82,6 +83,7 @@ def make_token_windows(
     Raises:
         MptkError: the text has too few tokens for one window.
     """
+    # Each text is one piece: it is in memory already.
     limits = _Limits() if whole else _compute_limits(count, length, seed)
     stream = encode_documents(([text] for text in texts), tokenizer, characters=limits.characters, tokens=limits.tokens)
     return cut_windows(stream, tokenizer, length, count, seed)
@@ -95,7 +97,7 @@ def load_evaluation_windows(
 ) -> Tensor:
     """Windows of ``data`` to measure on, int64 [n, length].
 
-    They are the first ``count`` of each source, shared out by weight; of a folder, windows from all of its files,
+    The sources share ``count`` by weight. A source gives its first windows; a folder, windows of all of its files,
     chosen with seed 0.
 
     Raises:
@@ -122,10 +124,10 @@ def load_calibration_windows(
     Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
-        MptkError: as ``check_length``, ``sampled.sampled``, ``read_documents``, ``make_token_windows``; or there is no
-        tokenizer.
+        MptkError: as ``check_length``, ``sampled.sample_text``, ``read_documents``, ``make_token_windows``; or there is
+        no tokenizer.
     """
-    check_length(model, length)
+    check_length(model, length)  # before text is written or read, which takes time
     if data == SELF:
         return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
     windows = _share_windows(parse(data), _require_tokenizer(tokenizer), length, count, seed)
@@ -152,6 +154,7 @@ def check_positions(positions: int | None, length: int, what: str) -> None:
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise MptkError if a token id is outside the model's vocabulary: the tokenizer is of another model."""
+    # A kernel would fail at such an id, without its name; on a GPU no other kernel would run after that.
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
         raise MptkError(
@@ -166,6 +169,7 @@ def name_data(data: str) -> str:
         return sampled.SAMPLED_NAME
     if data == RANDOM_DATA:
         return RANDOM_NAME
+    # Of a folder, windows are chosen, so the protocol says from what and how.
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
 
@@ -194,10 +198,12 @@ def _share_windows(
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
     if len(sources) == 1:
         return _read_windows(sources[0], tokenizer, length, count, seed)
+    # Without a count, all windows of each source.
     counts: list[int | None] = [None] * len(sources)
     if count is not None:
         counts = list(share_count(count, [source.weight for source in sources]))
     found = [_read_windows(s, tokenizer, length, n, seed) for s, n in zip(sources, counts, strict=True) if n != 0]
+    # Shuffled, so that the first batches are of all sources. To measure, the order is the text's.
     rows = torch.cat(found)
     return rows if seed is None else rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
@@ -206,6 +212,7 @@ def _read_windows(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
+    # The first windows of a folder would all be of its first file.
     if source.is_folder and seed is None:
         seed = 0
     limits = _compute_limits(count, length, seed)

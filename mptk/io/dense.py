@@ -1,4 +1,7 @@
-"""dense: identify a folder's dense model by fingerprint, and open it. Only the user allows a download or code."""
+"""dense: identify a pruned folder's dense model by its fingerprint, and open it.
+
+Only the user's own word allows a download, or the model's Python code. The folder's report does not.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,17 @@ from mptk.io.resident import Resident
 from mptk.publish.manifest import compute_digests
 from mptk.trust import Trust
 
+# Files that make the fingerprint: what a model computes depends on them.
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+# Files that make a model's inputs. A run reads them, but they are not part of the fingerprint.
 _READERS = (
     *("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "*.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "*processor_config.json"),
 )
-"""Files of what makes a model's inputs."""
 
 
 def list_model_files(model: str, *, local: bool = False) -> dict[str, Path]:
-    """Name → path of the files that a run reads of a dense model, its tokenizer's included.
+    """Name → path of the files that a run reads of a dense model, with its tokenizer's files.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """
@@ -37,13 +41,13 @@ def list_model_files(model: str, *, local: bool = False) -> dict[str, Path]:
 
 
 def hash_model(model: str, *, local: bool = False) -> str:
-    """SHA-256 of a dense model: of its config, weights and code, or of its ``.gguf`` file.
+    """The fingerprint of a dense model: a SHA-256 of its config, weights and code, or of its ``.gguf`` file.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """
     path = models.locate(model, local=local)
     files = [path] if path.is_file() else sorted({p for pattern in _PARTS for p in path.glob(pattern)})
-    names = ["" if path.is_file() else file.name for file in files]
+    names = ["" if path.is_file() else file.name for file in files]  # a GGUF file may be renamed
     digests = dict(zip(names, compute_digests(files), strict=True))
     return hashlib.sha256(format_json(digests, sort_keys=True).encode()).hexdigest()
 
@@ -88,6 +92,7 @@ def _open_same_weights(
     said: str, expected: str, model: str | nn.Module | None, trust: Trust, resident: Resident, live: bool
 ) -> models.Loaded:
     """The dense model, if it has the weights that were pruned."""
+    # The fingerprint of files cannot be compared with weights in memory. The other way round works: files are opened.
     if not live:
         raise MptkError("this folder was pruned from files; give the name of that model, and not a model in memory")
     if isinstance(model, nn.Module):
@@ -98,6 +103,7 @@ def _open_same_weights(
         except MptkError as error:
             if model is not None:
                 raise
+            # ``said`` names what the model in memory came from, which need not be there or be a folder at all.
             raise MptkError(
                 f"the dense {said} was pruned in memory and is not on this disk; save it with save_pretrained(DIR) and "
                 "give --model DIR, or give the model itself to mptk.verify"

@@ -25,13 +25,15 @@ from mptk.io.untrusted import CONFIG, read_object
 from mptk.publish.licence import list_notices
 from mptk.reading import Damaged, Json, check_inside, make_damage_error
 
+# diffusers' names of files and fields.
 PIPELINE = "model_index.json"
 CLASS_NAME, DIFFUSERS_VERSION = "_class_name", "_diffusers_version"
 PART_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Inputs that a class reads in the dictionary ``added_cond_kwargs``. Here each is an argument of its own, so that a
+# trace and an ONNX graph have it as an input.
 ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
-"""Inputs that a class reads in the dictionary ``added_cond_kwargs``; here each is an argument of its own."""
+# Inputs that all samples share: a class reads them without the samples' dimension, which all inputs have here.
 ONE_FOR_ALL = ("img_ids", "txt_ids")
-"""Inputs that all samples share, so that a class reads them without the samples' dimension."""
 
 
 def import_diffusers() -> ModuleType:
@@ -46,7 +48,7 @@ def import_diffusers() -> ModuleType:
 
 
 class DiffusersConfig(PreTrainedConfig):
-    """The arguments of a diffusers class, with the defaults of arguments that its file leaves out, by name."""
+    """The arguments of a diffusers class, by name, with the defaults of the arguments that its file leaves out."""
 
     model_type = "diffusers"
 
@@ -108,7 +110,10 @@ def find_diffusers_class(config: DiffusersConfig) -> type[PreTrainedModel]:
 
 
 class _Start:
-    """Stands between transformers' and diffusers' constructors, each of which would call the next with no arguments."""
+    """Stands between transformers' and diffusers' constructors, so that the one does not call the other.
+
+    Each calls the next class's constructor, without the arguments that it needs.
+    """
 
     def __init__(self) -> None:
         nn.Module.__init__(self)  # type: ignore[arg-type]
@@ -119,9 +124,11 @@ def build_part_class(kind: Any) -> type[PreTrainedModel]:
     """A diffusers class that transformers builds, loads and saves, in diffusers' files."""
 
     class Part(PreTrainedModel, _Start, kind):  # type: ignore[misc]
-        config: Any = None  # hides the property of diffusers
-        to = nn.Module.to  # type: ignore[assignment]  # diffusers would warn
+        config: Any = None  # hides the property of diffusers, which cannot be set
+        to = nn.Module.to  # type: ignore[assignment]  # the method of diffusers warns
         config_class = DiffusersConfig
+        # transformers estimates sizes by this input, and asks for nothing else.
+        # The tasks of diffusion models go by it: denoisers take a time step.
         main_input_name = "timestep" if "timestep" in inspect.signature(kind.forward).parameters else "sample"
 
         def __init__(self, config: DiffusersConfig) -> None:
@@ -133,13 +140,14 @@ def build_part_class(kind: Any) -> type[PreTrainedModel]:
         def forward(  # type: ignore[override]
             self, *args: object, **given: Any
         ) -> object:
+            # From the flat inputs with a samples' dimension back to what diffusers takes.
             nested = {name: given.pop(name) for name in ADDED_CONDITIONS if name in given}
             shared = {name: given[name][0] for name in ONE_FOR_ALL if name in given and given[name].ndim == 3}
             more = {"added_cond_kwargs": nested} if nested else {}
             return kind.forward(self, *args, **given | shared | more)
 
         def _init_weights(self, module: nn.Module) -> None:
-            """The constructor has done it."""
+            """Do nothing: the constructor of diffusers has done it."""
 
         @classmethod
         def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -152,12 +160,15 @@ def build_part_class(kind: Any) -> type[PreTrainedModel]:
             with name_weight_files(PART_WEIGHTS):
                 super().save_pretrained(*args, **options)
 
+    # Reports and configs name the class that diffusers knows.
     Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Part
 
 
 def _restore_tables(model: PreTrainedModel) -> None:
-    """Give a loaded model the tables that the constructor computes and no file holds, as those of positions."""
+    """Give a loaded model the tables that its constructor computes and no file holds, such as tables of positions."""
+    # transformers builds a model on the meta device, where they have no numbers. ``init_empty_weights`` leaves buffers
+    # on the CPU.
     stored = model.state_dict()
     with init_empty_weights():
         made = type(model)(model.config)
@@ -181,12 +192,15 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
         raise MptkError(
             f"{folder} is no part of a pipeline, which would make its samples; put it into one, or give --data random"
         )
+    # A pipeline's index names a package and a class for each part, and diffusers imports them: only its own and
+    # transformers' are allowed, and no Python file beside them.
     check_inside(pipeline)
     listed = _list_parts(pipeline)
     known = import_diffusers()
     foreign = [name for name, (package, *_) in listed.items() if not _is_known(package, known)]
     if foreign or any(pipeline.rglob("*.py")) or not isinstance(read_object(pipeline / PIPELINE).get(CLASS_NAME), str):
         raise MptkError(f"{pipeline} brings code of its own, which mptk never runs; give --data random")
+    # In a pipeline that mptk wrote, the part is in the pipeline's own folder, and so has none of its name.
     own = folder.name if folder != pipeline else next(name for name in listed if not (pipeline / name).is_dir())
     try:
         return known.DiffusionPipeline.from_pretrained(

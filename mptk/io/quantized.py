@@ -27,20 +27,23 @@ from mptk.io.untrusted import CONFIG, read_object
 from mptk.ir.weights import Lazy, Weights
 from mptk.reading import Json, shorten_text
 
+# Bits of the whole numbers in which GPTQ and AWQ pack smaller ones.
 WORD = 32
-"""Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
+# Column k of eight is the ``AWQ_ORDER[k]``-th number of its word (AutoAWQ, version "gemm").
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Column k of eight is the ``AWQ_ORDER[k]``-th number of its word (AutoAWQ, version "gemm")."""
+# The widths that GPTQ writes. A number of 3 bits may lie in two words (``unpack_words``).
 GPTQ_BITS = (2, 3, 4, 8)
+# Files of a quantised checkpoint that are left out or written anew.
 QUANTIZED_ONLY = (CONFIG, "quantize_config.json", "quant_config.json")
-"""Files of a quantised checkpoint that its floats do not have as they are."""
+# Types that no float checkpoint has: a tensor of these that no format takes lacks its scale.
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
-"""Types that no float checkpoint has."""
+# LLM.int8 stores q = 127 · w / max |w| for each row.
 INT8_LARGEST = 127
+# Blocks of one scale, if an fp8 checkpoint does not say: DeepSeek-V3's, as in transformers.
 FP8_BLOCK = (128, 128)
 
+# The ``quantization_config`` of a config.json.
 Quantization = Mapping[str, Any]
-"""``quantization_config``."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,18 @@ class Format:
 
 def unpack_words(words: Tensor, bits: int, dim: int) -> Tensor:
     """The whole numbers of ``bits`` bits in int32 ``words``, packed along ``dim`` from each word's lowest bit on."""
-    row = words.movedim(dim, -1).long() & (2**WORD - 1)
+    row = words.movedim(dim, -1).long() & (2**WORD - 1)  # as unsigned numbers, so that shifts bring in zeros
+    # Where number i begins: its word, and its first bit in it.
     first = torch.arange(row.shape[-1] * WORD // bits) * bits
     word, shift = first // WORD, first % WORD
+    # A number of 3 bits may begin in one word and end in the next. The last word has no next, and none ends beyond it.
     low, high = row[..., word] >> shift, row[..., (word + 1).clamp_max(row.shape[-1] - 1)] << (WORD - shift)
     numbers: Tensor = ((low | high) & (2**bits - 1)).movedim(-1, dim)
     return numbers
 
 
 def _number_groups(inputs: int, settings: Quantization) -> Tensor:
-    """The group of each input: int64 [inputs]."""
+    """The group of each input, int64 [inputs]. All inputs are one group if the size is missing or −1."""
     size = settings.get("group_size", settings.get("q_group_size", -1))
     return torch.arange(inputs) // (inputs if size in (None, -1) else size)
 
@@ -109,13 +114,14 @@ def _find_gptq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
 
 
 def _dequantize_gptq(parts: Parts, settings: Quantization) -> Tensor:
-    """scale · (q − zero), of [inputs, outputs]; zeros are stored less 1, but for version 2 of the format."""
+    """scale · (q − zero), packed along the inputs of [inputs, outputs], zeros along the outputs."""
     bits = _read_gptq_bits(settings)
     q, zeros, scales = (
         unpack_words(parts[".qweight"], bits, 0),
         unpack_words(parts[".qzeros"], bits, 1),
         parts[".scales"],
     )
+    # Version 1 of the format stores zeros less 1.
     if settings.get("checkpoint_format") != "gptq_v2":
         zeros = (zeros + 1) & (2**bits - 1)
     group = parts[".g_idx"].long() if ".g_idx" in parts else _number_groups(len(q), settings)
@@ -144,7 +150,7 @@ def _find_awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
 
 
 def _dequantize_awq(parts: Parts, settings: Quantization) -> Tensor:
-    """scale · (q − zero), of [inputs, outputs]."""
+    """scale · (q − zero), packed along the outputs of [inputs, outputs]."""
 
     def codes(words: Tensor) -> Tensor:
         eights: Tensor = unpack_words(words, 4, 1).unflatten(1, (-1, len(AWQ_ORDER)))
@@ -152,6 +158,7 @@ def _dequantize_awq(parts: Parts, settings: Quantization) -> Tensor:
 
     q, scales = codes(parts[".qweight"]), parts[".scales"].float()
     group = _number_groups(len(q), settings)
+    # Without zeros the numbers are symmetric: 8 of 16 is the middle.
     zeros = codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
     matrix: Tensor = ((q - zeros[group]) * scales[group]).T
     return matrix
@@ -166,9 +173,10 @@ def _keep_shape(parts: Parts, settings: Quantization) -> torch.Size:
 
 def _dequantize_fp8(parts: Parts, settings: Quantization) -> Tensor:
     """weight · scale; a scale for the matrix, for each row, or for each block of ``weight_block_size``."""
-    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()
+    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()  # despite its name it is multiplied
     if scale.ndim == weight.ndim:
         for dim, block in enumerate(settings.get("weight_block_size") or FP8_BLOCK):
+            # A scale of one element broadcasts. The last block may be incomplete.
             if 1 < scale.shape[dim] < weight.shape[dim]:
                 scale = scale.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
     return weight * scale
@@ -200,13 +208,15 @@ def _find_bits4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
 
 
 def _dequantize_bits4(parts: Parts, settings: Quantization) -> Tensor:
-    """code[q] · absmax, one absmax a block; absmax may itself be stored in 8 bits, as code[q] · absmax + offset."""
+    """code[q] · absmax, one absmax a block of the flattened matrix (nf4 and fp4 of bitsandbytes)."""
     state = _read_bits4_state(parts)
     absmax = parts[".weight.absmax"]
+    # Double quantisation: absmax itself is stored in 8 bits, as code[q] · absmax + offset.
     if ".weight.nested_absmax" in parts:
         codes = parts[".weight.nested_quant_map"].float()[absmax.long()]
         nested = parts[".weight.nested_absmax"].float().repeat_interleave(state["nested_blocksize"])
         absmax = codes * nested[: len(codes)] + state["nested_offset"]
+    # Two numbers in a byte, the upper half first.
     packed = parts[".weight"].flatten().long()
     numbers = torch.stack([packed >> 4, packed & 15], -1).flatten()[: math.prod(state["shape"])]
     values = parts[".weight.quant_map"].float()[numbers]
@@ -214,6 +224,7 @@ def _dequantize_bits4(parts: Parts, settings: Quantization) -> Tensor:
 
 
 def _find_mxfp4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
+    # Two numbers in a byte; transformers has the experts' matrices as [experts, inputs, outputs].
     experts, rows, groups, packed = parts.shape("_blocks")
     return experts, groups * packed * 2, rows
 
@@ -244,7 +255,7 @@ def _find_compressed_shape(parts: Parts, settings: Quantization) -> tuple[int, .
 
 
 def _dequantize_compressed(parts: Parts, settings: Quantization) -> Tensor:
-    """The matrix by the library that wrote it."""
+    """The matrix, by the library of the format, which has many kinds."""
     try:
         from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
     except ImportError as error:
@@ -291,8 +302,7 @@ def read_quantization(folder: Path) -> dict[str, object] | None:
     if not isinstance(method, str) or method not in FORMATS:
         raise MptkError(
             f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
-            "give the "
-            "float checkpoint that it was made of"
+            "give the float checkpoint that it was made of"
         )
     return dict(found)
 
@@ -303,15 +313,18 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     Raises:
         MptkError: a matrix is not as its format says, or has no scale.
     """
+    # One file, whatever the checkpoint has: it is written matrix by matrix.
     config = read_object(folder / CONFIG)
     dtype = _find_float_type(config)
     weights = _dequantize_weights(folder, settings, dtype)
     target.mkdir(parents=True)
     write_weights(target / "model.safetensors", weights)
+    # Its config, as a float model's: the type moves to the newer field's name.
     del config["quantization_config"]
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / CONFIG).write_text(format_json(config, indent=2), encoding="utf-8")
+    # All else as it is, except for the index of shards that are no longer there.
     for small in {each for pattern in SMALL_FILES for each in folder.glob(pattern)}:
         if small.name not in QUANTIZED_ONLY and not small.name.endswith(".index.json"):
             shutil.copyfile(small, target / small.name)
@@ -319,6 +332,7 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
 
 def _find_float_type(config: Json) -> torch.dtype:
     """The type that the numbers had before; float16 if the config does not say."""
+    # A config may give the stored type (int8, fp8) instead, which is none to dequantise to.
     text = config.get("text_config")
     said = [each.get(name) for each in (config, text or {}) for name in ("dtype", "torch_dtype")]
     known = [getattr(torch, str(name).removeprefix("torch.")) for name in said if name not in (None, "auto")]
@@ -327,11 +341,13 @@ def _find_float_type(config: Json) -> torch.dtype:
 
 def _dequantize_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> Weights:
     """All tensors of a checkpoint, its quantised matrices as floats of ``dtype``, each made when it is asked for."""
+    # Nothing is kept in memory: each tensor is needed once.
     stored = {
         name: open_stored_weight(file, name, like, Resident(0))
         for file in sorted(folder.glob("*.safetensors"))
         for name, like in read_likes(file).items()
     }
+    # Each tensor with a format's marker stands for a matrix, together with the others of the same beginning.
     made, used = dict[str, Lazy](), set[str]()
     for each in FORMATS[settings["quant_method"]]:
         for name in [name.removesuffix(each.marker) for name in stored if name.endswith(each.marker)]:
@@ -340,6 +356,7 @@ def _dequantize_weights(folder: Path, settings: Quantization, dtype: torch.dtype
             like = torch.empty(tuple(each.shape(parts, settings)), dtype=dtype, device="meta")
             made[name + each.result] = Lazy(like, partial(_make_matrix, each, parts, settings, like))
             used |= {name + ending for ending in endings}
+    # The rest are floats (norms, embeddings), and keep their type.
     others = {name: entry for name, entry in stored.items() if name not in used}
     if wrong := next((name for name, entry in others.items() if entry.like.dtype in NARROW), None):
         raise MptkError(f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint")

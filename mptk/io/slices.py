@@ -1,7 +1,8 @@
-"""slices: a file of weights as parts of a larger model's weights, and the weights that are not.
+"""slices: a ladder's smaller models, stored as parts of its largest model's weights.
 
-A part's file has the other weights under their names, and for each dimension d of a part ``NAME@d``: the positions that
-it has of the larger model's, int32; none if it has all of them.
+Most weights of a smaller model are rows and columns of the larger one's. For each dimension d of such a weight the
+file has ``NAME@d``: the positions that the smaller model has of the larger one's, int32; empty if it has all. Weights
+that are not such slices, bit for bit, are in the file under their names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Places = Mapping[str, Sequence[Tensor]]
 
 
 def slice_weight(weight: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """The part of a larger model's weight that a smaller one has. Without places it is whole."""
+    """The part of a larger model's weight that a smaller model has; the whole weight without places."""
     for d, index in enumerate(places):
         if len(index) < weight.shape[d]:
             weight = weight.index_select(d, index.to(weight.device))
@@ -53,10 +54,11 @@ def _open_lazy(file: Path) -> dict[str, Lazy]:
 
 
 def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
-    """Write ``file`` as parts of ``larger``: without the weights that are slices of it at ``places``, bit for bit."""
+    """Write to ``part`` the weights of ``file``, with positions in place of those that are slices of ``larger``."""
     found, lazy = dict[str, Tensor | Lazy](), _open_lazy(file)
     for name, own in lazy.items():
         tensor, at = own.make(), places.get(name, ())
+        # A number without dimensions would have no entry at all, and so be lost.
         if name not in larger or not tensor.ndim or not _has_same_bits(slice_weight(larger[name], at), tensor):
             found[name] = own
             continue
@@ -67,11 +69,12 @@ def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
 
 
 def restore_file(part: Path, larger: Weights, file: Path) -> None:
-    """Write the file that ``write_part`` was given.
+    """Write to ``file`` the weights that ``write_part`` was given.
 
     Raises:
         MptkError: ``part`` is damaged, or does not fit ``larger``.
     """
+    # Read what the file holds: whole weights, and positions by weight and dimension. It may be anybody's file.
     wrong = make_damage_error(part, "prune again")
     stored, found, places = load_tensors(part, wrong), dict[str, Tensor | Lazy](), dict[str, dict[int, Tensor]]()
     for key, tensor in stored.items():
@@ -82,6 +85,7 @@ def restore_file(part: Path, larger: Weights, file: Path) -> None:
             places.setdefault(name, {})[int(d)] = tensor.long()
         else:
             raise wrong(f"{key} does not fit the largest model")
+    # Slice the larger model's weights. Each is made only when it is written.
     for name, each in places.items():
         like = larger.like(name)
         every = [each[d] if len(each.get(d, ())) else torch.arange(size) for d, size in enumerate(like.shape)]
@@ -107,7 +111,7 @@ def _read_metadata(file: Path) -> dict[str, str] | None:
 
 
 def _has_same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
+    # As bytes: NaN differs from itself, and 0 equals −0.
     return bool(one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8)))

@@ -24,34 +24,38 @@ from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_js
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+# transformers' names for sizes that every config of text has.
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     "max_position_embeddings",
 )
-"""Names that transformers gives to what every config of text has."""
+# Fields that transformers may take for the name of a hub's repository with native code, which it fetches and runs. They
+# are refused even if the caller trusts the model's Python code.
 KERNELS = tuple(f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts"))
-"""Fields that transformers reads of a config and may take as a repository's name. They are code, whoever is trusted."""
+# No size in a config is as large. A larger one could fill the memory before any weight is read.
 LARGEST_SIZE = 1 << 31
-"""No number of a config that is a size is as large."""
+# More layers than any model has. Building them takes long, even without weights.
 MOST_LAYERS = 10_000
+# Layers may share weights (ALBERT), so a model may have more layers than weights: up to so many layers.
 SHARED = 256
-"""Number of layers up to which a model may have more layers than weights: layers may share weights."""
+# More parameters than any model has.
 PARAMETERS = 10**14
+# Bytes of the largest JSON file in a folder: a tokenizer.
 MOST_JSON = 1 << 28
-"""Bytes of the largest JSON file in a folder: a tokenizer."""
+# Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB.
 MOST_CONFIG = 4 << 20
-"""Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB."""
+# Tensors, and fields of metadata, that a GGUF file has at most.
 GGUF_COUNTS = 1 << 20
-"""Tensors, and fields of metadata, that a GGUF file has at most."""
 
 
 def check_folder(folder: Path) -> None:
     """Check a checkpoint folder.
 
     Raises:
-        MptkError: a file leads out of it, is damaged or no ordinary file; there is an adapter beside the model; or the
-            folder is a part of another.
+        MptkError: a file leads out of it, is damaged or is not an ordinary file; there is an adapter beside the model;
+            or the folder is a part of another.
     """
+    # Where the files lead comes first: nothing outside of the folder is opened.
     check_inside(folder)
     check_not_rung(folder)
     for file in sorted(folder.glob("*.json")):
@@ -64,6 +68,7 @@ def check_folder(folder: Path) -> None:
     content = check_config_file(folder / CONFIG)
     if (folder / GENERATION).exists():
         read_object(folder / GENERATION)
+    # The number of layers must fit the files: a class builds all of its layers before it misses a weight.
     weights = sum(check_weights(file) for file in sorted(folder.glob("*.safetensors")))
     for name, value in _list_numbers(content, ""):
         if "layer" in name.rpartition(".")[2] and weights and value > max(weights, SHARED):
@@ -84,6 +89,7 @@ def check_config_file(file: Path) -> Json:
         ):
             raise make_damage_error(file)(f"{name} is {shorten_text(repr(said))}, which is not a number type")
     _check_kernels(content, file)
+    # Any name, at any depth: classes have their own names for sizes.
     for name, value in _list_numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise make_damage_error(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
@@ -111,9 +117,10 @@ def read_object(file: Path) -> Json:
 
 
 def check_sizes(model: str, config: PreTrainedConfig) -> None:
-    """Raise MptkError if a size of a config is below 1. What its class computes is not the config's: XLNet's has -1."""
+    """Raise MptkError if a size of a config is below 1."""
     text = config.get_text_config()
     for name in SIZES:
+        # A property is not the file's: XLNet's class has -1 for a length without bound.
         value = None if isinstance(getattr(type(text), name, None), property) else find_config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
@@ -135,7 +142,7 @@ def check_weights(file: Path) -> int:
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is not one."""
     return dict(stream_tensors(file, damaged))
 
 
@@ -163,6 +170,7 @@ def read_metadata(file: Path, damaged: Damaged) -> Mapping[str, str]:
 def check_gguf(file: Path) -> None:
     """Raise MptkError unless a file begins as a GGUF file does, with counts that one can have."""
     _check_ordinary(file)
+    # A GGUF file begins with its mark (4 bytes), a version (4), and two counts (8 each).
     with file.open("rb") as opened:
         start = opened.read(24)
     if len(start) < 24 or start[:4] != b"GGUF":
@@ -173,6 +181,7 @@ def check_gguf(file: Path) -> None:
 
 
 def _check_ordinary(file: Path, most: int | None = None) -> None:
+    """Refuse pipes and devices, which could block or never end, and files above ``most`` bytes."""
     try:
         state = file.stat()
     except OSError as error:
@@ -184,7 +193,7 @@ def _check_ordinary(file: Path, most: int | None = None) -> None:
 
 
 def _list_numbers(content: object, name: str) -> list[tuple[str, float]]:
-    """Every number of a JSON value with the names that lead to it."""
+    """Every number of a JSON value, each with the names that lead to it: ``text_config.hidden_size``."""
     if isinstance(content, dict):
         return [found for key, value in content.items() for found in _list_numbers(value, f"{name}.{key}".lstrip("."))]
     if isinstance(content, list):

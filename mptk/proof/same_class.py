@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.io.anew import make_anew
 from mptk.io.checkpoint import fill_parameters
 from mptk.io.models import Loaded
+from mptk.io.remade import make_anew
 from mptk.io.resident import measure_free_memory
 from mptk.ir.copies import copy_module
 from mptk.ir.samples import Samples

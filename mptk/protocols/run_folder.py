@@ -1,7 +1,7 @@
 """folder: the folder of an unfinished run. Files are written whole or not at all.
 
 Each phase keeps its last two checkpoints and the best one. A folder is taken for an unfinished run only by mptk's mark,
-whatever its name and its files (``mptk/files/marks.py``).
+whatever its name and its files (``mptk/files/places.py``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""licence: what a checkpoint says of its licence, and the files that must travel with its weights."""
+"""licence: a checkpoint's licence, as its model card gives it, and the files that must travel with its weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 CARD = "README.md"
 NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 """Files that licences ask to pass on. They lie in the folder itself."""
+# The fields of a card's header that a result takes over, and what an identifier of a licence looks like (Apache-2.0).
 _FIELDS = ("license", "license_name", "license_link", "language")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-]*")
 
@@ -29,7 +30,7 @@ def read_licence(folder: Path) -> dict[str, object]:
 def make_licence_fields(licence: str) -> dict[str, object]:
     """A licence in words, as the fields of a model card: an identifier such as Apache-2.0, or a name of its own."""
     if _IDENTIFIER.fullmatch(licence):
-        return {"license": licence.lower()}
+        return {"license": licence.lower()}  # as the hub spells them
     return {"license": "other", "license_name": licence}
 
 

@@ -1,6 +1,6 @@
 """manifest: ``mptk.json`` lists all files of a published folder and marks it as an output of mptk. It is written last.
 
-``{"format": "mptk-output/1", "files": {path: sha256}}``. It reveals damage and later edits, but is no signature.
+``{"format": "mptk-output/1", "files": {path: sha256}}``. It reveals damage and later edits, but is not a signature.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ REPORT_FILE = "report.json"
 RUNGS = "rungs"
 """The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
+# A digest is remembered only if the file's last change is at least so many nanoseconds old: clocks of file systems are
+# coarse, and one more change in the same tick would not show in the file's times.
 SETTLED = 10**8
-"""Nanoseconds after its last change from when on a file's digest is remembered: clocks of file systems are coarse."""
+# Identity of a file → its digest.
 _known: dict[tuple[int, ...], str] = {}
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file. A file that was not touched since is not read again by this process."""
+    """SHA-256 of a file. A process reads a file again only if it was touched since."""
     with path.open("rb") as file:
         key, began = file_identity(file.fileno()), time.time_ns()
         if key not in _known:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # It changed while it was read, or may change without a trace.
             if file_identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
                 return digest
             _known[key] = digest
@@ -42,16 +45,15 @@ def hash_file(path: Path) -> str:
 
 
 def compute_digests(paths: Iterable[Path]) -> list[str]:
-    """``hash_file`` of each file, some at a time."""
+    """``hash_file`` of each file, several at a time."""
+    # Threads will do: hashlib lets others run while it hashes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(hash_file, paths))
 
 
 def file_identity(file: int | Path) -> tuple[int, ...]:
-    """What changes whenever a file's content does; its times come last. ``file``: a path or a descriptor.
-
-    Nobody can set back the last one, the time when the inode changed, as ``cp -p`` sets a file's own time.
-    """
+    """What changes whenever a file's content does; its two times come last. ``file``: a path or a descriptor."""
+    # Anybody can set a file's own time (``cp -p`` does), but nobody the last one, the time when the inode changed.
     state = os.stat(file)
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
@@ -63,7 +65,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def hash_weight_files(folder: Path) -> str:
-    """SHA-256 of the folder's weight files, in the order of their names."""
+    """SHA-256 of the SHA-256 of each weight file of the folder, in the order of their names."""
     digests = compute_digests(sorted(folder.glob("*.safetensors")))
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
@@ -89,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def check_not_rung(folder: Path) -> None:
-    """Raise MptkError if a folder holds only what one size of a ladder has of its own."""
+    """Raise MptkError if a folder is one size of a ladder, which is not whole without the folder around it."""
     rungs = folder.absolute().parent
     if rungs.name == RUNGS and is_ours(rungs.parent):
         raise MptkError(
@@ -98,19 +100,17 @@ def check_not_rung(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise MptkError, with the name of the first such file, if a file is missing, new or changed.
-
-    So it does if the folder's report names other weights: somebody wrote the manifest again after they were lost.
-    """
+    """Raise MptkError if a file is missing, new or changed, or if the folder's report names other weights."""
     check_not_rung(folder)
     check_listed(folder, others=False)
-    _check_weights(folder)
+    _check_weights(folder)  # somebody may have written the manifest again after the weights were lost
 
 
 def check_listed(folder: Path, *, others: bool = True) -> None:
-    """As ``check_manifest``, of the files that the manifest lists. ``others``: a user may have put more beside them."""
+    """``check_manifest`` for the files that the manifest lists. ``others``: whether a user may have added more."""
     files, there = read_manifest(folder), set(list_files(folder))
-    if missing := files.keys() - there:  # so no name leads out of the folder
+    # First, so that no file is opened under a name that leads out of the folder: the list could be anybody's.
+    if missing := files.keys() - there:
         raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
     if not others and (added := there - files.keys()):
         raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
@@ -134,9 +134,10 @@ def _check_weights(folder: Path) -> None:
 
 
 def copy_listed(folder: Path, new: Path) -> None:
-    """Copy the files that a published folder lists. Raises MptkError if one is not as it was published."""
+    """Copy the files that a published folder lists. Raises MptkError if one was changed since."""
     files = read_manifest(folder)
     check_listed(folder)
+    # The copies are compared, too: the folder may change after the check.
     for name in files:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, new / name)
@@ -148,6 +149,7 @@ def copy_listed(folder: Path, new: Path) -> None:
 def foreign(folder: Path) -> list[str]:
     """Files in a published folder that its manifest does not list, and folders without any that it lists."""
     files = read_manifest(folder)
+    # Only folders with listed files are entered. Any other is the user's as a whole, and is named as one.
     inner = {place.as_posix() for name in files for place in Path(name).parents}
 
     def found(place: Path, above: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.io import data as text
 from mptk.io.data import check_positions, find_position_limit
 from mptk.io.models import Loaded
-from mptk.io.text.rows import read_row_texts
+from mptk.io.text.files import read_row_texts
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, concatenate_samples, is_tokens
 from mptk.protocols.chain import Prepared

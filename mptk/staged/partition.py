@@ -1,7 +1,7 @@
 """partition: cut a program's graph into stages where few bytes are live, without knowledge of architectures.
 
-In a transformer these places are the residual stream between blocks. A value that depends only on
-weights and constants is made again in each stage that uses it, so it never crosses a border.
+In a transformer these places are the residual stream between blocks. A value that depends only on weights and constants
+is made again in each stage that uses it, so it never crosses a border.
 """
 
 from __future__ import annotations
@@ -40,16 +40,21 @@ class Stage:
 
 
 class _Bound:
-    """Calls of a graph that share a state: writes into a tensor through its views, and levels of ``torch.vmap``."""
+    """Calls of a graph that share a state: writes into a tensor through its views, and levels of ``torch.vmap``.
+
+    The graph does not show these as arguments, so a stage must hold them all, or none.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.writes = {node: find_storage(node) for node in graph.nodes if _is_write(node)}
+        schemas = ((node, find_schema(node.target)) for node in graph.nodes)
+        self.writes = {node: find_storage(node) for node, said in schemas if said is not None and said.is_mutable}
         self.levels = find_vmap_levels(graph)
         self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
 
     def needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
         """``wanted``, what they are made of, and what writes into that."""
         found = _find_ancestors(wanted)
+        # A write has ancestors of its own, which may be written to again: until nothing is added.
         while True:
             more = {write for write, held in self.writes.items() if held in found}
             more |= {node for level in self.levels if not found.isdisjoint(level) for node in level}
@@ -59,6 +64,7 @@ class _Bound:
 
     def find_uncut_spans(self, made: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
         """Positions (first, end) of calls after which there can be no border."""
+        # From the tensor that is written to (or the level's opening) to the write (or its closing).
         groups = [(held, write) for write, held in self.writes.items() if write in made]
         groups += [(level[0], level[-1]) for level in self.levels if level[-1] in made]
         return [(max(made.get(first, 0), 0), made[last]) for first, last in groups]
@@ -73,6 +79,7 @@ class Flow:
     def __init__(self, program: Program, wanted: Wanted = ()) -> None:
         self.program, self._weights = program, program.weights
         graph = program.graph.graph
+        # What is needed: the program's result, or only what the wanted values are made of.
         result = tuple(graph.output_node().all_input_nodes)
         bound = _Bound(graph)
         needed = bound.needed(node for group in wanted or [result] for node in group)
@@ -80,12 +87,13 @@ class Flow:
         """Value that depends on an input → the position of its call in ``calls``; −1 for the inputs themselves."""
         self.calls: list[fx.Node] = []
         self.fixed: list[fx.Node] = []
-        """Calls that depend on no input."""
+        """Calls that depend on no input: each stage makes again what it uses of them."""
         for node in graph.nodes:
             if node not in needed or node.name in self._weights:
                 continue
             if node.op == "placeholder":
                 self.made[node] = -1
+            # Calls with a state are never fixed: made again, they would lack what was written.
             elif node in bound.stateful or any(source in self.made for source in node.all_input_nodes):
                 self.made[node] = len(self.calls)
                 self.calls.append(node)
@@ -96,7 +104,9 @@ class Flow:
         self.uncut = bound.find_uncut_spans(self.made)
 
     def _find_last_uses(self, wanted: Wanted) -> dict[fx.Node, int]:
+        """Value → the position of the last call that uses it."""
         last = {value: max((self.made.get(user, -1) for user in value.users), default=-1) for value in self.made}
+        # The values of a group are read together, when the last of them is there.
         for group in wanted:
             there = max(self.made[value] for value in group)
             last.update((value, max(last[value], there)) for value in group)
@@ -105,6 +115,7 @@ class Flow:
 
     def count_live_bytes(self) -> list[float]:
         """Bytes that are live after each call, in the sizes of the trace; infinite if no border may be there."""
+        # A value adds its bytes where it is made and takes them away after its last use; the running sum is what lives.
         change: list[float] = [0] * (len(self.calls) + 1)
         for value, made in self.made.items():
             size = _count_bytes(value)
@@ -134,11 +145,13 @@ class Flow:
         """The stage of calls ``start`` to ``end`` − 1."""
         own = self.calls[start:end]
         is_last = end == len(self.calls)
+        # The weights and fixed calls behind its calls. A result may depend on no input: then it is the last stage's.
         sources = self._find_fixed_sources(own)
         if is_last:
             sources |= _find_ancestors(value for value in self.result if value not in self.made)
         fixed = [node for node in self.fixed if node in sources]
         nodes = [*fixed, *own]
+        # When each value can go: a fixed one after its last use in this stage, any other after its last use at all.
         last_here = {source: node for node in nodes for source in node.all_input_nodes}
         dead: dict[fx.Node, list[fx.Node]] = {}
         for value in fixed:
@@ -168,6 +181,7 @@ class Partition:
 
     def stages(self, flow: Flow) -> list[Stage]:
         """The stages of a flow. A call that the partitioned graph does not have belongs to the stage around it."""
+        # Another program may have the calls in another order: a border never lies before the one before it.
         place = {node.name: i + 1 for i, node in enumerate(flow.calls)}
         borders = [0, *accumulate((place[name] for name in self.ends), max), len(flow.calls)]
         return [flow.stage(start, end) for start, end in pairwise(borders)]
@@ -179,7 +193,8 @@ def partition(flow: Flow, limit: float) -> Partition:
     Of all such divisions it is the one with the least live bytes at all borders together.
     """
     if sum(flow.weight_bytes.values()) <= limit:
-        return Partition(())  # a search takes time with the square of the number of calls
+        return Partition(())  # the search takes time with the square of the number of calls
+    # Dynamic programming: ``best[end]`` is the least cost of stages up to call ``end``, and where the last one starts.
     count, live_bytes = len(flow.calls), flow.count_live_bytes()
     best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * count
     for start in range(count):
@@ -188,6 +203,7 @@ def partition(flow: Flow, limit: float) -> Partition:
                 cost = best[start][0] + (live_bytes[end - 1] if end < count else 0.0)
                 if cost < best[end][0]:
                     best[end] = (cost, start)
+    # From the end back to the first stage. The end itself is not a border.
     ends: list[str] = []
     at = count
     while at and (at := best[at][1]):
@@ -198,11 +214,12 @@ def partition(flow: Flow, limit: float) -> Partition:
 def partition_blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
     """A stage for each of the calls ``inner``, which ends where the fewest bytes are live before the next of them.
 
-    The last one ends where no more are live than at the other borders. What follows it is a stage of its own.
+    What follows the last of them (a final norm, the head) is a stage of its own.
     """
     places, live_bytes = sorted({flow.made[node] for node in inner}), flow.count_live_bytes()
     ends = [min(range(first, second), key=live_bytes.__getitem__) for first, second in pairwise(places)]
     ends = [end for end in ends if live_bytes[end] < math.inf]
+    # Nothing follows to bound the last block: it ends where, for the first time, no more is live than at other borders.
     most = max((live_bytes[end] for end in ends), default=math.inf)
     after = range(places[-1], len(flow.calls)) if places else ()
     ends += [end for end in after if live_bytes[end] < math.inf and live_bytes[end] <= most][:1]
@@ -217,16 +234,12 @@ def _list_ends(flow: Flow, start: int, limit: float, live_bytes: Sequence[float]
         new = [weight for weight in flow.own_weights[end] if weight not in seen]
         seen.update(new)
         size += sum(map(flow.weight_bytes.__getitem__, new))
+        # A stage has at least one possible end, also if one call alone needs more than ``limit``.
         if size > limit and found:
             return
         if live_bytes[end] < math.inf or end + 1 == len(flow.calls):
             found = True
             yield end + 1
-
-
-def _is_write(node: fx.Node) -> bool:
-    found = find_schema(node.target)
-    return found is not None and found.is_mutable
 
 
 def find_vmap_levels(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -241,7 +254,7 @@ def find_vmap_levels(graph: fx.Graph) -> list[list[fx.Node]]:
             depth += 1
         if depth:
             levels[-1].append(node)
-        depth -= name.endswith("decrement_nesting")
+        depth -= name.endswith("decrement_nesting")  # after it was added: the closing belongs to the level
     return levels
 
 
@@ -257,6 +270,7 @@ def _count_bytes(node: fx.Node) -> int:
 
 
 def _count_elements(tensor: Tensor) -> int:
+    # ``numel`` of symbolic sizes would be symbolic, and comparing it would add a guard to the graph.
     count = 1
     for size in tensor.shape:
         count *= (find_size_hint(size) or 1) if isinstance(size, torch.SymInt) else size

@@ -18,8 +18,8 @@ Values = dict[fx.Node, Any]
 
 Layout = Callable[[Tensor], Tensor]
 
+# Bytes of the smallest tensor that goes to a file: below that, files cost more than they free.
 SMALLEST_FILE = 1 << 16
-"""Bytes of the smallest tensor that goes to a file."""
 
 
 class Spool:
@@ -56,7 +56,7 @@ class Spool:
         return found
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor under ``name``, added to one that is there already."""
+        """Keep a tensor under ``name``. If one is there already, keep their sum."""
         before = self.take(name).get(name) if name in self._kept else None
         self.put(name, {name: tensor if before is None else before + tensor})
         self._likes[name] = tensor.to("meta")
@@ -71,7 +71,7 @@ class Spool:
         return tensor
 
     def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
-        if self._staging is None:
+        if self._staging is None:  # most spools write no file
             self._staging = make_scratch()
         self._count += 1
         file = self._staging.folder / str(self._count)
@@ -89,13 +89,11 @@ def spool_weights(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weight
 
 
 def _flatten_tensor(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout.
-
-    Kernels round differently in another layout.
-    """
+    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout."""
+    # Kernels round differently in another layout, and a staged run must give the numbers of one in memory.
     strides = list(tensor.stride())
     order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
-    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]  # an expanded dimension
     back = [order.index(d) for d in range(tensor.ndim)]
     shape, device = tensor.shape, tensor.device
     return once.permute(order).contiguous(), lambda flat: flat.to(device).permute(back).expand(shape)

@@ -34,13 +34,13 @@ ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
 
 ValueWatch = tuple[tuple[fx.Node, ...], Callable[..., None]]
-"""Values of a program, and what is called with them once for each inputs, as soon as they are there.
+"""Values of a program, and what is called with them, once for each of the inputs, as soon as they are there.
 
 Under ``torch.vmap`` these are the values of all samples, with the samples in the last dimension.
 """
 
 Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
-"""A value and others that are there when it is, and what is called with its gradient and then with them all."""
+"""A value and others that are there when it is, and what is called with its gradient, the value and the others."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,19 @@ class Executor:
         Programs that were made from the first one have its stages. Results are as ``Program.__call__`` gives them, on
         ``device``. ``progress``: called with (inputs done, all inputs).
         """
+        # Programs that were made from one another get the same borders, so that a stage of each reads the same weights.
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
         parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
         runs = [StagedRun(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        # All stages but the last: a stage of each program, on all inputs, and then the next stage.
         count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
         for k in range(max(len(run.stages) for run in runs)):
             for run in runs:
                 if k + 1 < len(run.stages):
                     run.advance(k, count)
+        # The last stages run one input at a time, so that the caller never holds the results of all inputs. Their
+        # weights stay loaded if together they fit in a stage's memory; if not, they are read again for each input.
         held = sum(run.last_bytes for run in runs) <= self.stage
         loaded = {run: run.load(len(run.stages) - 1) for run in runs if held}
         for i in range(len(inputs)):
@@ -109,15 +113,18 @@ class Executor:
     ) -> Weights:
         """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
 
-        A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
-        values of borders are. ``total`` adds up several processes' gradients. ``taps`` are called once for each inputs.
+        Gradients are kept like the values of borders: in memory up to a bound. ``total`` adds up several processes'
+        gradients. ``taps`` are called once for each of the inputs.
         """
+        # Forward, without gradients. The inputs of each stage are kept.
         flow = Flow(program)
         run = StagedRun(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
         count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
                 run.advance(k, count)
+        # Backward: each stage runs again from its saved inputs, and the gradients of its inputs become those of the
+        # outputs of the stage before it. ``above`` has them for each of the inputs.
         kept = Spool(self.borders)
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
@@ -130,6 +137,7 @@ class Executor:
                 if wanted[node]:
                     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                     kept.add(program.weights[node.name], total(gradient))
+        # A weight that no call reads has a gradient of zeros.
         likes = {name: program.state.like(name).to("meta") for name in names}
         unused = {name: Lazy(like, partial(torch.zeros_like, like, device="cpu")) for name, like in likes.items()}
         return Weights(unused).with_entries(kept.weights)
@@ -140,7 +148,7 @@ EXECUTOR = Executor()
 
 
 class _Counter:
-    """Progress over the stages of all programs, in inputs done."""
+    """Progress in inputs: as many steps as one input takes through all stages of all programs count as one input."""
 
     def __init__(self, progress: Count | None, inputs: int, stages: int) -> None:
         self.progress, self.inputs, self.total, self.done = progress, inputs, stages, 0
@@ -154,7 +162,7 @@ class _Counter:
 class StagedRun(DeviceInterpreter):
     """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
 
-    ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.
+    ``borders`` holds the values between stages: under (k, i) what stage k needs for the i-th of the inputs.
     """
 
     def __init__(
@@ -167,17 +175,20 @@ class StagedRun(DeviceInterpreter):
         keep: bool = False,
         taps: Sequence[Tap] = (),
     ) -> None:
+        # ``Stage.dead`` says when a value goes, so the interpreter need not find out.
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
         self.borders = Spool(executor.borders)
+        # Under the value that is made last, since all of a watch must be there.
         self.watches: dict[fx.Node, list[ValueWatch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
         self.taps: dict[fx.Node, list[Tap]] = {}
         for tap in taps:
             self.taps.setdefault(tap[0][0], []).append(tap)
+        # The inputs are what crosses the border before the first stage.
         users = [n for n in self.program.list_placeholders() if n.name not in self.program.weights]
         for i, given in enumerate(inputs):
             values = {n: self._placed(x) for n, x in zip(users, given, strict=True) if n in flow.made}
@@ -185,7 +196,8 @@ class StagedRun(DeviceInterpreter):
         self.count = len(inputs)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """An input on the device, in the program's floating type if that is not its module's."""
+        """An input on the device, in the type that the program takes."""
+        # A program may compute in another floating type than its module, and callers give the module's.
         types = self.program.types
         return tensor.to(self.device, tensor.dtype if types is None or not tensor.is_floating_point() else types.wide)
 
@@ -199,7 +211,7 @@ class StagedRun(DeviceInterpreter):
         return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
 
     def advance(self, k: int, count: _Counter | None = None, weights: Mapping[fx.Node, Tensor] | None = None) -> None:
-        """Run stage ``k`` on all inputs. ``weights``: other ones than the program's."""
+        """Run stage ``k`` on all inputs. ``weights``: in place of the program's."""
         weights = self.load(k) if weights is None else self.cast_values(weights)
         for i in range(self.count):
             values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
@@ -214,7 +226,7 @@ class StagedRun(DeviceInterpreter):
         return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
 
     def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
-        """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
+        """Run the last stage on the i-th inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
         loaded = self.load(k) if weights is None else weights
         made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
@@ -229,16 +241,17 @@ class StagedRun(DeviceInterpreter):
         above: Values,
         loss: Callable[[object, int], Tensor],
     ) -> Values:
-        """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
+        """Run stage ``k`` again and backward. The leaves collect the weights' gradients; returns the inputs' gradients.
 
         ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
         """
+        # Run the stage, from leaves that collect the gradients of its inputs.
         saved = self.borders.take((k, i))
-        given = {
-            n: v.detach().requires_grad_() if isinstance(v, Tensor) and _can_learn(v) else v for n, v in saved.items()
-        }
+        learned = {n: isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for n, v in saved.items()}
+        given = {n: v.detach().requires_grad_() if learned[n] else v for n, v in saved.items()}
         with torch.enable_grad():
             values = self.run_stage(self.stages[k], self.cast_values(leaves), given)
+            # Where gradients come from: the loss, or the stages above.
             if k == len(self.stages) - 1:
                 pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
             else:
@@ -251,6 +264,7 @@ class StagedRun(DeviceInterpreter):
         """Run a stage's calls. Gives the values that are used later and, for the last stage, the result's values."""
         self.env = {**weights, **values}
         last = stage is self.stages[-1]
+        # No call makes the inputs, so they are shown here.
         for node in values if stage is self.stages[0] else ():
             self._show_values(node)
         for node in stage.nodes:
@@ -263,6 +277,7 @@ class StagedRun(DeviceInterpreter):
                 self.env.pop(value, None)
         found = {node: self.env[node] for node in ((*stage.outputs, *self.flow.result) if last else stage.outputs)}
         self.env = {}
+        # What crosses a border is rounded, as a call that takes it would do; the result is not.
         return found if last else self.cast_values(found)
 
     def cast_values(self, values: Mapping[fx.Node, object]) -> Values:
@@ -277,7 +292,8 @@ class StagedRun(DeviceInterpreter):
     def _watch_gradient(self, node: fx.Node) -> None:
         for (_, *others), see in self.taps.get(node, ()):
             value = self.env[node]
-            if not value.requires_grad:  # no weight before it is asked for
+            # No weight before it is asked for, so torch would not compute its gradient.
+            if not value.requires_grad:
                 value = self.env[node] = value.detach().requires_grad_()
             beside = [self.env[other] for other in others]
             value.register_hook(partial(_show_gradient, see, value.detach(), beside))
@@ -285,6 +301,7 @@ class StagedRun(DeviceInterpreter):
     def _result(self, values: Values) -> object:
         node = self.program.graph.graph.output_node()
         outputs: object = fx.map_arg(node.args[0], lambda source: values[source])
+        # Losses and proofs compute in float32. One result comes alone, as ``Program.__call__`` gives it.
         if self.narrow is not None:
             outputs = widen_outputs(outputs)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
@@ -299,13 +316,9 @@ def _show_gradient(see: Callable[..., None], value: Tensor, beside: Sequence[Ten
         see(gradient, value, *beside)
 
 
-def _can_learn(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 @dataclass(frozen=True)
 class Autocast:
-    """``reached``: the values that depend on a parameter."""
+    """Products in ``dtype``, by the rules at the top of this file. ``reached``: values that depend on a parameter."""
 
     dtype: torch.dtype
     reached: frozenset[fx.Node]
@@ -332,8 +345,10 @@ class Autocast:
     def cast_operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""
         target = node.target
+        # Elementwise calls promote by themselves.
         if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
             return operands
+        # A call with one float operand (a sum, a softmax, a view) joins nothing, and runs in its type.
         floats = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.is_floating_point()]
         if len(floats) < 2:
             return operands
@@ -342,9 +357,10 @@ class Autocast:
         return tree_map(lambda value: self._cast(value, dtype), operands)
 
     def _cast(self, value: object, dtype: torch.dtype) -> object:
+        # float64 stays: the model's code asks for it.
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype) else value
 
 
 def widen_outputs(value: object) -> object:
-    """A result in float32: losses and whatever else is made of it are computed in that."""
+    """A result in float32."""
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, value)

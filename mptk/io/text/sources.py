@@ -18,9 +18,9 @@ from mptk.io.text.files import (
     list_visible_files,
     read_file_documents,
     read_folder_documents,
+    read_row_texts,
     with_cause,
 )
-from mptk.io.text.rows import read_row_texts
 from mptk.publish.manifest import hash_file
 
 
@@ -28,8 +28,8 @@ from mptk.publish.manifest import hash_file
 class HubText:
     """A data set of the hub: id, config, split and column.
 
-    ``held_out``: the split to measure on. ``joined``: what stands between rows that are one text; None if each row is a
-    text.
+    ``held_out``: the split to measure on. ``joined``: the text between rows, if all rows are one text; None if each row
+    is a text of its own.
     """
 
     id: str
@@ -43,7 +43,7 @@ class HubText:
         """The rows' texts, from the first on; no more is downloaded than is read.
 
         Raises:
-            MptkError: it does not load, or as ``row_texts``.
+            MptkError: it does not load, or as ``read_row_texts``.
         """
         texts = self._read_texts(tokenizer)
         if self.joined is None:
@@ -67,8 +67,8 @@ class HubText:
             ) from error
 
 
+# Names that no data set of the hub has. To ask the hub for them would take half a minute without a network.
 _PATH = re.compile(r"^[./~]|/.*/|\.(txt|text|md|raw|jsonl?|parquet|[ct]sv)$")
-"""Names that no data set of the hub has. To ask the hub for them takes half a minute without a network."""
 
 PRESETS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", joined="\n\n"),
@@ -77,19 +77,20 @@ PRESETS = {
     "ultrachat": HubText("HuggingFaceH4/ultrachat_200k", split="train_sft", column="messages", held_out="test_sft"),
     "openhermes": HubText("teknium/OpenHermes-2.5", column="conversations", held_out="train"),
 }
-"""Short names for ``--data``. Those without a split to measure on are measured where they are calibrated."""
+"""Short names for ``--data``. A data set without a split to measure on is measured on the split of calibration."""
 
 
 def parse_hub_text(name: str, *, held_out: bool) -> HubText:
     """The data set that ``NAME``, a preset, or ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` names.
 
-    ``held_out``: by default its split to measure on, and not the one to train on.
+    ``held_out``: whether the split that is not named is the one to measure on, and not the one to train on.
 
     Raises:
         MptkError: there are more parts; or the name can only be a file's, which does not exist.
     """
     preset, split = PRESETS.get(name), ""
     if preset is None:
+        # Parts that are left out are empty; ``rest`` holds what is too much.
         dataset, config, named, column, *rest = [*name.split(":"), "", "", ""]
         if any(rest):
             raise MptkError(
@@ -126,7 +127,7 @@ class TextSource:
     def read_documents(
         self, tokenizer: PreTrainedTokenizerBase | None, characters: int | None = None, least: int = 0, seed: int = 0
     ) -> Iterator[Document]:
-        """Its documents. Of a folder, about ``characters`` from all of its files (``folder_documents``)."""
+        """Its documents. Of a folder, about ``characters`` from all of its files (``read_folder_documents``)."""
         if isinstance(self.place, HubText):
             return self.place.read_documents(tokenizer)
         if self.is_folder:
@@ -150,6 +151,7 @@ def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     Raises:
         MptkError: a weight is not a positive number, or ``self`` stands beside other sources.
     """
+    # A folder may be named ``a,b`` or ``a=2``.
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
         raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}")
@@ -165,6 +167,7 @@ def _is_there(name: str) -> bool:
 
 def _split_weight(part: str) -> tuple[str, float]:
     """``c4.jsonl=0.7`` → ("c4.jsonl", 0.7)."""
+    # At the last sign, since a name may have some.
     name, equals, weight = part.rpartition("=")
     if not equals or _is_there(part):
         return part, 1.0
@@ -183,6 +186,7 @@ def _make_source(name: str, weight: float, held_out: bool) -> TextSource:
     if _is_there(name):
         check_ordinary(expand_path(name))
         return TextSource(name, expand_path(name), weight=weight)
+    # FILE:COLUMN of a table that is there. Any other colon belongs to a data set of the hub.
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
         check_ordinary(expand_path(before))
@@ -194,6 +198,7 @@ def share_count(count: int, weights: Sequence[float]) -> list[int]:
     """``count`` shared out by weight, to whole numbers (largest remainder; on a tie the earlier one)."""
     exact = [count * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
+    # What rounding down left over goes to the largest remainders.
     for i in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: count - sum(whole)]:
         whole[i] += 1
     return whole

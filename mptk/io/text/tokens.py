@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.io.text.files import PIECE, Document
 
+# A document is read to its end, if that is at most so many characters beyond what is wanted. A longer one is cut off.
 _SLACK = 1 << 20
-"""A document is read to its end if that is no more characters beyond what is wanted."""
 
 
 def encode_documents(
@@ -27,19 +27,21 @@ def encode_documents(
 ) -> Tensor:
     """The documents' tokens, int64 [n], with the end-of-sequence token between documents, if there is one.
 
-    Documents are tokenised without special tokens, in pieces that end before a space. Documents of white space are left
-    out.
+    Documents are tokenised without special tokens, in pieces that end before a space. Documents that are only white
+    space are left out.
 
     Args:
         characters: read about this many, to the end of the document that reaches it if it is near.
         tokens: stop at this number of tokens.
     """
+    # An array of int64: a list of Python's integers takes several times the memory.
     ids, read, end, spaced = array("q"), 0, tokenizer.eos_token_id, _keeps_space(tokenizer)
     for document in documents:
         begun = False
         for piece in split_text(document, spaced):
             if not begun and not piece.strip():
                 continue
+            # Between documents, so not before the first, and once a document.
             if not begun and ids and end is not None:
                 ids.append(end)
             begun = True
@@ -71,6 +73,7 @@ def split_text(document: Document, spaced: bool = True) -> Iterator[str]:
         while len(kept) - start > PIECE:
             at = _cut(kept, start + PIECE)
             yield kept[start:at]
+            # A tokenizer that puts a space before each text would make a second one of the space that is cut at.
             start = at + (kept[at] == " " and not spaced)
         kept = kept[start:]
     if kept:
@@ -80,7 +83,7 @@ def split_text(document: Document, spaced: bool = True) -> Iterator[str]:
 def cut_windows(
     stream: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
-    """Windows of the stream that do not overlap, int64 [n, length]. Arguments and errors: ``data.token_windows``."""
+    """Windows of the stream that do not overlap, int64 [n, length]. See ``data.make_token_windows``."""
     prefix = find_begin_tokens(tokenizer)
     size = length - len(prefix)
     total = len(stream) // size if size > 0 else 0
@@ -98,6 +101,7 @@ def cut_windows(
 
 def find_begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-sequence token, if the tokenizer puts it before a text."""
+    # By trial: settings such as ``add_bos_token`` do not tell what a tokenizer.json does.
     ids = tokenizer("a").input_ids
     first = tokenizer.bos_token_id
     return [first] if first is not None and ids[:1] == [first] else []
@@ -118,7 +122,7 @@ def _make_tensor(ids: array[int]) -> Tensor:
 def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text that is cut before a space has the same tokens as the whole.
 
-    Tokenizers that put a space before each text themselves need the space left out.
+    If not, the tokenizer puts a space before each text itself, and the space must be left out.
     """
 
     def ids(text: str) -> list[int]:
@@ -129,7 +133,8 @@ def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _cut(text: str, last: int) -> int:
-    """Where a piece ends that may reach ``last``: before the last lone space of its last quarter, else there."""
+    """Where a piece ends that may reach ``last``: before the last lone space of its last quarter, else at ``last``."""
+    # Tokenizers join runs of spaces to one token, so only a space between two words is a safe place.
     at = last
     while (at := text.rfind(" ", last - PIECE // 4, at)) > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():

@@ -13,9 +13,17 @@ import onnx
 import torch
 
 from mptk.errors import MptkError, take_first_line
-from mptk.ort.decoder import GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
-from mptk.ort.embeddings import VISION_FILE
-from mptk.ort.encoder_decoder import DECODER_NAMES, ENCODER_FILE, HIDDEN
+from mptk.ort.decoder import (
+    DECODER_NAMES,
+    ENCODER_FILE,
+    GRAPH_FILE,
+    HIDDEN,
+    MERGED_FILE,
+    NUMPY_TYPES,
+    PAST_KEYS,
+    VISION_FILE,
+    OrtDecoder,
+)
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")

@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
-"""Numbers processed at once if a step does not need the whole weight."""
+"""Numbers processed at once if a step does not need the whole weight: 16 MiB of float32."""
 
 
 def make_lazy_tensor(
@@ -65,7 +65,7 @@ def save_graph(model: ir.Model, file: Path) -> Path:
     """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it.
 
     Raises:
-        MptkError: ONNX does not accept it, as the exporter mixed types in arithmetic on sizes.
+        MptkError: ONNX does not accept it; the exporter mixes types in arithmetic on sizes.
     """
     data = name_data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
@@ -89,7 +89,7 @@ def read_lazily(file: Path) -> ir.Model:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own."""
+    """Give every node a name of its own. Passes that quantise, and onnxruntime's converter, know nodes by name."""
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
 
@@ -105,6 +105,7 @@ def _read(file: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) 
 
 def slice_in_parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
     """Slices of an axis of an array of this shape, of about ``PART`` numbers each."""
+    # At least one row. An array without numbers must not be a divisor.
     count = shape[axis]
     step = max(1, PART * count // max(1, math.prod(shape)))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -33,8 +33,8 @@ def find_derived_families(analysis: Analysis) -> dict[str, str]:
     5. channels that are multiplied by a power of their number, as T5's before its head;
     6. groups of channels that are normalised together: no weight shows how many there are, either.
     """
-    # The axes of each case: 1 ``scaled``, 2 ``tables``, 4 ``grouping``, 5 ``powers``, 6 ``normed``. Of a product of axes,
-    # all factors but the last are the number of groups.
+    # The axes of cases 1 ``scaled``, 2 ``tables``, 4 ``grouping``, 5 ``powers`` and 6 ``normed``. In a product of axes
+    # all factors but the last count groups.
     facts = analysis.facts
     scaled = collect_axes(product.axis for product in facts.contractions if not facts.has_weight(product))
     uses = [(find_argument_at(node, path), dims) for node, each in facts.constant_uses.items() for path, dims in each]
@@ -44,8 +44,7 @@ def find_derived_families(analysis: Analysis) -> dict[str, str]:
     grouping = collect_axes(factor for term in experts for factor in term.factors[:-1])
     normed = collect_axes(factor for term in find_normed_channels(analysis) for factor in term.factors[:-1])
     powers = find_size_scaled_axes(analysis)
-    # The reason that is easiest to understand comes first, if a family has several. Case 3 is the only one that looks at
-    # the family itself.
+    # A family may have several reasons: one is said.
     reasons = {}
     for family in analysis.families:
         axis = family.groups[0].axis
@@ -71,7 +70,6 @@ def find_normed_channels(analysis: Analysis) -> Iterator[Product]:
     for node in analysis.program.graph.graph.nodes:
         if node.op == "call_function" and name_base_op(node.target) == "group_norm":
             dims = analysis.facts.results.get(node.args[0])
-            # One axis of channels that is not a product has one group.
             if isinstance(dims, tuple) and isinstance(term := resolve(dims[1]), Product):
                 yield term
 
@@ -100,8 +98,7 @@ def find_size_scaled_axes(analysis: Analysis) -> dict[Axis, SourceLocation]:
             continue
         if not isinstance(dims := analysis.facts.results.get(value), tuple) or not dims:
             continue
-        # The number itself, or the one divided by: a division and a multiplication look alike then. Only the last axis has
-        # channels.
+        # With the inverse, too, multiplications and divisions need not be told apart. Channels are the last axis.
         scales = (numbers[0], 1 / numbers[0] if numbers[0] else 0.0)
         axes = [
             axis

@@ -226,8 +226,8 @@ class Stock:
             for group, cuts in left.items():
                 if not group & frozenset().union(*packed):
                     packed[group] = cuts[0]
-            # If the packed cuts fail, each group is built by itself. One of its two trials may fail by chance. Both, or a
-            # number that stays at the width that is cut, refuse the group.
+            # If the packed cuts fail, each group is built by itself. One of its two trials may fail by chance. Both, or
+            # a number that stays at the width that is cut, refuse the group.
             if self._find_contradiction({n: w for cut in packed.values() for n, w in cut.items()}) is not None:
                 for group in packed:
                     wrong = [why for cut in trials[group] if (why := self._find_contradiction(cut)) is not None]

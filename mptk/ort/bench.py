@@ -35,6 +35,7 @@ from mptk.progress import Progress, show_nothing
 
 BENCH_FORMAT = "mptk-bench/1"
 LENGTHS = (128, 512)
+"""Tokens of a prompt, by default."""
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
@@ -135,6 +136,7 @@ def bench_graphs(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
+    # The rounds are dealt out to the sets of sessions, at least one to each.
     say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
@@ -145,9 +147,11 @@ def bench_graphs(
         say("bench", next(done), len(cases) * len(shares))
 
     finished()
+    # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
         peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
+    # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
     measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
@@ -195,6 +199,7 @@ def _time_products(
     tokens = {
         case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
     }
+    # Decode multiplies one row, prefill as many as there are tokens. A graph of several phases is read once.
     timed, found = partial(time_alternately, rounds=rounds), list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
@@ -217,6 +222,7 @@ def _time_cases(
     """
     ran = list[str]()
     for index, share in enumerate(shares):
+        # A session serves all cases of its set. The next set opens new ones, whose weights lie elsewhere in memory.
         open_once = functools.cache(partial(open_stepper, threads=roofline.threads, device=device))
         turn = slice(None, None, -1 if index % 2 else 1)
         for case, sides in times.items():
@@ -225,9 +231,9 @@ def _time_cases(
             found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
-            roofline.measure()
+            roofline.measure()  # between rounds, so that the peaks are of the same minutes
             finished()
-        del open_once, steppers
+        del open_once, steppers  # before the next set: two sets may not fit into memory
     return roofline.peaks, ran
 
 
@@ -248,6 +254,7 @@ def _make_rows(
     peak = peaks.bandwidth if case.phase == "decode" else peaks.flops
     rows = []
     for name, own, mine in zip(models, times, work, strict=True):
+        # The ratio within each round, not of medians: a disturbance lasts longer than a round.
         median = statistics.median(own)
         rows.append(
             Measurement(
@@ -257,7 +264,7 @@ def _make_rows(
                 iqr_ms=round(_compute_iqr(own), 3),
                 tokens_s=round(case.tokens / median * 1000, 1),
                 ratio=round(statistics.median(t / first for t, first in zip(own, times[0], strict=True)), 4),
-                ideal=round(mine / (work[0] or 1), 4),
+                ideal=round(mine / (work[0] or 1), 4),  # a graph without counted operations has no ratio
                 work=mine,
                 roofline=round(mine / median * 1000 / peak, 3),
             )
@@ -301,7 +308,7 @@ def time_alternately(steps: Sequence[Callable[[], object]], rounds: int) -> list
 
 def _count_repeats(step: Callable[[], object]) -> int:
     """Number of runs of ``step`` in one turn. This also warms it up."""
-    for _ in range(2):
+    for _ in range(2):  # the first call of a session also allocates its memory
         start = time.perf_counter()
         step()
         elapsed = time.perf_counter() - start

@@ -22,10 +22,12 @@ from mptk.errors import MptkError
 from mptk.io.packaged import check_folder_named
 from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
+# optimum's names of files, inputs and outputs. ``passes/targets/onnx`` writes them; this room is below it.
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, or what an encoder gives."""
 PAST_KEYS = "past_key_values."
+"""Start of the names of a cache's inputs."""
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[np.generic]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -88,6 +90,7 @@ class OrtDecoder:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+        # Refuse what is not a decoder with a cache: with the reason, if it belongs to an encoder.
         file = find_onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
@@ -100,6 +103,7 @@ class OrtDecoder:
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
                 "mptk"
             )
+        # A quantised decoder reads the embeddings of its own scheme, if there are any.
         self.reads = reads[0]
         ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
         self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
@@ -208,6 +212,7 @@ class OrtDecoder:
 
     def _count_positions(self, mask: Ids, count: int) -> Ids:
         """The positions of the last ``count`` tokens, if these count tokens and not padding."""
+        # Padding on the left has position 0, which nothing attends to. Several axes count alike for text.
         found = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -count:]
         shape = self.inputs["position_ids"].shape
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
@@ -217,6 +222,7 @@ class OrtDecoder:
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
+        # ONNX Runtime copies nothing that is bound where it is read.
         binding = self.session.io_binding()
         for name, value in self.make_feeds(tokens, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
@@ -277,6 +283,7 @@ class Embeddings:
         found = self.tokens({"input_ids": ids})
         if not images:
             return found
+        # The features of all images in a row go where the text has tokens for them.
         marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
         features = self.images(images)
         if int(marks.sum()) != len(features):
@@ -315,6 +322,7 @@ class OrtEncoderDecoder:
     """
 
     def __init__(self, file: Path, device: torch.device = CPU) -> None:
+        # Such as ``_q4`` of decoder_model_merged_q4.onnx.
         ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
         beside = file.with_name(ENCODER_FILE)
         self.encoder, self.decoder = OrtGraph(beside.with_stem(beside.stem + ending), device), OrtGraph(file, device)
@@ -324,6 +332,7 @@ class OrtEncoderDecoder:
 
         ``calls``: how many tokens the decoder reads in each call; None: all at once.
         """
+        # Both caches are empty at first. The first call fills the one of the encoder's output, for the calls after it.
         made = {**inputs, HIDDEN: self.encoder(inputs)}
         given = {new: made[name] for name, new in DECODER_NAMES.items() if name in made}
         ids, cache, logits = inputs[DECODER_IDS], self.decoder.empty(PAST_KEYS, len(inputs[DECODER_IDS])), []

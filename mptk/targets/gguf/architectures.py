@@ -20,6 +20,7 @@ from mptk.reading import Json
 
 WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
+# transformers' names of what llama.cpp computes as one activation.
 SILU, GELU, RELU2 = ("silu", "swish"), ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("relu2",)
 
 
@@ -60,12 +61,12 @@ def group_projections(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def transpose_weight(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows are output channels."""
+    """The weight of a ``Conv1D`` of transformers, whose rows are inputs."""
     return weight.t()
 
 
 def shift_scale(weight: Tensor, head_dim: int) -> Tensor:
-    """The scale of a norm that multiplies by 1 + weight."""
+    """The scale of a norm that multiplies by 1 + weight: llama.cpp multiplies by the weight."""
     return weight + 1
 
 
@@ -77,6 +78,7 @@ def flatten_weight(weight: Tensor, head_dim: int) -> Tensor:
 PAIRED = {r"\.attn_[qk]\.": permute_pairs}
 SHIFTED = {r"norm\.weight$": shift_scale}
 LLAMA = Architecture("llama", changes=PAIRED)
+# What rows below have in common. A value of ``fixed`` is a function of the config.
 
 
 def _give_always(value: object) -> Callable[[object], object]:
@@ -164,7 +166,7 @@ ARCHITECTURES = {
     "granitemoe": Architecture("granitemoe", changes=PAIRED),
     "granitemoeshared": Architecture("granitemoe", changes=PAIRED),
 }
-
+"""``model_type`` → what llama.cpp expects."""
 
 COPIED = {
     "context_length": ("max_position_embeddings",),
@@ -183,7 +185,7 @@ COPIED = {
     "parallel_residual": ("use_parallel_residual",),
     "clamp_kqv": ("clip_qkv",),
 }
-"""GgufSetting → its names in a config."""
+"""Setting of gguf's writer → its names in a config, the first of which counts."""
 YARN = {
     "rope_scaling_yarn_ext_factor": "extrapolation_factor",
     "rope_scaling_yarn_attn_factor": "attention_factor",
@@ -192,9 +194,10 @@ YARN = {
     "rope_scaling_yarn_log_mul": "mscale_all_dim",
     "attn_temperature_scale": "llama_4_scaling_beta",
 }
+"""The same for the fields of YaRN's ``rope_parameters``."""
 FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
-"""Divisors of the rotary frequencies: tensors that the file has and the model has not."""
+"""Divisors of the rotary frequencies: tensors that the file has and the model does not have."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 GgufSetting = tuple[str, object]
 
@@ -211,6 +214,7 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
             f"mptk cannot write {config.model_type} models as GGUF, only {', '.join(ARCHITECTURES)}; use llama.cpp's "
             "converter"
         )
+    # What llama.cpp has built in must be what the config says: numbers, the activation, the order of windows.
     for name, wanted in found.fixed.items():
         if (has := getattr(config, name, wanted(config))) != wanted(config):
             raise _make_unlike_error(config, f"{name} {has}", f"{wanted(config)}")
@@ -242,6 +246,7 @@ def write_settings(writer: GGUFWriter, config: PreTrainedConfig, architecture: A
 def find_ignored_window(config: PreTrainedConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
+    # Without a list of types, a window holds for all layers.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if architecture.period or not window or "sliding_attention" not in kinds:
         return None
@@ -263,6 +268,7 @@ def compute_rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
         }
     if rope.get("rope_type") != "llama3":
         return {}
+    # llama.cpp divides its own frequencies by the tensor: plain frequencies over those of transformers.
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     size = find_rope_dim(config)
     return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
@@ -279,6 +285,7 @@ def _list_rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
     rope, sliding = _find_rope(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if not rope:
         return
+    # ``swa``: of the layers with a window, which may rotate otherwise.
     yield "rope_freq_base", rope["rope_theta"]
     if sliding is not None:
         yield "rope_freq_base_swa", sliding["rope_theta"]

@@ -42,9 +42,10 @@ DESCRIBE = (
 )
 """Starts of the names of fields that no program computes with."""
 READER = "GGUF."
-"""GgufFields that the reader makes of the file's head."""
+"""Start of the names of fields that the reader makes of the file's head."""
 FORMAT_FIELD = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
+"""llama.cpp's name for how the tokenizer splits text."""
 SCALAR_TYPES = {
     bool: GGUFValueType.BOOL,
     int: GGUFValueType.UINT32,
@@ -64,6 +65,7 @@ ROUNDING: Mapping[Kind, tuple[float, float, bool]] = {
 in steps (a half, and what its scale of half precision adds; a whole step where the range has no room for one end), and
 whether it has an offset."""
 BLOCK_LENGTH = 32
+"""Numbers in a block of any of these types."""
 GIVEN_LIKE = f"if it was written with --like, give the same file as --model; else {WRITE_AGAIN}"
 FLOAT_ERRORS: Mapping[Kind, tuple[float, float]] = {
     Kind.F32: (0.0, 0.0),
@@ -81,6 +83,7 @@ class GgufFile:
     """
 
     def __init__(self, file: Path) -> None:
+        # Bounds first: the reader trusts the sizes that a file says.
         check_gguf(file)
         self.file = file
         try:
@@ -98,6 +101,7 @@ class GgufFile:
             raise make_damage_error(file)(
                 f"it is of version {version} of the format, and mptk writes {gguf.GGUF_VERSION}"
             )
+        # Bytes behind the last tensor could be anything.
         if file.stat().st_size != whole:
             raise make_damage_error(file)(f"it has {file.stat().st_size} bytes, and its tensors end at {whole}")
 
@@ -150,10 +154,12 @@ def check_fields(
     Raises:
         ProofError: a field is missing, differs, or is of another type than llama.cpp reads.
     """
+    # 1. The architecture: the model's, or the one with a list of widths for the layers.
     own = found.values.get("general.architecture", MISSING)
     lists = own == "deci" and base.name == "llama"
     if own != base.name and not lists:
         raise found.fail("general.architecture", own, base.name)
+    # 2. Fields that follow from the config, and from the shapes of the tensors. Both say some, and must agree.
     settings = {} if config is None else derive_settings(config)
     widths = derive_widths(found.shapes, head_dim, lists=lists)
     for key in settings.keys() & widths.keys():
@@ -170,6 +176,7 @@ def check_fields(
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{own}.{key}": value for key, value in (settings | widths).items()},
     }
+    # 3. Fields that follow from the tokenizer. How it splits text is compared by what it does.
     if tokenizer is not None:
         expected |= derive_vocabulary(tokenizer, config, found.shapes["token_embd.weight"][0])
     for key, value in expected.items():
@@ -177,6 +184,7 @@ def check_fields(
     if tokenizer is not None and PRE not in expected:
         said = f"the proof fails: {PRE} in {found.file.name}"
         check_splitting(found.values.get(PRE), tokenizer, said)
+    # 4. All others must only describe, or be the dense model's; and none of the dense model's may be lost.
     for key in sorted(found.values.keys() - expected.keys() - ({PRE} if tokenizer is not None else set())):
         _check_given(found, key, pattern.get(key.removeprefix(f"{own}."), MISSING))
     own_names = {key.removeprefix(f"{own}.") for key in found.values}
@@ -185,6 +193,7 @@ def check_fields(
 
 
 def _check_field(found: GgufFile, key: str, expected: object) -> None:
+    # The file has float32. The order of templates is not kept.
     value = found.values.get(key, MISSING)
     if isinstance(expected, float) and isinstance(value, float):
         same = np.float32(expected) == np.float32(value)
@@ -192,6 +201,7 @@ def _check_field(found: GgufFile, key: str, expected: object) -> None:
         same = sorted(value) == expected
     else:
         same = type(value) is type(expected) and value == expected
+    # A vocabulary would not fit into a message: name the first entry that differs.
     if isinstance(expected, list) and isinstance(value, list) and not same:
         at = next((i for i, (a, b) in enumerate(zip(value, expected, strict=False)) if a != b), None)
         if at is None:
@@ -236,6 +246,7 @@ def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str
     Raises:
         ProofError: a tensor is missing, was added, or differs by more than its type rounds.
     """
+    # Names, then types, then shape and numbers of one tensor at a time.
     more = sorted(found.tensors.keys() ^ set(tensors))
     if more:
         where = "is not a tensor of the folder" if more[0] in found.tensors else "is missing"

@@ -62,6 +62,7 @@ BUILT_IN = {"layer_norm_eps": "attention.layer_norm_epsilon", "expert_gating_fun
 
 def derive_settings(config: PreTrainedConfig) -> GgufFields:
     """The fields of a model's numbers, without the architecture's name before them."""
+    # Heads and their size; then what the config says by its own names, in the type that the field has.
     base = ARCHITECTURES[config.model_type]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -76,6 +77,7 @@ def derive_settings(config: PreTrainedConfig) -> GgufFields:
             value = next((each for name in names if (each := getattr(config, name, None)) is not None), None)
             if value is not None:
                 found[key] = kind(value)
+    # Rotary embeddings, what transformers' class has built in, windows.
     found |= dict(_derive_rope(config, size))
     for name, value in base.written.items():
         found[BUILT_IN[name]] = float(value) if name.endswith("eps") else int(value)
@@ -114,9 +116,11 @@ def derive_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields
         names = [f"blk.{layer}.{part}.weight" for part in parts]
         return next((shapes[name] for name in names if name in shapes), (0, 0))
 
+    # Query, key and value may be one tensor. Grouped heads: the keys and the values are equally many rows.
     queries = [shape(i, "attn_output")[1] for i in layers]
     keys = [shape(i, "attn_k")[0] or (shape(i, "attn_qkv")[0] - queries[i]) // 2 for i in layers]
     channels = [shape(i, "ffn_down_exps", "ffn_down")[-1] for i in layers]
+    # One number for all layers, or a list.
     each = {
         "attention.head_count": [rows // size for rows in queries],
         "attention.head_count_kv": [rows // size for rows in keys],
@@ -126,6 +130,7 @@ def derive_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields
     rows, hidden = shapes["token_embd.weight"]
     found |= {"block_count": len(layers), "embedding_length": hidden, "vocab_size": rows}
     found |= {"attention.key_length": size, "attention.value_length": size}
+    # Experts, whose widths the first layer with any says.
     sparse = next((i for i in layers if f"blk.{i}.ffn_down_exps.weight" in shapes), None)
     if sparse is not None:
         experts, _, width = shape(sparse, "ffn_down_exps")
@@ -173,6 +178,7 @@ TEXTS = (
 
 def derive_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, rows: int) -> GgufFields:
     """The fields of the tokenizer, by their whole names. ``rows``: of the embedding table."""
+    # Bytes as a fallback mark SentencePiece's kind, which llama.cpp merges by scores; the others are merged by a list.
     spec = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     spaces = bool(spec.get("byte_fallback"))
     tokens, types = _derive_tokens(tokenizer, rows, bytes_too=spaces, unknown=spec.get("unk_token"))
@@ -187,11 +193,13 @@ def derive_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         "add_eos_token": after == [tokenizer.eos_token_id],
     }
     if spaces:
+        # The same token may come of several merges: the first one counts.
         order: dict[str, int] = {}
         for rank, pair in enumerate(pairs):
             order.setdefault("".join(pair), rank)
         found |= {"pre": "default", "scores": [-float(order.get(token, len(pairs))) for token in tokens]}
     elif pairs:
+        # Byte-level vocabularies write a space as Ġ (256 higher), and a merge has a space between its parts.
         found["merges"] = [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]
     for name, key in SPECIAL_IDS.items():
         number = getattr(tokenizer, f"{name}_token_id", None)
@@ -204,6 +212,7 @@ def derive_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
 def _derive_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: int, *, bytes_too: bool, unknown: str | None
 ) -> tuple[list[str], list[int]]:
+    # A table may have more rows than there are tokens, or fewer than the class adds.
     added, known = tokenizer.added_tokens_decoder, len(tokenizer)
     words = tokenizer.convert_ids_to_tokens([*range(min(rows, known))])
     names, types = list[str](), list[int]()
@@ -235,6 +244,7 @@ def _find_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def _has_space_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # By what the tokenizer does to a word, not by the names of its steps, which the writer goes by.
     backend, text = tokenizer.backend_tokenizer, "one"
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -258,6 +268,7 @@ def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str)
     """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
         raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}")
+    # Expressions that look different may split alike, so what they do to texts is compared.
     patterns, whole_words = SPLITTING[str(name)]
     backend = tokenizer.backend_tokenizer
     own = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(each), "isolated") for each in patterns])

@@ -7,7 +7,7 @@ say of its program (names of inputs, tied names, conditions on sizes) is in it a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from mptk.compat.torch import build_exported, hide_exporter_logs
 from mptk.errors import MptkError, take_first_line
@@ -122,12 +122,9 @@ def _merge_tied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]
                 graph.graph.erase_node(node)
                 gone.add(node.name)
     graph.recompile()
-    specs = [_name_target(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
+    kept = (spec for spec in program.signature.input_specs if spec.arg.name not in gone)
+    specs = [replace(spec, target=program.weights.get(spec.arg.name, spec.target)) for spec in kept]
     return graph, replace(program.signature, input_specs=specs)
-
-
-def _name_target(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
-    return replace(spec, target=weights.get(spec.arg.name, spec.target))
 
 
 def _make_blank(like: Tensor) -> Tensor:

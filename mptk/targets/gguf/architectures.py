@@ -221,7 +221,8 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
     activation = next((getattr(config, name) for name in ACTIVATIONS if getattr(config, name, None)), None)
     if activation not in found.activations:
         raise _make_unlike_error(config, f"the activation {activation}", " or ".join(found.activations))
-    if found.period and _mark_windows(config) != [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)]:
+    windows = [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)] if found.period else []
+    if windows and [kind == "sliding_attention" for kind in config.layer_types] != windows:
         raise _make_unlike_error(
             config, "other sliding layers", f"a full layer after each {found.period - 1} sliding ones"
         )
@@ -310,11 +311,6 @@ def _find_rope(config: PreTrainedConfig) -> Json:
     """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
-
-
-def _mark_windows(config: PreTrainedConfig) -> list[bool]:
-    """Whether each layer attends to a window."""
-    return [kind == "sliding_attention" for kind in config.layer_types]
 
 
 def _make_unlike_error(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:

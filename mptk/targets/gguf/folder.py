@@ -82,7 +82,9 @@ class Pattern:
             self.reader = GGUFReader(file)
             self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
             self.architecture = str(self._value("general.architecture"))
-            hidden, heads = (int(self._own(name)) for name in ("embedding_length", "attention.head_count"))
+            hidden, heads = (
+                int(self._value(f"{self.architecture}.{name}")) for name in ("embedding_length", "attention.head_count")
+            )
             # A file may leave the size of a head out if it is hidden size / heads.
             length = self.fields.get(f"{self.architecture}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
@@ -92,9 +94,6 @@ class Pattern:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise make_damage_error(file)(take_first_line(error)) from error
-
-    def _own(self, name: str) -> Any:
-        return self._value(f"{self.architecture}.{name}")
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:

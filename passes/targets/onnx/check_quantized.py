@@ -174,7 +174,8 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[
     weights = {_name_weight(node): even[node.name] for node in model.graph if node.name in even}
     if missing := weights.keys() ^ rounded.keys():
         _fail(scheme, f"{min(missing)} is a weight of only one of the graphs")
-    if not all(_read_size(rounded[name]) == read_tensor_shape(weight) for name, weight in weights.items()):
+    sizes = {name: tuple(node.attributes[each].as_int() for each in ("K", "N")) for name, node in rounded.items()}
+    if not all(sizes[name] == read_tensor_shape(weight) for name, weight in weights.items()):
         _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
     # One weight at a time: products, the embedding, and what stays float32.
@@ -209,10 +210,6 @@ def read(node: ir.Node) -> Rounded:
             :, : packed.shape[1]
         ]
     return Rounded(packed, scales[..., 0], zeros, inputs, bits, block)
-
-
-def _read_size(node: ir.Node) -> tuple[int, int]:
-    return node.attributes["K"].as_int(), node.attributes["N"].as_int()
 
 
 def _unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

@@ -110,12 +110,8 @@ def _find_scale_inputs(node: ir.Node) -> list[int]:
     if node.op_type not in ("RMSNormalization", "LayerNormalization"):
         return []
     indices = [i for i, value in enumerate(node.inputs) if i > 0 and value is not None]
-    constants = [_get_constant(node.inputs[i]) for i in indices]
+    constants = [value.const_value for value in node.inputs[1:] if value is not None]
     return indices if all(c is not None and c.size == _count_channels(node.outputs[0]) for c in constants) else []
-
-
-def _get_constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    return value.const_value if value is not None else None
 
 
 def _change_input(graph: ir.Graph, node: ir.Node, index: int, scale: Floats, change: Callable[..., Floats]) -> None:

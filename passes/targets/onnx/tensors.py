@@ -35,11 +35,7 @@ def make_lazy_tensor(
 ) -> ir.LazyTensor:
     """A tensor that ``make`` computes at each request, of ``like``'s type and of its shape or ``shape``."""
     sizes = read_tensor_shape(like) if shape is None else shape
-    return ir.LazyTensor(lambda: _make_tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
-
-
-def _make_tensor(array: Array) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(array))
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(make())), like.dtype, ir.Shape(sizes), name=like.name)
 
 
 def read_tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:

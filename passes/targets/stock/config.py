@@ -133,7 +133,8 @@ def finish_config(
         return replace(refused, config=with_scalars(config, scalars))
     if (wrong := find_misfit(list_weight_shapes(model), target)) is not None:
         return wrong
-    changes = _list_changes(template, assignment) | _list_scalar_changes(config, scalars)
+    changes = _list_changes(template, assignment)
+    changes |= {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}
     return StockConfig(model_class, with_scalars(config, scalars), changes)
 
 
@@ -174,7 +175,3 @@ def with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> Pr
     for owner, name, new in found:
         setattr(owner, name, new)
     return config
-
-
-def _list_scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
-    return {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}

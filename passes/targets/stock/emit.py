@@ -119,11 +119,9 @@ def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not _is_same_weight(weights, name, other):
+        if other == name or weights.entry(name) is weights.entry(other):  # nothing to read
+            continue
+        if not torch.equal(weights[name], weights[other]):
             raise MptkError(
                 f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
             )
-
-
-def _is_same_weight(weights: Weights, name: str, other: str) -> bool:
-    return weights.entry(name) is weights.entry(other) or torch.equal(weights[name], weights[other])

@@ -196,7 +196,7 @@ class Law:
         for (name, dimension), row in grown.items():
             sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
         for each in every:
-            if each.integer is not None and _has_field(self._echelon.left(each.fields)):
+            if each.integer is not None and any(isinstance(key, Field) for key in self._echelon.left(each.fields)):
                 like = [*products.of(each.integer), *sizes.get(each.integer, [])]
                 self._explain(each.fields, each.integer, like)
         solved = self._echelon.solved
@@ -276,10 +276,6 @@ class Law:
                 return None
             group |= {str(other) for tie in unequal for other in tie}
         return frozenset(group)
-
-
-def _has_field(row: Exponents) -> bool:
-    return any(isinstance(unknown, Field) for unknown in row)
 
 
 def find_growth(dense: WeightShapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Exponents]:

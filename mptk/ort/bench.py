@@ -113,7 +113,7 @@ def bench_graphs(
     device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time ONNX graphs of one kind of model (``steps.graphs_of``).
+    """Time ONNX graphs of one kind of model (``steps.find_phase_graphs``).
 
     The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
@@ -125,7 +125,7 @@ def bench_graphs(
         batches: batch sizes.
         threads: thread counts, each measured in its own sessions.
         rounds: turns of each graph in a case, at least 2.
-        phases: those to time, as ``prefill``; None: all.
+        phases: what to time, such as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
         progress: called with a stage, the cases done and all cases.

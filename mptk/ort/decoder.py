@@ -218,7 +218,7 @@ class OrtDecoder:
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
 
     def bind_step(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
-        """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
+        """Inputs (``make_feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
@@ -252,7 +252,7 @@ IMAGE_TOKEN = "image_token"
 class Embeddings:
     """The graphs beside a decoder that reads embeddings.
 
-    ``ending``: of the names of quantised graphs, as ``"_q4"``; a missing graph is replaced by the float one.
+    ``ending``: of quantised graphs' names, such as ``"_q4"``. A missing graph is replaced by the float one.
 
     Raises:
         MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.
@@ -315,7 +315,7 @@ class OrtEncoderDecoder:
 
     Args:
         file: the decoder's graph. The encoder's is beside it and of the same scheme.
-        device: as of ``OrtDecoder``.
+        device: see ``OrtDecoder``.
 
     Raises:
         MptkError: a graph is missing, or ONNX Runtime refuses it.

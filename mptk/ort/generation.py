@@ -149,7 +149,7 @@ class TextGenerator:
     Args:
         path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
         threads: threads of one operator; 0: one for each core.
-        device: as of ``OrtDecoder``.
+        device: see ``OrtDecoder``.
 
     Raises:
         MptkError: there is no decoder, or no tokenizer beside it.

@@ -155,9 +155,7 @@ def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
 def find_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
     """The class and the config that have exactly ``shapes``, or the reason why there are none.
 
-    Args:
-        dense: the config before the cut.
-        shapes: state-dict name → shape after the cut, tied names included.
+    ``dense``: the config before the cut. ``shapes``: after the cut, tied names included.
     """
     if (why := _find_unlike(dense, shapes)) is not None:
         return why

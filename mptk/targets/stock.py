@@ -263,8 +263,7 @@ def check_same_reading(
 ) -> None:
     """Raise ProofError unless both encode texts to the same tokens and decode these to the same texts.
 
-    Args:
-        kept: the ids of ``dense`` that stay, in the order of the written ids; None: all.
+    ``kept``: the ids of ``dense`` that stay, in the order of the written ids; None: all.
     """
     # ``verbose`` would warn of texts longer than the model's positions.
     new = None if kept is None else {old: i for i, old in enumerate(kept)}

@@ -129,7 +129,7 @@ class Pattern:
     def check(self, names: set[str], table: tuple[int, int], free: set[str]) -> None:
         """Raise MptkError if a model with these tensors and this embedding table was not cut from the pattern's model.
 
-        ``free``: tensors that may be in only one of both.
+        ``free``: tensors that only one of the two may have.
         """
         # The same tokens, and no more channels. Then the same tensors in each layer; layers themselves may be gone.
         dense = self.shapes.get("token_embd.weight", (0, 0))
@@ -182,7 +182,7 @@ class GgufFolder:
         kind: GgufType,
         name: str = "",
     ) -> None:
-        # What llama.cpp expects of the model: by its config or, for a graph, as of the dense model's file.
+        # What llama.cpp expects of the model: by its config or, for a graph, by the dense model's file.
         self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
         if config is not None:
             self.base, size, divisors = find_architecture(config), find_head_dim(config), compute_rope_divisors(config)

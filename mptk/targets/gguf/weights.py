@@ -99,7 +99,7 @@ def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
 
 
 def _split_parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
-    """Each weight, the name of a part of it for gguf, and which half the part is; None: it is the whole."""
+    """Each weight, the name for gguf of a part of it, and which half the part is (None: the whole)."""
     for weight in weights:
         name = weight
         for old, new in RENAMED.items():
@@ -269,7 +269,7 @@ class GgufWeights:
 
 def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
     """Write the tensors in float32, with the fields of another file of the same model."""
-    # Fields first as they are, but for those that the writer makes itself.
+    # The fields as they are, except what the writer makes itself.
     kinds = weights.choose_kinds("f32")
     writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
     for name, field in like.fields.items():

@@ -155,7 +155,7 @@ def set_blocks(
 class LookUpInBlocksPass(ir.passes.InPlacePass):
     """Look the embedding up in 8-bit blocks: the output projection's, if that is its transpose.
 
-    Then the table is stored once. ``source``, ``numbers``: as of ``BlockWeightsPass``, which must run before.
+    Then the table is stored once. ``source``, ``numbers``: see ``BlockWeightsPass``, which must run before.
     """
 
     source: Path

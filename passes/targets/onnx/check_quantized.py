@@ -135,7 +135,7 @@ def check_quantized(source: Path, file: Path, scheme: str) -> float:
         _fail(scheme, moved)
     # Then the structure, with the float graph's own metadata.
     expected.metadata_props.update(read_float(source).metadata_props)
-    # A main graph in float16 says so itself; ``verify`` compares all its metadata with those that it writes again.
+    # A main graph in float16 names its type itself. ``verify`` writes it again and compares all metadata.
     _check_structure(expected, quantized, scheme, () if read_scheme(file) else ("dtype", "quantization"))
     return worst[name]
 

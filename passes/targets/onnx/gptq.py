@@ -106,13 +106,9 @@ def compute_inverse_root(moments: Floats) -> Floats:
 
 
 def round_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
-    """Round ``weight`` [inputs, outputs] to blocks.
+    """Round ``weight`` [inputs, outputs] to blocks of ``block`` inputs.
 
-    Args:
-        weight: [inputs, outputs].
-        sizes: mean squares of the inputs, times any factor, [inputs].
-        inverse: the result of ``compute_inverse_root``, [inputs, inputs].
-        block: inputs that share a scale and a zero point.
+    ``sizes`` [inputs]: mean squares of the inputs, times any factor. ``inverse``: of ``compute_inverse_root``.
     """
     left, codes, grids = weight.copy(), np.empty_like(weight), []
     for start in range(0, len(weight), block):

@@ -45,11 +45,8 @@ def measure_onnx(
 ) -> Iterator[tuple[str, Floats]]:
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
-    Args:
-        file: a graph of ``emit_onnx`` in float32 that ``takes_text_inputs``.
-        channels: name of a value → size of its last axis.
-        text: token ids, [windows, length].
-        device: where the graph runs.
+    ``file``: a graph of ``emit_onnx`` in float32 that ``takes_text_inputs``. ``channels``: name of a value → size of
+    its last axis.
     """
     # 4 bytes a float.
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}

@@ -1,7 +1,7 @@
 """slice_early: take rows before a product and not after it.
 
 ``Slice(Transpose(Reshape(MatMul(x, W) + b)))`` along an axis of ``x`` becomes ``Transpose(Reshape(MatMul(Slice(x), W) +
-b))``. The decoder of an encoder–decoder so computes keys and values only of the positions that its cache lacks: of all
+b))``. So the decoder of an encoder–decoder computes keys and values only of the positions that its cache lacks: of all
 in the first step, of none after it.
 """
 
@@ -27,9 +27,9 @@ class SliceEarlyPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Link:
-    """A node between the product's first input and the Slice, which cuts ``axis`` of its output.
+    """A node between the product and the Slice: slicing its output's ``axis`` is slicing its first input's ``before``.
 
-    Of its first input, which has ``rank`` axes, it cuts ``before``.
+    ``rank``: how many axes that input has.
     """
 
     node: ir.Node
@@ -73,7 +73,7 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
 def _link(value: ir.Value | None, axis: int, rank: int) -> _Link | None:
     """The node that makes ``value``, if a slice of ``value`` is what it makes of a slice of its first input.
 
-    ``rank``: of ``value``. Products are those of rows [batch, rows, inputs] with a weight, with or without a bias.
+    ``rank``: of ``value``. A product multiplies rows [batch, rows, inputs] by a weight, with or without a bias.
     """
     # Another reader of ``value`` needs it whole.
     node = None if value is None else value.producer()

@@ -256,7 +256,8 @@ class Law:
     def group(self, name: str, last: Sequence[str] = ()) -> frozenset[str] | None:
         """A family and the fewest that must be cut with it, in proportion; None if there are none such.
 
-        Those in ``last`` are taken only if it needs them, and so are those that would have to grow if it shrinks.
+        A family in ``last`` is taken only if there is no other way. So is one that would have to grow if ``name``
+        shrinks.
         """
         # Solve the ties in an order in which ``last`` and ``name`` stay free if they can. The group is what then
         # follows ``name``. A family with another exponent than 1 is not in proportion: it goes last, and the ties are

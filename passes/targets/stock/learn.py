@@ -116,7 +116,7 @@ class Stock:
         return shorten_config(self._whole, kept, self._built)
 
     def pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
-        """The kinds of a list's blocks, and those that the class has with ``width`` blocks (``depth.pattern``)."""
+        """``find_kind_pattern``: the kinds of a list's blocks, and the class's kinds if it has ``width`` blocks."""
         return find_kind_pattern(self._whole, module, width)
 
     @property

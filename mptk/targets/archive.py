@@ -134,11 +134,7 @@ def _make_blank(like: Tensor) -> Tensor:
 
 
 def check_archive(program: Program) -> None:
-    """Write a program's graph and read it back.
-
-    Raises:
-        MptkError: one of its calls, or a condition on sizes, cannot be written or is not read.
-    """
+    """Write a program's graph and read it back. Raises MptkError if a call or a condition on sizes gets lost."""
     with make_scratch() as place:
         file = place.folder / ARCHIVE
         write_archive(file, program)

@@ -25,12 +25,9 @@ READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_tem
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with the files that ``write`` makes, JSON field by field.
+    """Raise ProofError unless the files that ``write`` makes are in ``folder``, equal, JSON field by field.
 
     ``all_known``: whether a tokenizer or a processor may read no other files.
-
-    Raises:
-        ProofError: a file is missing or differs, or there is a further one that a tokenizer or a processor reads.
     """
     # The expected files are made anew, so nothing in ``folder`` is taken at its word.
     with make_scratch() as place:
@@ -88,7 +85,7 @@ def check_pipeline(loaded: Loaded, folder: Path) -> None:
 WeightFile = tuple[frozenset[str], Mapping[str, str]]
 """The names of a file's tensors, and what its header says beside them."""
 UNCHECKED = frozenset({"transformers_version", CONFIG_KEY})
-"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_config``)."""
+"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_written_config``)."""
 
 
 def check_keys(name: str, found: JsonObject, expected: JsonObject) -> None:

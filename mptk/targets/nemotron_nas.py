@@ -126,13 +126,7 @@ def _is_ffn(family: Family) -> bool:
 
 
 def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
-    """The dense model as ``DeciLMForCausalLM``.
-
-    Logits are compared, too, if there are weights and they fit in memory.
-
-    Raises:
-        MptkError: the class does not hold it, or computes something else.
-    """
+    """The dense model as ``DeciLMForCausalLM``. Raises MptkError unless that holds it and computes the same."""
     # Names and shapes first, which need no weights.
     remedy = f"use --target stock or graph, since {NAS} has LLaMA's block"
     if not isinstance(model, PreTrainedModel):

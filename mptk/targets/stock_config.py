@@ -41,10 +41,9 @@ def find_config_changes(written: Written, folder: Path) -> dict[str, list[object
 
 
 def check_written_config(written: Written, folder: Path, trust: Trust) -> Difference:
-    """The stage ``config``: config.json and generation_config.json in ``folder``. Run ``check_code`` first.
+    """The stage ``config``: compare config.json and generation_config.json in ``folder`` with the dense model's, cut.
 
-    Raises:
-        MptkError: a field or a file differs from the dense model cut to the plan.
+    Run ``check_code`` first: a config may name classes of code beside it.
     """
     # 1. The file agrees with itself: older spellings of a field have its value.
     found = models.load_config(str(folder), trust=trust)

@@ -32,7 +32,7 @@ class Architecture:
         name: the architecture of the file.
         activations: names of the activation that it computes.
         changes: pattern of a tensor's name in the file → how it differs from the weight.
-        square: whether heads x size of a head must be the hidden size.
+        square: whether heads × size of a head must be the hidden size.
         period: each ``period``-th layer attends to all tokens and the others to a window; 0: all layers to all tokens.
         fixed: fields of the config that it does not read → the value that it computes with.
         written: fields of the file that the transformers class has built in.
@@ -203,11 +203,7 @@ GgufSetting = tuple[str, object]
 
 
 def find_architecture(config: PreTrainedConfig) -> Architecture:
-    """What llama.cpp expects of the model.
-
-    Raises:
-        MptkError: mptk does not know, or llama.cpp computes the model with other numbers than the config's.
-    """
+    """What llama.cpp expects of the model. Raises MptkError if it would compute the model with other numbers."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise MptkError(

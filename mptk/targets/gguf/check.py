@@ -143,7 +143,7 @@ def check_fields(
     head_dim: int,
     name: str,
 ) -> None:
-    """Compare the fields of a file with a folder's.
+    """Compare the fields of a file with a folder's, also their types. Raises ProofError.
 
     Args:
         config: the folder's; None: it has none.
@@ -152,9 +152,6 @@ def check_fields(
         base: what llama.cpp expects of the model.
         head_dim: the size of a head.
         name: what the file must call the model.
-
-    Raises:
-        ProofError: a field is missing, differs, or is of another type than llama.cpp reads.
     """
     # 1. The architecture: the model's, or the one with a list of widths for the layers.
     own = found.values.get("general.architecture", MISSING)
@@ -238,15 +235,10 @@ def _check_given(found: GgufFile, key: str, given: object) -> None:
 
 
 def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str, Kind]]) -> float:
-    """Compare the tensors of a file with a folder's weights; returns the largest error of a number, as a share of the
-    largest number of its tensor.
+    """Raise ProofError if a tensor is missing, was added, or differs from the weight by more than its type rounds.
 
-    Args:
-        tensors: the weights as the file must have them (``arranged``).
-        kinds: the types that the tensors may have, all together one of these.
-
-    Raises:
-        ProofError: a tensor is missing, was added, or differs by more than its type rounds.
+    Returns the largest error of a number, as a share of the largest number of its tensor. ``tensors``: the weights as
+    the file must have them (``arrange_weights``). ``kinds``: the types that all tensors together may have.
     """
     # Names, then types, then shape and numbers of one tensor at a time.
     more = sorted(found.tensors.keys() ^ set(tensors))

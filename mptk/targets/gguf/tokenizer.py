@@ -32,10 +32,9 @@ space."""
 
 
 def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Write the vocabulary. ``rows``: the length of the embedding table, whose last rows may have no token.
+    """Write the vocabulary. Raises MptkError if llama.cpp has no such tokenizer.
 
-    Raises:
-        MptkError: llama.cpp has no such tokenizer.
+    ``rows``: the length of the embedding table, whose last rows may have no token.
     """
     # 1. The tokens.
     spec = _read_spec(tokenizer)

@@ -57,11 +57,7 @@ class LayerWidths:
 
 
 def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
-    """The weights under the names and in the form of the file. ``tied``: the embedding table is the output matrix, too.
-
-    Raises:
-        MptkError: a file of this architecture has no such tensor.
-    """
+    """The weights under the file's names and in its form. ``tied``: the embedding table is the output matrix, too."""
     # gguf's own table of names, long enough for the largest number in any name: a layer's, or an expert's.
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     counted = [int(number) for weight in weights for number in re.findall(r"\.(\d{1,5})\.", weight)]

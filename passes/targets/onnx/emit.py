@@ -289,11 +289,7 @@ def list_translations() -> dict[Callable[..., object], Callable[..., object]]:
 
 
 def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) -> ir.Model:
-    """Apply ``passes``, each with its conditions. ``log`` is given a record of every pass that changed the graph.
-
-    Raises:
-        onnx_ir.passes.PassError: a condition of a pass does not hold.
-    """
+    """Apply ``passes``, each with its conditions. ``log`` is given a record of every pass that changed the graph."""
 
     def name(step: ir.passes.PassBase) -> str:
         return str(getattr(step, "name", type(step).__name__))

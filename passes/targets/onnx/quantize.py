@@ -39,7 +39,7 @@ widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:
-    """Write the scheme's graph (``names.quantized``) and its weights beside ``source``. Returns the new file.
+    """Write the scheme's graph (``name_quantized_file``) and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
 

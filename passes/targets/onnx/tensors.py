@@ -58,14 +58,11 @@ def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> N
 
 
 def save_graph(model: ir.Model, file: Path) -> Path:
-    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it.
-
-    Raises:
-        MptkError: ONNX does not accept it; the exporter mixes types in arithmetic on sizes.
-    """
+    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
     data = name_data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
+        # The checker's refusal is the user's to read: the exporter mixes types in arithmetic on sizes of some models.
         try:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

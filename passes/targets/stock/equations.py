@@ -168,7 +168,6 @@ class Law:
     numbers of modules count.
 
     Attributes:
-        reading, products, grown: as given.
         fields: field → families whose width it grows with, with exponents.
         ties: sums of families that are zero.
     """

@@ -231,7 +231,7 @@ def _time_cases(
             found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
-            roofline.measure()  # between rounds, so that the peaks are of the same minutes
+            roofline.measure()  # between rounds, so that the same disturbances move the peaks
             finished()
         del open_once, steppers  # before the next set: two sets may not fit into memory
     return roofline.peaks, ran

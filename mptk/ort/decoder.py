@@ -22,7 +22,7 @@ from mptk.errors import MptkError
 from mptk.io.packaged import check_folder_named
 from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
-# optimum's names of files, inputs and outputs. ``passes/targets/onnx`` writes them; this room is below it.
+# optimum's names of files and inputs. ``passes/targets/onnx`` has them, too, but is a layer above.
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, or what an encoder gives."""

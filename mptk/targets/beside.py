@@ -35,7 +35,7 @@ def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bo
         names = list_files(place.folder)
         for name in names:
             _check_same(name, folder / name, place.folder / name)
-    # A file more may change how a tokenizer reads, although every other file is right.
+    # One more file may change how a tokenizer reads, although every other file is right.
     if not all_known:
         return
     more = sorted({path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)} - {*names})

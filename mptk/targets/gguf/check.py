@@ -384,7 +384,7 @@ def derive_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields
         names = [f"blk.{layer}.{part}.weight" for part in parts]
         return next((shapes[name] for name in names if name in shapes), (0, 0))
 
-    # Query, key and value may be one tensor. Grouped heads: the keys and the values are equally many rows.
+    # Query, key and value may be one tensor. Its rows after the queries are keys and as many values.
     queries = [shape(i, "attn_output")[1] for i in layers]
     keys = [shape(i, "attn_k")[0] or (shape(i, "attn_qkv")[0] - queries[i]) // 2 for i in layers]
     channels = [shape(i, "ffn_down_exps", "ffn_down")[-1] for i in layers]

@@ -245,6 +245,7 @@ class OrtDecoder:
 
 EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
 EMBEDDINGS = "inputs_embeds"
+"""The decoder's input in place of ``input_ids``."""
 IMAGE_TOKEN = "image_token"
 """The key in a graph's metadata of the token in whose places the features of images stand."""
 

@@ -31,7 +31,7 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
     "mps": lambda _: ("CoreMLExecutionProvider", {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndGPU"}),
     "xpu": lambda index: ("OpenVINOExecutionProvider", {"device_type": f"GPU.{index}", "precision": "FP32"}),
 }
-"""Type of a device → the execution provider of its n-th one."""
+"""Type of a device → the execution provider of its n-th one, told to compute in float32."""
 
 
 def list_providers(device: torch.device) -> list[Provider]:

@@ -90,9 +90,12 @@ def _mark_fourth_layers(config: PreTrainedConfig) -> list[int]:
 
 
 ALL_EXPERTS = {"decoder_sparse_step": _give_always(1), "mlp_only_layers": _give_always([])}
+"""All layers have experts."""
 UNGROUPED = {"num_key_value_heads": lambda config: config.num_attention_heads}
+"""Each query head has keys of its own."""
 SIGMOID = {"expert_gating_func": ExpertGatingFuncType.SIGMOID}
 GEMMA_SCALE = {"query_pre_attn_scalar": lambda config: config.head_dim}
+"""Attention's scale follows from the size of a head."""
 
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -199,6 +202,7 @@ FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_lo
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
 """Divisors of the rotary frequencies: tensors that the file has and the model does not have."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+"""The activation's names in a config, the first of which counts."""
 GgufSetting = tuple[str, object]
 
 

@@ -355,6 +355,7 @@ def derive_settings(config: PreTrainedConfig) -> GgufFields:
 
 
 def _derive_rope(config: PreTrainedConfig, size: int) -> Iterator[tuple[str, object]]:
+    # With layers that have a window, the settings of both kinds are under their names.
     given: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = given.get("full_attention", given)
     yield "rope.dimension_count", int(size * rope.get("partial_rotary_factor", 1.0))
@@ -410,6 +411,7 @@ def derive_widths(shapes: TensorShapes, size: int, *, lists: bool) -> GgufFields
 
 # ---- the tokenizer ----
 
+# Special token → its field.
 SPECIAL_IDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
@@ -418,6 +420,7 @@ SPECIAL_IDS = {
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
+# The expressions that llama.cpp's code has under a name, which are not those of tokenizer.json.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _WORDS = rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -148,6 +148,7 @@ class Pattern:
 
 
 FIELDS, TENSORS = "GGUF fields", "GGUF tensors"
+"""The stages of the proof."""
 MOST_ROUNDED = 0.15
 """Errors of numbers are given as shares of the largest one of their tensor; 4 bits have steps of an eighth of it, and
 the scale of a block is itself rounded. Each number is checked against its own block's bound."""

@@ -30,6 +30,7 @@ HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.B
 """Type of a stored weight → the file's, if none is asked for. A weight of another type is refused."""
 ARCHITECTURE = "general.architecture"
 TABLE, HEAD = "token_embd.weight", "output.weight"
+"""The embedding table and the output matrix."""
 FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
 BUFFER = "inv_freq"

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from passes.targets.onnx.tensors import change_tensor
 
 HEADS_TO_FRONT = (0, 2, 1, 3)
+"""The permutation between [batch, sequence, heads, dim] and [batch, heads, sequence, dim], in either direction."""
 
 
 class FoldKVPass(ir.passes.InPlacePass):

@@ -43,6 +43,7 @@ COMPARISONS: dict[Callable[..., Any], str] = {
     operator.ge: "GreaterOrEqual",
 }
 LOGIC: dict[Callable[..., Any], str] = {operator.and_: "And", operator.or_: "Or", torch.sym_not: "Not"}
+"""These three tables: functions for which ONNX has an operator of the same meaning. ``SizeNodes`` builds the others."""
 
 
 @dataclass(frozen=True)

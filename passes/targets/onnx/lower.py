@@ -47,6 +47,7 @@ ASSERTIONS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
+"""Calls without a result. ONNX has no such operators; ``check_sizes.py`` writes what a graph must refuse."""
 RETURN_THEIR_INPUT = {
     aten.alias,
     aten.clone,
@@ -312,3 +313,4 @@ LOWERED: dict[object, Lowering] = {
     aten.view_as_complex: _return_input,
     aten.view_as_real: _return_input,
 }
+"""Operator → its call on pairs. To add one is to say what it does to a last dimension of size 2."""

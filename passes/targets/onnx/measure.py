@@ -22,6 +22,7 @@ Text = npt.NDArray[np.int64]
 """Token ids [windows, length]."""
 
 IDS_AND_EMBEDDINGS = ("input_ids", EMBEDDINGS)
+"""A decoder reads one of these: the embeddings, if images are read, too."""
 OF_TEXT: dict[str, Callable[[Text], Text]] = {
     "attention_mask": np.ones_like,
     "token_type_ids": np.zeros_like,

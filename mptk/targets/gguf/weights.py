@@ -44,7 +44,8 @@ RENAMED = {
     ".mlp.gate.moe_statics.": ".mlp.moe_statics.",
     ".e_score_correction_bias": ".e_score_correction.bias",
 }
-"""Parts of names that transformers' classes have → as gguf's table of names has them."""
+"""Parts of names that transformers' classes have → as gguf's table of names has them. In this order: the first one also
+has the second in it."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mptk.ir.passes import Log
 from passes.targets.onnx.block_weights import BLOCK
 from passes.targets.onnx.emit import run_onnx
 from passes.targets.onnx.equalize import BalancePass, SmoothPass
-from passes.targets.onnx.names import name_quantized_file as quantized_file
+from passes.targets.onnx.names import name_quantized_file
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.tensors import name_nodes, read_lazily, save_graph
 
@@ -55,7 +55,7 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
-    return save_graph(quantized, quantized_file(source, scheme))
+    return save_graph(quantized, name_quantized_file(source, scheme))
 
 
 def list_evening_passes(source: Path) -> list[ir.passes.PassBase]:

@@ -17,22 +17,17 @@ from mptk.ir.passes import Log, Pass, run_passes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ort.sessions import CPU
-from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
+from passes.targets.onnx.attention import FoldKVPass, GroupQueriesPass
+from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass, LookUpInBlocksPass
 from passes.targets.onnx.emit import Interface, make_decoder_interface, write_onnx
 from passes.targets.onnx.extract import ExtractPass, GraphPart
 from passes.targets.onnx.float16 import Float16Pass
-from passes.targets.onnx.fold_kv import FoldKVPass
 from passes.targets.onnx.gptq import GPTQPass
-from passes.targets.onnx.group_queries import GroupQueriesPass
-from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
-from passes.targets.onnx.look_up import LookUpInBlocksPass
-from passes.targets.onnx.lower import LowerOps
-from passes.targets.onnx.lower_complex import LowerComplex
+from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.targets.onnx.measure import Text
 from passes.targets.onnx.names import ONNX_FILE
-from passes.targets.onnx.plain_products import FoldTransposesPass
 from passes.targets.onnx.quantize import list_evening_passes, write_quantized
-from passes.targets.onnx.repeat_angles import RepeatAnglesPass
+from passes.targets.onnx.simplify import FoldConstantsPass, FoldTransposesPass, FusePass, RepeatAnglesPass, SimplifyPass
 from passes.targets.onnx.slice_early import SliceEarlyPass
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask

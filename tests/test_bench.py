@@ -11,10 +11,9 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk import MptkError, export
 from mptk.files.outputs import check_file
-from mptk.ort.bench import Bench, bench_graphs, time_alternately
+from mptk.ort.bench import Bench, bench_graphs, list_unaligned_weights, time_alternately
 from mptk.ort.roofline import compute_graph_work, run_work
 from mptk.ort.steps import Case
-from mptk.ort.unaligned import list_unaligned_weights
 from mptk.reading import make_typed
 from mptk.report.markdown import render_markdown
 from mptk.report.page.charts import write_bench_plot

@@ -18,8 +18,8 @@ from mptk import ProofError
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
-from passes.targets.onnx.balance import get_product_weight
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, compute_token_divergence
+from passes.targets.onnx.equalize import get_product_weight
 from passes.targets.onnx.names import ENDINGS
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))

@@ -346,7 +346,7 @@ def test_decoding_with_positions_that_are_one_too_far(lab: Lab, inside: Inside, 
             given["position_ids"] = type(given["position_ids"]).ortvalue_from_numpy(positions)
         return given
 
-    inside.around("mptk.ort.decoder.OrtDecoder.feeds", shifted)
+    inside.around("mptk.ort.decoder.OrtDecoder.make_feeds", shifted)
     with pytest.raises(MptkError, match=f"the proof fails at 'ONNX Runtime {stage}'"):
         mptk.verify(lab.folder)
 

@@ -17,8 +17,7 @@ from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run_passes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from passes.pipelines import cutting
-from passes.targets.onnx.lower import LowerOps
-from passes.targets.onnx.lower_complex import LowerComplex
+from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.retype import Retype

@@ -17,14 +17,12 @@ from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx.balance import BalancePass, balance_channels
-from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass
+from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass, LookUpInBlocksPass, quantize_rows
+from passes.targets.onnx.equalize import BalancePass, SmoothPass, balance_channels, compute_smoothing
 from passes.targets.onnx.gptq import compute_inverse_root, fit_grid, round_blocks, round_to_grid
-from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.quantize import read_float
-from passes.targets.onnx.smooth import SmoothPass, compute_smoothing
 from passes.targets.onnx.tensors import read_lazily
 
 RNG = np.random.default_rng(0)

@@ -153,7 +153,7 @@ def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
 
 
 def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
-    """Attention after ``group_queries.py``: in decode (one token) the queries of a group are rows of one head."""
+    """Attention after ``GroupQueriesPass``: in decode (one token) the queries of a group are rows of one head."""
     count = _count_copies(4 * groups * (dim + value_dim) * past, tokens)
     total, repeat = past + tokens, heads // groups if tokens == 1 else 1
     heads //= repeat

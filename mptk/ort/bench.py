@@ -18,20 +18,24 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field
 
 from mptk.errors import MptkError
+from mptk.ir.alignment import KERNEL_BLOCK
 from mptk.ort.decoder import find_onnx_file
 from mptk.ort.roofline import Peaks, Roofline, compute_graph_work, measure_peak_memory, run_work
-from mptk.ort.sessions import CPU, HOST
+from mptk.ort.sessions import CPU, HOST, open_session
 from mptk.ort.steps import PHASES, Case, choose_lengths, find_phase_graphs, open_stepper, takes_encoder_output
-from mptk.ort.unaligned import Unaligned, time_unaligned
 from mptk.progress import Progress, show_nothing
 
 BENCH_FORMAT = "mptk-bench/1"
 LENGTHS = (128, 512)
+"""Tokens of a prompt, by default."""
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
@@ -109,7 +113,7 @@ def bench_graphs(
     device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time ONNX graphs of one kind of model (``steps.graphs_of``).
+    """Time ONNX graphs of one kind of model (``steps.find_phase_graphs``).
 
     The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
@@ -121,7 +125,7 @@ def bench_graphs(
         batches: batch sizes.
         threads: thread counts, each measured in its own sessions.
         rounds: turns of each graph in a case, at least 2.
-        phases: those to time, as ``prefill``; None: all.
+        phases: what to time, such as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
         progress: called with a stage, the cases done and all cases.
@@ -132,6 +136,7 @@ def bench_graphs(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
+    # The rounds are dealt out to the sets of sessions, at least one to each.
     say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
@@ -142,9 +147,11 @@ def bench_graphs(
         say("bench", next(done), len(cases) * len(shares))
 
     finished()
+    # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
         peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
+    # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
     measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
@@ -192,6 +199,7 @@ def _time_products(
     tokens = {
         case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
     }
+    # Decode multiplies one row, prefill as many as there are tokens. A graph of several phases is read once.
     timed, found = partial(time_alternately, rounds=rounds), list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
@@ -214,6 +222,7 @@ def _time_cases(
     """
     ran = list[str]()
     for index, share in enumerate(shares):
+        # A session serves all cases of its set. The next set opens new ones, whose weights lie elsewhere in memory.
         open_once = functools.cache(partial(open_stepper, threads=roofline.threads, device=device))
         turn = slice(None, None, -1 if index % 2 else 1)
         for case, sides in times.items():
@@ -222,9 +231,9 @@ def _time_cases(
             found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
-            roofline.measure()
+            roofline.measure()  # between rounds, so that the same disturbances move the peaks
             finished()
-        del open_once, steppers
+        del open_once, steppers  # before the next set: two sets may not fit into memory
     return roofline.peaks, ran
 
 
@@ -245,6 +254,7 @@ def _make_rows(
     peak = peaks.bandwidth if case.phase == "decode" else peaks.flops
     rows = []
     for name, own, mine in zip(models, times, work, strict=True):
+        # The ratio within each round, not of medians: a disturbance lasts longer than a round.
         median = statistics.median(own)
         rows.append(
             Measurement(
@@ -254,7 +264,7 @@ def _make_rows(
                 iqr_ms=round(_compute_iqr(own), 3),
                 tokens_s=round(case.tokens / median * 1000, 1),
                 ratio=round(statistics.median(t / first for t, first in zip(own, times[0], strict=True)), 4),
-                ideal=round(mine / (work[0] or 1), 4),
+                ideal=round(mine / (work[0] or 1), 4),  # a graph without counted operations has no ratio
                 work=mine,
                 roofline=round(mine / median * 1000 / peak, 3),
             )
@@ -298,10 +308,80 @@ def time_alternately(steps: Sequence[Callable[[], object]], rounds: int) -> list
 
 def _count_repeats(step: Callable[[], object]) -> int:
     """Number of runs of ``step`` in one turn. This also warms it up."""
-    for _ in range(2):
+    for _ in range(2):  # the first call of a session also allocates its memory
         start = time.perf_counter()
         step()
         elapsed = time.perf_counter() - start
         if elapsed > ROUND_S:
             return 1
     return min(50, int(ROUND_S / elapsed))
+
+
+@dataclass(frozen=True)
+class Unaligned:
+    """A product of float32 inputs [rows, inputs] with a weight [inputs, outputs] of a graph.
+
+    ``ms``: milliseconds at these widths; ``aligned_ms``: at the next multiples of the block.
+    """
+
+    graph: str
+    rows: int
+    inputs: int
+    outputs: int
+    ms: float
+    aligned_ms: float
+
+    @property
+    def aligned(self) -> tuple[int, int]:
+        """The next aligned widths."""
+        return round_up(self.inputs), round_up(self.outputs)
+
+
+def round_up(width: int) -> int:
+    """The next multiple of the kernels' block."""
+    return -(-width // KERNEL_BLOCK) * KERNEL_BLOCK
+
+
+def list_unaligned_weights(file: Path) -> list[tuple[int, int]]:
+    """The sizes [inputs, outputs] of the float weights in a graph of which one is not aligned, each once."""
+    graph = onnx.load(file, load_external_data=False).graph
+    sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    found = {sizes[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes}
+    return sorted(size for size in found if len(size) == 2 and any(width != round_up(width) for width in size))
+
+
+def build_matrix_product(
+    rows: int, inputs: int, outputs: int, threads: int, device: torch.device = CPU
+) -> Callable[[], object]:
+    """A call that multiplies [rows, inputs] with a constant weight [inputs, outputs] in ONNX Runtime."""
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inputs])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])
+    weight = numpy_helper.from_array(np.ones((inputs, outputs), dtype=np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", [given], [result], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = open_session(bytes(model.SerializeToString()), device, threads=threads)
+    feeds = {"x": np.ones((rows, inputs), dtype=np.float32)}
+    return lambda: session.run(None, feeds)
+
+
+def time_unaligned(
+    name: str,
+    file: Path,
+    rows: Sequence[int],
+    threads: int,
+    device: torch.device,
+    alternate: Callable[[list[Callable[[], object]]], list[list[float]]],
+) -> list[Unaligned]:
+    """Time each unaligned weight of the graph ``name`` beside the aligned one.
+
+    ``rows``: the numbers of tokens. ``alternate`` gives milliseconds of each step in each round.
+    """
+    found = []
+    for inputs, outputs in list_unaligned_weights(file):
+        for count in rows:
+            sizes = ((inputs, outputs), (round_up(inputs), round_up(outputs)))
+            own, aligned = alternate([build_matrix_product(count, *size, threads, device) for size in sizes])
+            ms, aligned_ms = (round(statistics.median(each), 4) for each in (own, aligned))
+            found.append(Unaligned(name, count, inputs, outputs, ms, aligned_ms))
+    return found

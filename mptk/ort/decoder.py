@@ -1,9 +1,14 @@
-"""decoder: a decoder in ONNX Runtime that passes its KV cache from step to step without a copy."""
+"""decoder: decoders in ONNX Runtime, with their KV cache.
+
+``OrtDecoder`` reads token ids, or embeddings that the graphs of ``Embeddings`` make. ``OrtEncoderDecoder`` runs an
+encoder once and the decoder of its output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +20,14 @@ from torch import Tensor
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
 from mptk.io.packaged import check_folder_named
-from mptk.ort.embeddings import EMBEDDINGS, Embeddings
-from mptk.ort.sessions import CPU, locate_memory, open_file
+from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
+# optimum's names of files and inputs. ``passes/targets/onnx`` has them, too, but is a layer above.
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, or what an encoder gives."""
 PAST_KEYS = "past_key_values."
+"""Start of the names of a cache's inputs."""
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[np.generic]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -84,6 +90,7 @@ class OrtDecoder:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+        # Refuse what is not a decoder with a cache: with the reason, if it belongs to an encoder.
         file = find_onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
@@ -96,6 +103,7 @@ class OrtDecoder:
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
                 "mptk"
             )
+        # A quantised decoder reads the embeddings of its own scheme, if there are any.
         self.reads = reads[0]
         ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
         self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
@@ -204,15 +212,17 @@ class OrtDecoder:
 
     def _count_positions(self, mask: Ids, count: int) -> Ids:
         """The positions of the last ``count`` tokens, if these count tokens and not padding."""
+        # Padding on the left has position 0, which nothing attends to. Several axes count alike for text.
         found = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -count:]
         shape = self.inputs["position_ids"].shape
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
 
     def bind_step(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
-        """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
+        """Inputs (``make_feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
+        # ONNX Runtime copies nothing that is bound where it is read.
         binding = self.session.io_binding()
         for name, value in self.make_feeds(tokens, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
@@ -231,3 +241,104 @@ class OrtDecoder:
         feeds = self.make_feeds(tokens, mask, cache, positions)
         logits, *present = run_on_values(self.session, feeds, self.outputs, self._place_outputs())
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)
+
+
+EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
+EMBEDDINGS = "inputs_embeds"
+"""The decoder's input in place of ``input_ids``."""
+IMAGE_TOKEN = "image_token"
+"""The key in a graph's metadata of the token in whose places the features of images stand."""
+
+
+class Embeddings:
+    """The graphs beside a decoder that reads embeddings.
+
+    ``ending``: of quantised graphs' names, such as ``"_q4"``. A missing graph is replaced by the float one.
+
+    Raises:
+        MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device = CPU, ending: str = "") -> None:
+        self.folder, self.device, self.ending = folder, device, ending
+        self.tokens = self._graph(EMBEDDING_FILE)
+
+    @cached_property
+    def images(self) -> OrtGraph:
+        """The vision encoder. Raises MptkError if there is none."""
+        return self._graph(VISION_FILE)
+
+    def _graph(self, name: str) -> OrtGraph:
+        file = self.folder / name
+        quantized = file.with_stem(file.stem + self.ending)
+        return OrtGraph(quantized if quantized.is_file() else file, self.device)
+
+    def __call__(self, ids: Tensor, images: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The embeddings [batch, n, hidden] of token ids [batch, n], with the features of ``images`` at their tokens.
+
+        ``images``: the inputs of the vision encoder by name. Others are ignored.
+
+        Raises:
+            MptkError: there are more or fewer tokens of images than rows of features.
+        """
+        found = self.tokens({"input_ids": ids})
+        if not images:
+            return found
+        # The features of all images in a row go where the text has tokens for them.
+        marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
+        features = self.images(images)
+        if int(marks.sum()) != len(features):
+            raise MptkError(
+                f"the text has {int(marks.sum())} tokens for images, and the vision encoder makes {len(features)} of "
+                "them; correct processor_config.json"
+            )
+        return found.masked_scatter(marks[..., None], features)
+
+    def takes(self, images: Mapping[str, Tensor]) -> bool:
+        """Whether the vision encoder runs on images of these sizes."""
+        wanted = {value.name: value.shape for value in self.images.session.get_inputs()}
+        return all(
+            isinstance(size, str) or size == given
+            for name, shape in wanted.items()
+            for size, given in zip(shape, images[name].shape, strict=True)
+        )
+
+
+ENCODER_FILE = "encoder_model.onnx"
+HIDDEN = "last_hidden_state"
+DECODER_IDS = "decoder_input_ids"
+DECODER_NAMES = {"attention_mask": "encoder_attention_mask", DECODER_IDS: "input_ids", HIDDEN: "encoder_hidden_states"}
+"""Name in the model → optimum's name of the decoder's input, in the order of these inputs."""
+
+
+class OrtEncoderDecoder:
+    """The two graphs of ``mptk/tasks/encoder_decoder_form.py``.
+
+    Args:
+        file: the decoder's graph. The encoder's is beside it and of the same scheme.
+        device: see ``OrtDecoder``.
+
+    Raises:
+        MptkError: a graph is missing, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, file: Path, device: torch.device = CPU) -> None:
+        # Such as ``_q4`` of decoder_model_merged_q4.onnx.
+        ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
+        beside = file.with_name(ENCODER_FILE)
+        self.encoder, self.decoder = OrtGraph(beside.with_stem(beside.stem + ending), device), OrtGraph(file, device)
+
+    def __call__(self, inputs: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> Tensor:
+        """Logits [rows, tokens, vocabulary] of the text in ``inputs``.
+
+        ``calls``: how many tokens the decoder reads in each call; None: all at once.
+        """
+        # Both caches are empty at first. The first call fills the one of the encoder's output, for the calls after it.
+        made = {**inputs, HIDDEN: self.encoder(inputs)}
+        given = {new: made[name] for name, new in DECODER_NAMES.items() if name in made}
+        ids, cache, logits = inputs[DECODER_IDS], self.decoder.empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
+        for part in ids.split(list(calls or [ids.shape[1]]), 1):
+            found, *present = self.decoder.all({**given, "input_ids": part, **cache})
+            cache = dict(zip(cache, present, strict=True))
+            logits.append(found)
+        return torch.cat(logits, 1)

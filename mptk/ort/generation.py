@@ -48,12 +48,14 @@ class Sampling:
         return np.array([self._draw(row, rng) for row in logits])
 
     def _draw(self, logits: npt.NDArray[np.float32], rng: np.random.Generator) -> int:
+        # The ``top_k`` largest, in order, without sorting the vocabulary.
         count = min(self.top_k or len(logits), len(logits))
         best = np.argpartition(logits, -count)[-count:]
         best = best[np.argsort(-logits[best], kind="stable")]
         scaled = logits[best].astype(np.float64) / self.temperature
         share = np.exp(scaled - scaled[0])
         share /= share.sum()
+        # The nucleus: the token that reaches ``top_p`` still belongs to it.
         kept = 1 + int(np.searchsorted(share.cumsum(), self.top_p)) if self.top_p < 1 else count
         share = share[:kept] / share[:kept].sum()
         return int(best[rng.choice(len(share), p=share)])
@@ -104,6 +106,7 @@ def generate_tokens(
     """
     if not prompts or not all(map(len, prompts)):
         raise MptkError("an empty prompt has no next token; give some text")
+    # Pad on the left with any token: the mask hides it.
     chooser, rng = sampling or Sampling(), np.random.default_rng(seed)
     width = max(map(len, prompts))
     ids = np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
@@ -113,6 +116,7 @@ def generate_tokens(
     for step in range(limit):
         tokens = chooser.choose(logits[:, -1], rng)
         yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
+        # A row that has ended goes on with the others, and what it gives is not shown.
         ended |= np.array([int(token) in stop for token in tokens])
         if ended.all() or step + 1 == limit:
             return
@@ -145,7 +149,7 @@ class TextGenerator:
     Args:
         path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
         threads: threads of one operator; 0: one for each core.
-        device: as of ``OrtDecoder``.
+        device: see ``OrtDecoder``.
 
     Raises:
         MptkError: there is no decoder, or no tokenizer beside it.
@@ -180,10 +184,9 @@ class TextGenerator:
 
         Raises:
             MptkError: as ``generate_tokens``; a token is outside the vocabulary; or a prompt and the tokens to be
-            written
-                have more tokens than the model has positions (``fit_prompts`` cuts them).
+                written have more tokens than the model has positions (``fit_prompts`` cuts them).
         """
-        if all(map(len, prompts)):
+        if all(map(len, prompts)):  # of an empty prompt, ``generate_tokens`` says more
             check_room(self.positions, prompts, limit)
         self.check_ids(token for prompt in prompts for token in prompt)
         began = time.perf_counter()
@@ -195,6 +198,7 @@ class TextGenerator:
             first = first or time.perf_counter() - began
             count += sum(token is not None for token in tokens)
             yield tokens
+        # The first token of each prompt belongs to the prefill. With one token each there is no rate.
         rest = time.perf_counter() - began - first
         after = count - len(prompts)
         self.speed = Speed(sum(map(len, prompts)), count, first, after / rest if after > 0 else 0.0)
@@ -234,6 +238,7 @@ def fit_prompts(positions: int | None, prompts: Sequence[list[int]], limit: int)
     """
     if positions is None:
         return list(prompts), limit
+    # As many tokens of a prompt as leave room for ``limit``, but at least half of the positions.
     most = max(positions // 2, positions - limit)
     cut = [prompt[-most:] for prompt in prompts]
     return cut, min(limit, positions - max(map(len, cut), default=0))

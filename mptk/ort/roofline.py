@@ -22,9 +22,9 @@ from mptk.ort.sessions import CPU, open_session
 from mptk.ort.steps import PHASES, Case, choose_axis_sizes, find_phase_graphs, measure_shapes, open_stepper
 
 SIDE = 1024
-"""Side of the matrices. Three of them take 12 MB, which a cache holds."""
+"""Side of the matrices. Three of them take 12 MB, which a cache holds, so the product is bound by compute."""
 READ_BYTES = 512 << 20
-"""Bytes of one read: far more than a cache holds."""
+"""Bytes of one read: far more than a cache holds, so it is bound by memory."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Roofline:
 
     def measure(self) -> None:
         """Measure once more; takes a fraction of a second."""
+        # ``item`` waits for a device.
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
@@ -67,9 +68,9 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
 
     A decoder runs a prompt of ``length`` tokens, another graph that many tokens if it reads any. A device's own memory
     is not counted.
-
-    Unlike ``multiprocessing``, it does not import the caller's script again.
     """
+    # Not by ``multiprocessing``, which would import the caller's script again. The number is the last word that is
+    # printed: libraries may print before.
     code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}, {!r}))"
     command = [sys.executable, "-c", code.format(__name__, length, str(device)), str(file.resolve())]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
@@ -77,6 +78,7 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
 
 def grown(file: Path, length: int, device: str) -> int:
     """What ``measure_peak_memory`` says of a new process, of this one."""
+    # Decode takes no more than a prefill of as many tokens.
     before = _read_resident("VmRSS")
     for phase, graph in find_phase_graphs(file).items():
         if phase != "decode":
@@ -102,11 +104,13 @@ def _build_product() -> bytes:
     names = ("left", "right", "product")
     left, right, product = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [SIDE, SIDE]) for name in names)
     graph = helper.make_graph([helper.make_node("MatMul", names[:2], names[2:])], "product", [left, right], [product])
+    # An older opset and format, which any ONNX Runtime reads.
     opset = [helper.make_opsetid("", 21)]
     return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
 
 
 PASS_THEIR_INPUT = {"Transpose", "Identity", "Cast"}
+"""Operators through which a weight counts as read by what reads their result, not by them."""
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,19 @@ COUNTED = ("Attention", "Conv", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "M
 
 def run_work(file: Path, case: Case) -> StepWork:
     """Work of a run of a graph on made-up inputs. Sizes that it does not tell are those of a run."""
+    # Shape inference tells most sizes. A run shows the others, of values around counted operators.
     model = _set_lengths(onnx.load(file, load_external_data=False), choose_axis_sizes(file, case))
     told, read = _list_shapes(model), (node for node in model.graph.node if node.op_type in COUNTED)
     values = dict.fromkeys(name for node in read for name in (*node.input, *node.output) if name)
     found = measure_shapes(file, [name for name in values if 0 in told.get(name, (0,))], case)
     for node in [node for node in model.graph.node if 0 in found.get((*node.output, "")[0], ())]:
-        model.graph.node.remove(node)  # it has nothing to compute
+        model.graph.node.remove(node)  # its result is empty, so it has nothing to compute
     return _work(model, found, None)
 
 
 def _work(model: ModelProto, more: Mapping[str, Sequence[int]], positions: int | None) -> StepWork:
     """``more``: shapes that the graph does not tell. ``positions``: that attention reads; None: by its keys' shape."""
+    # Operations; then bytes, of the cache's inputs and of the weights.
     graph, shapes = model.graph, {**_list_shapes(model), **more}
     flops = sum(_count_flops(node, shapes, positions) for node in graph.node if node.op_type in COUNTED)
     cache = sum(
@@ -180,7 +186,8 @@ def _set_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
 
 
 def _count_flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int | None) -> int:
-    if node.op_type == "Attention":
+    # 2 for a multiply-add, and for each number of the result as many of these as the sum is long.
+    if node.op_type == "Attention":  # queries times keys, then shares times values
         read = positions or shapes[node.input[1]][-2]
         flops = 2 * read * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
     elif node.op_type == "MatMulNBits":
@@ -209,7 +216,7 @@ def _count_weight_bits(model: ModelProto) -> int:
     behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type in PASS_THEIR_INPUT}
     read: set[str] = set()
     for node in graph.node:
-        if node.op_type not in PASS_THEIR_INPUT:
+        if node.op_type not in PASS_THEIR_INPUT:  # of a table that is looked up, a run reads only some rows
             read.update(_find_origins(node.input[1:] if node.op_type == "Gather" else node.input, behind))
     return sum(size for name, size in weights.items() if name in read)
 

@@ -16,11 +16,12 @@ from mptk.errors import MptkError, take_first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
+"""The provider that every ONNX Runtime has, and that takes the nodes that another one lacks."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """The entry of a session's configuration that says where the weights of a graph given as bytes are."""
 
 CACHE_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-"""Of a cache."""
+"""ONNX Runtime's name of a cache's type → torch's."""
 
 Provider = tuple[str, dict[str, str | int]]
 """Name and options, as ``InferenceSession`` takes them."""
@@ -30,7 +31,7 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
     "mps": lambda _: ("CoreMLExecutionProvider", {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndGPU"}),
     "xpu": lambda index: ("OpenVINOExecutionProvider", {"device_type": f"GPU.{index}", "precision": "FP32"}),
 }
-"""Type of a device → the execution provider of its n-th one."""
+"""Type of a device → the execution provider of its n-th one, told to compute in float32."""
 
 
 def list_providers(device: torch.device) -> list[Provider]:

@@ -13,19 +13,27 @@ import onnx
 import torch
 
 from mptk.errors import MptkError, take_first_line
-from mptk.ort.decoder import GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
-from mptk.ort.embeddings import VISION_FILE
-from mptk.ort.encoder_decoder import DECODER_NAMES, ENCODER_FILE, HIDDEN
+from mptk.ort.decoder import (
+    DECODER_NAMES,
+    ENCODER_FILE,
+    GRAPH_FILE,
+    HIDDEN,
+    MERGED_FILE,
+    NUMPY_TYPES,
+    PAST_KEYS,
+    VISION_FILE,
+    OrtDecoder,
+)
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")
-"""Of a decoder with a cache. One that reads an encoder's output reads as many positions of that."""
+"""Of a decoder with a cache. One that reads an encoder's output reads as many positions of it."""
 WHOLE_RUNS = {MERGED_FILE: "decoder", GRAPH_FILE: "run"}
 """Main graph → what a run of it is called if it has no cache."""
 PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE, "encoder": ENCODER_FILE}}
 """Main graph → the other graphs of such a model that compute much."""
 PACKED = "image_grid_thw"
-"""An input that says the sizes of packed images. No made-up one suits the others."""
+"""An input with the sizes of packed images. A made-up one would not suit the other inputs."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def bind_decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
     cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
     ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)
     mask = np.ones((case.batch, cache.length + ids.shape[1]), dtype=np.int64)
+    # Bound once: the cost of a step does not depend on its numbers.
     binding = decoder.bind_step(ids, mask, cache)
     return lambda: decoder.session.run_with_iobinding(binding)
 
@@ -106,6 +115,7 @@ class WholeRun:
 
     def step(self, case: Case) -> Callable[[], None]:
         """Raises MptkError if it does not run with ``case.length`` tokens."""
+        # The first run is not timed. It shows whether the graph takes these sizes.
         binding, sizes = self.session.io_binding(), choose_axis_sizes(self.file, case)
         for value in self.session.get_inputs():
             binding.bind_cpu_input(value.name, make_up_input(value, sizes))
@@ -133,6 +143,7 @@ def make_up_input(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[np.generi
 
 def find_phase_graphs(file: Path) -> dict[str, Path]:
     """Phase → the graph that runs in it, for a main graph and those of its scheme beside it."""
+    # Such as ``_q4``: the graphs beside it are taken in the same scheme, or left out.
     main = next((name for name in WHOLE_RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
     ending = file.stem.removeprefix(Path(main).stem)
     cached = any(name.startswith(PAST_KEYS) for name in read_input_axes(file))
@@ -164,10 +175,12 @@ def takes_encoder_output(file: Path) -> bool:
 
 def choose_axis_sizes(file: Path, case: Case) -> dict[str, int]:
     """Open axis of a graph's inputs → its size."""
+    # An encoder's output may have a fixed length (Whisper's); else it is as long as the text.
     axes = read_input_axes(file)
     told = axes.get(DECODER_NAMES[HIDDEN], [0, case.length])[1]
     read = told if isinstance(told, int) else case.length
     found = {name: case.length for shape in axes.values() for name in shape if isinstance(name, str)}
+    # In prefill the caches are empty. In decode they hold the text so far and the encoder's output.
     decodes = case.phase == "decode"
     known = {"decoder_sequence_length": 1} if decodes else {}
     known |= {"past_decoder_sequence_length": decodes * case.length, "past_encoder_sequence_length": decodes * read}
@@ -177,6 +190,7 @@ def choose_axis_sizes(file: Path, case: Case) -> dict[str, int]:
 
 def choose_lengths(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
     """``lengths``, or 0 if no input has an axis of tokens."""
+    # With a batch of 0, any other size than 0 is one of tokens.
     open_axes = choose_axis_sizes(file, Case(phase, length=1, batch=0, threads=1)).values()
     return lengths if phase in PHASES or any(open_axes) else (0,)
 
@@ -185,6 +199,7 @@ def measure_shapes(file: Path, names: Sequence[str], case: Case) -> dict[str, li
     """The shapes that values of a graph without a cache have in a run."""
     if not names:
         return {}
+    # The values become outputs of the graph, which is run once.
     proto = onnx.load(file, load_external_data=False)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = open_session(proto.SerializeToString(), entries={WEIGHTS_FOLDER: str(file.parent.resolve())})

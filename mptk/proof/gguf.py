@@ -25,8 +25,7 @@ from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import name_pruned
 from mptk.targets.gguf.architectures import GELU, find_ignored_window
-from mptk.targets.gguf.check import GgufFile
-from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
+from mptk.targets.gguf.check import TEXTS, WRITE_AGAIN, GgufFile
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget

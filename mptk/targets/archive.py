@@ -7,7 +7,7 @@ say of its program (names of inputs, tied names, conditions on sizes) is in it a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from mptk.compat.torch import build_exported, hide_exporter_logs
 from mptk.errors import MptkError, take_first_line
@@ -32,6 +32,7 @@ from mptk.reading import Damaged, make_damage_error, make_typed, parse_json
 from passes.frontend.trace import copy_written_state
 
 ARCHIVE = "model.pt2"
+"""torch.export's own ending."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Beside:
 
 def list_saved(program: Program) -> list[str]:
     """The names in ``state`` of parameters and persistent buffers. The others are constants of the graph."""
+    # In the order of ``state``, which is the module's.
     kinds = ((spec.kind, spec.persistent, program.weights.get(spec.arg.name)) for spec in program.signature.input_specs)
     saved = {name for kind, kept, name in kinds if kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and kept)}
     return [name for name in program.state if name in saved]
@@ -64,10 +66,12 @@ def list_saved(program: Program) -> list[str]:
 
 def write_archive(file: Path, program: Program) -> None:
     """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
+    # The graph states its conditions on sizes itself, since plain torch asks nobody else.
     graph, signature = _merge_tied(program)
     write_size_functions(graph.graph)
     assert_sizes(graph.graph, program.sizes)
     graph.recompile()
+    # Blanks in place of weights; constants as they are.
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
     saved = list_saved(program)
     state = {name: _make_blank(program.state.like(name)) for name in saved}
@@ -77,6 +81,7 @@ def write_archive(file: Path, program: Program) -> None:
     constants = {name: program.state[name].contiguous() for name in program.state if name not in state}
     for node in graph.graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no paths of this machine
+    # Written with what the graph does not say, in an entry of its own.
     found = build_exported(program.exported, graph, signature, state=state, constants=constants, example_inputs=None)
     try:
         with hide_exporter_logs("torch.export"):
@@ -106,7 +111,7 @@ def _describe_program(program: Program) -> Beside:
 
 
 def _merge_tied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
-    """The graph with one input for each weight, and no copies of state."""
+    """The graph with one input for each weight, and no copies of state. ``Beside`` has the other names of tied ones."""
     graph, gone = remove_state_copies(program.copy_graph()), set[str]()
     first: dict[str, fx.Node] = {}
     for node in list(graph.graph.nodes):
@@ -117,12 +122,9 @@ def _merge_tied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]
                 graph.graph.erase_node(node)
                 gone.add(node.name)
     graph.recompile()
-    specs = [_name_target(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
+    kept = (spec for spec in program.signature.input_specs if spec.arg.name not in gone)
+    specs = [replace(spec, target=program.weights.get(spec.arg.name, spec.target)) for spec in kept]
     return graph, replace(program.signature, input_specs=specs)
-
-
-def _name_target(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
-    return replace(spec, target=weights.get(spec.arg.name, spec.target))
 
 
 def _make_blank(like: Tensor) -> Tensor:
@@ -132,11 +134,7 @@ def _make_blank(like: Tensor) -> Tensor:
 
 
 def check_archive(program: Program) -> None:
-    """Write a program's graph and read it back.
-
-    Raises:
-        MptkError: one of its calls, or a condition on sizes, cannot be written or is not read.
-    """
+    """Write a program's graph and read it back. Raises MptkError if a call or a condition on sizes gets lost."""
     with make_scratch() as place:
         file = place.folder / ARCHIVE
         write_archive(file, program)
@@ -156,12 +154,14 @@ def open_archive(file: Path, weights: Weights) -> Program:
     Raises:
         MptkError: the archive is missing or damaged, holds what could run code, or its weights are others.
     """
+    # 1. What the graph does not say, checked against the types of ``Beside``.
     exported, text = read_archive(file)
     said = make_damage_error(file)
     try:
         beside = make_typed(Beside, parse_json(text, said))
     except ValueError as error:
         raise said(str(error)) from error
+    # 2. The weights, for the archive's blanks.
     graph, signature = exported.graph_module, exported.graph_signature
     likes = exported.state_dict
     for name, like in likes.items():
@@ -169,6 +169,7 @@ def open_archive(file: Path, weights: Weights) -> Program:
             raise said(f"{name} is missing beside it, or of another shape")
     kept = weights.select_names({name: name for name in likes})
     state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
+    # 3. The conditions on sizes, out of the graph: the passes know them only as limits of a program.
     conditions = take_assertions(graph.graph, _find_sizes(exported))
     copy_written_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
     graph.recompile()

@@ -25,18 +25,17 @@ READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_tem
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with the files that ``write`` makes, JSON field by field.
+    """Raise ProofError unless the files that ``write`` makes are in ``folder``, equal, JSON field by field.
 
     ``all_known``: whether a tokenizer or a processor may read no other files.
-
-    Raises:
-        ProofError: a file is missing or differs, or there is a further one that a tokenizer or a processor reads.
     """
+    # The expected files are made anew, so nothing in ``folder`` is taken at its word.
     with make_scratch() as place:
         write(place.folder)
         names = list_files(place.folder)
         for name in names:
             _check_same(name, folder / name, place.folder / name)
+    # One more file may change how a tokenizer reads, although every other file is right.
     if not all_known:
         return
     more = sorted({path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)} - {*names})
@@ -47,7 +46,7 @@ def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bo
 def _check_same(name: str, file: Path, expected: Path) -> None:
     if not file.is_file():
         fail(f"{name} is missing")
-    if filecmp.cmp(file, expected, shallow=False):
+    if filecmp.cmp(file, expected, shallow=False):  # the bytes; JSON may also differ in its layout
         return
     if file.suffix == ".json":
         compare(name, read_object(file), read_object(expected))
@@ -76,6 +75,7 @@ def check_pipeline(loaded: Loaded, folder: Path) -> None:
     for name in known:
         if not (folder / name).is_file():
             fail(f"{name} is missing")
+    # All digests in one call, which reads several files at a time.
     digests = compute_digests([*known.values(), *(folder / name for name in known)])
     for name, one, other in zip(known, digests, digests[len(known) :], strict=False):
         if one != other:
@@ -85,7 +85,7 @@ def check_pipeline(loaded: Loaded, folder: Path) -> None:
 WeightFile = tuple[frozenset[str], Mapping[str, str]]
 """The names of a file's tensors, and what its header says beside them."""
 UNCHECKED = frozenset({"transformers_version", CONFIG_KEY})
-"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_config``)."""
+"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_written_config``)."""
 
 
 def check_keys(name: str, found: JsonObject, expected: JsonObject) -> None:
@@ -111,7 +111,9 @@ def check_weight_files(folder: Path, expected: Mapping[str, WeightFile]) -> None
 
 
 CONFIG_STAGE = "config"
+"""The proof's name for the comparison of files."""
 MISSING = object()
+"""Of a field that is not there. None would be a value of JSON."""
 LISTED = 8
 """A longer list is compared element by element, so that the message names the first difference."""
 CHARACTERS_SHOWN = 60
@@ -120,11 +122,7 @@ JsonObject = Mapping[str, object]
 
 
 def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str] = frozenset()) -> None:
-    """All fields must be equal, except the ``listed`` ones and the fields in them.
-
-    Raises:
-        ProofError: a field differs; the message names file and field.
-    """
+    """Raise ProofError, with file and field, unless all fields outside the ``listed`` ones are equal."""
     one, other = dict(walk_fields(found)), dict(walk_fields(expected))
     for path in sorted(one.keys() | other.keys()):
         if not any(path == name or path.startswith(f"{name}.") for name in listed):
@@ -133,6 +131,7 @@ def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str]
 
 def require(file: str, field: str, found: object, expected: object) -> None:
     """Raise ProofError unless a field has the expected value and type."""
+    # Python says True == 1 == 1.0, but programs read them as other things.
     if type(found) is not type(expected) or found != expected:
         fail(
             f"{field} of {file} is {_format_field(found)}, but {_format_field(expected)} in the dense model cut to "

@@ -23,7 +23,8 @@ from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, compare_outputs
 
 WEIGHTS = "model.safetensors"
 EXACT = 1e-6
-"""Largest difference of a stored weight, relative to the largest element of its tensor."""
+"""Largest difference of a stored weight, relative to the largest element of its tensor. A weight that was computed,
+such as a folded norm, may be rounded otherwise when it is computed again."""
 OWN_ROUNDINGS, OWN_WIDEST = 2, 0.5
 """If the masked dense module's own types move its outputs far, allow the cut module OWN_ROUNDINGS × as much, at most
 OWN_WIDEST of the largest output."""
@@ -62,6 +63,7 @@ class GraphTarget(Target):
         found = measure_own_types(
             compiled, compiled.program, lambda: make_cut_module(compiled, read_weights(folder)), batches
         )
+        # Only if it fails: half precision may move the outputs of a deep dense module as far by itself.
         if found.ok:
             return [found]
         dense = measure_own_types(
@@ -76,7 +78,7 @@ def measure_own_types(
     """The difference of a module in its own types from ``reference``. ``make``: makes the module."""
 
     def outputs(samples: Samples) -> Tensor:
-        found: Tensor = make().run(samples.tensors)  # a call may change the module's buffers
+        found: Tensor = make().run(samples.tensors)  # a new module: a call may change its buffers
         return found
 
     executor = compiled.prepared.executor
@@ -97,6 +99,7 @@ def retype_like(program: Program, compiled: Compiled) -> Program:
 
 def cast_stored(compiled: Compiled) -> Weights:
     """The cut weights in their stored types: the module's own, unless the settings name one."""
+    # A program of several types or of half precision is computed in a wider one; ``restore_types`` undoes that.
     program, auto = compiled.program, compiled.prepared.settings.dtype == "auto"
     state = (
         restore_types(program).state
@@ -134,6 +137,7 @@ def compare_stored(stored: Weights, expected: Weights) -> Difference:
     for name in sorted(stored.keys() | expected.keys()):
         if name not in stored or name not in expected or stored.like(name).shape != expected.like(name).shape:
             raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
+        # In the types in which they are kept, if these are equal: then equal bits need no more arithmetic.
         pair = stored.narrow(name), expected.narrow(name)
         if pair[0].dtype != pair[1].dtype:
             pair = stored[name], expected[name]

@@ -49,9 +49,11 @@ CHANGING_FIELDS = (
 )
 """Fields of the config that may differ from the dense model's."""
 UNSHARED_FIELDS = ("architectures", "model_type", "transformers_version")
+"""Fields that a LLaMA's config has, too, but with values of its own."""
 DIGITS = 6
 """Decimals of ``ffn_mult``: mlx-lm rounds to them."""
 LAYER_WEIGHT, FFN = "model.layers.", re.compile(r"model\.layers\.\d+\.mlp\.")
+"""Starts of the names of a layer's weights, and of its feed-forward weights."""
 WHOLE = "only feed-forward channels and blocks are cut for it; a --plan may also cut whole heads"
 
 
@@ -69,7 +71,10 @@ class NemotronNasTarget(StockTarget):
             MptkError: the class does not hold the dense model or computes something else, or one of the engines does
                 not read it.
         """
+        # 1. The class must hold the dense model, and the engines must read that.
         check_read(check_held(analysis, model).config, alignment.engines)
+        # 2. Cut are feed-forward channels, in steps that all engines read, and blocks. Other families only have their
+        # dense width here; a plan may cut them all the same.
         step = WIDTH_STEP if find_programs_needing("step", NAS, engines=alignment.engines) else 1
         cut = {family.name for family in analysis.families if _is_ffn(family)} | {f.name for f in analysis.depths}
         ladders = {
@@ -121,23 +126,20 @@ def _is_ffn(family: Family) -> bool:
 
 
 def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
-    """The dense model as ``DeciLMForCausalLM``.
-
-    Logits are compared, too, if there are weights and they fit in memory.
-
-    Raises:
-        MptkError: the class does not hold it, or computes something else.
-    """
+    """The dense model as ``DeciLMForCausalLM``. Raises MptkError unless that holds it and computes the same."""
+    # Names and shapes first, which need no weights.
     remedy = f"use --target stock or graph, since {NAS} has LLaMA's block"
     if not isinstance(model, PreTrainedModel):
         raise MptkError(f"{type(model).__name__} is not a language model of transformers; {remedy}")
     found = find_deci_config(model.config, cut_shapes(analysis, {}))
     if isinstance(found, str):
         raise MptkError(f"{NAS} does not hold {type(model).__name__}: {found}; {remedy}")
+    # Logits are compared if there are weights, and they fit into memory twice. Else the proof compares them, stage by
+    # stage.
     state = analysis.program.state_dict()
     empty = any(not isinstance(state.entry(name), Lazy) and state.find_in_memory(name) is None for name in state)
     if empty or 2 * sum(like.numel() * 4 for like in state.likes.values()) > measure_free_memory():
-        return found  # an analysis needs no weights; else the proof compares the logits, stage by stage
+        return found
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     if (difference := make_logits_check(analysis.program, tokens)(found)) > TOLERANCE:
         raise MptkError(f"{NAS} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
@@ -147,9 +149,7 @@ def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
 def find_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConfig | str:
     """The class and the config that have exactly ``shapes``, or the reason why there are none.
 
-    Args:
-        dense: the config before the cut.
-        shapes: state-dict name → shape after the cut, tied names included.
+    ``dense``: the config before the cut. ``shapes``: after the cut, tied names included.
     """
     if (why := _find_unlike(dense, shapes)) is not None:
         return why
@@ -157,6 +157,7 @@ def find_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConf
     model = config if isinstance(config, Refusal) else build_on_meta(DeciLMForCausalLM, config)
     if isinstance(config, Refusal) or isinstance(model, Refusal):
         return str(model)
+    # Weights that the class lacks are said in words: it has LLaMA's block, with the biases that the config asks for.
     there = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if more := sorted(shapes.keys() - there.keys()):
         return f"it has no {more[0]}"
@@ -168,7 +169,7 @@ def find_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> StockConf
 
 
 def _find_unlike(dense: PreTrainedConfig, shapes: WeightShapes) -> str | None:
-    """What of the dense model no engine's class computes, or None."""
+    """What of the dense model no engine's class computes, or None. Shapes would not show it."""
     if not any(name.startswith(LAYER_WEIGHT) for name in shapes):
         return f"it has no {LAYER_WEIGHT}0"
     if (act := getattr(dense, "hidden_act", None)) != "silu":
@@ -180,11 +181,13 @@ def _find_unlike(dense: PreTrainedConfig, shapes: WeightShapes) -> str | None:
 
 def _build_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> PreTrainedConfig | Refusal:
     """The config whose blocks have the widths of ``shapes``; all else is as in ``dense``."""
+    # The widths of each block, read from its weights: a block without attention or feed-forward weights has none.
     size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     count = len({name.split(".")[2] for name in shapes if name.startswith(LAYER_WEIGHT)})
     blocks = [_read_widths(shapes, f"{LAYER_WEIGHT}{i}") for i in range(count)]
     before = dense.to_dict()
     known = {name: before[name] for name in LlamaConfig().to_dict() if name in before and name not in UNSHARED_FIELDS}
+    # ``block_configs`` has the widths. The fields for the whole model have the largest of any block.
     own = {
         "auto_map": AUTO_MAP,
         "block_configs": [block.fields(dense.hidden_size) for block in blocks],
@@ -222,7 +225,10 @@ def _read_widths(shapes: WeightShapes, block: str) -> BlockWidths:
 
 
 def describe_ffn(width: int, hidden: int) -> dict[str, object]:
-    """A width as ``ffn_mult``, which all engines read, if that can say it; else as ``intermediate_size``."""
+    """A width as ``ffn_mult``, which all engines read, if that can say it; else as ``intermediate_size``.
+
+    ``modeling_nemotron_nas.compute_ffn_width`` reads it back as they do.
+    """
     return {"intermediate_size": width} if width % WIDTH_STEP else {"ffn_mult": round(1.5 * width / hidden, DIGITS)}
 
 
@@ -231,6 +237,7 @@ def list_unread(config: PreTrainedConfig, engines: Collection[str] = ()) -> list
 
     docs/deploy.md says where each of them reads it.
     """
+    # What this config has that some programs do not read.
     groups = {block["attention"].get("n_heads_in_group") for block in config.block_configs}
     beyond: Mapping[Limit, bool] = {
         "step": any("intermediate_size" in block["ffn"] for block in config.block_configs),

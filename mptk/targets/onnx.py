@@ -55,6 +55,7 @@ class OnnxTarget(Target):
     summary = "ONNX, a decoder's with a KV cache, beside another target"
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
+        # ONNX is written beside another target. If it fails, the folder is right without it.
         prepared, out = compiled.prepared, folder / ONNX_FOLDER
         out.mkdir()
         try:
@@ -76,13 +77,14 @@ class OnnxTarget(Target):
         form, there = compiled.prepared.task.onnx, folder / ONNX_FOLDER
         if form is None or not there.is_dir():
             return frozenset()
+        # Any scheme's graphs may be there; ``list_extras`` checks those that are.
         names = [Path(name) for name in form.graphs]
         graphs = [
             str(each) for name in names for each in (name, *(name_quantized_file(name, scheme) for scheme in ENDINGS))
         ]
         data = [name_data_file(name) for name in graphs if (there / name).is_file()]
         beside: list[str] = []
-        if compiled.written is None:
+        if compiled.written is None:  # transformers decides which files a tokenizer has
             with make_scratch() as place:
                 _write_alone(compiled.prepared.loaded, place.folder)
                 beside = list_files(place.folder)
@@ -111,6 +113,7 @@ class OnnxTarget(Target):
         Raises:
             ProofError: the graph cannot be read or run, or a weight differs by more than rounding allows.
         """
+        # Rounding is compared with the float32 graph, which this folder lacks.
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
         if form is None or not main.is_file() or not form.half(folder / ONNX_FOLDER):
             return []
@@ -135,6 +138,7 @@ class OnnxTarget(Target):
             _export(compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log())
             for name in form.graphs:
                 found, again = read_lazily(graphs / name), read_lazily(staging.folder / name)
+                # Exporters change from version to version, which is not a fault of the folder.
                 written, now = found.metadata_props.get(EXPORTER), again.metadata_props[EXPORTER]
                 apart = compare_structures(found, again, UNLIKE) or compare_constants(found, again)
                 if apart and written != now:
@@ -154,6 +158,7 @@ class OnnxTarget(Target):
         settings, reached = compiled.prepared.settings, count_model_positions(compiled)
 
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
+            # The weights against the float graph's, then each use of the graph against its own outputs.
             found = _compare_quantized(form, device, [(file, name_float_file(file)) for file in files], scheme, batches)
             stages = form.stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
             return [*found, *_compare_use(scheme, [run for run, _ in stages.values()], batches)]
@@ -175,6 +180,7 @@ def count_model_positions(compiled: Compiled) -> int:
 
 def choose_onnx_form(prepared: Prepared) -> OnnxForm:
     """How to write the model as ONNX. Raises MptkError if that is impossible."""
+    # Both refusals cost nothing: they come before any export.
     task = prepared.task
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
@@ -190,8 +196,7 @@ def describe_graphs(
 ) -> list[str]:
     """Write the files that programs need to load the graphs of a checkpoint ``folder``; returns notes on missing ones.
 
-    Raises:
-        MptkError: ``strict``, and a file cannot be written.
+    Raises MptkError if a file cannot be written and ``strict``.
     """
     write_entry(folder, ONNX_FOLDER)
     try:
@@ -212,6 +217,7 @@ def list_quantized(
     """
     found = list[Extra]()
     for scheme, files in list_quantized_files(folder).items():
+        # The main graph first: it names the scheme's entry in a report, and it is the one that is compared by outputs.
         files.sort(key=lambda file: name_float_file(file).name != form.graphs[0])
         found.append(
             Extra(f"{folder.name}/{files[0].name}", partial(check, scheme, files), partial(remove_graphs, files))
@@ -234,6 +240,7 @@ def _check_described(form: OnnxForm, compiled: Compiled, folder: Path, name: str
     written = compiled.written
     if written is None:
         fail(f"{name} is there, but graphs without a checkpoint have no such file")
+    # Write it again, for the folder's own graphs, and compare.
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
     with make_scratch() as place:
         (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())
@@ -278,6 +285,7 @@ def _compare_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: S
 
     Nothing if the graph gives only some of these.
     """
+    # The first run gives whole rows; the others use caches and padding. A graph of last positions has no whole rows.
     pairs = list[tuple[Tensor | Placed, Tensor]]()
     for batch in batches:
         plain, *others = (_run_outputs(run, batch) for run in runs)
@@ -306,6 +314,7 @@ def _compare_quantized(
     batches: Sequence[Samples],
 ) -> list[Difference]:
     """Compare graphs, the main one first, with the float32 graphs beside them, and what they compute together."""
+    # Weights of every graph, outputs of the main one.
     file = files[0][0]
     try:
         share = max(check_quantized(whole, file, scheme) for file, whole in files)

@@ -84,6 +84,7 @@ class StockTarget(Target):
         Raises:
             MptkError: the class refuses these widths, and ``rehome`` is not set or no other class can hold them.
         """
+        # 1. The model's own class.
         prepared, widths = compiled.prepared, compiled.chosen.plan.widths
         analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
         assert stock is not None
@@ -96,8 +97,10 @@ class StockTarget(Target):
             ):
                 raise MptkError(f"this cut breaks {'; '.join(unread)}; cut other units, or name other --engines")
             return Written(found, loaded, found.config, dtype)
+        # 2. Without the removed blocks it would hold the widths: then the blocks are the reason.
         if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
+        # 3. Another class, which must compute the same. Its candidates are causal language models.
         if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = make_logits_check(compiled.program, sample.inputs["input_ids"])
             other = find_other_class(found.config, cut_shapes(analysis, widths), check)
@@ -105,6 +108,7 @@ class StockTarget(Target):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, dtype, note)
             raise MptkError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
+        # 4. A refusal, with the class that --rehome would find.
         home = self.name_home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
@@ -117,6 +121,8 @@ class StockTarget(Target):
         return [compiled.written.note, heads.note, *self.limits(compiled)]
 
     def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        # The checkpoint is written again, but for its weights: of these only names and headers are noted. Which files
+        # it has depends on transformers, so no list here could say.
         held: dict[str, WeightFile] = {}
 
         def note(tensors: Mapping[str, object], file: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -142,6 +148,7 @@ class StockTarget(Target):
 
     def make_checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         assert compiled.written is not None
+        # The files, without running anything: the code first, since a config may name classes of it.
         loaded, task = compiled.prepared.loaded, compiled.prepared.task
         check_code(loaded.path, folder)
         config = check_written_config(compiled.written, folder, loaded.trust)
@@ -150,10 +157,13 @@ class StockTarget(Target):
         check_pipeline(loaded, folder)
         check_tokenizer(compiled, folder)
         heads = check_heads(compiled, folder)
+        # The weights, opened as transformers would, one at a time.
         executor = compiled.prepared.executor
         reloaded = models.open_weights(str(folder), Resident(0), trust=loaded.trust)
         assert reloaded.weights is not None
         weights = compare_stored(reloaded.weights, compiled.program.state_dict())
+        # How the reloaded checkpoint runs: whole, as its class, if it fits into the memory of a stage. Else as a
+        # program, stage by stage: traced like the samples of a task without sequences, or for any length of a text.
         further: dict[str, Further] = {}
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
             model = reloaded.whole()
@@ -161,7 +171,7 @@ class StockTarget(Target):
             further = {"reloaded": Further(partial(task.output, model), TOLERANCE)}
         elif not task.sequences:
             run = trace_like_samples(reloaded, task, executor)
-        else:  # stage by stage, as the class computes
+        else:
             example, length = (
                 task.make_example(reloaded.model),
                 task.find_fixed_length(compiled.prepared.analysis.program),
@@ -197,7 +207,7 @@ def trace_like_samples(loaded: models.Loaded, task: Task, executor: Executor) ->
     programs: list[Program] = []
 
     def run(samples: Samples) -> Tensor:
-        if not programs:
+        if not programs:  # the first samples tell which sizes the others have
             example = task.like(task.make_example(loaded.model), samples)
             sizes, wrap = task.open_sizes(example), task.choose_wrapper(loaded.model, example)
             programs.append(
@@ -215,8 +225,8 @@ def keeps_features(compiled: Compiled) -> bool:
 
 
 def check_heads(compiled: Compiled, folder: Path) -> list[Difference]:
-    """Differences of the cut multi-token-prediction layers: their outputs from the masked ones, their weights in
-    ``folder`` from these. Empty if there are none."""
+    """How the multi-token-prediction layers in ``folder`` differ: their weights from the cut ones, and these layers'
+    outputs from the masked ones'. Empty if there are none."""
     assert compiled.written is not None
     heads = compiled.written.drafter
     if heads is None or heads.difference is None:
@@ -243,7 +253,7 @@ def check_tokenizer(compiled: Compiled, folder: Path) -> None:
 
 
 RARE = 64
-"""Number of tokens with the highest ids to compare; the lowest ids are letters, which occur in every text."""
+"""Number of tokens with the highest ids to compare. The lowest ids are letters, which occur in every text."""
 SPECIAL = 64
 """Number of added and special tokens to compare."""
 
@@ -253,14 +263,14 @@ def check_same_reading(
 ) -> None:
     """Raise ProofError unless both encode texts to the same tokens and decode these to the same texts.
 
-    Args:
-        kept: the ids of ``dense`` that stay, in the order of the written ids; None: all.
+    ``kept``: the ids of ``dense`` that stay, in the order of the written ids; None: all.
     """
+    # ``verbose`` would warn of texts longer than the model's positions.
     new = None if kept is None else {old: i for i, old in enumerate(kept)}
     for text in make_texts(dense, kept):
         ids = dense(text, verbose=False).input_ids
         if new is not None and not new.keys() >= set(ids):
-            continue
+            continue  # a removed token: the written tokenizer splits it into others
         expected = ids if new is None else [new[i] for i in ids]
         found = written(text, verbose=False).input_ids
         if found != expected:
@@ -277,6 +287,7 @@ def check_same_reading(
 
 def make_texts(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int] | None) -> Iterator[str]:
     """Texts of added and special tokens, by themselves and within words, and of rare tokens."""
+    # A special token within a word shows whether the tokenizer strips spaces around it.
     added = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})[:SPECIAL]
     for token in added:
         yield token

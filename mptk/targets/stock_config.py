@@ -24,7 +24,9 @@ from passes.verify import Difference
 # Fields that say who wrote the file, and fields with a check of their own (the class, the weights' type).
 _APART = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "quantization_config")
 _GENERATION = ("transformers_version", "_from_model_config")
+"""The same of generation_config.json."""
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names of types → torch's."""
 
 
 def find_config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
@@ -39,14 +41,15 @@ def find_config_changes(written: Written, folder: Path) -> dict[str, list[object
 
 
 def check_written_config(written: Written, folder: Path, trust: Trust) -> Difference:
-    """The stage ``config``: config.json and generation_config.json in ``folder``. Run ``check_code`` first.
+    """The stage ``config``: compare config.json and generation_config.json in ``folder`` with the dense model's, cut.
 
-    Raises:
-        MptkError: a field or a file differs from the dense model cut to the plan.
+    Run ``check_code`` first: a config may name classes of code beside it.
     """
+    # 1. The file agrees with itself: older spellings of a field have its value.
     found = models.load_config(str(folder), trust=trust)
     raw = read_object(folder / "config.json")
-    compare("config.json", raw, make_portable_config(raw))  # older spellings of a field must agree with it
+    compare("config.json", raw, make_portable_config(raw))
+    # 2. What was to be written differs from the dense config only as the plan says, and 3. is what was written.
     _check_cut(written)
     graphs = build_js_config(folder / ONNX_FOLDER)
     if graphs:
@@ -57,10 +60,12 @@ def check_written_config(written: Written, folder: Path, trust: Trust) -> Differ
         _convert_config(_read_back(written.stock.config)),
         {CONFIG_KEY} if graphs else set(),
     )
+    # 4. The class, and the type that the weights have.
     require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
     for file in sorted(folder.glob("model*.safetensors")):  # not a compensation's weights, which keep float32
         for kind in _list_dtypes(file):
             require("config.json", "dtype", _name_dtype(found.dtype), kind)
+    # 5. How text is generated, which no cut changes.
     if written.stock.model_class.can_generate() and (dense := written.loaded.model.generation_config) is not None:
         if not (folder / "generation_config.json").is_file():
             fail("generation_config.json is missing")
@@ -72,9 +77,11 @@ def check_written_config(written: Written, folder: Path, trust: Trust) -> Differ
 def check_code(dense: Path, folder: Path) -> None:
     """Raise MptkError if Python code in ``folder`` is neither the dense model's nor mptk's. Call it before any runs."""
     for file in sorted(folder.rglob("*.py")):
+        # By content, so that neither a dense model's file nor mptk's own can be replaced by another of its name.
         known = [own for own in (dense / file.relative_to(folder), OWN_CODE) if own.name == file.name and own.is_file()]
         if hash_file(file) not in map(hash_file, known):
             fail(f"{file.relative_to(folder)} is not the dense model's code")
+    # ``auto_map`` may also name code of another repository, which no file here shows.
     for name in ("config.json", "tokenizer_config.json"):
         if foreign := sorted(_list_repositories(folder / name) - _list_repositories(dense / name)):
             fail(f"{name} asks for code of another repository, {foreign[0]}")
@@ -98,6 +105,7 @@ def _check_cut(written: Written) -> None:
     if written.cut is written.stock.config:
         compare("config.json", new, dense, listed)
     else:
+        # Another class is written. ``written.cut`` is the own class's config, and the two share only some fields.
         common = cut.keys() & new.keys()
         compare("config.json", {k: new[k] for k in common}, {k: cut[k] for k in common}, listed)
 

@@ -25,8 +25,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.decoder import MERGED_FILE
-from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
+from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks

@@ -24,8 +24,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.decoder import MERGED_FILE, OrtDecoder
-from mptk.ort.embeddings import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, VISION_FILE
+from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Further

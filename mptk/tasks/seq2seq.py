@@ -19,7 +19,7 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
 from mptk.ir.samples import IGNORED, Samples
-from mptk.ort.encoder_decoder import DECODER_IDS
+from mptk.ort.decoder import DECODER_IDS
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json

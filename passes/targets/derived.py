@@ -33,6 +33,8 @@ def find_derived_families(analysis: Analysis) -> dict[str, str]:
     5. channels that are multiplied by a power of their number, as T5's before its head;
     6. groups of channels that are normalised together: no weight shows how many there are, either.
     """
+    # The axes of cases 1 ``scaled``, 2 ``tables``, 4 ``grouping``, 5 ``powers`` and 6 ``normed``. In a product of axes
+    # all factors but the last count groups.
     facts = analysis.facts
     scaled = collect_axes(product.axis for product in facts.contractions if not facts.has_weight(product))
     uses = [(find_argument_at(node, path), dims) for node, each in facts.constant_uses.items() for path, dims in each]
@@ -42,6 +44,7 @@ def find_derived_families(analysis: Analysis) -> dict[str, str]:
     grouping = collect_axes(factor for term in experts for factor in term.factors[:-1])
     normed = collect_axes(factor for term in find_normed_channels(analysis) for factor in term.factors[:-1])
     powers = find_size_scaled_axes(analysis)
+    # A family may have several reasons: one is said.
     reasons = {}
     for family in analysis.families:
         axis = family.groups[0].axis
@@ -72,9 +75,9 @@ def find_normed_channels(analysis: Analysis) -> Iterator[Product]:
 
 
 def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:
-    """Whether all entries of a constant are equal, as the zeros at the start of a recurrence.
+    """Whether all entries of a constant are equal, such as the zeros at the start of a recurrence.
 
-    ``written``: the values that a call changes in place.
+    Such a constant can be made for any width. ``written``: the values that a call changes in place.
     """
     while constant not in written and constant.op == "call_function" and name_base_op(constant.target) in CARRYING:
         (constant, *_) = constant.all_input_nodes
@@ -83,7 +86,7 @@ def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:
 
 
 def find_size_scaled_axes(analysis: Analysis) -> dict[Axis, SourceLocation]:
-    """Axes of n channels that a call multiplies by n^½, n^-½ or 1/n, with the place of the call.
+    """Axes of n channels that a call multiplies by n^½, n, or one divided by these, with the place of the call.
 
     A number that two axes explain (attention's scale, if heads and channels in a head are equally many) is left out.
     """
@@ -95,6 +98,7 @@ def find_size_scaled_axes(analysis: Analysis) -> dict[Axis, SourceLocation]:
             continue
         if not isinstance(dims := analysis.facts.results.get(value), tuple) or not dims:
             continue
+        # With the inverse, too, multiplications and divisions need not be told apart. Channels are the last axis.
         scales = (numbers[0], 1 / numbers[0] if numbers[0] else 0.0)
         axes = [
             axis

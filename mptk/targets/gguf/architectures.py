@@ -20,6 +20,7 @@ from mptk.reading import Json
 
 WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
+# transformers' names of what llama.cpp computes as one activation.
 SILU, GELU, RELU2 = ("silu", "swish"), ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("relu2",)
 
 
@@ -31,7 +32,7 @@ class Architecture:
         name: the architecture of the file.
         activations: names of the activation that it computes.
         changes: pattern of a tensor's name in the file → how it differs from the weight.
-        square: whether heads x size of a head must be the hidden size.
+        square: whether heads × size of a head must be the hidden size.
         period: each ``period``-th layer attends to all tokens and the others to a window; 0: all layers to all tokens.
         fixed: fields of the config that it does not read → the value that it computes with.
         written: fields of the file that the transformers class has built in.
@@ -60,12 +61,12 @@ def group_projections(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def transpose_weight(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows are output channels."""
+    """The weight of a ``Conv1D`` of transformers, whose rows are inputs."""
     return weight.t()
 
 
 def shift_scale(weight: Tensor, head_dim: int) -> Tensor:
-    """The scale of a norm that multiplies by 1 + weight."""
+    """The scale of a norm that multiplies by 1 + weight: llama.cpp multiplies by the weight."""
     return weight + 1
 
 
@@ -77,6 +78,7 @@ def flatten_weight(weight: Tensor, head_dim: int) -> Tensor:
 PAIRED = {r"\.attn_[qk]\.": permute_pairs}
 SHIFTED = {r"norm\.weight$": shift_scale}
 LLAMA = Architecture("llama", changes=PAIRED)
+# What rows below have in common. A value of ``fixed`` is a function of the config.
 
 
 def _give_always(value: object) -> Callable[[object], object]:
@@ -88,9 +90,12 @@ def _mark_fourth_layers(config: PreTrainedConfig) -> list[int]:
 
 
 ALL_EXPERTS = {"decoder_sparse_step": _give_always(1), "mlp_only_layers": _give_always([])}
+"""All layers have experts."""
 UNGROUPED = {"num_key_value_heads": lambda config: config.num_attention_heads}
+"""Each query head has keys of its own."""
 SIGMOID = {"expert_gating_func": ExpertGatingFuncType.SIGMOID}
 GEMMA_SCALE = {"query_pre_attn_scalar": lambda config: config.head_dim}
+"""Attention's scale follows from the size of a head."""
 
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -164,7 +169,7 @@ ARCHITECTURES = {
     "granitemoe": Architecture("granitemoe", changes=PAIRED),
     "granitemoeshared": Architecture("granitemoe", changes=PAIRED),
 }
-
+"""``model_type`` → what llama.cpp expects."""
 
 COPIED = {
     "context_length": ("max_position_embeddings",),
@@ -183,7 +188,7 @@ COPIED = {
     "parallel_residual": ("use_parallel_residual",),
     "clamp_kqv": ("clip_qkv",),
 }
-"""GgufSetting → its names in a config."""
+"""Setting of gguf's writer → its names in a config, the first of which counts."""
 YARN = {
     "rope_scaling_yarn_ext_factor": "extrapolation_factor",
     "rope_scaling_yarn_attn_factor": "attention_factor",
@@ -192,32 +197,32 @@ YARN = {
     "rope_scaling_yarn_log_mul": "mscale_all_dim",
     "attn_temperature_scale": "llama_4_scaling_beta",
 }
+"""The same for the fields of YaRN's ``rope_parameters``."""
 FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
-"""Divisors of the rotary frequencies: tensors that the file has and the model has not."""
+"""Divisors of the rotary frequencies: tensors that the file has and the model does not have."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+"""The activation's names in a config, the first of which counts."""
 GgufSetting = tuple[str, object]
 
 
 def find_architecture(config: PreTrainedConfig) -> Architecture:
-    """What llama.cpp expects of the model.
-
-    Raises:
-        MptkError: mptk does not know, or llama.cpp computes the model with other numbers than the config's.
-    """
+    """What llama.cpp expects of the model. Raises MptkError if it would compute the model with other numbers."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise MptkError(
             f"mptk cannot write {config.model_type} models as GGUF, only {', '.join(ARCHITECTURES)}; use llama.cpp's "
             "converter"
         )
+    # What llama.cpp has built in must be what the config says: numbers, the activation, the order of windows.
     for name, wanted in found.fixed.items():
         if (has := getattr(config, name, wanted(config))) != wanted(config):
             raise _make_unlike_error(config, f"{name} {has}", f"{wanted(config)}")
     activation = next((getattr(config, name) for name in ACTIVATIONS if getattr(config, name, None)), None)
     if activation not in found.activations:
         raise _make_unlike_error(config, f"the activation {activation}", " or ".join(found.activations))
-    if found.period and _mark_windows(config) != [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)]:
+    windows = [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)] if found.period else []
+    if windows and [kind == "sliding_attention" for kind in config.layer_types] != windows:
         raise _make_unlike_error(
             config, "other sliding layers", f"a full layer after each {found.period - 1} sliding ones"
         )
@@ -242,6 +247,7 @@ def write_settings(writer: GGUFWriter, config: PreTrainedConfig, architecture: A
 def find_ignored_window(config: PreTrainedConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
+    # Without a list of types, a window holds for all layers.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if architecture.period or not window or "sliding_attention" not in kinds:
         return None
@@ -263,6 +269,7 @@ def compute_rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
         }
     if rope.get("rope_type") != "llama3":
         return {}
+    # llama.cpp divides its own frequencies by the tensor: plain frequencies over those of transformers.
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     size = find_rope_dim(config)
     return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
@@ -279,6 +286,7 @@ def _list_rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
     rope, sliding = _find_rope(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if not rope:
         return
+    # ``swa``: of the layers with a window, which may rotate otherwise.
     yield "rope_freq_base", rope["rope_theta"]
     if sliding is not None:
         yield "rope_freq_base_swa", sliding["rope_theta"]
@@ -303,11 +311,6 @@ def _find_rope(config: PreTrainedConfig) -> Json:
     """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
-
-
-def _mark_windows(config: PreTrainedConfig) -> list[bool]:
-    """Whether each layer attends to a window."""
-    return [kind == "sliding_attention" for kind in config.layer_types]
 
 
 def _make_unlike_error(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:

@@ -47,7 +47,7 @@ DROPPED = (
     "general.size_label",
     "quantize.",
 )
-"""Prefixes of fields that describe the pattern's own weights."""
+"""Prefixes of fields that describe the pattern's own weights, and would be wrong for others."""
 TOKENS = "tokenizer.ggml.tokens"
 WRITER = "general.source.writer"
 """The field that marks a file as mptk's, which a later one may replace."""
@@ -75,13 +75,17 @@ class Pattern:
     """
 
     def __init__(self, file: Path) -> None:
+        # Bounds first: the reader trusts the sizes that a file says.
         check_gguf(file)
         self.file = file
         try:
             self.reader = GGUFReader(file)
             self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
             self.architecture = str(self._value("general.architecture"))
-            hidden, heads = (int(self._own(name)) for name in ("embedding_length", "attention.head_count"))
+            hidden, heads = (
+                int(self._value(f"{self.architecture}.{name}")) for name in ("embedding_length", "attention.head_count")
+            )
+            # A file may leave the size of a head out if it is hidden size / heads.
             length = self.fields.get(f"{self.architecture}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
             self.tokens = len(self._value(TOKENS))
@@ -90,9 +94,6 @@ class Pattern:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise make_damage_error(file)(take_first_line(error)) from error
-
-    def _own(self, name: str) -> Any:
-        return self._value(f"{self.architecture}.{name}")
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:
@@ -106,7 +107,7 @@ class Pattern:
         for name, field in self._kept():
             own = name.startswith(f"{self.architecture}.")
             key = f"{writer.arch}.{name.removeprefix(f'{self.architecture}.')}" if own else name
-            if key not in writer.kv_data[0]:
+            if key not in writer.kv_data[0]:  # what follows from the folder counts more
                 writer.add_key_value(key, field.value, field.type, sub_type=field.items)
 
     @property
@@ -128,8 +129,9 @@ class Pattern:
     def check(self, names: set[str], table: tuple[int, int], free: set[str]) -> None:
         """Raise MptkError if a model with these tensors and this embedding table was not cut from the pattern's model.
 
-        ``free``: tensors that may be in only one of both.
+        ``free``: tensors that only one of the two may have.
         """
+        # The same tokens, and no more channels. Then the same tensors in each layer; layers themselves may be gone.
         dense = self.shapes.get("token_embd.weight", (0, 0))
         if table[0] != dense[0] or table[0] != self.tokens or table[1] > dense[1]:
             raise MptkError(
@@ -146,6 +148,7 @@ class Pattern:
 
 
 FIELDS, TENSORS = "GGUF fields", "GGUF tensors"
+"""The stages of the proof."""
 MOST_ROUNDED = 0.15
 """Errors of numbers are given as shares of the largest one of their tensor; 4 bits have steps of an eighth of it, and
 the scale of a block is itself rounded. Each number is checked against its own block's bound."""
@@ -180,6 +183,7 @@ class GgufFolder:
         kind: GgufType,
         name: str = "",
     ) -> None:
+        # What llama.cpp expects of the model: by its config or, for a graph, by the dense model's file.
         self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
         if config is not None:
             self.base, size, divisors = find_architecture(config), find_head_dim(config), compute_rope_divisors(config)
@@ -187,12 +191,14 @@ class GgufFolder:
             dense = _check_graph_pattern(place, plan, pattern)
             self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
         self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
+        # The tensors, in the file's names and form.
         tied = bool(getattr(config, "tie_word_embeddings", False))
         tensors = arrange_weights(weights, self.base, size, tied=tied)
         self.head_dim = size
         self.weights = GgufWeights(tensors.with_entries(divisors), self.base, size, kind)
         if pattern is not None:
             _check_pattern(pattern, self.base, self.weights)
+        # What llama.cpp does otherwise, though the file is right.
         self.notes, self.proof = list(self.weights.notes), list[Difference]()
         if config is not None and (window := find_ignored_window(config, self.base)):
             ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
@@ -242,6 +248,7 @@ def _check_graph_pattern(place: Path, plan: Plan, pattern: Pattern | None) -> Pa
         raise MptkError(
             f"{pattern.file} holds a {pattern.architecture} model; of graphs, mptk writes only {EQUAL} models as GGUF"
         )
+    # Without a config nothing else says what a cut of another family would mean.
     cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
     if odd := {name for name in cut if name.partition(".")[0] not in GGUF_FAMILIES}:
         raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(GGUF_FAMILIES)}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.reading import Json
 
+# The expressions of pre-tokenizers, letter by letter as tokenizer.json has them: llama.cpp knows each only by a name.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -26,20 +27,22 @@ SPLITS = {
 }
 """How a tokenizer splits text, and whether it takes whole words of the vocabulary first → llama.cpp's name."""
 SPACE = "▁"
-"""A space in SentencePiece's vocabularies. llama.cpp takes tokens that a user defined as text."""
+"""A space in SentencePiece's vocabularies. llama.cpp reads user-defined tokens as text, so there it is a plain
+space."""
 
 
 def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Write the vocabulary. ``rows``: the length of the embedding table, whose last rows may have no token.
+    """Write the vocabulary. Raises MptkError if llama.cpp has no such tokenizer.
 
-    Raises:
-        MptkError: llama.cpp has no such tokenizer.
+    ``rows``: the length of the embedding table, whose last rows may have no token.
     """
+    # 1. The tokens.
     spec = _read_spec(tokenizer)
     if spec["model"]["type"] != "BPE":
         raise _make_tokenizer_error(f"a vocabulary of type {spec['model']['type']}")
     tokens, types = _list_tokens(spec, rows)
     spaces = bool(spec["model"].get("byte_fallback"))
+    # 2. How text becomes tokens: SentencePiece's kind by scores, the byte-level kind by merges and a way to split text.
     writer.add_tokenizer_model("llama" if spaces else "gpt2")
     writer.add_tokenizer_pre("default" if spaces else _name_splitting(spec))
     writer.add_token_list(tokens)
@@ -47,6 +50,8 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, tokenizer: PreTrainedToken
     if spaces:
         writer.add_token_scores(_compute_scores(spec, tokens))
     writer.add_add_space_prefix(_has_prefix_step(spec))
+    # 3. Special tokens, merges and chat templates, which gguf reads from the folder. What is put around a text is seen
+    # on one: a tokenizer's fields may say otherwise.
     special = SpecialVocab(folder, load_merges=not spaces, n_vocab=rows)
     ids = tokenizer("a").input_ids
     special.add_special_token = {
@@ -66,7 +71,10 @@ def _read_spec(tokenizer: PreTrainedTokenizerBase) -> Json:
 
 
 def _list_tokens(spec: Json, rows: int) -> tuple[list[str], list[TokenType]]:
-    """The token of each row, and its type. A token without a row, which some classes add, is left out."""
+    """The token of each row, and its type. A token without a row, which some classes add, is left out.
+
+    A row without a token is called ``[PADn]``, like in llama.cpp's converter.
+    """
     added = {token["id"]: token for token in spec["added_tokens"]}
     words = {number: word for word, number in spec["model"]["vocab"].items()}
     words |= {number: token["content"] for number, token in added.items()}
@@ -103,6 +111,7 @@ def _list_steps(spec: Json, name: str, inner: str) -> list[Json]:
 
 def _name_splitting(spec: Json) -> str:
     """llama.cpp's name for how the tokenizer splits text."""
+    # llama.cpp does not normalise text. NFC changes few texts; any other step is refused.
     steps = _list_steps(spec, "pre_tokenizer", "pretokenizers")
     kinds = [step["type"] for step in steps]
     if odd := [step["type"] for step in _list_steps(spec, "normalizer", "normalizers") if step["type"] != "NFC"]:

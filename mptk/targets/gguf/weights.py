@@ -25,9 +25,12 @@ from mptk.ir.weights import Weights
 from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"
+"""llama.cpp's architectures of LLaMA's block: with one width for all layers, and with lists of widths."""
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+"""Type of a stored weight → the file's, if none is asked for. A weight of another type is refused."""
 ARCHITECTURE = "general.architecture"
 TABLE, HEAD = "token_embd.weight", "output.weight"
+"""The embedding table and the output matrix."""
 FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
 BUFFER = "inv_freq"
@@ -41,7 +44,8 @@ RENAMED = {
     ".mlp.gate.moe_statics.": ".mlp.moe_statics.",
     ".e_score_correction_bias": ".e_score_correction.bias",
 }
-"""Parts of names that transformers' classes have → as gguf's table of names has them."""
+"""Parts of names that transformers' classes have → as gguf's table of names has them. In this order: the first one also
+has the second in it."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,8 @@ class LayerWidths:
 
 
 def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
-    """The weights under the names and in the form of the file. ``tied``: the embedding table is the output matrix, too.
-
-    Raises:
-        MptkError: a file of this architecture has no such tensor.
-    """
+    """The weights under the file's names and in its form. ``tied``: the embedding table is the output matrix, too."""
+    # gguf's own table of names, long enough for the largest number in any name: a layer's, or an expert's.
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     counted = [int(number) for weight in weights for number in re.findall(r"\.(\d{1,5})\.", weight)]
     known = gguf.get_tensor_name_map(arch, max(counted, default=-1) + 1)
@@ -67,19 +68,22 @@ def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int,
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     scales: dict[str, Callable[[Tensor], Tensor]] = {}
     for weight, part, half in _split_parts(weights):
+        # 1. Its name in the file.
         name = known.get_name(part, try_suffixes=(".weight", ".bias"))
         if name is None and part.removesuffix(".weight") in gguf.TensorNameMap.mappings_cfg[gguf.MODEL_TENSOR.OUTPUT]:
             name = HEAD  # of a model that has one weight for both
         if name is None:
             raise _make_weight_error(architecture, weight)
         name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        # 2. How it differs from the weight. A shift computes; all other changes only move numbers (``moves``).
         sources[name] = weight
         if half is not None:
             changes[name] = partial(_take_half, half)
         for pattern, change in architecture.changes.items():
             if re.search(pattern, name):
                 (scales if change is shift_scale else changes)[name] = partial(_with, change, head_dim)
-    if HEAD in sources and (tied or TABLE not in sources):  # one weight for both, under one name or the other
+    # 3. One weight for table and output matrix, under one name or the other. llama.cpp takes the table for both.
+    if HEAD in sources and (tied or TABLE not in sources):
         sources.setdefault(TABLE, sources.pop(HEAD))
     if HEAD in sources and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]:
         raise _make_weight_error(architecture, sources[HEAD])
@@ -93,7 +97,7 @@ def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
 
 
 def _split_parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
-    """Each weight, the name of a part of it for gguf, and which half the part is; None: it is the whole."""
+    """Each weight, the name for gguf of a part of it, and which half the part is (None: the whole)."""
     for weight in weights:
         name = weight
         for old, new in RENAMED.items():
@@ -139,6 +143,7 @@ class GgufWeights:
     @property
     def architecture(self) -> str:
         """The name of the file's architecture."""
+        # Layers with experts may have other widths than the leading ones without: these are two numbers in any file.
         blocks = {(layer.ffn, layer.experts) for layer in self.layers}
         heads = {(layer.heads, layer.groups) for layer in self.layers}
         ragged = len(heads) > 1 or len(blocks) > len({experts > 0 for _, experts in blocks})
@@ -167,6 +172,8 @@ class GgufWeights:
         return {name: self._choose_kind(name, kind) for name in self.tensors}
 
     def _choose_kind(self, name: str, asked: GgufType) -> Kind:
+        # Vectors, and some matrices, are float32 whatever was asked for. A row that the type's blocks do not fill is
+        # float16. 4 or 5 bits are too coarse for the table and the output matrix.
         like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
         if held not in HELD:
             raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
@@ -191,6 +198,7 @@ class GgufWeights:
         def shape(name: str) -> torch.Size:
             return self.tensors.like(f"blk.{i}.{name}.weight").shape
 
+        # The input of the attention's output is the queries' width, also if query, key and value are one tensor.
         size, queries = self.head_dim, shape("attn_output")[1]
         fused, experts = f"blk.{i}.attn_qkv.weight" in self.tensors, f"blk.{i}.ffn_down_exps.weight" in self.tensors
         keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
@@ -205,6 +213,7 @@ class GgufWeights:
         return self.tensors.like(name).shape[1] if name in self.tensors else 0
 
     def _check_widths(self) -> None:
+        # What llama.cpp's code for the architecture takes for granted.
         first, hidden, sparse = self.layers[0], self.table[1], self.layers[self.leading :]
         if self.architecture == RAGGED and (self.base.name != EQUAL or sparse):
             raise MptkError(
@@ -238,6 +247,7 @@ class GgufWeights:
         writer.add_vocab_size(rows)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
+        # Experts: the first layer with any speaks for all.
         for sparse in self.layers[self.leading : self.leading + 1]:
             writer.add_expert_count(sparse.experts)
             writer.add_expert_feed_forward_length(sparse.ffn)
@@ -245,7 +255,8 @@ class GgufWeights:
             if shared := self._count_shared():
                 writer.add_expert_shared_feed_forward_length(shared)
                 writer.add_expert_shared_count(shared // sparse.ffn)
-        sizes = dict.fromkeys(self.kinds.values(), 0)  # the type of most numbers in matrices names the file's
+        # The file is called after the type of most numbers in the layers' matrices.
+        sizes = dict.fromkeys(self.kinds.values(), 0)
         for name, kind in self.kinds.items():
             like = self.tensors.like(name)
             sizes[kind] += like.numel() if name.startswith("blk.") and like.ndim > 1 else 0
@@ -256,6 +267,7 @@ class GgufWeights:
 
 def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
     """Write the tensors in float32, with the fields of another file of the same model."""
+    # The fields as they are, except what the writer makes itself.
     kinds = weights.choose_kinds("f32")
     writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
     for name, field in like.fields.items():
@@ -267,6 +279,8 @@ def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
 
 def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kind]) -> None:
     """Write the tensors behind the writer's fields, and close the file. One tensor is in memory at a time."""
+    # The format has all names, shapes and types before the first number. gguf's own ``add_tensor`` would hold all
+    # numbers.
     for name, kind in kinds.items():
         shape = tensors.like(name).shape
         block, size = gguf.GGML_QUANT_SIZES[kind]

@@ -1,6 +1,6 @@
 """check_quantized: compare a quantised ONNX graph with its float graph, weight by weight.
 
-Channels are evened out before rounding (``smooth.py``, ``balance.py``), so the same is done to the float graph here.
+Channels are evened out before rounding (``equalize.py``), so the same is done to the float graph here.
 Then each output of a product and each block of its inputs must satisfy:
 
 1. 8 bits: every weight is within half a step of the float one, or within one step if its code is the last of the range;
@@ -30,10 +30,9 @@ from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.progress import step_through
-from passes.targets.onnx.balance import match_gated_product
-from passes.targets.onnx.block_weights import BlockWeightsPass
+from passes.targets.onnx.block_weights import BlockWeightsPass, LookUpInBlocksPass
+from passes.targets.onnx.equalize import match_gated_product
 from passes.targets.onnx.float16 import Float16Pass
-from passes.targets.onnx.look_up import LookUpInBlocksPass
 from passes.targets.onnx.names import read_scheme
 from passes.targets.onnx.plain_products import find_weight_products
 from passes.targets.onnx.quantize import list_evening_passes, read_float
@@ -78,6 +77,7 @@ class Rounded:
 
     def part(self, outputs: slice | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
         """Codes, values and the size of the step at each, of some outputs. All arrays are [inputs, outputs]."""
+        # [outputs, blocks, block], then one row for each output, without the padding of the last block.
         codes, scales = _unpack_codes(self.packed[outputs], self.bits), self.scales[outputs, :, None]
         zeros = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros[outputs, :, None]
         values = scales * (codes.astype(np.float32) - zeros)
@@ -99,8 +99,10 @@ class Rounded:
         codes, values, steps = self.part(outputs)
         apart = _convert_to_steps(values - weight, steps)
         if self.bits == 8:
+            # The range is symmetric and the codes are not: the end that has one code less cuts off a whole step.
             allowed = np.where((codes == 0) | (codes == 255), 2 * HALF_STEP, HALF_STEP)
             return np.asarray((apart / allowed).max(axis=0)), 0.0
+        # GPTQ moves single weights far, so a whole block is measured.
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
         worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / BLOCK_STEPS
@@ -121,22 +123,25 @@ def check_quantized(source: Path, file: Path, scheme: str) -> float:
     Raises:
         ProofError: a weight is missing, or is further from the float one than rounding explains. The message names it.
     """
+    # Numbers first: their message names the weight.
     check = _check_halves if scheme == "fp16" else _check_blocks
     quantized = read_lazily(file)
     worst, expected = check(source, quantized, scheme)
     name = max(worst, key=worst.__getitem__)
     if not worst[name] <= 1:
         _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding explains")
+    # Constants that the scheme does not round must not move. ``_check_halves`` has compared all of them.
     if moved := compare_constants(quantized, read_float(source)) if scheme != "fp16" else "":
         _fail(scheme, moved)
+    # Then the structure, with the float graph's own metadata.
     expected.metadata_props.update(read_float(source).metadata_props)
-    # A main graph in float16 says so itself; ``verify`` compares all its metadata with those that it writes again.
+    # A main graph in float16 names its type itself. ``verify`` writes it again and compares all metadata.
     _check_structure(expected, quantized, scheme, () if read_scheme(file) else ("dtype", "quantization"))
     return worst[name]
 
 
 def _check_structure(expected: ir.Model, quantized: ir.Model, scheme: str, unlike: Collection[str]) -> None:
-    """``expected``: the float graph after the scheme's passes, with its metadata. ``unlike``: as below."""
+    """``expected``: the float graph after the scheme's passes. ``unlike``: entries of the metadata that may differ."""
     expected.metadata_props["quantization"] = scheme
     for node in expected.graph:
         # ``gptq`` writes scales and zero points flat, ONNX Runtime's quantiser does not; the kernel reads either.
@@ -161,6 +166,7 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[
 
     And the graph that the scheme's passes make, without numbers: how a weight is rounded changes no node.
     """
+    # The float graph with channels evened out, and the products of both graphs by the name of their float weight.
     rounded = {_name(node): node for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     ir.passes.Sequential(*list_evening_passes(source))(model)
@@ -168,9 +174,11 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[
     weights = {_name_weight(node): even[node.name] for node in model.graph if node.name in even}
     if missing := weights.keys() ^ rounded.keys():
         _fail(scheme, f"{min(missing)} is a weight of only one of the graphs")
-    if not all(_read_size(rounded[name]) == read_tensor_shape(weight) for name, weight in weights.items()):
+    sizes = {name: tuple(node.attributes[each].as_int() for each in ("K", "N")) for name, node in rounded.items()}
+    if not all(sizes[name] == read_tensor_shape(weight) for name, weight in weights.items()):
         _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
+    # One weight at a time: products, the embedding, and what stays float32.
     worst = {
         name: float(read(rounded[name]).measure_deviations(weight.numpy()).max())
         for name, weight in step_through(weights.items(), f"{scheme} weights")
@@ -183,6 +191,7 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[
 
 def compute_token_divergence(logits: Tensor, reference: Tensor) -> float:
     """Mean Kullback-Leibler divergence of next tokens from ``reference``, in nats. NaN counts as infinite."""
+    # float64: in float32, sums over the vocabulary round by about as much as float16 moves the logits.
     expected, found = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     apart = (expected.exp() * (expected - found)).sum(-1).mean().item()
     return apart if apart == apart else float("inf")
@@ -194,16 +203,13 @@ def read(node: ir.Node) -> Rounded:
     packed, scales = (
         get_constant_tensor(value).numpy().reshape(outputs, -(-inputs // block), -1) for value in node.inputs[1:3]
     )
+    # An odd number of 4-bit zero points is padded to whole bytes.
     zeros = None
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         zeros = _unpack_codes(get_constant_tensor(node.inputs[3]).numpy().reshape(outputs, -1), bits)[
             :, : packed.shape[1]
         ]
     return Rounded(packed, scales[..., 0], zeros, inputs, bits, block)
-
-
-def _read_size(node: ir.Node) -> tuple[int, int]:
-    return node.attributes["K"].as_int(), node.attributes["N"].as_int()
 
 
 def _unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -221,7 +227,10 @@ def _name_weight(node: ir.Node) -> str:
 
 
 def _reorder(model: ir.Model, rounded: dict[str, ir.Node], weights: dict[str, ir.TensorProtocol]) -> None:
-    """Exchange channels of gated products that do not match, if they match in each other's place."""
+    """Exchange channels of gated products that do not match, if they match in each other's place.
+
+    Sizes of channels are computed by a processor, and channels of equal size may be sorted in another order.
+    """
     for node in model.graph:
         for gate_up_down in filter(None, [match_gated_product(node)]):
             names = list(map(_name_weight, gate_up_down))
@@ -238,6 +247,7 @@ def _order(found: Rounded, exact: Floats) -> npt.NDArray[np.int64] | None:
         return None
     order = np.arange(exact.shape[1])
     _, values, _ = found.part(wrong)
+    # The nearest of the float columns that do not match either. If none is right, the comparison fails afterwards.
     for column, channel in enumerate(wrong):
         apart = np.linalg.norm(exact[:, wrong] - values[:, [column]], axis=0)
         order[channel] = wrong[apart.argmin()]
@@ -256,6 +266,7 @@ def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
         if value.const_value is None or f"{name}_row_scales" not in constants:
             continue
         exact = value.const_value.numpy()
+        # Blocks of its own, or those of the output projection.
         codes = get_constant_tensor(constants.get(f"{name}_Q8") or constants[f"{name}.T_Q8"]).numpy()
         scales = get_constant_tensor(constants[f"{name}_row_scales"]).numpy()[..., 0]
         table = Rounded(codes, scales, None, exact.shape[1], 8, codes.shape[2])
@@ -280,7 +291,7 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
 
 
 def _measure_shift(exact: Floats, found: Floats) -> float:
-    """The largest difference, as a share of the allowed one."""
+    # Numbers near 0 count as the least that float16 resolves.
     apart = np.abs(found - exact) / np.maximum(np.abs(exact), FLOAT16_LEAST)
     return float(np.nan_to_num(apart, nan=np.inf).max()) / SHIFT
 
@@ -305,7 +316,7 @@ def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[
 
 
 def _measure_half_error(exact: Floats, found: npt.NDArray[np.floating[npt.NBitBase]]) -> float:
-    """The largest difference, as a share of the rounding error of float16."""
+    # onnxruntime's converter clips what float16 cannot hold.
     exact = exact.clip(-FLOAT16_LARGEST, FLOAT16_LARGEST)
     apart = np.abs(found.astype(np.float32) - exact)
     return float(np.nan_to_num(apart / np.maximum(np.abs(exact) * FLOAT16_ROUNDING, FLOAT16_LEAST), nan=np.inf).max())

@@ -22,6 +22,7 @@ from mptk.ir.limits import CallSizes
 from mptk.ir.size_calls import REFUSED, compute_symbols
 from mptk.ir.size_functions import SizeOperations, SizeValue
 
+# Python's numbers: float64, since float32 would round sizes.
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.BOOL
 IMPOSSIBLE = -2
 """A size that no Reshape takes: -1 means «as many as fit», and there is nothing below it."""
@@ -42,6 +43,7 @@ COMPARISONS: dict[Callable[..., Any], str] = {
     operator.ge: "GreaterOrEqual",
 }
 LOGIC: dict[Callable[..., Any], str] = {operator.and_: "And", operator.or_: "Or", torch.sym_not: "Not"}
+"""These three tables: functions for which ONNX has an operator of the same meaning. ``SizeNodes`` builds the others."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class CheckSizesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Raises MptkError for a condition that depends on more than the inputs' sizes."""
+        # Any input will do: the conditions are checked in a row before everything that reads the first one.
         inputs = {value.name: value for value in model.graph.inputs}
         tape, checked = ir.tape.Tape(), model.graph.inputs[0]
         nodes, given, found = SizeNodes(tape), list(checked.uses()), checked
@@ -66,14 +69,14 @@ class CheckSizesPass(ir.passes.InPlacePass):
                 holds = interpret(nodes, values, condition.holds)
             except KeyError as error:
                 raise MptkError(f"a graph cannot check that {said}: it lacks {error}; leave out ONNX") from error
-            if isinstance(holds, ir.Value):
+            if isinstance(holds, ir.Value):  # else it holds whatever the sizes are
                 found = nodes.require(found, holds, f"{REFUSED}{said}")
         if found is checked:
             return ir.passes.PassResult(model, False)
         for node, place in given:
             node.replace_input_with(place, found)
         model.graph.extend(tape.nodes)
-        model.graph.sort()
+        model.graph.sort()  # the new nodes stand at the end, and the old ones read them
         return ir.passes.PassResult(model, True)
 
 
@@ -93,6 +96,7 @@ class SizeNodes(SizeOperations):
         impossible = self._add_node("Constant", [], INT, {"value_ints": [IMPOSSIBLE]})
         shape = self._add_node("Where", [holds, self._add_node("Shape", [value], INT), impossible], INT)
         assert value.dtype is not None
+        # ``allowzero``: a size of 0, of an empty cache, is meant as such.
         found = self._add_node("Reshape", [value, shape], value.dtype, {"allowzero": 1})
         found.shape = value.shape
         (node,) = [node for node in self.tape.nodes if found in node.outputs]
@@ -100,9 +104,11 @@ class SizeNodes(SizeOperations):
         return found
 
     def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
+        # Of numbers only, Python computes the result itself.
         if not any(isinstance(each, ir.Value) for each in arguments):
             return function(*arguments)
         given = [each if isinstance(each, ir.Value) else self._make_constant(each) for each in arguments]
+        # ONNX has no operator for some functions, and others differ from Python's.
         if function is operator.ne:
             return self.not_(self.eq(*given))
         if function is torch.sym_ite:
@@ -121,7 +127,8 @@ class SizeNodes(SizeOperations):
             return self._add_node("Div", [self._cast(each, FLOAT) for each in given], FLOAT)
         if function is operator.floordiv:
             return self._divide(*given)
-        if function is operator.mod and self._choose_type(*given) is FLOAT:  # ONNX's has the dividend's sign, of floats
+        if function is operator.mod and self._choose_type(*given) is FLOAT:
+            # Python's rest has the divisor's sign. ONNX's has it, too, of integers; of floats it has the dividend's.
             return self.sub(given[0], self.mul(given[1], self._divide(*given)))
         if function not in ARITHMETIC:
             raise KeyError(function)

@@ -1,11 +1,11 @@
 """emit: a traced program → ONNX files in standard operators, with given names of inputs, outputs and axes.
 
-The graph is the program's own; the model's class is not exported again. ``make_decoder_interface`` has the names and
-axes of a decoder with its KV cache as optimum and onnxruntime-genai have them.
+The graph is the program's own; the model's class is not exported again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,17 @@ from torch.export import ExportedProgram
 
 from mptk.compat.torch import hide_exporter_logs
 from mptk.errors import MptkError, take_first_line
-from mptk.ir.passes import Log, Pass, run_passes
+from mptk.ir.passes import Log, Pass, PassRecord, run_passes
 from mptk.ir.program import Program
+from mptk.progress import step_through
 from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter
-from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.tensors import save_graph
 
 OPSET = 23
-"""The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding. onnxscript's fusions are written for it."""
 
+# The names of axes that optimum and onnxruntime-genai give a decoder's inputs.
 Axes = tuple[str | None, ...]
 TOKEN_AXES: Axes = ("batch_size", "sequence_length")
 MASK_AXES: Axes = ("batch_size", "total_sequence_length")
@@ -47,7 +48,7 @@ class Interface:
 
 
 def make_decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
-    """The names of a traced decoding step.
+    """The names of a traced decoding step, as optimum and onnxruntime-genai have them.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
     total_sequence_length] (1 for a token, 0 for padding on either side), past_key_values.N.key and .value
@@ -59,6 +60,7 @@ def make_decoder_interface(program: Program, positions: Axes = TOKEN_AXES, befor
     Raises:
         MptkError: the program is not a traced decoder.
     """
+    # After the tokens, each layer has two inputs: its keys and its values.
     tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     layers, rest = divmod(len(program.user_inputs) - before - len(tokens), 2)
     if layers < 1 or rest:
@@ -78,7 +80,7 @@ def write_onnx(
     metadata: Mapping[str, str],
     log: Log,
 ) -> None:
-    """Write ``program`` as ONNX into ``folder``; the weights of each are in its ``data_file``.
+    """Write ``program`` as ONNX into ``folder``; the weights of each graph are in a file of their own beside it.
 
     The files get their names only when they are complete and ``onnx.checker`` accepts them.
 
@@ -97,10 +99,12 @@ def write_onnx(
     """
     model = translate(program, lowering, log)
     _name(model, interface)
+    # The checks of sizes come last: behind their Reshape an input would fit no pattern of the other passes.
     refuse = CheckSizesPass(program.sizes, dict(zip(program.user_inputs, interface.inputs, strict=True)))
     whole = run_onnx(model, [*optimization, refuse], log)
     folder.mkdir(parents=True, exist_ok=True)
     for file, passes in files.items():
+        # A pass changes its graph in place, so several files need a copy each.
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
         model.metadata_props.update(metadata)
         save_graph(model, folder / file)
@@ -111,11 +115,14 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
 
     If the exporter lacks an operator, torch decomposes the whole graph into simpler ones. That takes ten times as long.
     """
+    # The exporter gets fake weights, so that it holds none. The graph reads the real ones on demand.
     lowered = run_passes(program, lowering, log)[-1].program
     try:
         return with_weights(_export_model(to_exporter(with_fake_weights(lowered))), lowered)
     except torch.onnx.OnnxExporterError as error:
         first = error
+    # torch decomposes the program as it was before the lowering. If that fails, too, the first error says more: it is
+    # about an op of the model.
     try:
         return with_weights(_export_model(with_fake_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
@@ -128,7 +135,7 @@ def _export_model(program: ExportedProgram) -> ir.Model:
             program,
             dynamo=True,
             opset_version=OPSET,
-            optimize=False,
+            optimize=False,  # the passes do that, in a twentieth of the time
             verbose=False,
             custom_translation_table=list_translations(),
         )
@@ -142,6 +149,7 @@ def _name(model: ir.Model, interface: Interface) -> None:
     for names, values in ((interface.inputs, inputs), (interface.outputs, outputs)):
         for name, value in zip(names, values, strict=True):
             value.name = name
+    # Equal symbols are one size. The first input that has a size names it: ``|`` lets earlier names win.
     axes: dict[object, str] = {}
     for value, axis_names in zip(inputs, interface.inputs.values(), strict=True):
         assert value.shape is not None
@@ -176,7 +184,10 @@ def with_fake_weights(program: Program) -> Program:
 
 
 def with_weights(model: ir.Model, program: Program) -> ir.Model:
-    """Give ``model``, the export of ``without_weights(program)``, the weights of ``program``, in the graph's types."""
+    """Give ``model``, the export of ``with_fake_weights(program)``, the weights of ``program``, in the graph's types.
+
+    An initialiser has the name of a weight, or of one that is tied to it.
+    """
     held = set(program.state)
     for name, value in model.graph.initializers.items():
         source = program.aliases.get(name, name)
@@ -192,6 +203,7 @@ def _make_lazy_weight(value: ir.Value, program: Program, name: str) -> ir.Tensor
 
     def read() -> TorchTensor:
         tensor = program.state[name].detach()
+        # ``LowerComplex`` has made pairs of complex numbers.
         return TorchTensor(torch.view_as_real(tensor) if tensor.is_complex() else tensor.to(kind), name=value.name)
 
     return read() if like.size <= SMALL else ir.LazyTensor(read, like.dtype, like.shape, name=value.name)
@@ -212,7 +224,7 @@ def translate_grouped_mm(x: object, weight: object, offs: object) -> object:
     assert weight.shape is not None
     experts = weight.shape[0]
     assert isinstance(experts, int)
-    ends = op.Cast(offs, to=7)
+    ends = op.Cast(offs, to=7)  # int64, the type of a Slice's bounds
     starts = op.Concat(op.Constant(value_ints=[0]), ends, axis=0)
     axis = op.Constant(value_ints=[0])
     parts = []
@@ -225,6 +237,7 @@ def translate_grouped_mm(x: object, weight: object, offs: object) -> object:
 
 def translate_diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
     """Each number minus the one before it along ``dim``, ``n`` times over, with ``prepend`` and ``append`` around x."""
+    # Rows 1 … minus rows … −1. The largest int64 is how ONNX writes an open end of a Slice.
     parts = [part for part in (prepend, x, append) if part is not None]
     whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else x
     axis, first, end = (op.Constant(value_ints=[i]) for i in (dim, 0, torch.iinfo(torch.int64).max))
@@ -263,6 +276,7 @@ def translate_argsort(x: object, dim: int = -1, descending: bool = False) -> obj
 
 def list_translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
+    # transformers registers its op when its module of mixtures of experts is imported.
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     aten = torch.ops.aten
     own: dict[Callable[..., object], Callable[..., object]] = {
@@ -272,3 +286,25 @@ def list_translations() -> dict[Callable[..., object], Callable[..., object]]:
         aten.argsort.default: translate_argsort,
     }
     return own if fallback is None else {**own, fallback.default: translate_grouped_mm}
+
+
+def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) -> ir.Model:
+    """Apply ``passes``, each with its conditions. ``log`` is given a record of every pass that changed the graph."""
+
+    def name(step: ir.passes.PassBase) -> str:
+        return str(getattr(step, "name", type(step).__name__))
+
+    for step in step_through(passes, name):
+        before, start = (len(model.graph), _count_weights(model)), time.perf_counter()
+        result = step(model)
+        model = result.model
+        if result.modified:
+            seconds = round(time.perf_counter() - start, 2)
+            ops, parameters = zip(before, (len(model.graph), _count_weights(model)), strict=True)
+            log.add(PassRecord(f"onnx: {name(step)}", seconds, ops, parameters, changed=True))
+    return model
+
+
+def _count_weights(model: ir.Model) -> int:
+    """Numbers in the graph's initialisers."""
+    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)

@@ -1,4 +1,4 @@
-"""float16: weights, activations and the KV cache in float16."""
+"""float16: weights, activations and the KV cache in float16, with ONNX Runtime's converter, one weight at a time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class Float16Pass(ir.passes.FunctionalPass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        # float16 cannot hold every position above 2048.
+        # float16 cannot hold every position above 2048, so what leads to the rotary angles stays float32.
         angles = _find_ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
         name_nodes(model)
+        # The logits and all inputs but the cache keep their types.
         inputs = [str(value.name) for value in model.graph.inputs]
         kept = [str(model.graph.outputs[0].name), *(name for name in inputs if not name.startswith(CACHE))]
+        # The converter reads a protobuf with all its constants in memory: large weights pass it by as inputs.
         names, weights = list(model.graph.initializers), _to_inputs(model.graph, angles)
         proto = convert_float_to_float16(
             ir.to_proto(model), keep_io_types=kept, node_block_list=[node.name for node in angles]
@@ -68,9 +70,9 @@ def _cast(node: ir.Node | None, target: ir.DataType) -> ir.Node | None:
 
 
 def _to_inputs(graph: ir.Graph, angles: set[ir.Node]) -> dict[str, ir.TensorProtocol]:
-    """Make the large weights inputs of the graph, since the converter holds all its constants in memory.
+    """Make the large weights inputs of the graph, and return them by name.
 
-    A constant that a node in float32 reads stays: the converter decides about its type. Returns the weights by name.
+    A constant that a node in float32 reads stays: the converter decides about its type.
     """
     weights = {}
     for name, value in list(graph.initializers.items()):
@@ -93,6 +95,7 @@ def _to_constants(graph: ir.Graph, names: list[str], weights: dict[str, ir.Tenso
 
     The converter also gives a constant that stays float32 the type float16, which is put right.
     """
+    # ``_to_inputs`` put the weights behind the graph's own inputs, so the last inputs are theirs.
     held = {str(value.name): value for value in graph.inputs if value.name in weights} | dict(graph.initializers)
     del graph.inputs[len(graph.inputs) - len(weights) :]
     graph.initializers.clear()

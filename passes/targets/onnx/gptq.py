@@ -2,8 +2,9 @@
 
 GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another. Each rounding error is
 compensated by the inputs not yet rounded, so that the result on the text changes least. A block's range is the one of
-the ``SHRINKS`` ranges with the least error. (ONNX Runtime's own GPTQ runs the graph once for each value and each
-window.)
+the ``SHRINKS`` ranges with the least error.
+
+ONNX Runtime has GPTQ, too, but it runs the graph once for each value and each window.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import torch
 from mptk.files import staged
 from mptk.ort.sessions import CPU
 from mptk.progress import step
-from passes.targets.onnx.balance import get_product_weight
 from passes.targets.onnx.block_weights import set_blocks
+from passes.targets.onnx.equalize import get_product_weight
 from passes.targets.onnx.measure import Text, measure_onnx
 from passes.targets.onnx.plain_products import find_logit_products, find_weight_products
 from passes.targets.onnx.tensors import Floats, Spill
 
 SHRINKS = np.linspace(1, 0.75, 11)
-"""The ranges that are tried, as shares of the weights' own range."""
+"""The ranges that are tried, as shares of the weights' own range. A narrower range clips the few largest weights and
+rounds all others more finely."""
 DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (the paper's value)."""
 CODE_STEPS = 15
@@ -67,6 +69,7 @@ class GPTQPass(ir.passes.InPlacePass):
     device: torch.device = CPU
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        # Products of one input (query, key and value) share its second moments, which are the expensive part.
         names = find_weight_products(model).keys() - find_logit_products(model)
         readers: dict[str, list[ir.Node]] = {}
         for node in model.graph:
@@ -74,6 +77,7 @@ class GPTQPass(ir.passes.InPlacePass):
                 readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
         channels = {name: get_product_weight(nodes[0]).shape[0] for name, nodes in readers.items()}
         spill = Spill(self.source.parent)
+        # The graph that runs is ``model``, not ``source``: passes have rescaled its channels before.
         with staged(self.source.parent) as staging:
             file = staging.folder / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
@@ -95,26 +99,25 @@ class GPTQPass(ir.passes.InPlacePass):
 
 def compute_inverse_root(moments: Floats) -> Floats:
     """The upper triangular U with Uᵀ U = (moments + damping)⁻¹. An input that is always 0 counts as 1."""
+    # float64: the moments of a thousand inputs are nearly singular.
     damped = moments.astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * damped.diagonal().mean() + (damped.diagonal() == 0)
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
 def round_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
-    """Round ``weight`` [inputs, outputs] to blocks.
+    """Round ``weight`` [inputs, outputs] to blocks of ``block`` inputs.
 
-    Args:
-        weight: [inputs, outputs].
-        sizes: mean squares of the inputs, times any factor, [inputs].
-        inverse: the result of ``compute_inverse_root``, [inputs, inputs].
-        block: inputs that share a scale and a zero point.
+    ``sizes`` [inputs]: mean squares of the inputs, times any factor. ``inverse``: of ``compute_inverse_root``.
     """
     left, codes, grids = weight.copy(), np.empty_like(weight), []
     for start in range(0, len(weight), block):
         rows = slice(start, start + block)
+        # The block's grid is fitted to the weights as the errors so far have left them.
         part, steps = left[rows].copy(), inverse[rows, rows]
         scale, zero = fit_grid(part, sizes[rows])
         errors = np.empty_like(part)
+        # Within the block each error is passed on at once, to the later blocks only at the end, in one product.
         for i, row in enumerate(part):
             codes[start + i] = round_to_grid(row, scale, zero)
             errors[i] = (row - scale * (codes[start + i] - zero)) / steps[i, i]
@@ -127,12 +130,14 @@ def round_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> 
 
 def fit_grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
     """Scale and zero point of a block [inputs, outputs], each [outputs]: the ``SHRINKS`` range with the least error."""
+    # The range must have 0, which the zero point stands for.
     low, high = np.minimum(part.min(axis=0), 0), np.maximum(part.max(axis=0), 0)
     best = np.full(part.shape[1], np.inf, dtype=np.float32)
     scale, zero = np.ones_like(best), np.zeros_like(best)
     for share in SHRINKS.astype(np.float32):
-        tried = np.maximum(share * (high - low) / CODE_STEPS, np.finfo(np.float32).tiny)
+        tried = np.maximum(share * (high - low) / CODE_STEPS, np.finfo(np.float32).tiny)  # no 0 for a block of zeros
         origin = np.rint(-share * low / tried)
+        # An error counts as much as its input is large.
         error = (sizes[:, None] * (tried * (round_to_grid(part, tried, origin) - origin) - part) ** 2).sum(axis=0)
         better = error < best
         best, scale, zero = (np.where(better, *pair) for pair in ((error, best), (tried, scale), (origin, zero)))

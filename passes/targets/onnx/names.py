@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ONNX_FOLDER = "onnx"
+"""Of a checkpoint: optimum and transformers.js look for graphs there."""
 ONNX_FILE = "model.onnx"
 CACHE = "past_key_values."
 """Prefix of a KV cache's inputs."""
@@ -41,6 +42,6 @@ def list_quantized_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def count_graph_bytes(files: Iterable[Path]) -> int:
-    """The size of graphs with their weights."""
+    """The size of graphs with their weights. A small graph may have no file of weights."""
     parts = (part for file in files for part in (file, file.with_name(name_data_file(file.name))))
     return sum(part.stat().st_size for part in parts if part.is_file())

@@ -5,16 +5,14 @@ Quantisers support no other form.
 1. ``Transpose(weight)`` becomes a weight.
 2. ``Gemm(x, weight, bias)`` becomes ``MatMul`` and ``Add``.
 
-``FoldTransposesPass`` does the first of large weights for every graph, where the exporter writes a linear layer as
-``MatMul(x, Transpose(weight))``. onnxscript's constant folding would hold all new weights in memory.
+Below are the questions that the passes on such products ask: which products have weights, which one gives the logits,
+which node looks tokens up.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from passes.targets.onnx.library import CONSTANT_SIZE
 from passes.targets.onnx.tensors import get_constant_tensor, make_lazy_tensor, read_tensor_shape
 
 
@@ -22,6 +20,7 @@ class PlainProductsPass(ir.passes.InPlacePass):
     """Make every product with a weight a MatMul."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        # ``FoldTransposesPass`` leaves the transpose of a weight that has other uses, such as a tied embedding table.
         graph, modified = model.graph, False
         for node in list(graph):
             if node.op_type == "Transpose" and is_constant(node.inputs[0]):
@@ -41,6 +40,7 @@ class PlainProductsPass(ir.passes.InPlacePass):
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
+    # A MatMul and an Add have no factors.
     settings = {name: attribute.value for name, attribute in gemm.attributes.items()}
     if settings.get("transA", 0) or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1:
         return False
@@ -55,7 +55,7 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
 
 
 def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) -> None:
-    """Replace ``old`` by ``steps``, which end in ``result``."""
+    """Replace ``old`` by ``steps``, which end in ``result`` and take its name: it may be an output of the graph."""
     graph.insert_before(old, steps.nodes)
     result.shape, result.type = old.outputs[0].shape, old.outputs[0].type
     replaced = old.outputs[0]
@@ -65,7 +65,7 @@ def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) ->
 
 
 def _transpose_weight(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    """The transpose of a matrix as a new weight, made once."""
+    """The transpose of a matrix as a new weight, made once for all its readers."""
     name = f"{weight.name}.T"
     if name in graph.initializers:
         return graph.initializers[name]
@@ -103,37 +103,10 @@ def is_token_lookup(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def find_logit_products(model: ir.Model) -> set[str]:
-    """Names of the products that give the logits: those whose outputs are the vocabulary. None if features come out."""
+    """Names of the products that give the logits: their outputs are the vocabulary. Empty if features come out."""
+    # Its result may go through a scale or a cap, so the product is known by its size and not by the output.
     output = model.graph.outputs[0]
     vocabulary = output.shape if output.name == "logits" else None
     return {
         name for name, weight in find_weight_products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]
     }
-
-
-class FoldTransposesPass(ir.passes.InPlacePass):
-    """Transpose large weights that have one use when they are written, not in the graph."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        found = [node for node in graph if node.op_type == "Transpose" and _is_large(node.inputs[0])]
-        for node in found:
-            _fold(graph, node)
-        return ir.passes.PassResult(model, bool(found))
-
-
-def _is_large(value: ir.Value | None) -> bool:
-    tensor = value.const_value if value is not None and value.is_initializer() else None
-    return value is not None and tensor is not None and len(value.uses()) == 1 and tensor.size > CONSTANT_SIZE
-
-
-def _fold(graph: ir.Graph, transpose: ir.Node) -> None:
-    weight, result = transpose.inputs[0], transpose.outputs[0]
-    assert weight is not None
-    old, name = get_constant_tensor(weight), str(result.name)
-    axes = transpose.attributes.get_ints("perm", tuple(reversed(range(len(old.shape)))))
-    shape = [read_tensor_shape(old)[axis] for axis in axes]
-    folded = add_constant(graph, name, make_lazy_tensor(old, lambda: np.transpose(old.numpy(), axes), shape))
-    ir.convenience.replace_all_uses_with(result, folded)
-    graph.remove(transpose, safe=True)
-    graph.initializers.pop(str(weight.name))

@@ -34,9 +34,12 @@ def compare_structures(found: ir.Model, expected: ir.Model, unlike: Collection[s
 
     ``unlike``: entries of the metadata that may differ.
     """
+    # Nodes are compared as a multiset: two graphs in another order of nodes are the same.
     for model in (found, expected):
         model.graph.sort()
     one, other = describe_model(found, unlike), describe_model(expected, unlike)
+    # A digest covers all that its node reads, so one wrong node changes every digest behind it. The first one in the
+    # sorted graph is the cause.
     names = dict([*other, *one])
     more, less = Counter(digest for digest, _ in one), Counter(digest for digest, _ in other)
     for counts, words in ((more - less, "it has {}, which mptk does not write"), (less - more, "it lacks {}")):
@@ -48,6 +51,7 @@ def compare_structures(found: ir.Model, expected: ir.Model, unlike: Collection[s
 
 def describe_model(model: ir.Model, unlike: Collection[str] = ()) -> list[tuple[str, str]]:
     """The digest of each part of a model, and the part in words; a node comes after what it reads."""
+    # Everything that a runtime acts on, before the graph itself.
     said = {name: text for name, text in model.metadata_props.items() if name not in unlike}
     found = [_hash_words(f"the entry {name}={text} of its metadata") for name, text in sorted(said.items())]
     found += [
@@ -58,7 +62,7 @@ def describe_model(model: ir.Model, unlike: Collection[str] = ()) -> list[tuple[
 
 
 def _describe_graph(graph: ir.Graph, known: Mapping[ir.Value, str]) -> list[tuple[str, str]]:
-    """The same of a graph. ``known``: digests of values of the graphs around it."""
+    """The parts of a graph. ``known``: digests of values of the graphs around it, which a branch may read."""
     values, found = dict(known), list[tuple[str, str]]()
     for place, value in enumerate(graph.inputs):
         found.append(_hash_words(f"the input {place} {_describe_value(value)}"))
@@ -70,6 +74,7 @@ def _describe_graph(graph: ir.Graph, known: Mapping[ir.Value, str]) -> list[tupl
         read = [values[value] if value is not None else "" for value in node.inputs]
         said = [f"{name}: {_describe_attribute(each, values)}" for name, each in sorted(node.attributes.items())]
         digest = _hash_texts(node.domain, node.op_type, node.overload, *said, "reads", *read, str(len(node.outputs)))
+        # The result's name is only for the message.
         found.append((digest, f"the node {node.op_type} that makes {node.outputs[0].name}"))
         values |= {value: _hash_texts(digest, str(index)) for index, value in enumerate(node.outputs)}
     for place, value in enumerate(graph.outputs):
@@ -104,6 +109,7 @@ def _describe_constant(value: ir.Value) -> str:
 def _describe_numbers(tensor: ir.TensorProtocol) -> str:
     if tensor.dtype is ir.DataType.STRING:
         return repr(tensor.numpy().tolist())
+    # A few numbers are shown in the message, more as a digest.
     numbers = np.ascontiguousarray(tensor.numpy())
     return repr(numbers.tolist()) if numbers.size <= 8 else _hash_texts(numbers.tobytes().hex())
 
@@ -142,7 +148,7 @@ def find_differing_row(found: Array, expected: Array) -> int | None:
     flat = found.reshape(len(found), -1) if found.ndim else found.reshape(1, 1)
     other = expected.reshape(flat.shape)
     for rows in slice_in_parts(flat.shape) if flat.size else ():
-        if flat[rows].tobytes() == other[rows].tobytes():
+        if flat[rows].tobytes() == other[rows].tobytes():  # mostly, and much faster than to compare numbers
             continue
         wrong = np.flatnonzero(_mark_differences(flat[rows], other[rows]).any(axis=1))
         if len(wrong):
@@ -151,7 +157,7 @@ def find_differing_row(found: Array, expected: Array) -> int | None:
 
 
 def _mark_differences(found: Array, expected: Array) -> Array:
-    """Where two arrays differ by more than rounding. What is no number differs from all."""
+    """Where two arrays differ by more than rounding. NaN differs from all but NaN."""
     if not np.issubdtype(expected.dtype, np.floating):
         return np.asarray(found != expected)
     one, other = found.astype(np.float64), expected.astype(np.float64)
@@ -169,11 +175,14 @@ def compare_with_weights(model: ir.Model, weights: Iterable[tuple[str, Array]]) 
 
     ``weights``: matrices by name, float32.
     """
+    # The graph's tables.
     read = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
     held = {str(v.name): v.const_value for v in read if v is not None and v.const_value is not None}
     matrices = {
         n: t for n, t in held.items() if t.dtype is ir.DataType.FLOAT and len(read_tensor_shape(t)) == 2 and t.size
     }
+    # A print for each row of each weight of a table's shape, also of its transpose. The weights themselves would be too
+    # large to keep.
     sizes = {read_tensor_shape(t) for t in matrices.values()}
     known: dict[tuple[int, ...], dict[str, Prints]] = {}
     for name, weight in weights:
@@ -183,6 +192,7 @@ def compare_with_weights(model: ir.Model, weights: Iterable[tuple[str, Array]]) 
                 known.setdefault(shape, {})[name] = compute_prints(weight, axis)
     for name, tensor in matrices.items():
         found, alike = compute_prints(tensor.numpy(), 0), known.get(read_tensor_shape(tensor), {})
+        # The table's weight is the one with which it shares most rows. Rows of zeros are in many tables.
         same = {weight: int(((found == other) & (found != 0)).sum()) for weight, other in alike.items()}
         if any(np.array_equal(found, other) for other in alike.values()) or not any(same.values()):
             continue
@@ -197,7 +207,11 @@ Prints = npt.NDArray[np.uint32]
 
 
 def compute_prints(matrix: Array, axis: int) -> Prints:
-    """A number for each row, or each column if ``axis`` is 1, of a float32 matrix; equal rows have equal ones."""
+    """A number for each row, or each column if ``axis`` is 1, of a float32 matrix; equal rows have equal ones.
+
+    It is a sum of the row's bits times random odd factors, modulo 2³². An odd factor loses no bit, and a sum can be
+    taken part by part along either axis.
+    """
     counts = matrix.shape[1 - axis]
     factors = np.random.default_rng(counts).integers(1, 1 << 32, counts, np.uint32) | np.uint32(1)
     bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)

@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
-"""Numbers processed at once if a step does not need the whole weight."""
+"""Numbers processed at once if a step does not need the whole weight: 16 MiB of float32."""
 
 
 def make_lazy_tensor(
@@ -35,11 +35,7 @@ def make_lazy_tensor(
 ) -> ir.LazyTensor:
     """A tensor that ``make`` computes at each request, of ``like``'s type and of its shape or ``shape``."""
     sizes = read_tensor_shape(like) if shape is None else shape
-    return ir.LazyTensor(lambda: _make_tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
-
-
-def _make_tensor(array: Array) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(array))
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(make())), like.dtype, ir.Shape(sizes), name=like.name)
 
 
 def read_tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
@@ -62,14 +58,11 @@ def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> N
 
 
 def save_graph(model: ir.Model, file: Path) -> Path:
-    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it.
-
-    Raises:
-        MptkError: ONNX does not accept it, as the exporter mixed types in arithmetic on sizes.
-    """
+    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
     data = name_data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
+        # The checker's refusal is the user's to read: the exporter mixes types in arithmetic on sizes of some models.
         try:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -89,7 +82,7 @@ def read_lazily(file: Path) -> ir.Model:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own."""
+    """Give every node a name of its own. Passes that quantise, and onnxruntime's converter, know nodes by name."""
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
 
@@ -105,6 +98,7 @@ def _read(file: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) 
 
 def slice_in_parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
     """Slices of an axis of an array of this shape, of about ``PART`` numbers each."""
+    # At least one row. An array without numbers must not be a divisor.
     count = shape[axis]
     step = max(1, PART * count // max(1, math.prod(shape)))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -23,6 +23,7 @@ from mptk.compat.torch import FakeTensorMode
 Forward = Callable[[PreTrainedModel], object]
 """Runs a model once on inputs without numbers."""
 TORCH = str(Path(torch.__file__).parent)
+"""Where torch's own lines are: they say less about a refusal than the model's line that called them."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,17 @@ def _build_inner_first(
 ) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators of the class run when the object is complete, so a model can be built from an object that they refuse.
-    Those of a field run when it is set, if ``checked``.
+    ``checked``: whether the validators of single fields run.
     """
+    # Inner dictionaries become configs here. The outer constructor would make them itself, and stop at a refusal.
     refused = None
     for key, inner in vars(template).items():
         own = body.get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
             body[key], inner_refused = _build_inner_first(inner, own, checked=checked)
             refused = refused or inner_refused
+    # Validators of a field run when it is set. Those of the class run when the object is complete, so a model can be
+    # built from an object that they refuse. A call of the class would not return that object, so it is made first.
     config = type(template).__new__(type(template))
     if not checked:
         vars(config)["__validators__"] = {}
@@ -123,6 +126,7 @@ def _build_inner_first(
 
 def make_refusal(error: Exception, cls: type) -> Refusal:
     """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
+    # huggingface_hub wraps the error of a validator in one of its own, which names the validator.
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     if issubclass(cls, PreTrainedConfig):

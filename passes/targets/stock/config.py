@@ -69,6 +69,7 @@ def probe_config(
         widths: family → (old, new) width, for every leaf axis that the cut touches.
         fixed: sizes of the other leaf axes. A field may be a product of up to three of all these sizes.
     """
+    # Read the class, then solve for its fields.
     try:
         reading = Reading(model_class, config)
     except Unread as error:
@@ -81,14 +82,15 @@ def probe_config(
     assignment = Law(reading, products, grown, ()).at(new)
     if isinstance(assignment, Refusal):
         return assignment
+    # Compare the sizes and numbers that the reading predicts. Only then is the class built.
     cut = reading.at(assignment)
     refused = find_misfit(cut.shapes, target_shapes) or products.find_unexplained(reading.dense, cut, new)
     return refused or finish_config(model_class, config, reading.needed(assignment), target_shapes)
 
 
 def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
-    """The class on the meta device."""
-    with no_init_weights():  # which even on meta is a third of the work
+    """The class on the meta device, with weights that are not initialised: even there that is a third of the work."""
+    with no_init_weights():
         return build_on_meta(model_class, config)
 
 
@@ -122,6 +124,8 @@ def finish_config(
     if isinstance(made, Refusal):
         return made
     config, refused = made
+    # The model is built before the validators' refusal counts. ``rehome.py`` starts from the refused config, so it must
+    # be one from which the class can be built.
     model = build_meta_model(model_class, config)
     if isinstance(model, Refusal):
         return model
@@ -129,14 +133,15 @@ def finish_config(
         return replace(refused, config=with_scalars(config, scalars))
     if (wrong := find_misfit(list_weight_shapes(model), target)) is not None:
         return wrong
-    changes = _list_changes(template, assignment) | _list_scalar_changes(config, scalars)
+    changes = _list_changes(template, assignment)
+    changes |= {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}
     return StockConfig(model_class, with_scalars(config, scalars), changes)
 
 
 def assign_fields(
     template: PreTrainedConfig, assignment: Assignment
 ) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
-    """The config with ``assignment``, as ``configured`` gives it."""
+    """The config with the fields of ``assignment``, as ``build_config`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():
         key.put(body, value)
@@ -170,7 +175,3 @@ def with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> Pr
     for owner, name, new in found:
         setattr(owner, name, new)
     return config
-
-
-def _list_scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
-    return {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}

@@ -35,6 +35,7 @@ Path = tuple[str | int, ...]
 Edits = Mapping[Path, object]
 """Place in a config's dictionary → its new value."""
 _SIMPLE = (bool, int, float, str, type(None))
+"""Types of the values that make a block what it is. Others, such as a config, are shared by all blocks."""
 _ABSENT = object()
 """The new value of a field that the class makes itself."""
 
@@ -88,6 +89,7 @@ def shorten_config(
 
     ``dense``: the class built from ``stock``, if that was done before.
     """
+    # One list after the other: each has a field of its own.
     for module, units in kept.items():
         found = _Search(stock, module, tuple(units), dense).run()
         if isinstance(found, Refusal):
@@ -135,6 +137,7 @@ class _Search:
 
     def run(self) -> StockConfig | Refusal:
         """The first config whose class has the blocks that stay, and nothing else is different."""
+        # Of several refusals, the first one of a class that could be built says most.
         refusals: dict[bool, Refusal] = {}
         for edits, built in self.try_edits():
             found = built if isinstance(built, Refusal) else self._find_mismatch(built)
@@ -147,13 +150,14 @@ class _Search:
 
     def try_edits(self) -> Iterator[tuple[Edits, Built | Refusal]]:
         """Changes after which the class has as many blocks as stay, or refuses the config; likely ones first."""
+        # First only lists, since a class may count its blocks by a list; then each number that may be the count.
         places = dict.fromkeys(path[:-1] for path, _ in _list_config_values(self.body) if isinstance(path[-1], str))
         counts = [path for path, value in _list_config_values(self.body) if type(value) is int and value == self.count]
         for near, count in [*((place, None) for place in places), *((path[:-1], path) for path in counts)]:
             for more in self._list_variants(near):
                 edits = more if count is None else {count: len(self.units), **more}
                 if not edits:
-                    break
+                    break  # this is the dense config itself
                 built = self._build(edits)
                 if isinstance(built, Built) and built.blocks(self.module) != set(range(len(self.units))):
                     break  # it counts something else
@@ -187,6 +191,7 @@ class _Search:
 
     def _list_variants(self, near: Path) -> Iterator[Edits]:
         """What may change beside the number, most likely first. ``near``: where in the config the number is."""
+        # Only beside the number: a config of images and text has such lists for each of its models.
         fields = [(path, value) for path, value in _list_config_values(self.body) if path[:-1] == near]
         each = {path: kept for path, value in fields if (kept := self._entries(value)) is not None}
         numbers = {path: kept for path, value in fields if (kept := self._keep_numbers(value)) is not None}
@@ -196,10 +201,13 @@ class _Search:
             for case in (self._keep_letters, self._keep_first)
             if (kept := case(v)) is not None
         ]
+        # A list such as [1, 0] may be two flags or the numbers of two blocks: with few blocks flags are likelier.
         both = {**each, **numbers}
-        lists = [both, each] if self.count > 2 else [each, both]  # 1, 0 may be two flags, or two blocks
+        lists = [both, each] if self.count > 2 else [each, both]
         tried: list[Edits] = []
         for more in ({}, *others):
+            # All lists that fit, then one of them otherwise, all but one, only one, none: a list may have as many
+            # entries as there are blocks only by chance.
             without = [{path: left for path, left in each.items() if path != other} for other in each]
             alone = [{path: left} for path, left in each.items()]
             for edits in (
@@ -213,6 +221,7 @@ class _Search:
                 if (full := {**edits, **more}) not in tried:
                     tried.append(full)
                     yield full
+        # Case 4 comes last: it builds configs without each of the lists.
         if made := self._find_derived_lists([path for path, value in fields if isinstance(value, list)]):
             yield from ({**edits, **made} for edits in lists)
 
@@ -235,7 +244,7 @@ class _Search:
         return [self.units.index(v) for v in value if v in self.units] if len({*value}) == len(value) else None
 
     def _keep_first(self, value: object) -> object | None:
-        """Case 3."""
+        """Case 3: of the first ``value`` blocks, those that stay."""
         if type(value) is not int or not 0 < value <= self.count:
             return None
         left = sum(unit < value for unit in self.units)
@@ -264,6 +273,7 @@ class _Search:
 
     def _find_mismatch(self, built: Built) -> Refusal | None:
         """The first difference between the class and the dense one without the removed blocks."""
+        # Weights and their shapes, under the blocks' new numbers.
         names = Renumbering({self.module: self.units})
         target = {new: self.dense.shapes[name] for new, name in names.names(self.dense.shapes).items()}
         for name in [*target, *built.shapes]:
@@ -274,6 +284,7 @@ class _Search:
                     name,
                     f"the class would have {_describe_shape(have)}, but the cut leaves {_describe_shape(want)}",
                 )
+        # Traits, block by block. A trait that is the block's number may follow it.
         for place, unit in enumerate(self.units):
             here, there = _of_block(built, self.module, place), _of_block(self.dense, self.module, unit)
             for key in [*there, *here]:
@@ -309,7 +320,7 @@ class _Search:
 
 
 def _of_block(built: Built, module: str, unit: int) -> dict[str, object]:
-    """Place within a block, as ``.self_attn.layer_idx`` → the plain value that is kept there."""
+    """Place within a block, such as ``.self_attn.layer_idx`` → the plain value that is kept there."""
     start = f"{make_prefix(module)}{unit}"
     return {
         f"{path.removeprefix(start)}.{key}": value

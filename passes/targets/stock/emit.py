@@ -52,6 +52,7 @@ def write_checkpoint(
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
     """
+    # Refuse first: the stock class, without memory for weights, must have the cut model's names and shapes.
     weights = Weights(state)
     likes = weights.likes
     dtype = next((like.dtype for like in likes.values() if like.is_floating_point()), torch.float32)
@@ -60,12 +61,16 @@ def write_checkpoint(
     _check_tied(shell, weights)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
+    # ``save_pretrained`` writes only weights that the model has.
     for name in beside:
         _attach(shell, name, beside.like(name))
     weights = weights.with_entries(beside)
+    # It gets placeholders, which it splits and renames in its own way. The writer makes each real tensor when it writes
+    # it, so that one is in memory at a time.
     later = {name: defer_weight(name, weights.like(name)) for name in shell.state_dict()}
     with replace_saver(plan_shards, save(weights)):
         shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
+    # transformers wrote this file: it is written again with the spellings of older releases, and as all JSON here.
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(format_json(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -75,6 +80,7 @@ def write_checkpoint(
 
 def _build_shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model on the meta device, in ``dtype``, unquantised."""
+    # The weights are plain floats, whatever the dense checkpoint stored.
     config = copy.deepcopy(stock.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -112,11 +118,9 @@ def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not _is_same_weight(weights, name, other):
+        if other == name or weights.entry(name) is weights.entry(other):  # nothing to read
+            continue
+        if not torch.equal(weights[name], weights[other]):
             raise MptkError(
                 f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
             )
-
-
-def _is_same_weight(weights: Weights, name: str, other: str) -> bool:
-    return weights.entry(name) is weights.entry(other) or torch.equal(weights[name], weights[other])

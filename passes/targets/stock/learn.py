@@ -31,7 +31,8 @@ from passes.targets.width_choices import Widths
 NEGLIGIBLE = 5e-6
 """An epsilon that moves a norm of usual activations by less than a tenth of what the proof allows."""
 OTHER_EPSILON = 1.37
-"""By what norms' epsilons are multiplied in a trial, to see whether they come from the config."""
+"""By what norms' epsilons are multiplied in a trial, to see whether they come from the config. An odd number, so that
+the product is not an epsilon that a class has built in."""
 
 
 class Stock:
@@ -87,6 +88,7 @@ class Stock:
         config = assignment if isinstance(assignment, Refusal) else assign_fields(self.dense, assignment)
         if isinstance(config, Refusal):
             return config
+        # If the class rounds sizes (to a multiple of 64, say), the equations do not tell them all: compare the sizes.
         rounds = self._law is not None and self._law.reading.rounds
         return config[1] or (self._find_refusal(self._cut(widths)) if rounds else None)
 
@@ -114,7 +116,7 @@ class Stock:
         return shorten_config(self._whole, kept, self._built)
 
     def pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
-        """The kinds of a list's blocks, and those that the class has with ``width`` blocks (``depth.pattern``)."""
+        """``find_kind_pattern``: the kinds of a list's blocks, and the class's kinds if it has ``width`` blocks."""
         return find_kind_pattern(self._whole, module, width)
 
     @property
@@ -130,6 +132,7 @@ class Stock:
         """The fields that ``widths`` change, and all implicit ones."""
         cut = self._cut(widths)
         for name in sorted(cut.keys() & self.refusals.keys()):
+            # A family of a group is refused by itself, but not if the whole group is cut.
             groups = [group for group in self.together if name in group]
             if not groups:
                 return self.refusals[name]
@@ -144,6 +147,7 @@ class Stock:
 
     def _learn(self, fixed: Sequence[int]) -> None:
         """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
+        # 1. Read the class. If it cannot be read, or is not the model's, no family can be cut.
         try:
             reading = Reading(self._class, self.dense)
         except Unread as error:
@@ -152,6 +156,7 @@ class Stock:
         if (wrong := find_misfit(reading.dense.shapes, self._shapes({}))) is not None:
             self.refusals = dict.fromkeys(self._families, wrong)
             return
+        # 2. Try each family by itself, then the refused ones together with what shares their fields.
         grown = find_growth(reading.dense.shapes, self._families, self._shapes)
         self._law = Law(reading, WidthProducts(self._families, fixed), grown, self.derived)
         trials = dict[frozenset[str], list[Widths]]()
@@ -160,6 +165,7 @@ class Stock:
         for name in [name for name in self.refusals if name not in self.derived]:
             if not any(name in group for group in self.together):
                 self._join(name, trials)
+        # 3. Build it.
         self._confirm(trials)
 
     def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
@@ -171,6 +177,7 @@ class Stock:
         if fitting:
             trials[group] = fitting
             return None
+        # The last trial is the deepest cut. A group's families have their refusals already.
         refused = next(reversed(cuts.values()), None)
         refused = refused or Refusal("shape", min(group), "no common ratio gives whole numbers")
         if len(group) == 1:
@@ -182,7 +189,8 @@ class Stock:
         assert self._law is not None
         assignment = self._law.at(widths)
         if isinstance(assignment, Refusal):
-            other = self._law.free.at(widths)  # does the class compute another function?
+            # Does the class have the shapes but compute another function? That is the better reason.
+            other = self._law.free.at(widths)
             why = None if isinstance(other, Refusal) else self._find_difference(self._law.reading.at(other), widths)
             return why or assignment
         return self._find_difference(self._law.reading.at(assignment), widths)
@@ -195,6 +203,7 @@ class Stock:
     def _join(self, name: str, trials: dict[frozenset[str], list[Widths]]) -> None:
         """Find the families with which a refused one can be cut in proportion."""
         assert self._law is not None
+        # Without the fixed families and the modules' numbers there may be a group, which names what is in the way.
         group = self._law.group(name)
         if group is None:
             group = self._law.free.group(name, [*self.derived]) or frozenset()
@@ -212,10 +221,13 @@ class Stock:
         """Build the class with all trial cuts in as few builds as hold them; if one is not as expected, with each."""
         left = dict(trials)
         while left:
+            # Groups without a common family fit into one build, which is what takes time here.
             packed: dict[frozenset[str], Widths] = {}
             for group, cuts in left.items():
                 if not group & frozenset().union(*packed):
                     packed[group] = cuts[0]
+            # If the packed cuts fail, each group is built by itself. One of its two trials may fail by chance. Both, or
+            # a number that stays at the width that is cut, refuse the group.
             if self._find_contradiction({n: w for cut in packed.values() for n, w in cut.items()}) is not None:
                 for group in packed:
                     wrong = [why for cut in trials[group] if (why := self._find_contradiction(cut)) is not None]
@@ -233,15 +245,17 @@ class Stock:
         return any(is_width(name, number) and number in old and now[name] == number for name, number in dense.items())
 
     def _find_contradiction(self, widths: Widths) -> Refusal | None:
-        """What is wrong with the class built for ``widths``. Validators do not count."""
+        """What is wrong with the class built for ``widths``. Validators do not count: another class may lack them."""
         assignment = self._assign(widths)
         made = assignment if isinstance(assignment, Refusal) else assign_fields(self.dense, assignment)
+        # Build it with other epsilons of the norms that the cut changes. Small ones do not matter.
         every = {weight: old for name in widths for weight, old in self._norms.get(name, {}).items()}
         norms = {weight: old for weight, old in every.items() if old > NEGLIGIBLE}
         other = {old: OTHER_EPSILON * old for old in norms.values()}
         model = made if isinstance(made, Refusal) else build_meta_model(self._class, with_scalars(made[0], other))
         if isinstance(model, Refusal):
             return model
+        # A norm that still has the old epsilon does not read the config. Then compare the rest, with the old epsilons.
         sizes, before = collect_model_sizes(model), {new: old for old, new in other.items()}
         kept = {(name.rpartition(".")[0], number) for name, number in sizes.numbers.items()}
         for weight, old in norms.items():
@@ -255,6 +269,7 @@ class Stock:
         """Why a forward pass of the cut class fails, if one of the dense class does not."""
         found = None if self._forward is None else find_forward_failure(self._forward, model)
         if found is not None and self._forward is not None:
+            # A dense class that cannot run without numbers either says nothing: from now on, none is run.
             dense = build_meta_model(self._class, self.dense)
             if isinstance(dense, Refusal) or find_forward_failure(self._forward, dense) is not None:
                 self._forward = found = None

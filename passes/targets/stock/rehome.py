@@ -32,7 +32,9 @@ from passes.transforms.rewrite import rewrite_program
 from passes.verify import TOLERANCE
 
 CANDIDATES = 32
+"""Classes that are tried, of the hundreds that are registered: each needs a config, and a model without memory."""
 TRIAL_LENGTH = 64
+"""Tokens of a trial run that only an analysis or a hint needs. The cut itself is checked on longer samples."""
 
 
 def find_other_class(
@@ -52,6 +54,7 @@ def find_other_class(
         Fields that only the new class has are None (off) if it accepts None. If no candidate fits, a Refusal
         (``names`` or ``numeric``).
     """
+    # Only a class that fits is run. One that fits but computes something else is named in the refusal.
     refusals: list[str] = []
     for candidate in _list_candidates(config):
         result = _fit_candidate(config, candidate, target_shapes)
@@ -77,10 +80,12 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
     Returns:
         None if the own class accepts the widths, or refuses them for another reason, or no class holds the model.
     """
+    # Cut any units and fold norms as the real cut does. Whether a class holds the result does not depend on the units.
     folded = FoldNorms().run(rewrite_program(analysis, _plan_first_units(analysis, widths)))
     refusal = stock.config(widths, scalars=folded.epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
+    # Only validators refused. Compare logits with the candidates', on random tokens: no text is at hand.
     embeddings = cast("nn.Embedding", model.get_input_embeddings())
     tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     found = find_other_class(refusal.config, cut_shapes(analysis, widths), make_logits_check(folded.program, tokens))
@@ -99,14 +104,14 @@ def _plan_first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
 def make_logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
     """A check for ``find_other_class``: the difference between a class with ``program``'s weights and ``program``.
 
-    The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence]. The class shares the
-    weights' memory.
+    The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence].
     """
     state = program.state_dict()
     with torch.no_grad():
         expected = program(tokens)
 
     def check(stock: StockConfig) -> float:
+        # The class shares the program's memory. Buffers that are not saved, such as rotary tables, are computed.
         with init_empty_weights():
             model = stock.model_class(copy.deepcopy(stock.config))
         model.load_state_dict(state, assign=True)
@@ -131,6 +136,7 @@ def _list_candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
     A missing field of ``config`` does not count if it has its default value. The nearest classes are sorted by the
     number of their own fields that cannot be switched off.
     """
+    # What this config uses: its fields that differ from the class's defaults.
     own = _list_fields(type(config))
     default = type(config)().to_dict()
     used = {k for k, v in config.to_dict().items() if k in own and v != default.get(k)}
@@ -175,9 +181,11 @@ def _fit_candidate(
 
     First only fields that the class declares are copied, then all, since a constructor may ask for others.
     """
+    # Everything but what names the class.
     source = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     for key in ("model_type", "architectures", "transformers_version"):
         source.pop(key, None)
+    # Fields that only the candidate has are switched off, since the model had no such thing.
     names = _list_fields(candidate)
     declared = {k: v for k, v in source.items() if k in names}
     off = _find_optional_fields(candidate, names - _list_fields(type(config)) - set(source))

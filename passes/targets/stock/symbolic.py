@@ -38,10 +38,11 @@ from mptk.errors import MptkError
 from passes.targets.stock.attempt import Refusal, build_on_meta, build_unchecked_config, hide_warnings, make_refusal
 
 WeightShapes = Mapping[str, tuple[int, ...]]
+"""Name in the state dict → shape. All may be expressions."""
 SizeSlot = tuple[str, int]
 """One dimension of one parameter."""
 TRIAL_VALUE = 8
-"""Of an implicit field, where Python needs a number."""
+"""Of an implicit field, for a constructor that needs a number of it before it is known."""
 ASKED = "auto_map decoder generator gradient_checkpointing layer_types quantization_config text_config text_encoder"
 NO_SIZES = {*vars(GenerationConfig()), *ASKED.split()}
 """What transformers asks the config of any model for: no implicit sizes."""
@@ -111,6 +112,7 @@ class Reading:
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         self.model_class, self.template = model_class, config
+        # The first build has symbols for the integers that the config has. It records which fields the class missed.
         self._missing, self._symbols = set[tuple[str, ...]](), Symbols()
         self._refused: Refusal | None = None
         self._integers: dict[Field, tuple[Symbol, int | torch.SymInt]] = {}
@@ -118,9 +120,11 @@ class Reading:
         self.fields, first = self._find_buildable([], [*_list_integers(self._body)])
         if first is None or not self.fields:
             raise self._make_unread_error()
+        # The second one has symbols in the places of missing fields, too, as far as the class can be built with them.
         places = sorted(path for path in self._missing | self._find_unset_fields() if path[-1] not in NO_SIZES)
         implicit = [Field(path, TRIAL_VALUE, implicit=True) for path in places]
         admitted, second = self._find_buildable(self.fields, implicit, first)
+        # What the two builds have in common says what those fields stand for.
         self._of = {field: self._integers[field][0] for field in self.fields}
         self._sizes, self._defaults = first, dict[Field, tuple[SymbolicNumber, SymbolicNumber]]()
         if second is not None:
@@ -147,6 +151,7 @@ class Reading:
 
     def list_exponents(self) -> Iterator[tuple[SizeSlot | str, dict[Field, Fraction]]]:
         """Each dimension and number with the exponents of the fields that it grows with: a product's are whole."""
+        # Layers repeat their expressions.
         owners = {symbol: field for field, symbol in self._of.items()}
         known = functools.cache(functools.partial(compute_exponents, values=self._assign_symbols({})))
         for place, number in self._list_numbers():
@@ -167,7 +172,7 @@ class Reading:
     ) -> tuple[list[Field], Sizes | None]:
         """``kept`` and those of ``more`` with which the class can be built, with the names of ``like``; the last build.
 
-        All are tried at once, or, if that fails, in halves.
+        All are tried at once, or, if that fails, in halves: mostly all or all but a few can be symbols.
         """
         try:
             read = self._read([*kept, *more]) if more else None
@@ -193,6 +198,7 @@ class Reading:
 
     def _find_unset_fields(self) -> set[tuple[str, ...]]:
         """The fields that are None and may be an integer."""
+        # A config class that declares its fields' types rules most of them out.
         found = {path for path, value in _list_leaves(self._body) if value is None}
         for kind, prefix in _list_config_classes(self.template):
             if is_dataclass(kind):
@@ -206,6 +212,7 @@ class Reading:
             if type(part) in prefixes and not name.startswith("_"):
                 self._missing.add((*prefixes[type(part)], name))
 
+        # A field keeps its symbol from build to build, so that their expressions can be compared.
         for field in wanted:
             if field not in self._integers:
                 self._integers[field] = self._symbols.integer(field.name, field.value)
@@ -217,6 +224,7 @@ class Reading:
             without_generation(),
             self._symbols.build_symbolically(self.model_class.__module__),
         ):
+            # Implicit fields are set after the config's constructor, which need not know them.
             config = build_unchecked_config(self.template, body)
             for field in wanted:
                 if field.implicit:
@@ -230,11 +238,13 @@ class Reading:
 
         A trial value t turns a size s into s·t/v, which gives v. v is right if it changes no size.
         """
+        # The sizes that differ: an expression of the first build, and one of the second with an implicit field.
         new = {self._integers[field][0]: field for field in implicit}
         known = {symbol: field.value for field, symbol in self._of.items()}
         both = (pair for n, shape in first.shapes.items() for pair in zip(shape, second.shapes[n], strict=False))
         pairs = dict.fromkeys(pair for pair in both if find_symbols(pair[1]) & new.keys())
         found, wrong = dict[Symbol, tuple[SymbolicNumber, SymbolicNumber]](), set[Symbol]()
+        # Each round finds the fields that are the only unknown of some size. There are no more rounds than fields.
         for _ in new:
             for before, after in pairs:
                 left = (find_symbols(after) & new.keys()) - known.keys()
@@ -242,9 +252,11 @@ class Reading:
                     (symbol,) = left
                     dense = compute_value(before, known)
                     trial = compute_value(after, {**known, symbol: TRIAL_VALUE})
+                    # A trial size of 0 tells nothing: with dense · 9 the value is 0, and so it is wrong.
                     known[symbol], rest = divmod(dense * TRIAL_VALUE, trial or dense * 9)
                     found[symbol] = before, after
                     wrong |= {symbol} if rest or known[symbol] < 1 else set()
+        # A field with which any size of the class would be another one than before is wrong.
         for before, after in pairs:
             if compute_value(after, known) != compute_value(before, known):
                 wrong |= find_symbols(after) & new.keys()
@@ -258,6 +270,7 @@ class Reading:
             same = own and own <= right and math.isclose(compute_value(theirs, known), compute_value(mine, known))
             return theirs if same else mine
 
+        # Take the second build's expressions of right fields, and the first's of everything else.
         self._sizes = Sizes(
             {n: tuple(map(taken, shape, second.shapes[n])) for n, shape in first.shapes.items()},
             {n: taken(number, second.numbers.get(n)) for n, number in first.numbers.items()},
@@ -271,6 +284,7 @@ def replace_indices(name: str) -> str:
 
 def collect_model_sizes(model: nn.Module) -> Sizes:
     """The sizes of a model that was built from numbers or from symbols."""
+    # A bool is an int to Python, but not a size. Unsaved buffers, such as rotary tables, have sizes, too.
     shapes = {name: tuple(map(to_expression, tensor.shape)) for name, tensor in model.state_dict().items()}
     numbers = {
         f"{name}.{key}": to_expression(value)

@@ -22,7 +22,7 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
 HEAD_DIM, HIDDEN_SIZE, HEADS = "head_dim", "hidden_size", "num_attention_heads"
-"""Names that every config class with such a field has, by itself or through its ``attribute_map``."""
+"""Names that every config class with such a field has, itself or through its ``attribute_map``."""
 
 
 def find_breaking_cuts(
@@ -49,6 +49,7 @@ def find_broken_programs(cut: StockConfig, dense: PreTrainedConfig, engines: Col
     def deriving(limit: Limit, config: PreTrainedConfig) -> str:
         return ", ".join(each.name for each in find_programs_needing(limit, STOCK, config.model_type, engines))
 
+    # Case 1, in the config and in those within it. Case 2: a field that was open is set, except the one of case 1.
     reasons = [
         f"programs that derive {HEAD_DIM} from {HIDDEN_SIZE} and {HEADS}, as {names}"
         for before, after in match_configs(dense, cut.config)
@@ -63,6 +64,7 @@ def find_broken_programs(cut: StockConfig, dense: PreTrainedConfig, engines: Col
 def _list_widest_cuts(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, dict[str, int]]]:
     """Each family that can be cut, with its widest cut and that of those that can only be cut with it."""
     for name, ladder in ladders.items():
+        # The widest cut of one ratio that gives all of them whole widths. Deeper ones change the same fields.
         partners = next((group for group in stock.together if name in group), frozenset((name,)))
         sizes = {partner: ladders[partner][-1] for partner in partners}
         for width in reversed(ladder[:-1]):

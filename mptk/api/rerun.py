@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mptk.api.pruned import prune
-from mptk.api.recovery import recover
+from mptk.api.pruned import prune, recover
 from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE, read_recipe
 from mptk.errors import MptkError

@@ -13,6 +13,8 @@ INPUTS = ".safetensors"
 """Suffix of a file of inputs."""
 UNIFORM, FREE = LAYERS = ("uniform", "free")
 """Whether all cut layers share their widths, or each has its own."""
+# Names, not the objects that they name: settings import no library, and methods and targets import torch. A test
+# compares them with what there is.
 METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),

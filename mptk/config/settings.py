@@ -1,4 +1,7 @@
-"""settings: the settings of ``prune``, each declared once. Importing this module imports no library."""
+"""settings: the settings of ``prune``, each declared once: what is cut (``CutSettings``), then all others.
+
+Importing this module imports no library, so that ``--help`` and an error in an option are quick.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,7 @@ class CutSettings(Record):
         (UNCACHED,),
         within=(1, COUNT),
     )
+    # Without a panel: the options --max-decode-ms and --max-prefill-ms set it with its budget and phase.
     max_ms: float | None = declare_setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
     objective: str = declare_setting(
         "decode",
@@ -187,11 +191,12 @@ class CutSettings(Record):
         (*CHOOSING, "analyze"),
         within=(1, 1 << 12),
     )
+    # Without a panel, it is a keyword of Python only.
     tolerance: float = declare_setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        read_alignment(self.align)
+        read_alignment(self.align)  # for its errors
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
         if len(set(self.families)) < len(self.families):
@@ -301,6 +306,7 @@ class Settings(CutSettings):
         None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
     eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
+    # Two tokens at least: the first one is not predicted.
     eval_length: int = declare_setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = declare_setting(
         None,
@@ -312,7 +318,7 @@ class Settings(CutSettings):
         TRAINING,
         (DECIDED,),
         within=(0.01, 10**6),
-        recipe="read",
+        recipe="read",  # a run writes the numbers that they chose: on another machine they would choose others
     )
     learning: Learning = field(default_factory=Learning)
     target: str = declare_setting(
@@ -364,7 +370,7 @@ class Settings(CutSettings):
         "Replace an earlier result even if its files were changed; files that were added stay.",
         WRITE,
         (*RUNS, "export", "rerun"),
-        recipe="refused",
+        recipe="refused",  # a recipe may be somebody else's, and would decide which of the user's files go
         resumable=True,
     )
     strict: bool = declare_setting(
@@ -382,7 +388,7 @@ class Settings(CutSettings):
         "Longest sequence in the proof, in tokens.",
         WRITE,
         (*TRAINING, "verify"),
-        within=(48, COUNT),
+        within=(48, COUNT),  # the proof's short batch has 48 tokens (`PROOF_SHAPE`)
         resumable=True,
     )
     memory: int | None = declare_setting(
@@ -408,11 +414,12 @@ class Settings(CutSettings):
         MACHINE,
         (*READING, "analyze", "show", "verify", "rerun", "report", "export", "eval"),
         recipe="refused",
-        said_in_call=True,
+        said_in_call=True,  # so that no report or recipe lets a model's code run (`mptk/trust.py`)
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Settings that contradict each other whatever the model is. `check_settings` and the stages check the rest.
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
@@ -428,6 +435,7 @@ class Settings(CutSettings):
     def _check_inputs(self) -> None:
         if self.inputs is None:
             return
+        # A module that takes tensors has no tokenizer: its data are files of tensors too, by default the same one.
         by_default = {"data": Settings.data, "eval_data": Settings.eval_data}
         for name, default in by_default.items():
             data = getattr(self, name)

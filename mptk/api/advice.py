@@ -30,7 +30,7 @@ from mptk.run.run import open_run
 FAMILIES = 1.5
 """Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
 ANY = 1.0
-"""The tolerance of a budget for the first candidates, which are not measured."""
+"""The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
 
 
 @public
@@ -69,13 +69,18 @@ def advise(
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
             such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
+    # For its checks and stages an advice is a search, of one shape and without trials.
     check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
+    if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
+        steps = chosen.steps or CALIBRATION_STEPS
+        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
-    start, chosen, inputs = take_model(model, train_cuts(chosen) if calibrate else chosen, inputs)
+    start, chosen, inputs = take_model(model, chosen, inputs)
     if calibrate and isinstance(start, Opened) and start.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
+    # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
     advises = round(FAMILIES * len(sparsities)), texts
     with (
@@ -105,17 +110,12 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
             return ""
         return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
 
+    # The recommended cut is safe without training; another one may be after it.
     plain = replace(settings, learning=replace(settings.learning, steps=0))
     if found.recovery is not None:
         trained = write_command(settings, found.recommended_after)
         found = replace(found, recovery=replace(found.recovery, command=trained))
     return replace(found, command=write_command(plain, found.recommended))
-
-
-def train_cuts(settings: Settings) -> Settings:
-    """The settings of an advice that trains."""
-    steps = settings.steps or CALIBRATION_STEPS
-    return with_keywords(settings, {"steps": steps, "samples": settings.windows, "minutes": None})
 
 
 def check_asked(sparsities: Sequence[float], tolerance: float) -> None:

@@ -28,7 +28,8 @@ from mptk.run.open import Model, name_model, take_model
 from mptk.run.run import open_run
 
 FAMILIES = 1.5
-"""Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
+"""Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
+sparsity a cut of blocks."""
 ANY = 1.0
 """The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
 
@@ -61,7 +62,7 @@ def advise(
         tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
             with another top-1 class, or the largest mean loss.
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
-        data: as in ``mptk.prune``. Each source of a name with several, as ``"A,B"``, is measured by itself.
+        data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 

@@ -88,7 +88,7 @@ def export(
 
     A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder. The graph of a
-    plain module, as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
+    plain module, such as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
 
     Args:
         model: with real weights; of any float type. Of a ``Pruned`` its model, with the weights that it has now.

@@ -62,7 +62,7 @@ Shown = Progress | Literal["auto"] | None
 class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
-    Weights of ``model`` that were changed since, as by training, count everywhere: in ``save``, ``place``,
+    Weights of ``model`` that were changed since, for example by training, count everywhere: in ``save``, ``place``,
     ``mptk.evaluate``, ``mptk.generate``, ``mptk.export`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
     All else that was changed, in memory or in the folder, is refused by all of these alike, by its name. A model that
     was converted (``half()``) counts with its numbers, in the types of the folder.

@@ -23,7 +23,7 @@ LARGEST_RECIPE = 1 << 20
 
 
 def list_refused(kind: type[Record]) -> set[str]:
-    """Options that a recipe may not set, as others write recipes: where results are written, and whose code runs."""
+    """Options that a recipe may not set, because others write recipes: where results go, and whose code runs."""
     return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
 
 

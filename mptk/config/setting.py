@@ -32,7 +32,7 @@ SEED = (0, 2**32 - 1)
 class Choices:
     """The values that a setting may have. ``plugins``: groups of entry points, whose names are values too.
 
-    ``numbered``: names that may end with a number, as ``cuda:1``. ``or_ranges``: or numbers, as ``5-20,28``.
+    ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
     """
 
     names: tuple[str, ...]
@@ -228,20 +228,16 @@ def find_idle(command: str, asked: Asked) -> dict[str, str]:
 # ---- values from outside ----
 
 
-def list_keywords(kind: type[Record]) -> list[str]:
-    """Every name that ``with_keywords`` takes: settings and records of settings, each once."""
-    return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
-
-
 def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     """Copy the record with some values replaced. Keywords are names of its fields, or of fields of the records in it.
 
-    A name that several records share, as ``seed``, is set in all of them. One name may stand for a list of one.
+    A name that several records share, such as ``seed``, is set in all of them. One name may stand for a list of one.
 
     Raises:
         MptkError: there is no such field (the message has the nearest name), or its value is refused.
     """
-    known = list_keywords(type(record))
+    # Settings and records of settings, each once.
+    known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
         hint = suggest_name(unknown[0], known, "help(mptk.Settings) has them all")
         raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")

@@ -1,6 +1,6 @@
 """changed_weights: write a pruned folder again with weights that its user changed in memory, and prove it.
 
-The plan stays, so the structure is that of the first run. Weights, ONNX and other files are written and proven as in
+The plan stays, so the structure is the first run's. Weights, ONNX and other files are written and proven as in
 ``prune``; nothing is trained. The quality is measured again if the samples of the first run are in memory.
 """
 

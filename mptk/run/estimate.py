@@ -101,8 +101,8 @@ def _number(value: object) -> int:
 def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float = 1.0) -> Work:
     """The work of a run, as its stages declare it.
 
-    ``long_proof``: whether the config has borders, as a window, that the proof must cross. ``kept``: the share that a
-    plan keeps.
+    ``long_proof``: whether the config has borders, such as a window, that the proof must cross. ``kept``: the share
+    that a plan keeps.
     """
     method = find_method(settings.method)
     s = replace(settings, reconstruct=should_reconstruct(settings, method))
@@ -146,6 +146,7 @@ def _data(settings: Settings) -> dict[str, Pass]:
 
 def check_fits(found: Estimate, out: Path) -> None:
     """Raise MptkError if memory or disk are too small for a run; the message says what would make it fit."""
+    # The host's memory, the device's, and the disks of the result and of temporary files.
     _check_memory(found.needed, "memory", measure_free_memory(), "")
     if found.device:
         room = measure_device_memory(torch.device(found.device))
@@ -193,6 +194,6 @@ REMEDIES = {
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or the nearest folder above it that exists: the disk can be asked only about that."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -205,7 +205,7 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
 
 
 def take_numbers(asked: Settings, unfinished: Mapping[str, object], recovers: bool = False) -> dict[str, object]:
-    """The numbers that the unfinished run chose, of those that ``asked`` leaves open."""
+    """The numbers that ``asked`` leaves open and the unfinished run chose."""
     learning = unfinished.get("learning")
     known = {**unfinished, **(learning if isinstance(learning, dict) else {})}
     open_ones = {"minutes": asked.minutes is None, "compute_dtype": asked.compute_dtype == "auto"}

@@ -253,7 +253,7 @@ def find_remedy(compiled: Compiled) -> str:
     if compiled.written is None or not compiled.epsilons:
         return REMEDY
     # A norm over fewer channels has another mean square, which another epsilon makes up for (`fold_norms.py`). The
-    # config may have one epsilon for all norms of the model, those that were not cut too.
+    # config may have one epsilon for all norms of the model, also for norms that were not cut.
     changes = ", ".join(f"{old:g} → {new:g}" for old, new in compiled.epsilons.items())
     return (
         f"nothing was published. The cut changes the epsilon of norms in the config ({changes}); if the class reads it "

@@ -267,8 +267,8 @@ def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
 
-    Other entries of a batch, as labels, are left out. An item with one dimension less than ``like``, as data sets give,
-    is one sample.
+    Other entries of a batch, such as labels, are left out. An item with one dimension less than ``like`` is one sample:
+    data sets give such items.
     """
     names = list(like)
     parts: dict[str, list[Tensor]] = {}

@@ -113,7 +113,7 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
 
     # The recommended cut is safe without training; another one may be after it.
     plain = replace(settings, learning=replace(settings.learning, steps=0))
-    if found.recovery is not None:
+    if found.recovery is not None:  # the settings have its steps
         trained = write_command(settings, found.recommended_after)
         found = replace(found, recovery=replace(found.recovery, command=trained))
     return replace(found, command=write_command(plain, found.recommended))
@@ -162,6 +162,7 @@ def shapes(
     chosen = with_keywords(base, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
+    # A search keeps its stages in a folder beside its output, so it needs a place even if nothing is to stay.
     kept = make_scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
     source = name_model(model)

@@ -100,7 +100,7 @@ class Snapshot:
         Raises:
             MptkError: it has other weights now, as adapters add them; or some that the folder cannot hold.
         """
-        # The names, then what the folder's types and shapes can hold, then what a tied checkpoint can.
+        # First the names, then what the folder's types and shapes can hold, then what a tied checkpoint can.
         found = {name: tensor.detach() for name, tensor in unwrap_parallel(module).state_dict().items()}
         if other := sorted(found.keys() ^ self.likes.keys()):
             raise MptkError(
@@ -289,6 +289,7 @@ def write_again(
     Raises:
         MptkError: the dense model is needed and not found; or as ``mptk.prune``.
     """
+    # A plain module has no config. If it is neither in memory nor given, only the graph of the folder is left of it.
     plain = report.live and (place / ARCHIVE).is_file() and not (place / "config.json").is_file()
     if plain and origin.opened is None and origin.model is None:
         return _write_graph(place, out, report, weights)

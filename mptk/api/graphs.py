@@ -179,7 +179,7 @@ def _export_module(
     program, samples = trace_loaded(loaded, task, EXECUTOR), task.make_example(loaded.model)
     dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, samples, folder, Log())
-    program = cut_to_plan(program, dense, plan, Log())
+    program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
     stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
 
@@ -214,6 +214,7 @@ def gguf(
     made = open_folder(folder, like, type)
     check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
+    # The file is read back, and run if llama.cpp is here, before it gets its name.
     def write(file: Path) -> None:
         differences = made.write(file)
         proof, notes = run_llama_cpp(made, file)
@@ -253,7 +254,7 @@ def export_folder(
     say("load", 0, 0)
     dense, form = _dense(model, settings, text)
     loaded = dense.loaded
-    positions = find_position_limit(loaded.model.config) or 256
+    positions = find_position_limit(loaded.model.config) or 256  # a model without a limit takes any length
     windows = (
         None
         if text is None
@@ -358,11 +359,12 @@ def bench(
 
 def check_lengths(model: str, longest: int) -> None:
     """Raise MptkError if a model, or the model that a graph was made from, has too few positions by its config."""
-    # A graph alone does not say its positions; the config beside it does, if it is there.
+    # A graph does not say its positions. The config beside it does, if it is there.
     file = Path(model) if model.endswith(".onnx") else find_graph(model)
     folder = model if file is None else str(find_model_folder(file))
     if file is not None and not (Path(folder) / "config.json").is_file():
         return
+    # A decoder is also timed with a cache of `longest` tokens, to which it adds one.
     config = models.load_config(folder)
     decodes = (
         CAUSAL_LM.refusal(config, find_model_classes(config)) is None

@@ -104,6 +104,7 @@ def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
 
 def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
     """What a ladder needs. No model runs. Raises the errors of ``mptk.ladder``."""
+    # As a run does it: numbers are chosen for the whole ladder, and each size is estimated with them.
     asked = divide_steps(settings, sparsities)
     estimator = read_estimator(model, settings.trust)
     places = [Path(name_size(sparsity)) for sparsity in sparsities]

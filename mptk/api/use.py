@@ -204,6 +204,7 @@ class _Programs:
             self.programs[name] = trace_loaded(loaded, task, self.executor, like=samples)
             if task.find_fixed_length(self.programs[name]) is not None:
                 self.modules[name] = loaded.whole()
+        # Models of text take any number of windows. Other programs may hold for one number of samples only.
         task = self.opened[0][1]
         for program in self.programs.values() if not task.sequences else ():
             samples = fit_to_program(task, program, samples, "data")
@@ -211,7 +212,7 @@ class _Programs:
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names, task = list(self.programs), self.opened[0][1]
-        if self.modules:  # programs of one length
+        if self.modules:  # programs of one length; a module takes any
             for i, batch in enumerate(batches):
                 for name in names:
                     # not around the yield, where it would hold for the caller
@@ -220,6 +221,7 @@ class _Programs:
                     yield name, i, output
                 progress(i + 1, len(batches))
             return
+        # One pass through the stages of all programs: weights of a large model are read only once.
         found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
         for i in range(len(batches)):
             for name in names:

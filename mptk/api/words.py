@@ -48,7 +48,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             if error.args and not COMMAND_LINE.get():
                 error.args = (in_python(str(error)), *error.args[1:])
             raise
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError) as error:  # a package whose files are broken, if that is the cause
             raise find_broken_package(error) or error from error.__cause__
 
     return call

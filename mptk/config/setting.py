@@ -53,6 +53,7 @@ class Choices:
 
     def wrong(self, value: str) -> str | None:
         """What is wrong with a value; None if it is allowed."""
+        # The type of a device may have a number, and layers may be given by theirs.
         known = self.known()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
@@ -150,6 +151,7 @@ class Declared:
 
     def kept(self, value: object) -> object:
         """A value as the field stores it: a name or several names as a tuple, and a path as text."""
+        # Callers give one name or a list, and JSON has only lists. Settings are frozen, so they hold tuples.
         if get_origin(self.kind) is tuple and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return str(value) if isinstance(value, Path) else value
@@ -215,6 +217,7 @@ def collect_values(record: Record, command: str) -> dict[str, Any]:
 
 def find_idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → the reason and the remedy."""
+    # Remedies name options, whose names may differ between commands.
     kind = type(asked.settings)
     flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
     return {

@@ -62,6 +62,7 @@ def check_graph_training(settings: Settings) -> None:
 
 def check_divides(settings: Settings, asked: str) -> None:
     """Raise MptkError if layers cannot have different widths. ``asked``: what asks for them."""
+    # The checkpoint must hold such layers, the method choose them, and the budget be a sum over layers.
     check_ragged(find_target(settings.target), asked)
     method = find_method(settings.method)
     if settings.layers == FREE and not method.divides:

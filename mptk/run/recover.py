@@ -32,6 +32,7 @@ from passes.verify import Difference
 
 def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:
     """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
+    # With shards only the first process has whole weights. It fits them, and sends them out in training.
     if not should_reconstruct(prepared.settings, prepared.method) or not holds():
         return chosen
     with run.stage("reconstruct"):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mptk.api.ladder import rung as rung
     from mptk.api.pruned import Pruned as Pruned
     from mptk.api.pruned import prune as prune
-    from mptk.api.recovery import recover as recover
+    from mptk.api.pruned import recover as recover
     from mptk.api.use import evaluate as evaluate
     from mptk.api.use import generate as generate
     from mptk.config.settings import Settings as Settings
@@ -48,8 +48,7 @@ _HOMES = {
     "mptk.api.compiler": ("analyze", "rewrite", "rule", "show", "trace"),
     "mptk.api.graphs": ("bench", "export"),
     "mptk.api.ladder": ("ladder", "rung"),
-    "mptk.api.pruned": ("Pruned", "prune"),
-    "mptk.api.recovery": ("recover",),
+    "mptk.api.pruned": ("Pruned", "prune", "recover"),
     "mptk.api.use": ("evaluate", "generate"),
     "mptk.config.settings": ("Settings",),
     "mptk.errors": ("MptkError", "ProofError"),

@@ -21,8 +21,7 @@ from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
-from mptk.api.pruned import estimate_run
-from mptk.api.recovery import estimate_recovery
+from mptk.api.pruned import estimate_recovery, estimate_run
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import (

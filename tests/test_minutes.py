@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Settings
-from mptk.api.recovery import estimate_recovery
+from mptk.api.pruned import estimate_recovery
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
 from mptk.run.amounts import say_numbers

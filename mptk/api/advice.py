@@ -28,9 +28,10 @@ from mptk.run.open import Model, name_model, take_model
 from mptk.run.run import open_run
 
 FAMILIES = 1.5
-"""Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
+"""Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
+sparsity a cut of blocks."""
 ANY = 1.0
-"""The tolerance of a budget for the first candidates, which are not measured."""
+"""The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
 
 
 @public
@@ -61,7 +62,7 @@ def advise(
         tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
             with another top-1 class, or the largest mean loss.
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
-        data: as in ``mptk.prune``. Each source of a name with several, as ``"A,B"``, is measured by itself.
+        data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 
@@ -69,13 +70,18 @@ def advise(
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
             such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
+    # For its checks and stages an advice is a search, of one shape and without trials.
     check_asked(sparsities, tolerance)
     chosen = with_keywords(settings or ADVICE, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
+    if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
+        steps = chosen.steps or CALIBRATION_STEPS
+        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
-    start, chosen, inputs = take_model(model, train_cuts(chosen) if calibrate else chosen, inputs)
+    start, chosen, inputs = take_model(model, chosen, inputs)
     if calibrate and isinstance(start, Opened) and start.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
+    # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
     advises = round(FAMILIES * len(sparsities)), texts
     with (
@@ -105,17 +111,12 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
             return ""
         return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
 
+    # The recommended cut is safe without training; another one may be after it.
     plain = replace(settings, learning=replace(settings.learning, steps=0))
-    if found.recovery is not None:
+    if found.recovery is not None:  # the settings have its steps
         trained = write_command(settings, found.recommended_after)
         found = replace(found, recovery=replace(found.recovery, command=trained))
     return replace(found, command=write_command(plain, found.recommended))
-
-
-def train_cuts(settings: Settings) -> Settings:
-    """The settings of an advice that trains."""
-    steps = settings.steps or CALIBRATION_STEPS
-    return with_keywords(settings, {"steps": steps, "samples": settings.windows, "minutes": None})
 
 
 def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
@@ -161,6 +162,7 @@ def shapes(
     chosen = with_keywords(base, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
+    # A search keeps its stages in a folder beside its output, so it needs a place even if nothing is to stay.
     kept = make_scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
     source = name_model(model)

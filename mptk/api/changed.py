@@ -54,11 +54,13 @@ PASSING = frozenset(["_name_or_path", "dtype", "output_attentions", "output_hidd
 """Entries of a config that training changes for a time, and that change no output: not compared."""
 PASSING_ATTRIBUTES = frozenset(["training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"])
 """Attributes of a part that training and running change, and a name that peft reads."""
+# Both switch with the length of the last input: another value of the buffer is not the user's change.
 ROPES_ANEW = frozenset(["dynamic", "longrope"])
 """Kinds of rotary embeddings whose frequencies ``forward`` computes for each length."""
 HALF_TYPES = (torch.bfloat16, torch.float16)
+"""``half()`` and ``bfloat16()`` round buffers, too; a way there and back is not a change of the user's."""
 MADE_ANEW = (MARKER, CARD, REPORT_FILE, WEIGHTS, ONNX_FOLDER, LATER)
-"""What is not copied from a folder whose weights are written again."""
+"""What is not copied from a folder whose weights are written again: what holds weights, figures or digests of them."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Snapshot:
         Raises:
             MptkError: it has other weights now, as adapters add them; or some that the folder cannot hold.
         """
+        # First the names, then what the folder's types and shapes can hold, then what a tied checkpoint can.
         found = {name: tensor.detach() for name, tensor in unwrap_parallel(module).state_dict().items()}
         if other := sorted(found.keys() ^ self.likes.keys()):
             raise MptkError(
@@ -127,6 +130,7 @@ class Snapshot:
     def check_rest(self, module: nn.Module) -> None:
         """Raise MptkError if a config, a part or a buffer of the module was changed, which no weights file holds."""
         module = unwrap_parallel(module)
+        # A proof of the weights sees none of this: it runs the class of the folder, with the folder's config.
         for name, now in _configs(module).items():
             before = self.configs.get(name, {})
             if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
@@ -135,6 +139,7 @@ class Snapshot:
                     "proven; put it back, or write the model by itself with model.save_pretrained(DIR)"
                 )
         parts = _list_parts(module)
+        # Parts that were there must be as they were. Further ones count only by their weights.
         for name, part in self.parts.items():
             there = parts.get(name)
             if there is None or any(there.get(key) != value for key, value in part.items()):
@@ -167,6 +172,7 @@ def _cannot_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> str |
 
 def _group_tied_names(weights: Mapping[str, Tensor]) -> list[list[str]]:
     """The names of each weight that has several."""
+    # Tied names have the same memory in the same order. Empty tensors share an address without being tied.
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in weights.items():
         if tensor.numel():
@@ -190,7 +196,7 @@ def _list_parts(module: nn.Module) -> dict[str, dict[str, object]]:
 
 
 def _describe_difference(before: Mapping[str, object], now: Mapping[str, object] | None) -> str:
-    """What is other in a part, in words."""
+    """What differs in a part, in words."""
     if now is None:
         return "it was removed"
     key = next(key for key in before if now.get(key) != before[key])
@@ -209,7 +215,7 @@ def _list_unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _rounds_to(before: Tensor, now: Tensor) -> bool:
-    """Whether a buffer has the numbers of before, up to a conversion to a narrower type on the way."""
+    """Whether a buffer has its numbers of before, or these after a conversion to a narrower type and back."""
     if now.is_meta or now.shape != before.shape:
         return False
     now = now.cpu().to(before.dtype)
@@ -221,7 +227,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
     return digest.hexdigest()
 
 
@@ -241,6 +247,7 @@ def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     with make_scratch() as place:
         save_tokenizer(tokenizer, place.folder)
         found = {file.name: file.read_bytes() for file in place.folder.iterdir()}
+    # A fast tokenizer keeps the last call's padding and truncation, and writes them.
     if (name := "tokenizer.json") in found:
         kept = {key: value for key, value in json.loads(found[name]).items() if key not in ("padding", "truncation")}
         found[name] = format_json(kept).encode()
@@ -276,15 +283,17 @@ def write_again(
 ) -> Result | Report:
     """Write the pruned folder ``place`` to ``out`` with other weights, and prove it.
 
-    If the dense module of a graph is not in memory, the graph as it is read back is compared with the graph in memory:
-    its structure is the one that was proven. A report that was only read lets no code of a model run.
+    A module that was pruned in memory cannot be opened again. Without it, the graph is compared with what is read back:
+    its structure was proven before. A report that was only read lets no code of a model run.
 
     Raises:
         MptkError: the dense model is needed and not found; or as ``mptk.prune``.
     """
+    # A plain module has no config. If it is neither in memory nor given, only the graph of the folder is left of it.
     plain = report.live and (place / ARCHIVE).is_file() and not (place / "config.json").is_file()
     if plain and origin.opened is None and origin.model is None:
         return _write_graph(place, out, report, weights)
+    # The settings of the first run, without what chooses numbers, places or data of a run.
     used = replace(
         report.settings, resume=False, overwrite=False, minutes=None, trust_remote_code=origin.trust.allows_code
     )
@@ -302,12 +311,14 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
     in_memory = open_archive(place / ARCHIVE, Weights(new))
     samples = Samples(load_tensors(place / PROVEN_ON, make_damage_error(place / PROVEN_ON)))
     with publish(out) as folder:
+        # The graph itself, the plan and the proof's samples stay. Weights, ONNX and what is said of them are made anew.
         shutil.copytree(place, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*MADE_ANEW))
         write_weights(folder / WEIGHTS, Weights(new))
         reloaded = open_archive(folder / ARCHIVE, read_weights(folder))
         stages: dict[str, tuple[Program | StageOutputs, float]] = {"reloaded weights": (reloaded, TOLERANCE)}
         if (place / ONNX_FOLDER).is_dir():
             stages |= _write_onnx(reloaded, folder / ONNX_FOLDER, report, samples)
+        # On the samples of the first proof: the first run's data may be gone.
         proof = prove(in_memory, stages, samples)
         check_proof(proof, "nothing was written. Please report this model")
         changed = [name for name, tensor in stored.items() if not tensor.equal(new[name])]
@@ -316,7 +327,7 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
             changed=True,
             trained=list(dict.fromkeys([*report.trained, *changed])),
             weights_sha256=hash_weight_files(folder),
-            quality={},
+            quality={},  # it was that of the old weights
             quantized=graph_sizes(folder / ONNX_FOLDER, Module(samples).onnx),
             proof=[d.to_dict() for d in proof],
             notes=list(dict.fromkeys([*report.notes, WEIGHTS_CHANGED])),

@@ -87,11 +87,15 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
             output, so that nothing is proven.
         ProofError: the cut program differs from the masked one; the message has the stage and the difference.
     """
+    # The cut that is returned: of the program as it was given, and not of the finer copies that the proof may take.
     check_whole(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
+    # What is proven of a program says nothing of the module if the trace differs from it, so this comes first.
     if check and analysis.program.has_values and analysis.program.source is not None:
         analysis = replace(analysis, program=compare_to_module(analysis.program))
     results = run_passes(analysis.program, steps, Log())
+    # The proof's weights are float32: folded norms would round coarser ones. If a head of zeros hides the mask, a copy
+    # with random numbers in their place is proven by the same steps.
     if check and results[-1].program.has_values:
         fine = refine_weight_types(analysis)
         try:
@@ -100,7 +104,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
             if (woken := replace_faint_weights(fine)) is None:
                 raise
             _prove(woken, cut, steps, run_passes(woken.program, steps, Log()))
-    return replace(results[-1].program, source=None)
+    return replace(results[-1].program, source=None)  # the module that was traced is not this program's
 
 
 def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[PassResult]) -> None:
@@ -133,6 +137,7 @@ def show(
         MptkError: as ``analyze``; the plan does not fit; there is no such pass; or a pass is given without a plan or a
             plan without a pass.
     """
+    # The program as traced, or after a pass, which needs a plan.
     if (after is None) != (plan is None):
         raise MptkError("a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan")
     program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
@@ -142,6 +147,7 @@ def show(
     check_whole(plan)
     cut = resolve_plan(analysis, plan)
     result = run_passes(program, list_passes_until(after, analysis, cut), Log())[-1].program
+    # A pass that only masks leaves the old sizes, which must not be printed as the cut ones.
     sizes = {} if list_state_shapes(result) == list_state_shapes(program) else cut.sizes
     return describe_program(result, analysis, sizes, source=source)
 

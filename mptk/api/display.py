@@ -33,7 +33,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
 
     A notebook without ipywidgets cannot move bars and gets lines.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True)  # what a script prints on its standard output stays its own
     if console.is_jupyter:
         if importlib.util.find_spec("ipywidgets") is None:
             yield lines(console)
@@ -58,6 +58,8 @@ def bars(console: Console) -> Iterator[Progress]:
     with Bars(*columns, TimeRemainingColumn(), console=console) as drawn:
         tasks: dict[str, TaskID] = {}
 
+        # Stages follow each other, so a new one ends those before it. A stage of unknown length is then filled; others
+        # stop where they are.
         def finish() -> None:
             for task in tasks.values():
                 drawn.update(task, total=1, completed=1) if not drawn.tasks[task].total else drawn.stop_task(task)

@@ -88,7 +88,7 @@ def export(
 
     A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder. The graph of a
-    plain module, as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
+    plain module, such as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
 
     Args:
         model: with real weights; of any float type. Of a ``Pruned`` its model, with the weights that it has now.
@@ -111,6 +111,7 @@ def export(
             quantised graphs are asked for and the model is not float32; or an entry of the metadata is not a string.
         ProofError: ONNX Runtime computes something else than the module.
     """
+    # What can be refused before anything is traced.
     check_whole(plan)
     about = check_metadata(metadata)
     settings = Settings(
@@ -118,6 +119,7 @@ def export(
     )
     for file in Path(folder).glob("*.onnx"):
         check_file(file, "graph", overwrite)
+    # A Pruned stands for its module with the present weights, and brings its example inputs.
     if isinstance(model, Pruned):
         check_apart(folder, model.proven)
         module, inputs = model.present, load_folder_inputs(model.proven, model.report)
@@ -130,10 +132,12 @@ def export(
             )
         _export_module(model, place, example_inputs, plan, settings, about)
         return Path(folder)
+    # The form of its task. A model of no task is treated as a decoder.
     form, name = find_task_form(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
     if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
         raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
+    # A decoder's form traces the model itself, with its cache.
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     form.check(model, settings)
     dense = Dense(Loaded(model, None, name, Path()), settings, program, about=about)
@@ -166,6 +170,7 @@ def _export_module(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a plain module as ONNX, and compare ONNX Runtime with it."""
+    # As in a run, though without a folder: open, trace, write, and prove the graph against the (cut) program.
     opened = open_in_memory(module, NO_CODE, Inputs(example_inputs=example_inputs))
     loaded, task = opened.loaded, opened.task
     form = task.onnx
@@ -174,7 +179,7 @@ def _export_module(
     program, samples = trace_loaded(loaded, task, EXECUTOR), task.make_example(loaded.model)
     dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, samples, folder, Log())
-    program = cut_to_plan(program, dense, plan, Log())
+    program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
     stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
 
@@ -209,6 +214,7 @@ def gguf(
     made = open_folder(folder, like, type)
     check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
+    # The file is read back, and run if llama.cpp is here, before it gets its name.
     def write(file: Path) -> None:
         differences = made.write(file)
         proof, notes = run_llama_cpp(made, file)
@@ -241,13 +247,14 @@ def export_folder(
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: the settings are ``strict``, and a quantised weight differs by more than rounding allows.
     """
+    # Open and trace the model, and read the text, before a folder is begun.
     say, settings = progress or show_nothing, settings or Settings()
     check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
     dense, form = _dense(model, settings, text)
     loaded = dense.loaded
-    positions = find_position_limit(loaded.model.config) or 256
+    positions = find_position_limit(loaded.model.config) or 256  # a model without a limit takes any length
     windows = (
         None
         if text is None
@@ -260,6 +267,7 @@ def export_folder(
             notes = form.export(dense, None, samples, folder / "onnx", Log())
         for note in [*notes, *_checked(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
+        # What other programs look for beside the graphs.
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
         generation = getattr(loaded.model, "generation_config", None)
@@ -273,7 +281,7 @@ def export_folder(
 
 
 def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
-    """The model as it is written as ONNX, and its form. Raises MptkError as ``export_folder``."""
+    """The model, traced to be written as ONNX, and its form. Refuses models and options that no form takes."""
     resident, executor = build_executor(settings)
     loaded, task = open_task(model, resident, trust=settings.trust)
     if task.onnx is None:
@@ -293,8 +301,7 @@ def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, Onn
 def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
     """Compare the quantised graphs of a folder with its float graphs. Returns notes on graphs that are left out.
 
-    Raises:
-        ProofError: ``strict``, and a graph differs by more than rounding allows.
+    ``strict``: raises ProofError instead.
     """
 
     def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
@@ -333,12 +340,14 @@ def bench(
     if not models:
         raise MptkError("no model is given; give models, folders or .onnx files")
     there, graphs = find_session_device(device), dict[str, Path]()
+    # All models are checked before the first is exported, which takes minutes.
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):
         check_lengths(model, longest)
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else find_onnx_file(onnx_folder(model, progress))
         graphs[model] = file
+        # The quantised graphs beside it, unless a quantised one was named itself.
         rounded = {
             scheme: name_quantized_file(file, scheme)
             for scheme in list_quantized_files(file.parent)
@@ -350,10 +359,12 @@ def bench(
 
 def check_lengths(model: str, longest: int) -> None:
     """Raise MptkError if a model, or the model that a graph was made from, has too few positions by its config."""
+    # A graph does not say its positions. The config beside it does, if it is there.
     file = Path(model) if model.endswith(".onnx") else find_graph(model)
     folder = model if file is None else str(find_model_folder(file))
     if file is not None and not (Path(folder) / "config.json").is_file():
         return
+    # A decoder is also timed with a cache of `longest` tokens, to which it adds one.
     config = models.load_config(folder)
     decodes = (
         CAUSAL_LM.refusal(config, find_model_classes(config)) is None
@@ -368,8 +379,8 @@ def check_lengths(model: str, longest: int) -> None:
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
     """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
 
-    The export's name comes from the content of the model's files, so a changed model is exported again. A changed
-    export is replaced, too.
+    The export's name comes from the content of the model's files and from the versions of what writes it, so a changed
+    model is exported again. A changed export is replaced, too.
     """
     if (own := find_graph(model)) is not None:
         return own.parent

@@ -85,22 +85,26 @@ def ladder(
         reporting(progress) as say,
         open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
     ):
+        # The smaller sizes lie inside the largest one's folder, and are made anew into temporary folders.
         if asked.shared:
             found = prune_together(start, runs[0])
             sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
             return [_pruned(place, found, asked.trust), *sizes]
+        # Only the first process has results, but all of them must climb.
         return [_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if is_leader()]
 
 
 def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
-    if found is None or not report.live:  # the folder says enough
+    # A dense model with a name is opened again if it is needed, so the sizes need not hold it.
+    if found is None or not report.live:
         return Pruned(report, place, origin=FirstRun(trust=trust))
     return Pruned(report, place, compiled=found.compiled, origin=FirstRun(trust=trust, digests=found.run.origin))
 
 
 def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
     """What a ladder needs. No model runs. Raises the errors of ``mptk.ladder``."""
+    # As a run does it: numbers are chosen for the whole ladder, and each size is estimated with them.
     asked = divide_steps(settings, sparsities)
     estimator = read_estimator(model, settings.trust)
     places = [Path(name_size(sparsity)) for sparsity in sparsities]
@@ -148,11 +152,7 @@ def rung(
 
 
 def checked_sizes(folder: Path) -> list[str]:
-    """The names of the sizes within the folder of the largest, as it was published.
-
-    Raises:
-        MptkError: the folder was changed, or has no other sizes.
-    """
+    """The names of the smaller sizes in the folder of the largest. Raises MptkError if it was changed, or has none."""
     check_manifest(folder)
     if not (sizes := list_rung_sizes(folder)):
         raise MptkError(f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`")

@@ -1,4 +1,4 @@
-"""pruned: ``mptk.prune``, and its result ``Pruned``: a model, its plan and its report."""
+"""pruned: ``mptk.prune`` and ``mptk.recover``, and their result ``Pruned``: a model, its plan and its report."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_model, take_model
 from mptk.run.prune import Result
 from mptk.run.prune import prune as prune_model
+from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Start, open_run
 from mptk.run.samples import check_texts
 from mptk.targets.archive import ARCHIVE, open_archive
@@ -61,7 +62,7 @@ Shown = Progress | Literal["auto"] | None
 class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
-    Weights of ``model`` that were changed since, as by training, count everywhere: in ``save``, ``place``,
+    Weights of ``model`` that were changed since, for example by training, count everywhere: in ``save``, ``place``,
     ``mptk.evaluate``, ``mptk.generate``, ``mptk.export`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
     All else that was changed, in memory or in the folder, is refused by all of these alike, by its name. A model that
     was converted (``half()``) counts with its numbers, in the types of the folder.
@@ -86,14 +87,16 @@ class Pruned:
 
         ``origin``: what is known of the run that made it.
         """
-        place = place.absolute()
+        place = place.absolute()  # the current folder may change
         self.report, self.plan = report, read_folder_plan(place)
+        # To see later whether the report or the folder was changed (`_check_result`).
         self._reported, self._files = format_json(report.to_json()), read_manifest(place)
         self.compiled = compiled
         origin = origin or FirstRun()
         if isinstance(origin.model, str):
             origin = replace(origin, model=resolve_model_name(origin.model))
         self.proven, self._kept, self._origin = place, kept, origin
+        # Model and tokenizer are opened at first use, each with what it was like then.
         self._model: nn.Module | None = None
         self._snapshot: Snapshot | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -145,6 +148,7 @@ class Pruned:
 
     def _open_folder(self) -> nn.Module:
         """The model as the folder holds it."""
+        # A folder without a config is a graph's.
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
         trust, dtype = self._origin.trust, find_stored_dtype(self.proven)
@@ -192,7 +196,7 @@ class Pruned:
         self._check_result()
         if self._tokenizer is not None:
             check_same("tokenizer", read_saved_files(self._tokenizer), self._tokenizer_files)
-        if self._model is None:
+        if self._model is None:  # nobody has it, so nobody changed it
             return False
         assert self._snapshot is not None
         differs = self._snapshot.differs(self._model)
@@ -226,6 +230,7 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
+        # Refuse a bad place before changed weights are proven, which takes minutes.
         folder, target = Path(folder), resolve_place(folder)
         check_replaceable(folder, overwrite)
         place = self.place
@@ -253,6 +258,7 @@ class Pruned:
 
     def _check_result(self) -> None:
         """Raise MptkError if the folder lost files or holds another result, or the plan or report was changed."""
+        # The folder fits its manifest. Of a temporary one the user does not know, so its error has other remedies.
         try:
             if not self.proven.is_dir():
                 raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
@@ -265,11 +271,13 @@ class Pruned:
                 f"{cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
                 "that is in memory by itself"
             ) from error
+        # The manifest is the one that was read first, except for timings, which `mptk bench` adds to a folder.
         now = read_manifest(self.proven)
         if other := sorted(name for name, digest in self._files.items() if now.get(name) != digest and name != LATER):
             raise MptkError(
                 f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
             )
+        # Plan and report are attributes that a caller may exchange, delete or write into.
         said = self.__dict__.get("plan"), self.__dict__.get("report")
         check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, read_folder_plan(self.proven).digest)
         check_same("report", format_json(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
@@ -290,12 +298,14 @@ class Pruned:
         out = kept.folder / "pruned"
         with reporting("auto") as say:
             found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
+        # A graph that was written without its dense module gives only a report.
         if isinstance(found, Report):
             self.report, self.compiled = found, None
         else:
             assert found.report is not None  # one process writes again
             self.report, self.compiled = found.report, found.compiled
         self._reported = format_json(self.report.to_json())
+        # From now on this is the folder. A user's own folder stays as it is until `save`.
         self.proven, self._kept, self._files = out, kept, read_manifest(out)
         self._snapshot = Snapshot.of(self.model)
 
@@ -348,6 +358,7 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
+    # Settings name what is in memory, so that the report says so; `inputs` holds it.
     asked = with_keywords(
         defaults(settings, out, model, example_inputs),
         {**name_inputs(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
@@ -357,6 +368,7 @@ def prune(
     )
     start, asked, inputs = take_model(model, asked, inputs)
     check_asked(start, asked, inputs)
+    # Without `out` the run publishes into a temporary folder, which lives as long as the result.
     kept = make_scratch() if out is None else None
     place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
     with (
@@ -377,10 +389,81 @@ def estimate_run(model: str, settings: Settings) -> Estimate:
     return estimator.estimate(complete_settings(settings, estimator)[0])
 
 
+@public
+def recover(
+    pruned: Pruned | str | Path,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    model: Model | None = None,
+    progress: Shown = "auto",
+    on_stage: Callable[[PassRecord], None] | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    **keywords: object,
+) -> Pruned | None:
+    """Train a pruned model against its dense model and prove the result.
+
+    Args:
+        pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
+        out, progress, on_stage, data, eval_data: as in ``prune``.
+        settings: only fields that do not decide what is cut count: ``learning``, ``length``, ``device``, …
+        model: the dense model, if it has moved since the report was written. A ``Pruned`` from ``prune`` knows it.
+        keywords: as in ``prune``.
+
+    Raises:
+        MptkError: as ``prune``; the folder was changed; or the dense model is missing or was changed.
+    """
+    # Keywords that would have no effect are refused; fields of `settings` that have none are not.
+    settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
+    if refused := sorted(settled & keywords.keys()):
+        raise MptkError(
+            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
+        )
+    base = settings or Settings(onnx=out is not None)
+    asked = with_keywords(base, {**name_inputs(data=data, eval_data=eval_data), **keywords})
+    # The folder to begin with has the present weights. The dense model is the given one, the one in memory, or the
+    # report's.
+    folder = pruned.place if isinstance(pruned, Pruned) else pruned
+    dense: str | nn.Module | Opened | None = str(model) if isinstance(model, Path) else model
+    if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
+        pruned.check_dense()
+        prepared = pruned.compiled.prepared
+        dense = Opened(prepared.given, prepared.task)
+    inputs = Inputs.of(data=data, eval_data=eval_data)
+    kept = make_scratch() if out is None else None
+    place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
+    start = PrunedFolder.read(folder, dense)
+    settings = start.take_settings(asked)
+    with (
+        reporting(progress) as say,
+        open_run(start, start.source, place, settings, inputs, Context(Log(on_record=on_stage), say)) as run,
+    ):
+        result = prune_model(start, run)
+    return make_pruned(result, place, kept)
+
+
+def estimate_recovery(folder: str | Path, settings: Settings, model: str | None = None) -> Estimate:
+    """What a recovery of ``folder`` needs. No model runs. Raises the errors of ``recover``."""
+    start = PrunedFolder.read(folder, model)
+    settings = start.take_settings(settings)
+    estimator = start.read_estimator(settings.trust)
+    assert estimator is not None
+    return estimator.estimate(complete_settings(settings, estimator, recovers=True)[0])
+
+
 def check_asked(start: Start, asked: Settings, inputs: Inputs) -> None:
     """Raise MptkError if the settings do not suit a model in memory, or data in memory does not suit them."""
     if isinstance(start, Opened) and start.plain:
-        _check_plain(asked)
+        if find_method(asked.method).learns and not asked.fixed:
+            raise MptkError(
+                f"{asked.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
+                "'magnitude', and train Pruned.model yourself"
+            )
+        if asked.steps or asked.minutes is not None:
+            raise MptkError(
+                "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
+            )
     if asked.vocabulary is not None:
         check_texts(data=inputs.data, eval_data=inputs.eval_data)
 
@@ -405,6 +488,7 @@ def resolve_place(out: str | Path) -> Path:
         place = place.absolute() if place.name else place  # what has no name is refused where it is written
     except FileNotFoundError as error:
         raise MptkError(f"the current folder was removed, so {out} is nowhere; give an absolute path") from error
+    # The system says whether a name is possible: a zero byte is a ValueError. A file that is not there is no error.
     try:
         os.lstat(place)
     except ValueError as error:
@@ -418,6 +502,7 @@ def resolve_place(out: str | Path) -> Path:
 @contextmanager
 def reporting(progress: Shown) -> Iterator[Progress]:
     """Show progress; transformers' own bars are off meanwhile."""
+    # transformers draws a bar for each load, which would break into the run's.
     others = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -440,16 +525,3 @@ def defaults(
         settings = Settings(onnx=out is not None, method="wanda" if plain else Settings.method)
     own = isinstance(model, nn.Module) and example_inputs is not None and settings.data == Settings.data
     return replace(settings, data=IN_MEMORY) if own else settings
-
-
-def _check_plain(settings: Settings) -> None:
-    """Raise MptkError if the settings for an ``nn.Module`` ask for training."""
-    if find_method(settings.method).learns and not settings.fixed:
-        raise MptkError(
-            f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
-            "'magnitude', and train Pruned.model yourself"
-        )
-    if settings.steps or settings.minutes is not None:
-        raise MptkError(
-            "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
-        )

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mptk.api.pruned import prune
-from mptk.api.recovery import recover
+from mptk.api.pruned import prune, recover
 from mptk.config.choices import IN_MEMORY
 from mptk.config.recipe import RECIPE_FILE, read_recipe
 from mptk.errors import MptkError
@@ -47,6 +46,7 @@ def rerun(
     Raises:
         MptkError: as ``prune`` and ``recover``; or the folder has no report, or was changed.
     """
+    # What cannot be repeated: a folder without a recipe, and what was in the memory of a Python program.
     folder = Path(folder)
     before = Report.read(folder)
     check_manifest(folder)
@@ -62,6 +62,7 @@ def rerun(
         raise MptkError(
             f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
         )
+    # Only the recipe says whether it was a recovery, and of which folder. All else is in the report.
     start = read_recipe(folder / RECIPE_FILE).get("folder")
     check_apart(out, folder)
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
@@ -70,7 +71,7 @@ def rerun(
     if start is not None:
         found = recover(str(start), out, settings, model=model, progress=progress, on_stage=on_stage)
     else:
-        if settings.plan is not None:
+        if settings.plan is not None:  # the folder's copy of it, which also has its conversions
             settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
     return None if found is None else compared(before, found.report) + files_compared(folder, Path(out))

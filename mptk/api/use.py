@@ -87,6 +87,7 @@ def evaluate(
     with explain_errors(), reporting(progress) as say:
         say("load", 0, 0)
         trust = trust_by_caller(trust_remote_code)
+        # Open the models, then read samples by the first one's task, then trace for these samples.
         runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
@@ -131,6 +132,7 @@ class _Programs:
 
     def add(self, model: Pruned | Model, dense: Model | None) -> None:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
+        # A result of this process has both models, and if its weights did not change, their programs too.
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
             changed = model.changed
@@ -144,9 +146,11 @@ class _Programs:
             if prepared.task.find_fixed_length(prepared.analysis.program) is not None:
                 self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
             return
+        # The model itself: from memory if its weights changed or no class can load the folder, else from the folder.
         place = model.proven if isinstance(model, Pruned) else model
         present = isinstance(model, Pruned) and (model.changed or not (model.proven / "config.json").is_file())
         small = self._open_present(model) if isinstance(model, Pruned) and present else self._open(place)
+        # Its dense model: the given one, or the report's if the metric needs one.
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
@@ -163,6 +167,7 @@ class _Programs:
         self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
+        # The folder of a plain module has its example inputs.
         inputs = self.example_inputs
         if inputs is None and isinstance(model, str | Path) and (Path(model) / REPORT_FILE).is_file():
             inputs = load_folder_inputs(Path(model), Report.read(model))
@@ -181,6 +186,7 @@ class _Programs:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
         if not isinstance(place, str | Path) or not (Path(place) / "plan.json").is_file():
             return dense
+        # Conversions that fit weights change what the model computes, and quality is compared with the model before.
         changes = [(kind, change) for kind, change in read_plan_conversions(read_folder_plan(place)) if not kind.fits]
         if not changes:
             return dense
@@ -198,6 +204,7 @@ class _Programs:
             self.programs[name] = trace_loaded(loaded, task, self.executor, like=samples)
             if task.find_fixed_length(self.programs[name]) is not None:
                 self.modules[name] = loaded.whole()
+        # Models of text take any number of windows. Other programs may hold for one number of samples only.
         task = self.opened[0][1]
         for program in self.programs.values() if not task.sequences else ():
             samples = fit_to_program(task, program, samples, "data")
@@ -205,7 +212,7 @@ class _Programs:
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names, task = list(self.programs), self.opened[0][1]
-        if self.modules:  # programs of one length
+        if self.modules:  # programs of one length; a module takes any
             for i, batch in enumerate(batches):
                 for name in names:
                     # not around the yield, where it would hold for the caller
@@ -214,6 +221,7 @@ class _Programs:
                     yield name, i, output
                 progress(i + 1, len(batches))
             return
+        # One pass through the stages of all programs: weights of a large model are read only once.
         found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
         for i in range(len(batches)):
             for name in names:
@@ -257,6 +265,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+    # In ONNX Runtime, all prompts at once.
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=find_session_device(device))
@@ -264,6 +273,7 @@ def generate(
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    # In torch, one prompt after the other: `generate` of transformers would need padding.
     module: object = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
     if not isinstance(module, PreTrainedModel):
@@ -317,6 +327,7 @@ def _written(
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     check_room(find_position_limit(module.config), [ids], limit)
     given = torch.tensor([ids], device=module.device)
+    # transformers draws from torch's own generator, whose state is the caller's.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = module.generate(given, max_new_tokens=limit, **how)

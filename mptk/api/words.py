@@ -15,6 +15,7 @@ from mptk.errors import MptkError, find_broken_package
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 """Whether a command is running, whose user types options."""
+# Errors are written once, in the words of the command line. Python's wording is made from these.
 OPTION = re.compile(
     r"(?P<command>`[^`]*`)|(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?!\w)(?: (?P<value>[\w.+*%/=-]*[\w%]))?"
 )
@@ -28,7 +29,7 @@ OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"} | {name.replace
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function of the Python API: its arguments are checked, and its errors speak of keywords.
 
-    What the caller has set in torch, as ``torch.no_grad`` or autocast, does not count within.
+    What the caller has set in torch, such as ``torch.no_grad`` or autocast, does not count in the call.
     """
 
     @functools.wraps(function)
@@ -47,11 +48,11 @@ def name_keywords() -> Iterator[None]:
     """Let errors speak of keywords, not of options, unless a command runs; a broken package is named."""
     try:
         yield
-    except MptkError as error:
+    except MptkError as error:  # changed in place, so that its traceback and its class stay
         if error.args and not COMMAND_LINE.get():
             error.args = (in_python(str(error)), *error.args[1:])
         raise
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # a package whose files are broken, if that is the cause
         raise find_broken_package(error) or error from error.__cause__
 
 
@@ -64,6 +65,7 @@ def _keyword(found: re.Match[str]) -> str:
     name, value = found["name"], found["value"]
     if name is None:
         return found[0]
+    # A setting's option; else the denial of a setting, --no-NAME; else an option that is not a setting.
     known = {each.option().replace("_", "-"): each for each in Settings.declared}
     denied = known.get(name.removeprefix("no-")) if name not in known else None
     rest = "" if value is None else f" {value}"
@@ -79,6 +81,7 @@ def _value(each: Declared, word: str) -> str | None:
     """A word after an option as the keyword's value in Python; None if it is the sentence's next word."""
     if re.fullmatch(r"\d+(\.\d+)?", word):
         return word
+    # FILE, ffn=1024, a default or a choice. After any other word the sentence goes on: "--search only ranks".
     if (
         word.isupper()
         or "=" in word

@@ -100,7 +100,7 @@ def recover(
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api.recovery import estimate_recovery, recover
+    from mptk.api.pruned import estimate_recovery, recover
     from mptk.run.minutes import fill_in
 
     if (steps := settings.learning.steps) == 0:

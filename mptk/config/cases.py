@@ -10,10 +10,12 @@ CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
 RUNS = ("prune", "recover", "shapes")
 CHOOSING, READING = (*SEARCH, "advise"), (*RUNS, "advise")
-"""The commands that choose units, and the commands that read data."""
+"""The commands that choose units, and the commands that read data. ``RUNS`` are those that write a result."""
 ON_DEVICE = (*READING, "verify", "export", "generate", "eval", "bench")
 
 # ---- cases in which a setting does nothing ----
+# A typed option that does nothing is an error, so each case has a reason and a remedy. Lambdas get an ``Asked``. Of the
+# cases of a setting the first that holds is named.
 
 PLANNED = Idle(lambda a: a.settings.plan is not None, "--plan already says which units stay", "leave out one of both")
 ALL_STAY = Idle(
@@ -54,6 +56,7 @@ WHOLE_BLOCKS = Idle(
     lambda a: not a.settings.distil_epochs, "it needs --distil-epochs", "give --distil-epochs 3, or leave it out"
 )
 UNTRAINED = (
+    # A search has a remedy of its own: it trains on tokens of its own, without --steps.
     Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
     Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
 )

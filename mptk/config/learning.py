@@ -15,6 +15,7 @@ SEARCH_MINUTES = 60
 MOST_STEPS = 200
 """Most training steps that the default minutes choose."""
 
+# Two were too few, and about 32 cost an eighth to a fifth of the perplexity (`benchmarks/maskprune.md`).
 MASK_STEPS = 8
 """Default steps that learn masks, however many steps there are in all (``docs/maskprune.md``)."""
 MASK_PARTS = 4
@@ -24,7 +25,10 @@ LORA_RANK = 16
 """Default rank of LoRA."""
 MASK_RATE, LORA_RATE, FULL_RATE = 0.0053, 0.016, 0.0016
 """Peak learning rates as shares of the weights' size: while masks are learned; in recovery, of adapters and of all
-weights (``docs/recovery.md``)."""
+weights (``docs/recovery.md``).
+
+As shares of the weights' size one rate suits models whose weights differ in size (``benchmarks/recovery.md``). Adapters
+take ten times the rate of all weights."""
 
 
 def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: object) -> Default:
@@ -97,6 +101,7 @@ class Rates(Record):
 
     def divide_over(self, steps: int) -> Rates:
         """The rates for one of ``steps`` steps: the memories of the moving averages are per step."""
+        # What an average holds after an eighth of the steps stays the same, however many steps there are.
         return replace(self, fisher=self.fisher ** (8 / steps), drift=self.drift ** (8 / steps))
 
 
@@ -163,12 +168,14 @@ class Learning(Record):
     def mask_parts(self) -> int:
         """Steps of the solver for each of ``mask_steps``."""
         batch = self.training.batch
+        # As many as divide the batch and leave two windows or more in each.
         return next((p for p in range(MASK_PARTS, 1, -1) if batch % p == 0 and batch >= 2 * p), 1)
 
     def of_masks(self, size: float) -> Learning:
         """The settings for learning masks: their rank, learning rate and batch. ``size``: of the model's weights."""
         found, parts = self._with(self.rank or LORA_RANK, MASK_RATE * size), self.mask_parts
         training = found.training
+        # Checkpoints come as often as without parts: `save_every` counts whole steps.
         training = replace(training, batch=training.batch // parts, save_every=training.save_every * parts)
         return replace(found, training=training)
 
@@ -177,11 +184,15 @@ class Learning(Record):
 
         ``size``: of the model's weights.
         """
+        # Rank 0 is the user's word for all weights. Without a word, frozen weights need adapters.
         rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
         return self._with(rank, (LORA_RATE if rank else FULL_RATE) * size)
 
     def _with(self, rank: int, lr: float) -> Learning:
-        """Settings with these. The rate has one digit, so that rounding on another machine does not change it."""
+        """Settings with these. The rate has one digit, so that rounding on another machine does not change it.
+
+        Adapters are trained by AdamW.
+        """
         given = self.training.lr
         optimizer = "adamw" if rank else self.training.optimizer
         training = replace(self.training, lr=float(f"{lr:.0e}") if given is None else given, optimizer=optimizer)

@@ -29,6 +29,7 @@ def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance:
     """
     prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
+        # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
         found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
@@ -43,10 +44,12 @@ def rank_shapes(model: Start, run: Run, asked: Settings, *, writes: bool) -> Sha
     """
     prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
+        # A search compares shapes on held-out samples of the training data: there is no result to measure.
         sets, run = read_samples(prepared, run, measures=False)
         sets = add_dense_outputs(prepared, sets, run)
         found = search_shapes(fit_conversions(prepared, sets.calibration, run), sets, run)
         if isinstance(model, str):
+            # As asked, not as completed: the command's own run completes its numbers for its own work.
             found = replace(found, command=format_command(model, asked, found.best.widths))
         if writes:
             with publish(run.out, overwrite=run.settings.overwrite) as folder:

@@ -8,6 +8,7 @@ from mptk.methods import find_method
 from mptk.methods.division.search import count_judged, count_searched
 from mptk.report.view import format_count
 
+# At most a ninth of the samples: most of a small text must be left to train on.
 TRAINED_PER_HELD_OUT = 8
 """Hold out at most one sample per this number of training samples."""
 
@@ -19,18 +20,20 @@ def count_samples(settings: Settings, *, own: bool = False) -> int:
     others. So `mptk shapes` and a run that searches and then trains have the same text.
     """
     s = settings
+    # The largest of the three, not their sum: calibration, trials and training use the same samples.
     used = max(s.windows, count_searched(s), 0 if own else s.steps * s.learning.training.batch)
     return used + count_held_out(s, used)
 
 
 def count_held_out(settings: Settings, samples: int) -> int:
     """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
+    # The guard of training watches one batch (`take_guards`). A search ranks shapes by these samples: it needs more.
     count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
     return max(count, count_judged(samples)) if settings.search else count
 
 
 def count_measured(settings: Settings, count: int) -> int:
-    """Windows to measure on of the text that the model writes itself, beside ``count`` others."""
+    """Windows that the model writes to measure on, beside ``count`` others; 0 if ``eval_data`` names a text."""
     return min(count, settings.eval_windows) if settings.eval_data is None else 0
 
 

@@ -1,6 +1,6 @@
-"""rewritten: write a pruned folder again with weights that its user changed in memory, and prove it.
+"""changed_weights: write a pruned folder again with weights that its user changed in memory, and prove it.
 
-The plan stays, so the structure is that of the first run. Weights, ONNX and other files are written and proven as in
+The plan stays, so the structure is the first run's. Weights, ONNX and other files are written and proven as in
 ``prune``; nothing is trained. The quality is measured again if the samples of the first run are in memory.
 """
 
@@ -46,6 +46,7 @@ class ChangedWeights(PrunedFolder):
         sets: the samples of the run that made the folder; None if they are not in memory.
     """
 
+    # The proof has its samples in the folder. Data that the report names may be gone or changed by now.
     reads_data: ClassVar[bool] = False
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,16 +56,21 @@ class ChangedWeights(PrunedFolder):
         """Nothing is trained or read."""
 
     def read_choice(self, prepared: Prepared) -> Chosen:
-        """The plan with the changed weights as trained ones."""
+        """The plan with the changed weights as trained ones.
+
+        Only weights that differ from the folder's become trained ones. The cut makes all others from the dense model
+        again, so the proof still compares these with the dense model.
+        """
         assert prepared.planned is not None
         analysis, cut = prepared.analysis, prepared.planned.cut
         stored = self._read_stored(prepared)
+        # What an earlier run trained or corrected does not come from the dense model either, even if it is unchanged.
         named = {*self.report.trained}
         if (biases := self.folder / COMPENSATION).is_file():  # the method changed these, too
             named |= load_tensors(biases, make_damage_error(biases)).keys()
         new, found = build_renumbering(analysis, cut).new, dict[str, Tensor]()
         for name in analysis.weights:
-            there = new(name)
+            there = new(name)  # its name after the cut, which renumbers what follows a removed block or expert
             if name not in analysis.program.state or there is None or there not in self.weights:
                 continue
             weight = self.weights[there]
@@ -77,7 +83,7 @@ class ChangedWeights(PrunedFolder):
         return open_pruned_weights(self.folder, prepared.loaded.trust)
 
     def check_adopted(self, compiled: Compiled) -> None:
-        """Raise MptkError if the cut model would not have these weights, for example a norm's that the cut scales."""
+        """Raise MptkError if the cut model would not have these weights, for example of a norm that the cut scales."""
         expected, stored = compiled.program.state_dict(), self._read_stored(compiled.prepared)
         for name, weight in self.weights.items():
             there = expected if name in expected else stored  # a class may have weights that it does not use
@@ -97,11 +103,12 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
     prepared, run = prepare(changed, run)
     with keep_stages_on_failure(prepared, run):
         sets = changed.sets
-        if sets is None:
+        if sets is None:  # the folder was opened: the samples of its proof are all that is left of the run's
             samples, _ = read_proof_samples(changed.folder, prepared.task.make_examples(prepared.loaded.model))
             sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
         chosen = changed.read_choice(prepared)
         compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
+        # The proof's reference has only the adopted weights, so it cannot see that one was not adopted.
         changed.check_adopted(compiled)
         with publish(run.out) as folder:
             notes = write_targets(compiled, sets, folder, run)
@@ -110,6 +117,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
             shutil.copy(changed.folder / RECIPE_FILE, folder)
             report = write_report(compiled, proven, sets, notes, folder, run)
         before = changed.report
+        # This run only computes. How units were chosen, on what data, and at what cost is the first run's to say.
         report = replace(
             report,
             changed=True,
@@ -119,6 +127,6 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
         )
         if changed.sets is not None:
             report = measure(report, compiled, sets, run.out, run)
-        else:
+        else:  # the old figures are of other weights, and the samples of a proof are too few for new ones
             publish_report(report, compiled, run.out)
     return Result(report, compiled, sets, run)

@@ -33,7 +33,7 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     method = find_method(settings.method)
     target = find_target(settings.target)
     check_engines(settings.engines, target.name)
-    if not settings.fixed:
+    if not settings.fixed:  # a fixed run chooses nothing, so what the method cannot do does not matter
         method.check(settings)
         if settings.layers != UNIFORM:
             check_divides(settings, f"--layers {settings.layers}")
@@ -41,6 +41,7 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.search:
+        # For its errors only. The number of shapes is not known yet; there are at most this many finalists.
         plan_search_rungs(settings, settings.search_finalists)
         if connect_processes().num_processes > 1:
             raise MptkError(
@@ -61,6 +62,7 @@ def check_graph_training(settings: Settings) -> None:
 
 def check_divides(settings: Settings, asked: str) -> None:
     """Raise MptkError if layers cannot have different widths. ``asked``: what asks for them."""
+    # The checkpoint must hold such layers, the method choose them, and the budget be a sum over layers.
     check_ragged(find_target(settings.target), asked)
     method = find_method(settings.method)
     if settings.layers == FREE and not method.divides:

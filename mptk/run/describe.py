@@ -40,6 +40,8 @@ PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, run: Run) -> Report:
     """The report of a proven folder without its quality, which ``measure`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
+    # The proof's samples stay in the folder, so that `verify` can repeat it without the data. They come before the
+    # report, which lists all files.
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
     rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.row())}
@@ -62,9 +64,9 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         proof_length=proven.length,
         config_changes={} if compiled.written is None else find_config_changes(compiled.written, folder),
         plan_sha256=chosen.plan.digest,
-        notes=[note for note in notes if note],
+        notes=[note for note in notes if note],  # most sources of notes give an empty one if they have nothing to say
         stages=run.log.to_list(),
-        files=sorted([*list_files(folder), REPORT_FILE, CARD]),
+        files=sorted([*list_files(folder), REPORT_FILE, CARD]),  # the last two are written from this report
         task=prepared.task.name,
         legal={
             name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name) or prepared.legal.left.get(name)}
@@ -100,12 +102,15 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
     prepared = compiled.prepared
     rounded: dict[str, Callable[[Samples], Tensor]] = {}
     form = prepared.task.onnx
+    # A graph that gives only the last position's logits cannot be measured: the metrics need each position's.
     if form is not None and prepared.settings.logits == "all":
         device = prepared.executor.device
         rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
 
     def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.reference, "pruned": compiled.program}
+        # All batches go through one stage of both programs before the next stage is read. ONNX Runtime holds a whole
+        # graph, so graphs get their batch beside these results.
         results = prepared.executor.outputs(list(programs.values()), [batch.tensors for batch in batches], progress)
         for i, batch in enumerate(batches):
             for name in programs:
@@ -125,7 +130,7 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
 
 
 def publish_report(report: Report, compiled: Compiled, folder: Path) -> None:
-    """Put another report, and the card that says the same, into a published folder."""
+    """Replace the report and the card of a published folder."""
     with amend(folder) as new:
         report.write(new)
         write_card(report, compiled, new)

@@ -34,7 +34,7 @@ from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
-"""Bytes of a number in an ONNX graph."""
+"""Bytes of a number in an ONNX graph; of int4 with the scales of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,18 @@ class Estimator:
 
     def estimate(self, settings: Settings) -> Estimate:
         """What a run with complete settings needs."""
+        # A ladder: the sum of its runs.
         if self.sparsities:
             each = replace(self, sparsities=())
             return sum_estimates([each.estimate(replace(settings, sparsity=sparsity)) for sparsity in self.sparsities])
+        # The model's sizes, from its config and its parameters' shapes.
         config = self.model.config.get_text_config()
         stored = self.stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
         names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
         heads, vocab, experts = (_number(find_config_field(config, name)) for name in names)
         parts = find_module_blocks(self.model)
         sizes = ModelSizes.of(self.model, parts, stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
+        # What the run does, at this machine's rates.
         borders = [b for b in find_config_borders(self.model.config.to_dict()) if b + MARGIN <= settings.proof_length]
         device = find_device(settings.device)
         rates = measure_machine(device, getattr(torch, settings.compute_dtype))
@@ -83,6 +86,7 @@ def read_estimator(model: str, trust: Trust) -> Estimator:
     """
     skeleton = models.build_skeleton(model, trust=trust)
     folder = expand_path(model)
+    # The files know their type best: a config may name another one, or none.
     if any(folder.glob("*.safetensors")):
         return Estimator(skeleton, find_stored_dtype(folder))
     dtype = models.load_config(model, trust=trust).dtype
@@ -90,20 +94,21 @@ def read_estimator(model: str, trust: Trust) -> Estimator:
 
 
 def _number(value: object) -> int:
-    """A number of a config; the largest of one for each stage, 0 if there is none."""
+    """A number of a config. Models with several stages list one for each: the largest. 0 if there is none."""
     return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
 
 
 def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float = 1.0) -> Work:
     """The work of a run, as its stages declare it.
 
-    ``long_proof``: whether the config has borders, as a window, that the proof must cross. ``kept``: the share that a
-    plan keeps.
+    ``long_proof``: whether the config has borders, such as a window, that the proof must cross. ``kept``: the share
+    that a plan keeps.
     """
     method = find_method(settings.method)
     s = replace(settings, reconstruct=should_reconstruct(settings, method))
-    if not s.fixed:
+    if not s.fixed:  # as if any budget counted the parameters of blocks; what is outside of them stays
         kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
+    # Each stage declares its own work beside its code. The order is the run's.
     passes = _data(s) | ({} if s.fixed else dict(method.work(s)))
     for stage in (
         learner.estimate_training,
@@ -118,7 +123,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         kept=kept,
         passes=passes,
         calibration=s.windows * s.length,
-        evaluated=max(COMPARED_TOKENS, s.eval_length),
+        evaluated=max(COMPARED_TOKENS, s.eval_length),  # the longest batch of logits decides the memory
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         models=count_dense_models(s) if learns_masks(s) else 1,
@@ -141,6 +146,7 @@ def _data(settings: Settings) -> dict[str, Pass]:
 
 def check_fits(found: Estimate, out: Path) -> None:
     """Raise MptkError if memory or disk are too small for a run; the message says what would make it fit."""
+    # The host's memory, the device's, and the disks of the result and of temporary files.
     _check_memory(found.needed, "memory", measure_free_memory(), "")
     if found.device:
         room = measure_device_memory(torch.device(found.device))
@@ -188,6 +194,6 @@ REMEDIES = {
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or the nearest folder above it that exists: the disk can be asked only about that."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

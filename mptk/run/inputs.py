@@ -1,4 +1,7 @@
-"""inputs: what the caller of a run holds in memory, made once."""
+"""inputs: what the caller of a run holds in memory.
+
+Settings hold only names, so that they can be written into a report and a recipe. What has no name is in ``Inputs``.
+"""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
         raise MptkError(
             f"the sparsities of a ladder ascend, each once; give {','.join(map(name_size, sorted({*sparsities})))}"
         )
+    # Each of these decides a size by itself, or lets layers differ.
     given = {
         "--plan": settings.plan is not None,
         "--search": settings.search,
@@ -81,11 +82,7 @@ def name_size(sparsity: float) -> str:
 
 
 def divide_steps(asked: Settings, sparsities: Sequence[float]) -> Settings:
-    """The settings of a rung, with its part of the ladder's steps.
-
-    Raises:
-        MptkError: the sparsities or the settings do not suit a ladder.
-    """
+    """The settings of a rung, with its part of the ladder's steps. Checks both arguments (``check_ladder``)."""
     check_ladder(sparsities, asked)
     steps = asked.learning.steps
     return asked if steps is None else with_keywords(asked, {"steps": steps // len(sparsities)})
@@ -114,6 +111,7 @@ def open_ladder(
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
     with at_work(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
+        # One process completes them for all: the others' own estimates could give other numbers.
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
         resident, executor = build_executor(settings)
         each = Run(
@@ -127,6 +125,7 @@ def open_ladder(
             resident=resident,
             executor=executor,
         )
+        # The minutes are the whole ladder's: in the report of one size they would read as its own.
         if asked.shared:
             settings = replace(settings, sparsity=sparsities[0], minutes=None)
             yield [replace(each, settings=settings, further=sparsities[1:], sizes=sparsities)]
@@ -138,8 +137,7 @@ def open_ladder(
 def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: str) -> Iterator[None]:
     """Lock the folder of a ladder and all of its rungs, since each will be replaced, however late.
 
-    Raises:
-        MptkError: as ``lock_outputs``, but a rung may be replaced or not as ``count_finished`` finds.
+    Whether a rung may be replaced is checked later (``count_finished``): a finished one stays.
     """
     if settings.shared:
         with lock_outputs([out], settings, [source]):
@@ -158,11 +156,7 @@ def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: s
 
 
 def complete_ladder(model: Start, asked: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> Settings:
-    """The complete settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed.
-
-    Raises:
-        MptkError: minutes were given, and the ladder takes longer.
-    """
+    """The complete settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed."""
     estimator = read_estimator_of(model, asked.trust)
     whole = None if estimator is None else replace(estimator, sparsities=sparsities)
     unfinished = next(filter(None, map(read_earlier, places)), {}) if asked.resume else {}
@@ -173,6 +167,7 @@ def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -
     """The runs of the rungs. ``each``: what they have in common; its output is the ladder's."""
     settings = each.settings
     if settings.learning.teacher == "cached" and settings.learning.teacher_cache is None:
+        # In the ladder's folder: in its own run's folder, each rung would run the same teacher again.
         settings = with_keywords(settings, {"teacher_cache": str(name_run_folder(each.out) / TEACHER)})
     own = list_settings(settings, sparsities, places)
     return [each.at(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
@@ -182,6 +177,7 @@ def list_settings(settings: Settings, sparsities: Sequence[float], places: Seque
     """The settings of the rungs. ``settings``: what they have in common."""
     found, larger = list[Settings](), None
     for i, (place, sparsity) in enumerate(zip(places, sparsities, strict=True)):
+        # Each rung names the one before as its larger folder. `minutes` is None as in `open_ladder`.
         seed = settings.seed + i if selects_windows(settings) else settings.seed
         found.append(replace(settings, sparsity=sparsity, larger=larger, minutes=None, seed=seed))
         larger = str(place.resolve())
@@ -189,7 +185,7 @@ def list_settings(settings: Settings, sparsities: Sequence[float], places: Seque
 
 
 def selects_windows(settings: Settings) -> bool:
-    """Whether the seed selects windows of a text: the next rung's are others, so that the ladder reads more."""
+    """Whether the seed selects windows of a text. Each rung then gets its own seed, so that the ladder reads more."""
     return settings.data not in (SELF, RANDOM_DATA, IN_MEMORY)
 
 
@@ -201,6 +197,7 @@ def read_earlier(place: Path) -> Mapping[str, object]:
 
 def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
     """Run the rungs in order, and yield each with its result; None if an earlier run finished it."""
+    # All rungs are checked before the first one runs, which may take hours.
     done = run_once(lambda: count_finished(rungs))
     for rung in rungs[:done]:
         yield rung, None
@@ -208,7 +205,7 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
     with keep_teacher(out, left):
         for rung in left:
             rung.progress(f"sparsity {rung.out.name}", 0, 0)
-            log = Log(on_record=rung.log.on_record)
+            log = Log(on_record=rung.log.on_record)  # its own: a report has the stages of its rung only
             with separate_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
                 result = prune(model, replace(rung, log=log, dense=dense))
             dense = result.run.dense
@@ -217,11 +214,7 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
 
 @contextmanager
 def keep_teacher(out: Path, left: Sequence[Run]) -> Iterator[None]:
-    """The folder of a teacher that these rungs share, which stays if they are not finished.
-
-    Raises:
-        MptkError: something that is not mptk's has its name.
-    """
+    """Make the folder of a teacher that these rungs share. It stays if they are not finished."""
     place = name_run_folder(out)
     shares = bool(left) and left[0].settings.learning.teacher_cache == str(place / TEACHER) and is_leader()
     if shares:
@@ -236,6 +229,7 @@ def keep_teacher(out: Path, left: Sequence[Run]) -> Iterator[None]:
 
 def count_finished(rungs: Sequence[Run]) -> int:
     """The number of rungs that are finished. Raises MptkError if one of the others may not be written."""
+    # Only those before the first unfinished one: a later one was cut from what will be replaced.
     done = len(list(takewhile(is_finished, rungs)))
     for rung in rungs[done:]:
         settings = rung.settings
@@ -246,17 +240,14 @@ def count_finished(rungs: Sequence[Run]) -> int:
 
 
 def is_finished(rung: Run) -> bool:
-    """Whether an earlier run of the ladder finished a rung.
-
-    Raises:
-        MptkError: its folder was changed, or made from another model or with other settings.
-    """
+    """Whether an earlier run of the ladder finished a rung. Raises MptkError if its folder is another run's."""
+    # A folder of an unfinished run beside it: the rung is being made again.
     if not rung.settings.resume or read_kept_settings(rung.out) or not (rung.out / MARKER).is_file():
         return False
     report = Report.read(rung.out)
     check_manifest(rung.out)
     before, now = describe_run(rung.source, report.settings), rung.described
-    may_differ = {*FOUND} - {"sparsity"}
+    may_differ = {*FOUND} - {"sparsity"}  # a ladder has no latency, so its sparsities are what was asked for
     if changed := sorted(name for name in now.keys() - may_differ if before[name] != now[name]):
         raise MptkError(f"{rung.out} was made with other settings ({', '.join(changed)}); give the same, or remove it")
     return True

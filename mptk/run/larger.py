@@ -43,8 +43,8 @@ def read_larger(
     ``model``: the dense model after ``conversions``. ``origin``: of the run.
 
     Raises:
-        MptkError: it is no pruned folder, was changed, or was made from another model or by other conversions; or it
-            has lost units that a second cut could not take for 0.
+        MptkError: it is not a pruned folder, was changed, or was made from another model or by other conversions; or
+            removed units cannot be replaced by zeros, so it cannot be cut further.
     """
     if settings.larger is None or settings.fixed:
         return None
@@ -61,6 +61,7 @@ def read_larger(
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
     if why := find_refusal(analysis, plan.families):
         raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
+    # What the plan and the report say is checked before weights are read.
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
     changes = find_changes(analysis, cut, folder, report, settings.trust) if holds() else {}
@@ -70,7 +71,7 @@ def read_larger(
 def find_refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     """The reason why a cut of these families cannot be cut further, or None.
 
-    It can be if zeros in the place of removed units compute the same.
+    It can be if the dense shapes with zeros for the removed units compute the same.
     """
     for name in families:
         if isinstance(analysis.family(name), Depth):
@@ -114,6 +115,7 @@ def take_larger(prepared: Prepared) -> Prepared:
     start, loaded, analysis = prepared.start, prepared.loaded, prepared.analysis
     if start is None:
         return prepared
+    # The larger folder's weights, and zeros for what it lost. They go into a copy: the dense model stays the teacher.
     changed = analysis.with_weights(start.changes)
     weights = Weights(start.changes).with_entries(without(changed, start.cut))
     bare: PreTrainedModel = copy_without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
@@ -124,10 +126,9 @@ def take_larger(prepared: Prepared) -> Prepared:
 
 
 def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:
-    """A choice from ``take_larger`` with the weights that it leaves as the larger folder has them.
+    """A choice from ``take_larger``, with the larger folder's weights for what the choice leaves as it is.
 
-    Raises:
-        MptkError: the method chose units that are gone.
+    Raises MptkError if the method chose units that are gone.
     """
     if (start := prepared.start) is None:
         return chosen
@@ -139,6 +140,7 @@ def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:
                 f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method"
             )
     changes = Weights(start.changes).with_entries(chosen.changes)
+    # If either was trained, all count as trained: the folder then gets no file of corrected biases (`write_targets`).
     trained = tuple(changes) if start.trained or chosen.trained else ()
     note = f"cut further from {folder}, with whose weights the run began"
     return replace(chosen, changes=changes, trained=trained, notes=(*chosen.notes, note))

@@ -32,7 +32,7 @@ from mptk.run.estimate import Estimator
 LEAST_STEPS = 5
 """Fewest steps that minutes choose for a method that learns: two for the masks."""
 MOST_TIMED_STEPS = 10**6
-"""Most steps that minutes choose."""
+"""Most steps that minutes choose: a bound for the bisection."""
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
@@ -78,6 +78,7 @@ def complete_settings(
     Raises:
         MptkError: minutes were given, and a run with the smallest numbers takes longer.
     """
+    # First what is known, then the values of a long run, then what fits into the minutes.
     known = take_numbers(asked, unfinished or {}, recovers)
     asked = with_keywords(asked, known)
     settings, names = fill_in(asked, recovers, plan), list_undecided(asked, recovers)
@@ -96,6 +97,7 @@ def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None
     ``recovers``, ``plan``: as in ``complete_settings``.
     """
     learning = settings.learning
+    # A one-shot method without minutes has no number to choose: it trains nothing, and its windows have a default.
     timed = settings.minutes is not None or (learning.steps is None and (recovers or learns_masks(settings)))
     found = (
         choose_amounts(settings, MOST_STEPS)
@@ -124,11 +126,13 @@ def count_calibration(settings: Settings, plan: Plan | None) -> int:
 
 def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
     """The numbers that the settings leave to minutes. A one-shot method trains only if it is asked to."""
+    # Without training, minutes still choose the samples.
     trains = recovers or learns_masks(settings)
     numbers = {"steps": settings.learning.steps} if trains else {}
     numbers |= {"samples": settings.samples}
     numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
     found = [name for name, number in numbers.items() if number is None]
+    # Distillation goes on from fitted consumers, and sizes that share weights refuse it (`check_shared`).
     distils = trains and not settings.shared and should_reconstruct(settings, find_method(settings.method))
     return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
 
@@ -143,9 +147,9 @@ def fit_in_minutes(
 ) -> Settings:
     """``settings`` with the numbers ``names`` as large as its minutes allow. ``asked``: before ``fill_in``.
 
-    Raises:
-        MptkError: minutes were given, and a run with the smallest numbers takes longer.
+    Raises MptkError if minutes were given, and a run with the smallest numbers takes longer.
     """
+    # The type is decided first: the estimate of each step depends on it.
     if asked.compute_dtype == "auto" and half_is_faster(find_device(asked.device)):
         settings = fill_in(replace(asked, compute_dtype="bfloat16"), recovers, plan)
     least = LEAST_STEPS if learns_masks(asked) else int(recovers)
@@ -166,6 +170,7 @@ def fit_in_minutes(
         if fits > DISTILLED_STEPS:
             return sized(fits - 1, EPOCHS)
     fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, 0))
+    # Default minutes are no promise: a run that takes longer runs with the smallest numbers.
     if not fits and asked.minutes is not None:
         raise MptkError(explain_too_short(sized(0), estimator.estimate(sized(0))))
     return sized(max(0, fits - 1))
@@ -200,7 +205,7 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
 
 
 def take_numbers(asked: Settings, unfinished: Mapping[str, object], recovers: bool = False) -> dict[str, object]:
-    """The numbers that the unfinished run chose, of those that ``asked`` leaves open."""
+    """The numbers that ``asked`` leaves open and the unfinished run chose."""
     learning = unfinished.get("learning")
     known = {**unfinished, **(learning if isinstance(learning, dict) else {})}
     open_ones = {"minutes": asked.minutes is None, "compute_dtype": asked.compute_dtype == "auto"}

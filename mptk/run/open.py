@@ -26,11 +26,7 @@ Model = str | Path | nn.Module
 
 
 def read_example_inputs(settings: Settings, inputs: Inputs) -> tuple[Settings, Inputs]:
-    """The example inputs of a file, which by default are also the data.
-
-    Raises:
-        MptkError: the file cannot be read; or example inputs are also given in memory.
-    """
+    """The example inputs of a file, which by default are also the data."""
     if settings.inputs is None:
         return settings, inputs
     if inputs.example_inputs is not None:
@@ -46,11 +42,12 @@ def take_model(model: Model, settings: Settings, inputs: Inputs) -> tuple[str | 
     By default a file of example inputs is also the data. A module that has no stock class is written as a graph.
 
     Raises:
-        MptkError: as ``read_example_inputs`` and ``open_in_memory``.
+        MptkError: as ``open_in_memory``; the file cannot be read; or example inputs are also given in memory.
     """
     settings, inputs = read_example_inputs(settings, inputs)
     if not isinstance(model, nn.Module):
         return str(model), settings, inputs
+    # At once, because whether it is plain decides the target, and with that which settings are right.
     opened = open_in_memory(model, settings.trust, inputs)
     graph = opened.plain and settings.target == "stock"
     return opened, replace(settings, target="graph") if graph else settings, inputs
@@ -80,6 +77,7 @@ def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
 
 def open_named(name: str, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
     """Open the model of that name. Raises MptkError as ``open_task``; or example inputs do not fit it."""
+    # Without inputs of the caller the task is known from the config, before any weights are read.
     if inputs.example_inputs is None and inputs.tokenizer is None:
         loaded, task = open_task(name, resident, trust=trust)
         return Opened(replace(loaded, path=loaded.path.absolute()), task)  # the current folder may change

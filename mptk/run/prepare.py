@@ -45,22 +45,22 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
     """Load, trace, analyse and find legal widths. Returns the run with what was found, and with its folder.
 
     A run that has a dense model already, of an earlier run on it, begins with that.
-
-    Raises:
-        MptkError: there is an unfinished run that is another one; this machine has too little memory; one of these
-            steps fails; no legal widths meet the budget; or the cut model cannot be trained.
     """
+    # What can be refused without the model: an unfinished run that is another one, a machine that is too small.
     run.check_unfinished()
     run.announce()
     settings = run.settings
     with run.stage("load"):
         given, origin = open_unchanged(model, run)
     dense = run.dense or analyse(given, run)
+    # A program of one length takes no other windows, whatever the settings say.
     if (length := dense.model.task.find_fixed_length(dense.model.analysis.program)) is not None:
         settings = replace(settings, length=length, eval_length=length)
     with run.stage("legalise"):
         larger = read_larger(settings, dense.model, dense.conversions, origin)
         prepared = keep_reachable(legalise(run, settings, dense, larger), run.further)
+    # The cut changes these norms' weights and epsilons, which must not change again: only LoRA leaves them as they are.
+    # A graph's module has no layers for LoRA.
     under = prepared.norms_change
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
@@ -69,11 +69,8 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
 
 
 def analyse(given: Opened, run: Run) -> DenseModel:
-    """Trace and analyse an open model, and convert it as the settings and the plan ask.
-
-    Raises:
-        MptkError: one of these fails; or data, memory or the forms to write do not suit the model.
-    """
+    """Trace and analyse an open model, and convert it as the settings and the plan ask."""
+    # Data, ONNX and memory first: tracing and what follows take minutes, and these checks seconds.
     settings, loaded, task = run.settings, given.loaded, given.task
     like = check_data(given, run)
     if settings.onnx and task.onnx is not None:
@@ -85,6 +82,7 @@ def analyse(given: Opened, run: Run) -> DenseModel:
         program = trace_loaded(loaded, task, run.executor, settings.length, like, not target.classed)
         target.check_program(program)
     if target.classed:
+        # The folder will be loaded as the class. A model that was changed in memory computes something else.
         check_same_class(loaded, task, task.make_example(loaded.model))
     if (length := task.find_fixed_length(program)) is not None:
         check_classed(loaded, settings, length)
@@ -96,11 +94,7 @@ def analyse(given: Opened, run: Run) -> DenseModel:
 
 
 def open_unchanged(model: Start, run: Run) -> tuple[Opened, Origin]:
-    """The dense model and its task, and digests of the run's inputs.
-
-    Raises:
-        MptkError: the model cannot be opened; or its files changed while they were read.
-    """
+    """The dense model and its task, and digests of the run's inputs. Refuses files that change while they are read."""
     before = read_file_states(run.source)
     given = run.dense.given if run.dense is not None else open_start(model, run)
     origin = run_once(lambda: compute_origin(run.source, given.loaded, run.settings, run.start, run.plan))
@@ -130,21 +124,22 @@ def check_data(given: Opened, run: Run) -> Samples | None:
     """Read one sample of each source, to fail early; returns one if it is available at once.
 
     A run that is resumed has samples, and reads only what it measures on.
-
-    Raises MptkError if a source cannot be read or the output would overwrite an input.
     """
+    # No input may be overwritten by the output.
     settings, loaded, task = run.settings, given.loaded, given.task
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
     check_apart(run.out, *data.read_places(named), *filter(None, [settings.larger]))
     if run.inputs.has_samples or not run.reads_data:
         return None
     check_apart(run.out, *data.read_places(settings.data, settings.eval_data))
+    # One training sample.
     kept = read_kept_tensors(run.out, KEPT_SAMPLES) if settings.resume else None
     like = None if kept is None else Samples.from_tensors(kept, task.make_examples(loaded.model), "training")
     if like is not None:
         like = like[:1]
     elif settings.data != data.SELF or not can_write_text(loaded.model):  # to write text takes time
         like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+    # One sample to measure on. If sizes differ, no example is returned: a program traced like one may refuse the other.
     if settings.eval_data is not None:
         other = task.evaluation(loaded, replace(settings, eval_windows=1))
         if like is not None and like.inputs.keys() != other.inputs.keys():
@@ -155,7 +150,7 @@ def check_data(given: Opened, run: Run) -> Samples | None:
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory and they do not fit."""
-    needed = 4 * sum(p.numel() for p in loaded.model.parameters())
+    needed = 4 * sum(p.numel() for p in loaded.model.parameters())  # they are held in float32
     room = measure_free_memory() if settings.memory is None else settings.memory
     if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (

@@ -116,8 +116,7 @@ def prune(model: Start, run: Run) -> Result:
 def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
     """If a stage fails, the folder of the unfinished run stays only if it saves time later.
 
-    Raises:
-        MptkError: in place of a failed proof: an input changed during the run, which explains it.
+    In place of a failed proof it raises an MptkError that explains it, if an input changed during the run.
     """
     try:
         yield
@@ -125,6 +124,7 @@ def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
         if run.folder is not None and is_leader():
             run.folder.remove_unless(KEPT_SAMPLES)  # a new run can redo these as fast
         if isinstance(error, ProofError):
+            # Both raise an error of their own if they find the cause: changed inputs, or a class that is not the model.
             check_unchanged(prepared, run)
             if prepared.target.classed:
                 example = prepared.task.make_example(prepared.given.model)
@@ -133,7 +133,7 @@ def keep_stages_on_failure(prepared: Prepared, run: Run) -> Iterator[None]:
 
 
 def check_unchanged(prepared: Prepared, run: Run) -> None:
-    """Raise MptkError if an input of the run changed since the run began."""
+    """Raise MptkError if an input changed since the run began: the result would mix old and new."""
     run.origin.require(compute_origin(run.source, prepared.given, prepared.settings, run.start, run.plan))
 
 
@@ -163,6 +163,7 @@ def choose_units(model: Start, base: Prepared, sets: SampleSets, run: Run) -> tu
     chosen = with_conversions(base, replace(chosen, plan=Plan(chosen.plan.families, meta)))
     if chosen.witness is None:
         return chosen, []
+    # The weights that learned the masks are compared here, before reconstruction changes them.
     analysis = apply_choice(base, chosen)
     return chosen, [check_witness(analysis, chosen.cut, chosen.witness, sets.proof, base.executor)]
 
@@ -185,6 +186,7 @@ def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
         return Kept(made.changes, facts)
 
     kept = run.keep("choice", choose, bound=prepared.executor.borders)
+    # Facts that were just made take the same way through JSON: a resumed run must give the same result.
     try:
         known = make_typed(KeptChoice, json.loads(format_json(kept.facts)))
     except ValueError as error:
@@ -209,6 +211,7 @@ def write_targets(compiled: Compiled, sets: SampleSets, folder: Path, run: Run) 
     # read from the result itself.
     if chosen.changes and not chosen.trained:
         write_weights(folder / COMPENSATION, Weights(chosen.changes))
+    # What a reader of the report should know, in the order of the run. Empty notes are left out by `describe`.
     notes = [
         prepared.loaded.note,
         *chosen.notes,
@@ -231,7 +234,7 @@ def prove(compiled: Compiled, sets: SampleSets, folder: Path, checked: Sequence[
     """Prove what was written, and that no input changed meanwhile. ``checked``: differences of trained models.
 
     Raises:
-        ProofError: a stage exceeds its tolerance.
+        ProofError: a stage exceeds its tolerance (``keep_stages_on_failure`` looks for the cause).
         MptkError: an input of the run changed.
     """
     prepared = compiled.prepared
@@ -248,6 +251,8 @@ def find_remedy(compiled: Compiled) -> str:
     """What to do if the proof fails."""
     if compiled.written is None or not compiled.epsilons:
         return REMEDY
+    # A norm over fewer channels has another mean square, which another epsilon makes up for (`fold_norms.py`). The
+    # config may have one epsilon for all norms of the model, also for norms that were not cut.
     changes = ", ".join(f"{old:g} → {new:g}" for old, new in compiled.epsilons.items())
     return (
         f"nothing was published. The cut changes the epsilon of norms in the config ({changes}); if the class reads it "

@@ -57,6 +57,7 @@ class PrunedFolder:
         something to download, nor whether the model's own Python code may run.
         """
         changes = {**collect_values(asked, "recover"), "learning": asked.learning}
+        # The plan and the weights say what these did; to do them once more would change the result.
         changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
         changes |= dict.fromkeys(("search", "shared"), False)
         return replace(self.report.settings, **changes, plan=str(self.folder / "plan.json"))
@@ -71,7 +72,7 @@ class PrunedFolder:
 
     def read_estimator(self, trust: Trust) -> Estimator | None:
         """The estimator of its recovery; None: the run is too short to need one."""
-        loaded = self.open_dense(Resident(0), trust).loaded
+        loaded = self.open_dense(Resident(0), trust).loaded  # its sizes count; no weights stay in memory
         kept = self.report.cost["pruned"]["parameters"] / self.report.cost["dense"]["parameters"]
         return Estimator(loaded.model, loaded.dtype, kept)
 
@@ -80,7 +81,7 @@ class PrunedFolder:
         check_code(prepared.loaded.path, self.folder)
         planned = prepared.planned
         assert planned is not None
-        if not holds():
+        if not holds():  # the first process sends out the shards
             return planned
         changes = find_changes(prepared.analysis, planned.cut, self.folder, self.report, prepared.loaded.trust)
         return replace(planned, changes=changes)

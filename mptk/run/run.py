@@ -144,7 +144,7 @@ def open_run(
     """
     start = model.folder if isinstance(model, PrunedFolder) else None
     with at_work(asked.device), lock_outputs([out], asked, [source, start]):
-        if not trains:  # minutes have nothing to choose: what they would is as for a long run
+        if not trains:  # there is no time limit to choose these by, so they have the defaults of a long run
             asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
         plan, recovers = read_plan(asked), start is not None
         # Settings are checked before the machine is measured, which takes seconds, and before a config is read.
@@ -158,7 +158,7 @@ def open_run(
             settings = run_once(
                 lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
             )
-        else:
+        else:  # the settings' steps are not run, so nothing may count them
             settings = replace(settings, minutes=None, learning=replace(settings.learning, steps=0))
         resident, executor = build_executor(settings)
         yield Run(
@@ -179,25 +179,17 @@ def open_run(
 
 @contextmanager
 def at_work(device: str) -> Iterator[None]:
-    """Let stages work: torch's and accelerate's state is the run's own, and errors are one line.
-
-    Raises:
-        MptkError: this machine has no such device.
-    """
+    """Let stages work: torch's and accelerate's state is the run's own, and errors are one line."""
     find_device(device)  # it fails here: accelerate's message for a missing device is vague
     with forget_sources(), separate_state(device), explain_errors():
         yield
 
 
 def read_estimator_of(model: Start, trust: Trust) -> Estimator | None:
-    """Estimates runs on a model; None if that is not possible.
-
-    Raises:
-        MptkError: there is no such model.
-    """
+    """Estimates runs on a model; None if that is not possible."""
     if isinstance(model, PrunedFolder):
         return model.read_estimator(trust)
-    if isinstance(model, Opened):
+    if isinstance(model, Opened):  # estimates count the blocks and heads that a config of transformers names
         return None if model.plain else Estimator(model.loaded.model, model.loaded.dtype)
     return read_estimator(model, trust)
 
@@ -206,11 +198,8 @@ def read_estimator_of(model: Start, trust: Trust) -> Estimator | None:
 def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | Path | None]) -> Iterator[None]:
     """Lock outputs and the folders of their unfinished runs, so that only this run uses them.
 
-    ``read``: what the run reads, beside the files of its settings.
-
-    Raises:
-        MptkError: an output cannot be replaced, is read by the run, or is locked by another process. If several
-            processes run, the first locks, and all of them raise.
+    ``read``: what the run reads, beside the files of its settings. If several processes run, the first locks, and all
+    of them raise if it cannot.
     """
     places = [place for place in (*read, settings.plan, settings.larger, settings.inputs) if place is not None]
     for out in outs:
@@ -221,6 +210,7 @@ def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | 
     with ExitStack() as stack:
 
         def lock() -> None:
+            # What killed runs left in temporary folders goes first: this run may need the room.
             check_scratch()
             tidy_shared()
             for out in outs:

@@ -56,6 +56,7 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
     count = count_samples(s, own=own)
     more = count_measured(s, count) if own and measures and dense.evaluation is None else 0
     given, say = dense.training, partial(run.progress, "calibration data")
+    # What the unfinished run kept, or new samples: first those to train on, then those to measure on.
 
     def make() -> Kept:
         made = given or task.samples(prepared.loaded, s, count + more, say)
@@ -63,6 +64,7 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
 
     with run.stage("calibration data"):
         kept = dict(run.keep(KEPT_SAMPLES, make, once=True).tensors)
+        # The caller's program may give other samples to a resumed run than to the one before.
         if given is not None and run.folder is not None:
             check_kept_samples(kept, given[:count].saved("training"), run.folder.path)
         examples = task.make_examples(prepared.loaded.model)
@@ -76,6 +78,7 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
             measured, source = written.shorten(s.eval_windows, s.eval_length), text.SELF
         else:
             measured = task.evaluation(prepared.loaded, s)
+    # Batches as the program takes them, and some training samples held out.
     program = prepared.analysis.program
     restored = fit_to_program(task, program, restored, "data")
     measured = fit_to_program(task, program, measured, "eval_data")
@@ -100,13 +103,10 @@ def add_dense_outputs(prepared: Prepared, sets: SampleSets, run: Run) -> SampleS
 
 
 def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Samples]]:
-    """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it.
-
-    Raises:
-        MptkError: a source has fewer than two samples.
-    """
+    """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it."""
     s, task, program = replace(prepared.settings, search=False), prepared.task, prepared.analysis.program
     total, plain = count_samples(s, own=s.data == text.SELF), replace(s.learning, steps=0)
+    # The caller's samples are read once, enough for both uses.
     both = replace(s, samples=total + s.eval_windows, learning=plain)
     own = collect_given(replace(prepared, settings=both), run.inputs)[0] if run.inputs.has_samples else None
     names = [IN_MEMORY] if own is not None else text.list_source_names(s.data)
@@ -117,6 +117,7 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
             given = replace(s, data=name)
             found = task.samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
             found = fit_to_program(task, program, found, "data")
+            # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
             last = min(s.eval_windows, len(found) // 2)
             if not last:
                 raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
@@ -144,7 +145,8 @@ def check_texts(**given: Data | None) -> None:
     for name, data in given.items():
         if not is_in_memory(data):
             continue
-        once = isinstance(data, Iterator)  # which loses what is looked at
+        # An iterator loses what is looked at, so it is refused unseen.
+        once = isinstance(data, Iterator)
         first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterated(data), None)
         if not (isinstance(first, str) or _is_row(first)):
             raise MptkError(
@@ -153,11 +155,7 @@ def check_texts(**given: Data | None) -> None:
 
 
 def collect_given(prepared: Prepared, inputs: Inputs) -> tuple[Samples | None, Samples | None]:
-    """The caller's samples to train and calibrate on, and to measure on; None: as the settings say.
-
-    Raises:
-        MptkError: they are not of this model's kind, do not fit its program, or there are none.
-    """
+    """The caller's samples to train and calibrate on, and to measure on; None: as the settings say."""
     s, program = prepared.settings, prepared.analysis.program
     training = evaluation = None
     if inputs.data is not None:
@@ -179,6 +177,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     Raises:
         MptkError: they are not of this model's kind, or there are none.
     """
+    # By form: samples; one tensor or inputs by name; else texts, rows or batches, which their first item tells apart.
     like = task.make_example(loaded.model).inputs
     names = list(like)
     if isinstance(data, Samples):
@@ -196,6 +195,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
             inputs = _batched(batches, like, count)
         else:
             inputs = {"input_ids": _windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))}
+    # Check names, dimensions and positions here: an error of the program would name none of the caller's words.
     if inputs.keys().isdisjoint(like):
         raise make_missing_error(names[0], like)
     check_dimensions(inputs, like)
@@ -203,7 +203,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
         check_positions(find_position_limit(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
     try:
         made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
-    except KeyError as error:
+    except KeyError as error:  # the task needs an input that is not there
         raise make_missing_error(error.args[0], like) from error
     return order_samples(made, like)
 
@@ -267,12 +267,13 @@ def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
 
-    Other entries of a batch, as labels, are left out. An item with one dimension less than ``like``, as data sets give,
-    is one sample.
+    Other entries of a batch, such as labels, are left out. An item with one dimension less than ``like`` is one sample:
+    data sets give such items.
     """
     names = list(like)
     parts: dict[str, list[Tensor]] = {}
     found = 0
+    # torch's own errors are of the caller's data here: `cat` of unlike shapes, `len` of a number.
     try:
         for batch in islice(batches, count):
             one = batch[: len(names)] if isinstance(batch, list | tuple) else batch

@@ -46,6 +46,7 @@ def check_shared(settings: Settings) -> None:
     """Raise MptkError if the sizes of a ladder cannot share weights with these settings."""
     if find_method(settings.method).learns:
         raise MptkError(f"{settings.method} trains each size by itself; give --shared a one-shot --method, as wanda")
+    # Each step trains the weights of all sizes at once (`methods/maskprune/together.py`), in none of these ways.
     given = {
         "--rank": bool(settings.learning.rank),
         "--gradient-checkpointing": settings.learning.gradient_checkpointing,
@@ -75,16 +76,19 @@ def prune_together(model: Start, run: Run) -> Result:
         sets = add_dense_outputs(prepared, sets, run)
         prepared = fit_conversions(prepared, sets.calibration, run)
         run = start_processes(run)
+        # All sizes are chosen first, each among the units of the next larger one. Each keeps its stages in a folder.
         made = [cut_size(model, prepared, sets, run)]
         for i, sparsity in enumerate(run.further, 1):
             own = replace(run, folder=folder_of_run.within(f"{sparsity:g}"))
             made.append(cut_size(model, prepare_further(made[-1], sparsity, run.further[i:]), sets, own))
+        # They are trained together. The smaller ones are published inside the run's folder, to be taken apart.
         (largest, checked), *others = recover_together(made, sets, run)
         full = [write_size(each, sets, more, run) for each, more in others]
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(largest, sets, folder, run)
             proven = prove(largest, sets, folder, checked, run)
             write_recipe(folder, run.source, run.settings, None, run.sizes)
+            # Of each smaller size only what the largest one does not have. The report comes last: it lists all files.
             for (each, _), kept in zip(others, full, strict=True):
                 keep_rung(kept, folder, find_places(each, largest))
             report = write_report(largest, proven, sets, notes, folder, run)

@@ -43,12 +43,13 @@ from mptk.errors import find_exhaustion
 from mptk.io import models
 from mptk.io.archive import read_archive
 from mptk.io.text.files import read_file_documents
-from mptk.io.untrusted import check_folder, load_tensors
-from mptk.protocols.run_folder import check_unfinished, make_run_folder
+from mptk.io.untrusted import check_folder, load_tensors, read_metadata
+from mptk.protocols.run_folder import FACTS, check_unfinished, make_run_folder
 from mptk.publish.manifest import check_manifest
+from mptk.reading import make_damage_error, parse_json
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
-from mptk.run.stored import KEPT_CHOICE, KeptChoice
+from mptk.run.prune import read_choice_facts
 from mptk.targets.archive import write_archive
 from mptk.tasks.inputs.audio import read_sound
 from mptk.tasks.inputs.images import open_image
@@ -84,10 +85,8 @@ def unfinished(path: Path) -> None:
 
 
 def kept(path: Path) -> None:
-    from mptk.run import stored as module
-
-    folder = type("Folder", (), {"path": path.parent})()
-    Plan.from_json(module._known(folder, KEPT_CHOICE, KeptChoice)["plan"])
+    found = read_metadata(path, make_damage_error(path)).get(FACTS, "{}")
+    Plan.from_json(read_choice_facts(parse_json(found, make_damage_error(path)), path.parent)["plan"])
 
 
 READERS: Mapping[str, tuple[str, Read]] = {
@@ -101,7 +100,7 @@ READERS: Mapping[str, tuple[str, Read]] = {
     "metrics": ("pruned/metrics.jsonl", of_folder(lambda folder: read_run(folder, "x"))),
     "recipe": ("pruned/run.yaml", read_recipe),
     "settings": ("out.run/settings.json", unfinished),
-    "choice": ("out.run/choice.json", kept),
+    "choice": ("out.run/choice.safetensors", kept),
     "weights": ("model/model.safetensors", lambda path: load_tensors(path, MptkError)),
     "archive": ("model.pt2", read_archive),
     "index": ("model/model.safetensors.index.json", of_folder(check_folder)),
@@ -159,7 +158,6 @@ def make_seeds(root: Path) -> None:
         "trained": [],
         "losses": {"ffn": 1.0},
         "notes": [],
-        "changes": [],
     }
     weights = dict.fromkeys(("a", "b"), "model.safetensors")
     make_run_folder(root / "out.run")
@@ -167,7 +165,6 @@ def make_seeds(root: Path) -> None:
         "pruned/bench.json": json.dumps(bench),
         "pruned/metrics.jsonl": json.dumps({"phase": "masks", "step": 1, "loss": 2.0}) + "\n",
         "out.run/settings.json": json.dumps({"method": "wanda", "learning": {"steps": 0}}),
-        "out.run/choice.json": json.dumps(choice),
         "model/model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weights}),
         "t.jsonl": lines,
         "t.json": json.dumps(rows),
@@ -177,6 +174,7 @@ def make_seeds(root: Path) -> None:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(content)
     (root / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (root / "out.run/choice.safetensors").write_bytes(save({}, {FACTS: json.dumps(choice)}))
     (root / "out.run/samples.safetensors").write_bytes(save({"x": torch.zeros(2)}))
     image = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
     image.save(root / "i.png")

@@ -172,7 +172,7 @@ def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str
 @pytest.mark.parametrize("method", ["maskprune", "flap"])
 def test_the_model_before_the_merge_is_imitated(method: str, dense: str, tmp_path: Path, inside: Inside) -> None:
     imitated: list[PreTrainedModel] = []
-    inside.spoil("mptk.protocols.chain.Prepared.teacher", lambda model: imitated.append(model) or model)
+    inside.spoil("mptk.protocols.chain.Prepared.copy_teacher", lambda model: imitated.append(model) or model)
     more = {"method": method, "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
     found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
     assert {model.config.num_key_value_heads for model in imitated} == {2}

@@ -242,7 +242,7 @@ DOORS = {
     "mptk/api/use.py": {"continuations", "evaluate"},
     "mptk/run/describe.py": {"describe"},  # takes it away
     "mptk/cli/use.py": {"evaluate"},
-    "mptk/config/recipe.py": {"command"},  # prints what the caller may type again
+    "mptk/config/recipe.py": {"format_command"},  # prints what the caller may type again
     "mptk/config/settings.py": {"Settings", "trust"},
     "mptk/io/models.py": {"load"},
     "mptk/proof/verification.py": {"verify"},

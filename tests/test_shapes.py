@@ -293,7 +293,7 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
     """Each trial learns the units that a run of as many steps learns at these widths, and the best shape is cut."""
     asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
-    scored = inside.calls("mptk.methods.maskprune.learner.Learner._saliency")
+    scored = inside.calls("mptk.methods.maskprune.learner.Learner._estimate_saliency")
     plans: list[mptk.Plan] = []
 
     def noted(learn: Callable[..., Chosen], *given: object) -> Chosen:

@@ -88,7 +88,7 @@ def watching(tmp_path: Path, losses: list[float], inside: Inside) -> tuple[Loop,
         weights.append(one.parameters["embed.weight"].detach().clone())
         return losses[len(one.watch.losses)]
 
-    inside.around("mptk.methods.maskprune.train.Loop._held_out", measured)
+    inside.around("mptk.methods.maskprune.train.Loop._measure_held_out", measured)
     return one, weights
 
 

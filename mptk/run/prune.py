@@ -37,7 +37,7 @@ from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Compiled, Prepared, Proven
 from mptk.protocols.origin import compute_origin
 from mptk.protocols.report import Report
-from mptk.protocols.run_folder import Kept
+from mptk.protocols.run_folder import Kept, name_run_folder
 from mptk.protocols.values import SampleSets
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
@@ -187,15 +187,19 @@ def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
 
     kept = run.keep("choice", choose, bound=prepared.executor.borders)
     # Facts that were just made take the same way through JSON: a resumed run must give the same result.
-    try:
-        known = make_typed(KeptChoice, json.loads(format_json(kept.facts)))
-    except ValueError as error:
-        where = run.folder.path if run.folder is not None else run.out
-        raise MptkError(f"the choice in {where} is damaged: {error}; remove the folder, and start again") from error
+    known = read_choice_facts(json.loads(format_json(kept.facts)), name_run_folder(run.out))
     plan = Plan.from_json(known["plan"])
     losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
     cut = resolve_plan(prepared.analysis, plan)
     return Chosen(plan, cut, kept.tensors, tuple(known["trained"]), losses, tuple(known["notes"]))
+
+
+def read_choice_facts(facts: Mapping[str, object], folder: Path) -> KeptChoice:
+    """The facts of a kept choice. Raises MptkError if they are damaged. ``folder``: of the unfinished run."""
+    try:
+        return make_typed(KeptChoice, facts)
+    except ValueError as error:
+        raise MptkError(f"the choice in {folder} is damaged: {error}; remove it, and start again") from error
 
 
 # ---- writing ----

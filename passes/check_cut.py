@@ -15,10 +15,9 @@ from mptk.ir.ops import resolve_shape
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from passes.analysis.vocabulary import find_tables
-from passes.frontend.steady import check_steady
+from passes.frontend.eager import check_steady
 from passes.transforms.masked_reference import mask
-from passes.transforms.retype import Retype
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import Retype, RoundWeights
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
 FAINT_WEIGHT = 1e-4

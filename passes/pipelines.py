@@ -38,7 +38,7 @@ from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.remove_blocks import RemoveBlocks
 from passes.transforms.rewrite import Rewrite
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 
 OnnxPasses = list[ir.passes.PassBase]
 

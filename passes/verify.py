@@ -14,7 +14,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.progress import step_through
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import RoundWeights
 
 StageOutputs = Callable[[Samples], "Tensor | Sequence[Tensor] | Placed"]
 """Samples → outputs of all samples and positions; or of some. As many outputs as the program has."""

@@ -19,8 +19,7 @@ from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, find_argu
 from mptk.ir.ops import name_op, resolve_result_shape, resolve_shape, resolve_size
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import find_writes, list_nodes
-from passes.analysis.dependence import find_dependence
+from passes.analysis.dependence import find_dependence, find_writes, list_nodes
 from passes.analysis.rules import POINTWISE, load_rules
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import Result, Rule, find_rule, get_single_dims

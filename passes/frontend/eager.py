@@ -11,21 +11,24 @@ the user's stays as it is.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-from mptk.compat.torch import FakeTensor, tree_leaves
+from mptk.compat.torch import FakeTensor, find_custom_function, find_schema, list_gradient_hooks, tree_leaves
 from mptk.errors import MptkError, take_first_line
 from mptk.ir.copies import copy_module, describe_attributes, describe_outside_state
-from mptk.ir.ops import resolve_shape
+from mptk.ir.ops import find_storage, find_written_arguments, get_argument, resolve_shape
 from mptk.ir.program import Program, ProgramModule
-from passes.frontend.gradients import compare_gradients
+from mptk.ir.source_location import SourceLocation, find_source_line
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types."""
@@ -264,3 +267,144 @@ def compute_relative_error(found: Tensor, expected: Tensor) -> float:
 def describe_shapes(tensors: Sequence[Tensor]) -> str:
     """Shapes for a message."""
     return ", ".join(str(list(t.shape)) for t in tensors)
+
+
+# ---- gradients ----
+
+GRADIENTS_APART = 1e-3
+"""Largest difference of a gradient, relative to the largest of its tensor: sums in another order differ by less."""
+
+
+def compare_gradients(pair: Pair, inputs: Sequence[Tensor]) -> str:
+    """Why the program trains otherwise than its module; empty if it does not.
+
+    Compared are the gradients of a random projection of all outputs, by weights and floating inputs.
+    """
+    source = pair.program.source
+    names = [] if source is None else [name.removeprefix("module.") for name in list_gradient_hooks(source)]
+    hooks = [f"{name or 'the module'} has a hook on its gradient" for name in names]
+    wrapper = pair.module()
+    try:
+        with WatchedGradients() as watched:
+            expected = compute_seeded_gradients(wrapper, wrapper.module, inputs)
+    except Exception as error:  # noqa: BLE001 (a module may raise anything)
+        return f"the module itself cannot be trained ({take_first_line(error)})"
+    module = ProgramModule(pair.program)
+    found = compute_seeded_gradients(lambda *copies: module.run(copies), module, inputs)
+    apart = sorted(name for name in expected.keys() & found.keys() if _is_different(found[name], expected[name]))
+    if not apart and not hooks:
+        return ""
+    causes = [*watched.causes, *hooks] or ["part of its forward works on gradients"]
+    where = f"the gradient of {apart[0]} differs" if apart else "gradients differ"
+    return f"{where}: {'; '.join(dict.fromkeys(causes))}, which a graph does not hold"
+
+
+def compute_seeded_gradients(
+    run: Callable[..., Any], module: nn.Module, inputs: Sequence[Tensor]
+) -> dict[str, Tensor | None]:
+    """The gradients by each weight and each floating input, by name; None if there is none."""
+    copies = [x.clone().requires_grad_() if x.is_floating_point() else x.clone() for x in inputs]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = [t for t in tree_leaves(run(*copies)) if isinstance(t, Tensor) and t.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        losses = [(t * torch.randn(t.shape, generator=generator).to(t)).real.sum() for t in outputs]
+        if losses:
+            torch.stack([loss.double() for loss in losses]).sum().backward()
+    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    return found | {f"input {i}": x.grad for i, x in enumerate(copies) if x.requires_grad}
+
+
+def _is_different(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether gradients differ by more than rounding. None is a gradient of zeros."""
+    if found is None or expected is None:
+        there = found if expected is None else expected
+        return there is not None and bool(there.any())
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    return not (found - expected).abs().max().item() <= GRADIENTS_APART * largest if expected.numel() else False
+
+
+class WatchedGradients(TorchFunctionMode):
+    """Notes, while a module runs, what its gradients depend on beside its calls.
+
+    ``causes``: in words, with the line of the source.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causes = list[str]()
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad):
+            self.causes.append(f"a hook on the gradient of a tensor{_place()}")
+        found = func(*args, **(kwargs or {}))
+        for tensor in (t for t in tree_leaves((args, found)) if isinstance(t, Tensor)):
+            if (function := find_custom_function(tensor)) is not None:
+                self.causes.append(f"{function.__name__}{_locate_class(function)} has a backward of its own")
+        return found
+
+
+def _locate_class(function: type) -> str:
+    """The file and line of a class, in brackets; empty if it has none."""
+    try:
+        file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
+    except (OSError, TypeError):
+        return ""
+    return f" ({Path(file).name}:{line})" if file else ""
+
+
+def _place() -> str:
+    """The line of the module's code that is running, in brackets."""
+    frames = inspect.stack()
+    lines = "\n".join(f'  File "{f.filename}", line {f.lineno}, in {f.function}' for f in reversed(frames))
+    found = find_source_line(lines)
+    return f" ({found})" if found else ""
+
+
+# ---- does it give the same each time? ----
+
+STEADY = 5e-5
+"""Smallest difference of two runs that counts, relative to the largest number: the tolerance of a proof."""
+_OFF = ("p", "dropout_p", "train", "training")
+"""Arguments that switch a call's random numbers off if they are 0 or False."""
+
+
+def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor], name: str) -> None:
+    """Raise MptkError if two runs of the program on the same tensors differ.
+
+    It runs only if a call could make them differ. ``run``: inputs → outputs. ``name``: the model's.
+    """
+    nodes = [node for node in program.graph.graph.nodes if node.op == "call_function"]
+    user = {n for n in program.list_placeholders() if n.name in program.user_inputs}
+    changing = [node for node in nodes if any(find_storage(target) in user for target in find_written_arguments(node))]
+    drawing = [node for node in nodes if is_random_call(node)]
+    if not changing and not drawing:
+        return
+    given = [tensor.clone() for tensor in inputs]
+    with torch.random.fork_rng(devices=[]):
+        first, second = ([t.clone() for t in tree_leaves(run(given)) if isinstance(t, Tensor)] for _ in range(2))
+    apart = max((compute_relative_error(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
+    if apart <= STEADY:
+        return
+    if changing and not all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True)):
+        raise MptkError(
+            f"forward of {name} changes its input in place ({SourceLocation(changing[0])}), so a second run on the "
+            "same tensor gives something else; change a copy, as of x = x.clone()"
+        )
+    if drawing:
+        raise MptkError(
+            f"forward of {name} draws random numbers ({SourceLocation(drawing[0])}): two runs on the same inputs "
+            f"differ by {apart:.1e} of the largest, so no cut can be compared with it; draw none in evaluation mode, "
+            "as by dropout(x, training=self.training), or make them an input"
+        )
+
+
+def is_random_call(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    signature = find_schema(node.target)
+    given = {} if signature is None else {a.name: a.default_value for a in signature.arguments if a.name in _OFF}
+    return all(get_argument(node, name, default) for name, default in given.items())

@@ -17,13 +17,17 @@ _PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASC
 
 @dataclass(frozen=True)
 class Alignment:
-    """What narrower widths keep of the dense ones.
+    """Which multiples narrower widths keep.
 
-    If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
-    ``KERNEL_BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further
-    divisors, of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units,
-    and its part of a sum is a multiple, too. ``engines``: the programs that must read the result
-    (``consumers.ENGINES``); empty: as the target chooses.
+    If the dense sum over a family's units is a multiple of a divisor, the narrower one is, too. If it is not, the
+    divisor's half is tried, and so on, down to ``KERNEL_BLOCK``.
+
+    Attributes:
+        every: the divisor for all families but ``own``, which have their own.
+        blocks: further divisors, of quantisers.
+        devices: how many devices share each layer. Each gets the same number of whole units, and its part of a sum is
+            a multiple, too.
+        engines: the programs that must read the result (``consumers.ENGINES``); empty: as the target chooses.
     """
 
     every: int = KERNEL_BLOCK
@@ -40,6 +44,7 @@ class Alignment:
 
 def list_halves(divisor: int) -> list[int]:
     """512 → 512, 256, 128, 64, 32."""
+    # A half is only tried while it is still a multiple of the block: 96 gives 96, and not 48.
     return [divisor, *(list_halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
 
 
@@ -53,6 +58,7 @@ def read_alignment(
     """
     every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):
+        # 0 stands for "not known", so that a bad number and a bad name are refused by the same message.
         found = _PART.fullmatch(part.strip())
         divisor = 0 if found is None else _read_divisor(found["divisor"])
         if found is None or not divisor:

@@ -36,6 +36,7 @@ class Axis:
     _count = 0
 
     def __init__(self, size: int) -> None:
+        # Later axes have larger numbers. ``_bind`` keeps the older of two, so that each run finds the same axes.
         Axis._count += 1
         self.id = Axis._count
         self.size = size
@@ -106,6 +107,7 @@ def find_root(a: Axis) -> Axis:
     root = a
     while root.parent is not None:
         root = root.parent
+    # Path compression: the next search from any axis on the way takes one step.
     while a.parent is not None:
         a.parent, a = root, a.parent
     return root
@@ -117,10 +119,11 @@ def resolve(term: Term) -> Term:
         root = term if term.parent is None else find_root(term)
         if root.bound is None:
             return root
-        root.bound = resolve(root.bound)
+        root.bound = resolve(root.bound)  # kept, so that a chain of bindings is followed only once
         return root.bound
     parts = term.factors if isinstance(term, Product) else term.segments
     resolved = [resolve(p) for p in parts]
+    # A term in normal form is returned itself, so that ``unify`` can compare by identity.
     for old, new in zip(parts, resolved, strict=True):
         if old is not new:
             return make_product(resolved) if isinstance(term, Product) else concat(resolved)
@@ -132,6 +135,7 @@ def list_axes(term: Term) -> list[Axis]:
     term = resolve(term)
     if isinstance(term, Axis):
         return [term]
+    # One normal form and one list for the whole term: this is the analysis's most frequent call.
     found: list[Axis] = []
     _collect(term, found)
     return found
@@ -166,6 +170,7 @@ def add_role(term: Term, role: str) -> None:
 
 def require_size(term: Term, minimum: int) -> None:
     """Keep at least ``minimum`` positions of the largest axis of ``term``. If it has fewer, keep all axes whole."""
+    # The largest axis alone is enough: the other factors or segments only add positions.
     found = list_axes(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:
@@ -182,6 +187,7 @@ def require_multiple(term: Term, multiple: int) -> None:
         for segment in term.segments:
             require_multiple(segment, multiple)
     else:
+        # One factor that is a multiple is enough. If none is, each has to be, which is strict but safe.
         carriers = [f for f in term.factors if f.size % multiple == 0]
         for factor in carriers[-1:] or term.factors:
             require_multiple(factor, multiple)
@@ -217,11 +223,13 @@ def _bind(a: Axis, term: Term, where: object) -> None:
     if isinstance(term, Axis):
         a, term = (a, term) if a.id > term.id else (term, a)
         a.parent = term
+    # The occurs check of type inference: an axis that is a part of itself would have no end.
     elif any(leaf is a for leaf in list_axes(term)):
         freeze(term, f"its layout contains itself ({where})")
         return
     else:
         a.bound = term
+    # What was known of the axis now holds for all that it stands for.
     if a.frozen or a.roles:
         for leaf in list_axes(term):
             leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
@@ -240,6 +248,7 @@ def _freeze_misaligned(terms: Iterable[Term], where: object) -> None:
 def _unify_products(xs: list[Term], ys: list[Term], where: object) -> None:
     """Peel equal factors off either end; if sizes differ, split the larger one."""
     while xs and ys:
+        # Both sides are read in row-major order, so equal sizes at either end are the same factor.
         for end in (0, -1):
             x, y = resolve(xs[end]), resolve(ys[end])
             if x.size == y.size:
@@ -251,8 +260,9 @@ def _unify_products(xs: list[Term], ys: list[Term], where: object) -> None:
             if parts is not None:
                 large[slice(-1, None) if end else slice(0, 1)] = parts
                 break
-        else:
+        else:  # neither end divides: a view of [6, 4] as [4, 6]
             return _freeze_misaligned(xs + ys, where)
+        # Unifying may have bound other factors of either side to products.
         xs, ys = _flatten_factors(xs), _flatten_factors(ys)
     assert not xs + ys
     return None
@@ -278,6 +288,7 @@ def split_product(term: Term, size: int, *, last: bool, where: object = "") -> l
         return [outer, inner]
     if isinstance(term, Product):
         return _regroup(term, outer_size, where)
+    # A sum splits if each segment consists of whole rows of the same inner term: A·Y + B·Y = (A + B)·Y.
     if any(segment.size % inner_size for segment in term.segments):
         return None
     parts = [split_product(segment, inner_size, last=True, where=where) for segment in term.segments]
@@ -308,6 +319,7 @@ def _regroup(term: Product, outer_size: int, where: object) -> list[Term] | None
 
 def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
     """Peel equal segments off the front; if sizes differ, cut the larger one."""
+    # The front is enough here: a sum can be cut after any position that is not inside a unit.
     while xs and ys:
         x, y = resolve(xs[0]), resolve(ys[0])
         if x.size == y.size:
@@ -319,6 +331,7 @@ def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
         if parts is None:
             return _freeze_misaligned(xs + ys, where)
         large[0:1] = parts
+        # The cut may have bound axes in later segments of both sides.
         for side in (xs, ys):
             whole = concat(resolve(t) for t in side)
             assert isinstance(whole, Sum)
@@ -336,11 +349,13 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
         _bind(term, concat((first, rest)), "slice")
         return [first, rest]
     if isinstance(term, Product):
+        # Only the first factor can be cut: rows of the others belong together.
         head, inner = term.factors[0], make_product(term.factors[1:])
         if size % inner.size:
             return None
         parts = split_sum(head, size // inner.size)
         return None if parts is None else [make_product((p, inner)) for p in parts]
+    # A sum: whole segments first, then the segment that the border is in.
     before: list[Term] = []
     after = list(term.segments)
     while size >= after[0].size:
@@ -357,6 +372,7 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
 
 def _unify_sum_with_product(a: Sum, b: Product, where: object) -> None:
     """(A + B + …) = X·Y: each segment must split into rows of Y; then A/Y + B/Y + … = X."""
+    # Y is all factors but the first or, if the segments do not split by so many, only the last.
     for inner in (make_product(b.factors[1:]), b.factors[-1]):
         parts = split_product(a, inner.size, last=True, where=where)
         if parts is not None:
@@ -380,6 +396,7 @@ def find_occurrences(term: Term) -> list[tuple[Axis, Index]]:
         return [(term, np.arange(term.size))]
     found: list[tuple[Axis, Index]] = []
     if isinstance(term, Product):
+        # Row-major: a coordinate repeats for each position of the later factors, and all of it for the earlier ones.
         repeat, tile = term.size, 1
         for factor in term.factors:
             repeat //= factor.size

@@ -123,6 +123,7 @@ class AxisFacts:
         found = self.notes.get(node)
         return found if isinstance(found, kind) else None
 
+    # Terms are final once the analysis is done, so their axes can be kept. Only then may this be asked.
     @cached_property
     def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
         return {node: frozenset(collect_axes(t for dims in self.tensors(node) for t in dims)) for node in self.results}

@@ -46,7 +46,10 @@ class Stack:
         return {i: block.stays for i, block in enumerate(self.blocks) if block.stays}
 
     def share(self, unit: int, width: float) -> float:
-        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which."""
+        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which.
+
+        Costs of a width are compared before blocks are chosen.
+        """
         fixed = len(self.stay)
         return 1.0 if unit in self.stay else max(0.0, width - fixed) / (len(self.blocks) - fixed)
 

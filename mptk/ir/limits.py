@@ -69,6 +69,7 @@ def solve_size(size: SymbolicSize) -> SolvedSize | None:
     """
     if not isinstance(size, sympy.Expr) or len(size.free_symbols) != 1:
         return None
+    # f(0) is the offset. What is left divided by the symbol is a whole number only if f is linear.
     (symbol,) = size.free_symbols
     offset = size.subs(symbol, 0)
     factor = sympy.expand(size - offset) / symbol
@@ -94,6 +95,7 @@ class CallSizes:
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raise MptkError for the first size of the inputs, in order, for which the program does not hold."""
+        # The first input with a symbol gives it its value. Expressions are checked last, when all symbols have values.
         values: dict[sympy.Symbol, int] = {}
         for k, ((_, sizes), shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(sizes) != len(shape):
@@ -179,6 +181,8 @@ class CallSizes:
 
     def find_sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
         """For each condition, sizes near ``values`` that meet it and that do not. ``values``: sizes that meet all."""
+        # One symbol is moved at a time. On the unmet side only this condition may fail: sizes that another one refuses
+        # first would not test it.
         found = []
         for condition in self.conditions:
             sides = dict[bool, dict[sympy.Symbol, int]]()
@@ -204,6 +208,7 @@ class CallSizes:
 
     def _name_dim(self, k: int, d: int) -> str:
         """``batch`` for the first dimension of all inputs, ``x.shape[1]`` for the second of x."""
+        # A first dimension that all inputs share is the batch.
         whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
         return "batch" if whole else f"{self.names[k]}.shape[{d}]"
 
@@ -217,6 +222,7 @@ class CallSizes:
             return f"{self._describe_expression(expression.lhs)} = {self._describe_expression(expression.rhs)}"
         if isinstance(expression, sympy.Ne):
             return f"{self._describe_expression(expression.lhs)} != {self._describe_expression(expression.rhs)}"
+        # sympy prints Eq(a, b) and Ne(a, b), which no user writes; other relations print as they are written.
         names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
         return str(expression.xreplace(names))
 
@@ -236,6 +242,7 @@ NEAR, FARTHEST = 64, 2048
 
 def _list_near_sizes(holds: sympy.Basic, size: int) -> list[int]:
     """Other sizes, the nearest first."""
+    # A condition changes at its own numbers (x < 100), so both sides are found there or among small sizes.
     numbers = {int(n) for n in holds.atoms(sympy.Integer) if abs(int(n)) <= FARTHEST}
     around = {n + by for n in numbers for by in (-1, 0, 1) if n + by > 0}
     return sorted({*range(1, NEAR + 1), *around} - {size}, key=lambda other: (abs(other - size), other))

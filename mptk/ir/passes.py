@@ -45,6 +45,7 @@ class Pass(ABC):
 
     def __call__(self, program: Program) -> PassResult:
         """Run the pass with its checks: requires, run, ``check``, ensures."""
+        # The graph's invariants come before ``ensures``, which may then rely on them.
         self.requires(program)
         result = self.run(program)
         check(result.program)
@@ -122,7 +123,7 @@ def list_state_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 def check(program: Program) -> None:
     """Check a program's invariants: a well-formed graph, and every weight has the shape that the graph expects."""
-    program.graph.graph.lint()
+    program.graph.graph.lint()  # torch's own check: order, names, users
     weights = program.weights
     for node in program.list_placeholders():
         value = node.meta.get("val")

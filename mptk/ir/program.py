@@ -194,6 +194,7 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
+        # torch's verifier wants Parameters for parameters, persistent buffers beside them, and all others as constants.
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
         state = {n: _make_parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
         constants = {
@@ -221,6 +222,7 @@ class Program:
                 return example
             return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
+        # A removed block's cache is no longer an input. The nesting of the rest would not fit, so they go flat.
         fitted: TracedInputs | None = tree_map(fit, self.exported.example_inputs)
         traced = self.exported.graph_signature.user_inputs
         if fitted is None or len(self.user_inputs) == len(traced):
@@ -230,13 +232,11 @@ class Program:
 
 
 def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
-    """The sizes of a traced input, as numbers or as expressions."""
-    return tuple(map(_express_size, value.shape))
-
-
-def _express_size(size: int | torch.SymInt) -> SymbolicSize:
-    """A size as a number, or as an expression if it may be another."""
-    return express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
+    """The sizes of a traced input: an expression if the size may be another, else a number."""
+    return tuple(
+        express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
+        for size in value.shape
+    )
 
 
 def _make_parameter(tensor: Tensor) -> Parameter:
@@ -274,7 +274,7 @@ STATE_COPY = "state"
 
 
 class Names(nn.Module):
-    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+    """Holds what is below a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
 
     def __getitem__(self, index: int | str) -> Any:
         return getattr(self, str(index))
@@ -294,13 +294,13 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (
-            remove_type_checks(remove_state_copies(program.graph)),
-        )  # in a tuple: a submodule would add its names to state_dict()
+        # The graph is in a tuple: as a submodule it would add its own names to state_dict().
+        self._graph = (remove_type_checks(remove_state_copies(program.graph)),)
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.list_placeholders()]
         self.input_names, self.positional = program.inputs, program.positional
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         self._outputs, self._input_types = program.outputs, program.input_types
+        # Register each weight under its own name and under the names that are tied to it.
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         self._types = {name: tensor.dtype for name, tensor in program.state.likes.items()}
         others: dict[str, list[str]] = {}
@@ -326,17 +326,21 @@ class ProgramModule(nn.Module):
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Run the graph on inputs in the order of the trace. Raises MptkError as ``forward``."""
+        # Sizes that were checked once are not checked again. In an export they always are: the new trace must get the
+        # conditions of this one, and its symbolic shapes must not stay in ``_met``.
         self._check_call(tensors)
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_exporting() or shapes not in self._met:
             self._sizes.check(shapes)
             self._met |= set() if torch.compiler.is_exporting() else {shapes}
+        # The weights are looked up at each call, since ``to()`` and users may replace them.
         given = iter(tensors)
         weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
         weights |= dict(self.named_buffers(remove_duplicate=False))
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
+        # Compiled code is the fast way. On other devices each call that names the CPU must be redirected.
         try:
             if device is None or device.type == "cpu":
                 outputs = graph(*arguments)
@@ -353,6 +357,7 @@ class ProgramModule(nn.Module):
     def _check_call(self, tensors: Sequence[Tensor]) -> None:
         """Raise MptkError for types, strides or a gradient mode for which the trace does not hold."""
         limits = self._sizes.limits
+        # In an autocast and after a conversion, the module takes the floating types that it now computes in.
         for name, tensor, traced in zip(self._sizes.names, tensors, self._input_types, strict=False):
             if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
                 raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")

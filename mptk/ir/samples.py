@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""A target that no loss counts."""
+"""A target that no loss counts: the default of torch's ``cross_entropy``."""
 POSITION = 768
-"""Numbers of an input that is not a token ids which count as one token: a patch of a vision transformer."""
+"""How many numbers of an input without token ids count as one token: a patch of a vision transformer, 16 · 16 · 3."""
 _TARGETS = "targets"
 
 
@@ -35,6 +35,7 @@ class Samples:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> Samples:
+        # A program for a fixed number of samples gets whole batches: the slice is widened to their borders.
         if isinstance(rows, slice) and self.together is not None:
             start, stop, _ = rows.indices(len(self))
             rows = slice(start // self.together * self.together, -(-stop // self.together) * self.together)
@@ -131,6 +132,6 @@ def is_tokens(tensor: Tensor) -> bool:
 
 def make_token_samples(ids: Tensor) -> Samples:
     """Windows of token ids, int64 [n, length]; each position's target is the next token."""
-    targets = torch.full_like(ids, IGNORED)
+    targets = torch.full_like(ids, IGNORED)  # the last position has no next token
     targets[:, :-1] = ids[:, 1:]
     return Samples({"input_ids": ids}, targets)

@@ -17,11 +17,11 @@ _ROOT = Path(__file__).parents[2]
 _TRANSFORMERS = find_spec("transformers")
 assert _TRANSFORMERS is not None
 assert _TRANSFORMERS.origin is not None
-_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # without importing it, which is slow
+_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # found without importing transformers, which is slow
 LIBRARIES = tuple(
     f"{folder}/" for folder in (Path(torch.__path__[0]), _TRANSFORMERS_FOLDER, _ROOT / "mptk", _ROOT / "passes")
 )
-"""Folders whose files are no part of a model: layers, dispatch, wrappers for tracing."""
+"""Folders whose files are not part of a model: layers, dispatch, wrappers for tracing."""
 MODELS = f"{_TRANSFORMERS_FOLDER}/models/"
 
 
@@ -55,7 +55,7 @@ def _remove_slice(found: re.Match[str]) -> str:
 
 
 def is_used_outside(program: Program, weight: str) -> bool:
-    """Whether all calls that use a weight were made outside of its own module: hooks of that do not see them."""
+    """Whether all calls that use a weight were made outside of its own module, so that the module's hooks miss them."""
     owner = weight.rpartition(".")[0]
     users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
     return bool(users) and not any(owner in list_module_paths(user) for user in users)
@@ -66,6 +66,7 @@ def find_source_line(stack_trace: str) -> str:
     frames = re.findall(r'^\s*File "(.+)", line (\d+)', stack_trace, re.MULTILINE)
     if not frames:
         return ""
+    # transformers' models are the user's model, although they are in a library's folder.
     own = [(file, line) for file, line in frames if file.startswith(MODELS) or not file.startswith(LIBRARIES)]
     file, line = (own or frames)[-1]
     return f"{Path(file).name}:{line}"

@@ -105,15 +105,17 @@ def _find_entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Laz
 def _change_entry(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
         like, narrow = change(entry.like), entry.narrow
+        # New numbers may need more bits than the narrow type has.
         if not moves:
             return Lazy(like, lambda: change(entry.make()))
         return Lazy(like, lambda: change(entry.make()), entry.held, narrow and (lambda: change(narrow())))
-    if _is_empty(entry):
+    if _is_empty(entry):  # without numbers the change costs nothing, and ``real`` must stay False
         return change(entry)
     return Lazy(change(entry.to("meta")), lambda: change(entry))
 
 
 def _cast(entry: Tensor | Lazy, dtype: torch.dtype) -> Tensor | Lazy:
+    # The file may hold this type already: then read it as it is, without the way through the wider one.
     if isinstance(entry, Lazy) and entry.narrow is not None and entry.held == dtype:
         return Lazy(entry.like.to(dtype), entry.narrow, dtype, entry.narrow)
     return _change_entry(entry, lambda tensor: tensor.to(dtype), False)

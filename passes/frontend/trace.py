@@ -13,7 +13,6 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -36,10 +35,10 @@ from mptk.ir.weights import Weights
 from passes.frontend.inline import inline_regions
 
 TRACED_BATCH, TRACED_LENGTH = 2, 7
-
+"""Size of the default example. Neither is 1, which torch.export takes for a constant, and they differ."""
 
 SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
-"""Names that transformers gives to the results of heads that give several."""
+"""Names that transformers gives to the results of heads that have several."""
 
 
 def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
@@ -55,7 +54,10 @@ def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tu
 
 
 class Returned:
-    """What ``forward`` returned its tensors in. torch.export puts back attributes of a module, but not of this."""
+    """What ``forward`` returned its tensors in.
+
+    A trace runs ``forward``, and torch.export then restores the module's attributes, but not those of this object.
+    """
 
     container: Container | None = None
 
@@ -63,9 +65,9 @@ class Returned:
 class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
-    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns only what ``pick_results`` says. The model also returns its cache, which would count
-    as a use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
+    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. Of a transformers
+    model it returns only what ``pick_results`` says: the cache, as an output of the graph, would count as a use of the
+    heads. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
@@ -89,10 +91,11 @@ class Flat(nn.Module):
 
 @contextlib.contextmanager
 def write_assignments(module: nn.Module) -> Iterator[None]:
-    """Within it ``module`` runs. A buffer that it assigns a tensor of the same shape to is written in place instead.
+    """Run ``module`` inside. If it assigns a tensor to a buffer of the same shape, the buffer is written in place.
 
-    A trace takes an assignment for a value of this one call. Buffers of a transformers model are caches of constants.
+    A trace records a write, but takes an assignment for a value of this one call.
     """
+    # A transformers model assigns only caches of constants, such as rotary tables.
     before = {} if isinstance(module, PreTrainedModel) else dict(module.named_buffers())
     yield
     for name, buffer in before.items():
@@ -115,6 +118,7 @@ def find_cache_switch(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
     module = unwrap_module(module)
     accepted = _read_signature(module).parameters
+    # Some models take ``use_cache`` among **kwargs. Then only the config says that they know it.
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if caches else {}
@@ -160,6 +164,7 @@ def trace_to_program(
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
     """
+    # The inputs, by name and in order, and which of their sizes are open.
     if example_inputs is None:
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
@@ -173,6 +178,7 @@ def trace_to_program(
         sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
     else:
         sizes = dynamic
+    # Trace a copy: ``forward`` may change the module. The program keeps the user's own as its source.
     try:
         exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     except MptkError:
@@ -183,6 +189,7 @@ def trace_to_program(
     found = replace(exported, source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
+    # The names of the inputs, and how many of them are ``forward``'s first arguments in its own order.
     arguments = names or list_forward_arguments(module)[: len(given)]
     if len(arguments) != len(given):
         return replace(found, inputs=())
@@ -244,7 +251,7 @@ def _find_user_module(wrapper: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def hold_evaluation_mode(wrapper: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a time; then each module is in its own mode again."""
+    """Evaluation mode inside; then each module is in its own mode again."""
     training = {module: module.training for module in wrapper.modules()}
     wrapper.eval()
     try:
@@ -269,6 +276,7 @@ def place_fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterat
         yield inputs
         return
     originals = dict(tensors)
+    # Tied weights must stay one object, by which ``build_program`` knows them.
     fakes: dict[int, Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for name, tensor in tensors:
@@ -299,10 +307,13 @@ def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
     weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
+    # Clean the graph. ``torch.vmap`` opens levels with calls that nothing reads, and which must stay.
     _check_constants(exported, wrapper)
     inline_regions(exported)
     graph = exported.graph_module
     graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _is_vmap_level(n))
+    # Of the names of a tied weight, the one with the most uses in the graph owns it. Export may make inputs of the
+    # others, too.
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
     weights = {**exported.state_dict, **exported.constants}
     specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
@@ -316,15 +327,25 @@ def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
             aliases[_strip_wrapper(name)] = _strip_wrapper(owner)
     copy_written_state(graph.graph, {spec.arg.name for spec in specs})
     graph.recompile()
+    # Weights and signature under the user's names.
     state = Weights(
         {_strip_wrapper(s.target): weights[s.target] for s in specs if _strip_wrapper(s.target) not in aliases}
     )
     names = tuple(getattr(wrapper, "names", ()))
     frozen = frozenset(_strip_wrapper(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
-    signature = _rename_targets(exported.graph_signature)
+    signature = exported.graph_signature
+    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
     container = wrapper.returned.container if isinstance(wrapper, Flat) else None
     return Program(
-        graph, signature, state, aliases, exported, names, find_size_limits(graph.graph), frozen, outputs=container
+        graph,
+        replace(signature, input_specs=renamed),
+        state,
+        aliases,
+        exported,
+        names,
+        find_size_limits(graph.graph),
+        frozen,
+        outputs=container,
     )
 
 
@@ -338,11 +359,6 @@ def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
             )
 
 
-def _rename_targets(signature: ExportGraphSignature) -> ExportGraphSignature:
-    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
-    return replace(signature, input_specs=renamed)
-
-
 def _is_vmap_level(node: fx.Node) -> bool:
     """Whether a call opens or closes a level of ``torch.vmap`` (masks are made under it): it counts without users."""
     return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
@@ -353,12 +369,14 @@ def _strip_wrapper(name: str) -> str:
     return name.removeprefix("module.")
 
 
+# For mypy, a tensor's sizes are ints even after ``isinstance``; a TypeGuard overrides that.
 def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
     return isinstance(size, torch.SymInt)
 
 
 def find_size_limits(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
+    # The symbolic sizes of all inputs, and of those that became a number the line that made them one.
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
@@ -366,6 +384,7 @@ def find_size_limits(graph: fx.Graph) -> Limits:
     lines = {
         place: line for place, s in sizes.items() if not is_open(s) and (line := find_source_line(find_size_origin(s)))
     }
+    # The guards of Python code, each once. What a kernel asked does not matter: the graph holds the same call anyway.
     conditions = {
         guard.holds: Condition(guard.holds, find_source_line(guard.stack))
         for guard in list_guards(sizes.values())
@@ -388,6 +407,7 @@ def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
     }
     state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
     for node in state:
+        # The copy comes first of all calls. For messages, it has the place in the source of the weight's first use.
         first = min(node.users)
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))

@@ -38,6 +38,8 @@ class Dependence:
 
 def find_dependence(program: Program, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> Dependence:
     """Follow weights and inputs through calls and ``writes`` in place (call → the values it may change)."""
+    # Calls whose value is not a tensor (sizes) carry no dependence: they do not change with a weight's numbers. A write
+    # makes all that shares its target's memory depend on it.
     flow: nx.DiGraph[fx.Node | str] = nx.DiGraph()
     for node in program.graph.graph.nodes:
         if node.op != "placeholder" and isinstance(node.meta.get("val"), (Tensor, list, tuple)):
@@ -57,6 +59,7 @@ def find_dependence(program: Program, writes: Mapping[fx.Node, Sequence[fx.Node]
 
 def _find_dependents(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The sources and all values that depend on them."""
+    # One search from an extra node in place of one from each source.
     flow.add_edges_from(("start", source) for source in sources)
     found = nx.descendants(flow, "start") if "start" in flow else set()
     flow.remove_nodes_from(["start"])
@@ -64,7 +67,10 @@ def _find_dependents(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]
 
 
 def _is_weight(program: Program, spec: InputSpec) -> bool:
-    """Whether an input is a parameter or a saved floating-point buffer."""
+    """Whether an input is a parameter or a saved floating-point buffer, like the statistics of a batch norm.
+
+    Buffers that are not saved are rotary tables, masks and the like: constants, which each use may cut in its own way.
+    """
     if spec.kind is InputKind.PARAMETER:
         return True
     weight = program.state.like(program.weights[spec.arg.name]) if spec.kind is InputKind.BUFFER else None
@@ -81,6 +87,7 @@ def find_caches(program: Program) -> dict[fx.Node, fx.Node]:
 
     Such an input holds the model's own earlier values, so it has the axes of the weights that made them.
     """
+    # The first output is the model's result; caches come after it.
     outputs = [s.arg.name for s in program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT][1:]
     inputs = set(program.user_inputs)
     found: dict[fx.Node, fx.Node] = {}
@@ -93,7 +100,7 @@ def find_caches(program: Program) -> dict[fx.Node, fx.Node]:
 # ---- writes in place ----
 
 MAY_BE_ITS_OPERAND = frozenset({"dropout", "feature_dropout", "alpha_dropout", "type_as", "broadcast_tensors"})
-"""Ops that may return their operand itself, although it is not in their schema."""
+"""Ops that may return their operand itself, although their schema does not say so."""
 
 
 def find_writes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
@@ -121,6 +128,7 @@ def find_memory_classes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
 
 def _find_memory_sources(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the result may share."""
+    # Results of a call with several share the call's memory only if that shares memory with an operand (split, chunk).
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, fx.Node)

@@ -28,20 +28,24 @@ def analyze_program(program: Program) -> Analysis:
     Raises:
         MptkError: an op has no axis rule.
     """
+    # Weights that something is divided by are found while all weights are zero. The spoilers below then keep these.
     facts = propagate(program)
     facts = replace(facts, divisors=find_divisors(facts))
+    # The weights that some call reads: a cut of the others could not be proven.
     readers = {
         program.weights[n.name]: next(iter(n.users))
         for n in program.list_placeholders()
         if n.name in program.weights and n in facts.results and n.users
     }
     weights = {name: tuple(map(resolve, dims)) for name, dims in facts.weights.items() if name in readers}
+    # Which axes are offered: those that are neither frozen nor spoiled, and whose cut has an effect.
     members = _find_members(weights)
     spoilers = find_spoilers(facts)
     live = find_live_axes(facts)
     for axis, places in members.items():
         _refuse(axis, live, SourceLocation(readers[places[0][0]]))
     offered = [axis for axis in members if not axis.frozen and axis not in spoilers]
+    # Groups, families, and the reasons for all other axes.
     scopes = find_scopes(facts, weights, members, offered)
     roles = _find_member_roles(program, facts)
     groups = [_group(axis, members[axis], weights, scopes[axis], roles) for axis in offered]
@@ -76,7 +80,7 @@ def _find_members(weights: Mapping[str, Dims]) -> Members:
 
 def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
     """Freeze an axis that has no smaller legal width, or that is in no value computed from the input."""
-    least = -(-axis.minimum // axis.multiple) * axis.multiple
+    least = -(-axis.minimum // axis.multiple) * axis.multiple  # the minimum, rounded up to a multiple
     if least >= axis.size:
         freeze(axis, f"its ops need at least {least} units ({place})")
     if axis not in live and not axis.frozen:
@@ -85,6 +89,7 @@ def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
 
 def _find_member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
     """The role of each weight's dimension: consumer if it is summed over, producer if it makes new channels."""
+    # A consumer stays one, even if another product makes channels of the same dimension (a tied weight).
     roles: dict[Place, Role] = {}
     for contraction in facts.contractions:
         made = collect_axes(contraction.out)
@@ -104,6 +109,7 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
     """The weight behind a contraction's operand and its dimension, found by term, also through transposes."""
     if not facts.is_weight(node):
         return None
+    # Back through transposes and views to the one weight. A merge of several weights has no single one.
     term = resolve(facts.dims(node)[dim])
     while node.op != "placeholder":
         sources = [n for n in node.all_input_nodes if n in facts.results]
@@ -186,7 +192,10 @@ def _make_blocked(axis: Axis, places: Sequence[Place], spoilers: Mapping[Axis, l
     return Blocked(name_blocked(axis), axis.size, tuple(f"{name}[{d}]" for name, d in places), reasons)
 
 
-# ---- the axes whose cut has an effect ----
+# ---- liveness: the axes whose cut has an effect ----
+
+# Some values never reach the output: a compressor whose window is longer than the example, an unused branch. A cut of
+# their axes would have no effect on the example, so it could not be proven. Such axes are not offered.
 
 
 def find_live_axes(facts: AxisFacts) -> set[Axis]:
@@ -213,11 +222,13 @@ def find_live_nodes(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]
     return find_reachable([graph.output_node()], sources)
 
 
+# Ops of whose operand only the shape counts.
 SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 
 
 def _find_value_sources(node: fx.Node) -> list[fx.Node]:
     """The operands whose values change the result: not if only the shape counts, or if the call chooses from one."""
+    # The position of the largest of one value is always 0, and the softmax of one value always 1.
     if node.target is operator.getitem and node.args[1] == 1:
         source = node.all_input_nodes[0]
         return [] if _name_op(source) in ("topk", "sort", "max", "min") and _has_one_position(source) else [source]
@@ -244,7 +255,10 @@ def _is_empty_tensor(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and 0 in resolve_shape(value)
 
 
-# ---- scopes ----
+# ---- scopes: the axes along which the choice of units may vary (query heads, in each KV group) ----
+
+# Every value with the axis must have its scope, attention scores included, and every weight, too. It must have the
+# scope at one coordinate only: in a Gram matrix Σ_k x_ik x_jk, the choice of k could be the choice of i or of j.
 
 Members = Mapping[Axis, Sequence[Place]]
 """Axis → the weights' dimensions that hold it."""
@@ -260,6 +274,8 @@ def find_scopes(
     beside = _find_companions(facts, set(offered))
     holders = _find_holders(facts, weights)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
+    # If two axes always occur together, either could vary along the other. In a product the inner axis comes later, so
+    # in reverse it is first, and varies along the outer one.
     for axis in reversed(offered):
         present = beside.get(axis, set())
         outer = [other for other in members if other in present and axis not in scopes.get(other, ())]
@@ -270,8 +286,10 @@ def find_scopes(
 def _find_companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis]]:
     """Axis → the other axes that every value with this axis has at one coordinate."""
     found: dict[Axis, set[Axis]] = {}
+    # Layers repeat the same few combinations of axes, so each is looked at once.
     for counts in {frozenset(count_coordinates(dims, each=True).items()) for dims in _collect_value_dims(facts)}:
         held = {axis for axis, _ in counts}
+        # A routed row determines its expert, so the choice may vary by expert although the value has no such axis.
         routed = collect_axes(r.expert for r in facts.routes if collect_axes([r.rows]) <= held)
         present = {axis for axis, count in counts if count == 1} | routed
         for axis in (held | routed) & wanted:
@@ -302,7 +320,7 @@ def _can_vary(axis: Axis, scope: Axis, holders: Sequence[Holder]) -> bool:
     return all(is_nested(term, scope, axis) or scope in apart for term, apart in holders)
 
 
-# ---- names for people ----
+# ---- names for people: guessed from structure; no code depends on them ----
 
 
 def name_family(group: Group, layers: int) -> tuple[str, str]:

@@ -49,6 +49,7 @@ class _Walk:
         self.notes: dict[fx.Node, object] = {}
 
     def run(self) -> AxisFacts:
+        # All others are constants, which get their axes where they are used (``_convert_argument``).
         for node in self.graph.nodes:
             if node in self.depends.variables:
                 self.results[node] = self._visit(node)
@@ -126,6 +127,7 @@ class _Walk:
             return resolve_size(value) if isinstance(value, (int, torch.SymInt)) else value
         if argument in self.depends.variables:
             return Value(argument, get_single_dims(self.results[argument]))
+        # A constant: fresh axes for this use. Data of the user's cannot be cut; tables and masks can be selected from.
         dims = tuple(make_axis(size) for size in resolve_shape(value))
         if argument in self.depends.data:
             self.context.freeze_input(dims, node)

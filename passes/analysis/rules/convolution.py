@@ -40,6 +40,8 @@ def conv(
     ctx: RuleContext, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: object, **__: object
 ) -> Result:
     """y[n, g·o, …] = Σ_{c, k} x[n, g·c, …+k] W[g·o, c, k]: x_1 = g · c, W_0 = y_1 = g · o, W_1 = c."""
+    # Channels are groups · channels of a group. The kernel's second dimension is one group's channels, which are summed
+    # over.
     g = make_axis(get_argument(node, "groups", 1))
     inner = make_axis(weight.dims[1].size)
     channel = x.ndim - (weight.ndim - 1)
@@ -85,6 +87,7 @@ def _freeze_kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value |
 
 
 SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+"""Part of an op's name → the number of its dimensions in space."""
 
 
 def _pool_dims(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:

@@ -111,7 +111,7 @@ def triangle(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object
     return x.dims
 
 
-# ---- complex numbers as pairs: the pair cannot be cut ----
+# ---- complex numbers as pairs: 1 + 1 has no axis, so the pair cannot be cut ----
 
 
 def _resize_view(resizer: Resizer, node: fx.Node) -> None:
@@ -138,6 +138,8 @@ def complex_(ctx: RuleContext, node: fx.Node, *args: object, **_: object) -> Dim
     """y_d = a_d = b_d."""
     return broadcast(ctx, node, *args)
 
+
+# ---- torch.vmap: its own calls hide a dimension from the calls inside, and show it again ----
 
 VMAPPED = "its positions are the samples of torch.vmap"
 

@@ -27,22 +27,19 @@ def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: o
 def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Result:
     """All values along d, sorted, and their positions."""
     d = normalize(dim, x.ndim)
+    # Sorted positions group rows, as tokens by their expert: the rows are permuted, and the values keep their axis.
     if (domain := ctx.positions(x)) is not None:
-        return _group_rows(ctx, x, d, domain)
+        ctx.route(x.dims[d], domain)
+        return Result([x.dims, x.dims], positions=[domain, None])
     ctx.freeze(x.dims[d], "sorted", node)
     return _rank_values(ctx, node, x, d, ctx.frozen(x.dims[d].size, "sorted positions", node), "max")
-
-
-def _group_rows(ctx: RuleContext, x: Value, d: int, domain: Term) -> Result:
-    """Sorted positions group rows: the rows are permuted, the values keep their axis."""
-    ctx.route(x.dims[d], domain)
-    return Result([x.dims, x.dims], positions=[domain, None])
 
 
 @rule("aten.max.dim", "aten.min.dim", zero="drop", positions="own")
 def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> Result:
     """The largest value along d, and its position."""
     d = normalize(dim, x.ndim)
+    # As a top-1 whose dimension may go.
     kept = _rank_values(ctx, node, x, d, make_axis(1), "min" if name_base_op(node.target) == "min" else "max")
     out = (*x.dims[:d], *x.dims[d + 1 :])
     return kept if keepdim else Result([out, out], positions=kept.positions)

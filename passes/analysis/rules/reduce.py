@@ -177,6 +177,7 @@ def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **_
     d = normalize(dim, x.ndim)
     ctx.reduce(node, x.dims[d], "max")
     record_meeting(ctx, x.dims, [d])
+    # Scores of an attention, [batch, heads, queries, keys]. Roles serve only names.
     if x.ndim > 3:
         for t in x.dims[1:d]:
             ctx.role(t, "head") if t is not x.dims[-2] else None
@@ -238,6 +239,7 @@ def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
     old = math.prod(d.size for d in dims[-count:])
     new = math.prod(resizer.size(d) for d in dims[-count:])
     _resize_norm(resizer, node)
+    # The factor on x' is exact only with the epsilon changed, too; ``fold_norms`` later moves it into the weight.
     if old != new:
         eps = get_argument(node, "eps")
         eps = resizer.compute_epsilon(node) if eps is None else eps
@@ -260,6 +262,7 @@ def group_norm(
 ) -> Dims | Result:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
     _tie_channels(ctx, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
+    # Statistics run over the channels of a group. Groups can be cut, and so can channels of each.
     parts = split_product(x.dims[1], groups, last=False, where=SourceLocation(node))
     if parts is None:
         ctx.freeze(x.dims[1], "group norm cuts across its units", node)
@@ -296,6 +299,7 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
 def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: object) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
     _tie_channels(ctx, node, x, args[:4])
+    # A batch norm leaves masked positions out (``masked_reference.py``). An instance norm's positions in space stay.
     own = _own_statistics(node)
     if own and name_op(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:
@@ -313,6 +317,8 @@ def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 
 
     Zero if v is, also along d: a removed row has no norm and counts as zero (``masked_reference.py``).
     """
+    # The norm runs over the dimensions that g lacks. Along the remaining ones a removed row is 0/0, which the masked
+    # reference sets to 0.
     align(ctx, node, g.dims, v.dims)
     others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
     for i, t in enumerate(v.dims):
@@ -334,6 +340,7 @@ def cosine_similarity(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
 ) -> Dims:
     """y = Σ_d x y / (‖x‖ ‖y‖): both must be zero at removed positions of d."""
+    # An operand that is repeated along d has one number for all its positions, so no position of it can be removed.
     both = broadcast(ctx, node, x, y)
     d = normalize(dim, len(both))
     for value in (x, y):

@@ -125,7 +125,7 @@ def repeat_each(ctx: RuleContext, node: fx.Node, x: Value, repeats: Value, dim: 
 @rule("aten.cat", "aten.concat", "aten.concatenate", zero="join")
 def cat(ctx: RuleContext, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Dims:
     """y_d = Σ x_d over the operands; other dimensions are equal."""
-    present = [t for t in tensors if t.shape != (0,)]
+    present = [t for t in tensors if t.shape != (0,)]  # torch.cat skips empty vectors, whatever the other shapes
     first = present[0]
     d = normalize(dim, first.ndim)
     for t in present[1:]:
@@ -204,6 +204,7 @@ def slice_(
     ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0, start: int | None = None, _: object = None, step: int = 1
 ) -> Dims | Result:
     """x_d = before + y_d + after. With a step k: x_d = y_d · fresh(k), which cannot be cut."""
+    # A slice of everything, then every k-th position, then a range, whose end is clear from the result's size.
     d, size = normalize(dim, x.ndim), resolve_result_shape(node)[normalize(dim, x.ndim)]
     if size == x.dims[d].size:
         return x.dims
@@ -220,6 +221,7 @@ def _slice_between(ctx: RuleContext, node: fx.Node, x: Value, d: int, begin: int
 
 
 def _slice_strided(ctx: RuleContext, node: fx.Node, term: Term, size: int, step: int) -> Term:
+    # The positions are k interleaved sequences, like the even and odd channels of a rotary embedding.
     parts = split_product(term, step, last=True, where=SourceLocation(node)) if term.size == size * step else None
     if parts is None:
         ctx.freeze(term, f"sliced with step {step}", node)
@@ -265,6 +267,7 @@ def _zero_of_padding(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]
 @rule("aten.pad", "aten.constant_pad_nd", zero=_zero_of_padding)
 def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: object, **__: object) -> Dims:
     """y_d = fresh + x_d + fresh. The padding cannot be cut; negative padding slices."""
+    # ``pads`` has a pair for each dimension, the last dimension first.
     out = list(x.dims)
     if get_argument(node, "mode", "constant") != "constant":
         for term in out[x.ndim - len(pads) // 2 :]:

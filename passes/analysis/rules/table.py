@@ -68,6 +68,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""Op, or op and overload → its rule."""
 
 
 @guard_arguments

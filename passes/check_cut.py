@@ -23,6 +23,7 @@ from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 FAINT_WEIGHT = 1e-4
 """A parameter without a larger number may hide all that is before it: a head of zeros, a layer's scale of 1e-6."""
 COARSE = (torch.float16, torch.bfloat16)
+"""Types whose rounding alone is above ``TOLERANCE``: programs are compared in a finer one."""
 
 
 class Unmoved(MptkError):
@@ -38,6 +39,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
         Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
         MptkError: nothing is proven, because mere rounding moves them as far as the difference found.
     """
+    # Run the masked program and every stage, all in a fine type.
     inputs = draw_seeded_inputs(analysis.program)
     masked, dense = _refine_program(mask(analysis, cut)), _refine_program(analysis.program)
     whole = [_mask_input(analysis, cut, i) for i in inputs.items()]
@@ -45,11 +47,13 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
     expected = _run_flat(masked, whole)
     reference = _cut_outputs(analysis, cut, expected)
     found = {stage: _measure_difference(_run_flat(_refine_program(p), small), reference) for stage, p in stages.items()}
+    # If one differs: the module may not give the same each time, or rounding alone may move it as far.
     tolerance, own = TOLERANCE, 0.0
     if not all(apart <= tolerance for apart in found.values()):
         check_steady(analysis.program, lambda given: analysis.program(*given), [*inputs.values()], "the module")
         own = _measure_difference(_run_flat(RoundWeights()(masked).program, whole), expected)
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
+    # Between the widest tolerance and the drift of rounding, nothing can be said. Above both, the cut is wrong.
     for stage, apart in found.items():
         if tolerance < apart <= ROUNDINGS * own:
             raise MptkError(
@@ -61,6 +65,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
                 f"largest (tolerance {tolerance:.0e}); please report this model"
             )
+    # Equal outputs prove something only if the mask moves them: units behind a head of zeros could be cut in any way.
     moved = _measure_difference(_run_flat(dense, inputs.values()), expected)
     if moved <= tolerance and cut.removes:
         raise Unmoved(
@@ -127,6 +132,7 @@ def draw_seeded_inputs(program: Program) -> dict[fx.Node, Tensor]:
 def _draw_input(node: fx.Node, traced: Tensor, generator: torch.Generator, wide: torch.dtype) -> Tensor:
     value = node.meta["val"]
     shape = resolve_shape(value)
+    # Ids must be in their table. Other integers (masks, positions) stay as traced: random ones may mean nothing.
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, wide))
     bound = find_table_size(node)
@@ -177,9 +183,10 @@ def _compute_relative(found: Tensor, expected: Tensor) -> float:
     if not found.numel():
         return 0.0
     found, expected = found.double(), expected.double()
+    # Equal infinities would give NaN as a difference.
     apart = torch.where(found == expected, 0.0, found - expected).abs().max().item()
     finite = expected[torch.isfinite(expected)]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    if apart != apart:
+    if apart != apart:  # NaN
         return float("inf")
     return apart / largest if largest else apart

@@ -96,6 +96,7 @@ def prove(
         the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
+        # The rounding drift costs another run of the masked program, so it is measured only if a stage needs it.
         found = _compare_stages(masked, stages, batches, executor)
         if all(d.ok for d in found):
             return found
@@ -111,6 +112,8 @@ def _compare_stages(
     executor: Executor,
 ) -> list[Difference]:
     """Each stage's largest difference over the batches."""
+    # The executor runs all programs side by side and gives their outputs in turn: masked, stage, stage, and so on, for
+    # each batch. ``next(results)`` must keep to that order.
     programs = [run for run, _ in stages.values() if isinstance(run, Program)]
     results = executor.outputs([masked, *programs], [batch.tensors for batch in batches])
     worst: dict[str, Difference] = {}
@@ -125,7 +128,7 @@ def _compare_stages(
             outputs_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, outputs_of, batch, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
-        if any(d.failure for d in worst.values()):
+        if any(d.failure for d in worst.values()):  # a program that fails ends ``results``
             break
     return list(worst.values())
 
@@ -155,9 +158,9 @@ def _run(
         pairs = zip(found, reference, strict=True)
         each = [compare_outputs(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
         return max(each, key=lambda d: d.relative)
-    except MptkError:
+    except MptkError:  # names its own remedy
         raise
-    except Exception as error:
+    except Exception as error:  # lacking memory is not a fault of the stage
         if (lacking := find_exhaustion(error)) is not None:
             raise lacking from error
         return make_failure(name, error, tolerance)
@@ -184,7 +187,7 @@ def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, toler
         if not one.numel():
             continue
         apart = (one.float() - other).abs_().max().item()
-        if apart != apart:
+        if apart != apart:  # NaN
             return Difference(stage, math.inf, math.inf, tolerance)
         largest = max(largest, apart)
         scale = max(scale, *(abs(limit.item()) for limit in other.aminmax()))
@@ -205,7 +208,7 @@ def split_outputs(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[T
                 raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
             expected = reference[rows.expand_as(places)[kept], places[kept]]
             yield outputs[kept.to(outputs.device)], expected.to(outputs.device)
-    elif found.shape != reference.shape or found.ndim < 2:
+    elif found.shape != reference.shape or found.ndim < 2:  # whole, so that the shapes are compared
         yield found, reference.to(found.device)
     else:
         yield from zip(

@@ -2,11 +2,13 @@
 
 The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
-multiplies the output of the layers that make them. Units of an attention, as heads behind a norm over all of them, need
-both: queries of 0 attend to all tokens alike. Hooks sit on the module that is called, usually an adapter's wrapper, so
-the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is masked, as it
-is if the model reads a layer's weight without calling the layer, and in every module that holds it if it is tied. The
-mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
+multiplies the output of the layers that make them. Units of an attention, such as heads behind a norm over all of them,
+need both: queries of 0 attend to all tokens alike.
+
+Hooks are on the module that is called, usually an adapter's wrapper, so the adapter's path is masked, too. The
+parameter itself is masked if it has no layer of its own (packed experts), if the model reads a layer's weight without
+calling the layer, and if it is tied: then in every module that holds it. The mask m of a residual block multiplies what
+it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
+            # One site for each weight: the rows of its output and its bias are masked together.
             consumers = _find_sole_consumers(analysis.facts, group)
             covered: set[str] = set()
             for member in consumers or _find_makers(group, analysis.program, analysis.facts):
@@ -114,6 +117,7 @@ def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Membe
 
     A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
+    # The dividing weights keep their numbers in the masked reference, too (``zero_propagation.find_divisors``).
     tied = set(program.aliases.values())
     kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
     attends = group.axis in collect_axes(
@@ -141,6 +145,7 @@ def _list_tied_sites(
 
 
 def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:
+    # The module that holds the weight, and the layer inside an adapter's wrapper, whose type tells the dimensions.
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
@@ -149,6 +154,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     dims = analysis.weights[member.weight]
     past = is_used_outside(analysis.program, member.weight)
     beside = [a for a in group.scope if a not in set(list_axes(member.term))]
+    # A choice that varies along another dimension of the weight (``beside``) has no mask of one dimension.
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         index = _index(dims, member.dim, group).flatten()
         return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
@@ -172,6 +178,7 @@ def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
 
 def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """The unit at each position of a weight, int64 (``unit_indices``). A position belongs to at most one unit."""
+    # One index for each occurrence of the axis, with −1 for no unit. The largest is the unit, if there is one.
     return torch.from_numpy(np.max(find_unit_indices(dims, dim, group), axis=0))
 
 
@@ -204,6 +211,7 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
+        # ∂/∂factor = gradient · x, summed over positions. ``see`` gets it before the sum; autograd offers only the sum.
         each = (gradient * x).flatten(0, -2)
         each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
         ctx.see(each)
@@ -225,6 +233,7 @@ class _Placed:
 
     @staticmethod
     def of(site: MaskSite, values: Tensor) -> _Placed:
+        # No unit has the number after the last, at which ``spread`` finds a 1 and ``collect`` a sum to drop.
         units, index = values.numel(), site.index
         whole = index.ndim == 1 and torch.equal(index, torch.arange(units))
         return _Placed(torch.where(index < 0, units, index).to(values.device), units, whole)
@@ -256,6 +265,7 @@ class InsertedMasks:
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
+        # A family is watched if one site of activations sees all of its gradient: several would each see a part.
         held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
         seen = {p.family for p in sites if p.where in ("input", "output", "block") and not p.past}
@@ -269,6 +279,7 @@ class InsertedMasks:
             self._insert(i, site)
 
     def _insert(self, i: int, site: MaskSite) -> None:
+        # The values are asked for at each call, since they change while masks are learned.
         called = self.module.get_submodule(site.module)
 
         def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -293,8 +304,8 @@ class InsertedMasks:
         elif site.where == "output":
             called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
+            # Before transformers' own hooks, which collect hidden states.
             hook = self._make_block_hook(site.module, masked)
-            # before transformers' own hooks, which collect hidden states
             called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
             _register_mask(called, site.where, masked)
@@ -356,4 +367,5 @@ class _Masked(nn.Module):
 
 
 def _register_mask(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+    # ``unsafe`` leaves out torch's trial run at registration: a mask keeps shape and type.
     parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)

@@ -24,7 +24,7 @@ from mptk.ir.passes import Pass, PassResult, list_state_shapes
 from mptk.ir.program import Program, Types
 
 OWN_TYPES = "own types"
-"""In the ``meta`` of a call: the floating types among its arguments before they were changed."""
+"""In the ``meta`` of a call: the floating types among its arguments before ``Retype``, in order."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,6 +37,7 @@ class Retype(Pass):
 
     def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
+        # Checks of types would fail. ``setdefault``: if a program is retyped twice, the first types are its own.
         for node in list(graph.graph.nodes):
             if node.target is TYPE_CHECK:
                 graph.graph.erase_node(node)
@@ -97,7 +98,9 @@ class Store(Pass):
     name: ClassVar[str] = "store"
 
     def run(self, program: Program) -> PassResult:
-        held = program.state_dict().likes  # constants, as rotary frequencies, are not in a checkpoint
+        # Constants, like rotary frequencies, are not in a checkpoint. Weights that were read from a file of this type
+        # are exact already.
+        held = program.state_dict().likes
         wider = [
             name
             for name, like in held.items()
@@ -139,6 +142,8 @@ def is_wider(tensor: Tensor, dtype: torch.dtype) -> bool:
 @dataclass(frozen=True)
 class RoundWeights(Pass):
     """Change every weight at random by the relative rounding error of its type."""
+
+    # The seed is the name's checksum, so that a weight gets the same noise in each program and process.
 
     name: ClassVar[str] = "round weights"
 

@@ -101,8 +101,8 @@ def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | N
     places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
     if (known := _read_short_list(ctx, values)) is not None:
         return _pick(ctx, node, x, places[0], known)
-    # Otherwise the index's broadcast dimensions replace the indexed ones. A boolean mask over several dimensions does not
-    # have this form.
+    # Otherwise the index's broadcast dimensions replace the indexed ones. A boolean mask over several dimensions does
+    # not have this form.
     record_meeting(ctx, x.dims, places)
     rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)

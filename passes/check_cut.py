@@ -39,11 +39,12 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
         Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
         MptkError: nothing is proven, because mere rounding moves them as far as the difference found.
     """
-    # Run the masked program and every stage, all in a fine type.
+    # Run the masked program and every stage, all in a fine type. Caches are masked and cut like weights.
     inputs = draw_seeded_inputs(analysis.program)
     masked, dense = _refine_program(mask(analysis, cut)), _refine_program(analysis.program)
-    whole = [_mask_input(analysis, cut, i) for i in inputs.items()]
-    small = [_cut_input(analysis, cut, i) for i in inputs.items()]
+    caches = {node: analysis.facts.dims(node) for node in analysis.facts.caches}
+    whole = [t * cut.mask_tensor(caches[node]) if node in caches else t for node, t in inputs.items()]
+    small = [cut.slice(t, caches[node]) if node in caches else t for node, t in inputs.items()]
     expected = _run_flat(masked, whole)
     reference = _cut_outputs(analysis, cut, expected)
     found = {stage: _measure_difference(_run_flat(_refine_program(p), small), reference) for stage, p in stages.items()}
@@ -144,27 +145,11 @@ def find_table_size(node: fx.Node) -> int | None:
     return min((resolve_shape(table.meta["val"])[0] for table in find_tables(node)), default=None)
 
 
-# ---- caches lose channels, as weights do ----
-
-
-def _mask_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
-    node, tensor = given
-    return tensor * cut.mask_tensor(analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
-
-
-def _cut_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
-    node, tensor = given
-    return cut.slice(tensor, analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
-
-
 def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs expected of the cut program: the masked one's, and caches without their removed channels."""
     caches = set(analysis.facts.caches.values())
     nodes = tree_leaves(analysis.program.graph.graph.output_node().args[0])
     return [cut.slice(t, analysis.facts.dims(n)) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
-
-
-# ---- differences ----
 
 
 def _run_flat(program: Program, inputs: Iterable[Tensor]) -> list[Tensor]:

@@ -27,8 +27,8 @@ HALF_TOLERANCE = 0.05
 """The same if half precision computes. In a float16 graph, rounded activations move SmolLM2-135M's logits by 0.009 of
 the largest. The weights and the divergence of the logits are checked, too."""
 ROUNDINGS = 10
-"""If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
-drift is how far its logits move if each weight gets a rounding error."""
+"""If the masked model is ill-conditioned, for example after a cut that ruins it, allow ROUNDINGS × its own rounding
+drift: how far its logits move if each weight gets a rounding error."""
 POSITIONS_AT_ONCE = 64
 """Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
@@ -145,9 +145,9 @@ def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float
 def _run(
     name: str, run: StageOutputs, batch: Samples, reference: Tensor | Sequence[Tensor], tolerance: float
 ) -> Difference:
-    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
+    """A stage's difference on one batch; of several outputs, the worst.
 
-    Of several outputs, the worst counts.
+    Any error counts as a difference, since runtimes have no error class in common.
     """
     try:
         found = run(batch)

@@ -58,10 +58,11 @@ def read_alignment(
     """
     every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):
-        # 0 stands for "not known", so that a bad number and a bad name are refused by the same message.
+        # A number, or a device's name; 0 if neither, so that all bad parts are refused by one message.
         found = _PART.fullmatch(part.strip())
-        divisor = 0 if found is None else _read_divisor(found["divisor"])
-        if found is None or not divisor:
+        text_of = "" if found is None else found["divisor"]
+        divisor = int(text_of) if text_of.isdecimal() else HARDWARE.get(text_of, 0)
+        if found is None or not 1 <= divisor <= 1 << 20:
             hint = suggest_name(part, HARDWARE, "")
             raise MptkError(
                 f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
@@ -72,9 +73,3 @@ def read_alignment(
         else:
             every = divisor
     return Alignment(every, own, blocks, devices, engines)
-
-
-def _read_divisor(text: str) -> int:
-    """The divisor that a number or a device stands for; 0 if neither."""
-    number = int(text) if text.isdecimal() else HARDWARE.get(text, 0)
-    return number if 1 <= number <= 1 << 20 else 0

@@ -19,7 +19,7 @@ Results = Dims | list[Dims] | list[Dims | None]
 """The dimensions of a call's result. Several results are a list, with None for a result that is not a tensor."""
 
 Positions = Term | list[Term | None] | None
-"""The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
+"""The axis whose positions a value's integers are, for example after an argmax. Several results are a list."""
 
 ArgumentPath = tuple[int | str, ...]
 """The place of an argument in a call: its position or its name, then positions in nested lists."""

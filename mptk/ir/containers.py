@@ -1,6 +1,6 @@
-"""containers: what ``forward`` returns around its tensors: a dict, a list, a named tuple, a dataclass, and their nests.
+"""containers: the dicts, lists, named tuples and dataclasses in which ``forward`` returns its tensors.
 
-A graph returns tensors in a row. A template puts them back: it is a tree of plain data, which goes into a file as JSON.
+A graph returns tensors in a row. A template puts them back. It is a tree of plain data that a file holds as JSON.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Container:
         kind: ``tensor``, ``constant``, ``tuple``, ``list``, ``dict``, ``namedtuple`` or ``dataclass``.
         parts: its parts, in order.
         keys: of a dict, or names of fields.
-        name: of a class of one's own.
+        name: the class's, of a named tuple or a dataclass.
         value: of a constant.
-        made: the class itself, as long as the template is not read from a file.
+        made: the class itself; None if the template was read from a file.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Container:
         return self._own_class()(**{str(key): part for key, part in named.items()})
 
     def _own_class(self) -> Callable[..., Any]:
-        """The class that ``forward`` returned or, if only a file tells of it, one with the same name and fields."""
+        """The class that ``forward`` returned; if it is only known from a file, one with the same name and fields."""
         if self.made is not None:
             return self.made
         fields = [str(key) for key in self.keys]

@@ -53,7 +53,7 @@ def copy_module(
 
 
 def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, of which those that share memory with an earlier one are cloned.
+    """The tensors; one that shares memory with an earlier one is cloned.
 
     A trace takes one tensor for two inputs as one input, and safetensors writes no memory twice.
     """
@@ -70,7 +70,7 @@ def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def describe_attributes(module: nn.Module) -> dict[str, str]:
     """What a module holds in Python, by name: numbers, text, tensors and collections of these, as text to compare.
 
-    Of a buffer it says the shape and the type.
+    Buffers only by shape and type: the program keeps their numbers itself.
     """
     found = {name: str((buffer.dtype, list(buffer.shape))) for name, buffer in module.named_buffers()}
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -84,8 +84,8 @@ def describe_attributes(module: nn.Module) -> dict[str, str]:
 def describe_outside_state(module: nn.Module) -> dict[str, str]:
     """What the code of a module keeps outside of its objects, by name, as text to compare.
 
-    Those are attributes of its classes, globals that its functions name, and variables that functions and hooks close
-    over. Functions of libraries are left out.
+    This is: attributes of its classes, globals that its functions name, and variables that functions and hooks close
+    over. Libraries are left out.
     """
     found, known = dict[str, str](), {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     functions, seen = list[FunctionType](), set[int]()

@@ -122,7 +122,7 @@ def list_state_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def check(program: Program) -> None:
-    """Check a program's invariants: a well-formed graph, and every weight has the shape that the graph expects."""
+    """Check a program's invariants: the graph is well formed, and weights have the shapes that it expects."""
     program.graph.graph.lint()  # torch's own check: order, names, users
     weights = program.weights
     for node in program.list_placeholders():

@@ -165,9 +165,9 @@ class Program:
         return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
 
     def collect_module_state(self) -> Weights:
-        """``state_dict`` and the other buffers: what another trace of the module has as well.
+        """``state_dict`` and the other buffers: what every trace of the module has.
 
-        Constants of a trace are not in it: those of another trace have the same names.
+        Constants are left out: another trace has other ones under the same names.
         """
         return self._named(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
 
@@ -196,7 +196,10 @@ class Program:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
         # torch's verifier wants Parameters for parameters, persistent buffers beside them, and all others as constants.
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
-        state = {n: _make_parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
+        state = {
+            name: Parameter(t, requires_grad=False) if name in parameters and not isinstance(t, Parameter) else t
+            for name, t in self.state_dict().items()
+        }
         constants = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
@@ -239,10 +242,6 @@ def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
     )
 
 
-def _make_parameter(tensor: Tensor) -> Parameter:
-    return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
-
-
 def compute_typical_size(program: Program) -> float:
     """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
     likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
@@ -255,7 +254,7 @@ def count_parameters(program: Program) -> int:
 
 
 class DeviceInterpreter(fx.Interpreter):
-    """An interpreter whose calls make their tensors on ``device``, wherever the graph says that they are made."""
+    """An interpreter whose calls make their tensors on ``device``, whatever device the graph names."""
 
     device: torch.device = torch.device("cpu")
 
@@ -283,9 +282,9 @@ class Names(nn.Module):
 class ProgramModule(nn.Module):
     """Parameters and buffers under the traced module's names, and its traced ``forward``.
 
-    Its parameters are its own: they share no memory with the program, and require gradients as the traced module's do.
-    Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
-    writes keep what it wrote.
+    Its parameters are its own: they share no memory with the program. They require gradients if the traced module's do.
+    Tied weights are one parameter. ``state_dict()`` has the traced module's names. Buffers that ``forward`` writes keep
+    what it wrote.
 
     ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives what the traced module
     gave: a tensor, or several in the same dicts, tuples and classes. The graph was traced in evaluation mode:
@@ -402,7 +401,7 @@ class ProgramModule(nn.Module):
         return [self.get_parameter(name) for name in names if name is not None]
 
     def _explain_conversion(self, error: RuntimeError) -> MptkError | None:
-        """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
+        """The error for a call after ``double()`` or the like; None if the weights have their types."""
         if (name := self._converted) is None:
             return None
         old, new = self._types[name], self.get_parameter(name).dtype

@@ -58,12 +58,12 @@ class Samples:
 
     @property
     def positions(self) -> int:
-        """About how many tokens one sample is: it decides how many samples go into a batch."""
+        """About how many tokens one sample counts as. This decides how many samples go into a batch."""
         found = (x[:1].numel() if is_tokens(x) else -(-x[:1].numel() // POSITION) for x in self.tensors)
         return max(1, sum(found))
 
     def split(self, count: int) -> list[Samples]:
-        """Batches of ``count`` samples, of which the last may have fewer; or of as many as must be together."""
+        """Batches of ``count`` samples, or of ``together``. The last batch may be smaller."""
         count = self.together or count
         return [self[first : first + count] for first in range(0, len(self), count)]
 

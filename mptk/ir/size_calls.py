@@ -1,8 +1,8 @@
 """size_calls: conditions on sizes as calls of a graph, and back.
 
-A trace knows a condition as an expression of torch's own functions, which torch.export does not write. Here it becomes
-calls that torch.export writes and a plain loader runs: ``aten._assert_scalar(condition, message)``. So a graph refuses
-other sizes wherever it goes.
+A trace has a condition as an expression of torch's own functions, which torch.export cannot save. Here it becomes calls
+that torch.export can save and a plain loader runs: ``aten._assert_scalar(condition, message)``. So the graph itself
+refuses other sizes, in any program.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ REFUSED = "this program was traced for other sizes: "
 
 
 class SizeCalls(SizeOperations):
-    """Functions of sizes as calls of an FX graph, at its present place of insertion.
-
-    ``like``: a call whose place in the source they get.
-    """
+    """Functions of sizes as calls that are inserted into an FX graph. ``like``: whose place in the source they get."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node | None = None) -> None:
         self.graph, self.meta = graph, {} if like is None else like.meta
@@ -91,11 +88,11 @@ WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
     operator.abs: SizeCalls.abs,
     operator.xor: SizeCalls.bitwise_xor,
 }
-"""Functions of sizes that torch.export traces and does not write → what writes them in primitive ones."""
+"""Functions of sizes that torch.export traces but cannot save → what writes them in primitive ones."""
 
 
 def _write_remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
-    """``a % b`` of floats by other functions; of whole numbers as it is."""
+    """``a % b`` of floats as a − b · ⌊a / b⌋; of whole numbers as it is."""
     if _is_whole(a) and _is_whole(b):
         return calls.mod(a, b)
     one, other = (calls.apply(torch.sym_float, each) for each in (a, b))
@@ -104,7 +101,7 @@ def _write_remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
 
 
 class ExporterCalls(SizeCalls):
-    """Functions of sizes as the ONNX exporter can write them: it has floor, and its floats are float32."""
+    """Functions of sizes for the ONNX exporter, which can write a floor, and whose floats are float32."""
 
     steep = 2.0**100  # 2^900 is infinite in float32
 
@@ -117,7 +114,7 @@ NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _write_rema
 
 
 def write_size_functions(graph: fx.Graph, *, onnx: bool = False) -> None:
-    """Write the graph's own functions of sizes in those that torch.export can write, or the ONNX exporter, in place."""
+    """Replace the graph's functions of sizes by ones that torch.export can save, or the ONNX exporter, in place."""
     written, kind = (WRITTEN_OUT | NOT_IN_ONNX, ExporterCalls) if onnx else (WRITTEN_OUT, SizeCalls)
     for node in list(graph.nodes):
         if node.target in written and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
@@ -128,7 +125,7 @@ def write_size_functions(graph: fx.Graph, *, onnx: bool = False) -> None:
 
 
 def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
-    """Let a graph refuse, before it computes, the sizes for which it does not hold, in place."""
+    """Insert assertions, in place: the graph refuses sizes for which it does not hold, before it computes."""
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
     # Before all calls: they may fail on such sizes with a message of their own, or compute for long.
     first = next(node for node in graph.nodes if node.op != "placeholder")

@@ -18,13 +18,13 @@ from mptk.compat.symbols import interpret
 from mptk.errors import MptkError
 
 SizeValue = Any
-"""A number in Python, or what a format has for one that depends on sizes."""
+"""A number in Python, or what a format has in its place: a node of a graph, a value of ONNX."""
 
 
 class SizeOperations(ABC):
-    """Functions of sizes in primitive ones: the names are those of torch's interpreter of such expressions.
+    """Functions of sizes, made of a few primitive ones. torch's interpreter of expressions calls them by these names.
 
-    A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
+    A subclass says with ``apply(operator, *arguments)`` what the primitive ones are.
 
     ``steep``: its product with any number of these expressions but 0 is at least 1. It is a power of two, so nothing
     is rounded if sympy multiplies each part of a sum by it.

@@ -91,7 +91,8 @@ class Weights(Mapping[str, Tensor]):
     def changed(self, changes: Mapping[str, Edit], *, moves: bool = False) -> Weights:
         """These weights, each passed through its change when it is asked for.
 
-        A change must also take a tensor on the meta device, for its shape and type. ``moves``: it makes no new numbers.
+        A change must also take a tensor on the meta device, for its shape and type. ``moves``: it only selects or moves
+        numbers, so a narrower type can still hold them.
         """
         return self.with_entries(
             {name: _change_entry(self._entries[name], change, moves) for name, change in changes.items()}

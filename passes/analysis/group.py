@@ -48,7 +48,10 @@ def analyze_program(program: Program) -> Analysis:
     # Groups, families, and the reasons for all other axes.
     scopes = find_scopes(facts, weights, members, offered)
     roles = _find_member_roles(program, facts)
-    groups = [_group(axis, members[axis], weights, scopes[axis], roles) for axis in offered]
+    groups = []
+    for axis in offered:
+        held = tuple(Member(name, d, weights[name][d], roles.get((name, d), "other")) for name, d in members[axis])
+        groups.append(Group(find_common_module([m.weight for m in held]), axis, scopes[axis], held))
     return Analysis(
         program=program,
         families=_make_families(groups),
@@ -119,17 +122,6 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
     name = program.weights[node.name]
     terms = map(resolve, facts.weights[name])
     return next(((name, d) for d, other in enumerate(terms) if other == term), None)
-
-
-def _group(
-    axis: Axis,
-    places: Sequence[Place],
-    weights: Mapping[str, Dims],
-    scope: tuple[Axis, ...],
-    roles: Mapping[Place, Role],
-) -> Group:
-    members = tuple(Member(name, d, weights[name][d], roles.get((name, d), "other")) for name, d in places)
-    return Group(find_common_module([m.weight for m in members]), axis, scope, members)
 
 
 def find_common_module(names: list[str]) -> str:

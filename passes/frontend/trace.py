@@ -76,7 +76,7 @@ class Flat(nn.Module):
         self.keywords = find_cache_switch(module)
         self.returned = Returned()
         first = () if isinstance(module, PreTrainedModel) else list_forward_arguments(module)[: len(names)]
-        self.named = bool(names) and self.names != first  # else by position, as a forward hook reads its inputs
+        self.named = bool(names) and self.names != first  # else by position: forward hooks see only these
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.named else {}
@@ -107,7 +107,8 @@ def write_assignments(module: nn.Module) -> Iterator[None]:
 
 
 def unwrap_module(module: nn.Module) -> Any:
-    """The module inside the wrappers of several processes and of adapters."""
+    """The module inside the wrappers of distributed training and of adapters."""
+    # Wrappers like DistributedDataParallel have no config; a model with a part named ``module`` may have one.
     while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
         module = inner
     of_adapter = getattr(module, "get_base_model", None)
@@ -217,6 +218,7 @@ def export_program(
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
+    # The open dimensions of each input.
     if dynamic is True or isinstance(dynamic, tuple):
         dims = range(max((t.ndim for t in inputs), default=0)) if dynamic is True else dynamic
         dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
@@ -239,7 +241,7 @@ def export_program(
             f"{take_first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
-    drop_tracked_inputs(exported)
+    drop_tracked_inputs(exported)  # otherwise the fake inputs stay in memory for ever
     return build_program(exported, wrapper)
 
 

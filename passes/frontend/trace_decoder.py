@@ -135,6 +135,7 @@ def trace_decoder(
     shapes = cache_shapes(model)
     inputs = step_inputs(shapes)
     step = DecoderStep(model, logits)
+    # No config says from where a model counts positions. So each way is traced, until the logits are the model's own.
     for first in list_first_positions(step):
         step.first_position = first
         program = weights(export_step(step, inputs))
@@ -220,7 +221,7 @@ def _has_model_logits(
 class FilledCache(nn.Module):
     """Calls a model with named tensors and returns the keys and values of its cache, flat.
 
-    Of an encoder–decoder: each layer's keys and values of the text, then those of what it reads of the encoder.
+    For an encoder–decoder: each layer's keys and values of the text, then the ones that it reads from the encoder.
     """
 
     def __init__(self, module: PreTrainedModel, names: Sequence[str]) -> None:

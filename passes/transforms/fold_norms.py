@@ -112,7 +112,7 @@ def find_epsilons(analysis: Analysis, family: Family) -> dict[str, float]:
 
 
 def _find_means(analysis: Analysis, family: Family) -> tuple[dict[fx.Node, None], dict[fx.Node, list[Norm]]]:
-    """The means over a family's channels, and those that a weight can make up for, as ``_find_foldable`` gives them."""
+    """The means over a family's channels, and of these the foldable ones, by weight."""
     axes = {g.axis for g in family.groups}
     means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(list_axes(r.axis))}
     return means, _find_foldable(analysis.program, iter(means))

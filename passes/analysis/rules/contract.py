@@ -180,7 +180,8 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
     # Every letter is one term. A dimension of 1 broadcasts against the others of its letter.
     sources, result = _parse_subscripts(equation)
     terms: dict[str, Term] = {}
-    places = _list_letter_dims(sources, operands)
+    pairs = zip(sources, operands, strict=True)
+    places = [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
     for letter, value, i in places:
         terms[letter] = _join(ctx, node, terms.get(letter, ONE), value.dims[i])
     kept = _expand_subscripts(result, len(resolve_result_shape(node)))
@@ -191,12 +192,6 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
         found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == term.size]
         ctx.contract(node, *found[0], *found[-1], out, tuple(t for t in summed.values() if t is not term))
     return out
-
-
-def _list_letter_dims(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
-    """Each letter of each operand, with the operand and the dimension that it names."""
-    pairs = zip(sources, operands, strict=True)
-    return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
 
 
 def _expand_subscripts(subscripts: str, ndim: int) -> list[str]:

@@ -72,7 +72,7 @@ def conv_transpose(
 
 
 def _name_channels(ctx: RuleContext, weight: Value, *, depthwise: bool = False) -> None:
-    """Tell channels of a convolution from those of a linear layer, which one of width 1 over a sequence is."""
+    """Note channels of a convolution. One of width 1 over a sequence is a linear layer, so it keeps that name."""
     if not depthwise and (weight.ndim > 3 or weight.dims[2].size > 1):
         for d in weight.dims[:2]:
             ctx.role(d, "convolution")

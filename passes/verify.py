@@ -135,7 +135,7 @@ def _compare_stages(
 
 def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float = WIDEST) -> Difference:
     """``found`` with a wider tolerance, at most ``widest``, if rounding moves the logits by ``own`` of the largest."""
-    tolerance = min(times * own, widest)
+    tolerance = min(times * own, widest)  # ``own`` may be NaN: ``not >`` then keeps the tolerance
     if found.ok or not tolerance > found.tolerance:
         return found
     said = f"widened from {found.tolerance:.0e}: rounding alone moves the logits by {own:.1e} of the largest"
@@ -203,7 +203,7 @@ def split_outputs(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[T
         for outputs, places in zip(
             found.outputs.split(POSITIONS_AT_ONCE, 1), found.places.split(POSITIONS_AT_ONCE, 1), strict=True
         ):
-            kept = places >= 0
+            kept = places >= 0  # padding may be anything
             if outputs.shape[:2] != places.shape:
                 raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
             expected = reference[rows.expand_as(places)[kept], places[kept]]

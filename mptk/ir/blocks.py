@@ -50,7 +50,7 @@ class Stack:
 
         Costs of a width are compared before blocks are chosen.
         """
-        fixed = len(self.stay)
+        fixed = len(self.stay)  # these are certain; the others share what is left
         return 1.0 if unit in self.stay else max(0.0, width - fixed) / (len(self.blocks) - fixed)
 
 
@@ -67,6 +67,7 @@ class Renumbering:
         """The name after the removal; None if its block is removed."""
         for module, units in self.kept.items():
             if (at := split_block_name(module, name)) is not None:
+                # Each weight belongs to one list: nested lists are not stacks of their own.
                 unit, rest = at
                 return f"{make_prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
         return name

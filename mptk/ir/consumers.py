@@ -56,6 +56,7 @@ class Consumer:
         return limit in self.limits and model_type not in self.limits[limit]
 
 
+# A program has several entries if it was tried in several ways. Each target that it reads has limits of its own.
 CONSUMERS = (
     Consumer(
         "transformers",

@@ -69,6 +69,7 @@ def find_aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
 
 def find_storage(node: fx.Node) -> fx.Node:
     """The value whose memory a call writes to or gives a view of; the node itself if it makes memory of its own."""
+    # Back from view to view. One of several results shares memory as the call itself does.
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)
     signature = find_schema(source.target)
@@ -129,6 +130,7 @@ def resolve_size(size: int | torch.SymInt) -> int:
     """One size as an integer. Raises MptkError if the size depends on data."""
     if not isinstance(size, torch.SymInt):
         return int(size)
+    # ``int(size)`` would make the trace hold for this size only.
     hint = find_size_hint(size)
     if hint is None:
         raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")

@@ -100,6 +100,7 @@ class Log:
 def run_passes(program: Program, passes: Sequence[Pass], log: Log) -> list[PassResult]:
     """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
     results: list[PassResult] = []
+    # Each pass gets the result of the one before, and is timed together with its checks.
     for step in passes:
         with log.stage(step.name) as record:
             result = step(program)

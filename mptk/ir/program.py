@@ -92,6 +92,7 @@ class Program:
     def length(self) -> int | None:
         """Tokens that each input of token ids must have; None if the graph holds for any number of them."""
         given = set(self.user_inputs)
+        # The first input of token ids whose length is not open.
         values = [node.meta["val"] for node in self.list_placeholders() if node.name in given]
         sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
         return next((resolve_size(size) for size in sizes if not is_open(size)), None)
@@ -141,6 +142,7 @@ class Program:
 
     def with_state(self, state: Mapping[str, Tensor | Lazy]) -> Program:
         """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
+        # Names that the graph does not have (an unused head's) are dropped, so that a whole checkpoint may be given.
         given = Weights(state)
         return replace(
             self, state=self.state.with_entries(given.select_names({n: n for n in given if n in self.state}))
@@ -173,6 +175,7 @@ class Program:
 
     def _named(self, wanted: Callable[[InputSpec], bool]) -> Weights:
         """The wanted weights, tied names included."""
+        # A tied name that is not an input of the graph has no spec, so it is added with its owner.
         found = {
             spec.target: self.aliases.get(spec.target, spec.target)
             for spec in self.signature.input_specs
@@ -440,6 +443,7 @@ def remove_type_checks(graph: fx.GraphModule) -> fx.GraphModule:
 
     torch.export's graph holds a tracer that no process can make again.
     """
+    # Copied into a new graph, which has a plain tracer.
     made = fx.Graph()
     made.output(made.graph_copy(graph.graph, {}))
     for check in made.find_nodes(op="call_function", target=TYPE_CHECK):

@@ -43,6 +43,7 @@ class Samples:
 
     def fit_batch_size(self, count: int) -> Samples:
         """The samples for a program that takes ``count`` at once: a multiple of these, the first ones again if few."""
+        # Whole batches of the samples; if there are fewer than one batch, they repeat.
         kept = torch.arange(max(count, len(self) // count * count)) % len(self)
         return replace(self[kept], together=count)
 
@@ -104,6 +105,7 @@ class Samples:
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
         """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+        # Examples are the forms that a task's inputs may have; the first whose names are all there is the file's.
         for names in (example.inputs for example in examples):
             if all(f"{prefix}.{name}" in tensors for name in names):
                 inputs = {name: tensors[f"{prefix}.{name}"] for name in names}

@@ -31,6 +31,7 @@ class Weights(Mapping[str, Tensor]):
     """Weights by name. ``weights[name]`` makes a lazy one; nothing keeps it."""
 
     def __init__(self, entries: Mapping[str, Tensor | Lazy]) -> None:
+        # Not ``entries[name]``, which would make each lazy weight of another ``Weights``.
         self._entries = {name: _find_entry(entries, name) for name in entries}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -43,6 +44,7 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    # Without this, Mapping asks ``self[name]``, which makes the weight.
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

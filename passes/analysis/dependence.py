@@ -105,6 +105,7 @@ MAY_BE_ITS_OPERAND = frozenset({"dropout", "feature_dropout", "alpha_dropout", "
 
 def find_writes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
     """Each call that writes in place → all values whose memory it may change, in the graph's order."""
+    # Most graphs write nothing, and the classes of large ones take a while.
     targets = {node: found for node in graph.nodes if (found := _find_aliased_nodes(node, writes=True))}
     if not targets:
         return {}

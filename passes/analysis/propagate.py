@@ -79,6 +79,7 @@ class _Walk:
 
     def _make_input_dims(self, node: fx.Node) -> Dims:
         """The terms of a weight, of a cache, or of a user's input to which the model writes."""
+        # A weight under two placeholders (a tied one) has the same terms for both.
         dims = tuple(make_axis(size) for size in resolve_result_shape(node))
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
@@ -106,7 +107,7 @@ class _Walk:
         keywords = {name: self._convert_argument(node, (name,), a) for name, a in node.kwargs.items()}
         result = rule.propagate(self.context, node, *arguments, **keywords)
         result = result if isinstance(result, Result) else Result(result)
-        _check(node, result.dims)
+        _check(node, result.dims)  # a plugin's rule may be wrong
         if result.note is not None:
             self.notes[node] = result.note
         positions = result.positions
@@ -122,6 +123,7 @@ class _Walk:
             return [self._convert_argument(node, (*path, i), a) for i, a in enumerate(argument)]
         if not isinstance(argument, fx.Node):
             return argument
+        # A size that the graph computes: rules see its value in the example.
         value = argument.meta.get("val")
         if not isinstance(value, Tensor):
             return resolve_size(value) if isinstance(value, (int, torch.SymInt)) else value

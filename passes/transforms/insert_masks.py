@@ -318,6 +318,7 @@ class InsertedMasks:
                 return out
             y, *others = (out,) if isinstance(out, Tensor) else out
             given = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
+            # Blocks of transformers take the hidden states first, or by a name that differs between models.
             x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
             if x is None:
                 raise MptkError(

@@ -83,6 +83,7 @@ class Mask(Pass):
 
     def _cut_of(self, placeholder: str) -> Cut:
         """The cut as it masks a weight: one that is divided by keeps its numbers."""
+        # By name, since ``node`` is of a copy of the graph.
         kept = {n.name: axes for n, axes in self.analysis.facts.divisors.items()}.get(placeholder, ())
         return Cut({a: c for a, c in self.cut.choices.items() if a not in kept}, self.cut.sizes)
 
@@ -205,6 +206,7 @@ def mask_moments(keep: KeepMask, x: Tensor, dim: list[int], correction: float, k
 
 
 def _compute_moments(keep: Tensor, x: Tensor, dim: list[int], correction: float) -> tuple[Tensor, Tensor]:
+    # Masked, and not selected: other rows may keep other positions.
     kept = keep.to(x.device).expand(x.shape)
     count = kept.sum(dim, keepdim=True).clamp_min(1)  # a group that lost all its channels must not give NaN
     mean = (x * kept).sum(dim, keepdim=True) / count

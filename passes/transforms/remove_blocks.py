@@ -161,6 +161,7 @@ def _shape(node: fx.Node) -> Sequence[object]:
 
 def _list_weights(program: Program, blocks: Sequence[Block]) -> list[str]:
     """The placeholders of the weights of ``blocks``."""
+    # By name and not by use: a weight of a block that nothing reads must go, too. The prefix ends in a dot.
     starts = tuple(make_prefix(block.module) for block in blocks)
     targets = ((s.arg.name, s.target) for s in program.signature.input_specs if s.target is not None)
     return [name for name, target in targets if target.startswith(starts)]

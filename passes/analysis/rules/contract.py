@@ -91,6 +91,7 @@ def inner(ctx: RuleContext, node: fx.Node, a: Value, b: Value) -> Dims:
 @rule("aten.cdist")
 def cdist(ctx: RuleContext, node: fx.Node, x: Value, y: Value, *_: object, **__: object) -> Dims:
     """z[…, m, n] = (Σ_k |x[…, m, k] − y[…, n, k]|^p)^(1/p); leading dimensions broadcast."""
+    # A sum of |x − y|^p is not a product: a removed term vanishes only if both operands are zero there.
     ctx.unify(x.dims[-1], y.dims[-1], node)
     for value in (x, y):
         ctx.reduce(node, value.dims[-1], "sum", value.node)
@@ -124,6 +125,7 @@ def _zero_of_addbmm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 @rule("aten.addbmm", zero=_zero_of_addbmm)
 def addbmm(ctx: RuleContext, node: fx.Node, bias: Value, a: Value, b: Value, **_: object) -> Dims:
     """y[m, n] = bias + Σ_{t, k} a[t, m, k] b[t, k, n]."""
+    # One sum over two dimensions: it is recorded for each, with the other as ``also``.
     out = (a.dims[1], b.dims[2])
     ctx.contract(node, a, 0, b, 0, out, a.dims[2:])
     ctx.contract(node, a, 2, b, 1, out, a.dims[:1])

@@ -44,7 +44,7 @@ def conv(
     # over.
     g = make_axis(get_argument(node, "groups", 1))
     inner = make_axis(weight.dims[1].size)
-    channel = x.ndim - (weight.ndim - 1)
+    channel = x.ndim - (weight.ndim - 1)  # counted from the end: there may be no batch dimension
     ctx.unify(x.dims[channel], make_product((g, inner)), node)
     ctx.unify(weight.dims[0], make_product((g, make_axis(weight.dims[0].size // g.size))), node)
     out = (*x.dims[:channel], weight.dims[0], *_freeze_space(ctx, node, x, channel + 1))
@@ -91,6 +91,7 @@ SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 
 def _pool_dims(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+    # Pooling combines neighbours, so the choice of channels must not vary by position.
     first = x.ndim - next(n for name, n in SPATIAL.items() if name in str(node.target))
     record_meeting(ctx, x.dims, range(first, x.ndim))
     return (*x.dims[:first], *_freeze_space(ctx, node, x, first))

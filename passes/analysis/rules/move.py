@@ -88,6 +88,7 @@ def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
 @rule("aten.squeeze", "aten.squeeze_", zero="keep", positions="carry", resize=_resize_squeeze)
 def squeeze(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None) -> Result:
     """Drop dimensions of 1 (all, or those named)."""
+    # The note names them: after a cut to one unit, the call itself would drop that dimension, too.
     gone = [d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1]
     out = tuple(t for d, t in enumerate(x.dims) if d not in gone)
     return Result(out, Squeezed(tuple(gone), tuple(t for t in out if t.size > 1)))

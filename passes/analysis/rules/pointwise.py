@@ -19,6 +19,7 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
     ndim = max(v.ndim for v in values)
     out: list[Term] = [ONE] * ndim
     for v in values:
+        # Dimensions are aligned from the last. A dimension of 1 has no axis to tie.
         for i, d in enumerate(v.dims, start=ndim - v.ndim):
             if d.size == 1:
                 continue
@@ -139,6 +140,7 @@ def pairwise_distance(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False
 ) -> Dims:
     """z = ‖x − y + eps‖ over the last dimension, which cannot be cut, as eps counts for each of its positions."""
+    # ‖x − y + eps‖ of zeros is eps · √n, which changes with n.
     *out, last = broadcast(ctx, node, x, y)
     ctx.freeze(last, "a number is added before its norm", node)
     return (*out, ONE) if keepdim else tuple(out)

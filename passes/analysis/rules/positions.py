@@ -17,6 +17,7 @@ from passes.analysis.rules.table import Result, find_lone_axes, freeze_positions
 @rule("aten.topk", zero="drop", positions="own")
 def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: object) -> Result:
     """The k largest positions of d: at least k must stay."""
+    # The candidates can be cut: a removed one is −inf and so never among the k, as long as k others stay.
     d = normalize(dim, x.ndim)
     require_size(x.dims[d], k)
     kind: ReductionKind = "max" if get_argument(node, "largest", True) else "min"
@@ -88,6 +89,7 @@ def argsort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object
 )
 def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) -> Result:
     """y[…, c] = [x = c]: the new dimension is the positions' axis."""
+    # Only the positions of an axis of this size follow its cut. All other classes are just numbers.
     classes = resolve_result_shape(node)[-1]
     domain = ctx.positions(x)
     if domain is None or domain.size != classes:
@@ -122,6 +124,7 @@ def clamp(ctx: RuleContext, node: fx.Node, x: Value, *bounds: object, **kwargs: 
     """y_d = x_d. Positions of an axis clamped to its whole range stay positions of it."""
     low, high = get_argument(node, "min"), get_argument(node, "max")
     dims, domain = broadcast(ctx, node, x, *bounds, **kwargs), ctx.positions(x)
+    # The upper bound then follows the cut (``count_argument``).
     if domain is not None and low in (None, 0) and high == domain.size - 1:
         return Result(dims, Counted(domain), positions=domain)
     freeze_positions(ctx, node, x)

@@ -108,6 +108,7 @@ def linalg_norm(
     ctx: RuleContext, node: fx.Node, x: Value, order: Order = None, dim: Dim = None, keepdim: bool = False, **__: object
 ) -> Dims:
     """y = a matrix norm if an order and two dimensions are given, else a vector norm."""
+    # torch takes two dimensions without an order for one long vector.
     dims = normalize_all(dim, x.ndim)
     norm = matrix_norm if order is not None and len(dims) == 2 else vector_norm
     return norm(ctx, node, x, order, dims, keepdim)
@@ -199,6 +200,7 @@ def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 def _resize_norm(resizer: Resizer, node: fx.Node) -> None:
+    # The sizes of the last dimensions, as many as there were.
     dims = resizer.dims(node)
     shape = list(get_argument(node, "normalized_shape"))
     set_argument(node, "normalized_shape", [resizer.size(d) for d in dims[len(dims) - len(shape) :]])
@@ -291,6 +293,7 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
     weight, bias = node.args[1], node.args[2]
     if bias is not None:
         return zero(weight) & zero(bias) if weight is not None else set()
+    # Zeros have mean 0 and variance 0, so they stay 0 · rsqrt(eps). With saved statistics they become −mean/deviation.
     channels = collect_axes([facts.dims(node)[1]]) if _own_statistics(node) else set()
     return zero(node.args[0]) & channels | (zero(weight) if weight is not None else set())
 

@@ -20,6 +20,7 @@ from passes.analysis.rules.table import Result, ZeroOf, freeze_positions, normal
 @rule("aten.view", "aten._unsafe_view", zero="keep", positions="carry", resize=shape_argument())
 def view(ctx: RuleContext, node: fx.Node, x: Value, *_: object) -> Dims:
     """y = x read in row-major order: Π x = Π y."""
+    # Nothing is decided here: to make both products equal, ``unify`` splits and merges axes as far as it must.
     out = tuple(make_axis(size) for size in resolve_result_shape(node))
     ctx.unify(make_product(x.dims), make_product(out), node)
     return out
@@ -66,6 +67,7 @@ def unflatten(ctx: RuleContext, node: fx.Node, x: Value, dim: int, sizes: Sequen
 @rule("aten.expand", "aten.broadcast_to", zero="keep", positions="carry", resize=shape_argument())
 def expand(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
     """A dimension of 1 becomes a fresh axis, others pass."""
+    # The fresh axis may be cut: its positions are all the same.
     out = resolve_result_shape(node)
     padded = (ONE,) * (len(out) - x.ndim) + x.dims
     return tuple(d if d.size == size else make_axis(size) for d, size in zip(padded, out, strict=True))
@@ -83,6 +85,7 @@ def expand_as(ctx: RuleContext, node: fx.Node, x: Value, other: Value) -> Dims:
 @rule("aten.repeat", "aten.tile", zero="keep", positions="carry")
 def repeat(ctx: RuleContext, node: fx.Node, x: Value, repeats: Sequence[int]) -> Dims:
     """y_d = fresh(repeats_d) · x_d."""
+    # The repeats could be cut, too, but the rule has no ``resize`` that would change their numbers.
     ndim = max(len(repeats), x.ndim)
     times = (1,) * (ndim - len(repeats)) + tuple(repeats)
     padded = (ONE,) * (ndim - x.ndim) + x.dims
@@ -188,11 +191,13 @@ def split(ctx: RuleContext, node: fx.Node, x: Value, _: object, dim: int = 0) ->
 def unbind(ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0) -> list[Dims]:
     """x_d = 1 + 1 + …; the results have the other dimensions."""
     d = normalize(dim, x.ndim)
+    # Positions are segments of one element, which have no axis: the number of results is fixed.
     cut_term(ctx, node, x.dims[d], [1] * x.dims[d].size)
     return [(*x.dims[:d], *x.dims[d + 1 :])] * x.dims[d].size
 
 
 def _resize_slice(resizer: Resizer, node: fx.Node) -> None:
+    # The dense arguments may be negative, missing or beyond the end, so all are written anew.
     segments = resizer.note(node, Segments)
     if segments is not None and any(map(resizer.changed, segments.parts)):
         start, length = map(resizer.size, segments.parts[:2])
@@ -280,6 +285,7 @@ def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: obje
 
 def _pad_term(ctx: RuleContext, node: fx.Node, term: Term, left: int, right: int) -> Term:
     """fresh(left) + term + fresh(right). A negative number crops that side."""
+    # Padding counts positions from the ends, which a cut of a cropped dimension would move.
     if min(left, right) < 0:
         ctx.freeze(term, "cropped by negative padding", node)
         before, after = max(-left, 0), max(-right, 0)

@@ -182,8 +182,7 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
     # Every letter is one term. A dimension of 1 broadcasts against the others of its letter.
     sources, result = _parse_subscripts(equation)
     terms: dict[str, Term] = {}
-    pairs = zip(sources, operands, strict=True)
-    places = [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
+    places = _list_letter_dims(sources, operands)
     for letter, value, i in places:
         terms[letter] = _join(ctx, node, terms.get(letter, ONE), value.dims[i])
     kept = _expand_subscripts(result, len(resolve_result_shape(node)))
@@ -194,6 +193,12 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
         found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == term.size]
         ctx.contract(node, *found[0], *found[-1], out, tuple(t for t in summed.values() if t is not term))
     return out
+
+
+def _list_letter_dims(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
+    """Each letter of each operand, with the operand and the dimension that it names."""
+    pairs = zip(sources, operands, strict=True)
+    return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
 
 
 def _expand_subscripts(subscripts: str, ndim: int) -> list[str]:
@@ -218,16 +223,20 @@ def attention(
 ) -> Result:
     """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
     heads = _tie_heads(ctx, node, q, k, v)
-    # The softmax runs over the keys' positions. A causal mask also compares them with the queries'.
-    ctx.freeze(k.dims[-2], "attended positions", node)
-    if get_argument(node, "is_causal", False):
-        ctx.freeze(q.dims[-2], "compared by position", node)
+    _pin_positions(ctx, node, q, k)
     scores = (*heads, q.dims[-2], k.dims[-2])
     ctx.inner(scores)
     if mask is not None:
         align(ctx, node, mask.dims, scores)
     ctx.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
     return Result((*heads, q.dims[-2], v.dims[-1]), Counted(q.dims[-1]))
+
+
+def _pin_positions(ctx: RuleContext, node: fx.Node, q: Value, k: Value) -> None:
+    """Pin keys' positions, since the softmax runs over them, and queries' positions if the mask is causal."""
+    ctx.freeze(k.dims[-2], "attended positions", node)
+    if get_argument(node, "is_causal", False):
+        ctx.freeze(q.dims[-2], "compared by position", node)
 
 
 def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) -> Dims:

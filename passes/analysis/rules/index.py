@@ -106,12 +106,11 @@ def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | N
     record_meeting(ctx, x.dims, places)
     rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)
-    if len(resolve_result_shape(node)) != len(rest) + ndim:
+    shape = resolve_result_shape(node)
+    if len(shape) != len(rest) + ndim:
         return opaque(ctx, node, x, *values)
     start = places[0] if places[-1] - places[0] < len(places) else 0
-    made = _index_dims(
-        ctx, node, x, dict(zip(places, values, strict=True)), resolve_result_shape(node)[start : start + ndim]
-    )
+    made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), shape[start : start + ndim])
     return Result((*rest[:start], *made, *rest[start:]), positions=ctx.positions(x))
 
 

@@ -76,7 +76,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
 
 
 def replace_faint_weights(analysis: Analysis) -> Analysis | None:
-    """The analysis with random numbers instead of zero or faint parameters, which hide a mask; None if it has none."""
+    """The analysis with random numbers in place of parameters that hide a mask; None if it has none of them."""
     state, generator = analysis.program.state, torch.Generator().manual_seed(0)
     floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
     faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
@@ -94,7 +94,7 @@ def _draw_like(like: Tensor, generator: torch.Generator) -> Tensor:
 def refine_weight_types(analysis: Analysis) -> Analysis:
     """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut.
 
-    Beside float64 they are in that.
+    If the program has float64 values, they become float64.
     """
     state, wide = analysis.program.state, _choose_wide_type(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
@@ -103,7 +103,7 @@ def refine_weight_types(analysis: Analysis) -> Analysis:
 
 
 def _refine_program(program: Program) -> Program:
-    """The program in one type that is fine enough, if any of its values has a coarser one."""
+    """The program in float32 or float64, if any of its values has a coarser type."""
     return Retype(_choose_wide_type(program))(program).program if _find_value_types(program) & {*COARSE} else program
 
 

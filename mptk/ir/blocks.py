@@ -83,13 +83,13 @@ class Renumbering:
 
 
 def split_block_name(module: str, name: str) -> tuple[int, str] | None:
-    """The number of the block of list ``module`` to which a weight belongs, and its name therein; None if to none."""
+    """The number of the block of list ``module`` that holds a weight, and its name there; None if none does."""
     found = re.match(rf"{re.escape(make_prefix(module))}(\d+)\.(.+)", name)
     return None if found is None else (int(found[1]), found[2])
 
 
 def make_prefix(module: str) -> str:
-    """What the names of a module's parts begin with."""
+    """The beginning of the names of a module's parts; empty for the model itself."""
     return f"{module}." if module else ""
 
 

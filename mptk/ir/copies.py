@@ -1,4 +1,4 @@
-"""copies: a copy of a module to run or to trace: what ``forward`` changes is the copy's, and not the user's."""
+"""copies: copy a module to run or trace it, so that ``forward`` does not change the user's own; and find its state."""
 
 from __future__ import annotations
 

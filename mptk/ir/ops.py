@@ -68,7 +68,7 @@ def find_aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
 
 
 def find_storage(node: fx.Node) -> fx.Node:
-    """The value whose memory a call writes to or gives a view of; the node itself if it makes memory of its own."""
+    """The value that owns the memory of a call's result; the node itself if the call allocates."""
     # Back from view to view. One of several results shares memory as the call itself does.
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)

@@ -30,7 +30,7 @@ TracedInputs = tuple[tuple[object, ...], dict[str, object]]
 
 @dataclass(frozen=True)
 class Types:
-    """``wide``: the floating type in which a program computes. ``own``: weight → the type that the module has it in."""
+    """``wide``: the floating type in which a program computes. ``own``: weight → its type in the traced module."""
 
     wide: torch.dtype
     own: Mapping[str, torch.dtype]
@@ -186,7 +186,7 @@ class Program:
     def module(self) -> ProgramModule:
         """An ``nn.Module`` with these weights under the traced module's names, ready for training.
 
-        It works on any ``nn.Module`` that was traced. Weights of the traced module are copied, never shared.
+        Weights are copied, never shared with the traced module.
 
         Raises:
             MptkError: the program was traced without weights.

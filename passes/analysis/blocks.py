@@ -151,7 +151,7 @@ class _BlockSearch:
                 yield f"{alias} is the same weight as its {name}"
 
     def _is_made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
-        """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
+        """Whether a value depends on weights or activations in the block. If not, it is there without the block."""
         within = find_reachable([node], lambda source: nodes.intersection(source.all_input_nodes))
         return not within.isdisjoint(self.facts.results)
 
@@ -161,7 +161,7 @@ class _BlockSearch:
 
 
 def _explain_unread(result: fx.Node, nodes: set[fx.Node]) -> str:
-    """Why a block stays whose result counts zero times: its class counts the others from the end of the list."""
+    """The reason to keep a block whose result is multiplied by 0: the class takes a layer from the list's end."""
     # ``mptk/tasks/image_text.py`` adds 0.0 · features.sum() to the logits, so that the trace has these blocks at all.
     sums = [user for user in result.users if user not in nodes]
     factors = [user for node in sums if name_base_op(node.target) == "sum" for user in node.users]

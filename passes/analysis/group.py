@@ -82,7 +82,7 @@ def _find_members(weights: Mapping[str, Dims]) -> Members:
 
 
 def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
-    """Freeze an axis that has no smaller legal width, or that is in no value computed from the input."""
+    """Freeze an axis that has no smaller legal width, or that is in no value between input and output."""
     least = -(-axis.minimum // axis.multiple) * axis.multiple  # the minimum, rounded up to a multiple
     if least >= axis.size:
         freeze(axis, f"its ops need at least {least} units ({place})")

@@ -42,7 +42,7 @@ SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
 
 
 def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
-    """What counts of a transformers model's output: the first (logits or last hidden state), or several of its head."""
+    """The results of a transformers model that count: the first (logits or last hidden state), or all of its head."""
     if isinstance(output, Tensor):
         return output
     names = output.keys() if isinstance(output, ModelOutput) else ()
@@ -160,7 +160,7 @@ def trace_to_program(
         example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
             sizes and sequence lengths; export takes 2-4 times as long. Or the dimensions whose sizes are symbolic.
-        wrap: calls the module with the inputs of these names and gives its output.
+        wrap: makes the wrapper that is traced, from the module and the names of the inputs.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
@@ -352,7 +352,7 @@ def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
-    """Raise MptkError if the trace holds a value of its example for a constant: a tensor of symbolic size."""
+    """Raise MptkError if the trace took a value of its example for a constant: then the constant's size is symbolic."""
     for constant in exported.constants.values():
         if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
             raise MptkError(
@@ -396,10 +396,10 @@ def find_size_limits(graph: fx.Graph) -> Limits:
 
 
 def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
-    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
+    """Insert a clone of each of the placeholders ``weights`` to which a call of the graph writes, in place.
 
-    So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
-    ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
+    So each run starts from the state that the program holds, and changes neither the program nor the user's module.
+    ``ProgramModule`` has its own buffers, so it drops the clones and keeps its state.
     """
     targets = {
         find_storage(target)

@@ -150,7 +150,7 @@ def trace_decoder(
 def export_step(
     step: DecoderStep, inputs: tuple[Tensor, ...], before: Sequence[tuple[Tensor, Collection[int]]] = ()
 ) -> Program:
-    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table.
+    """Export for all lengths; if the model slices a table of positions, for the lengths that the table has.
 
     ``before``: inputs that the step takes before ``inputs``, each with the dimensions whose sizes are open.
     """

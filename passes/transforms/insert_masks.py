@@ -45,7 +45,8 @@ class MaskSite:
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
-        past: whether calls read the weights past ``module``, so that these are masked and not its input or output.
+        past: whether the model reads the weights without calling ``module``. Then the weights are masked, and not its
+            input or output.
     """
 
     family: str
@@ -131,9 +132,9 @@ def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Membe
 def _list_tied_sites(
     analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member
 ) -> list[MaskSite]:
-    """A site at each module that holds a tied weight, as all of them read it folded; none if it is not tied.
+    """A site at each module that holds a tied weight, since all of them will read it folded; none if it is not tied.
 
-    The weight is folded once, with the first of them.
+    It is folded once, with the first site.
     """
     names = [member.weight, *(a for a, owner in analysis.program.aliases.items() if owner == member.weight)]
     if len(names) == 1:

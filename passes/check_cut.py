@@ -66,7 +66,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
                 f"largest (tolerance {tolerance:.0e}); please report this model"
             )
-    # Equal outputs prove something only if the mask moves them: units behind a head of zeros could be cut in any way.
+    # Equal outputs prove something only if the mask moves them: units before a head of zeros could be cut in any way.
     moved = _measure_difference(_run_flat(dense, inputs.values()), expected)
     if moved <= tolerance and cut.removes:
         raise Unmoved(

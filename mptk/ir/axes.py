@@ -135,7 +135,7 @@ def list_axes(term: Term) -> list[Axis]:
     term = resolve(term)
     if isinstance(term, Axis):
         return [term]
-    # One normal form and one list for the whole term: this is the analysis's most frequent call.
+    # One normal form and one list for the whole term, since this is called for every value.
     found: list[Axis] = []
     _collect(term, found)
     return found

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from mptk.ir.ops import name_op
-from mptk.ir.program import Program
 
 _ROOT = Path(__file__).parents[2]
 _TRANSFORMERS = find_spec("transformers")
@@ -52,13 +51,6 @@ _SLICED = re.compile(r"\.slice\((None|\d+), [^()]*\)(?:\.(\d+))?")
 def _remove_slice(found: re.Match[str]) -> str:
     first = 0 if found[1] == "None" else int(found[1])
     return "" if found[2] is None else f".{first + int(found[2])}"
-
-
-def is_used_outside(program: Program, weight: str) -> bool:
-    """Whether all calls that use a weight were made outside of its own module, so that the module's hooks miss them."""
-    owner = weight.rpartition(".")[0]
-    users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
-    return bool(users) and not any(owner in list_module_paths(user) for user in users)
 
 
 def find_source_line(stack_trace: str) -> str:

@@ -129,7 +129,7 @@ class _Walk:
             return resolve_size(value) if isinstance(value, (int, torch.SymInt)) else value
         if argument in self.depends.variables:
             return Value(argument, get_single_dims(self.results[argument]))
-        # A constant: fresh axes for this use. Data of the user's cannot be cut; tables and masks can be selected from.
+        # A constant: fresh axes for this use. The user's data cannot be cut; tables and masks can.
         dims = tuple(make_axis(size) for size in resolve_shape(value))
         if argument in self.depends.data:
             self.context.freeze_input(dims, node)

@@ -31,7 +31,7 @@ from mptk.ir.axes import Term, collect_axes, list_axes
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.families import Analysis, Depth, Family, Group, Member, find_unit_indices
 from mptk.ir.program import Program
-from mptk.ir.source_location import is_used_outside
+from mptk.ir.source_location import list_module_paths
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,13 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
         index = _index(dims, member.dim, group).flatten()
         return MaskSite(family.name, layer, owner, "output", index, tuple(rows), past)
     return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+
+
+def is_used_outside(program: Program, weight: str) -> bool:
+    """Whether all calls that use a weight were made outside of its own module, so that the module's hooks miss them."""
+    owner = weight.rpartition(".")[0]
+    users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
+    return bool(users) and not any(owner in list_module_paths(user) for user in users)
 
 
 def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:

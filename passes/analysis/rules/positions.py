@@ -28,7 +28,7 @@ def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: o
 def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Result:
     """All values along d, sorted, and their positions."""
     d = normalize(dim, x.ndim)
-    # Sorted positions group rows, as tokens by their expert: the rows are permuted, and the values keep their axis.
+    # Sorted positions group rows, like tokens by their expert: rows are permuted, and the values keep their axis.
     if (domain := ctx.positions(x)) is not None:
         ctx.route(x.dims[d], domain)
         return Result([x.dims, x.dims], positions=[domain, None])
@@ -40,7 +40,7 @@ def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, *
 def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> Result:
     """The largest value along d, and its position."""
     d = normalize(dim, x.ndim)
-    # As a top-1 whose dimension may go.
+    # Like a top-1, whose dimension is then dropped.
     kept = _rank_values(ctx, node, x, d, make_axis(1), "min" if name_base_op(node.target) == "min" else "max")
     out = (*x.dims[:d], *x.dims[d + 1 :])
     return kept if keepdim else Result([out, out], positions=kept.positions)

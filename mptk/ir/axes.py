@@ -170,7 +170,7 @@ def add_role(term: Term, role: str) -> None:
 
 def require_size(term: Term, minimum: int) -> None:
     """Keep at least ``minimum`` positions of the largest axis of ``term``. If it has fewer, keep all axes whole."""
-    # The largest axis alone is enough: the other factors or segments only add positions.
+    # To bound the largest axis is enough: the other factors or segments only add positions.
     found = list_axes(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:

@@ -169,7 +169,7 @@ class SizeOperations(ABC):
     def or_(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.or_, a, b)
 
-    # From ``&`` alone: a + b counts the common bits twice.
+    # Both follow from ``&``: a + b counts the common bits twice.
     def bitwise_or(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.sub(self.add(a, b), self.bitwise_and(a, b))
 

@@ -38,7 +38,7 @@ def analyze_program(program: Program) -> Analysis:
         if n.name in program.weights and n in facts.results and n.users
     }
     weights = {name: tuple(map(resolve, dims)) for name, dims in facts.weights.items() if name in readers}
-    # Which axes are offered: those that are neither frozen nor spoiled, and whose cut has an effect.
+    # An axis is offered if it is neither frozen nor spoiled, and if its cut has an effect.
     members = _find_members(weights)
     spoilers = find_spoilers(facts)
     live = find_live_axes(facts)

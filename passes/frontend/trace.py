@@ -378,7 +378,7 @@ def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
 
 def find_size_limits(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
-    # The symbolic sizes of all inputs, and of those that became a number the line that made them one.
+    # The symbolic sizes of all inputs. If one became a number, the line that made it one.
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))

@@ -74,7 +74,7 @@ class RuleContext:
 
         ``out``: the result's dimensions. ``also``: further dimensions that the same call sums over.
         """
-        # A layer on the user's inputs (a patch embedding): its other dimensions are those of the inputs, which stay.
+        # A layer on the user's inputs (a patch embedding): its other dimensions are the inputs' own, which stay.
         for value, dim, other in ((left, i, right), (right, j, left)):
             if self.is_weight(other.node):
                 self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))

@@ -302,7 +302,7 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
 def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: object) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
     _tie_channels(ctx, node, x, args[:4])
-    # A batch norm leaves masked positions out (``masked_reference.py``). An instance norm's positions in space stay.
+    # A batch norm leaves masked positions out (``masked_reference.py``). An instance norm keeps all its positions.
     own = _own_statistics(node)
     if own and name_op(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:

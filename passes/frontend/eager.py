@@ -63,7 +63,7 @@ def compare_to_module(
             "torch.no_grad()"
         )
     pair.check_state(inputs)
-    # Other sizes. ``several``: symbols that must not be 1. ``ran``, ``failed``: whether the module ran when they were 1.
+    # Other sizes. ``several``: symbols that must not be 1. ``ran``, ``failed``: whether the module ran with them at 1.
     several, ran, failed = set[str](), set[str](), set[str]()
     for values in list_other_sizes(program):
         shapes = program.sizes.shapes(values)

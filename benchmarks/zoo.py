@@ -44,7 +44,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze_program
 from passes.frontend.trace import trace_to_program
 from passes.transforms.masked_reference import mask
-from passes.transforms.retype import Retype
+from passes.transforms.weight_types import Retype
 
 Run = Callable[[str, str], dict[str, Any]]
 """Makes the row of a mapping and a type."""

@@ -15,15 +15,15 @@ from mptk.ir.ops import resolve_shape
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from passes.analysis.vocabulary import find_tables
-from passes.frontend.steady import check_steady
+from passes.frontend.eager import check_steady
 from passes.transforms.masked_reference import mask
-from passes.transforms.retype import Retype
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import Retype, RoundWeights
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
 FAINT_WEIGHT = 1e-4
 """A parameter without a larger number may hide all that is before it: a head of zeros, a layer's scale of 1e-6."""
 COARSE = (torch.float16, torch.bfloat16)
+"""Types whose rounding alone is above ``TOLERANCE``: programs are compared in a finer one."""
 
 
 class Unmoved(MptkError):
@@ -39,18 +39,22 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
         Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
         MptkError: nothing is proven, because mere rounding moves them as far as the difference found.
     """
+    # Run the masked program and every stage, all in a fine type. Caches are masked and cut like weights.
     inputs = draw_seeded_inputs(analysis.program)
     masked, dense = _refine_program(mask(analysis, cut)), _refine_program(analysis.program)
-    whole = [_mask_input(analysis, cut, i) for i in inputs.items()]
-    small = [_cut_input(analysis, cut, i) for i in inputs.items()]
+    caches = {node: analysis.facts.dims(node) for node in analysis.facts.caches}
+    whole = [t * cut.mask_tensor(caches[node]) if node in caches else t for node, t in inputs.items()]
+    small = [cut.slice(t, caches[node]) if node in caches else t for node, t in inputs.items()]
     expected = _run_flat(masked, whole)
     reference = _cut_outputs(analysis, cut, expected)
     found = {stage: _measure_difference(_run_flat(_refine_program(p), small), reference) for stage, p in stages.items()}
+    # If one differs: the module may not give the same each time, or rounding alone may move it as far.
     tolerance, own = TOLERANCE, 0.0
     if not all(apart <= tolerance for apart in found.values()):
         check_steady(analysis.program, lambda given: analysis.program(*given), [*inputs.values()], "the module")
         own = _measure_difference(_run_flat(RoundWeights()(masked).program, whole), expected)
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
+    # Between the widest tolerance and the drift of rounding, nothing can be said. Above both, the cut is wrong.
     for stage, apart in found.items():
         if tolerance < apart <= ROUNDINGS * own:
             raise MptkError(
@@ -62,6 +66,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
                 f"largest (tolerance {tolerance:.0e}); please report this model"
             )
+    # Equal outputs prove something only if the mask moves them: units before a head of zeros could be cut in any way.
     moved = _measure_difference(_run_flat(dense, inputs.values()), expected)
     if moved <= tolerance and cut.removes:
         raise Unmoved(
@@ -71,7 +76,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
 
 
 def replace_faint_weights(analysis: Analysis) -> Analysis | None:
-    """The analysis with random numbers instead of zero or faint parameters, which hide a mask; None if it has none."""
+    """The analysis with random numbers in place of parameters that hide a mask; None if it has none of them."""
     state, generator = analysis.program.state, torch.Generator().manual_seed(0)
     floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
     faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
@@ -89,7 +94,7 @@ def _draw_like(like: Tensor, generator: torch.Generator) -> Tensor:
 def refine_weight_types(analysis: Analysis) -> Analysis:
     """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut.
 
-    Beside float64 they are in that.
+    If the program has float64 values, they become float64.
     """
     state, wide = analysis.program.state, _choose_wide_type(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
@@ -98,7 +103,7 @@ def refine_weight_types(analysis: Analysis) -> Analysis:
 
 
 def _refine_program(program: Program) -> Program:
-    """The program in one type that is fine enough, if any of its values has a coarser one."""
+    """The program in float32 or float64, if any of its values has a coarser type."""
     return Retype(_choose_wide_type(program))(program).program if _find_value_types(program) & {*COARSE} else program
 
 
@@ -128,6 +133,7 @@ def draw_seeded_inputs(program: Program) -> dict[fx.Node, Tensor]:
 def _draw_input(node: fx.Node, traced: Tensor, generator: torch.Generator, wide: torch.dtype) -> Tensor:
     value = node.meta["val"]
     shape = resolve_shape(value)
+    # Ids must be in their table. Other integers (masks, positions) stay as traced: random ones may mean nothing.
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, wide))
     bound = find_table_size(node)
@@ -139,27 +145,11 @@ def find_table_size(node: fx.Node) -> int | None:
     return min((resolve_shape(table.meta["val"])[0] for table in find_tables(node)), default=None)
 
 
-# ---- caches lose channels, as weights do ----
-
-
-def _mask_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
-    node, tensor = given
-    return tensor * cut.mask_tensor(analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
-
-
-def _cut_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
-    node, tensor = given
-    return cut.slice(tensor, analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
-
-
 def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs expected of the cut program: the masked one's, and caches without their removed channels."""
     caches = set(analysis.facts.caches.values())
     nodes = tree_leaves(analysis.program.graph.graph.output_node().args[0])
     return [cut.slice(t, analysis.facts.dims(n)) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
-
-
-# ---- differences ----
 
 
 def _run_flat(program: Program, inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -178,9 +168,10 @@ def _compute_relative(found: Tensor, expected: Tensor) -> float:
     if not found.numel():
         return 0.0
     found, expected = found.double(), expected.double()
+    # Equal infinities would give NaN as a difference.
     apart = torch.where(found == expected, 0.0, found - expected).abs().max().item()
     finite = expected[torch.isfinite(expected)]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    if apart != apart:
+    if apart != apart:  # NaN
         return float("inf")
     return apart / largest if largest else apart

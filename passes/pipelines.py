@@ -33,7 +33,7 @@ from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.remove_blocks import RemoveBlocks
 from passes.transforms.rewrite import Rewrite
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 
 OnnxPasses = list[ir.passes.PassBase]
 
@@ -61,6 +61,7 @@ def lowering() -> list[Pass]:
 def onnx_optimization(objective: str) -> OnnxPasses:
     """The exported ONNX graph → the one that is written."""
     return [
+        # Inline the exporter's functions and fold constants, so that the patterns below meet plain nodes.
         common.InlinePass(),
         FoldTransposesPass(),
         FoldConstantsPass(),
@@ -69,6 +70,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         common.IdentityEliminationPass(),
+        # Fuse norms, rotary embeddings and attention, then fit the fused nodes to ONNX Runtime and to a cache.
         FusePass(),
         RepeatAnglesPass(),
         FoldKVPass(),
@@ -76,6 +78,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedNodesPass(),
         GroupQueriesPass(rows=objective == "decode"),
         common.RemoveUnusedNodesPass(),
+        # All constants become initializers, and equal ones become one.
         common.CommonSubexpressionEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
@@ -125,7 +128,7 @@ LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
     int4_for_text,
     fp16,
 )
-"""Every list."""
+"""Every list, for ``mptk passes``."""
 
 ONNX_SCHEMES = ("int8", "int4", "fp16")
 """The schemes of ``quantize_onnx``."""
@@ -150,6 +153,7 @@ def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = tor
     """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored, which holds them exactly."""
     *_, folded, stored = run_passes(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
+    # Without a folded norm the weights are slices of stored ones, which rounding does not change.
     exact = folded.program if folded.changed else stored.program
     return CutProgram(stored.program, exact, folded.epsilons)
 
@@ -186,6 +190,7 @@ def emit_onnx(
     be fast in if the two need different graphs. ``half``: convert the graph, which must be float32, to float16.
     """
     interface = make_decoder_interface(program) if interface is None else interface
+    # The type is changed last, so that all patterns see float32.
     last = fp16() if half else []
     files = {ONNX_FILE: last} if parts is None else {file: [*extracting(part), *last] for file, part in parts.items()}
     write_onnx(

@@ -14,7 +14,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.progress import step_through
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import RoundWeights
 
 StageOutputs = Callable[[Samples], "Tensor | Sequence[Tensor] | Placed"]
 """Samples → outputs of all samples and positions; or of some. As many outputs as the program has."""
@@ -27,8 +27,8 @@ HALF_TOLERANCE = 0.05
 """The same if half precision computes. In a float16 graph, rounded activations move SmolLM2-135M's logits by 0.009 of
 the largest. The weights and the divergence of the logits are checked, too."""
 ROUNDINGS = 10
-"""If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
-drift is how far its logits move if each weight gets a rounding error."""
+"""If the masked model is ill-conditioned, for example after a cut that ruins it, allow ROUNDINGS × its own rounding
+drift: how far its logits move if each weight gets a rounding error."""
 POSITIONS_AT_ONCE = 64
 """Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
@@ -96,6 +96,7 @@ def prove(
         the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
+        # The rounding drift costs another run of the masked program, so it is measured only if a stage needs it.
         found = _compare_stages(masked, stages, batches, executor)
         if all(d.ok for d in found):
             return found
@@ -111,6 +112,8 @@ def _compare_stages(
     executor: Executor,
 ) -> list[Difference]:
     """Each stage's largest difference over the batches."""
+    # The executor runs all programs side by side and gives their outputs in turn: masked, stage, stage, and so on, for
+    # each batch. ``next(results)`` must keep to that order.
     programs = [run for run, _ in stages.values() if isinstance(run, Program)]
     results = executor.outputs([masked, *programs], [batch.tensors for batch in batches])
     worst: dict[str, Difference] = {}
@@ -125,14 +128,14 @@ def _compare_stages(
             outputs_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, outputs_of, batch, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
-        if any(d.failure for d in worst.values()):
+        if any(d.failure for d in worst.values()):  # a program that fails ends ``results``
             break
     return list(worst.values())
 
 
 def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float = WIDEST) -> Difference:
     """``found`` with a wider tolerance, at most ``widest``, if rounding moves the logits by ``own`` of the largest."""
-    tolerance = min(times * own, widest)
+    tolerance = min(times * own, widest)  # ``own`` may be NaN: ``not >`` then keeps the tolerance
     if found.ok or not tolerance > found.tolerance:
         return found
     said = f"widened from {found.tolerance:.0e}: rounding alone moves the logits by {own:.1e} of the largest"
@@ -142,9 +145,9 @@ def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float
 def _run(
     name: str, run: StageOutputs, batch: Samples, reference: Tensor | Sequence[Tensor], tolerance: float
 ) -> Difference:
-    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
+    """A stage's difference on one batch; of several outputs, the worst.
 
-    Of several outputs, the worst counts.
+    Any error counts as a difference, since runtimes have no error class in common.
     """
     try:
         found = run(batch)
@@ -155,9 +158,9 @@ def _run(
         pairs = zip(found, reference, strict=True)
         each = [compare_outputs(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
         return max(each, key=lambda d: d.relative)
-    except MptkError:
+    except MptkError:  # names its own remedy
         raise
-    except Exception as error:
+    except Exception as error:  # lacking memory is not a fault of the stage
         if (lacking := find_exhaustion(error)) is not None:
             raise lacking from error
         return make_failure(name, error, tolerance)
@@ -184,7 +187,7 @@ def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, toler
         if not one.numel():
             continue
         apart = (one.float() - other).abs_().max().item()
-        if apart != apart:
+        if apart != apart:  # NaN
             return Difference(stage, math.inf, math.inf, tolerance)
         largest = max(largest, apart)
         scale = max(scale, *(abs(limit.item()) for limit in other.aminmax()))
@@ -200,12 +203,12 @@ def split_outputs(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[T
         for outputs, places in zip(
             found.outputs.split(POSITIONS_AT_ONCE, 1), found.places.split(POSITIONS_AT_ONCE, 1), strict=True
         ):
-            kept = places >= 0
+            kept = places >= 0  # padding may be anything
             if outputs.shape[:2] != places.shape:
                 raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
             expected = reference[rows.expand_as(places)[kept], places[kept]]
             yield outputs[kept.to(outputs.device)], expected.to(outputs.device)
-    elif found.shape != reference.shape or found.ndim < 2:
+    elif found.shape != reference.shape or found.ndim < 2:  # whole, so that the shapes are compared
         yield found, reference.to(found.device)
     else:
         yield from zip(

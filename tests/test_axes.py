@@ -29,9 +29,11 @@ from mptk.ir.axes import (
     require_multiple,
     require_size,
     resolve,
+    split_product,
+    split_sum,
+    unify,
 )
 from mptk.ir.families import find_unit_positions
-from mptk.ir.unification import split_product, split_sum, unify
 
 # ---- constructors ----
 

@@ -106,7 +106,7 @@ def test_principal_components_lose_less_than_means(
     source = toys.saved(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
-            inside.gives(f"{merging.__name__}.ways_of", ways)
+            inside.gives(f"{merging.__name__}.choose_ways", ways)
         found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
         assert found.model.config.num_key_value_heads == kv_heads
         far.append(float((logits(found.model) - logits(dense)).square().mean()))
@@ -146,7 +146,7 @@ def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) ->
 
 def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, dense: str, inside: Inside) -> None:
     inside.spoil(
-        f"{merging.__name__}.first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
+        f"{merging.__name__}.find_first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
     )
     with pytest.raises(ProofError, match="fails at 'KV heads'"):
         mptk.prune(dense, **ALONE)

@@ -20,9 +20,8 @@ from passes.pipelines import cutting
 from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import Mask
-from passes.transforms.retype import Retype
 from passes.transforms.rewrite import Rewrite
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import Retype, RoundWeights
 
 
 class Normed(nn.Module):

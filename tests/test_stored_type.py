@@ -1,6 +1,6 @@
 """The result has the type of the checkpoint that it was made of, or the one that was asked for; the proof is as tight.
 
-It reaches for passes.transforms.store: the type that is stored, without a run.
+It reaches for passes.transforms.weight_types: the type that is stored, without a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mptk
 from mptk import MptkError, Report
 from mptk.config.learning import Learning, Training
 from mptk.io import models
-from passes.transforms.store import Store, round_to_type
+from passes.transforms.weight_types import Store, round_to_type
 from tests import toy_checkpoints
 
 SETTINGS = mptk.Settings(

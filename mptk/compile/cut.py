@@ -13,7 +13,7 @@ from mptk.ir.samples import Samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.values import Context
 from passes.pipelines import cut_program
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 
 
 def apply_choice(prepared: Prepared, chosen: Chosen) -> Analysis:

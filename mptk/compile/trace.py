@@ -16,7 +16,7 @@ from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Prepared
 from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
-from passes.frontend.steady import check_steady
+from passes.frontend.eager import check_steady
 from passes.frontend.trace import OpenSizes
 
 LONGEST_TRACE = 31

@@ -19,7 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from passes.frontend.bound import limit_processor_time
 from passes.frontend.eager import GradientMode, compare_to_module
-from passes.transforms.retype import Retype
+from passes.transforms.weight_types import Retype
 
 TRACE_SECONDS = 120.0
 """Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""

@@ -19,7 +19,7 @@ Results = Dims | list[Dims] | list[Dims | None]
 """The dimensions of a call's result. Several results are a list, with None for a result that is not a tensor."""
 
 Positions = Term | list[Term | None] | None
-"""The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
+"""The axis whose positions a value's integers are, for example after an argmax. Several results are a list."""
 
 ArgumentPath = tuple[int | str, ...]
 """The place of an argument in a call: its position or its name, then positions in nested lists."""
@@ -123,6 +123,7 @@ class AxisFacts:
         found = self.notes.get(node)
         return found if isinstance(found, kind) else None
 
+    # Terms are final once the analysis is done, so their axes can be kept. Only then may this be asked.
     @cached_property
     def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
         return {node: frozenset(collect_axes(t for dims in self.tensors(node) for t in dims)) for node in self.results}

@@ -46,8 +46,11 @@ class Stack:
         return {i: block.stays for i, block in enumerate(self.blocks) if block.stays}
 
     def share(self, unit: int, width: float) -> float:
-        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which."""
-        fixed = len(self.stay)
+        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which.
+
+        Costs of a width are compared before blocks are chosen.
+        """
+        fixed = len(self.stay)  # these are certain; the others share what is left
         return 1.0 if unit in self.stay else max(0.0, width - fixed) / (len(self.blocks) - fixed)
 
 
@@ -64,6 +67,7 @@ class Renumbering:
         """The name after the removal; None if its block is removed."""
         for module, units in self.kept.items():
             if (at := split_block_name(module, name)) is not None:
+                # Each weight belongs to one list: nested lists are not stacks of their own.
                 unit, rest = at
                 return f"{make_prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
         return name
@@ -79,13 +83,13 @@ class Renumbering:
 
 
 def split_block_name(module: str, name: str) -> tuple[int, str] | None:
-    """The number of the block of list ``module`` to which a weight belongs, and its name therein; None if to none."""
+    """The number of the block of list ``module`` that holds a weight, and its name there; None if none does."""
     found = re.match(rf"{re.escape(make_prefix(module))}(\d+)\.(.+)", name)
     return None if found is None else (int(found[1]), found[2])
 
 
 def make_prefix(module: str) -> str:
-    """What the names of a module's parts begin with."""
+    """The beginning of the names of a module's parts; empty for the model itself."""
     return f"{module}." if module else ""
 
 

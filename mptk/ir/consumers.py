@@ -25,16 +25,21 @@ LIMITS: Mapping[Limit, str] = {
     "first_attention": "the first block must have attention",
     "even_heads": "all layers must have the same number of KV heads",
 }
-"""What a program may need of a cut, since it derives a number or has no code for it."""
+"""What a program may need of a cut, because it derives a number or lacks code for it."""
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A program. ``version``: the one tried; empty if none was. ``result``: what was seen, as docs/deploy.md says it.
+    """A program that reads a pruned folder.
 
-    ``section``: its section there. ``engine``: its name in ``--engines``; empty if it has none, as a library that loads
-    the folder through another. ``reads``: the targets that it reads. ``graph``: it reads only the ONNX graphs.
-    ``limits``: what it needs of a cut → the ``model_type`` of models for which it does not.
+    Attributes:
+        version: the one tried; empty if none was.
+        result: what was seen, in the words of docs/deploy.md.
+        section: its section there.
+        engine: its name in ``--engines``; empty if it has none, like a library that loads the folder through another.
+        reads: the targets that it reads.
+        graph: it reads only the ONNX graphs.
+        limits: what it needs of a cut → each ``model_type`` for which it does not need it.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Consumer:
         return limit in self.limits and model_type not in self.limits[limit]
 
 
+# A program has several entries if it was tried in several ways. Each target that it reads has limits of its own.
 CONSUMERS = (
     Consumer(
         "transformers",

@@ -1,4 +1,4 @@
-"""copies: a copy of a module to run or to trace: what ``forward`` changes is the copy's, and not the user's."""
+"""copies: copy a module to run or trace it, so that ``forward`` does not change the user's own; and find its state."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def copy_module(
     Raises:
         MptkError: an attribute cannot be copied.
     """
+    # deepcopy takes what ``memo`` holds for an object in place of a copy. So weights are not copied, and an attribute
+    # that holds a weight holds the same tensor as the copy's parameter.
     memo: dict[int, object] = {}
     for name, parameter in module.named_parameters():
         found = parameter if weight is None else weight(name, parameter)
@@ -39,7 +41,7 @@ def copy_module(
         memo[id(tensor)] = buffer((tensor if weight is None else weight(name, tensor)).detach())
     for part in module.modules():
         for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # which cannot be copied otherwise
+            if isinstance(value, Tensor) and not value.is_leaf:  # torch refuses to deepcopy a result of a computation
                 memo.setdefault(id(value), value.detach().clone())
     try:
         return copy.deepcopy(module, memo)
@@ -51,14 +53,14 @@ def copy_module(
 
 
 def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, of which those that share memory with an earlier one are cloned.
+    """The tensors; one that shares memory with an earlier one is cloned.
 
     A trace takes one tensor for two inputs as one input, and safetensors writes no memory twice.
     """
     seen: set[StorageWeakRef] = set()
     found: list[Tensor] = []
     for tensor in tensors:
-        dense = tensor.layout is torch.strided and not tensor.is_meta
+        dense = tensor.layout is torch.strided and not tensor.is_meta  # others have no storage to compare
         place = StorageWeakRef(tensor.untyped_storage()) if dense else None
         found.append(tensor.clone() if place in seen else tensor)
         seen |= set() if place is None else {place}
@@ -68,7 +70,7 @@ def separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def describe_attributes(module: nn.Module) -> dict[str, str]:
     """What a module holds in Python, by name: numbers, text, tensors and collections of these, as text to compare.
 
-    Of a buffer it says the shape and the type.
+    Buffers only by shape and type: the program keeps their numbers itself.
     """
     found = {name: str((buffer.dtype, list(buffer.shape))) for name, buffer in module.named_buffers()}
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -82,11 +84,12 @@ def describe_attributes(module: nn.Module) -> dict[str, str]:
 def describe_outside_state(module: nn.Module) -> dict[str, str]:
     """What the code of a module keeps outside of its objects, by name, as text to compare.
 
-    Those are attributes of its classes, globals that its functions name, and variables that functions and hooks close
-    over. Functions of libraries are left out.
+    This is: attributes of its classes, globals that its functions name, and variables that functions and hooks close
+    over. Libraries are left out.
     """
     found, known = dict[str, str](), {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     functions, seen = list[FunctionType](), set[int]()
+    # First the classes of all parts, their functions and hooks, then what these functions reach, and so on.
     for part in module.modules():
         for kind in type(part).__mro__:
             if not _is_own(kind.__module__):
@@ -147,8 +150,9 @@ _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 
 
 def _describe_value(value: object, depth: int, known: Collection[int], seen: set[int] | None = None) -> str:
-    """A value as text to compare. ``seen``: what was said already; of what many things hold it is said once."""
+    """A value as text to compare. ``seen``: what was described already; it is described only once."""
     seen = set() if seen is None else seen
+    # Weights and buffers are the program's own state, and code is not state.
     if id(value) in known or len(seen) > MOST_SAID:
         return ""
     if isinstance(value, Tensor):
@@ -158,6 +162,7 @@ def _describe_value(value: object, depth: int, known: Collection[int], seen: set
     if callable(value) and not _is_own(type(value).__module__):  # a library's, which may keep caches
         return ""
     held = getattr(value, "__dict__", None)
+    # A number or text: its own repr. Objects and collections are looked into, since a repr may be only an address.
     if held is None and not isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
         return repr(value)
     if id(value) in seen:

@@ -36,12 +36,12 @@ class Limits:
     Attributes:
         conditions: what other sizes must meet for the same path through ``forward``.
         lines: (input, dimension) → the line of the source that made its size a number.
-        several: symbols of sizes that must not be 1: there the module itself computes something else.
-        note: why fewer sizes are open than might be; empty if they are not.
-        contiguous: whether inputs must be contiguous: the module asks for strides, and computes otherwise for others.
-        gradients: ``off`` if gradients must be off at the call, since the module computes otherwise while they are on;
-            ``inputs`` if only inputs may require none; else empty.
-        trains: why the program trains otherwise than the module; empty if it does not.
+        several: symbols of sizes that must not be 1, at which the module itself computes something else.
+        note: why fewer sizes are open than could be; empty if all are.
+        contiguous: whether inputs must be contiguous, since the module asks for strides and depends on them.
+        gradients: ``off`` if gradients must be off at the call, since the module computes something else while they are
+            on; ``inputs`` if only the inputs must not require them; else empty.
+        trains: why the program trains differently from the module; empty if it does not.
     """
 
     conditions: tuple[Condition, ...] = ()
@@ -69,6 +69,7 @@ def solve_size(size: SymbolicSize) -> SolvedSize | None:
     """
     if not isinstance(size, sympy.Expr) or len(size.free_symbols) != 1:
         return None
+    # f(0) is the offset. What is left divided by the symbol is a whole number only if f is linear.
     (symbol,) = size.free_symbols
     offset = size.subs(symbol, 0)
     factor = sympy.expand(size - offset) / symbol
@@ -87,13 +88,14 @@ class CallSizes:
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
-        """All that the sizes must meet, beside numbers: what the trace asked for, and sizes of more than 1."""
+        """All conditions on open sizes: what the trace asked for, and which sizes must be more than 1."""
         symbols = {str(symbol): symbol for symbol in self.symbols()}
         several = [Condition(sympy.Gt(s, 1, evaluate=False)) for n, s in symbols.items() if n in self.limits.several]
         return (*self.limits.conditions, *several)
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raise MptkError for the first size of the inputs, in order, for which the program does not hold."""
+        # The first input with a symbol gives it its value. Expressions are checked last, when all symbols have values.
         values: dict[sympy.Symbol, int] = {}
         for k, ((_, sizes), shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(sizes) != len(shape):
@@ -136,7 +138,7 @@ class CallSizes:
 
     @property
     def fixed(self) -> list[str]:
-        """What the code of the model fixed, as a report says it: ``batch = 2 (module.py:7)``."""
+        """What the model's code fixed, in the words of a report: ``batch = 2 (module.py:7)``."""
         places = ((k, d, size) for k, (_, sizes) in enumerate(self.inputs) for d, size in enumerate(sizes))
         found = [
             f"{self._name_dim(k, d)} = {size}{self._describe_line(k, d)}"
@@ -148,7 +150,7 @@ class CallSizes:
         return list(dict.fromkeys(found))
 
     def held(self, dim: int) -> int | None:
-        """The one size of a dimension of all inputs; None if any other will do, or there are several."""
+        """The fixed size that dimension ``dim`` has in all inputs; None if it is open, or the inputs differ."""
         found = {sizes[dim] for _, sizes in self.inputs if len(sizes) > dim}
         size = next(iter(found), None)
         return size if len(found) == 1 and isinstance(size, int) else None
@@ -179,6 +181,8 @@ class CallSizes:
 
     def find_sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
         """For each condition, sizes near ``values`` that meet it and that do not. ``values``: sizes that meet all."""
+        # One symbol is moved at a time. On the unmet side only this condition may fail: sizes that another one refuses
+        # first would not test it.
         found = []
         for condition in self.conditions:
             sides = dict[bool, dict[sympy.Symbol, int]]()
@@ -204,6 +208,7 @@ class CallSizes:
 
     def _name_dim(self, k: int, d: int) -> str:
         """``batch`` for the first dimension of all inputs, ``x.shape[1]`` for the second of x."""
+        # A first dimension that all inputs share is the batch.
         whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
         return "batch" if whole else f"{self.names[k]}.shape[{d}]"
 
@@ -217,6 +222,7 @@ class CallSizes:
             return f"{self._describe_expression(expression.lhs)} = {self._describe_expression(expression.rhs)}"
         if isinstance(expression, sympy.Ne):
             return f"{self._describe_expression(expression.lhs)} != {self._describe_expression(expression.rhs)}"
+        # sympy prints Eq(a, b) and Ne(a, b), which no user writes; other relations print as they are written.
         names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
         return str(expression.xreplace(names))
 
@@ -236,17 +242,18 @@ NEAR, FARTHEST = 64, 2048
 
 def _list_near_sizes(holds: sympy.Basic, size: int) -> list[int]:
     """Other sizes, the nearest first."""
+    # A condition changes at its own numbers (x < 100), so both sides are found there or among small sizes.
     numbers = {int(n) for n in holds.atoms(sympy.Integer) if abs(int(n)) <= FARTHEST}
     around = {n + by for n in numbers for by in (-1, 0, 1) if n + by > 0}
     return sorted({*range(1, NEAR + 1), *around} - {size}, key=lambda other: (abs(other - size), other))
 
 
 def _number(expression: SymbolicSize, values: Mapping[sympy.Symbol, int]) -> Any:
-    """An expression for these values. In a trace they may be symbolic again: then the new trace has the condition, too.
+    """An expression for these values; False if it cannot be decided (a symbol without a value, a quotient by 0).
 
-    What cannot be decided (a symbol without a value, a quotient by 0) is not met.
+    While another trace runs, the values may be symbolic. The new trace then gets the condition, too.
     """
     try:
         return number_at(expression, values)
-    except (KeyError, ZeroDivisionError, OverflowError, ValueError):  # of functions of numbers outside their range
+    except (KeyError, ZeroDivisionError, OverflowError, ValueError):  # the last two: outside of a function's range
         return False

@@ -19,11 +19,12 @@ from mptk.errors import MptkError
 
 Vertex = TypeVar("Vertex", bound=Hashable)
 TYPE_CHECK = torch.ops.aten._assert_tensor_metadata.default
-"""The trace's own note of a value's type, which is another one in an autocast."""
+"""torch.export adds this check of a value's type. In an autocast the value has another type, so passes ignore it."""
 
 
 def find_reachable(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex]]) -> set[Vertex]:
     """``start`` and everything that ``sources`` leads to from there, such as ``fx.Node.all_input_nodes``."""
+    # A list and no recursion: graphs are deeper than Python's stack.
     found, waiting = set[Vertex](), list(start)
     while waiting:
         if (node := waiting.pop()) not in found:
@@ -40,7 +41,7 @@ def name_op(node: fx.Node) -> str:
 @functools.cache
 def name_target(target: object) -> str:
     """The name of a node's target."""
-    if hasattr(target, "overloadpacket"):
+    if hasattr(target, "overloadpacket"):  # an ATen op or a custom one; others are Python functions, like getitem
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
@@ -67,7 +68,8 @@ def find_aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
 
 
 def find_storage(node: fx.Node) -> fx.Node:
-    """The value whose memory a call writes to or gives a view of; the node itself if it makes memory of its own."""
+    """The value that owns the memory of a call's result; the node itself if the call allocates."""
+    # Back from view to view. One of several results shares memory as the call itself does.
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)
     signature = find_schema(source.target)
@@ -88,7 +90,7 @@ def find_written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 _RUNNING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
-"""Norm → the argument with which it writes running statistics. Its schema does not say so."""
+"""Norm → the argument with which it writes running statistics. ATen's schema declares these ops free of writes."""
 
 
 def get_argument(node: fx.Node, name: str, default: object = None) -> Any:  # Any: its type is the op's own
@@ -111,6 +113,7 @@ def set_argument(node: fx.Node, name: str, value: Argument) -> None:
 
 def resolve_shape(value: Tensor) -> tuple[int, ...]:
     """Sizes of a traced tensor."""
+    # Most shapes hold only ints. They are returned at once: the analysis asks for each value's shape many times.
     sizes = tuple(value.shape)
     for size in sizes:
         if type(size) is not int:
@@ -127,6 +130,7 @@ def resolve_size(size: int | torch.SymInt) -> int:
     """One size as an integer. Raises MptkError if the size depends on data."""
     if not isinstance(size, torch.SymInt):
         return int(size)
+    # ``int(size)`` would make the trace hold for this size only.
     hint = find_size_hint(size)
     if hint is None:
         raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")

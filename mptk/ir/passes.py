@@ -45,6 +45,7 @@ class Pass(ABC):
 
     def __call__(self, program: Program) -> PassResult:
         """Run the pass with its checks: requires, run, ``check``, ensures."""
+        # The graph's invariants come before ``ensures``, which may then rely on them.
         self.requires(program)
         result = self.run(program)
         check(result.program)
@@ -99,6 +100,7 @@ class Log:
 def run_passes(program: Program, passes: Sequence[Pass], log: Log) -> list[PassResult]:
     """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
     results: list[PassResult] = []
+    # Each pass gets the result of the one before, and is timed together with its checks.
     for step in passes:
         with log.stage(step.name) as record:
             result = step(program)
@@ -121,8 +123,8 @@ def list_state_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def check(program: Program) -> None:
-    """Check a program's invariants: a well-formed graph, and every weight has the shape that the graph expects."""
-    program.graph.graph.lint()
+    """Check a program's invariants: the graph is well formed, and weights have the shapes that it expects."""
+    program.graph.graph.lint()  # torch's own check: order, names, users
     weights = program.weights
     for node in program.list_placeholders():
         value = node.meta.get("val")

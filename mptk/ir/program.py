@@ -30,7 +30,7 @@ TracedInputs = tuple[tuple[object, ...], dict[str, object]]
 
 @dataclass(frozen=True)
 class Types:
-    """``wide``: the floating type in which a program computes. ``own``: weight → the type that the module has it in."""
+    """``wide``: the floating type in which a program computes. ``own``: weight → its type in the traced module."""
 
     wide: torch.dtype
     own: Mapping[str, torch.dtype]
@@ -92,6 +92,7 @@ class Program:
     def length(self) -> int | None:
         """Tokens that each input of token ids must have; None if the graph holds for any number of them."""
         given = set(self.user_inputs)
+        # The first input of token ids whose length is not open.
         values = [node.meta["val"] for node in self.list_placeholders() if node.name in given]
         sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
         return next((resolve_size(size) for size in sizes if not is_open(size)), None)
@@ -141,6 +142,7 @@ class Program:
 
     def with_state(self, state: Mapping[str, Tensor | Lazy]) -> Program:
         """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
+        # Names that the graph does not have (an unused head's) are dropped, so that a whole checkpoint may be given.
         given = Weights(state)
         return replace(
             self, state=self.state.with_entries(given.select_names({n: n for n in given if n in self.state}))
@@ -165,14 +167,15 @@ class Program:
         return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
 
     def collect_module_state(self) -> Weights:
-        """``state_dict`` and the other buffers: what another trace of the module has as well.
+        """``state_dict`` and the other buffers: what every trace of the module has.
 
-        Constants of a trace are not in it: those of another trace have the same names.
+        Constants are left out: another trace has other ones under the same names.
         """
         return self._named(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
 
     def _named(self, wanted: Callable[[InputSpec], bool]) -> Weights:
         """The wanted weights, tied names included."""
+        # A tied name that is not an input of the graph has no spec, so it is added with its owner.
         found = {
             spec.target: self.aliases.get(spec.target, spec.target)
             for spec in self.signature.input_specs
@@ -183,7 +186,7 @@ class Program:
     def module(self) -> ProgramModule:
         """An ``nn.Module`` with these weights under the traced module's names, ready for training.
 
-        It works on any ``nn.Module`` that was traced. Weights of the traced module are copied, never shared.
+        Weights are copied, never shared with the traced module.
 
         Raises:
             MptkError: the program was traced without weights.
@@ -194,8 +197,12 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
+        # torch's verifier wants Parameters for parameters, persistent buffers beside them, and all others as constants.
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
-        state = {n: _make_parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
+        state = {
+            name: Parameter(t, requires_grad=False) if name in parameters and not isinstance(t, Parameter) else t
+            for name, t in self.state_dict().items()
+        }
         constants = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
@@ -221,6 +228,7 @@ class Program:
                 return example
             return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
+        # A removed block's cache is no longer an input. The nesting of the rest would not fit, so they go flat.
         fitted: TracedInputs | None = tree_map(fit, self.exported.example_inputs)
         traced = self.exported.graph_signature.user_inputs
         if fitted is None or len(self.user_inputs) == len(traced):
@@ -230,17 +238,11 @@ class Program:
 
 
 def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
-    """The sizes of a traced input, as numbers or as expressions."""
-    return tuple(map(_express_size, value.shape))
-
-
-def _express_size(size: int | torch.SymInt) -> SymbolicSize:
-    """A size as a number, or as an expression if it may be another."""
-    return express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
-
-
-def _make_parameter(tensor: Tensor) -> Parameter:
-    return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
+    """The sizes of a traced input: an expression if the size may be another, else a number."""
+    return tuple(
+        express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
+        for size in value.shape
+    )
 
 
 def compute_typical_size(program: Program) -> float:
@@ -255,7 +257,7 @@ def count_parameters(program: Program) -> int:
 
 
 class DeviceInterpreter(fx.Interpreter):
-    """An interpreter whose calls make their tensors on ``device``, wherever the graph says that they are made."""
+    """An interpreter whose calls make their tensors on ``device``, whatever device the graph names."""
 
     device: torch.device = torch.device("cpu")
 
@@ -274,7 +276,7 @@ STATE_COPY = "state"
 
 
 class Names(nn.Module):
-    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+    """Holds what is below a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
 
     def __getitem__(self, index: int | str) -> Any:
         return getattr(self, str(index))
@@ -283,9 +285,9 @@ class Names(nn.Module):
 class ProgramModule(nn.Module):
     """Parameters and buffers under the traced module's names, and its traced ``forward``.
 
-    Its parameters are its own: they share no memory with the program, and require gradients as the traced module's do.
-    Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
-    writes keep what it wrote.
+    Its parameters are its own: they share no memory with the program. They require gradients if the traced module's do.
+    Tied weights are one parameter. ``state_dict()`` has the traced module's names. Buffers that ``forward`` writes keep
+    what it wrote.
 
     ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives what the traced module
     gave: a tensor, or several in the same dicts, tuples and classes. The graph was traced in evaluation mode:
@@ -294,13 +296,13 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (
-            remove_type_checks(remove_state_copies(program.graph)),
-        )  # in a tuple: a submodule would add its names to state_dict()
+        # The graph is in a tuple: as a submodule it would add its own names to state_dict().
+        self._graph = (remove_type_checks(remove_state_copies(program.graph)),)
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.list_placeholders()]
         self.input_names, self.positional = program.inputs, program.positional
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         self._outputs, self._input_types = program.outputs, program.input_types
+        # Register each weight under its own name and under the names that are tied to it.
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         self._types = {name: tensor.dtype for name, tensor in program.state.likes.items()}
         others: dict[str, list[str]] = {}
@@ -326,17 +328,21 @@ class ProgramModule(nn.Module):
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Run the graph on inputs in the order of the trace. Raises MptkError as ``forward``."""
+        # Sizes that were checked once are not checked again. In an export they always are: the new trace must get the
+        # conditions of this one, and its symbolic shapes must not stay in ``_met``.
         self._check_call(tensors)
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_exporting() or shapes not in self._met:
             self._sizes.check(shapes)
             self._met |= set() if torch.compiler.is_exporting() else {shapes}
+        # The weights are looked up at each call, since ``to()`` and users may replace them.
         given = iter(tensors)
         weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
         weights |= dict(self.named_buffers(remove_duplicate=False))
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
+        # Compiled code is the fast way. On other devices each call that names the CPU must be redirected.
         try:
             if device is None or device.type == "cpu":
                 outputs = graph(*arguments)
@@ -353,6 +359,7 @@ class ProgramModule(nn.Module):
     def _check_call(self, tensors: Sequence[Tensor]) -> None:
         """Raise MptkError for types, strides or a gradient mode for which the trace does not hold."""
         limits = self._sizes.limits
+        # In an autocast and after a conversion, the module takes the floating types that it now computes in.
         for name, tensor, traced in zip(self._sizes.names, tensors, self._input_types, strict=False):
             if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
                 raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")
@@ -397,7 +404,7 @@ class ProgramModule(nn.Module):
         return [self.get_parameter(name) for name in names if name is not None]
 
     def _explain_conversion(self, error: RuntimeError) -> MptkError | None:
-        """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
+        """The error for a call after ``double()`` or the like; None if the weights have their types."""
         if (name := self._converted) is None:
             return None
         old, new = self._types[name], self.get_parameter(name).dtype
@@ -436,6 +443,7 @@ def remove_type_checks(graph: fx.GraphModule) -> fx.GraphModule:
 
     torch.export's graph holds a tracer that no process can make again.
     """
+    # Copied into a new graph, which has a plain tracer.
     made = fx.Graph()
     made.output(made.graph_copy(graph.graph, {}))
     for check in made.find_nodes(op="call_function", target=TYPE_CHECK):

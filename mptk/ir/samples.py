@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""A target that no loss counts."""
+"""A target that no loss counts: the default of torch's ``cross_entropy``."""
 POSITION = 768
-"""Numbers of an input that is not a token ids which count as one token: a patch of a vision transformer."""
+"""How many numbers of an input without token ids count as one token: a patch of a vision transformer, 16 · 16 · 3."""
 _TARGETS = "targets"
 
 
@@ -35,6 +35,7 @@ class Samples:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> Samples:
+        # A program for a fixed number of samples gets whole batches: the slice is widened to their borders.
         if isinstance(rows, slice) and self.together is not None:
             start, stop, _ = rows.indices(len(self))
             rows = slice(start // self.together * self.together, -(-stop // self.together) * self.together)
@@ -42,6 +43,7 @@ class Samples:
 
     def fit_batch_size(self, count: int) -> Samples:
         """The samples for a program that takes ``count`` at once: a multiple of these, the first ones again if few."""
+        # Whole batches of the samples; if there are fewer than one batch, they repeat.
         kept = torch.arange(max(count, len(self) // count * count)) % len(self)
         return replace(self[kept], together=count)
 
@@ -57,12 +59,12 @@ class Samples:
 
     @property
     def positions(self) -> int:
-        """About how many tokens one sample is: it decides how many samples go into a batch."""
+        """About how many tokens one sample counts as. This decides how many samples go into a batch."""
         found = (x[:1].numel() if is_tokens(x) else -(-x[:1].numel() // POSITION) for x in self.tensors)
         return max(1, sum(found))
 
     def split(self, count: int) -> list[Samples]:
-        """Batches of ``count`` samples, of which the last may have fewer; or of as many as must be together."""
+        """Batches of ``count`` samples, or of ``together``. The last batch may be smaller."""
         count = self.together or count
         return [self[first : first + count] for first in range(0, len(self), count)]
 
@@ -103,6 +105,7 @@ class Samples:
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
         """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+        # Examples are the forms that a task's inputs may have; the first whose names are all there is the file's.
         for names in (example.inputs for example in examples):
             if all(f"{prefix}.{name}" in tensors for name in names):
                 inputs = {name: tensors[f"{prefix}.{name}"] for name in names}
@@ -131,6 +134,6 @@ def is_tokens(tensor: Tensor) -> bool:
 
 def make_token_samples(ids: Tensor) -> Samples:
     """Windows of token ids, int64 [n, length]; each position's target is the next token."""
-    targets = torch.full_like(ids, IGNORED)
+    targets = torch.full_like(ids, IGNORED)  # the last position has no next token
     targets[:, :-1] = ids[:, 1:]
     return Samples({"input_ids": ids}, targets)

@@ -11,17 +11,16 @@ import torch
 from torch import fx
 
 from mptk.ir.ops import name_op
-from mptk.ir.program import Program
 
 _ROOT = Path(__file__).parents[2]
 _TRANSFORMERS = find_spec("transformers")
 assert _TRANSFORMERS is not None
 assert _TRANSFORMERS.origin is not None
-_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # without importing it, which is slow
+_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # found without importing transformers, which is slow
 LIBRARIES = tuple(
     f"{folder}/" for folder in (Path(torch.__path__[0]), _TRANSFORMERS_FOLDER, _ROOT / "mptk", _ROOT / "passes")
 )
-"""Folders whose files are no part of a model: layers, dispatch, wrappers for tracing."""
+"""Folders whose files are not part of a model: layers, dispatch, wrappers for tracing."""
 MODELS = f"{_TRANSFORMERS_FOLDER}/models/"
 
 
@@ -54,18 +53,12 @@ def _remove_slice(found: re.Match[str]) -> str:
     return "" if found[2] is None else f".{first + int(found[2])}"
 
 
-def is_used_outside(program: Program, weight: str) -> bool:
-    """Whether all calls that use a weight were made outside of its own module: hooks of that do not see them."""
-    owner = weight.rpartition(".")[0]
-    users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
-    return bool(users) and not any(owner in list_module_paths(user) for user in users)
-
-
 def find_source_line(stack_trace: str) -> str:
     """``file.py:12`` of the innermost frame in the model's own files; of the innermost one if all are libraries'."""
     frames = re.findall(r'^\s*File "(.+)", line (\d+)', stack_trace, re.MULTILINE)
     if not frames:
         return ""
+    # transformers' models are the user's model, although they are in a library's folder.
     own = [(file, line) for file, line in frames if file.startswith(MODELS) or not file.startswith(LIBRARIES)]
     file, line = (own or frames)[-1]
     return f"{Path(file).name}:{line}"

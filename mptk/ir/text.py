@@ -59,6 +59,7 @@ class _Printer:
     dims: dict[str, Sequence[Term] | Sequence[Sequence[Term] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Names of symbols first: axes take theirs from them.
         self.constants = dict(self.program.graph.named_buffers())
         self._name_symbols()
         if self.analysis is not None:
@@ -126,6 +127,7 @@ class _Printer:
     def describe_dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
         if term is None or self.axes.keys().isdisjoint(list_axes(term)):
             return self.size(size)
+        # A pass may have made another shape of a value that keeps its name. Then the old terms are wrong.
         fits = not isinstance(size, int) or compute_size(term, self.sizes) == size
         return self.term(term) if fits else self.size(size)
 
@@ -158,13 +160,13 @@ class _Printer:
                 return self.describe_argument(constant.tolist())
             return self.program.weights.get(value.name, f"%{value.name}")
         if isinstance(value, (list, tuple)):
-            flags = _flatten_flags(value)
+            flags = _flatten_flags(value)  # a mask is an argument of thousands of booleans
             return (
                 f"keep({sum(flags)} of {len(flags)})" if flags else f"[{', '.join(map(self.describe_argument, value))}]"
             )
         if isinstance(value, (torch.dtype, torch.layout, torch.device)):
             return str(value).removeprefix("torch.")
-        return "end" if value == sys.maxsize else repr(value)
+        return "end" if value == sys.maxsize else repr(value)  # export writes x[a:] with the largest integer
 
 
 def _flatten_flags(value: Sequence[object]) -> list[bool]:

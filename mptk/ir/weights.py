@@ -31,6 +31,7 @@ class Weights(Mapping[str, Tensor]):
     """Weights by name. ``weights[name]`` makes a lazy one; nothing keeps it."""
 
     def __init__(self, entries: Mapping[str, Tensor | Lazy]) -> None:
+        # Not ``entries[name]``, which would make each lazy weight of another ``Weights``.
         self._entries = {name: _find_entry(entries, name) for name in entries}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -43,6 +44,7 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    # Without this, Mapping asks ``self[name]``, which makes the weight.
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
@@ -91,7 +93,8 @@ class Weights(Mapping[str, Tensor]):
     def changed(self, changes: Mapping[str, Edit], *, moves: bool = False) -> Weights:
         """These weights, each passed through its change when it is asked for.
 
-        A change must also take a tensor on the meta device, for its shape and type. ``moves``: it makes no new numbers.
+        A change must also take a tensor on the meta device, for its shape and type. ``moves``: it only selects or moves
+        numbers, so a narrower type can still hold them.
         """
         return self.with_entries(
             {name: _change_entry(self._entries[name], change, moves) for name, change in changes.items()}
@@ -105,15 +108,17 @@ def _find_entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Laz
 def _change_entry(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
         like, narrow = change(entry.like), entry.narrow
+        # New numbers may need more bits than the narrow type has.
         if not moves:
             return Lazy(like, lambda: change(entry.make()))
         return Lazy(like, lambda: change(entry.make()), entry.held, narrow and (lambda: change(narrow())))
-    if _is_empty(entry):
+    if _is_empty(entry):  # without numbers the change costs nothing, and ``real`` must stay False
         return change(entry)
     return Lazy(change(entry.to("meta")), lambda: change(entry))
 
 
 def _cast(entry: Tensor | Lazy, dtype: torch.dtype) -> Tensor | Lazy:
+    # The file may hold this type already: then read it as it is, without the way through the wider one.
     if isinstance(entry, Lazy) and entry.narrow is not None and entry.held == dtype:
         return Lazy(entry.like.to(dtype), entry.narrow, dtype, entry.narrow)
     return _change_entry(entry, lambda tensor: tensor.to(dtype), False)

@@ -25,7 +25,7 @@ from passes.analysis import group
 from passes.frontend.trace import trace_to_program
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 from passes.verify import TOLERANCE, prove
 
 _LAYER = re.compile(r".*?layers\.\d+\.")

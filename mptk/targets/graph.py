@@ -18,7 +18,7 @@ from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
 from mptk.reading import make_damage_error
 from mptk.targets.archive import ARCHIVE, check_archive, list_saved, open_archive, write_archive
-from passes.transforms.retype import Retype, restore_types
+from passes.transforms.weight_types import Retype, restore_types
 from passes.verify import HALF_TOLERANCE, TOLERANCE, Difference, compare_outputs, prove, widen
 
 WEIGHTS = "model.safetensors"

@@ -35,10 +35,12 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     """The stacks of the program of which at least one block can be removed, in the graph's order."""
     lists = _find_module_lists(program.graph.graph)
     found: list[Stack] = []
+    # Outer lists first, by the depth of their path. A list inside a stack that was found goes with its blocks.
     for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
         if any(split_block_name(other.module, module) for other in found):
             continue
         blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
+        # The only block of a list cannot be removed.
         if len(blocks) > 1 and any(not block.stays for block in blocks):
             found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
     order = {node: i for i, node in enumerate(program.graph.graph.nodes)}
@@ -83,15 +85,18 @@ class _BlockSearch:
         """The blocks in their order; none if one of the modules is not a residual block."""
         found: list[Block] = []
         for unit in sorted(self.modules):
+            # A block's ends: a value that leaves it, and a value outside to which it adds on the way there.
             nodes = self.modules[unit]
             exits = [node for node in self.facts.graph.nodes if node in nodes and not nodes.issuperset(node.users)]
             ends = [(x, y) for y in reversed(exits) for x in self._find_residual_inputs(y, nodes)]
             if not ends:
                 return []
+            # Several pairs may fit. The block that continues the one before is meant; else the last value that leaves.
             before = found[-1].output if found else None
             x, y = next(((x, y) for x, y in ends if x is before), ends[0])
             caches = {i: o for i, o in self.facts.caches.items() if o in nodes}
             path = f"{make_prefix(self.module)}{unit}"
+            # Why it stays: what else leaves it, and whether its result counts.
             others = [e for e in exits if e is not y]
             reason = next(self._find_reasons(unit, nodes, others, set(caches.values())), _explain_unread(y, nodes))
             found.append(Block(path, x, y, frozenset(nodes), caches, reason))
@@ -103,6 +108,7 @@ class _BlockSearch:
             return []
         products = {product.node for product in self.facts.contractions}
 
+        # Walk back from y. A state is a node and whether an addition was on the way. A sum of products ends the way.
         def sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
             node, added = state
             if node not in nodes or node in products:
@@ -125,14 +131,17 @@ class _BlockSearch:
         self, unit: int, nodes: set[fx.Node], exits: Sequence[fx.Node], caches: set[fx.Node]
     ) -> Iterator[str]:
         """Why a block cannot be removed."""
+        # Other values of it that are used outside, except its cache as an output of the graph.
         for node in exits:
             users = [user for user in node.users if user not in nodes and not (node in caches and user.op == "output")]
             if users and self._is_made_within(node, nodes):
                 yield f"{_place(users[0])} uses {SourceLocation(node)}"
+        # Memory that it changes for others. Views that are made later follow the result, so they need no check.
         for call, changed in self.facts.writes.items():
-            before = (v for v in changed if v not in nodes and v < call)  # views that are made later follow the result
+            before = (v for v in changed if v not in nodes and v < call)
             if call in nodes and (other := next(before, None)) is not None:
                 yield f"{SourceLocation(call)} writes into {other.name}, which is not its own"
+        # Weights of it that others use, under its name or under one of their own.
         for node in self.program.list_placeholders():
             name = self.program.weights.get(node.name)
             if name is not None and self._is_in_unit(name, unit) and not nodes.issuperset(node.users):
@@ -142,7 +151,7 @@ class _BlockSearch:
                 yield f"{alias} is the same weight as its {name}"
 
     def _is_made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
-        """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
+        """Whether a value depends on weights or activations in the block. If not, it is there without the block."""
         within = find_reachable([node], lambda source: nodes.intersection(source.all_input_nodes))
         return not within.isdisjoint(self.facts.results)
 
@@ -152,7 +161,8 @@ class _BlockSearch:
 
 
 def _explain_unread(result: fx.Node, nodes: set[fx.Node]) -> str:
-    """Why a block stays whose result counts zero times: its class counts the others from the end of the list."""
+    """The reason to keep a block whose result is multiplied by 0: the class takes a layer from the list's end."""
+    # ``mptk/tasks/image_text.py`` adds 0.0 · features.sum() to the logits, so that the trace has these blocks at all.
     sums = [user for user in result.users if user not in nodes]
     factors = [user for node in sums if name_base_op(node.target) == "sum" for user in node.users]
     zero = factors and all(name_base_op(user.target) == "mul" and 0.0 in user.args for user in factors)
@@ -169,6 +179,7 @@ def name_stacks(stacks: Sequence[Stack]) -> list[str]:
     """A name for each: ``layers``; if there are several, with the part of its path that tells it from the others."""
     if len(stacks) == 1:
         return ["layers"]
+    # The first part of the paths in which all differ: encoder.layers and decoder.layers → encoder, decoder.
     parts = [stack.module.split(".") for stack in stacks]
     for place in range(min(map(len, parts), default=0)):
         words = [path[place] for path in parts]

@@ -19,8 +19,7 @@ from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, find_argu
 from mptk.ir.ops import name_op, resolve_result_shape, resolve_shape, resolve_size
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import find_writes, list_nodes
-from passes.analysis.dependence import find_dependence
+from passes.analysis.dependence import find_dependence, find_writes, list_nodes
 from passes.analysis.rules import POINTWISE, load_rules
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import Result, Rule, find_rule, get_single_dims
@@ -50,6 +49,7 @@ class _Walk:
         self.notes: dict[fx.Node, object] = {}
 
     def run(self) -> AxisFacts:
+        # All others are constants, which get their axes where they are used (``_convert_argument``).
         for node in self.graph.nodes:
             if node in self.depends.variables:
                 self.results[node] = self._visit(node)
@@ -79,6 +79,7 @@ class _Walk:
 
     def _make_input_dims(self, node: fx.Node) -> Dims:
         """The terms of a weight, of a cache, or of a user's input to which the model writes."""
+        # A weight under two placeholders (a tied one) has the same terms for both.
         dims = tuple(make_axis(size) for size in resolve_result_shape(node))
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
@@ -106,7 +107,7 @@ class _Walk:
         keywords = {name: self._convert_argument(node, (name,), a) for name, a in node.kwargs.items()}
         result = rule.propagate(self.context, node, *arguments, **keywords)
         result = result if isinstance(result, Result) else Result(result)
-        _check(node, result.dims)
+        _check(node, result.dims)  # a plugin's rule may be wrong
         if result.note is not None:
             self.notes[node] = result.note
         positions = result.positions
@@ -122,11 +123,13 @@ class _Walk:
             return [self._convert_argument(node, (*path, i), a) for i, a in enumerate(argument)]
         if not isinstance(argument, fx.Node):
             return argument
+        # A size that the graph computes: rules see its value in the example.
         value = argument.meta.get("val")
         if not isinstance(value, Tensor):
             return resolve_size(value) if isinstance(value, (int, torch.SymInt)) else value
         if argument in self.depends.variables:
             return Value(argument, get_single_dims(self.results[argument]))
+        # A constant: fresh axes for this use. The user's data cannot be cut; tables and masks can.
         dims = tuple(make_axis(size) for size in resolve_shape(value))
         if argument in self.depends.data:
             self.context.freeze_input(dims, node)

@@ -56,22 +56,26 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
 
 def _list_readings(group: Group) -> Iterator[SharedHeads]:
     """The ways to tell what each member is."""
+    # Outputs sum over query heads and value channels. Values have the group's axis and those channels, and no more.
     outputs = tuple(m for m in group.members if m.role == "consumer")
     rest = [m for m in group.members if m.role != "consumer"]
     summed = {leaf for m in outputs for leaf in list_axes(m.term)} - {group.axis}
     values = tuple(
         m for m in rest if set(list_axes(m.term)) - summed == {group.axis} and len(set(list_axes(m.term))) == 2
     )
+    # What outputs sum over besides the group and the value channels is the axis of query heads.
     others = [m for m in rest if m not in values]
     heads = summed - {leaf for m in values for leaf in list_axes(m.term)}
     if len(outputs) != 1 or len(heads) > 1 or not _is_one_matrix(values):
         return
+    # Queries have the axis of query heads, and keys do not.
     if heads:
         (axis,) = heads
         parts = [tuple(m for m in others if (axis in list_axes(m.term)) == asked) for asked in (True, False)]
         if all(map(_is_one_matrix, parts)):
             yield SharedHeads(group.layer, group.axis, axis, parts[0], parts[1], values, outputs)
         return
+    # One query head for each KV head: queries and keys look alike, so the caller gets both readings to try.
     modules = list(dict.fromkeys(m.weight.rpartition(".")[0] for m in others))
     parts = [tuple(m for m in others if m.weight.startswith(f"{module}.")) for module in modules]
     if len(parts) == 2 and all(map(_is_one_matrix, parts)):

@@ -12,6 +12,7 @@ from mptk.ir.axes import Axis, list_axes, resolve
 from mptk.ir.families import Analysis
 from mptk.ir.ops import name_base_op
 
+# Calls through which token ids stay token ids.
 _MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")
 
 
@@ -41,6 +42,7 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     program, facts = analysis.program, analysis.facts
     inputs = [node for node in program.list_placeholders() if node.name in program.user_inputs]
     names = program.inputs or tuple(node.name for node in inputs)
+    # The tables that token ids index. Several tables of one size (per-layer embeddings) are cut alike.
     looked_up: set[Axis] = set()
     for node, name in zip(inputs, names, strict=True):
         if name.endswith("input_ids"):
@@ -51,6 +53,7 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
         raise MptkError(
             f"the model looks up {found} rows by token ids, and one table is trimmed; leave out --vocabulary"
         )
+    # The output's last dimension: a tied head has the table's axis; an untied one has its own, of the same size.
     axes, predicted = set(looked_up), False
     outputs = [n for n in tree_leaves(program.graph.graph.output_node().args[0]) if isinstance(n, fx.Node)]
     last = resolve(facts.dims(outputs[0])[-1])

@@ -18,7 +18,7 @@ from mptk.ir.axes import Axis, collect_axes, count_coordinates, list_axes
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.ops import name_base_op
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import list_nodes
+from passes.analysis.dependence import list_nodes
 from passes.analysis.rules import POINTWISE
 from passes.analysis.rules.table import find_rule
 
@@ -35,9 +35,11 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
         for axis in axes:
             spoilers.setdefault(axis, []).append(f"{reason} ({SourceLocation(node)})")
 
+    # A product is zero if either operand is.
     for product in facts.contractions:
         safe = zeros.get(product.left[0], set()) | zeros.get(product.right[0], set())
         spoil((a for a in list_axes(product.axis) if a not in safe), "summed over while not zero", product.node)
+    # The masked reference leaves removed channels out of all other kinds of reductions (``masked_reference.py``).
     for reduction in facts.reductions:
         if reduction.kind in ("sum", "mean"):
             safe = zeros.get(reduction.source, set())
@@ -51,13 +53,15 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
 
 
 def find_divisors(facts: AxisFacts) -> dict[fx.Node, set[Axis]]:
-    """Weight → the axes along which calls would be infinite if it were zero there, as Snake's α in sin²(αx)/α.
+    """Weight → the axes along which calls would be infinite if it were zero there, such as Snake's α in sin²(αx)/α.
 
-    What is divided by such a weight is zero by other weights, or the axis is spoiled: so the weight need not be zero.
+    The masked model keeps the numbers of such a weight. The quotient must then be zero by other weights; if it is not,
+    the axis is spoiled.
     """
     zeros, found = propagate_zeros(facts), dict[fx.Node, set[Axis]]()
     for node in facts.results:
         axes = _find_infinite_axes(node, zeros)
+        # Back from the divisor to all weights that it is made of.
         waiting = [n for n in node.all_input_nodes if axes and facts.is_weight(n) and axes & zeros[n]]
         while waiting:
             source = waiting.pop()
@@ -98,6 +102,7 @@ def propagate_zeros(facts: AxisFacts) -> Zeros:
     """
     caches = {node: set(facts.axes(node)) for node in facts.caches}
     multiplicities = functools.cache(functools.partial(find_multiplicities, facts))
+    # A greatest fixed point: the assumption only shrinks, so this ends.
     while True:
         zeros = _Propagation(facts, caches, multiplicities).run()
         confirmed = {node: caches[node] & zeros[facts.caches[node]] for node in caches}
@@ -112,6 +117,7 @@ def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
     In an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only, so the result is zero
     along neither.
     """
+    # Axes with one coordinate, nearly all, are left out: the common case of an empty result is then quick.
     counts: dict[Axis, int] = {}
     for dims in facts.tensors(node):
         for a, n in count_coordinates(dims, each=True).items():
@@ -136,6 +142,7 @@ class _Propagation:
 
     def _visit(self, node: fx.Node) -> set[Axis]:
         axes = self.facts.axes(node)
+        # This is the assumption: a weight is zero along all its axes, unless something is divided by it.
         if node.op == "placeholder":
             return set(axes.difference(self.facts.divisors.get(node, ())))
         if node.target is operator.getitem:
@@ -158,6 +165,7 @@ class _Propagation:
         found: set[Axis] = set().union(*map(zero, operands))
         if rule.zero == "any":
             return found
+        # A concatenation: an operand without the axis has no removed positions of it.
         assert rule.zero == "join", f"{rule.zero} is no kind of zero"
         return found.difference(*(self._find_use_axes(node, v) - zero(v) for v in operands))
 

@@ -40,6 +40,7 @@ def inline_regions(exported: ExportedProgram) -> None:
     Raises:
         MptkError: autocast is on for the device of a region's tensors.
     """
+    # Values that leave a region get other names, so the signature's outputs must follow both steps.
     renamed = _inline(exported.graph_module, casts=frozenset())
     for old, new in renamed.items():
         exported.graph_signature.replace_all_uses(old, new)
@@ -69,6 +70,7 @@ def _detach(graph: fx.Graph) -> dict[str, str]:
         value = node.meta.get("val")
         if not node.meta.get(OFF, False) or not (isinstance(value, Tensor) and value.is_floating_point()):
             continue
+        # A user within the region needs no detach: it is made while gradients are off, too.
         later = [user for user in node.users if not user.meta.get(OFF, False)]
         if not later:
             continue
@@ -95,18 +97,21 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
     if node.target is AUTOCAST:
         device, _, enabled = cast("tuple[str, object, bool]", node.args[:3])
         casts = casts | {device} if enabled else casts - {device}
+    # Regions within this one first: the mode that they set on their calls stays (case 4).
     _inline(region, casts)
     if node.target is GRADIENTS and node.args[0] is False:
-        for call in region.graph.nodes:  # a region within this one has its own mode already
+        for call in region.graph.nodes:
             if call.op == "call_function":
                 call.meta.setdefault(OFF, True)
     elif node.target is GRADIENTS:
         for call in region.graph.nodes:
             call.meta.setdefault(OFF, False)
+    # What the region holds (graphs of control flow) moves to the outer module, under a name that is free there.
     for nested in region.graph.find_nodes(op="get_attr"):
         name = f"{place}_{nested.target}"
         module.add_module(name, region.get_submodule(nested.target))
         nested.target = name
+    # Copy the calls, then let the users of each result read it directly and not through ``getitem``.
     placeholders = region.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args[position + 1 :], strict=True))
     with module.graph.inserting_before(node):

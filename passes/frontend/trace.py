@@ -13,7 +13,6 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -36,14 +35,14 @@ from mptk.ir.weights import Weights
 from passes.frontend.inline import inline_regions
 
 TRACED_BATCH, TRACED_LENGTH = 2, 7
-
+"""Size of the default example. Neither is 1, which torch.export takes for a constant, and they differ."""
 
 SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
-"""Names that transformers gives to the results of heads that give several."""
+"""Names that transformers gives to the results of heads that have several."""
 
 
 def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
-    """What counts of a transformers model's output: the first (logits or last hidden state), or several of its head."""
+    """The results of a transformers model that count: the first (logits or last hidden state), or all of its head."""
     if isinstance(output, Tensor):
         return output
     names = output.keys() if isinstance(output, ModelOutput) else ()
@@ -55,7 +54,10 @@ def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tu
 
 
 class Returned:
-    """What ``forward`` returned its tensors in. torch.export puts back attributes of a module, but not of this."""
+    """What ``forward`` returned its tensors in.
+
+    A trace runs ``forward``, and torch.export then restores the module's attributes, but not those of this object.
+    """
 
     container: Container | None = None
 
@@ -63,9 +65,9 @@ class Returned:
 class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
-    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns only what ``pick_results`` says. The model also returns its cache, which would count
-    as a use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
+    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. Of a transformers
+    model it returns only what ``pick_results`` says: the cache, as an output of the graph, would count as a use of the
+    heads. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
@@ -74,7 +76,7 @@ class Flat(nn.Module):
         self.keywords = find_cache_switch(module)
         self.returned = Returned()
         first = () if isinstance(module, PreTrainedModel) else list_forward_arguments(module)[: len(names)]
-        self.named = bool(names) and self.names != first  # else by position, as a forward hook reads its inputs
+        self.named = bool(names) and self.names != first  # else by position: forward hooks see only these
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.named else {}
@@ -89,10 +91,11 @@ class Flat(nn.Module):
 
 @contextlib.contextmanager
 def write_assignments(module: nn.Module) -> Iterator[None]:
-    """Within it ``module`` runs. A buffer that it assigns a tensor of the same shape to is written in place instead.
+    """Run ``module`` inside. If it assigns a tensor to a buffer of the same shape, the buffer is written in place.
 
-    A trace takes an assignment for a value of this one call. Buffers of a transformers model are caches of constants.
+    A trace records a write, but takes an assignment for a value of this one call.
     """
+    # A transformers model assigns only caches of constants, such as rotary tables.
     before = {} if isinstance(module, PreTrainedModel) else dict(module.named_buffers())
     yield
     for name, buffer in before.items():
@@ -104,7 +107,8 @@ def write_assignments(module: nn.Module) -> Iterator[None]:
 
 
 def unwrap_module(module: nn.Module) -> Any:
-    """The module inside the wrappers of several processes and of adapters."""
+    """The module inside the wrappers of distributed training and of adapters."""
+    # Wrappers like DistributedDataParallel have no config; a model with a part named ``module`` may have one.
     while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
         module = inner
     of_adapter = getattr(module, "get_base_model", None)
@@ -115,6 +119,7 @@ def find_cache_switch(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
     module = unwrap_module(module)
     accepted = _read_signature(module).parameters
+    # Some models take ``use_cache`` among **kwargs. Then only the config says that they know it.
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if caches else {}
@@ -155,11 +160,12 @@ def trace_to_program(
         example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
             sizes and sequence lengths; export takes 2-4 times as long. Or the dimensions whose sizes are symbolic.
-        wrap: calls the module with the inputs of these names and gives its output.
+        wrap: makes the wrapper that is traced, from the module and the names of the inputs.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
     """
+    # The inputs, by name and in order, and which of their sizes are open.
     if example_inputs is None:
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
@@ -173,6 +179,7 @@ def trace_to_program(
         sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
     else:
         sizes = dynamic
+    # Trace a copy: ``forward`` may change the module. The program keeps the user's own as its source.
     try:
         exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     except MptkError:
@@ -183,6 +190,7 @@ def trace_to_program(
     found = replace(exported, source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
+    # The names of the inputs, and how many of them are ``forward``'s first arguments in its own order.
     arguments = names or list_forward_arguments(module)[: len(given)]
     if len(arguments) != len(given):
         return replace(found, inputs=())
@@ -210,6 +218,7 @@ def export_program(
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
+    # The open dimensions of each input.
     if dynamic is True or isinstance(dynamic, tuple):
         dims = range(max((t.ndim for t in inputs), default=0)) if dynamic is True else dynamic
         dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
@@ -232,7 +241,7 @@ def export_program(
             f"{take_first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
-    drop_tracked_inputs(exported)
+    drop_tracked_inputs(exported)  # otherwise the fake inputs stay in memory for ever
     return build_program(exported, wrapper)
 
 
@@ -244,7 +253,7 @@ def _find_user_module(wrapper: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def hold_evaluation_mode(wrapper: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a time; then each module is in its own mode again."""
+    """Evaluation mode inside; then each module is in its own mode again."""
     training = {module: module.training for module in wrapper.modules()}
     wrapper.eval()
     try:
@@ -269,6 +278,7 @@ def place_fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterat
         yield inputs
         return
     originals = dict(tensors)
+    # Tied weights must stay one object, by which ``build_program`` knows them.
     fakes: dict[int, Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for name, tensor in tensors:
@@ -299,10 +309,13 @@ def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
     weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
+    # Clean the graph. ``torch.vmap`` opens levels with calls that nothing reads, and which must stay.
     _check_constants(exported, wrapper)
     inline_regions(exported)
     graph = exported.graph_module
     graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _is_vmap_level(n))
+    # Of the names of a tied weight, the one with the most uses in the graph owns it. Export may make inputs of the
+    # others, too.
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
     weights = {**exported.state_dict, **exported.constants}
     specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
@@ -316,31 +329,36 @@ def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
             aliases[_strip_wrapper(name)] = _strip_wrapper(owner)
     copy_written_state(graph.graph, {spec.arg.name for spec in specs})
     graph.recompile()
+    # Weights and signature under the user's names.
     state = Weights(
         {_strip_wrapper(s.target): weights[s.target] for s in specs if _strip_wrapper(s.target) not in aliases}
     )
     names = tuple(getattr(wrapper, "names", ()))
     frozen = frozenset(_strip_wrapper(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
-    signature = _rename_targets(exported.graph_signature)
+    signature = exported.graph_signature
+    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
     container = wrapper.returned.container if isinstance(wrapper, Flat) else None
     return Program(
-        graph, signature, state, aliases, exported, names, find_size_limits(graph.graph), frozen, outputs=container
+        graph,
+        replace(signature, input_specs=renamed),
+        state,
+        aliases,
+        exported,
+        names,
+        find_size_limits(graph.graph),
+        frozen,
+        outputs=container,
     )
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
-    """Raise MptkError if the trace holds a value of its example for a constant: a tensor of symbolic size."""
+    """Raise MptkError if the trace took a value of its example for a constant: then the constant's size is symbolic."""
     for constant in exported.constants.values():
         if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
             raise MptkError(
                 f"torch.export cannot trace {type(wrapper.module).__name__}: a value of forward() is lost, as the "
                 "result of torch.autograd.grad is; see docs/tracing.md for the usual causes"
             )
-
-
-def _rename_targets(signature: ExportGraphSignature) -> ExportGraphSignature:
-    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
-    return replace(signature, input_specs=renamed)
 
 
 def _is_vmap_level(node: fx.Node) -> bool:
@@ -353,12 +371,14 @@ def _strip_wrapper(name: str) -> str:
     return name.removeprefix("module.")
 
 
+# For mypy, a tensor's sizes are ints even after ``isinstance``; a TypeGuard overrides that.
 def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
     return isinstance(size, torch.SymInt)
 
 
 def find_size_limits(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
+    # The symbolic sizes of all inputs. If one became a number, the line that made it one.
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
@@ -366,6 +386,7 @@ def find_size_limits(graph: fx.Graph) -> Limits:
     lines = {
         place: line for place, s in sizes.items() if not is_open(s) and (line := find_source_line(find_size_origin(s)))
     }
+    # The guards of Python code, each once. What a kernel asked does not matter: the graph holds the same call anyway.
     conditions = {
         guard.holds: Condition(guard.holds, find_source_line(guard.stack))
         for guard in list_guards(sizes.values())
@@ -375,10 +396,10 @@ def find_size_limits(graph: fx.Graph) -> Limits:
 
 
 def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
-    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
+    """Insert a clone of each of the placeholders ``weights`` to which a call of the graph writes, in place.
 
-    So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
-    ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
+    So each run starts from the state that the program holds, and changes neither the program nor the user's module.
+    ``ProgramModule`` has its own buffers, so it drops the clones and keeps its state.
     """
     targets = {
         find_storage(target)
@@ -388,6 +409,7 @@ def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
     }
     state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
     for node in state:
+        # The copy comes first of all calls. For messages, it has the place in the source of the weight's first use.
         first = min(node.users)
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))

@@ -57,8 +57,10 @@ class DecoderStep(nn.Module):
         self.module = module
         accepted = inspect.signature(module.forward).parameters
         self.cache_argument = cache_argument(module)
+        # ``trace_decoder`` tries other numbers for the first position if 0 gives other logits.
         self.first_position = 0 if "position_ids" in accepted else None
         self.keywords: dict[str, int] = {"use_cache": True}
+        # The model's own switch saves the output projection of all other positions. Without it they are sliced off.
         if logits == "last" and "logits_to_keep" in accepted:
             self.keywords["logits_to_keep"] = 1
         self.slice_last = logits == "last" and "logits_to_keep" not in accepted
@@ -73,10 +75,12 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The outputs for new ``tokens``, by the argument: ids [B, S] or embeddings [B, S, hidden]."""
         (new,) = tokens.values()
+        # Tell torch.export that the mask covers past and new tokens. Otherwise it is a third, unrelated length.
         check(attention_mask.shape[1] == past[0].shape[2] + new.shape[1])
         cache = fill_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:
+            # No addition of 0: it would be a call in every graph.
             keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
         logits: Tensor = self.module(**tokens, **keywords).logits
         if self.slice_last:
@@ -96,7 +100,7 @@ def fill_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) 
     for key in tensors:
         layer = kind()
         layer.keys, layer.values = key, next(tensors)
-        layer.device, layer.is_initialized = key.device, True
+        layer.device, layer.is_initialized = key.device, True  # otherwise the first update replaces what it holds
         cache.layers.append(layer)
     return cache
 
@@ -131,6 +135,7 @@ def trace_decoder(
     shapes = cache_shapes(model)
     inputs = step_inputs(shapes)
     step = DecoderStep(model, logits)
+    # No config says from where a model counts positions. So each way is traced, until the logits are the model's own.
     for first in list_first_positions(step):
         step.first_position = first
         program = weights(export_step(step, inputs))
@@ -145,7 +150,7 @@ def trace_decoder(
 def export_step(
     step: DecoderStep, inputs: tuple[Tensor, ...], before: Sequence[tuple[Tensor, Collection[int]]] = ()
 ) -> Program:
-    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table.
+    """Export for all lengths; if the model slices a table of positions, for the lengths that the table has.
 
     ``before``: inputs that the step takes before ``inputs``, each with the dimensions whose sizes are open.
     """
@@ -155,6 +160,7 @@ def export_step(
     try:
         return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs))})
     except MptkError:
+        # Past and new tokens share the table, and a symbolic size is at least 2: so each has at most ``longest`` − 2.
         if not isinstance(longest, int) or longest - 2 <= PAST:
             raise
         return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs, longest - 2))})
@@ -189,6 +195,7 @@ def _has_model_logits(
     executor: Executor,
 ) -> bool:
     """Whether a prompt and two more tokens get the logits of the model's plain forward, which sets positions itself."""
+    # Padding ids would get positions of their own. Ids below 3 are often special tokens.
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]])
     positions = torch.arange(ids.shape[1])[None]
@@ -206,6 +213,7 @@ def _has_model_logits(
 
     _, *cache = step(0, ids.shape[1] - 2, cache)
     found = step(ids.shape[1] - 2, ids.shape[1], cache)[0][:, -1].to(expected.device)
+    # Rounding moves logits by far less, and a wrong position or mask by far more: 3e-4 in float32.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
@@ -213,7 +221,7 @@ def _has_model_logits(
 class FilledCache(nn.Module):
     """Calls a model with named tensors and returns the keys and values of its cache, flat.
 
-    Of an encoder–decoder: each layer's keys and values of the text, then those of what it reads of the encoder.
+    For an encoder–decoder: each layer's keys and values of the text, then the ones that it reads from the encoder.
     """
 
     def __init__(self, module: PreTrainedModel, names: Sequence[str]) -> None:
@@ -225,6 +233,7 @@ class FilledCache(nn.Module):
         output = self.module(**dict(zip(self.names, inputs, strict=True)), use_cache=True)
         cache = output["cache"] if "cache" in output else output.get("past_key_values")
         both = isinstance(cache, EncoderDecoderCache)
+        # A subclass may hold more than keys and values, so only the exact type will do.
         parts = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
         if not all(type(part) is DynamicCache for part in parts):
             raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
@@ -265,7 +274,7 @@ def _make_fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Te
             named = [*filled.named_parameters(), *filled.named_buffers()]
             weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
             cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, tuple(x.clone() for x in given))
-    except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
+    except RuntimeError:  # a kernel without a fake version. In an export, which takes longer, models avoid these
         program = export_program(filled, given)
         outputs = cast("Sequence[fx.Node]", program.graph.graph.output_node().args[0])
         cache = tuple(node.meta["val"] for node in outputs)

@@ -55,7 +55,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Folded(PassResult):
-    """``find_epsilons``: each epsilon of a norm that changed, old → new, for the stock config."""
+    """``epsilons``: each epsilon of a norm that changed, old → new, for the stock config."""
 
     epsilons: Mapping[float, float]
 
@@ -71,6 +71,7 @@ class FoldNorms(Pass):
         copied = replace(program, graph=graph)
         folded: dict[str, Edit] = {}
         epsilons: dict[float, float] = {}
+        # Only norms that ``rewrite`` scaled. All norms of a weight have one factor (case 3), so the first tells it.
         found = _find_foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():
             factor = _compute_factor(norms[0])
@@ -92,11 +93,13 @@ class FoldNorms(Pass):
 
 
 def _scale_weight(weight: Tensor, factor: float, offset: float) -> Tensor:
+    # In float32, so that a bfloat16 weight is rounded only once.
     return ((weight.float() + offset) * factor - offset).to(weight.dtype)
 
 
 def find_unfoldable(analysis: Analysis, family: Family) -> str | None:
     """The place (op, module, line) at which a cut of ``family`` leaves a scale that no weight can take; or None."""
+    # On the dense graph, which has no scales yet: what matches there matches after the cut.
     means, found = _find_means(analysis, family)
     folded = {norm.root for norms in found.values() for norm in norms}
     return next((str(SourceLocation(node)) for node in means if node not in folded), None)
@@ -109,7 +112,7 @@ def find_epsilons(analysis: Analysis, family: Family) -> dict[str, float]:
 
 
 def _find_means(analysis: Analysis, family: Family) -> tuple[dict[fx.Node, None], dict[fx.Node, list[Norm]]]:
-    """The means over a family's channels, and those that a weight can make up for, as ``_find_foldable`` gives them."""
+    """The means over a family's channels, and of these the foldable ones, by weight."""
     axes = {g.axis for g in family.groups}
     means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(list_axes(r.axis))}
     return means, _find_foldable(analysis.program, iter(means))
@@ -122,7 +125,7 @@ def _read_epsilon(norm: Norm) -> float:
 
 
 def _find_foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:
-    """Weight → the norms that use it, if every use of the weight is a norm with the same scale."""
+    """Weight → the norms that use it, if every use of the weight is a norm with the same scale (case 3)."""
     by_weight: dict[fx.Node, list[Norm]] = {}
     for root in roots:
         norm = _match(program, root)
@@ -137,6 +140,7 @@ def _find_foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, 
 
 def _compute_factor(norm: Norm) -> float:
     """The factor for the weight; 1 before a cut."""
+    # The scale of a mean is c = n'/n, and the weight takes 1/√c. The scale of an ``rms_norm`` is 1/√c itself.
     scale = scale_of(norm.root)
     if scale is None:
         return 1.0
@@ -151,14 +155,14 @@ def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
     if norm.add is None:  # ``rms_norm`` already has the epsilon for the new number of channels
         new = get_argument(source, "eps")
         scaled.replace_all_uses_with(source)
-        return new / scale**2, new
+        return new / scale**2, new  # scale² = 1/c, and new = old/c
     old = norm.add.args[1]
     assert isinstance(old, float)
     norm.add.args = (source, old / scale)
     return old, old / scale
 
 
-# ---- the pattern ----
+# ---- the pattern: cases 1 and 2 ----
 
 
 def _match(program: Program, root: fx.Node) -> Norm | None:
@@ -178,7 +182,7 @@ def _match(program: Program, root: fx.Node) -> Norm | None:
 
 def _match_rms(program: Program, root: fx.Node, norm: fx.Node) -> Norm | None:
     weight = get_argument(norm, "weight")
-    if get_argument(norm, "eps") is None:
+    if get_argument(norm, "eps") is None:  # the type's epsilon: there is no config field to change
         return None
     if weight is None:
         found = _find_weight_after(program, root)
@@ -209,6 +213,7 @@ def _is_division_by(node: fx.Node, divisor: fx.Node) -> bool:
 
 def _find_weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
     """The weight that multiplies ``node`` after products and moves, and the number added to it before."""
+    # A product with anything but a weight (x · 1/√…) is passed through. ``view.dtype`` reads the bits as other numbers.
     while (user := _find_only_call(node)) is not None:
         others = [a for a in user.args if a is not node]
         if name_base_op(user.target) in PRODUCTS and len(others) == 1:

@@ -2,11 +2,13 @@
 
 The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
-multiplies the output of the layers that make them. Units of an attention, as heads behind a norm over all of them, need
-both: queries of 0 attend to all tokens alike. Hooks sit on the module that is called, usually an adapter's wrapper, so
-the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is masked, as it
-is if the model reads a layer's weight without calling the layer, and in every module that holds it if it is tied. The
-mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
+multiplies the output of the layers that make them. Units of an attention, such as heads behind a norm over all of them,
+need both: queries of 0 attend to all tokens alike.
+
+Hooks are on the module that is called, usually an adapter's wrapper, so the adapter's path is masked, too. The
+parameter itself is masked if it has no layer of its own (packed experts), if the model reads a layer's weight without
+calling the layer, and if it is tied: then in every module that holds it. The mask m of a residual block multiplies what
+it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from mptk.ir.axes import Term, collect_axes, list_axes
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.families import Analysis, Depth, Family, Group, Member, find_unit_indices
 from mptk.ir.program import Program
-from mptk.ir.source_location import is_used_outside
+from mptk.ir.source_location import list_module_paths
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class MaskSite:
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
-        past: whether calls read the weights past ``module``, so that these are masked and not its input or output.
+        past: whether the model reads the weights without calling ``module``. Then the weights are masked, and not its
+            input or output.
     """
 
     family: str
@@ -75,6 +78,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
+            # One site for each weight: the rows of its output and its bias are masked together.
             consumers = _find_sole_consumers(analysis.facts, group)
             covered: set[str] = set()
             for member in consumers or _find_makers(group, analysis.program, analysis.facts):
@@ -114,6 +118,7 @@ def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Membe
 
     A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
+    # The dividing weights keep their numbers in the masked reference, too (``zero_propagation.find_divisors``).
     tied = set(program.aliases.values())
     kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
     attends = group.axis in collect_axes(
@@ -127,9 +132,9 @@ def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Membe
 def _list_tied_sites(
     analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member
 ) -> list[MaskSite]:
-    """A site at each module that holds a tied weight, as all of them read it folded; none if it is not tied.
+    """A site at each module that holds a tied weight, since all of them will read it folded; none if it is not tied.
 
-    The weight is folded once, with the first of them.
+    It is folded once, with the first site.
     """
     names = [member.weight, *(a for a, owner in analysis.program.aliases.items() if owner == member.weight)]
     if len(names) == 1:
@@ -141,6 +146,7 @@ def _list_tied_sites(
 
 
 def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:
+    # The module that holds the weight, and the layer inside an adapter's wrapper, whose type tells the dimensions.
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
@@ -149,6 +155,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     dims = analysis.weights[member.weight]
     past = is_used_outside(analysis.program, member.weight)
     beside = [a for a in group.scope if a not in set(list_axes(member.term))]
+    # A choice that varies along another dimension of the weight (``beside``) has no mask of one dimension.
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         index = _index(dims, member.dim, group).flatten()
         return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
@@ -159,6 +166,13 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
         index = _index(dims, member.dim, group).flatten()
         return MaskSite(family.name, layer, owner, "output", index, tuple(rows), past)
     return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+
+
+def is_used_outside(program: Program, weight: str) -> bool:
+    """Whether all calls that use a weight were made outside of its own module, so that the module's hooks miss them."""
+    owner = weight.rpartition(".")[0]
+    users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
+    return bool(users) and not any(owner in list_module_paths(user) for user in users)
 
 
 def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
@@ -172,6 +186,7 @@ def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
 
 def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """The unit at each position of a weight, int64 (``unit_indices``). A position belongs to at most one unit."""
+    # One index for each occurrence of the axis, with −1 for no unit. The largest is the unit, if there is one.
     return torch.from_numpy(np.max(find_unit_indices(dims, dim, group), axis=0))
 
 
@@ -204,6 +219,7 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
+        # ∂/∂factor = gradient · x, summed over positions. ``see`` gets it before the sum; autograd offers only the sum.
         each = (gradient * x).flatten(0, -2)
         each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
         ctx.see(each)
@@ -225,6 +241,7 @@ class _Placed:
 
     @staticmethod
     def of(site: MaskSite, values: Tensor) -> _Placed:
+        # No unit has the number after the last, at which ``spread`` finds a 1 and ``collect`` a sum to drop.
         units, index = values.numel(), site.index
         whole = index.ndim == 1 and torch.equal(index, torch.arange(units))
         return _Placed(torch.where(index < 0, units, index).to(values.device), units, whole)
@@ -256,6 +273,7 @@ class InsertedMasks:
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
+        # A family is watched if one site of activations sees all of its gradient: several would each see a part.
         held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
         seen = {p.family for p in sites if p.where in ("input", "output", "block") and not p.past}
@@ -269,6 +287,7 @@ class InsertedMasks:
             self._insert(i, site)
 
     def _insert(self, i: int, site: MaskSite) -> None:
+        # The values are asked for at each call, since they change while masks are learned.
         called = self.module.get_submodule(site.module)
 
         def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -293,8 +312,8 @@ class InsertedMasks:
         elif site.where == "output":
             called.register_forward_hook(lambda _, args, out: masked(out))
         elif site.where == "block":
+            # Before transformers' own hooks, which collect hidden states.
             hook = self._make_block_hook(site.module, masked)
-            # before transformers' own hooks, which collect hidden states
             called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
             _register_mask(called, site.where, masked)
@@ -307,6 +326,7 @@ class InsertedMasks:
                 return out
             y, *others = (out,) if isinstance(out, Tensor) else out
             given = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
+            # Blocks of transformers take the hidden states first, or by a name that differs between models.
             x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
             if x is None:
                 raise MptkError(
@@ -356,4 +376,5 @@ class _Masked(nn.Module):
 
 
 def _register_mask(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+    # ``unsafe`` leaves out torch's trial run at registration: a mask keeps shape and type.
     parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)

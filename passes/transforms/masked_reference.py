@@ -52,6 +52,7 @@ class Mask(Pass):
     def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
         nodes = {n.name: n for n in graph.graph.nodes}
+        # Weights, then the reductions that zeros would disturb, then whole blocks.
         for node in program.list_placeholders():
             if node.name in program.weights:
                 self._mask_weight(graph, nodes[node.name], program.weights[node.name], program)
@@ -68,6 +69,7 @@ class Mask(Pass):
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
         dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
+        # A weight that no call reads, and integers, need no mask.
         cut = self._cut_of(node.name)
         touched = [d for d, term in enumerate(dims) if cut.has_choice(term)]
         if not touched or not node.users or not (weight.is_floating_point() or weight.is_complex()):
@@ -81,6 +83,7 @@ class Mask(Pass):
 
     def _cut_of(self, placeholder: str) -> Cut:
         """The cut as it masks a weight: one that is divided by keeps its numbers."""
+        # By name, since ``node`` is of a copy of the graph.
         kept = {n.name: axes for n, axes in self.analysis.facts.divisors.items()}.get(placeholder, ())
         return Cut({a: c for a, c in self.cut.choices.items() if a not in kept}, self.cut.sizes)
 
@@ -99,10 +102,13 @@ def _find_disturbed(facts: AxisFacts, cut: Cut) -> dict[fx.Node, list[Reduction]
 
 
 def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, reductions: list[Reduction]) -> None:
+    # Of a call with several reductions over cut axes, all have the kind of the first.
     first = reductions[0]
     dims = facts.dims(next(n for n in first.node.all_input_nodes if n in facts.results))
     if first.kind == "statistic":
         return _mask_statistic(node, dims, cut)
+    # Fill the operand's masked positions with what the reduction ignores. topk and sort take the last dimension by
+    # default, and maxima all.
     last = -1 if name_base_op(node.target) in ("topk", "sort") else None
     reduced = normalize_all(get_argument(node, "dim", last), len(dims))
     neutral = torch.inf if first.kind == "min" else -torch.inf
@@ -117,6 +123,7 @@ def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, 
 
 def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
     """Which positions of dimensions ``wanted`` stay: a boolean tensor that broadcasts against one of ``dims``."""
+    # The choice along these dimensions may vary along its scopes, so the mask has the scopes' dimensions, too.
     own = {leaf for d in wanted for leaf in list_axes(dims[d])} & cut.choices.keys()
     scopes = {s for a in own for s in cut.choices[a].scope}
     shape = [t if d in wanted or scopes & set(list_axes(t)) else ONE for d, t in enumerate(dims)]
@@ -128,6 +135,8 @@ def _fill(x: Tensor, keep: KeepMask, neutral: float) -> Tensor:
 
 
 # ---- statistics over kept channels ----
+
+# The mask is a nested list among the call's arguments, so that it is in the graph, and the printed text shows it.
 
 
 def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
@@ -197,8 +206,9 @@ def mask_moments(keep: KeepMask, x: Tensor, dim: list[int], correction: float, k
 
 
 def _compute_moments(keep: Tensor, x: Tensor, dim: list[int], correction: float) -> tuple[Tensor, Tensor]:
+    # Masked, and not selected: other rows may keep other positions.
     kept = keep.to(x.device).expand(x.shape)
-    count = kept.sum(dim, keepdim=True).clamp_min(1)  # a group of channels may lose all
+    count = kept.sum(dim, keepdim=True).clamp_min(1)  # a group that lost all its channels must not give NaN
     mean = (x * kept).sum(dim, keepdim=True) / count
     return ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction), mean
 

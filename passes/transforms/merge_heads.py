@@ -29,7 +29,8 @@ from mptk.ir.weights import Edit
 from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]
-"""``fit``: by principal components. ``mean``: without factors. ``keep``: not. ``turn``: not, but turned and back."""
+"""``fit``: by principal components. ``mean``: without factors. ``keep``: not at all. ``turn``: not merged, but turned
+at random and back. If that changes the logits, factors do not pass through this layer, and only ``mean`` is right."""
 METRIC_RIDGE = 1e-6
 """Share of the mean that is added to a metric, so that it has an inverse."""
 ProductsOf = Callable[[str], Tensor]
@@ -66,6 +67,7 @@ def find_first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Ten
     if count not in fitting:
         remedy = f"give one of {', '.join(map(str, fitting))}" if fitting else "there is nothing to merge"
         raise MptkError(f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}")
+    # Every step-th head is the first of its run.
     step = size // count
     return {
         m.weight: (
@@ -103,6 +105,7 @@ class Projection:
 
     @staticmethod
     def read(members: Sequence[Member], state: Mapping[str, Tensor]) -> Projection:
+        # The bias is one more column, last, whose input is 1. So it is merged with the weight.
         likes = {m.weight: state[m.weight] for m in members}
         columns = [likes[m.weight].double().movedim(m.dim, 0).flatten(1) for m in members if m.role != "other"]
         columns += [likes[m.weight].double()[:, None] for m in members if m.role == "other"]
@@ -139,6 +142,8 @@ def _merge_keys(
 ) -> None:
     if how == "keep":
         return
+    # A rotary embedding ties the two halves of a head, so an axis of pairs has two rows in each unit. Channels that it
+    # leaves out are an axis of their own.
     axes = list(dict.fromkeys(leaf for leaf in list_axes(key.weight.term) if leaf is not layer.groups))
     each = layer.heads.size if layer.heads is not None else 1
     for axis in axes:
@@ -149,7 +154,7 @@ def _merge_keys(
         if how == "mean":
             for run in runs:
                 key.matrix[rows[run]] = key.matrix[rows[run]].mean(0, keepdim=True)
-        elif rows.shape[-1] == 1 and len(axes) == 1:
+        elif rows.shape[-1] == 1 and len(axes) == 1:  # no rotation at all: any matrix passes
             _merge_spaces(
                 key, rows[..., 0], query, asked[..., 0], runs, key.products(products), query.products(products), how
             )
@@ -168,21 +173,26 @@ def _merge_pairs(
     how: How,
 ) -> None:
     """Keys and queries as complex numbers, a pair of channels each; a single channel is a real one."""
+    # G: KV heads, each: query heads of one, U: units (pairs), D: columns, m: heads of a run.
+    # ``energy``: how strongly the queries ask for each unit, √Σ|q|², which weighs the keys' errors.
     k, q = _make_complex(key.matrix, rows), _make_complex(query.matrix, asked)  # [G, U, D], [G, each, U, D]
     energy = torch.einsum("ghud,de,ghue->gu", q, wanted.to(q), q.conj()).real.clamp_min(0).sqrt()
-    energy = energy + METRIC_RIDGE * energy.mean() + 1e-30
+    energy = energy + METRIC_RIDGE * energy.mean() + 1e-30  # 1e-30: if all queries are 0
     factors = torch.ones_like(energy, dtype=k.dtype)
+    # Random angles from 0 to 6, which is nearly a whole turn; for single channels random signs.
     if how == "turn":
         angles = torch.rand(energy.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
         factors = torch.polar(torch.ones_like(angles), angles) if rows.shape[-1] == 2 else (angles - 3).sign().to(k)
         k = k * factors[..., None]
         factors = factors.conj()
+    # The first principal component of a run's weighted keys, for each unit: ``shared`` is k', ``own`` each head's u.
     for run in runs if how == "fit" else ():
         weighted = energy[run][..., None] * k[run]  # [m, U, D]
         moments = torch.einsum("gud,de,hue->ugh", weighted, seen.to(k), weighted.conj())
         first = torch.linalg.eigh(moments).eigenvectors[..., -1].T  # [m, U]
         shared = (first.conj()[..., None] * weighted).sum(0)
         own = first / energy[run]
+        # Only the product u · k' is determined. Factors of mean size 1 keep both weights in their usual range.
         size = own.abs().mean(0)
         k[run], factors[run] = shared * size[:, None], own / size
     _write(key.matrix, rows, k)
@@ -237,6 +247,8 @@ def _merge_spaces(
             made.matrix[rows[g]] = turn @ made.matrix[rows[g]]
             read.matrix[used[g]] = turn @ read.matrix[used[g]]
         return
+    # Errors of v are measured by what the readers make of them: with the metric M = Σ w wᵀ, whose root weighs v. The
+    # first d components of a run's weighted channels are V', and B = M^(−1/2) · components.
     for run in runs:
         v, w = made.matrix[rows[run]], read.matrix[used[run]]  # [m, d, in], [m, each, d, out]
         metric = torch.einsum("mhdo,op,mhep->mde", w, wanted, w)
@@ -247,6 +259,7 @@ def _merge_spaces(
         weighted = (root @ v).flatten(0, 1)
         first = torch.linalg.eigh(weighted @ seen @ weighted.T).eigenvectors[:, -v.shape[1] :]  # [m d, d]
         own = back @ first.unflatten(0, v.shape[:2])  # B: [m, d, d]
+        # As above, B of mean size 1: an orthogonal matrix has a square sum of d.
         size = own.square().sum((1, 2)).mean().sqrt() / v.shape[1] ** 0.5
         made.matrix[rows[run]] = ((first.T @ weighted) * size).expand_as(v)
         read.matrix[used[run]] = (own / size).mT[:, None] @ w

@@ -38,6 +38,7 @@ def mask_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
     nodes = {node.name: node for node in graph.nodes}
     masked: dict[str, fx.Node] = {}
     for block in blocks:
+        # A block behind a masked one adds to the masked result.
         x, y = (nodes[value.name] for value in (block.input, block.output))
         x = masked.get(x.name, x)
         with graph.inserting_after(y):
@@ -101,18 +102,21 @@ class _Removal:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.within = {node.name for block in blocks for node in block.nodes}
         self.gone = {cache.name for block in blocks for cache in block.caches}
+        # What must stay: the output, and calls outside of the blocks that have an effect or that nothing reads anyway.
         self.roots = [n for n in self.graph.nodes if n.name not in self.within and (not n.users or n.is_impure())]
         self.values: dict[str, fx.Node] = {}
         """The name of a removed block's result → what takes its place."""
 
     def run(self, weights: Iterable[str]) -> None:
         self._drop_outputs()
+        # In order, so that a block behind a removed one takes what took its place (case 1).
         for block in self.blocks:
             before, instead = self._value(block.output), self._value(block.input)
             before.replace_all_uses_with(instead, delete_user_cb=lambda user: user.name not in self.within)
             self.values[block.output.name] = instead
         self._read_elsewhere()
         self._erase()
+        # Placeholders last: erasing is only allowed without users.
         for name in self.gone | set(weights):
             self.graph.erase_node(self.nodes[name])
         self.graph.lint()
@@ -133,9 +137,9 @@ class _Removal:
         others = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.gone]
         for name in self.gone:
             for user in [u for u in self.nodes[name].users if u.name not in self.within]:
-                sizes = (
-                    (n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == _read_taken_size(user)
-                )
+                # Two dimensions of the same symbolic size are equal in each call.
+                taken = str(user.meta["val"]) if name_base_op(user.target) == "sym_size" else None
+                sizes = ((n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == taken)
                 if (holder := next(sizes, None)) is None:
                     raise MptkError(
                         f"{user.name} reads {name}, the cache of a block; keep that block, or write no ONNX"
@@ -150,11 +154,6 @@ class _Removal:
                 self.graph.erase_node(node)
 
 
-def _read_taken_size(node: fx.Node) -> str | None:
-    """The size that a call takes from a tensor; None if it is no such call."""
-    return str(node.meta["val"]) if name_base_op(node.target) == "sym_size" else None
-
-
 def _shape(node: fx.Node) -> Sequence[object]:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
@@ -162,6 +161,7 @@ def _shape(node: fx.Node) -> Sequence[object]:
 
 def _list_weights(program: Program, blocks: Sequence[Block]) -> list[str]:
     """The placeholders of the weights of ``blocks``."""
+    # By name and not by use: a weight of a block that nothing reads must go, too. The prefix ends in a dot.
     starts = tuple(make_prefix(block.module) for block in blocks)
     targets = ((s.arg.name, s.target) for s in program.signature.input_specs if s.target is not None)
     return [name for name, target in targets if target.startswith(starts)]

@@ -49,6 +49,7 @@ class Rewrite(Pass):
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> PassResult:
+        # The graph's own numbers, then the weights, then the values' shapes, which check that both fit together.
         resizer = Resizer(self.analysis.facts, self.cut, program.copy_graph())
         _resize(resizer)
         cut = {
@@ -82,6 +83,7 @@ def _resize(resizer: Resizer) -> None:
         found = find_rule(node)
         if found is not None and found.resize is not None:
             found.resize(resizer, node)
+        # A slice of another width may have strides that no view takes. A view that is written to must stay one.
         if str(node.target) == "aten.view.default" and original not in written_to:
             node.target = torch.ops.aten.reshape.default
     graph.graph.lint()
@@ -99,6 +101,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
     Raises:
         ProofError: the sizes do not fit together.
     """
+    # All values are fake tensors of one mode, whose symbolic sizes they share.
     placeholders = list(program.list_placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
     mode: FakeTensorMode = modes[0]
@@ -106,6 +109,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
     weights = program.weights
     unchanged: set[fx.Node] = set()
     for node in placeholders:
+        # A placeholder is unchanged if its shape is. Then calls on only such values keep theirs, and are not run.
         tensor = program.state.like(weights[node.name]) if node.name in weights else None
         if tensor is None:
             unchanged.update(() if node.name in changed else (node,))
@@ -117,7 +121,8 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
         values.append(node.meta["val"])
     interpreter = _ShapeInterpreter(program.graph, untouched, unchanged)
     try:
-        with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes only in Python
+        # Some kernels know symbolic sizes only in Python.
+        with torch.no_grad(), mode, enable_python_dispatcher():
             interpreter.run(*values)
     except RuntimeError as error:
         reason, place = take_first_line(error), SourceLocation(interpreter.node)
@@ -125,6 +130,8 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
 
 
 class _ShapeInterpreter(fx.Interpreter):
+    """Runs only the calls that a cut affects."""
+
     def __init__(self, graph: fx.GraphModule, untouched: Collection[str], unchanged: set[fx.Node]) -> None:
         super().__init__(graph)
         self.untouched, self.unchanged = untouched, unchanged
@@ -137,11 +144,13 @@ class _ShapeInterpreter(fx.Interpreter):
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
+        # A level of ``torch.vmap`` runs whole or not at all.
         if not self._is_unaffected(self.levels.get(n, [n])):
             self.opened.update(self.levels.get(n, ()))
         if n not in self.opened and self._is_unaffected([n]):
             self.unchanged.add(n)
             return n.meta.get("val")
+        # The result may be as before (a cut that a sum ends): then what reads it is not affected.
         result = super().run_node(n)
         if n not in self.opened and _is_equivalent(result, n.meta.get("val")):
             self.unchanged.add(n)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Term, add_role, freeze, list_axes, make_axis
+from mptk.ir.axes import Term, add_role, freeze, list_axes, make_axis, unify
 from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
 from mptk.ir.ops import name_base_op, name_op
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from mptk.ir.unification import unify
 from passes.analysis.dependence import Dependence
 
 UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
+"""What export puts between a constant of the model's code and its use."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class RuleContext:
 
         ``out``: the result's dimensions. ``also``: further dimensions that the same call sums over.
         """
+        # A layer on the user's inputs (a patch embedding): its other dimensions are the inputs' own, which stay.
         for value, dim, other in ((left, i, right), (right, j, left)):
             if self.is_weight(other.node):
                 self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
+        # The products before the sum are a value of their own, on which scopes depend.
         self.unify(left.dims[i], right.dims[j], node)
         self.inner((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
@@ -103,6 +105,7 @@ class RuleContext:
         if domain is not None and domain.size == indexed.size:
             self.unify(domain, indexed, node)
             return
+        # Positions of unknown origin, or of another axis: neither may lose any.
         computed = indices.node in self.depends.variables
         source = "positions computed in the model" if computed else "the model's input or a constant"
         self.freeze(indexed, f"indexed by {source}", node)
@@ -141,6 +144,7 @@ class RuleContext:
 
         A call made it so, or it is a buffer of known values that no checkpoint holds.
         """
+        # The value, what it is a copy of, …; a write to any of them may have made it other than zero.
         *copies, node = self._origins(node)
         if not written.isdisjoint([*copies, node]):
             return False

@@ -20,6 +20,7 @@ BIAS_FIRST = ("addmm", "baddbmm", "addmv")
 
 def zero_of_product(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """A product is zero along an axis that it keeps from an operand that is zero there. A bias must be zero, too."""
+    # The operands, by op; then the dimension of each that is summed over. A linear layer's weight has rows for outputs.
     values = [a for a in node.args if isinstance(a, fx.Node)]
     bias_first = name_base_op(node.target) in BIAS_FIRST
     bias = values[0] if bias_first else get_argument(node, "bias")
@@ -54,6 +55,7 @@ def matmul(ctx: RuleContext, node: fx.Node, a: Value, b: Value, **_: object) -> 
     batch = [_join(ctx, node, x, y) for x, y in zip(_pad(batch_a, ndim), _pad(batch_b, ndim), strict=True)]
     out = (*batch, *a.dims[-2:-1], *(b.dims[-1:] if b.ndim > 1 else ()))
     ctx.contract(node, a, a.ndim - 1, b, max(b.ndim - 2, 0), out)
+    # Two activations with batches: an attention written out. Roles serve only names.
     if not (ctx.is_weight(a.node) or ctx.is_weight(b.node)) and b.ndim > 2:
         ctx.role(a.dims[-1], "inner")
         ctx.role(b.dims[-1], "value")
@@ -89,6 +91,7 @@ def inner(ctx: RuleContext, node: fx.Node, a: Value, b: Value) -> Dims:
 @rule("aten.cdist")
 def cdist(ctx: RuleContext, node: fx.Node, x: Value, y: Value, *_: object, **__: object) -> Dims:
     """z[…, m, n] = (Σ_k |x[…, m, k] − y[…, n, k]|^p)^(1/p); leading dimensions broadcast."""
+    # A sum of |x − y|^p is not a product: a removed term vanishes only if both operands are zero there.
     ctx.unify(x.dims[-1], y.dims[-1], node)
     for value in (x, y):
         ctx.reduce(node, value.dims[-1], "sum", value.node)
@@ -122,6 +125,7 @@ def _zero_of_addbmm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 @rule("aten.addbmm", zero=_zero_of_addbmm)
 def addbmm(ctx: RuleContext, node: fx.Node, bias: Value, a: Value, b: Value, **_: object) -> Dims:
     """y[m, n] = bias + Σ_{t, k} a[t, m, k] b[t, k, n]."""
+    # One sum over two dimensions: it is recorded for each, with the other as ``also``.
     out = (a.dims[1], b.dims[2])
     ctx.contract(node, a, 0, b, 0, out, a.dims[2:])
     ctx.contract(node, a, 2, b, 1, out, a.dims[:1])
@@ -175,6 +179,7 @@ def _parse_subscripts(equation: str) -> tuple[list[str], str]:
 @rule("aten.einsum", zero=_zero_of_einsum)
 def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Value], **__: object) -> Dims:
     """Each letter is an axis. The call sums over letters that are missing in the result."""
+    # Every letter is one term. A dimension of 1 broadcasts against the others of its letter.
     sources, result = _parse_subscripts(equation)
     terms: dict[str, Term] = {}
     places = _list_letter_dims(sources, operands)
@@ -182,6 +187,7 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
         terms[letter] = _join(ctx, node, terms.get(letter, ONE), value.dims[i])
     kept = _expand_subscripts(result, len(resolve_result_shape(node)))
     out = tuple(terms[letter] for letter in kept)
+    # Each letter that is gone is a sum of products over it: of its first and its last operand.
     summed = {letter: term for letter, term in terms.items() if letter not in kept}
     for letter, term in summed.items():
         found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == term.size]
@@ -190,7 +196,7 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
 
 
 def _list_letter_dims(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
-    """Letter → its operands, each with the dimension that it names."""
+    """Each letter of each operand, with the operand and the dimension that it names."""
     pairs = zip(sources, operands, strict=True)
     return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_expand_subscripts(source, v.ndim))]
 
@@ -240,10 +246,11 @@ def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) ->
     heads = list(_pad(q.dims[:-2], ndim))
     for dims in (k.dims[:-2], v.dims[:-2]):
         for i, d in enumerate(_pad(dims, ndim)):
-            if 1 < d.size < heads[i].size:
+            if 1 < d.size < heads[i].size:  # each KV head serves several query heads
                 ctx.unify(heads[i], make_product((d, make_axis(heads[i].size // d.size))), node)
             else:
                 heads[i] = _join(ctx, node, heads[i], d)
+    # The first of several leading dimensions is the batch.
     for h in heads[1:] if len(heads) > 1 else heads:
         ctx.role(h, "head")
     ctx.role(q.dims[-1], "inner")
@@ -264,7 +271,7 @@ def grouped_mm(
     ctx.contract(node, x, x.ndim - 1, weight, 1, out)
     if offs is not None:
         ctx.unify(offs.dims[0], weight.dims[0], node)
-    if name_op(node).startswith("aten._grouped_mm"):
+    if name_op(node).startswith("aten._grouped_mm"):  # transformers' fallback takes any width
         for term in (x.dims[-1], weight.dims[2]):
             require_multiple(term, ROW_BYTES // x.node.meta["val"].dtype.itemsize)
     ctx.route(x.dims[0], weight.dims[0])

@@ -40,9 +40,11 @@ def conv(
     ctx: RuleContext, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: object, **__: object
 ) -> Result:
     """y[n, g·o, …] = Σ_{c, k} x[n, g·c, …+k] W[g·o, c, k]: x_1 = g · c, W_0 = y_1 = g · o, W_1 = c."""
+    # Channels are groups · channels of a group. The kernel's second dimension is one group's channels, which are summed
+    # over.
     g = make_axis(get_argument(node, "groups", 1))
     inner = make_axis(weight.dims[1].size)
-    channel = x.ndim - (weight.ndim - 1)
+    channel = x.ndim - (weight.ndim - 1)  # counted from the end: there may be no batch dimension
     ctx.unify(x.dims[channel], make_product((g, inner)), node)
     ctx.unify(weight.dims[0], make_product((g, make_axis(weight.dims[0].size // g.size))), node)
     out = (*x.dims[:channel], weight.dims[0], *_freeze_space(ctx, node, x, channel + 1))
@@ -70,7 +72,7 @@ def conv_transpose(
 
 
 def _name_channels(ctx: RuleContext, weight: Value, *, depthwise: bool = False) -> None:
-    """Tell channels of a convolution from those of a linear layer, which one of width 1 over a sequence is."""
+    """Note channels of a convolution. One of width 1 over a sequence is a linear layer, so it keeps that name."""
     if not depthwise and (weight.ndim > 3 or weight.dims[2].size > 1):
         for d in weight.dims[:2]:
             ctx.role(d, "convolution")
@@ -85,9 +87,11 @@ def _freeze_kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value |
 
 
 SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+"""Part of an op's name → the number of its dimensions in space."""
 
 
 def _pool_dims(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+    # Pooling combines neighbours, so the choice of channels must not vary by position.
     first = x.ndim - next(n for name, n in SPATIAL.items() if name in str(node.target))
     record_meeting(ctx, x.dims, range(first, x.ndim))
     return (*x.dims[:first], *_freeze_space(ctx, node, x, first))

@@ -50,6 +50,7 @@ def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_
 
 def _zero_of_bags(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """The bags are zero if the weight is; the positions of the largest (the last result) are not."""
+    # The rule has one answer for all results, so it holds only if the last one is not used.
     return zero(node.args[0]) if all(user.args[1] != 3 for user in node.users) else set()
 
 
@@ -96,24 +97,27 @@ def _zero_of_index(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 @rule("aten.index", "aten._unsafe_index", zero=_zero_of_index, resize=_resize_picked, positions="own")
 def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Results | Result:
     """y[i…, rest] = x[indices[i…], rest]; adjacent index dimensions keep their place, others go to the front."""
+    # A short list in the code picks single positions, which a cut can follow.
     places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
     if (known := _read_short_list(ctx, values)) is not None:
         return _pick(ctx, node, x, places[0], known)
+    # Otherwise the index's broadcast dimensions replace the indexed ones. A boolean mask over several dimensions does
+    # not have this form.
     record_meeting(ctx, x.dims, places)
     rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)
-    if len(resolve_result_shape(node)) != len(rest) + ndim:
+    shape = resolve_result_shape(node)
+    if len(shape) != len(rest) + ndim:
         return opaque(ctx, node, x, *values)
     start = places[0] if places[-1] - places[0] < len(places) else 0
-    made = _index_dims(
-        ctx, node, x, dict(zip(places, values, strict=True)), resolve_result_shape(node)[start : start + ndim]
-    )
+    made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), shape[start : start + ndim])
     return Result((*rest[:start], *made, *rest[start:]), positions=ctx.positions(x))
 
 
 def _read_short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
     """The positions, if the only index is a short list in the model's code."""
     known = ctx.constant(indices[0].node) if len(indices) == 1 else None
+    # Each position becomes a segment of its own, so a long list would break the axis into as many.
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
 
@@ -133,6 +137,7 @@ def _index_dims(
 
 def _pick(ctx: RuleContext, node: fx.Node, x: Value, d: int, positions: Sequence[int]) -> Result:
     """Read a short list of known positions. Each is a segment of its own."""
+    # Cut the dimension at the positions that are read, and name what is before each: the cut shifts the list by that.
     size = x.dims[d].size
     wanted = [normalize(p, size) for p in positions]
     borders = sorted({0, size, *wanted, *(p + 1 for p in wanted)})
@@ -253,6 +258,7 @@ def index_put(
 
 def _is_row_mask(node: fx.Node) -> bool:
     """Whether a mask has one value for each row, expanded along it."""
+    # transformers' image models expand a mask of tokens [B, S, 1] to the embeddings' shape.
     while node.op == "call_function" and name_base_op(node.target) in ("to", "clone", "expand", "expand_as"):
         node = node.all_input_nodes[0]
     value = node.meta["val"]

@@ -88,6 +88,7 @@ def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
 @rule("aten.squeeze", "aten.squeeze_", zero="keep", positions="carry", resize=_resize_squeeze)
 def squeeze(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None) -> Result:
     """Drop dimensions of 1 (all, or those named)."""
+    # The note names them: after a cut to one unit, the call itself would drop that dimension, too.
     gone = [d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1]
     out = tuple(t for d, t in enumerate(x.dims) if d not in gone)
     return Result(out, Squeezed(tuple(gone), tuple(t for t in out if t.size > 1)))
@@ -111,7 +112,7 @@ def triangle(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object
     return x.dims
 
 
-# ---- complex numbers as pairs: the pair cannot be cut ----
+# ---- complex numbers as pairs: 1 + 1 has no axis, so the pair cannot be cut ----
 
 
 def _resize_view(resizer: Resizer, node: fx.Node) -> None:
@@ -138,6 +139,8 @@ def complex_(ctx: RuleContext, node: fx.Node, *args: object, **_: object) -> Dim
     """y_d = a_d = b_d."""
     return broadcast(ctx, node, *args)
 
+
+# ---- torch.vmap: its own calls hide a dimension from the calls inside, and show it again ----
 
 VMAPPED = "its positions are the samples of torch.vmap"
 

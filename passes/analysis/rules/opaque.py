@@ -15,6 +15,8 @@ from mptk.ir.ops import resolve_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule
 
+# Each of these depends on the order of positions, on all of them at once, or on numbers that only a run gives. Some
+# could have a rule of their own for the dimensions that they keep.
 OPAQUE = (
     *("aten.stft", "aten.istft", "aten.cross_entropy_loss", "aten._unique2", "aten.linalg_cholesky"),
     *("aten.grid_sampler", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),

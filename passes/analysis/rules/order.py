@@ -37,6 +37,7 @@ DEFAULT_DIMS: dict[str, tuple[int, ...] | None] = {"2": (-2, -1), "n": None}
 def fourier(ctx: RuleContext, node: fx.Node, x: Value, sizes: object = None, *_: object, **__: object) -> Dims:
     """y_d = Σ over all positions of x_d, which pins d; the other dimensions pass."""
     dims = get_argument(node, "dim", DEFAULT_DIMS.get(name_base_op(node.target)[-1], -1))
+    # ``fftn(x, sizes)`` without dimensions transforms as many of the last ones as there are sizes.
     if dims is None and isinstance(sizes, (list, tuple)):
         dims = range(-len(sizes), 0)
     return pin_dims(ctx, node, x, normalize_all(dims, x.ndim), resolve_result_shape(node))
@@ -119,6 +120,7 @@ def quantile(
 @rule("aten.diagonal", zero="keep", positions="carry")
 def diagonal(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Results:
     """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Other diagonals than the main one are opaque."""
+    # On the main diagonal both dimensions are read at the same position, so a cut must remove the same of both.
     i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
     if offset or x.dims[i].size != x.dims[j].size:
         return opaque(ctx, node, x)
@@ -139,6 +141,7 @@ def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1:
     """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Other diagonals than the main one are opaque."""
     if offset:
         return opaque(ctx, node, x)
+    # In ascending order, so that the first insertion does not move the second one's place.
     out = list(x.dims[:-1])
     for d in sorted((normalize(dim1, x.ndim + 1), normalize(dim2, x.ndim + 1))):
         out.insert(d, x.dims[-1])
@@ -166,6 +169,7 @@ def fill_diagonal(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: o
 @rule("aten.block_diag", zero="join")
 def block_diag(ctx: RuleContext, node: fx.Node, blocks: Sequence[Value]) -> Dims:
     """y = the blocks along a diagonal, and zeros: it has the blocks' rows in order, and their columns."""
+    # A vector is a matrix of one row, and a number a matrix of one element.
     return tuple(concat((ONE, ONE, *x.dims)[-2:][i] for x in blocks) for i in (0, 1))
 
 

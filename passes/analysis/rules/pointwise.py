@@ -19,6 +19,7 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
     ndim = max(v.ndim for v in values)
     out: list[Term] = [ONE] * ndim
     for v in values:
+        # Dimensions are aligned from the last. A dimension of 1 has no axis to tie.
         for i, d in enumerate(v.dims, start=ndim - v.ndim):
             if d.size == 1:
                 continue
@@ -29,12 +30,14 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
 
 
 POINTWISE = Rule(broadcast)
+"""For ops that torch tags as pointwise and that have no rule: axes are tied, and no zeros are claimed."""
 
 KEEPING = (
     "neg relu relu_ relu6 gelu silu silu_ mish tanh sin abs sqrt square erf sign leaky_relu leaky_relu_ "
     "elu selu hardswish hardswish_ round floor trunc sinh expm1 log1p absolute negative nan_to_num "
     "hardshrink softshrink celu asinh atan tan relu6_ gelu_ tanh_ neg_"
 )
+"""Functions with f(0) = 0."""
 rule(*(f"aten.{name}" for name in KEEPING.split()), zero="keep")(broadcast)
 rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and", zero="any")(
     broadcast
@@ -50,8 +53,11 @@ def _zero_of_sum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 rule("aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.subtract", zero=_zero_of_sum)(broadcast)
+# max(0, 0) = 0, as with a sum.
 rule("aten.maximum", "aten.minimum", "aten.logical_or", "aten.bitwise_or", "aten.__or__", zero="all")(broadcast)
+# No zeros are claimed of these, although some would hold.
 rule("aten.floor_divide", "aten.remainder", "aten.rsub", "aten.clamp_min", "aten.clamp_max", "aten.softplus")(broadcast)
+# 0/0 is not 0.
 rule(
     *("aten.div", "aten.div_", "aten.divide", "aten.true_divide", "aten.fmod"),
     zero=lambda node, zero, facts: zero(node.args[0]) - zero(node.args[1]),
@@ -134,6 +140,7 @@ def pairwise_distance(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False
 ) -> Dims:
     """z = ‖x − y + eps‖ over the last dimension, which cannot be cut, as eps counts for each of its positions."""
+    # ‖x − y + eps‖ of zeros is eps · √n, which changes with n.
     *out, last = broadcast(ctx, node, x, y)
     ctx.freeze(last, "a number is added before its norm", node)
     return (*out, ONE) if keepdim else tuple(out)

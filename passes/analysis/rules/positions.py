@@ -17,6 +17,7 @@ from passes.analysis.rules.table import Result, find_lone_axes, freeze_positions
 @rule("aten.topk", zero="drop", positions="own")
 def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: object) -> Result:
     """The k largest positions of d: at least k must stay."""
+    # The candidates can be cut: a removed one is −inf and so never among the k, as long as k others stay.
     d = normalize(dim, x.ndim)
     require_size(x.dims[d], k)
     kind: ReductionKind = "max" if get_argument(node, "largest", True) else "min"
@@ -27,22 +28,19 @@ def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: o
 def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Result:
     """All values along d, sorted, and their positions."""
     d = normalize(dim, x.ndim)
+    # Sorted positions group rows, like tokens by their expert: rows are permuted, and the values keep their axis.
     if (domain := ctx.positions(x)) is not None:
-        return _group_rows(ctx, x, d, domain)
+        ctx.route(x.dims[d], domain)
+        return Result([x.dims, x.dims], positions=[domain, None])
     ctx.freeze(x.dims[d], "sorted", node)
     return _rank_values(ctx, node, x, d, ctx.frozen(x.dims[d].size, "sorted positions", node), "max")
-
-
-def _group_rows(ctx: RuleContext, x: Value, d: int, domain: Term) -> Result:
-    """Sorted positions group rows: the rows are permuted, the values keep their axis."""
-    ctx.route(x.dims[d], domain)
-    return Result([x.dims, x.dims], positions=[domain, None])
 
 
 @rule("aten.max.dim", "aten.min.dim", zero="drop", positions="own")
 def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> Result:
     """The largest value along d, and its position."""
     d = normalize(dim, x.ndim)
+    # Like a top-1, whose dimension is then dropped.
     kept = _rank_values(ctx, node, x, d, make_axis(1), "min" if name_base_op(node.target) == "min" else "max")
     out = (*x.dims[:d], *x.dims[d + 1 :])
     return kept if keepdim else Result([out, out], positions=kept.positions)
@@ -91,6 +89,7 @@ def argsort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object
 )
 def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) -> Result:
     """y[…, c] = [x = c]: the new dimension is the positions' axis."""
+    # Only the positions of an axis of this size follow its cut. All other classes are just numbers.
     classes = resolve_result_shape(node)[-1]
     domain = ctx.positions(x)
     if domain is None or domain.size != classes:
@@ -125,6 +124,7 @@ def clamp(ctx: RuleContext, node: fx.Node, x: Value, *bounds: object, **kwargs: 
     """y_d = x_d. Positions of an axis clamped to its whole range stay positions of it."""
     low, high = get_argument(node, "min"), get_argument(node, "max")
     dims, domain = broadcast(ctx, node, x, *bounds, **kwargs), ctx.positions(x)
+    # The upper bound then follows the cut (``count_argument``).
     if domain is not None and low in (None, 0) and high == domain.size - 1:
         return Result(dims, Counted(domain), positions=domain)
     freeze_positions(ctx, node, x)

@@ -39,8 +39,10 @@ def layers(
 ) -> Results:
     """W_ih = gates · units, x_last; W_hh = gates · units, units; y_last = units of each direction."""
     sizes = {value.dims[-1].size for value in _list_states(state)}
-    if len(sizes) > 1:
-        return opaque(ctx, node, x, state, weights)  # an LSTM with projections
+    if len(sizes) > 1:  # an LSTM with projections
+        return opaque(ctx, node, x, state, weights)
+    # ``weights`` has ``count`` tensors for each direction of each layer: W_ih, W_hh and their biases. ``options`` are
+    # layers, dropout, training, bidirectional, batch first. Only the first layer reads x.
     unit, count, both = make_axis(sizes.pop()), 4 if biases else 2, 2 if options[3] else 1
     steps = _pin_steps(ctx, node, x, state, unit)
     for i in range(0, len(weights), count):
@@ -64,6 +66,7 @@ def _tie_gates(
 ) -> None:
     """Tie the weights of one layer and direction. ``x``: its input; None if that is the layer before it."""
     first, second = weights[:2]
+    # Rows of all weights and biases are gates · units. W_hh sums over the units of the step before.
     gates = ctx.frozen(first.dims[0].size // unit.size, "gates of a recurrent layer", node)
     for value in weights:
         ctx.unify(value.dims[0], make_product((gates, unit)), node)

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, collect_axes, require_size
+from mptk.ir.axes import ONE, Axis, collect_axes, require_size, split_product
 from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
 from mptk.ir.ops import get_argument, name_base_op, name_op, resolve_result_shape, set_argument
 from mptk.ir.source_location import SourceLocation
-from mptk.ir.unification import split_product
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.contract import zero_of_kept
 from passes.analysis.rules.pointwise import broadcast
@@ -109,6 +108,7 @@ def linalg_norm(
     ctx: RuleContext, node: fx.Node, x: Value, order: Order = None, dim: Dim = None, keepdim: bool = False, **__: object
 ) -> Dims:
     """y = a matrix norm if an order and two dimensions are given, else a vector norm."""
+    # torch takes two dimensions without an order for one long vector.
     dims = normalize_all(dim, x.ndim)
     norm = matrix_norm if order is not None and len(dims) == 2 else vector_norm
     return norm(ctx, node, x, order, dims, keepdim)
@@ -178,6 +178,7 @@ def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **_
     d = normalize(dim, x.ndim)
     ctx.reduce(node, x.dims[d], "max")
     record_meeting(ctx, x.dims, [d])
+    # Scores of an attention, [batch, heads, queries, keys]. Roles serve only names.
     if x.ndim > 3:
         for t in x.dims[1:d]:
             ctx.role(t, "head") if t is not x.dims[-2] else None
@@ -199,6 +200,7 @@ def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 def _resize_norm(resizer: Resizer, node: fx.Node) -> None:
+    # The sizes of the last dimensions, as many as there were.
     dims = resizer.dims(node)
     shape = list(get_argument(node, "normalized_shape"))
     set_argument(node, "normalized_shape", [resizer.size(d) for d in dims[len(dims) - len(shape) :]])
@@ -239,6 +241,7 @@ def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
     old = math.prod(d.size for d in dims[-count:])
     new = math.prod(resizer.size(d) for d in dims[-count:])
     _resize_norm(resizer, node)
+    # The factor on x' is exact only with the epsilon changed, too; ``fold_norms`` later moves it into the weight.
     if old != new:
         eps = get_argument(node, "eps")
         eps = resizer.compute_epsilon(node) if eps is None else eps
@@ -261,6 +264,7 @@ def group_norm(
 ) -> Dims | Result:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
     _tie_channels(ctx, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
+    # Statistics run over the channels of a group. Groups can be cut, and so can channels of each.
     parts = split_product(x.dims[1], groups, last=False, where=SourceLocation(node))
     if parts is None:
         ctx.freeze(x.dims[1], "group norm cuts across its units", node)
@@ -289,6 +293,7 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
     weight, bias = node.args[1], node.args[2]
     if bias is not None:
         return zero(weight) & zero(bias) if weight is not None else set()
+    # Zeros have mean 0 and variance 0, so they stay 0 · rsqrt(eps). With saved statistics they become −mean/deviation.
     channels = collect_axes([facts.dims(node)[1]]) if _own_statistics(node) else set()
     return zero(node.args[0]) & channels | (zero(weight) if weight is not None else set())
 
@@ -297,6 +302,7 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
 def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: object) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
     _tie_channels(ctx, node, x, args[:4])
+    # A batch norm leaves masked positions out (``masked_reference.py``). An instance norm keeps all its positions.
     own = _own_statistics(node)
     if own and name_op(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:
@@ -314,6 +320,8 @@ def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 
 
     Zero if v is, also along d: a removed row has no norm and counts as zero (``masked_reference.py``).
     """
+    # The norm runs over the dimensions that g lacks. Along the remaining ones a removed row is 0/0, which the masked
+    # reference sets to 0.
     align(ctx, node, g.dims, v.dims)
     others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
     for i, t in enumerate(v.dims):
@@ -335,6 +343,7 @@ def cosine_similarity(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
 ) -> Dims:
     """y = Σ_d x y / (‖x‖ ‖y‖): both must be zero at removed positions of d."""
+    # An operand that is repeated along d has one number for all its positions, so no position of it can be removed.
     both = broadcast(ctx, node, x, y)
     d = normalize(dim, len(both))
     for value in (x, y):

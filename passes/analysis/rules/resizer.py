@@ -102,6 +102,7 @@ class Resizer:
     def _is_same_call(self, node: fx.Node) -> bool:
         original = self.original[node.name]
         names = [fx.map_arg((n.args, n.kwargs), lambda source: source.name) for n in (node, original)]
+        # ``rewrite`` makes every view a reshape, which by itself changes nothing.
         viewed = node.target is torch.ops.aten.reshape.default and str(original.target) == "aten.view.default"
         return names[0] == names[1] and (node.target == original.target or viewed)
 
@@ -128,6 +129,7 @@ class Resizer:
             return argument
         if isinstance(argument, int):
             return self.size(term)
+        # Multiply first: the product is a multiple of the old size, so the division leaves no rest.
         if isinstance(argument, fx.Node):
             with self.graph.graph.inserting_after(argument):
                 scaled = self.graph.graph.call_function(operator.mul, (argument, self.size(term)))
@@ -189,6 +191,7 @@ def scale_of(node: fx.Node) -> float | None:
 
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
     """A constant index as graph nodes: one range if the positions are contiguous, else a concatenation of ranges."""
+    # Ranges and no constant tensor, which would be one more weight of the graph.
     ranges: list[list[int]] = []
     for position in positions:
         if ranges and position == ranges[-1][1]:
@@ -203,6 +206,8 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
 
 
 def _put(node: fx.Node, path: ArgumentPath, new: fx.Node) -> None:
+    """Replace the argument at a place, which may be in nested lists."""
+
     def put(value: Argument, steps: ArgumentPath) -> Argument:
         if not steps:
             return new

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, concat, make_axis, make_product, resolve
+from mptk.ir.axes import ONE, Axis, Term, concat, make_axis, make_product, resolve, split_product, split_sum
 from mptk.ir.axis_facts import AxisFacts, Dims, Results
 from mptk.ir.ops import get_argument, resolve_result_shape, resolve_shape, set_argument
 from mptk.ir.source_location import SourceLocation
-from mptk.ir.unification import split_product, split_sum
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.resizer import Repeated, Resizer, Segments, shape_argument
@@ -21,6 +20,7 @@ from passes.analysis.rules.table import Result, ZeroOf, freeze_positions, normal
 @rule("aten.view", "aten._unsafe_view", zero="keep", positions="carry", resize=shape_argument())
 def view(ctx: RuleContext, node: fx.Node, x: Value, *_: object) -> Dims:
     """y = x read in row-major order: Π x = Π y."""
+    # Nothing is decided here: to make both products equal, ``unify`` splits and merges axes as far as it must.
     out = tuple(make_axis(size) for size in resolve_result_shape(node))
     ctx.unify(make_product(x.dims), make_product(out), node)
     return out
@@ -67,6 +67,7 @@ def unflatten(ctx: RuleContext, node: fx.Node, x: Value, dim: int, sizes: Sequen
 @rule("aten.expand", "aten.broadcast_to", zero="keep", positions="carry", resize=shape_argument())
 def expand(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
     """A dimension of 1 becomes a fresh axis, others pass."""
+    # The fresh axis may be cut: its positions are all the same.
     out = resolve_result_shape(node)
     padded = (ONE,) * (len(out) - x.ndim) + x.dims
     return tuple(d if d.size == size else make_axis(size) for d, size in zip(padded, out, strict=True))
@@ -84,6 +85,7 @@ def expand_as(ctx: RuleContext, node: fx.Node, x: Value, other: Value) -> Dims:
 @rule("aten.repeat", "aten.tile", zero="keep", positions="carry")
 def repeat(ctx: RuleContext, node: fx.Node, x: Value, repeats: Sequence[int]) -> Dims:
     """y_d = fresh(repeats_d) · x_d."""
+    # The repeats could be cut, too, but the rule has no ``resize`` that would change their numbers.
     ndim = max(len(repeats), x.ndim)
     times = (1,) * (ndim - len(repeats)) + tuple(repeats)
     padded = (ONE,) * (ndim - x.ndim) + x.dims
@@ -126,7 +128,7 @@ def repeat_each(ctx: RuleContext, node: fx.Node, x: Value, repeats: Value, dim: 
 @rule("aten.cat", "aten.concat", "aten.concatenate", zero="join")
 def cat(ctx: RuleContext, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Dims:
     """y_d = Σ x_d over the operands; other dimensions are equal."""
-    present = [t for t in tensors if t.shape != (0,)]
+    present = [t for t in tensors if t.shape != (0,)]  # torch.cat skips empty vectors, whatever the other shapes
     first = present[0]
     d = normalize(dim, first.ndim)
     for t in present[1:]:
@@ -189,11 +191,13 @@ def split(ctx: RuleContext, node: fx.Node, x: Value, _: object, dim: int = 0) ->
 def unbind(ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0) -> list[Dims]:
     """x_d = 1 + 1 + …; the results have the other dimensions."""
     d = normalize(dim, x.ndim)
+    # Positions are segments of one element, which have no axis: the number of results is fixed.
     cut_term(ctx, node, x.dims[d], [1] * x.dims[d].size)
     return [(*x.dims[:d], *x.dims[d + 1 :])] * x.dims[d].size
 
 
 def _resize_slice(resizer: Resizer, node: fx.Node) -> None:
+    # The dense arguments may be negative, missing or beyond the end, so all are written anew.
     segments = resizer.note(node, Segments)
     if segments is not None and any(map(resizer.changed, segments.parts)):
         start, length = map(resizer.size, segments.parts[:2])
@@ -205,6 +209,7 @@ def slice_(
     ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0, start: int | None = None, _: object = None, step: int = 1
 ) -> Dims | Result:
     """x_d = before + y_d + after. With a step k: x_d = y_d · fresh(k), which cannot be cut."""
+    # A slice of everything, then every k-th position, then a range, whose end is clear from the result's size.
     d, size = normalize(dim, x.ndim), resolve_result_shape(node)[normalize(dim, x.ndim)]
     if size == x.dims[d].size:
         return x.dims
@@ -221,6 +226,7 @@ def _slice_between(ctx: RuleContext, node: fx.Node, x: Value, d: int, begin: int
 
 
 def _slice_strided(ctx: RuleContext, node: fx.Node, term: Term, size: int, step: int) -> Term:
+    # The positions are k interleaved sequences, like the even and odd channels of a rotary embedding.
     parts = split_product(term, step, last=True, where=SourceLocation(node)) if term.size == size * step else None
     if parts is None:
         ctx.freeze(term, f"sliced with step {step}", node)
@@ -266,6 +272,7 @@ def _zero_of_padding(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]
 @rule("aten.pad", "aten.constant_pad_nd", zero=_zero_of_padding)
 def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: object, **__: object) -> Dims:
     """y_d = fresh + x_d + fresh. The padding cannot be cut; negative padding slices."""
+    # ``pads`` has a pair for each dimension, the last dimension first.
     out = list(x.dims)
     if get_argument(node, "mode", "constant") != "constant":
         for term in out[x.ndim - len(pads) // 2 :]:
@@ -278,6 +285,7 @@ def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: obje
 
 def _pad_term(ctx: RuleContext, node: fx.Node, term: Term, left: int, right: int) -> Term:
     """fresh(left) + term + fresh(right). A negative number crops that side."""
+    # Padding counts positions from the ends, which a cut of a cropped dimension would move.
     if min(left, right) < 0:
         ctx.freeze(term, "cropped by negative padding", node)
         before, after = max(-left, 0), max(-right, 0)

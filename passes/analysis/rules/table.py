@@ -68,6 +68,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""Op, or op and overload → its rule."""
 
 
 @guard_arguments
@@ -97,7 +98,7 @@ def rule(
 
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call: its overload's rule, else its op's."""
-    name = name_target(node.target)
+    name = name_target(node.target)  # aten.add.Tensor
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
 

@@ -2,7 +2,7 @@
 
 Names of models, paths, data, reports and libraries' messages go through ``escape_text`` before they are shown.
 ``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
-``mptk/report/markdown.py`` does the same for Markdown.
+``mptk/report/view.py`` does the same for Markdown.
 """
 
 from __future__ import annotations

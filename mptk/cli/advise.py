@@ -16,11 +16,12 @@ from mptk.cli.options import (
     ModelArgument,
     make_file_option,
     make_folder_option,
+    parse_names,
+    parse_share,
     refuse,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import parse_names, parse_share
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.files import write_text

@@ -18,10 +18,11 @@ from mptk.cli.options import (
     MaxMs,
     ModelArgument,
     make_folder_option,
+    parse_names,
+    parse_share,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import parse_names, parse_share
 from mptk.config.cases import CUT
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings

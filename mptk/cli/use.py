@@ -21,9 +21,10 @@ from mptk.cli.options import (
     make_file_option,
     make_folder_option,
     make_number_option,
+    parse_counts,
+    parse_names,
     refuse,
 )
-from mptk.cli.parse import parse_counts, parse_names
 from mptk.config.choices import GgufType
 from mptk.config.setting import SEED, Choices
 from mptk.config.settings import Settings
@@ -281,9 +282,9 @@ def bench(
     from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.report.markdown import render_markdown
     from mptk.report.page.charts import write_bench_plot
     from mptk.report.sections import build_bench_view
+    from mptk.report.view import render_markdown
 
     counts = {
         name: parse_counts(text, f"--{name}")

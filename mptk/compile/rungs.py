@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import COMPENSATION
 from mptk.errors import MptkError, ProofError
 from mptk.io.slices import Places, open_file_weights, restore_file, write_part
 from mptk.ir.weights import Weights

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from transformers import PreTrainedConfig
 
 from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
-from mptk.compile.changes import open_pruned_weights
+from mptk.compile.cut import open_pruned_weights
 from mptk.config.choices import GgufType
 from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path, make_scratch

@@ -8,34 +8,38 @@ same: its axes are found again through the weights, which both programs have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptk.compat.torch import tree_leaves
 from mptk.compile.trace import trace_as_example
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
+from mptk.io.resident import measure_free_memory
 from mptk.ir.families import Analysis
+from mptk.ir.limits import CallSizes
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, transfer_cut
 from mptk.ir.samples import Samples, is_tokens
-from mptk.proof.gradients import prove_gradients
-from mptk.proof.sides import prove_sides
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, describe_left_out, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
 from passes.analysis.borders import MARGIN, Reach, find_config_borders, reach
 from passes.check_cut import replace_faint_weights
+from passes.frontend.eager import resize_tensor
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
-from passes.verify import TOLERANCE, Difference, StageOutputs, prove
+from passes.verify import TOLERANCE, Difference, StageOutputs, compare_outputs, prove
 
 PROVE_S = 0.5
 """Seconds for each layer to load and trace what was written."""
@@ -255,3 +259,125 @@ def prove_further(compiled: Compiled, written: Mapping[str, Further], cases: Map
         differences = prove(masked, stages, samples, executor=prepared.executor)
         found += [replace(d, ran=runs[d.stage].ran) for d in differences]
     return found
+
+
+# ---- sizes on both sides of each condition ----
+
+
+MOST_CONDITIONS = 8
+"""Conditions whose sides are tried: a loop over a size makes one a round."""
+
+
+def prove_sides(
+    compiled: Compiled, written: Mapping[str, tuple[Program | StageOutputs, float]], samples: Samples
+) -> list[Difference]:
+    """The differences of what was written, at sizes on both sides of the conditions of the program.
+
+    ``written``: stage → what is run, and its tolerance. ``samples``: inputs that meet all conditions.
+    """
+    sizes: CallSizes = compiled.prepared.analysis.program.sizes
+    found = list[Difference]()
+    for sides in sizes.find_sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
+        said = sizes.describe_condition(sides.condition)
+        if sides.met is not None and _can_compute(
+            compiled.masked, there := _resize_samples(samples, sizes.compute_shapes(sides.met))
+        ):
+            stages = {f"{stage} at other sizes": each for stage, each in written.items()}
+            found += prove(compiled.masked, stages, there, executor=compiled.prepared.executor)
+        if sides.unmet is not None:
+            there = _resize_samples(samples, sizes.compute_shapes(sides.unmet))
+            found += [
+                Difference(f"{stage} at refused sizes", math.inf, math.inf, tolerance, failure=f"it ran, but {said}")
+                for stage, (run, tolerance) in written.items()
+                if _can_run(run, there)
+            ]
+    worst = dict[str, Difference]()
+    for each in found:
+        if each.stage not in worst or each.relative > worst[each.stage].relative:
+            worst[each.stage] = each
+    return list(worst.values())
+
+
+def _resize_samples(samples: Samples, shapes: Sequence[Sequence[int]]) -> Samples:
+    sized: dict[str, Tensor] = {
+        name: resize_tensor(tensor, shape) for (name, tensor), shape in zip(samples.inputs.items(), shapes, strict=True)
+    }
+    return Samples(sized)
+
+
+@torch.no_grad()
+def _can_compute(masked: Program, samples: Samples) -> bool:
+    """Whether the reference itself runs on these samples: a module may fail at sizes that meet all conditions."""
+    try:
+        masked(*samples.tensors)
+    except Exception:  # noqa: BLE001 (an op may raise anything)
+        return False
+    return True
+
+
+def _can_run(run: Program | StageOutputs, samples: Samples) -> bool:
+    """Whether these samples are taken."""
+    try:
+        if isinstance(run, Program):
+            run.sizes.check([tensor.shape for tensor in samples.tensors])
+        else:
+            run(samples)
+    except Exception:  # noqa: BLE001 (each runtime has errors of its own)
+        return False
+    return True
+
+
+# ---- gradients ----
+
+
+GRADIENT_TOLERANCE = 1e-3
+"""Largest difference of a gradient, relative to the largest of all: a backward pass sums more than a forward pass."""
+GRADIENT_STAGE = "gradients"
+
+
+def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> list[Difference]:
+    """The difference of the gradients of ``written``, the cut program as it was read back, from the masked program's.
+
+    Empty if there is nothing to compare: no weight is trained, the cut scales norms, so that their weights are others,
+    or two sets of gradients do not fit in memory.
+    """
+    masked, analysis, cut = compiled.masked, compiled.analysis, compiled.chosen.cut
+    used = [name for name in masked.parameters if name in analysis.weights and name in written.state]
+    trained = [name for name in used if name not in masked.frozen and masked.state.like(name).is_floating_point()]
+    bytes_needed = 4 * sum(masked.state.like(name).nbytes for name in trained)
+    if (
+        not trained
+        or compiled.program is not compiled.exact
+        or compiled.epsilons
+        or bytes_needed > measure_free_memory() / 2
+    ):
+        return []
+    sample = samples if samples.together is not None else samples[: 2 if len(samples) > 1 else 1]
+    if compiled.program.types is not None:  # these programs compute in one type
+        wide = compiled.program.types.wide
+        sample = sample.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor)
+    expected, found = run_backward(masked, trained, sample), cut_gradients(written, trained, sample)
+    pairs = [(found[name], cut.slice(expected[name], analysis.weights[name])) for name in trained]
+    one, other = (torch.cat([pair[i].flatten() for pair in pairs])[None, None] for i in (0, 1))
+    return [compare_outputs(GRADIENT_STAGE, one, other, GRADIENT_TOLERANCE)]
+
+
+def cut_gradients(program: Program, trained: list[str], samples: Samples) -> Mapping[str, Tensor]:
+    """The gradients of the cut program."""
+    return run_backward(program, trained, samples)
+
+
+def run_backward(program: Program, trained: list[str], samples: Samples) -> Mapping[str, Tensor]:
+    """The gradients of a random projection of all outputs by the weights ``trained``; 0 where there is none."""
+    leaves = {name: program.state[name].detach().clone().requires_grad_() for name in trained}
+    with torch.enable_grad():
+        outputs = [t for t in tree_leaves(program.with_state(leaves)(*samples.tensors)) if isinstance(t, Tensor)]
+        generator = torch.Generator().manual_seed(0)
+        losses = [
+            (output * torch.randn(output.shape, generator=generator)).real.sum()
+            for output in outputs
+            if output.requires_grad
+        ]
+        if losses:
+            torch.stack(losses).sum().backward()
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}

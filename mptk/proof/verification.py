@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import nn
 
 from mptk.arguments import guard_arguments
 from mptk.compat.torch import forget_sources, usual_state
-from mptk.compile.changes import find_changes
-from mptk.compile.cut import compile_plan
+from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
 from mptk.compile.trace import fit_to_program, trace_loaded
+from mptk.config.recipe import RECIPE_FILE
 from mptk.config.settings import Settings
 from mptk.conversions import convert_model, read_plan_conversions
 from mptk.conversions.vocabulary.convert import describe_unread_tokenizer
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
@@ -32,18 +33,20 @@ from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
 from mptk.progress import show_nothing
-from mptk.proof.claims import check_files, check_numbers, check_samples, read_proof_samples, require_same
+from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
-from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, find_stored_type
+from mptk.protocols.chain import Chosen, Compiled, Prepared, Target, find_stored_type
 from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.execution import build_executor
-from mptk.protocols.report import PROVEN_ON, Report, make_report_error
+from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report, make_report_error
+from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.protocols.values import Context
-from mptk.publish.manifest import MARKER, check_manifest, file_identity, list_files
+from mptk.publish.licence import CARD, list_notices
+from mptk.publish.manifest import MARKER, RUNGS, check_manifest, file_identity, hash_file, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
+from mptk.targets.beside import READ
 from mptk.targets.stock_config import check_code, find_config_changes
 from mptk.tasks.of_folder import find_folder_task
 from passes.analysis import group
@@ -252,3 +255,60 @@ def _explain_unreadable(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise make_report_error(folder, error) from error
+
+
+# ---- files that mptk would not have written ----
+
+
+ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
+"""Files that any folder has, or may have."""
+
+
+def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -> None:
+    """Raise ProofError if a file of ``folder`` is not one that mptk writes for this cut, or holds more than it writes.
+
+    ``targets``: what the folder was written for. If one is of another package and does not list its files, any may be.
+    """
+    found, settings, dense = list_files(folder), compiled.prepared.settings, compiled.prepared.loaded.path
+    for name in (each for each in (*found, MARKER) if each.endswith(".json")):
+        _check_once(folder, name)
+    known = set(ALWAYS)
+    for target in targets:
+        files = target.files(compiled, folder)
+        if files is None:
+            return
+        known |= files
+    if settings.steps:
+        known |= {METRICS, *(name for name in found if name.startswith(f"{TRACKER}/"))}
+    if compiled.chosen.changes and not compiled.chosen.trained:
+        known.add(COMPENSATION)
+    if settings.shared:
+        known |= {name for name in found if name.startswith(f"{RUNGS}/")}
+    if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
+        known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
+    known |= {each.name for each in list_notices(dense) if _is_same_file(each, folder / each.name)}
+    if more := sorted(set(found) - known):
+        raise ProofError(
+            f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
+            "the model again"
+        )
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and hash_file(one) == hash_file(other)
+
+
+def _check_once(folder: Path, name: str) -> None:
+    """Raise ProofError if a JSON file has a field twice: programs differ in which of both they take."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ProofError(
+                f"the proof fails: {name} has {twice} twice; do not use {folder}, and prune the model again"
+            )
+        return fields
+
+    json.loads((folder / name).read_text(encoding="utf-8"), object_pairs_hook=once)

@@ -25,10 +25,9 @@ from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
-from mptk.report.markdown import format_code, render_markdown, render_parts
 from mptk.report.runs import name_model
 from mptk.report.sections import CUT_TITLE, PROOF_TITLE, QUALITY, build_prune_view
-from mptk.report.view import Name, Table, View, format_megabytes
+from mptk.report.view import Name, Table, View, format_code, format_megabytes, render_markdown, render_parts
 from mptk.tasks.genai import GENAI_FILE
 from passes.targets.stock.config import StockConfig
 

@@ -12,8 +12,16 @@ from mptk.ort.bench import Bench
 from mptk.protocols.report import Report, Row
 from mptk.protocols.shapes import Shapes
 from mptk.reading import make_typed
-from mptk.report.compare import Comparable, find_front, group_runs, name_group
-from mptk.report.runs import Run, describe_legal, explain_uncut, name_model
+from mptk.report.runs import (
+    Comparable,
+    Run,
+    describe_legal,
+    explain_uncut,
+    find_front,
+    group_runs,
+    name_group,
+    name_model,
+)
 from mptk.report.view import (
     Bad,
     Good,

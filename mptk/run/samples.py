@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from mptk.compile.dense_outputs import with_dense_outputs
+from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config.choices import IN_MEMORY
 from mptk.config.settings import Settings

@@ -17,11 +17,10 @@ from mptk.reading import make_typed
 from mptk.report import sections
 from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, build_advice_view, list_commands
 from mptk.report.analysis import build_analysis_view
-from mptk.report.compare import group_runs, name_group
-from mptk.report.page import advice, charts
+from mptk.report.page import charts
 from mptk.report.page.coupling import choose_layer, draw_coupling_chart
 from mptk.report.page.svg import Svg
-from mptk.report.runs import Run
+from mptk.report.runs import Run, group_runs, name_group
 from mptk.report.view import Bad, Good, Section, Table, View, format_figure, format_large, format_megabytes
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
@@ -164,12 +163,12 @@ def render_advice_page(found: Advice) -> str:
     view = build_advice_view(found)
     bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
     bars += "" if found.recovery is None else " Shaded: after training."
-    same = advice.draw_agreement_chart(found)
+    same = charts.draw_agreement_chart(found)
     drawn = {
-        SAFE: [Figure("", advice.draw_change_chart(found), bars)],
+        SAFE: [Figure("", charts.draw_change_chart(found), bars)],
         CUTS: [] if same is None else [Figure("", same)],
-        BY_FAMILY: [Figure("", advice.draw_families_chart(found))],
-        SENSITIVE: [Figure(name, advice.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
+        BY_FAMILY: [Figure("", charts.draw_families_chart(found))],
+        SENSITIVE: [Figure(name, charts.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
     said = list_commands(found)
     best = [Section("The command", said)] if said else []
@@ -180,7 +179,7 @@ def render_advice_page(found: Advice) -> str:
 def draw_ranking_figures(found: Shapes) -> list[Figure]:
     """The charts of a search."""
     caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT_LINE}"
-    front, training = advice.draw_front_chart(found), advice.draw_training_chart(found)
+    front, training = charts.draw_front_chart(found), charts.draw_training_chart(found)
     more = "After each rung the better half of the shapes is trained for twice as long."
     trained = [] if training is None else [Figure("Training", training, more)]
     return [Figure("Cost and quality of each shape", front, caption), *trained]

@@ -32,7 +32,10 @@ def load_plugins(group: str) -> Mapping[str, Any]:
 
 
 def with_plugins(own: Mapping[str, Plugin], group: str) -> dict[str, Plugin]:
-    """Add plugins to mptk's own objects, by name. A plugin cannot replace one of mptk's own."""
+    """mptk's own objects and the plugins of ``group``, by name.
+
+    A plugin cannot replace one of mptk's own: else an installed package would change what a recipe means.
+    """
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 

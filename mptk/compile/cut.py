@@ -1,4 +1,8 @@
-"""cut: from a choice to the cut program, and the form in which the target holds it."""
+"""cut: from a choice to the cut program and the form in which the target holds it.
+
+Below are the weights with which that begins or ends: changed by training or by FLAP's biases, read from a pruned
+folder, with zeros in place of removed units, or scattered back to the dense shapes.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +34,22 @@ from passes.pipelines import cut_program
 from passes.transforms.masked_reference import keep_along
 from passes.transforms.store import Store
 
+COMPENSATION = "compensation.safetensors"
+"""A folder's file of corrected biases (FLAP), which do not follow from the dense model and the plan."""
+DENSE_POSITIONS = 2048
+"""Positions in a batch of the dense model, to bound the memory that its outputs take."""
+
 
 def apply_choice(prepared: Prepared, chosen: Chosen) -> Analysis:
     """The analysis over the dense weights with the choice's changes."""
     return prepared.analysis.with_weights(chosen.changes)
 
 
-def round_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
-    """The analysis over these weights, each rounded to the stored type."""
-    analysis = apply_choice(prepared, chosen)
-    return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
-
-
 def cut_to(prepared: Prepared, chosen: Chosen, context: Context) -> Compiled:
     """The program cut to the plan, still without ``written``."""
-    analysis = round_analysis(prepared, chosen)
+    analysis = apply_choice(prepared, chosen)
+    # Rounded before the cut: the masked reference then has exactly the numbers that the folder will hold.
+    analysis = replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     return Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
 
@@ -56,7 +61,7 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
 
 
 def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
-    """The cut model in float32 for training: of its class or, if the target needs none, its graph's module.
+    """The cut model in float32 for training: as its transformers class; for the graph target, as the graph's module.
 
     ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may use these tensors
     without a copy.
@@ -69,10 +74,6 @@ def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shar
 # ---- weights that training or a pruned folder replaces ----
 
 
-COMPENSATION = "compensation.safetensors"
-"""A folder's file of corrected biases (FLAP)."""
-
-
 def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: Trust) -> Mapping[str, Tensor]:
     """The weights in which the folder differs from a cut of the dense model: trained weights, or FLAP's biases.
 
@@ -81,6 +82,7 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
             or shapes than the cut.
     """
     state = analysis.program.state
+    # FLAP's biases lie in a file of their own, under their dense names and in their dense shapes.
     if (folder / COMPENSATION).is_file():
         biases = load_tensors(folder / COMPENSATION, make_damage_error(folder / COMPENSATION))
         for name, bias in biases.items():
@@ -90,8 +92,9 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
                     "do not use it, and prune the model again"
                 )
         return biases
-    if not report.trained:
+    if not report.trained:  # every weight is a cut of a dense one
         return {}
+    # Trained weights are the checkpoint itself. A cut renumbers layers and experts, so its names are translated.
     new, small = build_renumbering(analysis, cut).new, open_pruned_weights(folder, trust)
     names = {name: there for name in report.trained if (there := new(name)) is not None}
     for name, there in names.items():
@@ -113,11 +116,12 @@ def open_pruned_weights(folder: Path, trust: Trust) -> Weights:
 
 
 def without(analysis: Analysis, cut: Cut) -> Weights:
-    """The weights that a cut touches, with 0 at the positions that go, made on demand.
+    """The weights that a cut touches, with zeros at the removed positions, made on demand.
 
     They compute what the masked program computes (``masked_reference``) unless zeros disturb a reduction.
     """
     state, weights = analysis.program.state, analysis.program.weights
+    # A weight by which something is divided keeps its numbers: a zero would give infinity.
     divide = {weights.get(node.name) for node in analysis.facts.divisors}
     held = [name for name in analysis.weights if name in state and state.like(name).is_floating_point()]
     edits = {}
@@ -146,12 +150,8 @@ def widen_weights(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
 # ---- the dense model's outputs ----
 
 
-DENSE_POSITIONS = 2048
-"""Positions in a batch whose outputs of the dense model are kept."""
-
-
 def with_dense_outputs(prepared: Prepared, samples: Samples) -> Samples:
-    """``samples`` with the dense model's outputs as targets."""
+    """``samples`` with the dense model's outputs as targets, for losses that compare outputs."""
     batches, program = samples.make_batches(DENSE_POSITIONS), prepared.reference
     found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
     targets = torch.cat([(output if isinstance(output, Tensor) else join_outputs(output)).cpu() for output in found])

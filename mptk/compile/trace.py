@@ -1,4 +1,8 @@
-"""trace: trace a loaded model and check the trace; for one length if the class cannot be traced for all."""
+"""trace: trace a loaded model into a program, and check that the program is the model.
+
+A transformers model is traced through its task; its length is fixed if the class cannot be traced for all lengths. A
+plain module has no task's example sizes, so the trace with the most open sizes that works is taken.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,8 @@ from passes.frontend.trace import OpenSizes
 from passes.transforms.retype import Retype
 
 LONGEST_TRACE = 31
-"""Most tokens of a program that holds one length: its graph may unroll a loop over them. A prime, as a model's sizes
-are hardly multiples of it."""
+"""Most tokens of a program that holds one length: its graph may unroll a loop over them. A prime, so that no size of a
+model is a multiple of it by chance."""
 
 
 def trace_loaded(
@@ -42,7 +46,7 @@ def trace_loaded(
 ) -> Program:
     """The model's program with its weights.
 
-    If its trace holds only one length (``Program.length``), this is the lesser of ``length`` and ``LONGEST_TRACE``.
+    If the trace holds only one length (``Program.length``), this is the lesser of ``length`` and ``LONGEST_TRACE``.
     ``like``: samples that it will run on. If these are not token ids and have the size of the task's example, the trace
     holds only that size: export of a tiny Swin takes 5 s with fixed height and width and over 90 s with symbolic ones.
     ``eager``: compare with the module itself, since the program's graph replaces it. A plain module is always compared.
@@ -53,22 +57,27 @@ def trace_loaded(
     """
     example = task.make_example(loaded.model)
     example = example if like is None else task.like(example, like)
+    # The trace, with as many open sizes as the kind of model allows.
     if not isinstance(loaded.model, PreTrainedModel):
         program = trace_module(loaded, example)
     else:
         sizes = (0,) if _holds_one_size(loaded, example, like) else task.open_sizes(example)
         program = _trace(loaded, task, example, sizes)
+        # A program with an open batch in some inputs and a fixed one in others fits no other batch: fix it in all.
         if isinstance(sizes, Mapping) and _has_fixed_batches(program):
             program = _trace(loaded, task, example, {name: tuple({*dims} - {0}) for name, dims in sizes.items()})
+    # The class fixed the length after all: trace again, for the length in which the run reads its text.
     if task.find_fixed_length(program) is not None:
         _check_one_input(loaded, example, program)
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
+    # The program must give the same outputs twice, and they must be the ones that the task expects.
     fixed, ran = task.find_fixed_length(program), 0
     check_steady(program, lambda inputs: next(executor.outputs([program], [inputs])), example.tensors, loaded.source)
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
         nonlocal ran
+        # Of a fixed length: the tokens are repeated up to it, and the outputs of the repeated ones are cut off again.
         batch = samples if fixed is None else samples.of_length(fixed)
         found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
         outputs = (found,) if isinstance(found, Tensor) else found
@@ -77,7 +86,7 @@ def trace_loaded(
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 
     task.check(loaded, run, example)
-    if not ran:
+    if not ran:  # a task without checks of its own: ``check_outputs`` runs all the same
         run(example)
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
         program = compare_if_it_fits(program, loaded, example)
@@ -85,7 +94,7 @@ def trace_loaded(
 
 
 def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None:
-    """Raise MptkError for a program of one length whose samples hold more than token ids."""
+    """Raise MptkError for a program of one length with several inputs: ``of_length`` changes only token ids."""
     if len(example.inputs) > 1:
         raise MptkError(
             f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
@@ -95,11 +104,10 @@ def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None
 
 
 def describe_fixed_sizes(prepared: Prepared) -> str:
-    """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty.
-
-    It has the first condition of each source line: a loop over a size may give one a round.
-    """
+    """The report's note on sizes that the trace fixed, if the traced graph is what runs; else empty."""
     program = prepared.analysis.program
+    # One condition for each source line, the first: a loop over a size gives one in each round. The keys of a dict keep
+    # the last value, so it is filled backwards.
     lines = {each.rpartition(" (")[2]: each for each in reversed(program.sizes.fixed)}
     if prepared.target.classed or not (said := [*filter(None, [program.limits.note]), *reversed(lines.values())]):
         return ""
@@ -107,7 +115,7 @@ def describe_fixed_sizes(prepared: Prepared) -> str:
 
 
 def describe_gradient_limits(prepared: Prepared) -> str:
-    """The report's note on how the traced graph trains otherwise than the module, or when it refuses; else empty."""
+    """The report's note on how the traced graph trains unlike the module, or what it refuses to train; else empty."""
     limits = prepared.analysis.program.limits
     said = {
         "off": "it is refused while gradients are on, since the module computes otherwise then",
@@ -129,8 +137,9 @@ def fit_to_program(task: Task, program: Program, samples: Samples, what: str) ->
             f"this model is traced only for {length} tokens, and the samples of {what} have "
             f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
         )
-    if task.sequences:
+    if task.sequences:  # token ids: any length, any batch
         return samples
+    # A program of one batch size takes the samples in groups of that size.
     batch = program.sizes.held(0)
     samples = samples if batch is None else samples.fit_batch_size(batch)
     try:
@@ -152,7 +161,10 @@ def describe_one_length(prepared: Prepared) -> str:
 
 
 def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> bool:
-    """Whether a trace of a transformers model may fix the sizes of its example, as the samples have the same."""
+    """Whether a trace of a transformers model may fix the sizes of its example: the samples have the same.
+
+    Token ids stay open: the proof runs other lengths than the run.
+    """
     if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
         return False
     return has_same_sizes(example, like)
@@ -176,7 +188,7 @@ def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> 
 
 
 def _has_fixed_batches(program: Program) -> bool:
-    """Whether the code fixed the number of samples in some inputs and not in all, as a loop over the images does."""
+    """Whether the code fixed the number of samples in some inputs only, like a loop over the images."""
     fixed = {isinstance(sizes[0], int) for _, sizes in program.sizes.inputs}
     return len(fixed) > 1
 
@@ -184,7 +196,8 @@ def _has_fixed_batches(program: Program) -> bool:
 def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
     """Raise MptkError if ``outputs`` are all zero or not finite, with the name of a weight that is not finite.
 
-    ``untrained``: outputs may be zero because some parameters are, as the head of a new vision transformer.
+    Zeros would equal the outputs of any cut, and the proof would see nothing. ``untrained``: outputs may be zero
+    because some parameters are, like the head of a new vision transformer; the proof has a stage for that.
     """
     if not all(output.isfinite().all() for output in outputs):
         weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
@@ -199,7 +212,7 @@ def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, u
 
 
 def _has_zero_parameters(program: Program) -> bool:
-    """Whether some parameters are zero and others are not."""
+    """Whether some parameters are all zero and others are not."""
     state = program.state
     return {bool(state[n].any()) for n in program.parameters if state.like(n).is_floating_point()} == {True, False}
 
@@ -213,6 +226,7 @@ TRACE_SECONDS = 120.0
 
 def compare_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
     """Compare the program with its class if all weights fit in memory; else add a note."""
+    # In float32, 4 bytes each, with as much memory left to compute in.
     if 4 * sum(p.numel() for p in loaded.model.parameters()) > measure_free_memory() / 2:
         return replace(program, limits=replace(program.limits, note="the class itself was not run, as it is too large"))
     return compare_to_module(program, _collect_weights(loaded), example.tensors)
@@ -226,6 +240,7 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
     """
     causes: list[MptkError] = []
     dynamic: bool | tuple[int, ...]
+    # All sizes open, then only the batch size, then none. The first cause explains why a size is fixed.
     for dynamic in (True, (0,), False):
         try:
             found = _trace_with_gradients(loaded, example, dynamic)
@@ -236,6 +251,7 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
             cause = str(causes[0]).partition(";")[0]
             kept = "batch size" if dynamic else "no size"
             found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
+        # The comparison was in the module's own types. From here on the program computes in one wide type.
         types = {like.dtype for like in found.state.likes.values() if like.is_floating_point()}
         if types <= {choose_wide_type(loaded.model)}:
             return found
@@ -245,11 +261,7 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
 
 
 def _trace_with_gradients(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:
-    """A trace that equals the module. Gradients are on, so that it trains alike, unless that changes outputs.
-
-    Raises:
-        MptkError: the trace fails, or is not the module.
-    """
+    """A trace that equals the module. Gradients are on, so that it trains alike, unless that changes outputs."""
     try:
         with torch.enable_grad():
             return _trace_and_compare(loaded, example, dynamic)

@@ -53,6 +53,7 @@ from passes.analysis import group
 from passes.verify import Difference
 
 GGUF_MAGIC = b"GGUF"
+"""The first bytes of a GGUF file."""
 PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
@@ -106,16 +107,19 @@ def verify(
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
+    # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
     with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
         return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
 
 
 def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
+    # What can be checked without the dense model, the cheapest first.
     plan, report = read_folder_plan(folder), Report.read(folder)
     check_manifest(folder)
     with _explain_unreadable(folder):
         check_files(report, folder)
+    # The dense model, by the digest that the report gives, and what ``prune`` made of it up to the choice.
     resident, executor = build_executor(asked)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
@@ -126,20 +130,21 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     prepared = _prepare_dense(report, replace(settings, rehome=_is_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
     assert prepared.cut is not None
+    # The plan in place of a choice, cut again. The folder must hold what that gives.
     chosen = Chosen(plan, prepared.cut, find_changes(analysis, prepared.cut, folder, report, asked.trust))
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
     found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
     check_proof(proven.differences, PRUNE_AGAIN)
-    check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
+    check_planted(compiled, (prepared.target, ONNX), folder)  # last: the fault of a known file says more
     return Proof(
         proven.differences, [note for note in (proven.note, describe_unread_tokenizer(loaded, folder)) if note]
     )
 
 
 def is_gguf(place: str | Path) -> bool:
-    """Whether a place is named as a GGUF file, or begins as one does."""
+    """Whether a place is named like a GGUF file, or begins like one."""
     path = expand_path(place)
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
@@ -167,10 +172,11 @@ def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Mod
 def _analyse_dense(
     folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
 ) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
-    """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
+    """The dense model after its conversions, the conversions, and the proof's samples. The report must agree."""
     task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
     samples, example = read_proof_samples(folder, task.make_examples(loaded.model))
+    # As in ``prune``: a trace may fix the samples' sizes, but not if the graph itself is written.
     like = samples if find_target(report.settings.target).classed else None
     program = trace_loaded(loaded, task, executor, report.settings.length, like)
     samples = fit_to_program(task, program, samples, PROVEN_ON)
@@ -220,7 +226,10 @@ def read_folder_plan(folder: str | Path) -> Plan:
 
 @contextmanager
 def _require_unchanged(*places: Path) -> Iterator[None]:
-    """Raise MptkError if somebody changed or replaced what is proven: no result, nor an error, is of what is there."""
+    """Raise MptkError if somebody changed or replaced the files during the proof.
+
+    Then neither a result nor an error is about what is there now, so this error replaces both.
+    """
     before = [_files_of(place) for place in places]
     try:
         yield
@@ -239,7 +248,7 @@ def _check_as_before(
 
 
 def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
-    """Name → identity of each file, without the time at which links to it changed."""
+    """Name → identity of each file. Its last part goes: it also changes if only another link to the file is made."""
     names = list_files(place) if place.is_dir() else [""]
     found = dict[str, tuple[int, ...]]()
     for name in [*names, MARKER] if place.is_dir() else names:
@@ -259,13 +268,15 @@ def _explain_unreadable(folder: Path) -> Iterator[None]:
 
 # ---- files that mptk would not have written ----
 
-
 ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
 """Files that any folder has, or may have."""
 
 
 def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -> None:
     """Raise ProofError if a file of ``folder`` is not one that mptk writes for this cut, or holds more than it writes.
+
+    The manifest does not help: whoever plants a file can forge it. Programs act on files by their names (an adapter, a
+    list of modules, an index of weights), and nobody knows all such names, so only what mptk writes is allowed.
 
     ``targets``: what the folder was written for. If one is of another package and does not list its files, any may be.
     """
@@ -278,6 +289,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         if files is None:
             return
         known |= files
+    # Files that depend on the run: metrics, FLAP's biases, smaller sizes of a ladder, a tokenizer, licence notices.
     if settings.steps:
         known |= {METRICS, *(name for name in found if name.startswith(f"{TRACKER}/"))}
     if compiled.chosen.changes and not compiled.chosen.trained:
@@ -299,7 +311,7 @@ def _is_same_file(one: Path, other: Path) -> bool:
 
 
 def _check_once(folder: Path, name: str) -> None:
-    """Raise ProofError if a JSON file has a field twice: programs differ in which of both they take."""
+    """Raise ProofError if a JSON file has a field twice: some programs take the first, some the last."""
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)

@@ -70,6 +70,7 @@ def advise(
     from mptk.api.advice import advise as measure
     from mptk.report.advice import build_advice_view, list_commands
 
+    # Words that are wrong, and options that would do nothing, are refused before the model is read.
     cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
@@ -82,6 +83,7 @@ def advise(
 
         write_text(html, render_advice_page(found))
     show_result(json_file, found.to_json(), build_advice_view(found))
+    # Commands to copy: outside of the table, unbroken, and not in JSON, which has them as a field.
     if json_file != Path("-"):
         for line in list_commands(found):
             out.print(line, soft_wrap=True, highlight=False)

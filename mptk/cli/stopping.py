@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 AGAIN = 0.01
-"""Seconds after which an exception that Python dropped is raised again."""
+"""Seconds after which an exception that Python dropped is raised again: then the destructor that lost it is over."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -61,15 +61,18 @@ def catch_signals() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # Libraries log the exception as an error of their own, or retry: the user wants silence now.
         logging.disable()
         raise STOPPED.note(KINDS[number]())
 
+    # Python hands such an exception to ``sys.unraisablehook`` and goes on. A timer raises it again from other code.
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt) and STOPPED.by is not None:
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
         else:
             hook(unraisable)
 
+    # Ignored from the start (``nohup``): it stays ignored.
     handlers = {number: stop for number in KINDS if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: STOPPED.look())
@@ -86,6 +89,6 @@ def catch_signals() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore further signals: the command is over, and a signal would only disturb other libraries' cleanup."""
+    """Ignore further signals: the command is over, and a signal would only disturb the libraries' cleanup."""
     for number in KINDS:
         signal.signal(number, signal.SIG_IGN)

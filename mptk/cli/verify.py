@@ -129,7 +129,7 @@ def show_report(
         raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
     if not prompt:
         refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
-    folders = with_rungs(folders)
+    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
     runs = read_runs(folders)
     if prompt:
         runs = [
@@ -142,6 +142,7 @@ def show_report(
         write_text(html, render_report_page(runs))
         out.print(f"written to {html}", soft_wrap=True)
         return
+    # The first in full, then all of them side by side.
     first = runs[0]
     out.print(report.build_prune_view(first.report, first.bench, first.texts))
     if len(runs) > 1:

@@ -58,7 +58,7 @@ class Shape:
         return self.parameters if self.latency_ms is None else self.latency_ms
 
     def is_better_than(self, other: Shape) -> bool:
-        """Whether it dominates the other: it reached the other's last stage and is there no dearer, no worse, not equal."""
+        """Whether it dominates the other at the other's last stage: neither dearer nor worse, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
             return False

@@ -1,4 +1,4 @@
-"""runs: read the data of a pruned folder that reports show."""
+"""runs: read what reports show of pruned folders, name folders and models, and find which runs may be compared."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class Run:
     @property
     def kept(self) -> dict[str, FamilyPlan]:
         """The kept units of cut families. Layers with different widths are joined to one family."""
+        # A plan of single layers names them FAMILY.LAYER. A chart shows the whole family, with as many columns as the
+        # widest layer has. A layer that the plan does not name keeps all of its units.
         found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
         for whole in sorted(self.plan.divided):
             rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
@@ -73,6 +75,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
+    # lexists, not exists: a link that leads nowhere is damage, and not a folder without timings.
     file = folder / "bench.json"
     return read_as(Bench, file, make_damage_error(file, _REMEDY)) if os.path.lexists(file) else None
 
@@ -94,7 +97,7 @@ def _read_metrics(file: Path) -> dict[str, list[Row]]:
 
 
 class MetricsLine(TypedDict):
-    """The fields of each line of ``metrics.jsonl``, beside metrics."""
+    """The fields of each line of ``metrics.jsonl``, beside the metrics themselves."""
 
     phase: str
     step: int
@@ -116,7 +119,7 @@ def with_rungs(folders: Sequence[Path]) -> list[Path]:
 
 def name_folders(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as distinguish them. A folder that is given twice has one name."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    paths = [Path(os.path.abspath(folder)) for folder in folders]  # ``.`` and ``..`` have no name of their own
     for count in range(1, max((len(path.parts) for path in paths), default=1)):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(set(paths)):
@@ -128,12 +131,13 @@ def name_model(model: str) -> str:
     """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
+    # The hub's cache: …/models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"/models--([^/]+)/snapshots/", model)
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
 def name_pruned(report: Report) -> str:
-    """A name of the pruned model that says so."""
+    """A name of the pruned model for files of other programs."""
     return f"{name_model(report.model)}, pruned by {report.sparsity:.0%}"
 
 
@@ -146,16 +150,18 @@ def describe_legal(report: Report, family: str) -> str:
 
 
 def explain_uncut(report: Report, family: str) -> str:
-    """The reason why a family was not cut, or not further."""
+    """The reason why a family was not cut, or not further: the first that applies, the surest first."""
     settings, here = report.settings, report.families[family]
     legal = report.legal.get(family)
     narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
+    # It was cut: what set the width?
     if here["width"] < here["of"]:
         if settings.plan is not None or family in settings.widths:
             return "this width was given"
         if narrower == []:
             return "no narrower width is legal"
         return "the budget was met at this width"
+    # It is whole. The target may forbid a cut, the settings may, or the method chose so.
     if legal is not None and legal["refused"]:
         return str(legal["refused"])
     if narrower == []:
@@ -169,6 +175,7 @@ def explain_uncut(report: Report, family: str) -> str:
         return "not among the requested --families"
     if settings.only_layers is not None and here["layers"] == 1 and "." in family:
         return f"outside of the requested --layers {settings.layers}"
+    # A family of one group runs through all layers, like the hidden width. By default it is left whole.
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"
@@ -190,7 +197,7 @@ class Comparable:
 
     @property
     def rises(self) -> bool:
-        """Whether more is better: a perplexity is at least 1, a share at most 1."""
+        """Whether more is better. A report does not say so, but a perplexity is at least 1 and a share at most 1."""
         return bool(self.first.report.quality["dense"] <= 1)
 
 
@@ -211,7 +218,10 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
 
 
 def list_terms(run: Run) -> list[tuple[str, object]]:
-    """All values that must be equal in two runs to compare their quality, each with a description."""
+    """All values that must be equal in two runs to compare their quality, each with a description.
+
+    The dense model's own value is last: it differs, too, if any other does.
+    """
     report = run.report
     windows = report.data.get("evaluation", {}).get("inputs")
     return [

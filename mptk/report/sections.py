@@ -1,4 +1,7 @@
-"""sections: make views of a report, of timings, of a search, of a proof and of an estimate."""
+"""sections: the views of a report, of timings, of a search, of a proof and of an estimate.
+
+The terminal, the model card and the HTML page render the same views, so a figure is worded once, here.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,7 @@ def build_prune_view(
 
     ``texts``: as in ``Run``.
     """
+    # What a reader asks first comes first: what was cut, and how good is it? Sections without content are left out.
     found = [
         Section(CUT_TITLE, [build_width_table(report), build_cost_table(report)]),
         Section(QUALITY, describe_quality(report)),
@@ -73,6 +77,7 @@ def build_prune_view(
     if report.search:
         found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.search))))
     if report.splits:
+        # The method took the lowest loss, so the first row is the one that was taken.
         tried = sorted(report.splits.items(), key=lambda split: split[1])
         rows = [
             [Name(f"{widths} (taken)" if not row else widths), format_figure(loss)]
@@ -134,6 +139,7 @@ def build_cost_table(report: Report) -> Table:
 
 def describe_quality(report: Report) -> list[Table | str]:
     """Quality and size of each model."""
+    # A run that is stopped after publishing leaves a proven folder without quality.
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
         return ["Not measured, since the run was stopped earlier; run mptk eval."]
@@ -165,14 +171,14 @@ def list_further_figures(found: Row) -> list[str]:
 
 
 def _format_change(value: float | None, dense: float, shown: Callable[[float], str]) -> list[str]:
-    """A value, and its change from the dense model's in percent."""
+    """A value, and its change from the dense model's in percent; the dense model itself has none."""
     if value is None:
         return ["not measured", ""]
     return [shown(value), "" if value == dense or not dense else f"{value / dense - 1:+.1%}"]
 
 
 def build_proof_table(rows: Sequence[Row]) -> Table:
-    """Each stage's difference from the masked dense model, its tolerance, and why a tolerance was widened."""
+    """Each stage's difference, its tolerance, and why a tolerance was widened."""
     found = []
     for row in rows:
         said = ", ".join([row[key] for key in ("widened", "ran", "failure") if row.get(key)])
@@ -209,7 +215,7 @@ def describe_run(report: Report) -> list[Table | str]:
 
 
 def build_stage_table(report: Report) -> Table:
-    """The ten stages of the run that took longest."""
+    """The ten stages of the run that took longest: passes are stages, too, so there may be a hundred."""
     slowest = sorted(report.stages, key=lambda stage: -stage["seconds"])[:10]
     longest = max((stage["seconds"] for stage in slowest), default=0) or 1
     rows = [[Name(s["name"]), Share(f"{s['seconds']:.1f}", s["seconds"] / longest)] for s in slowest]
@@ -317,6 +323,7 @@ def build_shapes_view(found: Shapes) -> View:
 
 def describe_ranking(found: Shapes) -> list[Table | str]:
     """Each shape with its costs and its losses: the dense model, then the best first."""
+    # Columns appear only if any shape has their values: fitting, a latency, and each rung of training.
     front, fits, timed = found.front, found.best.reconstructed is not None, found.dense.latency_ms is not None
     tokens = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
     rows = []
@@ -341,6 +348,7 @@ def describe_ranking(found: Shapes) -> list[Table | str]:
 
 def build_estimate_view(found: Estimate) -> View:
     """Memory, disk space and time that a run needs, part by part."""
+    # Each part, then the sum of the parts, behind which a line ends the block. Disk space is shown even if it is none.
     rows: list[list[str]] = []
     ends = []
     for what, parts, said in (

@@ -1,6 +1,7 @@
 """view: a result as plain values for renderers: sections with tables and sentences.
 
-``sections`` and ``analysis`` make views. A console prints a view as it is; ``render_markdown`` and ``page/`` render it.
+``sections``, ``analysis`` and ``advice`` make views. A console prints a view as it is; ``render_markdown`` makes
+Markdown of it, and ``page/`` HTML.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from rich.text import Text
 
 from mptk.plain import escape_text
 
+# Kinds of text. They are strings, so a renderer that does not know a kind prints it all the same.
+
 
 class Name(str):
-    """Text that comes from a model, a file or a library. Markdown shows it as code."""
+    """Text that comes from a model, a file or a library. Markdown shows it as code, in which nothing is markup."""
 
 
 class Good(str):
@@ -93,6 +96,7 @@ def format_megabytes(size: float) -> str:
 
 def format_large(value: float) -> str:
     """``134.5 M``: three or four digits and a unit."""
+    # Thousands begin at 10,000: 1,234 is as short as 1.2 k and says more.
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == ' k' else size):.1f}{unit}"
@@ -145,11 +149,14 @@ def _make_text(said: str, style: str = "") -> Text:
 # ---- a view as Markdown ----
 
 
+# What Markdown could act on. ``www.`` and ``://`` begin links in GitHub's dialect without any brackets.
 _ACTS = re.compile(r"([\\`*_{}\[\]<>#|~&!@]|(?<=www)\.|:(?=//))")
 
 
 def format_code(said: object) -> str:
     """``said`` as a code span on one line, which cannot become markup or a link."""
+    # A span ends at a run of as many backticks as it began with, so the fence is a run that the text lacks. A space
+    # keeps a backtick at an end of the text apart from it.
     line = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
     runs = [len(run) for run in re.findall(r"`+", line)]
     fence = "`" * next(n for n in range(1, len(runs) + 2) if n not in runs)
@@ -182,4 +189,5 @@ def _render_table(table: Table) -> str:
 
 
 def _render_cell(said: str) -> str:
+    # A bar ends a cell even inside a code span.
     return format_code(said).replace("|", "\\|") if isinstance(said, Name) else render_text(said)

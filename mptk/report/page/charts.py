@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CELLS = 192
-"""Most columns in a map of units."""
+"""Most columns in a map of units: with more, cells are too thin to be seen."""
 STAGE_NAME = 26
 """Most characters of the name of a stage of the proof."""
 FAINT = 1e-10
-"""Position of a difference of zero on a scale of powers of ten."""
+"""Position of a difference of zero on a scale of powers of ten, which has no zero."""
 TRACES = (
     ("loss", ("loss", "lm", "kl")),
     ("cost", ("cost", "target")),
@@ -61,8 +61,9 @@ def draw_kept_chart(run: Run, name: str) -> Svg | None:
     shares = np.nanmean(kept, axis=1)
     if kept.shape[1] > CELLS:
         return None if np.ptp(shares) == 0 else _draw_shares_chart(run, name, shares)
+    # A picture, not bars: thousands of cells as shapes would be megabytes of SVG.
     image = np.zeros((*kept.shape, 4))
-    image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
+    image[..., :3] = (0.16, 0.47, 0.84)  # style sheets do not reach into a picture: a colour for white and for black
     image[..., 3] = np.nan_to_num(kept)
     tall = min(3.6, max(0.25, 0.09 * len(kept)))
 
@@ -110,6 +111,7 @@ def _collect_lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequenc
     for name in (n for key in keys for n in rows[0] if n == key or (key.endswith("/") and n.startswith(key))):
         family = run.report.families.get(name.removeprefix("width/"))
         dense = 1 if family is None or "/" not in name else family["of"]
+        # Metrics with the same curve (widths that are cut together) are one line with both names.
         values = [_read_metric(row.get(name)) / dense for row in rows]
         alike = next((names for names, other in found if np.allclose(values, other, rtol=1e-4, equal_nan=True)), None)
         if alike is not None:
@@ -155,7 +157,7 @@ def draw_proof_chart(run: Run) -> Svg:
         for row, stage in enumerate(proof):
             found, most = _read_metric(stage["relative"]), stage["tolerance"]
             colour = SERIES[0] if stage["ok"] else BAD
-            place = min(max(found, FAINT), 1e3) if found == found else 1e3
+            place = min(max(found, FAINT), 1e3) if found == found else 1e3  # not a number: at the far end
             axes.plot([FAINT, place], [row, row], color=colour, linewidth=1)
             axes.plot(place, row, "o" if found else "D", color=colour, markerfacecolor=colour if found else PAPER)
             if most:
@@ -202,7 +204,7 @@ def draw_bench_bars(axes: Axes, bench: Bench) -> None:
     for row in bench.rows:
         at, index = cases.index(row.case), graphs.index(row.graph)
         place = at + (index - (len(graphs) - 1) / 2) * tall
-        label = "_" if at else shorten_name(escape_text(row.graph))
+        label = "_" if at else shorten_name(escape_text(row.graph))  # matplotlib leaves "_" out of legends
         axes.barh(place, row.ratio, tall * 0.85, color=SERIES[index % len(SERIES)], label=label)
         axes.text(row.ratio + 0.02, place, f" {row.ms:.1f} ms", va="center", size=8.5)
         if index:
@@ -268,6 +270,7 @@ def draw_change_chart(found: Advice) -> Svg:
                 least, most = [100 * each.least for each in after], [100 * each.most for each in after]
                 axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
+        # Linear up to the tolerance, where the decision is; logarithmic above, where a ruined model may be at 10,000 %.
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
         axes.set_ylim(bottom=100 * find_lowest(found))
         axes.yaxis.set_major_formatter(format_percent)
@@ -359,6 +362,7 @@ def draw_front_chart(found: Shapes) -> Svg:
                 _scale_cost(shape),
                 (*_compute_figures(found, shape), _compute_figure(found, shape.loss)),
             )
+            # A ring for the loss before any training, a dot for the last, and a line between them.
             axes.plot([x, x], [first, last], color=SERIES[0], linewidth=1)
             axes.plot(x, first, "o", color=QUIET, markerfacecolor="none", markersize=6)
             if shape.rungs:
@@ -406,7 +410,7 @@ def _scale_cost(shape: Shape) -> float:
 
 
 def _list_drawn(found: Shapes) -> list[tuple[int, Shape]]:
-    """The shapes whose losses are finite, with their numbers."""
+    """The shapes whose losses are finite, with their numbers in the table."""
     return [(n, shape) for n, shape in enumerate(found.shapes, 1) if max(shape.stages) < WORST]
 
 

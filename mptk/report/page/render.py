@@ -1,4 +1,7 @@
-"""render: turn views into pages with charts. The template escapes every text; only ``Svg`` is inserted unchanged."""
+"""render: turn views into pages with charts. The template escapes every text; only ``Svg`` is inserted unchanged.
+
+A page is one file that loads nothing: styles and charts are in it, and its content policy forbids everything else.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A view on a page.
+    """A view on a page. A section of the view and its charts find each other by the section's title.
 
     ``figures``: title of a section → its charts. ``tiles``: label, value, and a note on it.
     """
@@ -82,10 +85,12 @@ def build_run_chapter(run: Run, name: str = "") -> Chapter:
     """
     try:
         view, drawn = sections.build_prune_view(run.report, run.bench, run.texts), draw_figures(run)
+        # Charts without a text of their own (kept units, training) get an empty section, after what was cut.
         cut, *others = view.sections
         drawings = [Section(title, []) for title in drawn if title not in {section.title for section in view.sections}]
         about = f"{run.name} · {run.report.task} · written by mptk {run.report.mptk}"
         return Chapter(View([cut, *drawings, *others], f"{name}{view.title}"), drawn, about, list_tiles(run))
+    # The types of a report's fields were checked when it was read, but rows are plain JSON to the code that draws them.
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise make_report_error(run.name, error) from error
 
@@ -137,7 +142,7 @@ def render_analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> s
     ``said``: the JSON of the analysis and the legal widths.
     """
     view, layer = build_analysis_view(said), choose_layer(analysis, legal)
-    if not layer.edges:
+    if not layer.edges:  # nothing can be cut, so there is nothing to draw
         return _fill_template([Chapter(view, {})])
     title = f"One layer: {layer.name or 'the whole model'}"
     caption = (
@@ -160,6 +165,7 @@ def render_shapes_page(found: Shapes) -> str:
 
 def render_advice_page(found: Advice) -> str:
     """One page about an advice."""
+    # Some charts need what not every advice has: logits for the agreement, more layers than one.
     view = build_advice_view(found)
     bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
     bars += "" if found.recovery is None else " Shaded: after training."
@@ -186,6 +192,8 @@ def draw_ranking_figures(found: Shapes) -> list[Figure]:
 
 
 def _fill_template(chapters: Sequence[Chapter]) -> str:
+    # ``finalize`` sees every value before it is escaped: HTML escapes markup, ``escape_text`` what acts on its reader.
+    # What has ``__html__`` was made here and is left alone.
     environment = Environment(
         loader=PackageLoader("mptk.report.page"),
         autoescape=True,

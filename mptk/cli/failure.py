@@ -26,8 +26,8 @@ from mptk.plain import escape_text
 from mptk.version import __version__
 
 FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
-"""Exit codes: an error that the user can fix; a wrong option, like click's own; a bug in mptk, EX_SOFTWARE of sysexits.h;
-and 128 + the signal's number, as a shell reports it: Ctrl-C, SIGTERM, SIGHUP."""
+"""Exit codes: an error that the user can fix; a wrong option, like click's own; a bug in mptk (EX_SOFTWARE of
+sysexits.h); and 128 + the signal's number, as a shell reports it: Ctrl-C, SIGTERM, SIGHUP."""
 LOGS_KEPT = 20
 """Number of logs of mptk's own bugs to keep."""
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name

@@ -116,9 +116,11 @@ def shapes(
     from mptk.run.checks import check_settings
     from mptk.run.minutes import fill_in
 
+    # As in `prune`: refuse before any work, by the settings as a run completes them.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
     check_settings(fill_in(settings))
+    # Without a folder a stopped search keeps nothing, so there is nothing to say about it.
     with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:

@@ -199,7 +199,7 @@ def _is_published(folder: Path, began: float) -> bool:
 
 
 def _list_stages(folder: Path) -> list[Path]:
-    """What an unfinished run keeps (``mptk/protocols/run_folder.py``, which imports torch, so not from there)."""
+    """What an unfinished run keeps. Its own module (``mptk/protocols/run_folder.py``) would import torch."""
     return list(folder.with_name(f"{folder.name}.run").glob("*.safetensors"))
 
 

@@ -87,6 +87,7 @@ def rerun(
             on_stage=make_pass_printer(),
             **collect_values(settings, "rerun"),
         )
+    # Of several processes only the first has rows. The table comes before the error, which names only what differs.
     if found is not None:
         show_result(
             json_file,

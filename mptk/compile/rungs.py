@@ -68,5 +68,5 @@ def _open_weights(folder: Path) -> Weights:
 
 
 def _has_weights(name: str) -> bool:
-    """Whether a file holds weights of the folder's checkpoint. FLAP's biases and the proof's inputs are not weights."""
+    """Whether a file holds weights of the folder's checkpoint, unlike FLAP's biases and the proof's inputs."""
     return "/" not in name and name.endswith(".safetensors") and name != COMPENSATION

@@ -212,7 +212,6 @@ def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, u
 
 
 def _has_zero_parameters(program: Program) -> bool:
-    """Whether some parameters are all zero and others are not."""
     state = program.state
     return {bool(state[n].any()) for n in program.parameters if state.like(n).is_floating_point()} == {True, False}
 

@@ -141,6 +141,8 @@ def check_samples(samples: Samples, folder: Path, program: Program, example: Sam
 
     ``program``: the dense one.
     """
+    # The samples are a file of the folder: too few or too short ones would make the proof blind, and ids outside the
+    # vocabulary would end it with an index error.
     fault = _make_inputs_error(folder)
     nodes = (node for node in program.list_placeholders() if node.name in program.user_inputs)
     for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):

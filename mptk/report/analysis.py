@@ -44,6 +44,7 @@ def build_analysis_json(
 
 
 def _convert_family(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, object]:
+    # A unit is what one step of the width removes in one layer, with its weights in all matrices of the group.
     name = family.name
     return {
         "name": name,

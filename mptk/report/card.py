@@ -42,6 +42,7 @@ def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
 
     ``compiled``: None for a module's graph whose dense module is not in memory.
     """
+    # What is said follows from the files in the folder: a graph that was left out has no section.
     graphs = sorted((folder / "onnx").glob("*.onnx"))
     environment = Environment(  # no autoescape, which is for HTML: names go through the filter ``code``
         loader=PackageLoader("mptk.report"),

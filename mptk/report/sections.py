@@ -229,6 +229,7 @@ def build_bench_view(bench: Bench) -> View:
 
 def describe_timings(bench: Bench) -> list[Table | str]:
     """Each graph in each case, the size of each graph, and the machine's peaks."""
+    # The timings; then how large each graph is on disk and in memory.
     rows = [
         [
             str(row.case),
@@ -246,6 +247,7 @@ def describe_timings(bench: Bench) -> list[Table | str]:
     sizes = [
         [Name(graph.name), format_megabytes(graph.bytes), format_megabytes(graph.memory)] for graph in bench.graphs
     ]
+    # The machine: its peaks, of which a row says what share a graph reached, and what ran on it.
     peaks = [
         f"{format_count(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
         f"{peak.bandwidth / 1e9:.1f} GB/s read"

@@ -72,7 +72,7 @@ def draw_kept_chart(run: Run, name: str) -> Svg | None:
         axes.set_xlabel("unit")
         axes.set_ylabel("layer" if len(kept) > 1 else "")
         axes.locator_params(integer=True)
-        if len(kept) == 1:
+        if len(kept) == 1:  # a family of one group has no layers to number
             axes.set_yticks([])
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
@@ -151,6 +151,7 @@ def draw_proof_chart(run: Run) -> Svg:
     proof = run.report.proof
 
     def draw(axes: Axes) -> None:
+        # A row for each stage, the first at the top.
         axes.set_yticks(range(len(proof)), [shorten_name(stage["stage"], STAGE_NAME) for stage in proof])
         axes.set_ylim(len(proof) - 0.4, -0.6)
         axes.set_xscale("log")
@@ -162,7 +163,7 @@ def draw_proof_chart(run: Run) -> Svg:
             axes.plot(place, row, "o" if found else "D", color=colour, markerfacecolor=colour if found else PAPER)
             if most:
                 axes.plot(most, row, "|", color=INK, markersize=11, markeredgewidth=1.6)
-        axes.set_xlim(FAINT / 3, None)
+        axes.set_xlim(FAINT / 3, None)  # room for a diamond at 0
         axes.locator_params(axis="x", numticks=7)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.set_xlabel("relative difference")
@@ -198,6 +199,7 @@ def compute_bench_height(bench: Bench) -> float:
 
 def draw_bench_bars(axes: Axes, bench: Bench) -> None:
     """Draw a bar for each graph in each case: its time relative to the first graph's. A mark is the ideal."""
+    # A group of bars for each case. The first graph's bar is 1 everywhere, and the others are to be read against it.
     cases = list(dict.fromkeys(row.case for row in bench.rows))
     graphs = [graph.name for graph in bench.graphs]
     tall = 0.8 / len(graphs)
@@ -243,7 +245,7 @@ def draw_pareto_chart(group: Comparable) -> Svg:
 
 
 def shorten_name(name: str, most: int = 24) -> str:
-    """A name that fits a legend: its end, which distinguishes paths."""
+    """A name that fits a legend: its end, in which paths differ."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 

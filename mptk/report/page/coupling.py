@@ -214,6 +214,7 @@ def break_name(name: str) -> str:
 
 def draw_coupling_chart(layer: Layer) -> Svg:
     """Draw the layer from top to bottom: modules as white boxes, families as coloured ones, and the edges."""
+    # Where everything is, in inches. A row of many modules (an image encoder's) makes the chart wider than a page's.
     graph = build_flow(layer)
     rows = order_rows(graph)
     wide = max(WIDTH - 0.1, APART * max(map(len, rows)))
@@ -223,6 +224,7 @@ def draw_coupling_chart(layer: Layer) -> Svg:
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(layer.units)}
 
     def draw(axes: Axes) -> None:
+        # Edges first, under the boxes: from the bottom of a node to the top of the one below.
         for one, other, edge in graph.edges(data=True):
             (x0, y0), (x1, y1) = _find_port(one, place, -1), _find_port(other, place, 1)
             axes.plot([x0, x1], [y0, y1], STYLES[edge["how"]], color=colours[edge["family"]], linewidth=1.6, zorder=1)
@@ -232,7 +234,7 @@ def draw_coupling_chart(layer: Layer) -> Svg:
                 _draw_module(axes, break_name(named[name]), x, y, sides)
             else:
                 _draw_family(axes, layer, kind, name, x, y, colours[name])
-        for how, style in STYLES.items():
+        for how, style in STYLES.items():  # empty lines: only for the legend
             axes.plot([], [], style, color=INK, label=how)
         axes.figure.legend(loc="outside lower left", ncols=3, handlelength=2.4, columnspacing=1.2, fontsize=8.5)
         axes.set_xlim(0, wide)

@@ -70,7 +70,7 @@ def guard_arguments(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(*args, **kwargs).arguments
-        # ``**settings`` have no annotation of their own: they are checked when they become ``Settings``.
+        # Not ``**keywords``: they are checked when they become ``Settings``.
         kinds = {name: signature.parameters[name].kind for name in given}
         check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
         with TURN.taken():

@@ -53,7 +53,7 @@ class PlainConsole(Console):
         return super().render_str(escape_text(text), **options)
 
     # Text objects go around ``render_str``. Segments are the last that rich makes before it writes; the ones with
-    # ``control`` are its own (colours, cursor movements of bars).
+    # ``control`` are its own (movements of the cursor, for bars).
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
             renderable = self._escape_controls(renderable)

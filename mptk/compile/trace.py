@@ -61,14 +61,22 @@ def trace_loaded(
     if not isinstance(loaded.model, PreTrainedModel):
         program = trace_module(loaded, example)
     else:
-        sizes = (0,) if _holds_one_size(loaded, example, like) else task.open_sizes(example)
+        # Only the batch stays open if the samples have the example's sizes. Not with token ids, as the proof runs other
+        # lengths than the run.
+        same = like is not None and not any(map(is_tokens, example.tensors)) and has_same_sizes(example, like)
+        sizes = (0,) if same else task.open_sizes(example)
         program = _trace(loaded, task, example, sizes)
-        # A program with an open batch in some inputs and a fixed one in others fits no other batch: fix it in all.
-        if isinstance(sizes, Mapping) and _has_fixed_batches(program):
+        # A loop over the images fixes the batch of some inputs. Such a program fits no other batch: fix it in all.
+        if isinstance(sizes, Mapping) and len({isinstance(dims[0], int) for _, dims in program.sizes.inputs}) > 1:
             program = _trace(loaded, task, example, {name: tuple({*dims} - {0}) for name, dims in sizes.items()})
     # The class fixed the length after all: trace again, for the length in which the run reads its text.
     if task.find_fixed_length(program) is not None:
-        _check_one_input(loaded, example, program)
+        if len(example.inputs) > 1:  # ``of_length`` changes only token ids
+            raise MptkError(
+                f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
+                "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
+                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+            )
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
     # The program must give the same outputs twice, and they must be the ones that the task expects.
@@ -91,16 +99,6 @@ def trace_loaded(
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
         program = compare_if_it_fits(program, loaded, example)
     return program
-
-
-def _check_one_input(loaded: Loaded, example: Samples, program: Program) -> None:
-    """Raise MptkError for a program of one length with several inputs: ``of_length`` changes only token ids."""
-    if len(example.inputs) > 1:
-        raise MptkError(
-            f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
-            "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
-            "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
-        )
 
 
 def describe_fixed_sizes(prepared: Prepared) -> str:
@@ -160,16 +158,6 @@ def describe_one_length(prepared: Prepared) -> str:
     )
 
 
-def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> bool:
-    """Whether a trace of a transformers model may fix the sizes of its example: the samples have the same.
-
-    Token ids stay open: the proof runs other lengths than the run.
-    """
-    if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
-        return False
-    return has_same_sizes(example, like)
-
-
 def has_same_sizes(samples: Samples, others: Samples) -> bool:
     """Whether the inputs of two sets of samples have the same sizes, except the number of samples."""
     first, second = ({n: x.shape[1:] for n, x in each.inputs.items()} for each in (samples, others))
@@ -185,12 +173,6 @@ def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> 
     wrap = task.choose_wrapper(loaded.model, example)
     found = passes.frontend.trace.trace_to_program(loaded.model, example.inputs, dynamic=dynamic, wrap=wrap)
     return loaded.with_weights(found)
-
-
-def _has_fixed_batches(program: Program) -> bool:
-    """Whether the code fixed the number of samples in some inputs only, like a loop over the images."""
-    fixed = {isinstance(sizes[0], int) for _, sizes in program.sizes.inputs}
-    return len(fixed) > 1
 
 
 def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:

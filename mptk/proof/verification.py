@@ -298,16 +298,13 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         known |= {name for name in found if name.startswith(f"{RUNGS}/")}
     if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
         known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
-    known |= {each.name for each in list_notices(dense) if _is_same_file(each, folder / each.name)}
+    copies = ((each, folder / each.name) for each in list_notices(dense))
+    known |= {each.name for each, copy in copies if copy.is_file() and hash_file(each) == hash_file(copy)}
     if more := sorted(set(found) - known):
         raise ProofError(
             f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
             "the model again"
         )
-
-
-def _is_same_file(one: Path, other: Path) -> bool:
-    return other.is_file() and hash_file(one) == hash_file(other)
 
 
 def _check_once(folder: Path, name: str) -> None:

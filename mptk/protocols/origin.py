@@ -1,7 +1,7 @@
 """origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins.
 
 A run takes hours, and reads its model and its data again and again. A file that changes meanwhile would give a result
-that is of neither the old inputs nor the new ones, and no stage of the proof could notice.
+that is of neither the old inputs nor the new ones, and the proof need not notice.
 """
 
 from __future__ import annotations

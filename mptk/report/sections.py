@@ -215,7 +215,7 @@ def describe_run(report: Report) -> list[Table | str]:
 
 
 def build_stage_table(report: Report) -> Table:
-    """The ten stages of the run that took longest: passes are stages, too, so there may be a hundred."""
+    """The ten stages of the run that took longest: passes are stages, too, so there may be dozens."""
     slowest = sorted(report.stages, key=lambda stage: -stage["seconds"])[:10]
     longest = max((stage["seconds"] for stage in slowest), default=0) or 1
     rows = [[Name(s["name"]), Share(f"{s['seconds']:.1f}", s["seconds"] / longest)] for s in slowest]

@@ -69,7 +69,8 @@ class View:
     title: str = ""
 
     def __rich__(self) -> RenderableType:
-        return render_view(self)
+        title = [_make_text(self.title, "bold")] if self.title else []
+        return Group(*title, *(part for section in self.sections for part in _render_section(section)))
 
 
 # ---- figures and lists as people read them ----
@@ -119,12 +120,6 @@ def format_ranges(widths: Sequence[int]) -> str:
 
 
 # ---- a view on a terminal ----
-
-
-def render_view(view: View) -> Group:
-    """The sections in order, as tables and lines of text."""
-    title = [_make_text(view.title, "bold")] if view.title else []
-    return Group(*title, *(part for section in view.sections for part in _render_section(section)))
 
 
 def _render_section(section: Section) -> list[RenderableType]:

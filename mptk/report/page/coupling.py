@@ -214,7 +214,7 @@ def break_name(name: str) -> str:
 
 def draw_coupling_chart(layer: Layer) -> Svg:
     """Draw the layer from top to bottom: modules as white boxes, families as coloured ones, and the edges."""
-    # Where everything is, in inches. A row of many modules (an image encoder's) makes the chart wider than a page's.
+    # Where everything is, in inches. A row of many modules makes the chart wider.
     graph = build_flow(layer)
     rows = order_rows(graph)
     wide = max(WIDTH - 0.1, APART * max(map(len, rows)))

@@ -19,6 +19,7 @@ def load_plugins(group: str) -> Mapping[str, Any]:
     Raises:
         MptkError: a package's entry point cannot be imported.
     """
+    # A plugin that fails names its package: the user has to repair or remove that, not mptk.
     found = {}
     for entry in entry_points(group=group):
         try:

@@ -80,15 +80,12 @@ Damaged = Callable[[str], MptkError]
 
 
 def make_damage_error(file: Path, remedy: str = "download or export the model again") -> Damaged:
-    """The error of a file, for what is wrong with it."""
+    """A function that makes the error for a file of what is wrong with it."""
     return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file.
-
-    Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``.
-    """
+    """The bytes of a regular file. Raises ``damaged`` for any other, or if it cannot be read or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             # Of the open file, not of its name: the name may lead elsewhere a moment later.

@@ -159,11 +159,7 @@ def show_result(json_file: Path | None, content: object, view: RenderableType) -
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named.
-
-    Raises:
-        MptkError: a name is not UTF-8 text.
-    """
+    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named."""
     tidy_shared()
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:

@@ -109,6 +109,7 @@ def recover(
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
+    # As in ``prune``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
     if estimate:

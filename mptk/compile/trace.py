@@ -181,6 +181,7 @@ def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, u
     Zeros would equal the outputs of any cut, and the proof would see nothing. ``untrained``: outputs may be zero
     because some parameters are, like the head of a new vision transformer; the proof has a stage for that.
     """
+    # Not finite: the first weight that is not says where to look.
     if not all(output.isfinite().all() for output in outputs):
         weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
         name = next((name for name in weights if not program.state[name].isfinite().all()), None)
@@ -214,11 +215,7 @@ def compare_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Pr
 
 
 def trace_module(loaded: Loaded, example: Samples) -> Program:
-    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible.
-
-    Raises:
-        MptkError: no trace equals the module.
-    """
+    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible."""
     causes: list[MptkError] = []
     dynamic: bool | tuple[int, ...]
     # All sizes open, then only the batch size, then none. The first cause explains why a size is fixed.

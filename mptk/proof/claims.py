@@ -39,11 +39,7 @@ LATER = "bench.json"
 
 
 def check_files(report: Report, folder: Path) -> None:
-    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint.
-
-    Raises:
-        MptkError: a claim is wrong, or a named file is missing.
-    """
+    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint."""
     # The files that the report names, and no others.
     there = list_files(folder)
     missing = sorted(set(report.files) - set(there))
@@ -86,9 +82,6 @@ def check_numbers(
 
     ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``analysis``: of the
     model after its ``conversions``.
-
-    Raises:
-        MptkError: a claim contradicts the plan or the dense model.
     """
     # Plan, widths, costs.
     _require("plan_sha256", report.plan_sha256, plan.digest)

@@ -48,7 +48,7 @@ SAME = 1e-5
 
 
 def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "auto") -> GgufFolder:
-    """What the GGUF file of a pruned folder holds. ``like``: the dense model's GGUF file, or its packaged alias.
+    """What a pruned folder's GGUF file must hold. ``like``: the dense model's GGUF file, or its packaged alias.
 
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; or llama.cpp cannot compute

@@ -143,7 +143,7 @@ def prove_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference]
         except ProofError as error:
             if whole:
                 raise
-            extra.remove()
+            extra.remove()  # without it the folder is whole and proven
             notes.append(describe_left_out(extra.name, error))
         else:
             found += differences
@@ -197,6 +197,7 @@ def make_proof_batches(samples: Samples, length: int = 0, sequences: bool = True
     if length <= _measure_length(first):
         return [first, first[:1]]
 
+    # The samples' own tokens, one after another and again from the first: real text, longer than any of the samples.
     def longer(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
@@ -271,6 +272,7 @@ def prove_further(compiled: Compiled, written: Mapping[str, Further], cases: Map
         runs = {f"{name} {case}": each for name, each in written.items() if each.takes(samples)}
         if not runs:
             continue
+        # The dense model anew, for these inputs; its weights with the choice's changes; the same cut as masks.
         program = trace_as_example(prepared.loaded, prepared.task, samples)
         analysis = group.analyze_program(program.with_state(compiled.analysis.program.collect_module_state()))
         masked = mask(analysis, transfer_cut(compiled.chosen.cut, compiled.analysis, analysis))
@@ -392,7 +394,7 @@ def run_backward(program: Program, trained: list[str], samples: Samples) -> Mapp
     with torch.enable_grad():
         outputs = [t for t in tree_leaves(program.with_state(leaves)(*samples.tensors)) if isinstance(t, Tensor)]
         generator = torch.Generator().manual_seed(0)
-        losses = [
+        losses = [  # ``.real``: a complex output has no loss of its own
             (output * torch.randn(output.shape, generator=generator)).real.sum()
             for output in outputs
             if output.requires_grad

@@ -34,7 +34,7 @@ SAME_RESULT = 1e-6
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the module at ``path``: its tensors."""
+    """A call of the module at ``path``: the tensors in its arguments and in its result."""
 
     path: str
     given: list[Tensor]

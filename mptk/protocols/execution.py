@@ -69,6 +69,7 @@ def find_session_device(name: str) -> torch.device:
         MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
     """
     device = find_device(name)
+    # The CPU's provider is the last of the list, so it is first only if there is none for this device.
     if device.type == "cpu" or list_providers(device)[0][0] != HOST:
         return device
     if name != "auto":

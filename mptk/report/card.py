@@ -130,11 +130,12 @@ def build_size_table(report: Report, folder: Path, graphs: Sequence[Path]) -> Ta
 
 def describe_loading(compiled: Compiled | None, folder: Path) -> dict[str, object]:
     """What loads a folder: a ``library``, its class of the model (``auto``), and its class of what makes inputs."""
+    # What makes inputs: a processor, if there is one, includes the tokenizer.
     other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     text = (folder / "tokenizer_config.json").is_file()
     trusts = any(folder.glob("*.py"))
     stock = None if compiled is None or compiled.written is None else compiled.written.stock
-    whole = (folder / PIPELINE).is_file()
+    whole = (folder / PIPELINE).is_file()  # of diffusers: the pipeline around the model that was cut
     return {
         "library": name_library(compiled),
         "auto": None if stock is None else "DiffusionPipeline" if whole else name_auto_class(stock),

@@ -112,6 +112,7 @@ def build_width_table(report: Report) -> Table:
         ]
         for name, row in report.families.items()
     ]
+    # Conversions before the cut have widths, too, but no legal ones: the user gave the number.
     for name, row in (("vocabulary", report.vocabulary), ("KV heads, merged", report.kv_heads)):
         if row:
             rows.append([name, "", _format_width(row, "kept"), "", ""])
@@ -300,6 +301,7 @@ def describe_group(group: Comparable) -> list[Table | str]:
     ]
     size, metric = format_megabytes(first.cost["dense"]["bytes"]), first.quality["metric"]
     rows.append(["dense", "", "", f"{0:.1%}", size, format_figure(first.quality["dense"]), ""])
+    # A front needs at least two runs. How a group differs from the first says why it has a table of its own.
     columns = ["run", "method", "steps", "removed", "size", Name(metric), "widths"]
     apart = [f"Not comparable with the first group: {group.apart}."] if group.apart else []
     star = ["★ Pareto-optimal: no other run of this table removes as much and is as good"] if several else []

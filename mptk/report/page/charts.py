@@ -132,6 +132,7 @@ def draw_trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) ->
 
     def draw(axes: Axes) -> None:
         for number, (names, values) in enumerate(lines):
+            # Colours and dashes have other periods, so 12 lines differ, and some also without colours.
             colour, style = SERIES[number % len(SERIES)], ("-", "--", "-.", ":")[number % 4]
             label = ", ".join(shorten_name(name.removeprefix("width/")) for name in names)
             axes.plot(steps, values, style, color=colour, label=label, marker="o" if len(steps) == 1 else "")
@@ -227,10 +228,12 @@ def draw_pareto_chart(group: Comparable) -> Svg:
 
     def draw(axes: Axes) -> None:
         if len(group.runs) > 1:
+            # The front begins at the dense model, which removes nothing.
             line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
             axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
         axes.plot(0, dense, "D", color=INK, label=f"dense {name_model(group.first.report.model)}"[:44])
         for number, run in enumerate(group.runs):
+            # Another marker once all colours are used.
             colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
             x, y = 100 * run.report.sparsity, run.report.quality["pruned"]
             label = f"{shorten_name(run.name)} ({run.report.settings.method})"

@@ -78,11 +78,7 @@ def build_comparison_chapter(runs: Sequence[Run]) -> Chapter:
 
 
 def build_run_chapter(run: Run, name: str = "") -> Chapter:
-    """The text and the charts of one run. ``name``: the beginning of its title.
-
-    Raises:
-        MptkError: its report is damaged or was changed.
-    """
+    """The text and the charts of one run. ``name``: the beginning of its title."""
     try:
         view, drawn = sections.build_prune_view(run.report, run.bench, run.texts), draw_figures(run)
         # Charts without a text of their own (kept units, training) get an empty section, after what was cut.

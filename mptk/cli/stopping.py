@@ -56,12 +56,11 @@ STOPPED = _Stopped()
 def catch_signals() -> Iterator[None]:
     """Raise an exception for each signal of ``KINDS``, unless the process was started with that signal ignored.
 
-    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again. A
-    library may take it for an error of its own, so nothing is logged after a signal.
+    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Libraries log the exception as an error of their own, or retry: the user wants silence now.
+        # A library may take the exception for an error of its own, and would log it.
         logging.disable()
         raise STOPPED.note(KINDS[number]())
 

@@ -72,7 +72,7 @@ class SampleSets:
 
 def shorten_samples(samples: Samples, sequences: bool) -> Samples:
     """The proof's short batch of ``samples``, repeated if they are few. ``sequences``: as in their task."""
-    # Only sequences may be cut: the length of other inputs is their meaning, like the length of a sound.
+    # Only sequences may be cut: a model may take other inputs in one length only.
     count, length = PROOF_SHAPE
     found = samples.shorten(count, length if sequences else sys.maxsize)
     if len(found) == count or samples.together is not None:

@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk import rewrite
-from mptk.cli.parse import parse_width
+from mptk.cli.options import parse_width
 from mptk.cost.model import CostModel
 from mptk.io import data, models
 from mptk.ir.families import Analysis

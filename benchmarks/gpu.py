@@ -28,7 +28,7 @@ import typer
 
 from benchmarks.common import result_header, write_result
 from benchmarks.scale import Bench, Row, measured, rows_in
-from mptk.cli.parse import parse_size
+from mptk.cli.options import parse_size
 
 PACKAGED = "smollm2-135m"
 JOBS = ("wanda", "taylor", "masks", "recovery", "proof")

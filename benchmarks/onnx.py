@@ -28,9 +28,9 @@ from benchmarks.common import result_header, write_result
 from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk.io import models
 from mptk.ort.bench import Bench, bench_graphs
-from mptk.report.markdown import render_markdown
 from mptk.report.page.charts import write_bench_plot
 from mptk.report.sections import build_bench_view
+from mptk.report.view import render_markdown
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 

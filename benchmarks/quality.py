@@ -38,7 +38,7 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
-from mptk.cli.parse import parse_width
+from mptk.cli.options import parse_width
 from mptk.config.learning import Learning, Training
 from mptk.cost.estimate import measure_machine
 from mptk.io import data, models

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mptk.protocols.report import Report as Report
     from mptk.version import __version__ as __version__
 
+# The imports above are only for type checkers and editors: at run time ``__getattr__`` finds the same names here.
 _HOMES = {
     "mptk.api.advice": ("advise", "shapes"),
     "mptk.api.compiler": ("analyze", "rewrite", "rule", "show", "trace"),
@@ -63,6 +64,7 @@ _HOMES = {
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 
+# Before anything imports transformers: a broken package that it tries would end every run.
 watch_imports()
 
 
@@ -72,7 +74,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
     try:
         return getattr(import_module(next(module for module, names in _HOMES.items() if name in names)), name)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # an OSError: a shared library that ctypes cannot load
         raise find_broken_package(error) or error from error
 
 

@@ -20,6 +20,7 @@ from mptk.errors import MptkError, find_removed, removed_meanwhile
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
 IN_WORDS: dict[object, str] = {
     bool: "True or False",
     int: "a whole number",
@@ -29,25 +30,27 @@ IN_WORDS: dict[object, str] = {
     types.NoneType: "None",
     None: "None",
 }
+"""A type → how a message names it."""
 
 
 class Turn:
-    """Held by the public call that runs; a call of another thread waits, and calls within a call go on.
+    """A lock that each public call holds: calls of other threads wait, calls inside the call do not.
 
-    A trace of torch, a model that transformers loads and a default type are one state of the process: two calls at once
+    torch's tracer, transformers' loader and torch's default dtype are state of the whole process. Two calls at once
     fail in torch.export, and leave transformers unable to load anything.
     """
 
     def __init__(self) -> None:
         self._renew()
-        os.register_at_fork(after_in_child=self._renew)  # the thread that held it is not in the child
+        # The thread that holds the lock does not exist in a forked child, so nobody would release it there.
+        os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # reentrant: public functions call each other
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Wait for the turn, and hold it within."""
+        """Hold the lock within a ``with`` block."""
         with self._lock:
             yield
 
@@ -76,17 +79,17 @@ def guard_call(function: Callable[..., object], args: Sequence[object], kwargs: 
     """
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     _, parameters = _read_annotations(function)
-    several = inspect.Parameter.VAR_KEYWORD
+    several = inspect.Parameter.VAR_KEYWORD  # they are checked when they become ``Settings``
     check_arguments(function, {name: v for name, v in given.items() if parameters[name].kind is not several})
     with TURN.taken():
         try:
             yield
-        except OSError as error:
+        except OSError as error:  # the two kinds that any call may meet, wherever it writes
             raise _shorten_error(error) or error from error.__cause__
 
 
 def _shorten_error(error: OSError) -> MptkError | None:
-    """The message for a name that is too long, or a temporary folder that somebody removed; None for other errors."""
+    """The message for a name that is too long, or a removed temporary folder; None for other errors."""
     if error.filename is None:
         return None
     if error.errno == errno.ENAMETOOLONG:
@@ -107,16 +110,16 @@ def check_arguments(function: Callable[..., object], given: Mapping[str, object]
 
 @functools.cache
 def _read_annotations(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
-    """The types and the parameters of a function."""
     return get_type_hints(function), inspect.signature(function).parameters
 
 
 def _find_fault(value: object, hint: object, name: str) -> str | None:
-    """What is wrong with an argument and what to give instead; None if it is of its type."""
+    """What is wrong with an argument, and what to give instead; None if it has its type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return None
     if origin in (Union, types.UnionType):
+        # If one member of the union fits but for an item in it, the fault of that item says more than the union's.
         each = [_find_fault(value, one, name) for one in arguments]
         inner = (wrong for wrong in each if wrong is not None and wrong.startswith(f"{name}."))
         return None if None in each else next(inner, _describe_fault(value, hint, name))
@@ -124,6 +127,7 @@ def _find_fault(value: object, hint: object, name: str) -> str | None:
         return None if value in arguments else _describe_fault(value, hint, name)
     if not _is_a(value, origin or hint):
         return _describe_fault(value, hint, name)
+    # The value has the outer type; look at its items. Other iterables are not looked at: that could use them up.
     if isinstance(value, Mapping) and len(arguments) == 2:
         return next(filter(None, (_find_fault(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
     if isinstance(value, list | tuple) and arguments:
@@ -139,9 +143,9 @@ def _is_a(value: object, kind: Any) -> bool:
         return callable(value)
     if kind in (Sequence, Iterable) and isinstance(value, str | bytes | bytearray):
         return False
-    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set is read by number
+    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set has no __iter__: it is read by number
         return True
-    if isinstance(value, bool) and kind in (int, float):
+    if isinstance(value, bool) and kind in (int, float):  # a bool is an int in Python
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
@@ -153,7 +157,6 @@ def _describe_fault(value: object, hint: object, name: str) -> str:
 
 
 def _name_type(hint: object) -> str:
-    """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         *most, last = dict.fromkeys(_name_type(one) for one in arguments)

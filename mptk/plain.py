@@ -2,7 +2,7 @@
 
 Names of models, paths, data, reports and libraries' messages go through ``escape_text`` before they are shown.
 ``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
-``mptk/report/markdown.py`` does the same for Markdown.
+``mptk/report/view.py`` does the same for Markdown.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import unicodedata
 
 _KEPT = "\n\t"
+# Marks that change the writing direction: they are "Cf" like harmless ones, so they are named one by one.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _WRITTEN_OUT = ("Cc", "Cs", "Zl", "Zp")
-"""Categories of Unicode: control characters (escape sequences begin with one), halves of a pair, line separators."""
+"""Unicode categories: control characters, with which escape sequences begin; halves of surrogate pairs, which cannot be
+written as UTF-8; line and paragraph separators."""
 
 
 def escape_text(text: str, *, lines: bool = True) -> str:

@@ -23,12 +23,13 @@ def show_nothing(stage: str, done: int, total: int, figures: str = "", /) -> Non
     """A Progress that shows nothing."""
 
 
+# A context variable, and not an argument: passes call each other through code that knows nothing of progress.
 _STAGE: ContextVar[tuple[Progress, str]] = ContextVar("stage", default=(show_nothing, ""))
 
 
 @contextmanager
 def enter_stage(progress: Progress, stage: str) -> Iterator[None]:
-    """Make ``step`` and ``step_through`` report on this stage, so that passes need no argument for it."""
+    """Make ``step`` and ``step_through`` report on this stage within a ``with`` block."""
     token = _STAGE.set((progress, stage))
     try:
         yield

@@ -21,13 +21,14 @@ Json = dict[str, Any]
 """An object of a JSON file."""
 KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
 LONGEST = 80
-"""Letters of a value or of a name in a message."""
+"""Most letters of a value or a name in a message: a file of others may hold a megabyte in one string."""
 
 
 def make_typed(kind: type[Made], values: object, where: str = "") -> Made:
-    """Make a dataclass or a typed dict of values read from JSON. A dataclass ignores names that it lacks.
+    """A dataclass or a typed dict of values that were read from JSON. A dataclass ignores names that it lacks.
 
     No value is converted (``"3"`` is not a number, ``true`` not an integer), but an int may stand for a float.
+    ``where``: the place of ``values`` in the file, for messages.
 
     Raises:
         ValueError: a field is missing or not of its type; the message names it.
@@ -36,6 +37,7 @@ def make_typed(kind: type[Made], values: object, where: str = "") -> Made:
 
     try:
         held = _make_model(kind)  # type: ignore[arg-type]
+        # Through JSON text: pydantic's strict mode then takes a list for a tuple, as JSON has only lists.
         found = held.model_validate_json(json.dumps({"content": values}, default=asdict))
     except ValidationError as error:
         raise ValueError(_describe_error(error.errors()[0], where)) from error
@@ -43,16 +45,16 @@ def make_typed(kind: type[Made], values: object, where: str = "") -> Made:
     return content
 
 
-@functools.cache
+@functools.cache  # building one takes longer than using it
 def _make_model(kind: Any) -> type[BaseModel]:
-    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's rules."""
+    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's config."""
     from pydantic import ConfigDict, create_model
 
     return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
 def _describe_error(error: Mapping[str, Any], where: str) -> str:
-    """Say in mptk's words what pydantic's ``error`` describes."""
+    """pydantic's ``error`` in mptk's words. The path begins with ``content``, the field of ``_make_model``."""
     place = ".".join(shorten_text(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]
     if kind in ("missing", "extra_forbidden"):
@@ -72,26 +74,24 @@ def shorten_text(text: str, most: int = LONGEST) -> str:
 MOST_BYTES = 1 << 26
 """Largest JSON file that is read, in bytes: a large model's report or plan has a hundredth of it."""
 MOST_DEPTH = 64
-"""Deepest nesting of objects and lists."""
+"""Deepest nesting of objects and lists: code that walks a file may recurse without a check of its own."""
 Damaged = Callable[[str], MptkError]
 """Text that says what is wrong with a file → the error to raise."""
 
 
 def make_damage_error(file: Path, remedy: str = "download or export the model again") -> Damaged:
-    """The error of a file, for what is wrong with it."""
+    """A function that makes the error for a file of what is wrong with it."""
     return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file.
-
-    Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``.
-    """
+    """The bytes of a regular file. Raises ``damaged`` for any other, or if it cannot be read or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
+            # Of the open file, not of its name: the name may lead elsewhere a moment later.
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise damaged("it is not a regular file")
-            content = file.read(most + 1)
+            content = file.read(most + 1)  # its size may lie, as in /proc, or grow
     except OSError as error:
         raise damaged(str(error.strerror or error)) from error
     except ValueError as error:  # a null character in the name
@@ -133,7 +133,7 @@ def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
 def parse_json(text: str, damaged: Damaged) -> Any:
     """``text`` as JSON, within the same bounds."""
     try:
-        content = json.loads(text, parse_constant=_refuse_number)
+        content = json.loads(text, parse_constant=_refuse_number)  # Python's parser takes NaN and Infinity otherwise
     except json.JSONDecodeError as error:
         raise damaged(f"it is not JSON (line {error.lineno}: {error.msg})") from error
     except ValueError as error:  # NaN, or an integer of more digits than Python reads
@@ -142,13 +142,13 @@ def parse_json(text: str, damaged: Damaged) -> Any:
         raise damaged("it is nested too deep") from error
     if _measure_depth(content) > MOST_DEPTH:
         raise damaged("it is nested too deep")
+    # Half of a surrogate pair can only be written as an escape (\ud800), and fails much later, when it is printed.
     if "\\ud" in text.lower() and not _is_text(content):
         raise damaged("it has half of a surrogate pair")
     return content
 
 
 def _is_text(content: object) -> bool:
-    """Whether all text in it can be written as UTF-8."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -161,7 +161,7 @@ def _refuse_number(name: str) -> NoReturn:
 
 
 def _measure_depth(content: object) -> int:
-    """How deep objects and lists are nested, up to ``MOST_DEPTH`` + 1."""
+    """How deep objects and lists are nested, up to ``MOST_DEPTH`` + 1: level by level, as recursion could fail."""
     level: list[object] = [content]
     for depth in range(MOST_DEPTH + 1):
         level = [inner for outer in level for inner in _list_inner(outer)]
@@ -177,7 +177,7 @@ def _list_inner(value: object) -> Iterable[object]:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file. A named pipe opens at once, without waiting for its other end."""
+    """Open a file; a named pipe without waiting for somebody to write into it. Windows has no such flag."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -192,6 +192,7 @@ def check_inside(folder: Path) -> None:
     home = folder.resolve()
     homes = [home, *([home.parent.parent] if home.parent.name == "snapshots" else [])]
     for entry in sorted(folder.iterdir()):
+        # A link is how a folder from a stranger would make mptk read, and publish, another file of this machine.
         if entry.is_symlink() and not any(_follow_link(entry).is_relative_to(place) for place in homes):
             raise MptkError(
                 f"{entry} is a link to {_follow_link(entry)}, outside of its folder; put the file itself there"

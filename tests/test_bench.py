@@ -15,9 +15,9 @@ from mptk.ort.bench import Bench, bench_graphs, list_unaligned_weights, time_alt
 from mptk.ort.roofline import compute_graph_work, run_work
 from mptk.ort.steps import Case
 from mptk.reading import make_typed
-from mptk.report.markdown import render_markdown
 from mptk.report.page.charts import write_bench_plot
 from mptk.report.sections import build_bench_view
+from mptk.report.view import render_markdown
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 

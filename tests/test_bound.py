@@ -63,7 +63,7 @@ def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(inside: Insi
         return busy() if dynamic is True else trace(module, inputs, dynamic=dynamic)
 
     inside.around("passes.frontend.trace.trace_to_program", slow)
-    inside.bound("mptk.compile.trace_module.TRACE_SECONDS", 0.2)
+    inside.bound("mptk.compile.trace.TRACE_SECONDS", 0.2)
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
     assert asked == [True, (0,)]

@@ -20,8 +20,7 @@ from mptk import Report
 from mptk.publish import licence
 from mptk.publish.manifest import check_manifest
 from mptk.report.card import is_hub_id, render_results
-from mptk.report.markdown import format_code, render_parts, render_text
-from mptk.report.view import Name, Table, format_figure
+from mptk.report.view import Name, Table, format_code, format_figure, render_parts, render_text
 
 BASE = "a`b|<img src=x>[me](http:e)*x*"
 SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, analyze, trace
-from mptk.compile.changes import find_changes
+from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide

@@ -21,7 +21,7 @@ import mptk
 from benchmarks import gguf_models as tiny
 from mptk import MptkError, Plan
 from mptk.api import graphs as api
-from mptk.compile.changes import open_pruned_weights
+from mptk.compile.cut import open_pruned_weights
 from mptk.config.choices import GgufType
 from mptk.files.outputs import check_file
 from mptk.io import models

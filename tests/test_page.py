@@ -23,13 +23,11 @@ from mptk import FamilyPlan, MptkError, Plan
 from mptk.config.learning import Learning
 from mptk.files.outputs import check_file
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
-from mptk.report.compare import find_front, group_runs
-from mptk.report.markdown import render_markdown
 from mptk.report.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
 from mptk.report.page.render import render_report_page, render_shapes_page
-from mptk.report.runs import Run, explain_uncut, name_folders, name_model, read_runs
+from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, name_model, read_runs
 from mptk.report.sections import build_prune_view
-from mptk.report.view import Table
+from mptk.report.view import Table, render_markdown
 from tests.page_runs import HOSTILE, WORDS, made
 from tests.toy_checkpoints import save
 

@@ -16,11 +16,12 @@ from mptk.cli.options import (
     ModelArgument,
     make_file_option,
     make_folder_option,
+    parse_names,
+    parse_share,
     refuse,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import parse_names, parse_share
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
 from mptk.files import write_text
@@ -69,6 +70,7 @@ def advise(
     from mptk.api.advice import advise as measure
     from mptk.report.advice import build_advice_view, list_commands
 
+    # Words that are wrong, and options that would do nothing, are refused before the model is read.
     cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
@@ -81,6 +83,7 @@ def advise(
 
         write_text(html, render_advice_page(found))
     show_result(json_file, found.to_json(), build_advice_view(found))
+    # Commands to copy: outside of the table, unbroken, and not in JSON, which has them as a field.
     if json_file != Path("-"):
         for line in list_commands(found):
             out.print(line, soft_wrap=True, highlight=False)
@@ -113,9 +116,11 @@ def shapes(
     from mptk.run.checks import check_settings
     from mptk.run.minutes import fill_in
 
+    # As in `prune`: refuse before any work, by the settings as a run completes them.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
     check_settings(fill_in(settings))
+    # Without a folder a stopped search keeps nothing, so there is nothing to say about it.
     with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:

@@ -1,4 +1,7 @@
-"""app: the typer application, code that all commands share, and the message about a stopped run."""
+"""app: the typer application, code that all commands share, and the message about a stopped run.
+
+Modules of commands import torch and transformers inside their functions, so that ``mptk --help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ from mptk.files import check_open_files, check_text, expand_path, format_json, t
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
+    # A failure is one line (``failure.py``), so typer's own tracebacks are off.
     help="Structured pruning for language models: analyse, cut, prove, emit.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,10 +51,13 @@ DONE = "the command had already finished"
 
 def main() -> None:
     """Run the command line. Each failure is one line on stderr and an exit code of ``mptk.cli.failure``."""
+    # Libraries read these when they are imported, so they are set before any. A user's own values stay.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime keeps a record of each process and sends it
+    os.environ.setdefault(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # otherwise ONNX Runtime keeps a record of each process and sends it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, datasets and others
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -64,8 +71,9 @@ def main() -> None:
         code = report_failure(error)
     if not code and (why := find_lost_output(own)):
         code = report_unprinted(why)
+    # What is registered last is called first. Unregistered before, in case tests call ``main`` several times.
     atexit.unregister(ignore_signals)
-    atexit.register(ignore_signals)  # what is registered last is called first
+    atexit.register(ignore_signals)
     if code:
         sys.exit(code)
 
@@ -79,6 +87,8 @@ def register_command(
     writes a file, it has ``--overwrite``, and nothing that it reads can be its output.
     """
 
+    # typer makes options of a function's signature. So the command gets a signature that holds the parameters of
+    # ``function``, the declared settings in place of ``settings``, and the options that all commands have.
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
         called = name or function.__name__
@@ -87,11 +97,12 @@ def register_command(
         named = {each.name for each in options} | set(own.parameters)
         adds = "overwrite" not in named and any(found.content for found in outputs.values())
 
-        @functools.wraps(function)
+        @functools.wraps(function)  # its docstring is the help
         def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
-            speaking = COMMAND_LINE.set(True)
+            speaking = COMMAND_LINE.set(True)  # messages name options, not keywords
             try:
+                # Before any work: what killed commands left, and what this one would overwrite.
                 TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
                 check_open_files()
                 tidy_for(values.values())
@@ -109,6 +120,7 @@ def register_command(
             finally:
                 COMMAND_LINE.reset(speaking)
 
+        # The signature. Its parameters are keywords only, as a default may stand before a parameter without one.
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
@@ -121,7 +133,7 @@ def register_command(
         kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
-        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]
+        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]  # typer reads help as rich's markup
         app.command(called, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
         return function
 
@@ -147,11 +159,7 @@ def show_result(json_file: Path | None, content: object, view: RenderableType) -
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named.
-
-    Raises:
-        MptkError: a name is not UTF-8 text.
-    """
+    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named."""
     tidy_shared()
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:
@@ -174,6 +182,7 @@ def explain_stop(*folders: Path, goes_on: bool = False) -> Iterator[None]:
         stop = STOPPED.find_stop(error)
         if stop is None:
             raise
+        # Only what this run published counts as finished: an older result may be in the same place.
         since = 0.0 if goes_on else began
         done = list(takewhile(lambda folder: _is_published(folder, since) and not _list_stages(folder), folders[:-1]))
         said = [f"finished: {', '.join(map(str, done))}"] if done else []
@@ -186,7 +195,7 @@ def _is_published(folder: Path, began: float) -> bool:
 
 
 def _list_stages(folder: Path) -> list[Path]:
-    """What an unfinished run keeps."""
+    """What an unfinished run keeps. Its own module (``mptk/protocols/run_folder.py``) would import torch."""
     return list(folder.with_name(f"{folder.name}.run").glob("*.safetensors"))
 
 
@@ -195,6 +204,7 @@ def _describe_kept(folder: Path, began: float) -> str:
         return f"{folder} is proven and published, but its quality was not measured; run `mptk eval`"
     if not (stages := _list_stages(folder)):
         return "nothing was published and no stage had finished"
+    # Checkpoints are named PHASE-STEP, with eight digits; other files are results of stages.
     steps = sorted(path.stem.rpartition("-") for path in stages if re.fullmatch(r".*-\d{8}", path.stem))
     trained = f", training up to step {int(steps[-1][2])} of {steps[-1][0]!r}," if steps else ""
     keeps = f"{stages[0].parent} keeps the finished stages{trained}"

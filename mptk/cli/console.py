@@ -1,6 +1,7 @@
 """console: where commands print, how much, and the progress of a run.
 
-They print plain text: markup and control characters have no effect.
+Text is printed as it is: neither rich's markup nor control characters in it have an effect. Names of models, paths and
+messages of libraries are other people's text.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(escape_text(text), **options)
 
+    # Text objects go around ``render_str``. Segments are the last that rich makes before it writes; the ones with
+    # ``control`` are its own (movements of the cursor, for bars).
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
             renderable = self._escape_controls(renderable)
@@ -58,7 +61,7 @@ class PlainConsole(Console):
             yield segment if segment.control else Segment(escape_text(segment.text), segment.style)
 
     def _escape_controls(self, text: Text) -> Text:
-        """``text`` with escaped control characters, before it is broken into lines."""
+        """``text`` with escaped control characters. Now: once it is broken into lines, an escape would not fit."""
         if escape_text(text.plain) == text.plain:
             return text
         made = text.blank_copy()
@@ -75,14 +78,14 @@ err = PlainConsole(stderr=True)
 def print_text(text: str, end: str = "\n") -> None:
     """Print text without wrapping or colours; control characters are escaped."""
     sys.stdout.write(escape_text(text) + end)
-    sys.stdout.flush()
+    sys.stdout.flush()  # text that streams token by token has no line ends for long
 
 
 @contextlib.contextmanager
 def show_stages(console: Console) -> Iterator[Progress]:
     """Show the stages of a run: bars on a terminal; in a log, lines with the seconds since the start.
 
-    Each update also checks for a signal whose exception was dropped.
+    Each update also checks for a signal whose exception a library dropped: no other code runs as often.
     """
     if VOICE.quiet:
         yield _watch_signals(show_nothing)

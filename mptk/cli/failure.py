@@ -26,10 +26,10 @@ from mptk.plain import escape_text
 from mptk.version import __version__
 
 FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
-"""Exit codes: an error that the user can fix, a wrong option, a bug in mptk, Ctrl-C, SIGTERM, SIGHUP."""
+"""Exit codes: an error that the user can fix; a wrong option, like click's own; a bug in mptk (EX_SOFTWARE of
+sysexits.h); and 128 + the signal's number, as a shell reports it: Ctrl-C, SIGTERM, SIGHUP."""
 LOGS_KEPT = 20
 """Number of logs of mptk's own bugs to keep."""
-
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
 
 
@@ -45,6 +45,7 @@ class Interrupted(Exception):
 
 def report_failure(error: BaseException) -> int:
     """Say in one line what happened, and return the exit code."""
+    # With -v the traceback, except for what is not a failure of code: a signal, a wrong option.
     if VOICE.verbose and isinstance(error, Exception) and not isinstance(error, Interrupted | USAGE_ERROR):
         err.print("".join(traceback.format_exception(error)), highlight=False, soft_wrap=True)
     if isinstance(error, KeyboardInterrupt):
@@ -60,6 +61,7 @@ def report_failure(error: BaseException) -> int:
     if isinstance(error, typer.Abort):
         _print_error("stopped; answer the question")
         return FAILED
+    # Whatever no other place has translated is a bug. One line here, too; the traceback goes into a file.
     said = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
     ours = "This is a bug in mptk, not your mistake"
     _print_error(f"{type(error).__name__}: {said}. {ours}; please report it with {_log(error)}")
@@ -90,9 +92,12 @@ def _report_usage(error: Exception) -> int:
 
 def _log(error: BaseException) -> str:
     """Write the traceback of an error to a file; returns how the message names it."""
+    from mptk.io.cache import cache_dir
+
     text = f"mptk {__version__}\n{''.join(traceback.format_exception(error))}"
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}"
-    for folder in (_find_log_folder(), Path(tempfile.gettempdir())):
+    # The cache folder may be full or not writable, so there is a second place, and a third answer.
+    for folder in (cache_dir() / "logs", Path(tempfile.gettempdir())):
         file = folder / f"mptk-error-{stamp}.log"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,14 +111,11 @@ def _log(error: BaseException) -> str:
     return "what -v prints"
 
 
-def _find_log_folder() -> Path:
-    from mptk.io.cache import cache_dir
-
-    return cache_dir() / "logs"
-
-
 class Lasting(io.FileIO):
-    """A stream that accepts all text. ``lost``: why it could not pass some of it on."""
+    """A stream whose writes never fail: a full disk behind a redirection must not end a run of hours.
+
+    ``lost``: why it could not pass some text on.
+    """
 
     lost: OSError | None = None
 
@@ -122,14 +124,14 @@ class Lasting(io.FileIO):
             return super().write(content)
         except OSError as error:
             self.lost = self.lost or error
-            return memoryview(content).nbytes
+            return memoryview(content).nbytes  # as if it were written, or the buffer above would try again for ever
 
 
 def replace_streams() -> Lasting | None:
     """Make standard output and error accept all text; returns the new standard output, if this process owns it.
 
-    A closed descriptor is opened to the null device: else the next file would get its number, and libraries would print
-        into that file.
+    A closed descriptor is opened to the null device: otherwise the next file would get its number, and libraries would
+    print into that file.
     """
     for descriptor in range(3):
         with contextlib.suppress(OSError):
@@ -142,7 +144,7 @@ def replace_streams() -> Lasting | None:
 
 
 def _replace_stream(stream: TextIO | None, first: object, descriptor: int) -> tuple[Any, Lasting | None]:
-    if stream is not first:  # whoever calls main() has put it there
+    if stream is not first:  # the caller of main() has put it there, as tests and notebooks do
         if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
         return stream, None
@@ -158,8 +160,8 @@ def _replace_stream(stream: TextIO | None, first: object, descriptor: int) -> tu
 
 
 def find_lost_output(own: Lasting | None) -> str:
-    """Why some output was lost; empty if none was, or if the reader stopped reading, as ``head`` does."""
-    with contextlib.suppress(ValueError):  # somebody has closed it
+    """Why some output was lost; empty if none was, or if the reader stopped reading, like ``head``."""
+    with contextlib.suppress(ValueError):  # code of a library has closed it
         sys.stdout.flush()
     if own is None or own.lost is None or own.lost.errno == errno.EPIPE:
         return ""

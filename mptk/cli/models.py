@@ -1,4 +1,4 @@
-"""models: commands that need no weights: packaged models, ops, passes, a model's analysis and its program."""
+"""models: commands that read no weights: packaged models, ops, passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def list_passes() -> None:
     from passes.pipelines import LISTS
 
     for pipeline in LISTS:
-        # A pipeline stores its arguments without using them, so None will do.
+        # A pipeline is a function that makes a list of passes. It only stores its arguments, so None will do.
         steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
         print_text(f"{pipeline.__name__.replace('_', ' ')}: {_read_summary(pipeline)}")
         for step in steps:
@@ -114,6 +114,7 @@ def analyze(
     from mptk.tasks import match_task
     from mptk.tasks.module import make_example_samples, read_inputs
 
+    # A model without weights on torch's meta device is enough for the analysis, and takes no memory.
     check_engines(settings.engines, settings.target)
     with show_stages(err) as progress:
         progress("trace", 0, 0)
@@ -125,6 +126,7 @@ def analyze(
         check_aligned(analysis, settings)
         progress("legal widths", 0, 0)
         found = find_target(settings.target).legal(analysis, skeleton, build_alignment(settings))
+    # A task may name parts of the model (an image encoder) that stand for families.
     task = match_task(skeleton)
     parts = {} if task is None else task.parts(skeleton)
     result = build_analysis_json(analysis, found, model, build_part_rows(skeleton, analysis, parts))

@@ -2,7 +2,9 @@
 
 A command with a parameter ``settings: Settings`` has the options that are declared for it, and gets their values.
 ``--config`` reads options from a YAML file (``mptk/config/recipe.py``). Options that name a file or a folder to write
-refuse a path that cannot be written, before any work.
+refuse a path that cannot be written, before any work: a run of hours must not end there.
+
+In this order: what is written, words of several values, settings, options that would do nothing, latency, recipes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -20,7 +23,6 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.models import OptionInfo
 
-from mptk.cli.parse import parse_names, parse_share, parse_size, parse_width
 from mptk.config.cases import CUT, READING
 from mptk.config.setting import (
     COUNT,
@@ -42,7 +44,8 @@ from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, read_json_object
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
-"""The names of the running command's options that the user typed, without the recipe's."""
+"""The names of the running command's options that the user typed, without the recipe's. In a context variable, because
+typer calls the code that needs it and hands nothing on."""
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
@@ -53,14 +56,15 @@ DenseOption = Annotated[str | None, typer.Option("--model", help="The dense mode
 
 
 class OutputOption(OptionInfo):
-    """An option that names what a command writes.
+    """An option that names what a command writes. By its class ``check_outputs`` knows these options among all others.
 
     ``flag``: as it is typed; empty: after the parameter. ``content``: of a file, as ``mptk.files.outputs.check_file``
     knows it; empty for a folder. ``check``: the callback.
     """
 
     def __init__(self, flag: str, content: str, check: Callable[[Path | None], Path | None], help: str) -> None:
-        super().__init__(default=flag or ..., param_decls=(), callback=check, help=help)  # as typer.Option does
+        # As typer.Option does: its first argument is the flag, or ... for a name made of the parameter's.
+        super().__init__(default=flag or ..., param_decls=(), callback=check, help=help)
         self.flag, self.content = flag, content
 
 
@@ -73,6 +77,7 @@ def make_file_check(*suffixes: str, dash: bool = False) -> Callable[[Path | None
         if suffixes and path.suffix.lower() not in suffixes:
             raise typer.BadParameter(f"{path} ends in none of {', '.join(suffixes)}. Give another name.")
         mode = _find_mode(path)
+        # A device or a named pipe would take what is written, but cannot be replaced as a whole.
         if mode is not None and stat.S_ISDIR(mode):
             raise typer.BadParameter(f"{path} is a folder. Give the name of a file.")
         if mode is not None and not stat.S_ISREG(mode):
@@ -86,7 +91,7 @@ def make_file_check(*suffixes: str, dash: bool = False) -> Callable[[Path | None
 def folder_to_write(path: Path | None) -> Path | None:
     """The callback of an option for a folder."""
     if path is not None:
-        _find_mode(path)
+        _find_mode(path)  # it may be anything, but its name must be one that the file system takes
         _check_above(path)
     return path
 
@@ -104,6 +109,7 @@ def _find_mode(path: Path) -> int | None:
 
 
 def _check_above(path: Path) -> None:
+    """Check the innermost folder that exists: the others are made in it."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
@@ -133,6 +139,7 @@ def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, obje
 
     ``outputs``: parameters that name what it writes. ``values``: of all parameters.
     """
+    # - is the standard output.
     written = {
         name: Path(str(values[name])) for name in outputs if values[name] is not None and values[name] != Path("-")
     }
@@ -140,6 +147,7 @@ def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, obje
     for name, path in written.items():
         flag = outputs[name].flag or f"--{_name_flag(name)}"
         check_apart(path, *places, option=flag)
+        # Whether a folder may be replaced is checked where it is published.
         if outputs[name].content:
             check_file(path, outputs[name].content, overwrite, flag)
             place = Path(os.path.realpath(path))
@@ -150,6 +158,7 @@ def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, obje
 
 def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> Iterator[Path]:
     """The files and folders that a command reads, with the dense model and the data of pruned folders."""
+    # A pruned folder's report names the dense model and the data, which `recover`, `verify` and `rerun` read again.
     texts = [str(values[name]) for name in SAMPLES_FROM if values.get(name) is not None]
     for name in (*OPERANDS, *READ_PLACES):
         given = values.get(name)
@@ -166,12 +175,12 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
         from mptk.io.data import read_places
 
         for text in texts:
-            with contextlib.suppress(MptkError):  # which says it itself
+            with contextlib.suppress(MptkError):  # a wrong source is refused where it is read
                 yield from read_places(text)
 
 
 def _report_in(place: Path) -> Json:
-    """The report of a folder; empty if there is none, or a damaged one, which the command refuses."""
+    """The report of a folder; empty if there is none, or a damaged one, which the command itself refuses."""
     try:
         return read_json_object(place / REPORT_JSON, MptkError)
     except MptkError:
@@ -193,7 +202,10 @@ def _packaged(name: str) -> list[Path]:
 
 
 def make_bound_arguments(least: float, most: float = COUNT) -> dict[str, Any]:
-    """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper bound of shares."""
+    """Arguments of ``typer.Option`` for a finite number in these bounds.
+
+    The callback checks the number, as click's own range takes NaN. The help shows the upper bound only of shares.
+    """
 
     def check(value: float | None) -> float | None:
         if value is not None and (wrong := find_bound_error(value, least, most)) is not None:
@@ -217,6 +229,65 @@ JsonOption = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that mptk did not write, too.")]
 
+
+# ---- typed words that hold several values ----
+
+_BASES = {"B": 1000, "iB": 1024}
+_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()
+}
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """``heads,ffn`` → ("heads", "ffn")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_width(text: str) -> tuple[str, int]:
+    """``ffn=1024`` → ("ffn", 1024)."""
+    name, _, value = text.partition("=")
+    # Digits are counted in each of these patterns: Python refuses to read integers of thousands of digits.
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value) or not name.strip():
+        raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
+    return name.strip(), int(value)
+
+
+def parse_size(text: str | None) -> int | None:
+    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
+    unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if not size:
+        raise MptkError(f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
+    return size
+
+
+def parse_share(text: str, option: str = "") -> float:
+    """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
+    found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
+    if found is None:
+        raise MptkError(f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip())
+    return float(found[1]) / 100 if found[2] else float(found[1])
+
+
+def shorten_typed(text: str) -> str:
+    """A typed value as an error repeats it: a shell may paste a whole file."""
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
+    counts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
+        raise MptkError(f"{option} {shorten_typed(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
+    if len({*map(int, counts)}) < len(counts):
+        raise MptkError(f"{option} {shorten_typed(text)}: a number is repeated; give each once")
+    return tuple(map(int, counts))
+
+
+# ---- settings ----
 
 SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}
 """Kind of a setting → how help names its value: short, so that 80 columns hold the longest option."""
@@ -267,11 +338,12 @@ def make_parameters(command: str, base: Record) -> list[inspect.Parameter]:
 
 def make_option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     """The typer option of a setting. If it is off by default, it is a switch without a negative form."""
+    # typer gives a flag the form --no-NAME, too, unless its name is spelled out.
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
     more = {} if bounds is None or find_form(each).kind != each.kind else make_bound_arguments(*bounds)
     more["metavar"] = SHORT.get(find_form(each).kind)
-    if each.setting.form == "share":
+    if each.setting.form == "share":  # typed as text, since 30% is not a float; its callback checks the bounds
         more = {"parser": _parse_typed_share, "callback": more["callback"], "metavar": "SHARE"}
     more |= {} if choices is None else make_choice_arguments(choices, several=get_origin(each.kind) is tuple)
     help = each.setting.help
@@ -282,7 +354,7 @@ def make_option(name: str, each: Declared, panel: str | None) -> OptionInfo:
 
 
 def _parse_typed_share(value: str | float) -> float:
-    """A typed share. A recipe's is a number already."""
+    """``parse_share``, with its error as one of typer's. A default or a recipe's share is a number already."""
     try:
         return parse_share(str(value))
     except MptkError as error:
@@ -307,6 +379,7 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
         return text
 
     def complete(incomplete: str) -> list[str]:
+        # A shell completes a whole word, so the names before the last comma are a part of each proposal.
         before = incomplete.rpartition(",")[0] if several else ""
         given = before.split(",") if before else []
         known = [",".join([*given, name]) for name in choices.known() if name not in given]
@@ -321,7 +394,7 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
 
 
 def refuse(options: Sequence[str], why: str) -> None:
-    """Raise MptkError if one of ``names`` was typed. ``why``: the reason why they would do nothing, with a remedy."""
+    """Raise MptkError if one of ``options`` was typed. ``why``: why they would do nothing, and a remedy."""
     for name in options:
         if name in TYPED.get():
             raise MptkError(f"--{name.replace('_', '-')} would do nothing: {why}")
@@ -338,6 +411,8 @@ def refuse_idle(command: str, asked: Asked) -> None:
 
 # ---- latency ----
 
+# --max-decode-ms and --max-prefill-ms are one number and one choice of phase: typed together, as one cannot be without
+# the other. In Python and in a plan they are settings of their own.
 MaxMs = Annotated[float | None, make_option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
 
 
@@ -367,6 +442,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     from mptk.config.recipe import list_refused, read_recipe
 
     tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
+    # Each option by the names that it has when it is typed: not every flag is named like its parameter.
     known: dict[str, Any] = {}
     for parameter in context.command.params:
         flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]
@@ -384,6 +460,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
             )
         if value is not None:
             values[known[name].name] = _format_typed(value, known[name])
+    # As click's defaults: what is typed wins, and the values go through the same parsers and checks as typed ones.
     context.default_map = values
     return file
 

@@ -1,4 +1,4 @@
-"""prune: commands that write pruned folders: prune, recover."""
+"""prune: commands that write pruned folders: prune, recover, rung."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from mptk.cli.options import (
     MaxMs,
     ModelArgument,
     make_folder_option,
+    parse_names,
+    parse_share,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import parse_names, parse_share
 from mptk.config.cases import CUT
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
@@ -71,16 +72,19 @@ def prune(
     from mptk.run.ladder import divide_steps
     from mptk.run.minutes import fill_in, list_undecided
 
+    # Refuse what cannot be done or would do nothing, before the model is read. Checks look at the settings as a run
+    # completes them (``meant``), but the run gets what was typed: it completes them by what it measures.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = fill_in(settings)
     sizes = None if ladder is None else [parse_share(each, "--ladder") for each in parse_names(ladder)]
     if sizes is not None:
-        divide_steps(settings, sizes)  # the first to be refused
+        divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
     asked = Asked(
         meant, learns_masks(meant), folder is not None, estimate, bool(list_undecided(settings)), sizes is not None
     )
     refuse_idle("prune", asked)
     check_settings(meant, read_plan(meant))
+    # The run itself: of several sizes, only estimated, or of one.
     if sizes is not None:
         make_ladder(model, folder, settings, sizes, estimate)
     elif estimate:
@@ -105,6 +109,7 @@ def recover(
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
+    # As in ``prune``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
     if estimate:
@@ -128,7 +133,7 @@ def rung(
     from mptk.report import sections as report
     from mptk.report.runs import read_runs, with_rungs
 
-    if size is None:
+    if size is None:  # list them, as a table
         ladder.checked_sizes(folder)
         out.print(report.build_comparison_view(read_runs(with_rungs([folder]))))
         return
@@ -152,6 +157,7 @@ def make_ladder(
         return
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
+    # Sizes that share weights are one folder; others are folders in it, and a stopped run says which are finished.
     places = [place] if settings.shared else [place / name_size(each) for each in sparsities]
     with explain_stop(*places, goes_on=settings.resume), show_stages(err) as progress:
         found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=make_pass_printer())

@@ -1,4 +1,4 @@
-"""use: commands that run a model, dense or pruned: export, generate, eval, bench."""
+"""use: commands that use a model, dense or pruned: export, gguf, generate, eval, bench, push."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from mptk.cli.options import (
     make_file_option,
     make_folder_option,
     make_number_option,
+    parse_counts,
+    parse_names,
     refuse,
 )
-from mptk.cli.parse import parse_counts, parse_names
 from mptk.config.choices import GgufType
 from mptk.config.setting import SEED, Choices
 from mptk.config.settings import Settings
@@ -75,6 +76,7 @@ def write_gguf(
     """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
     from mptk.api import graphs as api
 
+    # Widths that are equal in all layers are named once.
     made = api.gguf(folder, file, like=like, type=type, overwrite=overwrite)
     each = {
         "query heads": [x.heads for x in made.layers],
@@ -122,6 +124,7 @@ def generate(
     from mptk.ort.generation import Sampling, TextGenerator, fit_prompts
     from mptk.protocols.execution import find_session_device
 
+    # Options that would do nothing: without sampling, and with images.
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)
@@ -132,6 +135,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if cut:
         encoded, max_new_tokens = fit_prompts(runner.positions, encoded, max_new_tokens)
+    # One prompt streams; the rows of a batch end at different steps, so they are printed when all are done.
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed, images=images)
     if len(prompts) == 1:
         print_stream(runner.tokenizer, (token for (token,) in steps))
@@ -139,6 +143,7 @@ def generate(
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
             text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
             print_text(f"{prompt} ▸{text}\n")
+    # To the standard error, so that a pipe gets only the text.
     speed = runner.speed
     err.print(
         f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
@@ -173,6 +178,7 @@ def print_stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print_text(text, end="\n" if stream_end else "")
 
+    # transformers' streamer holds a word back until its last token has come: tokens may be parts of a letter.
     streamer: Any = Streamer(tokenizer, skip_special_tokens=True)
     for token in tokens:
         streamer.put(np.array([token]))
@@ -202,6 +208,7 @@ def evaluate(
     from mptk.api import use
 
     check_eval(data, tasks, runtime)
+    # Three ways to measure: a graph in ONNX Runtime, a decoder in torch, and any other kind by its task's metric.
     views = list[RenderableType]()
     result: dict[str, object] = {"format": EVAL, "model": model}
     measured, scores = None, None
@@ -224,6 +231,7 @@ def evaluate(
             )
             result |= found
             views.append(build_quality_text(found))
+    # The JSON and what is printed, by what was measured.
     if measured is not None:
         result |= {"perplexity": measured.value, "protocol": measured.protocol}
         views.append(Text(f"perplexity {measured.value:.3f}  ({measured.protocol})"))
@@ -281,18 +289,20 @@ def bench(
     from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.report.markdown import render_markdown
     from mptk.report.page.charts import write_bench_plot
     from mptk.report.sections import build_bench_view
+    from mptk.report.view import render_markdown
 
     counts = {
         name: parse_counts(text, f"--{name}")
         for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
     }
+    # Timings are named by model, so a model that is named twice could not be told apart.
     if twice := [model for model in models if models.count(model) > 1]:
         raise MptkError(f"{twice[0]} is given twice; name it once")
     with show_stages(err) as progress:
         result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
+    # A pruned folder keeps its timings, and its report then shows them. The first model is only the baseline.
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
             with amend(Path(model).resolve()) as new:

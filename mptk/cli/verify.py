@@ -87,6 +87,7 @@ def rerun(
             on_stage=make_pass_printer(),
             **collect_values(settings, "rerun"),
         )
+    # Of several processes only the first has rows. The table comes before the error, which names only what differs.
     if found is not None:
         show_result(
             json_file,
@@ -129,7 +130,7 @@ def show_report(
         raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
     if not prompt:
         refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
-    folders = with_rungs(folders)
+    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
     runs = read_runs(folders)
     if prompt:
         runs = [
@@ -142,6 +143,7 @@ def show_report(
         write_text(html, render_report_page(runs))
         out.print(f"written to {html}", soft_wrap=True)
         return
+    # The first in full, then all of them side by side.
     first = runs[0]
     out.print(report.build_prune_view(first.report, first.bench, first.texts))
     if len(runs) > 1:

@@ -1,4 +1,7 @@
-"""claims: check report.json against the folder's plan, weights and files."""
+"""claims: check report.json against the folder's plan, weights and files.
+
+What can be computed again is computed again; the report's number must equal it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import COMPENSATION
 from mptk.conversions import CONVERSIONS
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
@@ -36,16 +39,14 @@ LATER = "bench.json"
 
 
 def check_files(report: Report, folder: Path) -> None:
-    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint.
-
-    Raises:
-        MptkError: a claim is wrong, or a named file is missing.
-    """
+    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint."""
+    # The files that the report names, and no others.
     there = list_files(folder)
     missing = sorted(set(report.files) - set(there))
     if missing:
         raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
     _require("files", report.files, [name for name in there if name != LATER])
+    # What was written: the target, the float graphs unless a note says why there are none, the quantised graphs.
     settings = report.settings
     known = list_targets()
     wrote = settings.target in known and known[settings.target].has_written(folder)
@@ -81,10 +82,8 @@ def check_numbers(
 
     ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``analysis``: of the
     model after its ``conversions``.
-
-    Raises:
-        MptkError: a claim contradicts the plan or the dense model.
     """
+    # Plan, widths, costs.
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, compute_widths(analysis, plan))
     compared = find_imitated(conversions)
@@ -93,16 +92,19 @@ def check_numbers(
     for name, figures in compute_costs(cost, plan, dense, conversions).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
+    # Conversions: their rows follow from the plan, but for what only the run knew (``told``).
     rows = {each.name: each.row() for each in conversions}
     for kind in CONVERSIONS:
         said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
         require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})
+    # Trained weights are taken from the folder, so only a run that trains or fits may claim any.
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or compared
     learned = fits or method.learns or settings.steps or report.changed
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
+    # Corrected biases: only some criteria make them.
     if (folder / COMPENSATION).is_file():
         compensating = [name for name, criterion in list_criteria().items() if criterion.compensate]
         known = settings.method if settings.method in compensating else compensating[0]
@@ -132,6 +134,8 @@ def check_samples(samples: Samples, folder: Path, program: Program, example: Sam
 
     ``program``: the dense one.
     """
+    # The samples are a file of the folder: too few or too short ones would make the proof blind, and ids outside the
+    # vocabulary would end it with an index error.
     fault = _make_inputs_error(folder)
     nodes = (node for node in program.list_placeholders() if node.name in program.user_inputs)
     for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):
@@ -193,7 +197,7 @@ def _is_same(said: object, true: object) -> bool:
         return (
             isinstance(said, Mapping) and said.keys() == true.keys() and all(_is_same(said[k], true[k]) for k in true)
         )
-    if isinstance(true, float) and isinstance(said, int | float):
+    if isinstance(true, float) and isinstance(said, int | float):  # a sum that is computed again may round otherwise
         return math.isclose(said, true, rel_tol=1e-9, abs_tol=1e-12)
     return bool(said == true)
 

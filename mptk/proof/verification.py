@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import nn
 
 from mptk.arguments import guard_arguments
 from mptk.compat.torch import forget_sources, usual_state
-from mptk.compile.changes import find_changes
-from mptk.compile.cut import compile_plan
+from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
 from mptk.compile.trace import fit_to_program, trace_loaded
+from mptk.config.recipe import RECIPE_FILE
 from mptk.config.settings import Settings
 from mptk.conversions import convert_model, read_plan_conversions
 from mptk.conversions.vocabulary.convert import describe_unread_tokenizer
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path
 from mptk.io.dense import open_dense
 from mptk.io.models import Loaded
@@ -32,24 +33,27 @@ from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
 from mptk.progress import show_nothing
-from mptk.proof.claims import check_files, check_numbers, check_samples, read_proof_samples, require_same
+from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
-from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, find_stored_type
+from mptk.protocols.chain import Chosen, Compiled, Prepared, Target, find_stored_type
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.protocols.execution import build_executor
-from mptk.protocols.report import PROVEN_ON, Report, make_report_error
+from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report, make_report_error
+from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.protocols.values import Context
-from mptk.publish.manifest import MARKER, check_manifest, file_identity, list_files
+from mptk.publish.licence import CARD, list_notices
+from mptk.publish.manifest import MARKER, RUNGS, check_manifest, file_identity, hash_file, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
+from mptk.targets.beside import READ
 from mptk.targets.stock_config import check_code, find_config_changes
 from mptk.tasks.of_folder import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 
 GGUF_MAGIC = b"GGUF"
+"""The first bytes of a GGUF file."""
 PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
@@ -103,16 +107,19 @@ def verify(
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
+    # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
     with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
         return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
 
 
 def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
+    # What can be checked without the dense model, the cheapest first.
     plan, report = read_folder_plan(folder), Report.read(folder)
     check_manifest(folder)
     with _explain_unreadable(folder):
         check_files(report, folder)
+    # The dense model, by the digest that the report gives, and what ``prune`` made of it up to the choice.
     resident, executor = build_executor(asked)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
@@ -128,14 +135,14 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
     check_proof(proven.differences, PRUNE_AGAIN)
-    check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
+    check_planted(compiled, (prepared.target, ONNX), folder)  # last: the fault of a known file says more
     return Proof(
         proven.differences, [note for note in (proven.note, describe_unread_tokenizer(prepared.loaded, folder)) if note]
     )
 
 
 def is_gguf(place: str | Path) -> bool:
-    """Whether a place is named as a GGUF file, or begins as one does."""
+    """Whether a place is named like a GGUF file, or begins like one."""
     path = expand_path(place)
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
@@ -167,6 +174,7 @@ def _analyse_dense(
     task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
     samples, example = read_proof_samples(folder, task.make_examples(loaded.model))
+    # As in ``prune``: a trace may fix the samples' sizes, but not if the graph itself is written.
     like = samples if find_target(report.settings.target).classed else None
     program = trace_loaded(loaded, task, executor, report.settings.length, like)
     samples = fit_to_program(task, program, samples, PROVEN_ON)
@@ -212,7 +220,10 @@ def read_folder_plan(folder: str | Path) -> Plan:
 
 @contextmanager
 def _require_unchanged(*places: Path) -> Iterator[None]:
-    """Raise MptkError if somebody changed or replaced what is proven: no result, nor an error, is of what is there."""
+    """Raise MptkError if somebody changed or replaced the files during the proof.
+
+    Then neither a result nor an error is about what is there now, so this error replaces both.
+    """
     before = [_files_of(place) for place in places]
     try:
         yield
@@ -231,7 +242,7 @@ def _check_as_before(
 
 
 def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
-    """Name → identity of each file, without the time at which links to it changed."""
+    """Name → identity of each file. Its last part goes: it also changes if only another link to the file is made."""
     names = list_files(place) if place.is_dir() else [""]
     found = dict[str, tuple[int, ...]]()
     for name in [*names, MARKER] if place.is_dir() else names:
@@ -247,3 +258,60 @@ def _explain_unreadable(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise make_report_error(folder, error) from error
+
+
+# ---- files that mptk would not have written ----
+
+ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
+"""Files that any folder has, or may have."""
+
+
+def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -> None:
+    """Raise ProofError if a file of ``folder`` is not one that mptk writes for this cut, or holds more than it writes.
+
+    The manifest does not help: whoever plants a file can forge it. Programs act on files by their names (an adapter, a
+    list of modules, an index of weights), and nobody knows all such names, so only what mptk writes is allowed.
+
+    ``targets``: what the folder was written for. If one is of another package and does not list its files, any may be.
+    """
+    found, settings, dense = list_files(folder), compiled.prepared.settings, compiled.prepared.loaded.path
+    for name in (each for each in (*found, MARKER) if each.endswith(".json")):
+        _check_once(folder, name)
+    known = set(ALWAYS)
+    for target in targets:
+        files = target.files(compiled, folder)
+        if files is None:
+            return
+        known |= files
+    # Files that depend on the run: metrics, FLAP's biases, smaller sizes of a ladder, a tokenizer, licence notices.
+    if settings.steps:
+        known |= {METRICS, *(name for name in found if name.startswith(f"{TRACKER}/"))}
+    if compiled.chosen.changes and not compiled.chosen.trained:
+        known.add(COMPENSATION)
+    if settings.shared:
+        known |= {name for name in found if name.startswith(f"{RUNGS}/")}
+    if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
+        known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
+    copies = ((each, folder / each.name) for each in list_notices(dense))
+    known |= {each.name for each, copy in copies if copy.is_file() and hash_file(each) == hash_file(copy)}
+    if more := sorted(set(found) - known):
+        raise ProofError(
+            f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
+            "the model again"
+        )
+
+
+def _check_once(folder: Path, name: str) -> None:
+    """Raise ProofError if a JSON file has a field twice: some programs take the first, some the last."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ProofError(
+                f"the proof fails: {name} has {twice} twice; do not use {folder}, and prune the model again"
+            )
+        return fields
+
+    json.loads((folder / name).read_text(encoding="utf-8"), object_pairs_hook=once)

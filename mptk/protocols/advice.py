@@ -11,17 +11,16 @@ from mptk.config.settings import Settings
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
-"""Default settings of an advice."""
+"""Default settings of an advice: many cuts are measured, so each must be cheap (short windows, a one-shot method)."""
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
 ADVICE_FORMAT = "mptk-advice/1"
 STANDARD_ERRORS = 2.0
-"""Standard errors by which a change must stay below the tolerance."""
+"""Standard errors by which a change must stay below the tolerance: two are about 95 % of a normal distribution."""
 CALIBRATION_STEPS = 16
 """Default training steps of each cut that an advice trains."""
 TRAINED = 2
-"""Most cuts that an advice trains."""
-
+"""Most cuts that an advice trains: two, as a line through both estimates the others."""
 KNEE = 0.05
 """Least distance of a knee below the chord, as a share of the curve's height."""
 
@@ -120,7 +119,8 @@ class Advice:
     def find_safe(self, text: str, *, recovered: bool = False) -> Point | None:
         """The largest cut that is safe on ``text``, as all smaller ones are; None if the smallest is not.
 
-        ``recovered``: after training, by the most that the change may then be.
+        A cut above one that is not safe is safe by chance, so the search stops there. ``recovered``: after training,
+        by the most that the change may then be.
         """
         found = None
         for point in self.division:
@@ -187,13 +187,15 @@ class Advice:
         return next(point for point in self.division if point.widths == trained.widths)
 
     def _rise(self, figures: Figures) -> float:
-        """The change on the scale of its shares: of the perplexity its logarithm."""
+        """The change on a scale that adds up: as a logarithm (the rise of the loss) if the measure is perplexity."""
         return figures.rise if self.measure == "perplexity" else figures.change
 
     def _compute_rise_error(self, figures: Figures) -> float:
+        """The standard error on the scale of ``_rise``: the derivative of log(1 + x) is 1 / (1 + x)."""
         return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
 
     def _compute_change(self, rise: float) -> float:
+        # exp(709.8) is the largest float. Other measures are at least 0; a perplexity may fall.
         return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else max(rise, 0.0)
 
     @property

@@ -41,7 +41,7 @@ class Opened:
 Analyse = Callable[[Loaded], Analysed]
 """Traces and analyses a converted model; the task is the original model's."""
 Change = Callable[[Analysed, Analyse], "Conversion"]
-"""Converts a model."""
+"""Converts an analysed model, and analyses the result with the function that it is given."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Conversion(ABC):
     ``config_changes``: field → [old, new]. ``weights``: the fitted weights of ``after``, in its shapes.
 
     Each kind declares: ``name``: its key in a plan and in a report and, with hyphens, its option. ``stage``: its stage
-        in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
-        ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
-        both models compute the same; then quality is compared with the model after. ``told``: keys of its report row
-        that the plan lacks.
+    in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
+    ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
+    both models compute the same; then quality is compared with the model after. ``told``: keys of its report row that
+    the plan lacks.
     """
 
     name: ClassVar[str]

@@ -22,6 +22,7 @@ def build_executor(settings: Settings) -> tuple[Resident, Executor]:
         MptkError: there is no such device.
     """
     bound, device = choose_memory_bound(settings.memory), find_device(settings.device)
+    # A stage's weights go to the device, so its memory bounds them, too.
     stage = STAGE_SHARE * bound
     if (room := measure_device_memory(device)) is not None:
         stage = min(stage, STAGE_SHARE * room)
@@ -42,6 +43,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         MptkError: this machine has no such device.
     """
+    # torch.device() takes the name of any device, also of one that is not here, so each part is checked.
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return there or CPU
@@ -67,6 +69,7 @@ def find_session_device(name: str) -> torch.device:
         MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
     """
     device = find_device(name)
+    # The CPU's provider is the last of the list, so it is first only if there is none for this device.
     if device.type == "cpu" or list_providers(device)[0][0] != HOST:
         return device
     if name != "auto":

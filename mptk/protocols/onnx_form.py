@@ -1,4 +1,7 @@
-"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets."""
+"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets.
+
+A form gets the dense model and the plan, not the cut program: a decoder is traced anew, with a KV cache, and then cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins."""
+"""origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins.
+
+A run takes hours, and reads its model and its data again and again. A file that changes meanwhile would give a result
+that is of neither the old inputs nor the new ones, and the proof need not notice.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from mptk.io.models import Loaded
 from mptk.ir.plan import Plan
 from mptk.publish.manifest import MARKER, compute_digests, hash_file
 
+# Names of inputs as messages show them.
 GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
 ADDED = '"added_tokens"'
@@ -46,11 +51,12 @@ class Origin:
 def compute_origin(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
     """Digests of the inputs of a run on ``source``. ``start``: the folder whose weights it trains. ``plan``: as read.
 
-    Unchanged files are not read again.
+    Digests of files are kept by the file system's data on them, so unchanged files are not read again.
     """
     model, parts = _dense_parts(source, loaded)
     if settings.plan is not None and plan is not None:
         parts[settings.plan] = plan.digest
+    # Of a pruned folder only the manifest is hashed: it has the digests of all other files.
     others = [
         settings.inputs,
         *(str(expand_path(each) / MARKER) for each in (start, settings.larger) if each is not None),
@@ -78,7 +84,7 @@ def _dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
 def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the dense model of a run, or its tokenizer, is no longer as the run found it.
 
-    A pruned model that was not opened from its folder is computed from the dense model's weights.
+    A pruned model that was not opened from its folder is computed anew from the dense weights.
     """
     _, now = _dense_parts(source, loaded)
     if changed := name_differing({name: origin.parts.get(name) for name in now}, now):
@@ -98,7 +104,7 @@ def check_tokenizer(loaded: Loaded, origin: Origin) -> None:
 
 
 def read_file_states(source: str) -> list[tuple[int, ...]]:
-    """The file system's data on a model's files, to notice changes; empty if they are not on this machine."""
+    """The file system's data on a model's files, to notice changes cheaply; empty if they are not on this machine."""
     try:
         files = list_model_files(source, local=True).values()
     except MptkError:
@@ -122,17 +128,20 @@ def list_sources(settings: Settings) -> Sequence[str]:
 
 
 def name_differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """The names whose values differ, as words for a sentence; empty if all are equal."""
+    """The names whose values differ, joined by commas; empty if all are equal."""
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the parts of a tokenizer that make the ids, without its padding and truncation."""
+    """SHA-256 of the parts of a tokenizer that make the ids.
+
+    Padding and truncation are left out: a call with either sets it in the tokenizer, and the ids stay the same.
+    """
     known = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
     digest = hashlib.sha256(format_json(known, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None:  # a tokenizer in Python
         digest.update(format_json(tokenizer.get_vocab(), sort_keys=True).encode())
-    else:  # its text begins with how it cuts and pads
+    else:  # its JSON begins with truncation and padding, up to ``ADDED``
         digest.update("".join(backend.to_str().partition(ADDED)[1:]).encode())
     return digest.hexdigest()

@@ -25,13 +25,18 @@ from mptk.reading import Json, make_damage_error, make_typed, read_json, shorten
 
 REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
-"""The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
+"""The samples of the proof, inputs by name: in a subfolder, since programs take any ``*.safetensors`` for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
 """Null if it is not finite."""
 ConfigChanges = Mapping[str, Sequence[object]]
 """Field of a config → [old, new]."""
+
+
+# ---- the rows of the file, as pydantic checks them ----
+#
+# A row is a mapping in the code and a TypedDict only where the file is read: other code may put more into it.
 
 
 class _Open(TypedDict):
@@ -178,7 +183,7 @@ with_config(ConfigDict(extra="forbid"))(UsedRows)
 
 
 def _of(kind: object) -> GetPydanticSchema:
-    """The type that a file must have in a field whose value is used as plain JSON."""
+    """Check a field of a file as ``kind``, whatever its annotation in ``Report`` says."""
     return GetPydanticSchema(lambda _, schema: schema(kind))
 
 
@@ -188,6 +193,7 @@ def _check_ranking(search: Row) -> Row:
     return search
 
 
+# An empty object stands for a part that was not done; any other must be whole.
 _OR_EMPTY = WrapValidator(lambda value, check: check(value) if value or not isinstance(value, dict) else value)
 Rows = Mapping[str, Row]
 
@@ -248,6 +254,7 @@ class Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
         check_folder_named(folder, "prune")
         path = Path(folder) / REPORT_FILE
+        # A command that was killed while it replaced the folder has left it under a hidden name: put it back first.
         tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")

@@ -1,4 +1,4 @@
-"""folder: the folder of an unfinished run. Files are written whole or not at all.
+"""run_folder: the folder of an unfinished run. Files are written whole or not at all.
 
 Each phase keeps its last two checkpoints and the best one. A folder is taken for an unfinished run only by mptk's mark,
 whatever its name and its files (``mptk/files/places.py``).
@@ -42,11 +42,13 @@ from mptk.reading import Damaged, Json, make_damage_error, parse_json, read_json
 from mptk.staged.spool import spool_weights
 
 CHECKPOINTS_KEPT = 2
+"""If the newest checkpoint is damaged, the message asks to remove it, and the run continues from the one before."""
 SETTINGS = "settings.json"
 GIVEN = "given"
 """The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
 RUN_MARK = "mptk.mark"
+"""The file of mptk's mark in the folder."""
 FACTS = "facts"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
@@ -75,14 +77,16 @@ class RunFolder:
         self.path = name_run_folder(out)
         self._described = format_json(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, connect_processes()
+        # The first process decides and cleans up. The others then see the same files, and take the same turns.
         if state.is_main_process:
             unfinished = check_unfinished(out, settings, resume)
             tidy(self.path)
             if unfinished and not resume:
                 self.remove()
-            if not (unfinished and resume):
+            if not (unfinished and resume):  # settings without stages: an earlier run ended before it kept anything
                 file.unlink(missing_ok=True)
         state.wait_for_everyone()
+        # Listed once: what this run writes itself must not count as found, or processes would differ in what they do.
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
     def make(self) -> Path:
@@ -121,6 +125,7 @@ class RunFolder:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Write ``NAME.safetensors``, whole or not at all. One tensor is in memory at a time."""
+        # The settings are written with the first result: only then is there something to continue.
         if not (self.make() / SETTINGS).is_file():
             write_text(self.path / SETTINGS, self._described)
         write_file(self._file(name), lambda file: write_weights(file, Weights(tensors), metadata or None))
@@ -197,13 +202,17 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     """
     path = name_run_folder(out)
     file = path / SETTINGS
+    # Stages that were kept make a run unfinished. Without them there is nothing to lose and nothing to continue.
     check_run_folder(path, resume)
     if not any(path.glob("*.safetensors")):
         return False
     before = read_json_object(file, _make_stage_error(file)) if os.path.lexists(file) else None
+    # Hours of training are not thrown away without a word. A run that trains nothing is repeated as fast.
     if not resume and (before is None or _has_training(before)):
         raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
+        # Its inputs and its settings must be the same, and the message names the ones that are not. The settings go
+        # through JSON, so that a tuple equals the list that was read.
         before, given = before or {}, json.loads(format_json(settings))
         if GIVEN not in but and (others := name_differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
             raise MptkError(
@@ -236,14 +245,16 @@ def read_kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
 
 
 def check_run_folder(path: Path, resume: bool) -> None:
-    """Raise MptkError if there is something that is no unfinished run of mptk's. An empty folder is nobody's.
+    """Raise MptkError if something else than an unfinished run of mptk is at ``path``. An empty folder may be used.
 
-    With ``resume`` a copy of one is taken for one: the user has said that it is one, and its mark is made anew.
+    With ``resume`` a copy of an unfinished run is one, too: the user says so, and the copy gets a mark of its own.
     """
     if path.is_symlink():
         raise MptkError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link")
     if not os.path.lexists(path):
         return
+    # By descriptor, so that nobody can exchange the folder between a look and the next. A mark holds for one folder of
+    # one owner: in a copy it is read, but is not of that folder.
     if path.is_dir():
         with hold_open(path.parent) as at, hold_open(path.name, at) as own:
             names, mark = os.listdir(own), read_mark(own, RUN_MARK)
@@ -299,13 +310,16 @@ def name_run_folder(out: Path) -> Path:
 
 
 def _make_stage_error(file: Path) -> Damaged:
-    """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
+    """The error for a file from which a run cannot continue.
+
+    Of a checkpoint only the file has to go, as an older one may be beside it; otherwise the whole folder.
+    """
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
     return make_damage_error(file, f"remove {what}, and start again with --resume")
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Raises MptkError if it is damaged."""
+    """The tensors of a checkpoint. Raises MptkError if it is damaged; NaN would spoil all steps after it."""
     found = load_tensors(file, _make_stage_error(file))
     if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
         raise _make_stage_error(file)(f"{spoilt} is not a number")
@@ -313,7 +327,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _has_training(settings: Json) -> bool:
-    """Whether the settings of an unfinished run ask for training or a search, which take long."""
+    """Whether the settings of an unfinished run ask for training or a search, which take long; yes if in doubt."""
     learning = settings.get("learning")
     return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
 

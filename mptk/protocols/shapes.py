@@ -13,7 +13,7 @@ from mptk.reading import Json
 
 SHAPES_FORMAT = "mptk-shapes/1"
 WORST = 1e9
-"""The value for a loss that is not finite."""
+"""The value for a loss that is not finite: it can be compared and written as JSON, which infinity cannot."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Shape:
         return self.parameters if self.latency_ms is None else self.latency_ms
 
     def is_better_than(self, other: Shape) -> bool:
-        """Whether it reached the other's last stage, is neither dearer nor worse there, and better in one."""
+        """Whether it dominates the other at the other's last stage: neither dearer nor worse, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
             return False
@@ -109,7 +109,7 @@ class Shapes:
 
 
 def rank_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Sort by the stage reached, the last stage first, then by loss."""
+    """Sort by the stage reached, the last stage first, then by loss: losses of different stages cannot be compared."""
     return tuple(sorted(shapes, key=lambda shape: (-len(shape.rungs), shape.loss)))
 
 

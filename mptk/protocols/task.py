@@ -1,4 +1,8 @@
-"""task: the protocol of a kind of model. mptk's own are in ``mptk/tasks``."""
+"""task: the protocol of a kind of model: what its samples, its loss, its metric and its outputs are.
+
+mptk's own are in ``mptk/tasks``. A class derives from ``Task`` and inherits the defaults, which fit a model whose
+``forward`` takes the samples' inputs by name.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ class Task(Protocol):
         return (self.make_example(model),)
 
     def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
+        """A function of a module and the names of its inputs that makes what is traced: it gives the loss's output."""
         return Flat
 
     def like(self, example: Samples, samples: Samples) -> Samples:

@@ -1,4 +1,4 @@
-"""values: values of a run's stages beside the chain (``chain.py``): context, samples, witness, checks."""
+"""values: what a run's stages use beside the values of ``chain.py``: context, samples, witness, checks."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ class SampleSets:
 
 def shorten_samples(samples: Samples, sequences: bool) -> Samples:
     """The proof's short batch of ``samples``, repeated if they are few. ``sequences``: as in their task."""
+    # Only sequences may be cut: a model may take other inputs in one length only.
     count, length = PROOF_SHAPE
     found = samples.shorten(count, length if sequences else sys.maxsize)
     if len(found) == count or samples.together is not None:
@@ -91,7 +92,8 @@ def shorten_samples(samples: Samples, sequences: bool) -> Samples:
 class Witness:
     """A trained model's own ``outputs`` on the proof's short batch, before its weights are adopted.
 
-    ``tolerance``: largest allowed difference of the adopted weights' outputs, relative to the largest output.
+    They show that merging adapters, or turning learned masks into a plan, lost nothing. ``tolerance``: largest allowed
+    difference of the adopted weights' outputs, relative to the largest output.
     """
 
     stage: str
@@ -161,7 +163,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of a folder, as a quantised graph.
+    """An optional part of a folder, like a quantised graph.
 
     ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
     """
@@ -173,4 +175,4 @@ class Extra:
 
 def describe_left_out(name: str, error: MptkError) -> str:
     """The note on an optional file that could not be made or proven."""
-    return f"{name} was left out: {str(error).partition('; ')[0]}"
+    return f"{name} was left out: {str(error).partition('; ')[0]}"  # the cause without the remedy

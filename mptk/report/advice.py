@@ -30,6 +30,16 @@ SAFE, CUTS, BY_FAMILY, SENSITIVE, UNKNOWN = (
 )
 SHOWN_LAYERS = 5
 """Layers that are named as the most and the least sensitive."""
+HALVED = (
+    "A layer's figure is the rise of the loss (nats a token) on calibration text if that layer keeps half of its units "
+    "and nothing is fitted."
+)
+MEASURED = {
+    "perplexity": "the perplexity rises by",
+    "disagreement": "the share of samples with another prediction is",
+    "loss": "the mean loss against the dense outputs is",
+}
+"""What is measured → the beginning of the sentence that says what counts as safe."""
 
 
 def build_advice_view(found: Advice) -> View:
@@ -44,12 +54,6 @@ def build_advice_view(found: Advice) -> View:
     return View(
         [*parts, Section(UNKNOWN, list(list_unknowns(found)))], f"How far can {name_model(found.model)} be cut?"
     )
-
-
-HALVED = (
-    "A layer's figure is the rise of the loss (nats a token) on calibration text if that layer keeps half of its units "
-    "and nothing is fitted."
-)
 
 
 def build_safe_table(found: Advice) -> Table:
@@ -72,10 +76,12 @@ def _format_limit(point: Point | None) -> str:
 def describe_advice(found: Advice) -> list[str]:
     """The advice in words."""
     best, first = found.recommended, found.division[0]
+    # What safe means, then the recommended cut or why there is none, then what training would change.
     said = [
         f"Safe: {MEASURED[found.measure]} at most {found.tolerance:.0%} with {STANDARD_ERRORS:.0f} standard errors."
     ]
     if best is not None:
+        # The weakest text decides. A reader may not need that text, so the others are named.
         worse = [
             name_text(text) for text in found.texts if (at := found.find_safe(text)) is not None and at is not best
         ]
@@ -86,8 +92,8 @@ def describe_advice(found: Advice) -> list[str]:
         worst = max(first.texts[text].change for text in bad)
         said.append(
             f"Without training no measured cut is safe for {', '.join(map(name_text, bad))}: the smallest, "
-            f"{format_share(first)}, "
-            f"already costs {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or plan for recovery."
+            f"{format_share(first)}, already costs {worst:.1%}. Give a larger --tolerance or smaller --sparsities, or "
+            "plan for recovery."
         )
     if found.recovery is not None:
         said += describe_training(found, found.recovery)
@@ -119,13 +125,6 @@ def list_commands(found: Advice) -> list[str]:
     return said
 
 
-MEASURED = {
-    "perplexity": "the perplexity rises by",
-    "disagreement": "the share of samples with another prediction is",
-    "loss": "the mean loss against the dense outputs is",
-}
-
-
 def list_unknowns(found: Advice) -> Sequence[str]:
     """What the advice does not say."""
     training = (
@@ -143,7 +142,7 @@ def list_unknowns(found: Advice) -> Sequence[str]:
 
 
 def build_cut_table(found: Advice) -> Table:
-    """The widths and the cost of each cut: first the dense model."""
+    """The widths and the cost of each cut, after the dense model's. Families that no cut touches have no column."""
     points = (found.dense, *found.division)
     names = [n for n in found.dense.widths if any(p.widths[n] != found.dense.widths[n] for p in points)]
     timed = found.dense.latency_ms is not None
@@ -198,6 +197,7 @@ def build_layer_table(found: Mapping[str, Sequence[float]]) -> Table:
     """The most and the least sensitive layers of each family."""
     rows = []
     for name, rises in found.items():
+        # Of fewer than ten layers, the least sensitive are those that are not among the most sensitive.
         order = sorted(range(len(rises)), key=lambda i: -rises[i])
         ends = order[:SHOWN_LAYERS], order[SHOWN_LAYERS:][-SHOWN_LAYERS:]
         rows.append([Name(name), *(", ".join(f"{i} ({rises[i]:+.3f})" for i in each) for each in ends)])
@@ -210,7 +210,7 @@ def format_share(point: Point) -> str:
 
 
 def name_text(text: str) -> str:
-    """The name of a text as tables show it."""
+    """The name of a text as tables show it: of a path its last part."""
     return Path(text).name if "/" in text else text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mptk.cost.model import CostModel
-from mptk.ir.families import Analysis, Family, Member
+from mptk.ir.families import Analysis, Family
 from mptk.protocols.report import Row
 from mptk.report.runs import name_model
 from mptk.report.view import Name, Section, Table, View, format_ranges
@@ -26,6 +26,7 @@ def build_analysis_json(
     ``parts``: a row for each part of the model.
     """
     cost = CostModel(analysis)
+    # Blocks that must stay are listed beside the axes that must, as they have a reason, too.
     blocked = [asdict(axis) for axis in analysis.blocked]
     for f in analysis.depths:
         for unit, why in f.stack.stay.items():
@@ -43,6 +44,7 @@ def build_analysis_json(
 
 
 def _convert_family(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, object]:
+    # A unit is what one step of the width removes in one layer, with its weights in all matrices of the group.
     name = family.name
     return {
         "name": name,
@@ -59,13 +61,16 @@ def _convert_family(family: Family, cost: CostModel, legal: LegalWidths) -> dict
         "together": sorted(find_missing_partners(name, {name}, legal.together)),
         "breaks": legal.breaks.get(name),
         "groups": [
-            {"layer": group.layer, "members": list(map(_convert_member, group.members))} for group in family.groups
+            {
+                "layer": group.layer,
+                "members": [
+                    {"weight": each.weight, "dim": each.dim, "role": each.role, "layout": repr(each.term)}
+                    for each in group.members
+                ],
+            }
+            for group in family.groups
         ],
     }
-
-
-def _convert_member(member: Member) -> dict[str, object]:
-    return {"weight": member.weight, "dim": member.dim, "role": member.role, "layout": repr(member.term)}
 
 
 def build_analysis_view(said: Row) -> View:
@@ -120,6 +125,7 @@ def list_breaking(families: Sequence[Row]) -> list[str]:
 
 def group_blocked(blocked: Sequence[Row]) -> list[tuple[str, ...]]:
     """Rows of axes that cannot be cut; axes with the same reason in several layers share a row."""
+    # Equal but for the layer's number, in names of weights and in reasons. A few weights and reasons are enough.
     rows: Counter[tuple[str, str, str, str]] = Counter()
     for b in blocked:
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))

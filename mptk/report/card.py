@@ -1,7 +1,7 @@
 """card: ``README.md`` of a pruned folder: the model, the cut, its quality, its proof, how to load it.
 
-``templates/card.md`` has the words. Its first lines are the metadata of a model hub. Names and words that come from
-models or files stand in code spans, so that they cannot become markup.
+``templates/card.md`` has the words. Its first lines are the metadata that the Hugging Face hub reads. Names and words
+that come from models or files are in code spans, so that they cannot become markup.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
-from mptk.report.markdown import format_code, render_markdown, render_parts
 from mptk.report.runs import name_model
 from mptk.report.sections import CUT_TITLE, PROOF_TITLE, QUALITY, build_prune_view
-from mptk.report.view import Name, Table, View, format_megabytes
+from mptk.report.view import Name, Table, View, format_code, format_megabytes, render_markdown, render_parts
 from mptk.tasks.genai import GENAI_FILE
 from passes.targets.stock.config import StockConfig
 
 FEATURE_TASKS = {"pixel_values": "image-feature-extraction"}
 """Main input of a bare encoder → the hub's name of its task; by default feature-extraction."""
+# OWNER/NAME, as huggingface_hub allows it.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
 
@@ -42,8 +42,9 @@ def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
 
     ``compiled``: None for a module's graph whose dense module is not in memory.
     """
+    # What is said follows from the files in the folder: a graph that was left out has no section.
     graphs = sorted((folder / "onnx").glob("*.onnx"))
-    environment = Environment(  # of Markdown: names go through ``code``
+    environment = Environment(  # no autoescape, which is for HTML: names go through the filter ``code``
         loader=PackageLoader("mptk.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -68,18 +69,21 @@ def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
 
 def make_metadata(report: Report, compiled: Compiled | None, folder: Path) -> ModelCardData:
     """The fields that a model hub reads. The licence is the dense model's, if its card names one."""
+    # The licence: of the dense model's card, else of the packaged alias.
     said = {} if compiled is None else licence.read_licence(compiled.prepared.loaded.path)
     if "license" not in said and report.model in ALIASES:
         said |= licence.make_licence_fields(ALIASES[report.model].licence)
     tags = ["pruned", "structured-pruning", "mptk"]
     if any((folder / "onnx").glob("*.onnx")):
         tags.append("onnx")
+    # What loads the folder and what it does. A graph has neither a library nor a task that the hub knows.
     sentences = (folder / "modules.json").is_file()
     known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else name_library(compiled)}
     if compiled is None or compiled.written is None:
         known = {}
     elif tag := "sentence-similarity" if sentences else find_pipeline_tag(compiled.written.stock):
         known["pipeline_tag"] = tag
+    # A local path would be a broken link, and would tell the world how the user's folders are named.
     if is_hub_id(report.model):
         known |= {"base_model": report.model, "base_model_relation": "finetune"}
     return ModelCardData(**known, **said, tags=tags)  # type: ignore[arg-type]
@@ -115,6 +119,7 @@ def build_size_table(report: Report, folder: Path, graphs: Sequence[Path]) -> Ta
     rows = []
     for file in graphs:
         name = file.relative_to(folder).as_posix()
+        # With its external data, files whose names begin with the graph's.
         size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
         rows.append([Name(name), schemes.get(name, "float"), format_megabytes(size)])
     return Table("llr", ["graph", "weights", "size"], rows)
@@ -125,11 +130,12 @@ def build_size_table(report: Report, folder: Path, graphs: Sequence[Path]) -> Ta
 
 def describe_loading(compiled: Compiled | None, folder: Path) -> dict[str, object]:
     """What loads a folder: a ``library``, its class of the model (``auto``), and its class of what makes inputs."""
+    # What makes inputs: a processor, if there is one, includes the tokenizer.
     other = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     text = (folder / "tokenizer_config.json").is_file()
     trusts = any(folder.glob("*.py"))
     stock = None if compiled is None or compiled.written is None else compiled.written.stock
-    whole = (folder / PIPELINE).is_file()
+    whole = (folder / PIPELINE).is_file()  # of diffusers: the pipeline around the model that was cut
     return {
         "library": name_library(compiled),
         "auto": None if stock is None else "DiffusionPipeline" if whole else name_auto_class(stock),
@@ -148,6 +154,7 @@ def name_library(compiled: Compiled | None) -> str:
 
 def name_auto_class(stock: StockConfig) -> str:
     """Name of the auto class that loads a written checkpoint, or of its class if no auto class knows it."""
+    # A bare model is in no mapping of heads. For the others transformers itself is asked, by the config as written.
     name = stock.model_class.__name__
     if name in flatten_names(MODEL_MAPPING_NAMES):
         return "AutoModel"

@@ -1,4 +1,4 @@
-"""runs: read the data of a pruned folder that reports show."""
+"""runs: read what reports show of pruned folders, name folders and models, and find which runs may be compared."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from mptk.files import format_json
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
 from mptk.protocols.report import REPORT_FILE, Report, Row
 from mptk.publish.manifest import RUNGS
 from mptk.reading import make_damage_error, make_typed, parse_json, read_as, read_text
-from mptk.report.view import format_ranges
+from mptk.report.view import format_count, format_ranges
 
 _REMEDY = "remove that file, or prune again"
 
@@ -43,6 +44,8 @@ class Run:
     @property
     def kept(self) -> dict[str, FamilyPlan]:
         """The kept units of cut families. Layers with different widths are joined to one family."""
+        # A plan of single layers names them FAMILY.LAYER. A chart shows the whole family, with as many columns as the
+        # widest layer has. A layer that the plan does not name keeps all of its units.
         found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
         for whole in sorted(self.plan.divided):
             rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
@@ -72,6 +75,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
+    # lexists, not exists: a link that leads nowhere is damage, and not a folder without timings.
     file = folder / "bench.json"
     return read_as(Bench, file, make_damage_error(file, _REMEDY)) if os.path.lexists(file) else None
 
@@ -93,7 +97,7 @@ def _read_metrics(file: Path) -> dict[str, list[Row]]:
 
 
 class MetricsLine(TypedDict):
-    """The fields of each line of ``metrics.jsonl``, beside metrics."""
+    """The fields of each line of ``metrics.jsonl``, beside the metrics themselves."""
 
     phase: str
     step: int
@@ -115,7 +119,7 @@ def with_rungs(folders: Sequence[Path]) -> list[Path]:
 
 def name_folders(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as distinguish them. A folder that is given twice has one name."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    paths = [Path(os.path.abspath(folder)) for folder in folders]  # ``.`` and ``..`` have no name of their own
     for count in range(1, max((len(path.parts) for path in paths), default=1)):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(set(paths)):
@@ -127,12 +131,13 @@ def name_model(model: str) -> str:
     """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
+    # The hub's cache: …/models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"/models--([^/]+)/snapshots/", model)
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
 def name_pruned(report: Report) -> str:
-    """A name of the pruned model that says so."""
+    """A name of the pruned model for files of other programs."""
     return f"{name_model(report.model)}, pruned by {report.sparsity:.0%}"
 
 
@@ -145,16 +150,18 @@ def describe_legal(report: Report, family: str) -> str:
 
 
 def explain_uncut(report: Report, family: str) -> str:
-    """The reason why a family was not cut, or not further."""
+    """The reason why a family was not cut, or not further: the first that applies, the surest first."""
     settings, here = report.settings, report.families[family]
     legal = report.legal.get(family)
     narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
+    # It was cut: what set the width?
     if here["width"] < here["of"]:
         if settings.plan is not None or family in settings.widths:
             return "this width was given"
         if narrower == []:
             return "no narrower width is legal"
         return "the budget was met at this width"
+    # It is whole. The target may forbid a cut, the settings may, or the method chose so.
     if legal is not None and legal["refused"]:
         return str(legal["refused"])
     if narrower == []:
@@ -168,6 +175,79 @@ def explain_uncut(report: Report, family: str) -> str:
         return "not among the requested --families"
     if settings.only_layers is not None and here["layers"] == 1 and "." in family:
         return f"outside of the requested --layers {settings.layers}"
+    # A family of one group runs through all layers, like the hidden width. By default it is left whole.
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"
+
+
+# ---- which runs may be compared ----
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Runs of one dense model, with quality measured in one way. ``apart``: how they differ from the first group."""
+
+    runs: tuple[Run, ...]
+    apart: str = ""
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def rises(self) -> bool:
+        """Whether more is better. A report does not say so, but a perplexity is at least 1 and a share at most 1."""
+        return bool(self.first.report.quality["dense"] <= 1)
+
+
+def name_group(number: int, group: Comparable) -> str:
+    """The title of a group. ``number``: counts from 0, the group that the others are compared with."""
+    return f"{number + 1}. {group.first.report.quality['metric']} of {format_count(len(group.runs), 'run')}"
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
+    """Groups of runs that may be compared, the largest first, and the runs without a measured quality."""
+    measured = [run for run in runs if run.measured]
+    groups: dict[str, list[Run]] = {}
+    for run in measured:
+        groups.setdefault(format_json([text for _, text in list_terms(run)]), []).append(run)
+    ordered = sorted(groups.values(), key=lambda group: -len(group))
+    found = [Comparable(tuple(group), describe_difference(ordered[0][0], group[0])) for group in ordered]
+    return found, [run for run in runs if not run.measured]
+
+
+def list_terms(run: Run) -> list[tuple[str, object]]:
+    """All values that must be equal in two runs to compare their quality, each with a description.
+
+    The dense model's own value is last: it differs, too, if any other does.
+    """
+    report = run.report
+    windows = report.data.get("evaluation", {}).get("inputs")
+    return [
+        ("another dense model", report.model_sha256),
+        ("another kind of model", report.task),
+        ("another metric", report.quality["metric"]),
+        ("another protocol", report.quality["protocol"]),
+        ("other text", windows),
+        ("another value of the dense model", report.quality["dense"]),
+    ]
+
+
+def describe_difference(one: Run, other: Run) -> str:
+    """The differences in ``list_terms``, in words; the last one only if nothing else differs."""
+    pairs = zip(list_terms(one), list_terms(other), strict=True)
+    found = [name for (name, here), (_, there) in pairs if here != there]
+    return ", ".join(found[:-1] if len(found) > 1 and found[-1] == list_terms(one)[-1][0] else found)
+
+
+def find_front(group: Comparable) -> list[Run]:
+    """The runs on the Pareto front of removed share and quality."""
+    sign = -1 if group.rises else 1
+    points = [(run.report.sparsity, sign * run.report.quality["pruned"]) for run in group.runs]
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(x >= point[0] and y <= point[1] and (x, y) != point for x, y in points)
+
+    kept = [run for run, point in zip(group.runs, points, strict=True) if not beaten(point)]
+    return sorted(kept, key=lambda run: run.report.sparsity)

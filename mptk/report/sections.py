@@ -1,4 +1,7 @@
-"""sections: make views of a report, of timings, of a search, of a proof and of an estimate."""
+"""sections: the views of a report, of timings, of a search, of a proof and of an estimate.
+
+The terminal, the model card and the HTML page render the same views, so a figure is worded once, here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,16 @@ from mptk.ort.bench import Bench
 from mptk.protocols.report import Report, Row
 from mptk.protocols.shapes import Shapes
 from mptk.reading import make_typed
-from mptk.report.compare import Comparable, find_front, group_runs, name_group
-from mptk.report.runs import Run, describe_legal, explain_uncut, name_model
+from mptk.report.runs import (
+    Comparable,
+    Run,
+    describe_legal,
+    explain_uncut,
+    find_front,
+    group_runs,
+    name_group,
+    name_model,
+)
 from mptk.report.view import (
     Bad,
     Good,
@@ -55,6 +66,7 @@ def build_prune_view(
 
     ``texts``: as in ``Run``.
     """
+    # What a reader asks first comes first: what was cut, and how good is it? Sections without content are left out.
     found = [
         Section(CUT_TITLE, [build_width_table(report), build_cost_table(report)]),
         Section(QUALITY, describe_quality(report)),
@@ -65,6 +77,7 @@ def build_prune_view(
     if report.search:
         found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.search))))
     if report.splits:
+        # The method took the lowest loss, so the first row is the one that was taken.
         tried = sorted(report.splits.items(), key=lambda split: split[1])
         rows = [
             [Name(f"{widths} (taken)" if not row else widths), format_figure(loss)]
@@ -99,6 +112,7 @@ def build_width_table(report: Report) -> Table:
         ]
         for name, row in report.families.items()
     ]
+    # Conversions before the cut have widths, too, but no legal ones: the user gave the number.
     for name, row in (("vocabulary", report.vocabulary), ("KV heads, merged", report.kv_heads)):
         if row:
             rows.append([name, "", _format_width(row, "kept"), "", ""])
@@ -126,6 +140,7 @@ def build_cost_table(report: Report) -> Table:
 
 def describe_quality(report: Report) -> list[Table | str]:
     """Quality and size of each model."""
+    # A run that is stopped after publishing leaves a proven folder without quality.
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
         return ["Not measured, since the run was stopped earlier; run mptk eval."]
@@ -157,14 +172,14 @@ def list_further_figures(found: Row) -> list[str]:
 
 
 def _format_change(value: float | None, dense: float, shown: Callable[[float], str]) -> list[str]:
-    """A value, and its change from the dense model's in percent."""
+    """A value, and its change from the dense model's in percent; the dense model itself has none."""
     if value is None:
         return ["not measured", ""]
     return [shown(value), "" if value == dense or not dense else f"{value / dense - 1:+.1%}"]
 
 
 def build_proof_table(rows: Sequence[Row]) -> Table:
-    """Each stage's difference from the masked dense model, its tolerance, and why a tolerance was widened."""
+    """Each stage's difference, its tolerance, and why a tolerance was widened."""
     found = []
     for row in rows:
         said = ", ".join([row[key] for key in ("widened", "ran", "failure") if row.get(key)])
@@ -201,7 +216,7 @@ def describe_run(report: Report) -> list[Table | str]:
 
 
 def build_stage_table(report: Report) -> Table:
-    """The ten stages of the run that took longest."""
+    """The ten stages of the run that took longest: passes are stages, too, so there may be dozens."""
     slowest = sorted(report.stages, key=lambda stage: -stage["seconds"])[:10]
     longest = max((stage["seconds"] for stage in slowest), default=0) or 1
     rows = [[Name(s["name"]), Share(f"{s['seconds']:.1f}", s["seconds"] / longest)] for s in slowest]
@@ -215,6 +230,7 @@ def build_bench_view(bench: Bench) -> View:
 
 def describe_timings(bench: Bench) -> list[Table | str]:
     """Each graph in each case, the size of each graph, and the machine's peaks."""
+    # The timings; then how large each graph is on disk and in memory.
     rows = [
         [
             str(row.case),
@@ -232,6 +248,7 @@ def describe_timings(bench: Bench) -> list[Table | str]:
     sizes = [
         [Name(graph.name), format_megabytes(graph.bytes), format_megabytes(graph.memory)] for graph in bench.graphs
     ]
+    # The machine: its peaks, of which a row says what share a graph reached, and what ran on it.
     peaks = [
         f"{format_count(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
         f"{peak.bandwidth / 1e9:.1f} GB/s read"
@@ -284,6 +301,7 @@ def describe_group(group: Comparable) -> list[Table | str]:
     ]
     size, metric = format_megabytes(first.cost["dense"]["bytes"]), first.quality["metric"]
     rows.append(["dense", "", "", f"{0:.1%}", size, format_figure(first.quality["dense"]), ""])
+    # A front needs at least two runs. How a group differs from the first says why it has a table of its own.
     columns = ["run", "method", "steps", "removed", "size", Name(metric), "widths"]
     apart = [f"Not comparable with the first group: {group.apart}."] if group.apart else []
     star = ["★ Pareto-optimal: no other run of this table removes as much and is as good"] if several else []
@@ -309,6 +327,7 @@ def build_shapes_view(found: Shapes) -> View:
 
 def describe_ranking(found: Shapes) -> list[Table | str]:
     """Each shape with its costs and its losses: the dense model, then the best first."""
+    # Columns appear only if any shape has their values: fitting, a latency, and each rung of training.
     front, fits, timed = found.front, found.best.reconstructed is not None, found.dense.latency_ms is not None
     tokens = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
     rows = []
@@ -333,6 +352,7 @@ def describe_ranking(found: Shapes) -> list[Table | str]:
 
 def build_estimate_view(found: Estimate) -> View:
     """Memory, disk space and time that a run needs, part by part."""
+    # Each part, then the sum of the parts, behind which a line ends the block. Disk space is shown even if it is none.
     rows: list[list[str]] = []
     ends = []
     for what, parts, said in (

@@ -13,8 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mptk.compile.changes import COMPENSATION, open_pruned_weights, widen_weights
-from mptk.compile.cut import compile_plan
+from mptk.compile.cut import COMPENSATION, compile_plan, open_pruned_weights, widen_weights
 from mptk.config.recipe import RECIPE_FILE
 from mptk.errors import MptkError
 from mptk.io.untrusted import load_tensors

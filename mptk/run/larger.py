@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from mptk.compile.changes import find_changes, without
+from mptk.compile.cut import find_changes, without
 from mptk.config.settings import Settings
 from mptk.distributed.processes import holds
 from mptk.errors import MptkError

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from mptk.compile.changes import COMPENSATION
-from mptk.compile.cut import apply_choice, compile_plan
+from mptk.compile.cut import COMPENSATION, apply_choice, compile_plan
 from mptk.compile.trace import describe_fixed_sizes, describe_gradient_limits, describe_one_length
 from mptk.config.recipe import write_recipe
 from mptk.conversions import fit_conversions, with_conversions

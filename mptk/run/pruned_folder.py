@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from mptk.compile.changes import find_changes
+from mptk.compile.cut import find_changes
 from mptk.config.setting import collect_values
 from mptk.config.settings import Settings
 from mptk.distributed.processes import holds

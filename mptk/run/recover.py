@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.compile.changes import widen_weights
-from mptk.compile.cut import apply_choice, build_small_model, cut_to
+from mptk.compile.cut import apply_choice, build_small_model, cut_to, widen_weights
 from mptk.distributed.processes import holds
 from mptk.io.slices import Places
 from mptk.ir.resolved_plan import build_renumbering, list_removed_blocks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.compile.dense_outputs import with_dense_outputs
+from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config.choices import IN_MEMORY
 from mptk.config.settings import Settings

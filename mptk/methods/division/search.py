@@ -18,7 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from mptk.compile.dense_outputs import with_dense_outputs
+from mptk.compile.cut import with_dense_outputs
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError

@@ -36,7 +36,7 @@ BOX = (0.58, 0.44)
 STRIP = 0.06
 """Width of a coloured side, in inches."""
 LETTERS = 10
-"""Most letters in a line of a node."""
+"""Most letters in a line of a node: what a box of this width holds."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,11 @@ def choose_layer(analysis: Analysis, legal: LegalWidths) -> Layer:
 
     Modules that differ only in their number (experts) are one node, as their weights are cut in the same way.
     """
+    # Layers differ in models of mixed blocks. One with the most families shows most of what is coupled.
     layered = [family for family in analysis.families if len(family.groups) > 1]
     found = Counter(layer for family in layered for layer in dict.fromkeys(map(_find_layer, family.groups)) if layer)
     name = next((n for n, count in found.items() if count == max(found.values())), "")
+    # One edge for each dimension of each weight. Experts have the same name once their numbers are masked.
     edges: dict[tuple[str, str, int], Edge] = {}
     for family in analysis.families:
         for member in _list_members(family, name):
@@ -142,6 +144,8 @@ Node = tuple[str, str]
 
 def build_flow(layer: Layer) -> nx.DiGraph[Node]:
     """The graph of a layer. A family that runs through all layers stands above and below it."""
+    # Edges from the modules that make units to the family, and from the family to those that use them. A weight that
+    # only holds units (a norm's) is drawn behind the family, unless its module also makes or sums over them.
     graph: nx.DiGraph[Node] = nx.DiGraph()
     for edge in layer.edges:
         module: Node = ("module", edge.module)
@@ -151,6 +155,7 @@ def build_flow(layer: Layer) -> nx.DiGraph[Node]:
         how = HOLDS if edge.how == HOLDS and not graph.has_edge(*ends) else edge.how
         if not (graph.has_edge(*ends) and how == HOLDS):  # a bias goes the way of its matrix
             graph.add_edge(*ends, how=how, family=edge.family)
+    # A module that makes the units and holds them, too, would be above and below its family: only the making is drawn.
     for module, kind, name in [(m, k, f) for (k, f), m in graph.edges if m[0] == "module"]:
         if graph.has_edge(module, (kind, name)) and graph.edges[(kind, name), module]["how"] == HOLDS:
             graph.remove_edge((kind, name), module)
@@ -158,13 +163,15 @@ def build_flow(layer: Layer) -> nx.DiGraph[Node]:
 
 
 def order_rows(graph: nx.DiGraph[Node]) -> list[list[Node]]:
-    """The nodes of each row. A node is below all nodes that lead to it and, within its row, near to them."""
+    """The nodes of each row. A node is below all nodes that lead to it and, in its row, near to them."""
+    # Rows: topological generations. Modules on a cycle (in a recurrent block) share a row. Outgoing families are last.
     condensed = nx.condensation(graph)
     found = [
         [node for part in parts for node in sorted(condensed.nodes[part]["members"]) if node[0] != AFTER]
         for parts in nx.topological_generations(condensed)
     ]
     found = [row for row in [*found, [node for node in graph if node[0] == AFTER]] if row]
+    # Order in a row: by the mean place of the predecessors, row after row from the top (Sugiyama's barycentre method).
     order = {node: number for number, node in enumerate(graph)}
     place: dict[Node, float] = {}
     for row in found:
@@ -207,6 +214,7 @@ def break_name(name: str) -> str:
 
 def draw_coupling_chart(layer: Layer) -> Svg:
     """Draw the layer from top to bottom: modules as white boxes, families as coloured ones, and the edges."""
+    # Where everything is, in inches. A row of many modules makes the chart wider.
     graph = build_flow(layer)
     rows = order_rows(graph)
     wide = max(WIDTH - 0.1, APART * max(map(len, rows)))
@@ -216,17 +224,17 @@ def draw_coupling_chart(layer: Layer) -> Svg:
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(layer.units)}
 
     def draw(axes: Axes) -> None:
+        # Edges first, under the boxes: from the bottom of a node to the top of the one below.
         for one, other, edge in graph.edges(data=True):
             (x0, y0), (x1, y1) = _find_port(one, place, -1), _find_port(other, place, 1)
             axes.plot([x0, x1], [y0, y1], STYLES[edge["how"]], color=colours[edge["family"]], linewidth=1.6, zorder=1)
         for (kind, name), (x, y) in place.items():
             if kind == "module":
-                _draw_module(
-                    axes, break_name(named[name]), x, y, [_list_colours(layer, name, dim, colours) for dim in (0, 1)]
-                )
+                sides = [[colours[family] for family in layer.side(name, dim)] for dim in (0, 1)]
+                _draw_module(axes, break_name(named[name]), x, y, sides)
             else:
                 _draw_family(axes, layer, kind, name, x, y, colours[name])
-        for how, style in STYLES.items():
+        for how, style in STYLES.items():  # empty lines: only for the legend
             axes.plot([], [], style, color=INK, label=how)
         axes.figure.legend(loc="outside lower left", ncols=3, handlelength=2.4, columnspacing=1.2, fontsize=8.5)
         axes.set_xlim(0, wide)
@@ -240,10 +248,6 @@ def _find_port(node: Node, place: Mapping[Node, tuple[float, float]], side: int)
     """The end of an edge: the middle of a family, or of a module's top (``side`` 1) or bottom (−1)."""
     x, y = place[node]
     return (x, y + side * BOX[1] / 2) if node[0] == "module" else (x, y)
-
-
-def _list_colours(layer: Layer, module: str, dim: int, colours: Mapping[str, str]) -> list[str]:
-    return [colours[family] for family in layer.side(module, dim)]
 
 
 def _draw_module(axes: Axes, label: str, x: float, y: float, sides: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,7 @@
-"""render: turn views into pages with charts. The template escapes every text; only ``Svg`` is inserted unchanged."""
+"""render: turn views into pages with charts. The template escapes every text; only ``Svg`` is inserted unchanged.
+
+A page is one file that loads nothing: styles and charts are in it, and its content policy forbids everything else.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,10 @@ from mptk.reading import make_typed
 from mptk.report import sections
 from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, build_advice_view, list_commands
 from mptk.report.analysis import build_analysis_view
-from mptk.report.compare import group_runs, name_group
-from mptk.report.page import advice, charts
+from mptk.report.page import charts
 from mptk.report.page.coupling import choose_layer, draw_coupling_chart
 from mptk.report.page.svg import Svg
-from mptk.report.runs import Run
+from mptk.report.runs import Run, group_runs, name_group
 from mptk.report.view import Bad, Good, Section, Table, View, format_figure, format_large, format_megabytes
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
@@ -41,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A view on a page.
+    """A view on a page. A section of the view and its charts find each other by the section's title.
 
     ``figures``: title of a section → its charts. ``tiles``: label, value, and a note on it.
     """
@@ -76,17 +78,15 @@ def build_comparison_chapter(runs: Sequence[Run]) -> Chapter:
 
 
 def build_run_chapter(run: Run, name: str = "") -> Chapter:
-    """The text and the charts of one run. ``name``: the beginning of its title.
-
-    Raises:
-        MptkError: its report is damaged or was changed.
-    """
+    """The text and the charts of one run. ``name``: the beginning of its title."""
     try:
         view, drawn = sections.build_prune_view(run.report, run.bench, run.texts), draw_figures(run)
+        # Charts without a text of their own (kept units, training) get an empty section, after what was cut.
         cut, *others = view.sections
         drawings = [Section(title, []) for title in drawn if title not in {section.title for section in view.sections}]
         about = f"{run.name} · {run.report.task} · written by mptk {run.report.mptk}"
         return Chapter(View([cut, *drawings, *others], f"{name}{view.title}"), drawn, about, list_tiles(run))
+    # The types of a report's fields were checked when it was read, but rows are plain JSON to the code that draws them.
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise make_report_error(run.name, error) from error
 
@@ -138,7 +138,7 @@ def render_analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> s
     ``said``: the JSON of the analysis and the legal widths.
     """
     view, layer = build_analysis_view(said), choose_layer(analysis, legal)
-    if not layer.edges:
+    if not layer.edges:  # nothing can be cut, so there is nothing to draw
         return _fill_template([Chapter(view, {})])
     title = f"One layer: {layer.name or 'the whole model'}"
     caption = (
@@ -161,15 +161,16 @@ def render_shapes_page(found: Shapes) -> str:
 
 def render_advice_page(found: Advice) -> str:
     """One page about an advice."""
+    # Some charts need what not every advice has: logits for the agreement, more layers than one.
     view = build_advice_view(found)
     bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
     bars += "" if found.recovery is None else " Shaded: after training."
-    same = advice.draw_agreement_chart(found)
+    same = charts.draw_agreement_chart(found)
     drawn = {
-        SAFE: [Figure("", advice.draw_change_chart(found), bars)],
+        SAFE: [Figure("", charts.draw_change_chart(found), bars)],
         CUTS: [] if same is None else [Figure("", same)],
-        BY_FAMILY: [Figure("", advice.draw_families_chart(found))],
-        SENSITIVE: [Figure(name, advice.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
+        BY_FAMILY: [Figure("", charts.draw_families_chart(found))],
+        SENSITIVE: [Figure(name, charts.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
     said = list_commands(found)
     best = [Section("The command", said)] if said else []
@@ -180,13 +181,15 @@ def render_advice_page(found: Advice) -> str:
 def draw_ranking_figures(found: Shapes) -> list[Figure]:
     """The charts of a search."""
     caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT_LINE}"
-    front, training = advice.draw_front_chart(found), advice.draw_training_chart(found)
+    front, training = charts.draw_front_chart(found), charts.draw_training_chart(found)
     more = "After each rung the better half of the shapes is trained for twice as long."
     trained = [] if training is None else [Figure("Training", training, more)]
     return [Figure("Cost and quality of each shape", front, caption), *trained]
 
 
 def _fill_template(chapters: Sequence[Chapter]) -> str:
+    # ``finalize`` sees every value before it is escaped: HTML escapes markup, ``escape_text`` what acts on its reader.
+    # What has ``__html__`` was made here and is left alone.
     environment = Environment(
         loader=PackageLoader("mptk.report.page"),
         autoescape=True,

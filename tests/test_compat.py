@@ -64,7 +64,7 @@ from mptk.compat.transformers import (
 from mptk.io.deferred import Deferred
 from mptk.io.opening import Files
 from mptk.io.resident import Resident
-from mptk.methods.maskprune.adapters import adapt, unwrap_adapters
+from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from functools import partial
 from mptk.compile.trace import trace_loaded
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import MergedHeads
-from mptk.conversions.vocabulary.convert import TrimmedVocabulary
+from mptk.conversions.vocabulary import TrimmedVocabulary
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import Plan

@@ -19,8 +19,7 @@ import numpy.typing as npt
 from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
-from mptk.cost.kv_cache import find_unrepeated, is_attention, is_view
-from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens
+from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, compute_size

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from torch import fx
+
 from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
-from mptk.cost.kv_cache import find_keys_and_values
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, compute_size
+from mptk.ir.axes import Axis, Term, compute_size
 from mptk.ir.blocks import list_block_calls, split_block_name
 from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import resolve_result_shape
+from mptk.ir.ops import find_aliased_arguments, get_argument, resolve_result_shape
 from mptk.ir.plan import Plan
 
 
@@ -201,3 +202,44 @@ def find_block_weights(analysis: Analysis) -> frozenset[str]:
 def is_layered(family: Family) -> bool:
     """Whether a family has a group for each layer, and not one group over all layers (as the residual width)."""
     return len(family.groups) > 1 or bool(family.part_of)
+
+
+@dataclass(frozen=True)
+class KeysAndValues:
+    """What an attention keeps of the tokens it has seen. ``dims``: of the keys, and of the values, of all tokens.
+
+    ``itemsize``: bytes of a number, as the program computes it.
+    """
+
+    node: fx.Node
+    dims: tuple[tuple[Term, ...], ...]
+    itemsize: int
+
+
+def find_keys_and_values(analysis: Analysis) -> list[KeysAndValues]:
+    """What each attention of a program keeps."""
+    found = []
+    for node in dict.fromkeys(product.node for product in analysis.facts.contractions):
+        if is_attention(node):
+            kept = [find_unrepeated(get_argument(node, name)) for name in ("key", "value")]
+            dims = tuple(tuple(analysis.facts.dims(each)) for each in kept)
+            found.append(KeysAndValues(node, dims, kept[0].meta["val"].dtype.itemsize))
+    return found
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a call is an attention in one operator."""
+    return "scaled_dot_product_attention" in str(node.target)
+
+
+def find_unrepeated(node: fx.Node) -> fx.Node:
+    """The value with the fewest elements among ``node`` and the values that it is a view of."""
+    seen = [node]
+    while is_view(seen[-1]):
+        seen.append(seen[-1].all_input_nodes[0])
+    return min(seen, key=lambda value: math.prod(resolve_result_shape(value)))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result shares memory with an input, by the op's schema."""
+    return bool(find_aliased_arguments(node.target, writes=False))

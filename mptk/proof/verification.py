@@ -16,7 +16,7 @@ from mptk.compile.cut import compile_plan
 from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config.settings import Settings
 from mptk.conversions import convert_model, read_plan_conversions
-from mptk.conversions.vocabulary.convert import describe_unread_tokenizer
+from mptk.conversions.vocabulary import describe_unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.files import expand_path
@@ -45,7 +45,7 @@ from mptk.publish.manifest import MARKER, check_manifest, file_identity, list_fi
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, find_config_changes
-from mptk.tasks.of_folder import find_folder_task
+from mptk.tasks import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 

@@ -24,10 +24,9 @@ from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
-from mptk.tasks.genai import GENAI_FILE, write_genai_config
+from mptk.tasks.exporting import MOST_ROWS, compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
 from mptk.tasks.inputs.image_forms import POSITIONS
-from mptk.tasks.sizes import MOST_ROWS
+from mptk.tasks.runtimes import GENAI_FILE, write_genai_config
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs

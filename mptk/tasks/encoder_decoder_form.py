@@ -30,7 +30,6 @@ from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, H
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks import sizes
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,
@@ -38,6 +37,8 @@ from mptk.tasks.exporting import (
     check_float,
     compare_logits,
     cut_to_plan,
+    draw_row_counts,
+    draw_texts,
     is_same_output,
     list_proof_stages,
     make_graph_metadata,
@@ -161,7 +162,7 @@ class EncoderDecoderForm(OnnxForm):
         return list_proof_stages(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
-        found = sizes.draw_texts if longer and IDS in samples.inputs else sizes.draw_row_counts
+        found = draw_texts if longer and IDS in samples.inputs else draw_row_counts
         return list(found(samples, seed))
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:

@@ -20,7 +20,6 @@ from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks import sizes
 from mptk.tasks.exporting import (
     CHANGED,
     HALF,
@@ -28,9 +27,12 @@ from mptk.tasks.exporting import (
     compare_features,
     compare_logits,
     cut_to_plan,
+    draw_row_counts,
+    draw_texts,
     is_half,
     list_proof_stages,
     make_graph_metadata,
+    scale_pixels,
     trace_named,
     write_quantized_graphs,
 )
@@ -99,11 +101,11 @@ class ModelForm(OnnxForm):
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         if has_token_ids(samples.inputs):
-            return list(sizes.draw_texts(samples, seed)) if longer else []
-        found = list(sizes.draw_row_counts(samples, seed))
+            return list(draw_texts(samples, seed)) if longer else []
+        found = list(draw_row_counts(samples, seed))
         # A finder of objects takes the best of many boxes: images without objects have none that is clearly best.
         images = PIXELS in samples.inputs and self.output in (LOGITS, FEATURES) and not self.more
-        return list(map(sizes.scale_pixels, found)) if images else found
+        return list(map(scale_pixels, found)) if images else found
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)

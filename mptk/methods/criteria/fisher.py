@@ -32,7 +32,6 @@ from torch import Tensor
 from mptk.ir.families import Family, Group, find_unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
-from mptk.methods.criteria.gradients import sum_gradients
 from mptk.methods.criteria.observe import (
     Calibration,
     Observation,
@@ -41,6 +40,7 @@ from mptk.methods.criteria.observe import (
     find_sites,
     find_uses,
     measure_activations,
+    sum_gradients,
 )
 from mptk.staged.partition import find_vmap_levels
 from mptk.staged.staged import Tap

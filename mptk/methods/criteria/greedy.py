@@ -21,8 +21,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion
-from mptk.methods.criteria.gradients import GRADIENT_TOKENS, sum_losses
-from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, sum_losses
 from passes.transforms.masked_reference import mask
 
 GREEDY_TOKENS = 1024

@@ -5,7 +5,7 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,17 +14,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.accelerate import without_autocast
-from mptk.compat.peft import switch_off_adapters
+from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapters
 from mptk.config.choices import FREE
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import gather_tensors, holds, is_anywhere, is_leader, make_accelerator, place_model
+from mptk.distributed.processes import (
+    find_module_blocks,
+    gather_tensor,
+    gather_tensors,
+    holds,
+    is_anywhere,
+    is_leader,
+    make_accelerator,
+    place_model,
+)
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import collect_kept_units, resolve_plan
@@ -32,13 +44,11 @@ from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.layers import describe_ends
-from mptk.methods.maskprune.adapters import adapt, merge_adapters, recompute, unwrap_adapters
 from mptk.methods.maskprune.losses import cross_entropy
-from mptk.methods.maskprune.optimizers import count_product_tokens
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.together import Together
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, move_to_host, run_module
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import TRACKER, RunFolder, keep_tensors
@@ -414,6 +424,60 @@ def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Sa
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), switch_off_adapters(student):
         return run_module(task, student, samples, hidden=hidden)
+
+
+def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place.
+
+    ``but``: modules without adapters.
+
+    Raises:
+        MptkError: no layer can have adapters.
+    """
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
+    if not names:
+        raise MptkError(
+            f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
+            "--method, as wanda, and no --rank"
+        )
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]), adapt_as_named():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def unwrap_adapters(model: PeftModel) -> nn.Module:
+    """The wrapped module, whose submodules keep their names."""
+    return model.base_model.get_submodule("model")
+
+
+def merge_adapters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Each adapted layer's (weight name, weight plus adapter), one at a time, on the device. The model does not change.
+
+    If weights are sharded over processes, all processes must call it, and each gets whole weights.
+    """
+    for name, layer in unwrap_adapters(model).named_modules():
+        if isinstance(layer, Linear):
+            with torch.no_grad():
+                weight = gather_tensor(
+                    layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default")
+                )
+            yield f"{name}.weight", weight
+
+
+def recompute(model: nn.Module, on: bool) -> None:
+    """Switch gradient checkpointing of the blocks on or off.
+
+    transformers' own gradient checkpointing needs training mode, which would switch dropout on.
+    """
+    for block in find_module_blocks(model):
+        if on:
+            vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+        else:
+            vars(block).pop("forward", None)
 
 
 __all__ = ["Learner", "find_nearest_candidate", "start_training"]

@@ -107,9 +107,11 @@ def sum_units(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> T
     If the choice varies along the axis of another dimension (each expert has its own channels), that dimension gives
     the scope rows. All other dimensions are summed.
     """
+    # The dimensions that say nothing of the unit have size 1 in the index. They are summed first.
     indices = find_unit_indices(dims, dim, group)
     summed = tuple(d for d, size in enumerate(indices[0].shape) if size == 1)
     values = values.float().sum(summed) if summed else values.float()
+    # Then each element is added to its unit; -1 in an index is an element of no unit.
     result = torch.zeros(group.scopes * group.size, dtype=torch.float32, device=values.device)
     for index in indices:
         flat = torch.from_numpy(np.broadcast_to(index.squeeze(summed), values.shape).copy()).to(values.device).flatten()

@@ -66,6 +66,7 @@ def _compute_lost_output(cut: Cut, seen: Observation, dim: int) -> Tensor:
 
 def _find_bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
     """The bias that the contraction adds to its result, and the dimension of the weight that it runs along."""
+    # ``linear`` and ``conv`` call it bias; in ``addmm(self, mat1, mat2)`` it is the first argument.
     node = get_argument(site.node, "bias")
     if get_argument(site.node, "mat1") is not None:
         node = get_argument(site.node, "self")

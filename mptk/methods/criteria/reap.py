@@ -90,6 +90,7 @@ def _sum_contributions(
     given: Calibration, sites: Sequence[Site]
 ) -> tuple[dict[Group, Tensor], list[tuple[Term, Tensor]]]:
     """The contribution of each unit in the groups of experts, float32 [scopes, size]; and ``Routed.tokens``."""
+    # Watch the gated rows of each mixture of each group.
     facts = given.analysis.facts
     terms: dict[tuple[Group, fx.Node], Term] = {}
     watches: dict[tuple[Group, fx.Node], Watched] = {}
@@ -97,6 +98,8 @@ def _sum_contributions(
         for ends, (product, term) in _find_mixtures(sites, group).items():
             terms[group, ends] = term
             watches[group, ends] = (_find_gate(facts, product, group), ends), _compute_norms
+
+    # The mean norm of an expert's rows is its S_j. A group of several mixtures has the sum.
     scores, tokens = dict[Group, Tensor](), dict[fx.Node, tuple[Term, Tensor]]()
     for (group, ends), seen in gather_moments(given, watches).items():
         own = sum_units(seen.mean[:, 0], (terms[group, ends],), 0, group)
@@ -117,7 +120,7 @@ def _find_mixtures(sites: Sequence[Site], group: Group) -> dict[fx.Node, tuple[f
         if site.ends is not None:
             term = site.weight_dims[site.shared[0][1]]
             if group.axis in set(list_axes(term)):
-                found[site.ends] = site.node, term
+                found[site.ends] = site.node, term  # sites are in the graph's order: the last product stays
     return found
 
 
@@ -125,9 +128,10 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
     """The first multiplication of a product's rows by one number per row that does not depend on the rows."""
     rows, made, order = resolve(facts.dims(product)[0]), {product}, list(facts.graph.nodes)
     for node in order[order.index(product) + 1 :]:
+        # Follow values that are made of the rows and are still in their order.
         dims = facts.results.get(node)
         if made.isdisjoint(node.all_input_nodes) or not isinstance(dims, tuple) or resolve(dims[0]) != rows:
-            continue  # not made of the rows, or no longer in their order
+            continue
         factors = [source for source in node.all_input_nodes if source not in made and source in facts.activations]
         if name_base_op(node.target) in ("mul", "mul_") and any(map(_is_one_for_each_row, factors)):
             found: fx.Node = node

@@ -59,7 +59,7 @@ from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
-"""Seconds for each layer to make and place the models that are trained, and to store what they start with."""
+"""Seconds for each layer to make and place the models that are trained, and to store their initial state."""
 SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
@@ -69,15 +69,13 @@ def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dic
     s, training = settings, settings.learning.training
     if not s.steps:
         return {}
+    # A step is a forward pass of the teacher, and of the student forward and backward, which costs twice as much.
+    # The held-out samples, up to a batch, go forward before the first step, at each checkpoint and at the end.
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
-    tokens = batches * training.batch * s.length + s.steps * kept * count_product_tokens(
-        settings.learning, sizes.hidden
-    )
-    return {
-        "train": Pass(
-            tokens, s.length, reads=0, training=estimate_training_memory(s, sizes, kept), fixed=TRAINING_START_S
-        )
-    }
+    products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
+    tokens = batches * training.batch * s.length + products
+    memory = estimate_training_memory(s, sizes, kept)
+    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S)}
 
 
 def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
@@ -86,9 +84,13 @@ def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float)
     ``kept``: the share of the parameters that stay.
     """
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    # All weights: a gradient and two moments of each, 4 bytes a number. LoRA: these and the adapters themselves, in a
+    # layer about 8 rank × hidden numbers.
     states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    # With checkpointing, one block's activations are in memory, and what enters each block.
     layers = 1 if s.gradient_checkpointing else sizes.layers
     activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    # Logits of both models, and their temporary copies in the loss.
     return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
@@ -175,16 +177,22 @@ class Learner:
         return chosen
 
     def _learn_masks(self, sets: SampleSets) -> Chosen:
+        # Score units before training, unless a checkpoint of the loop holds the solver's later state.
         prepared, analysis = self.prepared, self.prepared.analysis
         student, masks, solver, loop = self.begin()
         if self.folder.read_latest("masks") is None:
             before = partial(self._score_units, student, solver, sets.calibration)
             solver.load(keep_tensors(self.scored or self.folder, SALIENCY, before))
         loop.run()
+
+        # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         scores = {family: solver.scores(family).cpu() for family in widths}
         plan = select_units(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
+
+        # The class may hold other units than the tail left (whole blocks), so masks follow the plan. The outputs are
+        # computed with masks and adapters in place: the proof compares them with the merged weights'.
         solver.harden(collect_kept_units(analysis, cut, list(widths)))
         outputs = self.outputs(loop.student, sets.proof)
         state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
@@ -194,6 +202,7 @@ class Learner:
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
+        # Widths in which all candidates agree are given; the others are learned.
         prepared, candidates = self.prepared, self.prepared.candidates
         shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
         given = {
@@ -210,16 +219,22 @@ class Learner:
                 f"a step that learns masks has {batch} windows, which do not divide over {count} processes; "
                 f"give --batch {whole.mask_parts * count}"
             )
+        # A step of the settings is several of the solver's (``mask_parts``), each with a part of the batch.
         steps = whole.mask_steps * whole.mask_parts
         stays = {family: units.to(device) for family, units in prepared.stays.items()}
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
+
+        # Modules whose weights are read past them get no adapter: LoRA would have no effect there.
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
+
+        # The student without masks and adapters is the dense model: a second copy is needed only for another teacher.
         dense = partial(_run_dense, prepared.task, student, masks)
         teacher = self._make_teacher(dense if prepared.compared is prepared.loaded else self._make_separate_teacher())
 
+        # Once the target has reached the budget, widths are rounded to legal ones, and only masks and LoRA move.
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
             solver.step(tokens)
@@ -251,10 +266,10 @@ class Learner:
         """
         acc = self.accelerator
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
-        repeated = calibration.repeat(-(-together // len(calibration)))
+        repeated = calibration.repeat(-(-together // len(calibration)))  # at least one whole batch
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with switch_off_adapters(student):
+            with switch_off_adapters(student):  # they change nothing before training, and cost time
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
                 self._compute_sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
@@ -300,6 +315,7 @@ class Learner:
     ) -> Recovered:
         loop = self.recovery(small, steps, used, watch)
         loop.run()
+        # Before adapters are merged: the proof compares these outputs with the merged weights'.
         outputs = self.outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merge_adapters(student) if self.rank else student.named_parameters()
@@ -309,14 +325,8 @@ class Learner:
     def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
         """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
         watch = None if held_out is None else Watch(held_out)
-        loop = self._make_loop(
-            student,
-            self._make_teacher(self._make_separate_teacher()),
-            steps,
-            "recovery",
-            watch=watch,
-            sizes=student.views,
-        )
+        teacher = self._make_teacher(self._make_separate_teacher())
+        loop = self._make_loop(student, teacher, steps, "recovery", watch=watch, sizes=student.views)
         loop.run()
         without_autocast(self.accelerator, loop.student)
         found = []
@@ -330,7 +340,8 @@ class Learner:
     def tolerance(self) -> float:
         """Largest difference of the trained model and its stored weights, relative to the largest output."""
         acc = self.accelerator
-        if acc.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision even after training
+        # Shards compute in half precision even after training; elsewhere autocast is switched off for the outputs.
+        if acc.is_fsdp2 and self.settings.precision != "no":
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
@@ -352,8 +363,9 @@ class Learner:
     def _make_separate_teacher(self) -> Callable[[Samples, bool], Output]:
         """A function that runs a teacher that is separate from the student."""
 
+        # Placed at the first call: with a cached teacher there may be none.
         @cache
-        def dense() -> Any:  # with a cached teacher it may never run
+        def dense() -> Any:
             return place_model(self.accelerator, self.prepared.teacher(self.keeps))
 
         return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
@@ -384,6 +396,7 @@ class Learner:
         live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":
             return live
+        # A folder of the run belongs to one teacher. A folder that runs share has a subfolder for each.
         folder = self.folder.make() / "teacher" if shared is None else Path(shared) / self.fingerprint
         return CachedTeacher(live, folder, top, partial(is_anywhere, acc), acc.device)
 
@@ -426,14 +439,18 @@ def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Sa
         return run_module(task, student, samples, hidden=hidden)
 
 
-def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
-    """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place.
+# ---- LoRA (Hu et al. 2021, arXiv 2106.09685) with peft ----
 
-    ``but``: modules without adapters.
+
+def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2 on all linear layers but the head. Its own weights are frozen.
+
+    ``seed``: of the adapters' initial weights. ``but``: modules without adapters.
 
     Raises:
         MptkError: no layer can have adapters.
     """
+    # The head is as large as many layers, and often tied to the embedding, which an adapter would not change.
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
@@ -442,7 +459,7 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
             f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
             "--method, as wanda, and no --rank"
         )
-    transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())  # GPT-2's layers hold [in, out]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]), adapt_as_named():
         torch.manual_seed(seed)
@@ -474,6 +491,7 @@ def recompute(model: nn.Module, on: bool) -> None:
     transformers' own gradient checkpointing needs training mode, which would switch dropout on.
     """
     for block in find_module_blocks(model):
+        # An attribute of the instance hides the class's method; without it the method is back.
         if on:
             vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
         else:

@@ -47,6 +47,7 @@ class MaskPrune(Method):
         return find_disturbance(analysis, family)
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
+        # Activations take one pass; the gradients in the masks, also each token's own, about four.
         s = settings
         return {"score": Pass(5 * s.windows * s.length, s.length, reads=2)}
 
@@ -71,12 +72,15 @@ def divide_over_layers(
     """
 
     def find() -> dict[str, Tensor]:
+        # The division is chosen one-shot, since learned widths are the same in all layers. It starts from the widths
+        # that cut all families most evenly.
         scores, _ = score_families(prepared, "wanda", sets, context, folder)
         equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = choose_division(prepared, scores, equal, sets, context)
         sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
 
+    # Widths and losses are in one file, by name: the names of families are widths, the others losses.
     found = keep_tensors(folder, DIVISION, find)
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}

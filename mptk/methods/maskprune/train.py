@@ -30,9 +30,9 @@ from mptk.protocols.task import Task
 from passes.frontend.trace import unwrap_module
 
 NAME = "held-out"
-"""The metric in the log of a phase."""
+"""Name of the held-out loss in the log of a phase."""
 STATE = "watched"
-"""The losses in a checkpoint."""
+"""Name of the held-out losses in a checkpoint."""
 
 
 @dataclass
@@ -133,7 +133,8 @@ class Loop:
         given = self.student
         trained = {n for n, p in given.named_parameters() if p.requires_grad}
         self.student, self.optimizer = prepare_training(self.accelerator, given, make_optimizer(given, self.settings))
-        self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
+        # Looked up again by name: FSDP2 has replaced the parameters by shards.
+        self.parameters = {n: p for n, p in given.named_parameters() if n in trained}
         self.sizes = self.sizes or (self.student,)
 
     def run(self) -> None:
@@ -142,6 +143,7 @@ class Loop:
         Raises:
             MptkError: the loss or a gradient is not finite; the last good checkpoint is kept.
         """
+        # The weights from before the first step may turn out to be the best ones, so they are measured and stored.
         start = self._restore()
         if self.watch is not None and start not in self.watch.losses:
             self.watch.add(start, self._measure_held_out(self.watch.samples))
@@ -151,6 +153,7 @@ class Loop:
             metrics, tokens = self._step(step)
             metrics["tokens/s"] = tokens / (time.perf_counter() - began)
             done = step + 1
+            # Measure before the checkpoint: it keeps the losses, and the folder keeps the best checkpoint.
             saves = done % self.settings.save_every == 0 or done == self.steps
             if saves and self.watch is not None:
                 self.watch.add(done, self._measure_held_out(self.watch.samples))
@@ -173,6 +176,8 @@ class Loop:
         acc, settings = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self.steps, settings.warmup)
+
+        # Each process takes its part of the batch, in parts that fit memory. A part counts by its number of samples.
         own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
@@ -183,9 +188,13 @@ class Loop:
                     acc.backward(losses["loss"] * share)
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0) + value.detach() * share
+
+        # Nothing is updated before losses and gradients are known to be finite: the last checkpoint stays good.
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
         metrics["gradient"] = float(gather_tensor(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
+
+        # The solver of masks reads their gradients, which belong to the weights from before the step.
         tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
         self.optimizer.step()
@@ -214,18 +223,22 @@ class Loop:
                 found["hidden"] = compute_hidden_error(hidden[1:], states[1:])
                 found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
             yield found | ({f"loss of size {i + 1}": found["loss"]} if len(self.sizes) > 1 else {})
+            # In-place distillation: the smaller sizes imitate the largest one, and not the teacher.
             if compares and not i:
                 target, states = output.detach(), None if hidden is None else [state.detach() for state in hidden]
 
     @torch.no_grad()
     def _measure_held_out(self, samples: Samples) -> float:
         """The mean loss on ``samples``, whose windows the processes share. It does not depend on their number."""
+        # One sample at a time, so the mean is the same whatever the number of processes. ``fewest``: the samples that
+        # the trace of a graph needs at least.
         acc, count = self.accelerator, len(samples)
         each, fewest = -(-count // acc.num_processes), getattr(unwrap_module(self.student), "fewest", 1)
         total = torch.zeros((), dtype=find_widest_float(acc.device), device=acc.device)
+        # Every process runs as many samples, since a sharded model needs all of them; those too many do not count.
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
             one = samples[row % count : row % count + 1].repeat(fewest)
-            losses = self._compute_losses(one)  # all must run a sharded model
+            losses = self._compute_losses(one)
             total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
@@ -270,6 +283,7 @@ class Loop:
 
     @torch.no_grad()
     def _restore(self) -> int:
+        # Metrics of steps after the checkpoint are written again.
         latest = self.folder.read_latest(self.phase)
         if self.accelerator.is_main_process:
             self.folder.drop_metrics(self.phase, latest[0] if latest else 0)
@@ -279,6 +293,7 @@ class Loop:
         step, state = latest
         for n, p in self.parameters.items():
             p.copy_(shard_like(state[f"parameter.{n}"], p))
+            # Names are "optimizer.KEY.PARAMETER". Moments have the parameter's shape; AdamW's counter is a scalar.
             values = {
                 k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
             }
@@ -322,6 +337,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 def draw_epoch_rows(first: int, length: int, count: int, seed: int) -> Tensor:
     """Entries ``first`` to ``first + length − 1`` of all epochs in a row: each is a random order of ``count`` rows."""
+    # A step may lie in two epochs. A large prime keeps the orders of all epochs and seeds apart.
     wanted = range(first, first + length)
     orders = {
         epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -330,17 +346,19 @@ def draw_epoch_rows(first: int, length: int, count: int, seed: int) -> Tensor:
     return torch.stack([orders[i // count][i % count] for i in wanted])
 
 
+# ---- the optimizers: AdamW, and Muon for the matrices of a model whose own weights are trained ----
+
 MUON_RATE = 12.0
-"""Muon's rate beside AdamW's (``benchmarks/recovery.md``)."""
+"""Muon's rate as a multiple of AdamW's. At 12 it was best, and at 20 the loss rose (``benchmarks/recovery.md``)."""
 MOMENTUM, SIZE = 0.95, 0.2
-"""``SIZE``: root mean square of an update at a rate of 1, about as of AdamW's (arXiv 2502.16982)."""
+"""``SIZE``: root mean square of an update at a rate of 1, about that of AdamW's updates (arXiv 2502.16982)."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
-"""Of the Newton–Schulz iteration."""
+"""The steps of the Newton–Schulz iteration, and the coefficients of its quintic (Jordan et al. 2024)."""
 PRODUCT_TOKENS = 8
 """Tokens of a forward pass that take as long as a step's products, over the hidden size: 7.9 for SmolLM2-135M on one
 core in float32, 4.3 in bfloat16."""
 BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-"""Whether this processor multiplies in bfloat16."""
+"""Whether this processor multiplies in bfloat16. If not, torch emulates it, which takes minutes a step."""
 
 
 def make_optimizer(student: nn.Module, settings: Training) -> AdamW:
@@ -359,10 +377,14 @@ def count_product_tokens(settings: Learning, hidden: int) -> float:
 
 
 def find_matrices(model: nn.Module) -> list[Tensor]:
-    """Parameters with two dimensions, but those with a row a token: embeddings, and the head of a language model."""
+    """Parameters with two dimensions, except tables with a row for each token: embeddings and a language model's head.
+
+    Muon is for matrices that multiply vectors. A token's row is trained by itself.
+    """
     tables = [p for module in model.modules() for p in _find_tables(module) if p.ndim == 2]
     rows = max((len(p) for p in tables), default=None)
     own = {id(p) for p in tables}
+    # A head that is not tied to the embedding is known by its number of rows.
     return [p for p in model.parameters() if p.ndim == 2 and id(p) not in own and len(p) != rows]
 
 
@@ -373,10 +395,10 @@ def _find_tables(module: nn.Module) -> Sequence[Tensor]:
 
 
 class Muon(AdamW):
-    """Steps along the nearest orthogonal matrix to the momentum (Jordan et al. 2024), as of ``torch.optim.Muon``.
+    """Steps along the nearest orthogonal matrix to the momentum (Jordan et al. 2024), like ``torch.optim.Muon``.
 
-    torch's multiplies in bfloat16, which takes minutes a step on a processor without it. Each process computes whole
-    matrices, of shards, too. ``others``: parameters that AdamW trains, at ``rate``.
+    torch's own always multiplies in bfloat16, and does not know shards: here each process computes whole matrices.
+    ``others``: parameters that AdamW trains, at ``rate``.
     """
 
     def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float) -> None:
@@ -389,6 +411,7 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change each parameter that has a gradient."""
+        # AdamW's step sees only its own groups.
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         super().step()
@@ -403,17 +426,18 @@ class Muon(AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        update = make_orthogonal(gather_tensor(gradient.lerp(state["momentum"], MOMENTUM)))
+        update = make_orthogonal(gather_tensor(gradient.lerp(state["momentum"], MOMENTUM)))  # Nesterov's momentum
+        # An orthogonal matrix has a root mean square of 1 / √(its longer side).
         p.add_(shard_like(update, p), alpha=-rate * SIZE * max(update.shape) ** 0.5)
 
 
 def make_orthogonal(matrix: Tensor) -> Tensor:
     """About the nearest matrix whose singular values are all 1: theirs are from 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[0] > matrix.shape[1]  # x xᵀ is the smaller product if x is wide
     x = matrix.T if tall else matrix
     x = x.bfloat16() if x.device.type != "cpu" or BFLOAT16 else x.float()
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm().clamp(min=1e-7)  # the iteration converges for singular values of at most 1
     for _ in range(ITERATIONS):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)

@@ -76,12 +76,14 @@ def convert_model(
     for kind, change in changes:
         with context.stage(kind.stage):
             made.append(change(model, partial(analyze_loaded, model.task, executor, length, like)))
+        # The next conversion changes what this one made.
         model = made[-1].after
     return model, tuple(made)
 
 
 def analyze_loaded(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
     """Trace and analyse a model. ``task``: the task of the model before a conversion."""
+    # A task may hold something of its model, so it is bound to the changed one.
     task = task.bind(loaded)
     return Analysed(loaded, task, group.analyze_program(trace_loaded(loaded, task, executor, length, like)))
 
@@ -106,6 +108,7 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
 def with_conversions(prepared: Prepared, chosen: Chosen) -> Chosen:
     """The choice with the conversions' entries in its plan and their weights among the trained ones."""
     for each in prepared.conversions:
+        # The method's changes lie on top: they were made of the converted model.
         if each.weights:
             chosen = replace(chosen, changes=each.weights).with_weights(chosen.changes)
     entries = {each.name: each.entry for each in prepared.conversions}

@@ -1,7 +1,7 @@
-"""convert: reduce a dense model to the tokens of a corpus or of a plan.
+"""vocabulary: reduce a dense model to the tokens of a corpus or of a plan.
 
 Embedding and output head lose rows; config and tokenizer get the ids of the rows that stay. The proof compares the
-logits of the two models.
+logits of the two models. Below the conversion: the ids in configs, then the tokenizer.
 """
 
 from __future__ import annotations
@@ -113,10 +113,12 @@ class TrimmedVocabulary(Conversion):
         if isinstance(model.task, Module):
             raise MptkError("vocabulary trimming needs a text model; leave out example_inputs, or vocabulary")
         vocabulary = find_vocabulary(model.analysis, predicts=isinstance(model.task, TokenTask))
+        # 1. A plan names the tokens; the model may come without a tokenizer.
         if isinstance(wanted, Tokens):
             tokens = wanted
             _check_tokens(tokens, vocabulary)
             small, changes = _trim_model(model, vocabulary, tokens)
+        # 2. A corpus decides, and both tokenizers must then read it alike.
         else:
             if loaded.tokenizer is None:
                 raise MptkError(
@@ -206,6 +208,7 @@ def _trim_model(
         MptkError: the class has other weights with fewer tokens; or the tokenizer cannot be trimmed.
     """
     loaded, analysis = model.loaded, model.analysis
+    # The tokens are an axis like any other: a cut of it slices every weight that has it.
     table = np.zeros((1, tokens.of), dtype=bool)
     table[0, list(tokens.keep)] = True
     kept = KeptUnits((), table)
@@ -214,6 +217,8 @@ def _trim_model(
     weights = Weights({}) if loaded.weights is None else loaded.weights
     places = {name: analysis.weights.get(aliases.get(name, name), ()) for name in weights}
     sliced = {n: partial(cut.slice, dims=dims) for n, dims in places.items() if any(map(cut.has_choice, dims))}
+
+    # Both configs name tokens by id. If they change the same field, the report shows the model config's change.
     new = {old: i for i, old in enumerate(tokens.keep)}
     config, changes = replace_config_ids(loaded.model.config, new, tokens.of)
     generation = getattr(loaded.model, "generation_config", None)
@@ -233,13 +238,16 @@ def _trim_model(
     return small, changes
 
 
+# ---- the ids in configs ----
+
 AnyConfig = TypeVar("AnyConfig", PreTrainedConfig, GenerationConfig)
 
 _NAMED = re.compile(r"(.*_)?(token_ids?|token_index)|forced_decoder_ids|force_words_ids|lang_to_id|task_to_id")
+"""Fields of tokens that a model or its generation needs; these tokens stay."""
 _FORBIDDEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
 """Fields of tokens that generation forbids or discourages; a removed token is left out of them."""
 _PAIRS = "forced_decoder_ids"
-"""Fields with pairs of a position and a token."""
+"""A field with pairs of a position and a token."""
 
 
 def find_named_ids(config: AnyConfig | None, rows: int) -> set[int]:
@@ -260,6 +268,7 @@ def replace_config_ids(
 
     Ids without a row (−1 for none) stay.
     """
+    # A list, since a field is set while its owner's fields are walked.
     made, changes = copy.deepcopy(config), dict[str, list[object]]()
     for owner, name, value in list(_list_fields(made)):
         if name.endswith("vocab_size") and value == rows:
@@ -278,6 +287,7 @@ def _list_fields(config: AnyConfig | None) -> Iterator[tuple[object, str, Any]]:
     """The fields of a config and of the configs in it: owner, name, value."""
     if config is None:
         return
+    # A class may have a field only under another name (``attribute_map``): it stands for the same value.
     names = dict.fromkeys([*vars(config), *getattr(config, "attribute_map", {})])
     for name in names:
         value = find_config_field(config, name) if isinstance(config, PreTrainedConfig) else getattr(config, name, None)
@@ -310,7 +320,21 @@ def _replace_ids(value: Any, new: Mapping[int, int], rows: int, *, pairs: bool =
     return new[value] if known else value
 
 
+# ---- the tokenizer ----
+#
+# A ``tokenizer.json`` has one of four models, and these tokens must stay to read texts as before:
+# 1. BPE builds a token by merges. The merges within a token do not depend on its surroundings, so each token has fixed
+#    intermediate tokens. If these stay, with every merge whose parts and result stay, the merge of the lowest rank is
+#    at each step the same as before.
+# 2. WordPiece takes the longest token that fits. If it stays, it is still the longest.
+# 3. Unigram takes the likeliest sequence. If it stays, it is still the likeliest, and among equals still the first one
+#    found. An unknown character costs more than the unlikeliest token, so this token stays, too.
+# 4. WordLevel looks a word up.
+#
+# To read any text afterwards, all bytes stay or, without bytes, all single characters.
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""A token of a byte, of models that fall back to bytes."""
 
 
 def map_token_ids(model: Json) -> dict[str, int]:
@@ -334,6 +358,8 @@ def find_spelling_tokens(tokenizer: Json) -> set[str]:
     tokens = map_token_ids(model)
     if model["type"] == "WordLevel":
         return {model["unk_token"]} & tokens.keys()
+    # Bytes spell any text if the model falls back to them. If each character of its input stands for a byte, these 256
+    # do. Otherwise every single character that it knows stays, inside and at the ends of words.
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     spelled = {token for token in tokens if _BYTE.fullmatch(token)} if model.get("byte_fallback") else set[str]()
     letters: Iterable[str] = [] if spelled else {token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
@@ -377,6 +403,7 @@ class Merges:
         parts = self._split_letters(token)
         seen = set(parts)
         while len(parts) > 1:
+            # As BPE does it: the pair of the lowest rank first, the leftmost of equal ones.
             ranked = [(self.ranks.get(pair), i) for i, pair in enumerate(itertools.pairwise(parts))]
             found = [(rank, i) for rank, i in ranked if rank is not None]
             if not found:
@@ -457,6 +484,9 @@ class Choice:
         always = {self.ids[token] for token in find_spelling_tokens(self.content)}
         always |= {each["id"] for each in self.content["added_tokens"]}
         stay = {other for number in {*used, *always} for other in self._with_parts(number)}
+
+        # Low ids are common tokens in most vocabularies. A token whose parts would be too many waits: once all its
+        # parts are there, the next round may take it.
         wanted = max(least, len(stay))
         wanted = min(self.rows, -(-wanted // multiple) * multiple)
         while len(stay) < wanted:
@@ -499,17 +529,21 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
     content = read_tokenizer_content(tokenizer)
     small = trim_content(content, new)
     with make_scratch() as place:
+        # The class writes what it needs beside tokenizer.json, such as its settings and chat template. Copies of the
+        # whole vocabulary are removed: transformers could read these.
         tokenizer.save_pretrained(place.folder)
         for file in place.folder.iterdir():
             if file.suffix in (".txt", ".model") or file.name in ("vocab.json", "added_tokens.json"):
-                file.unlink()  # a second copy of the whole vocabulary
+                file.unlink()
         settings = read_json(place.folder / _SETTINGS, lambda why: MptkError(f"{_SETTINGS} is damaged: {why}"))
         decoder = settings.get("added_tokens_decoder")
         if isinstance(decoder, Mapping):
             settings["added_tokens_decoder"] = {str(new[int(i)]): entry for i, entry in decoder.items()}
         for name, value in ((_FILE, small), (_SETTINGS, settings)):
             (place.folder / name).write_text(format_json(value, ensure_ascii=False), encoding="utf-8")
+        # Read back as a user will, so that the run has the tokenizer that the folder gives.
         found = _read_back(type(tokenizer), place.folder)
+    # transformers may build a class's tokenizer from other files, or add tokens of its own.
     expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
     if found is None or found.get_vocab() != expected:
         raise MptkError(

@@ -30,16 +30,12 @@ CPU = torch.device("cpu")
 
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
-
 STAGE_TOKENS = 2048
 """Most tokens that go through a stage at once."""
-
 LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
-
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
-
 START_S = 6.0
 """Seconds of imports."""
 TRACE_S = 0.3
@@ -54,6 +50,7 @@ SLOW = 1.0
 ORDINARY_DISK = (5e8, 2e8)
 """Bytes a second that a disk reads and writes, if it cannot be timed."""
 RATES = ("flops", "read", "write", "speedup")
+"""The fields of ``Machine`` that are kept."""
 RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
 
@@ -108,17 +105,24 @@ class ModelSizes:
 
         ``blocks``: its layers. ``experts``: to how many experts of a mixture a token is routed; 0 if not known.
         """
+
+        # Parameters, of all and of each block.
         count = {name: p.numel() for name, p in model.named_parameters()}
         inner = [sum(p.numel() for p in block.parameters()) for block in blocks]
         matrices = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
         looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+
+        # A model without embeddings (of images) is as wide as the shortest side of its matrices.
         narrow = min((min(shape) for shape in matrices), default=0)
         routed = [(p, min(1.0, experts / p.shape[0])) for p in find_expert_weights(blocks)] if experts else []
         widest = max(
             [max(s) for s in matrices] + [round(part * len(p)) * max(p.shape[1:]) for p, part in routed] or [0]
         )
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
+
+        # Consumers write into the residual stream: their outputs are as many as its channels, and their inputs as many
+        # or more.
         fitted = [(n, k) for n, k in matrices if k >= n == embedding]
         return ModelSizes(
             parameters=sum(count.values()),
@@ -132,6 +136,7 @@ class ModelSizes:
             heads=heads,
             vocab=vocab,
             layers=len(blocks),
+            # LU of [k, k], then its solution for n right sides.
             fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in fitted),
             fitted=sum(n * k for n, k in fitted),
             stored=stored,
@@ -233,13 +238,20 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
     there, and of each stage's weights a copy.
     """
+
+    # Float32 weights, and twice the float32 residual stream of all calibration tokens as values between stages.
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
     fitted = 4.0 * sizes.fitted if "reconstruct" in work.passes else 0.0
     kept_borders, kept_fit = min(borders, bound / 4), min(fitted, bound / 8)
     training = max((done.training for done in work.passes.values()), default=0.0)
     trains = training > 0
+
+    # Training holds the whole model. Otherwise values between stages and fitted weights take their shares of the bound,
+    # and weights the rest; those that are missing are read again in each pass.
     resident = weights if trains else min(weights, bound - kept_borders - kept_fit)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
+
+    # Memory: what weights take, what computing takes, what lies between stages. With a device the last two are there.
     loaded = {
         "weights": work.models * weights if trains else 0,
         "cut model": work.kept * weights if trains else 0,
@@ -254,6 +266,8 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     needed = {"libraries": BASE, **loaded, **({} if device else computed)}
     held = {"weights that stay": 0 if trains else resident, **({} if device else between)}
     there = {**loaded, "largest stage": 4 * sizes.stage * (1 + work.kept), **computed, **between} if device else {}
+
+    # Disk: the result, and what goes to temporary files beyond the bound.
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
@@ -263,6 +277,8 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         "values between stages": borders - kept_borders + fitted - kept_fit,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
+
+    # Time: the fixed parts, then each stage's operations and reads.
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
     seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
@@ -332,9 +348,14 @@ def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float
         about["device"] = f"{device.type} {name(device)}"
     if dtype is not torch.float32:
         about["dtype"] = str(dtype)
+
+    # The name is a digest of all that the rates depend on, so another version of torch measures again.
     file = cache_dir() / "machine" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
+    # Without a writable cache each process would measure again at each call.
     if file in _unkept:
         return _unkept[file]
+
+    # A damaged file is measured again, and said in the note.
     kept, note = read_kept(file)
     if kept:
         try:
@@ -367,11 +388,13 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
 def disk_rates(folder: Path) -> tuple[float, float]:
     """Bytes a second of the best of three files in ``folder``: bf16, read as float32; and written."""
     numbers = torch.ones(SAMPLE, dtype=torch.bfloat16)
+    # The best of three: other processes only make it slower.
     wrote, read = [], []
     for i in range(3):
         file, start = folder / str(i), time.perf_counter()
         save_file({"x": numbers}, file)
         with file.open("rb") as written:
+            # Without it the time would be of memory, not of the disk.
             os.fsync(written.fileno())
         wrote.append(time.perf_counter() - start)
         start = time.perf_counter()

@@ -68,6 +68,8 @@ class CostModel:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         self._counts, self._number, self._context = budget, itemsize, context
+        # What a width changes: weights whose axes are cut (``_used``), and weights of blocks that may go. Others always
+        # count whole.
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
         sizes = {name: program.state.like(name) for name in program.parameters}
@@ -79,6 +81,8 @@ class CostModel:
         self._kept = find_keys_and_values(analysis) if budget in CACHED else None
         self._calls = {node: (stack.axis, unit) for node, (stack, unit) in list_block_calls(analysis.stacks)}
         self.block_weights = find_block_weights(analysis)
+
+        # After a conversion shares are of the model before it, which is the one that the user knows.
         self.whole = self({})
         self.dense = self.whole
         if before is not None:
@@ -105,6 +109,7 @@ class CostModel:
         return self._compute_cost(plan.widths, shares)
 
     def _compute_cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
+        # Everything is a product of axis sizes, so fractional widths cost what lies between, as the solver needs.
         sizes = self.analysis.sizes(widths)
         counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
         size, cache = sum(n * self._itemsize[name] for name, n in counts.items()), self._count_kv_cache(sizes, shares)
@@ -124,7 +129,7 @@ class CostModel:
 
     def share(self, widths: Mapping[str, float]) -> float:
         """Share of the budget that is left at ``widths``, which may be fractions."""
-        if self.budget == "block":  # asked for often: nothing else is counted
+        if self.budget == "block":  # asked for in each update of MaskPrune's solver: nothing else is counted
             sizes, shares = self.analysis.sizes(widths), compute_depth_shares(self.analysis, widths)
             left = sum(self._count(name, sizes, shares) for name in self.block_weights)
         else:
@@ -204,6 +209,9 @@ def is_layered(family: Family) -> bool:
     return len(family.groups) > 1 or bool(family.part_of)
 
 
+# ---- keys and values, as they are before query heads share them ----
+
+
 @dataclass(frozen=True)
 class KeysAndValues:
     """What an attention keeps of the tokens it has seen. ``dims``: of the keys, and of the values, of all tokens.
@@ -229,7 +237,7 @@ def find_keys_and_values(analysis: Analysis) -> list[KeysAndValues]:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether a call is an attention in one operator."""
-    return "scaled_dot_product_attention" in str(node.target)
+    return "scaled_dot_product_attention" in str(node.target)  # it has a variant for each backend
 
 
 def find_unrepeated(node: fx.Node) -> fx.Node:

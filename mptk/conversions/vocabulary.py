@@ -268,7 +268,7 @@ def replace_config_ids(
 
     Ids without a row (−1 for none) stay.
     """
-    # A list, since a field is set while its owner's fields are walked.
+    # A list: two names may stand for one field, and both must be read before either is set.
     made, changes = copy.deepcopy(config), dict[str, list[object]]()
     for owner, name, value in list(_list_fields(made)):
         if name.endswith("vocab_size") and value == rows:

@@ -1,4 +1,7 @@
-"""tasks: kinds of models, and how to load a model as one of them. One file a task."""
+"""tasks: kinds of models, and how to load a model as one of them. One file a task.
+
+A file also has the task's ONNX form, or ``NAME_form.py`` does. ``exporting`` has what the forms share.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,8 @@ HEAD_TASKS: tuple[Task, ...] = (
     DEPTH,
     FORECASTS,
 )
+# The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
+# decoder, and a dual encoder for a bare encoder.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (

@@ -3,6 +3,8 @@
 No labels are needed. What counts is how far the embeddings move from the dense model's, and which text is then the
 nearest to each image. Both towers are one program, whose outputs are the embeddings; the class's own logits compare
 all texts of a call with all its images, and no sample has them by itself.
+
+As ONNX it is one graph with optimum's names, for any numbers of texts and of images.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ EMBEDS = ("text_embeds", "image_embeds")
 """transformers' and optimum's names of the scaled similarities, and of the embeddings."""
 OUTPUTS = (*SIMILARITIES, *EMBEDS)
 FEATURE_METHODS = ("get_text_features", "get_image_features")
+"""Methods of a class that embed only texts, and only images."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class DualEncoder(Numbers):
         return Captioned()
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+        # One pair at a time; all embeddings are kept, since retrieval compares each image with all texts.
         samples, rows = sets.evaluation, dict[str, list[Tensor]]()
         for name, _, output in runs(samples.split(1), partial(progress, "cosine")):
             rows.setdefault(name, []).append(join_outputs(output).cpu())
@@ -140,9 +144,11 @@ class DualEncoderForm(ModelForm):
         assert dense.program is not None
         step(0, 0, "trace with all outputs")
         model, example = dense.loaded.model, Captioned().make_example(dense.loaded.model)
+        # One text more than images: a trace of equal numbers would take them for one size.
         apart = {name: torch.cat([x, x[:1]]) if is_text_input(name) else x for name, x in example.items()}
         program = trace_to_program(model, apart, dynamic=open_sizes(apart), wrap=partial(NamedOutputs, outputs=OUTPUTS))
         traced = Traced(dense.put_weights(program), list(apart), OUTPUTS)
+        # Whole texts: some classes embed a text at its end token.
         inputs = example if samples is None else samples.shorten(PROOF_SHAPE[0], sys.maxsize).inputs
         expected = join_outputs(next(dense.executor.outputs([dense.program], [list(inputs.values())])))
         if not is_same_output(run_traced(traced, dense, inputs), expected):

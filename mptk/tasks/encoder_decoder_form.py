@@ -102,9 +102,12 @@ class EncoderDecoderStep(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, inputs, strict=True))
         text, read = ([x for name, x in given.items() if f".{side}." in name] for side in SIDES)
+        # Otherwise the trace would give each layer's cache a length of its own.
         for part in (text, read):
             check(all(x.shape[2] == part[0].shape[2] for x in part))
         cache = EncoderDecoderCache(fill_cache(text), fill_cache(read, RestLayer))
+        # transformers takes a layer marked as updated as it is. Unmarked, it computes keys and values of the encoder's
+        # output again, and ``RestLayer`` takes the ones that the cache lacks: all in the first call, none later.
         cache.is_updated = dict.fromkeys(cache.is_updated, False)
         named: dict[str, Any] = {name: x for name, x in given.items() if not name.startswith(CACHE)}
         output = self.module(**named, **{self.cache_argument: cache}, use_cache=True)
@@ -123,15 +126,20 @@ class EncoderDecoderForm(OnnxForm):
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         model = dense.loaded.model
+        # Trace with both caches, as a program that gives all outputs.
         example = {**choose_inputs(model).make_example(model), DECODER_IDS: make_example_ids(length=5)}
         past = make_trace_caches(cache_shapes(model, example))
         shown = Samples(example) if samples is None else samples.shorten(*PROOF_SHAPE)
         traced, padding = trace_named(dense, EncoderDecoderStep, {**example, **past}, shown, lambda output, _: output)
         check_continues(traced, dense, with_mask(shown.inputs))
+
+        # The hidden state between the graphs is no output while the plan cuts, since outputs keep their channels.
         *outputs, hidden = list_output_names(traced.program)
         program = cut_to_plan(replace_outputs(traced.program, outputs), dense, plan, log, dense.program)
         program = replace_outputs(program, [*list_output_names(program), hidden])
         step(0, 0, "translate the graph")
+
+        # Both graphs are parts of the one that is emitted: each begins at its inputs and ends at its outputs.
         given = [name for name in traced.names if name not in past]
         kept = list(past)[: len(program.user_inputs) - len(given)]  # the caches of the layers that stay
         names = {name: new for name, new in DECODER_NAMES.items() if name in (*given, HIDDEN)}
@@ -193,6 +201,7 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     """Raise MptkError if the logits after a cache differ from a whole text's."""
     executor, ids = dense.executor, inputs[DECODER_IDS]
     caches = [name for name in traced.names if name.startswith(CACHE)]
+    # Half of the text, then the other half behind the cache of the first.
     first, second = (ids.shape[1] + 1) // 2, slice((ids.shape[1] + 1) // 2, None)
     start, *present, _ = traced.all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
     cache = dict(zip(caches, present, strict=True))

@@ -1,4 +1,8 @@
-"""exporting: what the ONNX forms without a cache share: the trace with named inputs, the cut, the proof's stages."""
+"""exporting: what the ONNX forms share: the trace with named inputs, the cut, the proof's stages, and its samples.
+
+In order: the trace, the cut and the files; the stages of the proof and what quantising may change; samples of other
+sizes, for graphs without a cache.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +81,7 @@ class Traced:
 
     def all(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """Every output."""
+        # An empty cache has no positions, and the sizes of the traced one.
         rows = len(next(iter(inputs.values())))
         caches = {name: x for name, x in self.traced.items() if name.startswith(CACHE)}
         shapes = {name: (rows, int(x.shape[1]), 0, int(x.shape[3])) for name, x in caches.items()}
@@ -99,6 +104,7 @@ class Traced:
     def check_sizes(self) -> None:
         """Raise MptkError if the program runs on one number of samples or tokens only."""
         for name, x in self.traced.items():
+            # A size that the trace has fixed is a number; an open one is a symbol.
             axes = x.shape[: 2 if is_tokens(x) else 1]
             if fixed := [size for size in axes if str(size).isdigit()]:
                 raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
@@ -127,6 +133,8 @@ def trace_named(
     """
     step(0, 0, "trace with named inputs")
     model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
+    # The first choice of inputs that can be traced, runs on any number of rows and tokens, and computes what the dense
+    # model does.
     given, caches = with_mask(example), [name for name in example if name.startswith(CACHE)]
     reason = "with a mask of ones it computes other outputs than without a mask"
     for read in list_input_choices(dense.loaded, inputs):
@@ -143,6 +151,8 @@ def trace_named(
         raise MptkError(f"{type(model).__name__} is not written with named inputs: {reason}")
     if not has_token_ids(inputs):
         return traced, {}
+
+    # The graph's metadata promise padding only if these samples, padded, have the same outputs.
     said = describe_padding(model)
     longer, rows = pad_by_metadata(inputs, said)
     same = is_same_output(unpadded(traced.run(dense.executor, longer)[rows], inputs), expected)
@@ -164,6 +174,8 @@ def cut_to_plan(program: Program, dense: Dense, plan: Plan | None, log: Log, who
     if plan is None:
         return program
     analysis = group.analyze_program(program)
+
+    # The plan names the families of ``whole``: its cut is transferred to this program's.
     source = analysis if whole is None else group.analyze_program(whole)
     found = resolve_plan(source, plan)
     found = found if whole is None else transfer_cut(found, source, analysis)
@@ -183,11 +195,13 @@ def write_quantized_graphs(dense: Dense, files: Sequence[Path], text: Tensor | N
         made = list[Path]()
         try:
             for file in files:
+                # The text is what the main graph reads. The others (an encoder's) read something else.
                 given = windows if file is files[0] else None
                 made.append(quantize_onnx(file, scheme, given, log, dense.executor.device))
         except MptkError as error:
             if dense.settings.strict:
                 raise
+            # One scheme is made of all graphs or of none.
             for file in made:
                 file.unlink()
                 file.with_name(name_data_file(file.name)).unlink()
@@ -278,6 +292,7 @@ def use_apart(scheme: str, pairs: Sequence[tuple[Tensor | Placed, Tensor]]) -> D
             apart += (one.double() - other.double()).square().sum().item()
             whole += other.double().square().sum().item()
     far = (apart / whole) ** 0.5 if whole else apart
+    # NaN must not pass.
     far = far if far == far else float("inf")
     return Difference(f"{scheme} in use", far, far, USED[scheme])
 
@@ -288,22 +303,29 @@ def _compute_distance(found: Tensor, reference: Tensor) -> float:
     return apart if apart == apart else float("inf")
 
 
+# ---- samples of other sizes and values than the proof's own, drawn by a seed ----
+#
+# What a graph without a cache computes for a text depends on the whole text, so each length needs a run of the
+# reference. The stages of a decoder run other sizes by themselves: a position's logits are the same however its text
+# goes on.
+
 OTHER_LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33)
 """Tokens of a text: about powers of two, at which kernels and exporters change."""
 MOST_ROWS = 9
+"""Samples of a batch: one more than a power of two."""
 TOKENS_TRIED = 96
 """Tokens of one batch, so that these cost little."""
 TEXTS_TRIED = 4
 """Batches of texts."""
 LARGEST = (6.0, 0.5, 16.0, 1.0, 64.0, 2.0, 255.0, 4.0, 0.0)
-"""The largest value of each image of a batch: of normalised ones, of ones that a program forgot to normalise, of black
-ones."""
+"""The largest value of each image of a batch: normalised ones, ones that a program forgot to normalise, a black one."""
 DECODER = "decoder_"
 """What the names of inputs of a decoder start with: their lengths are another text's."""
 
 
 def draw_texts(samples: Samples, seed: str) -> Iterator[Samples]:
     """Samples with other numbers of rows and of tokens; none if it is not clear which inputs belong to the tokens."""
+    # An input with as many columns as the text, but other numbers than tokens, may belong to the tokens or not.
     read = {name for name, x in samples.inputs.items() if is_tokens(x) and not name.startswith(DECODER)}
     lengths = {samples.inputs[name].shape[1] for name in read}
     others = [x for name, x in samples.inputs.items() if name not in read and not name.startswith(DECODER)]

@@ -72,6 +72,7 @@ class Pictured(Flat):
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
+        # Without this the trace would drop the tower's unused parts, whose weights the checkpoint holds.
         return logits if features is None else logits + 0.0 * features.sum()
 
 
@@ -96,6 +97,7 @@ class ImageText(TokenTask):
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
+        # A trace that holds the sizes of images holds their number, too.
         batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
         length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
@@ -138,6 +140,7 @@ class ImageText(TokenTask):
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         ids = example.inputs[IDS]
         changed = ids.clone()
+        # Only the last token differs, so no other token's logits may.
         changed[:, -1] = shift_tokens(loaded.model, ids[:, -1])
         found, other = (run(Samples({**example.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__

@@ -96,6 +96,7 @@ class PicturedStep(DecoderStep):
         images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
         features = self.encode_images(dict(zip(self.names, images, strict=True)))
         embedding: Any = self.module.get_input_embeddings()
+        # The image's token may have no row in the table. Its embedding is replaced anyway.
         known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
         embeds = embedding(known)
         merged = embeds.masked_scatter((ids == self.token)[..., None], features.to(embeds.dtype))
@@ -107,6 +108,7 @@ class PicturedStep(DecoderStep):
         more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
         with AnyImages():
             output = module.get_image_features(**images, **more, return_dict=True)
+            # Such features enter the decoder in later layers, and its graph has no input for them.
             if getattr(output, "deepstack_features", None):
                 raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
             found = getattr(output, "pooler_output", output)
@@ -126,12 +128,17 @@ class ImageTextForm(OnnxForm):
         settings = dense.settings
         model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
         shown = Samples(ImagesWithText().make_example(model))
+        # The trace is checked on these: whole samples, since a cut could divide an image's tokens.
         given = shown if samples is None else add_shown_images(shown, samples.shorten(2, sys.maxsize))
         step(0, 0, "trace a decoding step")
         whole, images = trace_image_step(dense, given, shapes)
+
+        # The three values between the graphs are no outputs while the plan cuts, since outputs keep their channels.
         *outputs, features, embeds, merged = list_output_names(whole)
         program = cut_to_plan(replace_outputs(whole, outputs), dense, plan, log, dense.program)
         step(0, 0, "translate the graph")
+
+        # The graph is emitted once, with all outputs, and divided.
         axes = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
         decoder = make_decoder_interface(program, axes, before=len(images))
         read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
@@ -193,6 +200,7 @@ def run_with_images(decoder: OrtDecoder, run: Callable[[Samples], Placed], sampl
     """
     assert decoder.embeddings is not None
     tiled = samples.repeat(tiles)
+    # Several times as many images at once show whether the vision encoder takes any number; the last copy is compared.
     read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], select_image_inputs(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
     return run(Samples(read | numbered))
@@ -225,6 +233,7 @@ def trace_image_step(
     model = dense.loaded.model
     name, images = type(model).__name__, select_image_inputs(take_several_images(samples))
     reads: Any = model
+    # A class that needs the sizes in pixels computes with them in Python, and a graph would hold them as numbers.
     sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
     if sizes is not None and sizes.default is Parameter.empty:
         raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
@@ -236,6 +245,9 @@ def trace_image_step(
     given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     assert dense.program is not None
     expected = dense.first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
+
+    # Some classes count positions from another number than 0: the first one with which a step gives the whole
+    # sequence's logits is right.
     for first in list_first_positions(made):
         made.first_position = first
         program = dense.put_weights(export_step(made, inputs, given))

@@ -82,6 +82,7 @@ class ModelForm(OnnxForm):
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
         example = choose_inputs(dense.loaded.model).make_example(dense.loaded.model)
+        # Without text there is no padding: the analysed program itself is the graph.
         if not has_token_ids(example):
             assert dense.program is not None
             traced = Traced(dense.program, list(example))

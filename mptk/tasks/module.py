@@ -54,6 +54,7 @@ class Module(Task):
     sequences = False
 
     def __post_init__(self) -> None:
+        # The form names the graph's inputs by the examples. The dataclass is frozen.
         object.__setattr__(self, "onnx", ModuleForm(OUTPUT, inputs=self.given.inputs))
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -124,6 +125,7 @@ def make_example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | 
     Raises:
         MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
+    # A transformers model is loaded in float32; a plain module keeps the types that its inputs have.
     names, plain = list_forward_arguments(module), not isinstance(module, PreTrainedModel)
     found = _order_inputs(names, name_inputs(names, inputs, None if plain else torch.float32))
     samples = _make_samples(found, "example inputs")
@@ -190,7 +192,9 @@ def name_inputs(
         _check_numbers(name, tensor)
     # what was made in torch.inference_mode cannot be trained on
     plain = [tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs.values()]
+    # One tensor that is given for two inputs becomes two, and a trace takes them for two.
     found = dict(zip(inputs, separate([tensor.cpu() for tensor in plain]), strict=True))
+    # Numbers of a file get the types of the examples: whole ones for whole ones, fractions for fractions.
     if isinstance(dtype, Mapping):
         whole = [name for name in dtype.keys() & found.keys() if not is_fraction(dtype[name])]
         found |= {name: found[name].to(dtype[name].dtype) for name in whole if not is_fraction(found[name])}

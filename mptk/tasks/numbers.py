@@ -107,5 +107,5 @@ FORECASTS = Numbers(
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),
     "the next values of a series",
     ModelForm("prediction_outputs"),
-    "ForPrediction",
+    "ForPrediction",  # transformers lists PatchTST's classes in no list of forecasters
 )

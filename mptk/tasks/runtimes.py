@@ -1,4 +1,8 @@
-"""genai: ``genai_config.json``, with which onnxruntime-genai loads a folder and runs its ONNX decoder."""
+"""runtimes: what programs that run ONNX graphs must be told in a folder.
+
+``genai_config.json``: with it onnxruntime-genai loads the folder and runs its decoder. ``transformers.js_config`` in
+``config.json``: where transformers.js finds weights, and in which type.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
     """
     file = onnx.load(folder / graph, load_external_data=False)
     shapes = {value.name: _shape(value) for value in (*file.graph.input, *file.graph.output)}
+    # What the graph has, not what the config says: blocks and heads may have been cut.
     past = [shape for name, shape in shapes.items() if name.startswith("past_key_values.")]
     config = config.get_text_config()
     query_heads = find_config_field(config, "num_attention_heads")
@@ -93,6 +98,8 @@ def _list_sampling(config: GenerationConfig | None) -> Json:
     return {name: value for name, value in found.items() if value is not None}
 
 
+# ---- transformers.js ----
+
 CONFIG_KEY = "transformers.js_config"
 HALVES = {"": "fp32", "fp16": "fp16"}
 """Scheme of a graph whose cache may be float16 → what transformers.js calls its ``dtype``."""
@@ -105,6 +112,7 @@ def build_js_config(graphs: Path) -> Json:
     program says otherwise, if a float graph has no int8 graph, which browsers take by themselves. ``kv_cache_dtype``:
     dtype → the type of its cache, for releases before 4, which assume float32.
     """
+    # transformers.js looks for the weights beside a graph only if it is told that there are some.
     files = [file for file in sorted(graphs.glob("*.onnx")) if file.with_name(name_data_file(file.name)).is_file()]
     if not files:
         return {}

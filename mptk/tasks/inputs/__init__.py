@@ -1,4 +1,4 @@
-"""inputs: what models read: token ids, images, videos, sound, series; one file a kind. transformers says which."""
+"""inputs: what models read: token ids, images and videos, sound, series. transformers says which a class reads."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 TABLES = (".jsonl", ".json")
 """Suffixes of a table of chats."""
 FILE = "file_name"
-"""Its column of images, relative to the folder."""
+"""The column of images in a file of captions, relative to the folder."""
 IMAGES = "images"
 """The column of a chat's images, if its turns do not name them."""
 
@@ -99,6 +99,7 @@ def _read_captions(folder: Path) -> Iterator[Chat]:
         raise MptkError(f"{folder} has no {' or '.join(METADATA)} with captions; write one with the column {FILE}")
     for number, row in enumerate(_read_rows(file), 1):
         where = f"row {number} of {file}"
+        # The column of captions may have any name, so it must be the only one with text.
         texts = [name for name, value in row.items() if name != FILE and isinstance(value, str)]
         if len(texts) != 1 or not isinstance(row.get(FILE), str):
             raise MptkError(f"{where} needs {FILE} and one column of text; it has {', '.join(map(str, row))}")

@@ -57,7 +57,7 @@ def find_trace_constants(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict
 def hold_constants(
     pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank.
+    """A trace inside computes with ``numbers``, which it is given as constants, and finds no image blank.
 
     ``marks``: the tokens that stand for images, in all samples.
     """
@@ -69,7 +69,11 @@ def hold_constants(
 
 
 class NoBlankImages(TorchFunctionMode):
-    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
+    """Patches the check for blank images, which pad samples with fewer images than others: a trace must drop none.
+
+    Classes drop them by a mask, and the size of what is left would depend on numbers. Likewise the number of tokens
+    that stand for images: a trace gets it as ``marks``.
+    """
 
     def __init__(self, pixels: Tensor, marks: int) -> None:
         super().__init__()
@@ -77,12 +81,15 @@ class NoBlankImages(TorchFunctionMode):
         self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        # The count of an image's zeros ≠ its size: true of each image.
         if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
             return torch.tensor([True] * self.count)
+        # images[mask], if the mask is the one above: all images.
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
             mask = args[1]
             if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
                 return args[0]
+        # states[mask, :] at the tokens of images, read or written: as many rows as there are marks.
         if func in (Tensor.__getitem__, Tensor.__setitem__) and self._is_at_marks(*args):
             mask = args[1][0]
             if func is Tensor.__setitem__:
@@ -107,7 +114,7 @@ class Lengths:
 
 
 class AnyImages(TorchFunctionMode):
-    """Within it, images stay one tensor, so that a trace holds for any number of them. None is blank.
+    """Keeps images in one tensor, so that a trace holds for any number of them. None is blank.
 
     Classes make lists of images, or divide a sequence among them; both need their number. If the sequence of an
     attention was to be divided, a mask does it.
@@ -203,6 +210,8 @@ def _list_forms(model: PreTrainedModel) -> Iterator[Named]:
     if GRIDS in names:
         yield from _make_packed(vision, channels, generator)
         return
+    # The usual forms, the richest first: tiles with sizes, images with sizes, images, one image in a list for each
+    # sample.
     size = getattr(vision, "image_size", None) or IMAGE_SIZE
     height, width = size if isinstance(size, Sequence) else (size, size)
     pixels = torch.randn(EXAMPLES, channels, height, width, generator=generator)
@@ -226,6 +235,7 @@ def _make_packed(vision: object, channels: int, generator: torch.Generator) -> I
     side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
     frames = _find_first(vision, "temporal_patch_size", "patch_temporal") or 1
     grids = torch.tensor([[1, side, side]] * EXAMPLES)
+    # Patches as rows of numbers (Qwen2-VL), or as small pictures of one frame.
     pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
     yield {PIXELS: pixels.flatten(2), GRIDS: grids}
     yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
@@ -257,6 +267,7 @@ def make_other_size(model: PreTrainedModel) -> Named | None:
 @torch.no_grad()
 def count_image_tokens(model: Any, inputs: Named) -> int:
     """The tokens that the image of each sample becomes, by the shape of its features."""
+    # With fake weights, so that it costs no memory and no time, and works before weights are read.
     named = arrange_inputs(inputs)
     with (
         hold_evaluation_mode(model),
@@ -281,6 +292,12 @@ def compute_image_positions(model: Any, inputs: Mapping[str, Tensor], images: Te
     wanted = inspect.signature(base.get_rope_index).parameters
     found, _ = base.get_rope_index(**{name: value for name, value in known.items() if name in wanted})
     return {POSITIONS: found.transpose(0, 1).contiguous()}
+
+
+# ---- what a vision encoder of packed patches makes of the sizes of images, as tensors of a graph ----
+#
+# transformers makes these with loops over the images, whose number and sizes a trace would hold as numbers. N: images.
+# P: patches of all images. Each image is one frame of height x width patches, in blocks that become one token.
 
 
 class VisionEncoder(Protocol):

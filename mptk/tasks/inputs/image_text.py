@@ -1,7 +1,7 @@
 """image_text: text with an image in it. The class says how many tokens an image becomes, its processor where they are.
 
 All samples have as many tokens: the image's, and ``length`` of text. A shorter text is filled with its own tokens,
-which no loss counts.
+which no loss counts. At the end: the prompt with images that an exported model is given.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ class ImagesWithText(Inputs):
         """
         packages = " install pillow and torchvision if they are missing,"
         processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
+        # A template in a process of its own with bounds: it came with the checkpoint.
         names = list(self.make_example(loaded.model))
         with ChatTemplate(processor) as template:
             texts = [chat.text(processor, template) for chat in chats]
         for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):
             made.append(prepare_sample(loaded.model, processor, chat, text, names, length))
             progress(done, len(chats))
+        # All samples go through one trace, which holds the sizes of images.
         sizes = {
             str([[x.shape for x in one.values()], [x.tolist() for n, x in one.items() if n in KNOWN_SIZES]])
             for one in made
@@ -124,6 +126,7 @@ def prepare_sample(
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
+    # Cut or fill up the text, so that all samples have as many tokens.
     total = marks + limit_text(model, marks, length)
     if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
         raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
@@ -139,6 +142,7 @@ def prepare_sample(
 
 def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
     """Text, int64 [samples, length], with an image of normal noise in each sample. ``example``: one of its size."""
+    # Of the text no token may stand for an image; then the image's own tokens go in after the first one.
     example, token = make_image_inputs(model) if example is None else example, find_image_token(model)
     count = count_image_tokens(model, example)
     text = torch.where(text == token, shift_tokens(model, text), text)
@@ -196,6 +200,8 @@ def limit_text(model: PreTrainedModel, images: int, length: int) -> int:
     check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")
     return length if positions is None else min(length, positions - images)
 
+
+# ---- a prompt for an exported model ----
 
 SEVERAL_AXES = 3
 """The rank of a decoder's positions that are on several axes."""

@@ -1,4 +1,7 @@
-"""images: pictures of a folder, as the model's image processor makes them."""
+"""images: pictures of a folder, as the model's image processor makes them; folders of pictures as videos.
+
+An autoencoder of diffusers has a processor of its own (``Pictures``).
+"""
 
 from __future__ import annotations
 
@@ -48,18 +51,22 @@ class Images(FileInputs):
             MptkError: the model has no processor, or it gives images of several sizes.
         """
         packages = " install pillow and torchvision if they are missing,"
+        # One file at a time: a processor may pad images of several sizes to one, and several sizes must be refused.
         processor, made = load_preprocessor(loaded, AutoImageProcessor, "image processor", packages), []
         example = self.make_example(loaded.model)
         for done, file in enumerate(files, 1):
             found = processor(images=open_image(file), return_tensors="pt")
             tensors = {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}
+            # A full mask says what the class assumes without one.
             read = {n: x for n, x in tensors.items() if n in example or not _is_full_mask(n, x)}
             made.append(select_accepted(loaded.model, read))
             progress(done, len(files))
         names = list(example)
+        # The model is traced with the example's inputs, so data must have the same ones.
         if any(set(names) != set(one) for one in made):
             extra = ", ".join(sorted(set(made[0]) ^ set(names)))
             raise MptkError(f"{loaded.source} reads {extra}, which mptk cannot make; give --inputs (docs/kinds.md)")
+        # More shapes than inputs: some input has several.
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
             raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
         return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
@@ -85,6 +92,7 @@ def make_patches(vision: Any) -> Named:
 def open_image(path: Path) -> Any:
     """The picture as a PIL image, RGB. Raises MptkError if it cannot be read, or is as large as only bombs are."""
     try:
+        # Pillow is an extra: only images need it.
         from PIL import Image
     except ImportError as error:
         raise MptkError("pillow is not installed, and it reads images; run: pip install 'mptk[images]'") from error
@@ -113,6 +121,7 @@ class Videos(Images):
         frames = count_frames(model)
         assert frames is not None
         pixels = super().make_example(model)["pixel_values"]
+        # Frames that differ, as a moving picture's do.
         return {"pixel_values": torch.stack([pixels.roll(shift, -1) for shift in range(frames)], 1)}
 
     def find(self, data: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """latents: what a denoiser of diffusers reads: latents, timesteps, and what they are conditioned on.
 
-Samples are the calls that the model's own pipeline makes while it denoises (``denoising.py``). Random samples need only
-the config.
+Samples are the calls that the model's own pipeline makes of its denoiser while it makes images (``record_samples``).
+Random samples need only the config.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
         (n, [size for size in shape if size]) for n, shape in _list_shapes(model, size).items() if None not in shape
     )
     made = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes if name in order}
+    # Every part of the schedule once, in a random order.
     spread = (torch.randperm(count, generator=generator) + 0.5) / count
     made["timestep"] = spread * (1 if size is None else TRAINED_TIMESTEPS)  # packed latents come with times from 0 to 1
     if classes := _find_first(config, "num_embeds_ada_norm", "num_class_embeds"):
@@ -76,6 +77,7 @@ def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
         made["guidance"] = torch.full((count,), 3.5)
     if getattr(config, "caption_channels", None) and "encoder_attention_mask" in parameters:
         made["encoder_attention_mask"] = torch.ones(count, TEXT_TOKENS)  # of PixArt's padded captions
+    # What has no default must be there; all else may be left out.
     needs = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if lacking := sorted(needs - made.keys()):
         raise MptkError(
@@ -113,6 +115,8 @@ def _find_first(config: object, *names: str) -> int | None:
     return found[0] if isinstance(found, list | tuple) else found
 
 
+# ---- samples of the model's own pipeline ----
+
 IMAGE_STEPS = 20
 """Timesteps in which an image is made here, spread over the schedule."""
 
@@ -136,6 +140,8 @@ def record_samples(
     def record(module: nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
         calls.append(_collect_inputs(names.bind(*args, **given).arguments, like))
 
+    # The pipeline runs as it is; the hook sees the denoiser's inputs. The generator gives images, timesteps and the
+    # order.
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -191,6 +197,7 @@ def _make_image(pipeline: Any, condition: Mapping[str, object], steps: int, gene
 
 def _collect_inputs(given: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one call, each with as many samples as the latents, in the types of the examples."""
+    # Some inputs stand in a dict, and a timestep may be one number for the whole batch.
     flat = {**given, **given.get("kwargs", {}), **(given.get("added_cond_kwargs") or {})}
     count = len(flat[next(iter(like))])
     found = {}

@@ -84,12 +84,7 @@ class MergedHeads(Conversion):
 
     @classmethod
     def merge(cls, count: int, of: int | None, model: Analysed, analyse: Analyse) -> Conversion:
-        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has.
-
-        Raises:
-            MptkError: the attention has another form; the class cannot hold this number of KV heads; or the model's
-                number of KV heads is not the plan's.
-        """
+        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has."""
         # The class must hold fewer heads: it is built anew with another config, and its weights are slices until the
         # fit.
         loaded = model.loaded
@@ -173,11 +168,7 @@ def _copy_stored_types(config: PreTrainedConfig, stored: PreTrainedConfig) -> Pr
 def find_mergeable_heads(
     analysis: Analysis, model: PreTrainedModel, count: int
 ) -> tuple[list[SharedHeads], StockConfig]:
-    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads.
-
-    Raises:
-        MptkError: the model has no family of KV heads, or its class does not accept the config.
-    """
+    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads."""
     # A family may have its keys and values in several ways. The reason of a family that looks like heads is the one to
     # show.
     found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()

@@ -105,9 +105,6 @@ class TrimmedVocabulary(Conversion):
         Args:
             wanted: the tokens that stay, or the corpus that decides; ``name``: its name in a report.
             multiple: if the number of tokens is a multiple of this, the new one is, too.
-
-        Raises:
-            MptkError: the model has no vocabulary, or its vocabulary cannot be trimmed exactly.
         """
         loaded = model.loaded
         if isinstance(model.task, Module):
@@ -202,11 +199,7 @@ def _choose_tokens(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> 
 def _trim_model(
     model: Analysed, vocabulary: Vocabulary, tokens: Tokens
 ) -> tuple[Loaded, Mapping[str, Sequence[object]]]:
-    """The model with only the rows of the tokens that stay, and its config's changes.
-
-    Raises:
-        MptkError: the class has other weights with fewer tokens; or the tokenizer cannot be trimmed.
-    """
+    """The model with only the rows of the tokens that stay, and its config's changes."""
     loaded, analysis = model.loaded, model.analysis
     # The tokens are an axis like any other: a cut of it slices every weight that has it.
     table = np.zeros((1, tokens.of), dtype=bool)
@@ -363,7 +356,7 @@ def find_spelling_tokens(tokenizer: Json) -> set[str]:
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     spelled = {token for token in tokens if _BYTE.fullmatch(token)} if model.get("byte_fallback") else set[str]()
     letters: Iterable[str] = [] if spelled else {token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
-    if _is_byte_level(tokenizer):
+    if any(_has(tokenizer.get(part), "ByteLevel") for part in ("normalizer", "pre_tokenizer")):
         letters = ByteLevel.alphabet()
     single = [letter for letter in letters if len(letter) == 1]
     spelled |= {start + c + end for c in single for start in {"", prefix} for end in {"", suffix}} & tokens.keys()
@@ -373,11 +366,6 @@ def find_spelling_tokens(tokenizer: Json) -> set[str]:
     else:
         unknown = [model["unk_token"]] if model.get("unk_token") in tokens else []
     return spelled.union(unknown)
-
-
-def _is_byte_level(tokenizer: Json) -> bool:
-    """Whether each character of the model's input stands for a byte."""
-    return any(_has(tokenizer.get(part), "ByteLevel") for part in ("normalizer", "pre_tokenizer"))
 
 
 def _has(value: object, kind: str) -> bool:
@@ -458,11 +446,7 @@ def find_used_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerB
 
 
 class Choice:
-    """The tokens of a tokenizer that stay. ``rows``: the rows of the model's embedding.
-
-    Raises:
-        MptkError: the tokenizer cannot be trimmed without changing how it reads texts, or has tokens without a row.
-    """
+    """The tokens of a tokenizer that stay. ``rows``: the rows of the model's embedding."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         self.content = read_tokenizer_content(tokenizer)
@@ -520,11 +504,7 @@ def read_tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Json:
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
-    """The tokenizer with only the tokens ``kept``; a token's id is its position in ``kept``.
-
-    Raises:
-        MptkError: transformers reads the written tokenizer back with other tokens.
-    """
+    """The tokenizer with only the tokens ``kept``; a token's id is its position in ``kept``."""
     new = {old: i for i, old in enumerate(kept)}
     content = read_tokenizer_content(tokenizer)
     small = trim_content(content, new)

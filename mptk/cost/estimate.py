@@ -148,7 +148,7 @@ class ModelSizes:
 
 
 def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The weights of a mixture's experts, [experts, …, …]: transformers keeps those of a layer in one tensor."""
+    """The weights of a mixture's experts, [experts, …, …]: transformers packs a layer's experts into one tensor."""
     return [
         p
         for block in blocks

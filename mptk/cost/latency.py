@@ -160,12 +160,7 @@ def _list_corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup]:
-    """The operators of one step with ``tokens`` new and ``past`` cached tokens. Equal ones are one part with a count.
-
-    Raises:
-        MptkError: the time of a product does not follow from its shape (routed experts, convolutions), or attention is
-            written as two products.
-    """
+    """The operators of one step with ``tokens`` new and ``past`` cached tokens; equal ones are counted as one part."""
     # The trace is of some example tokens; rows are scaled to the phase's.
     share = tokens / count_example_tokens(analysis)
     products = analysis.facts.contractions

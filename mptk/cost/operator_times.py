@@ -94,7 +94,7 @@ def find_operator_times(
 
 
 def _times_in(kept: object) -> dict[str, float]:
-    """The times in what was kept, without what is no time."""
+    """The times in what was kept. A damaged file may hold something else; that is measured again."""
     times = kept.items() if isinstance(kept, dict) else ()
     return {name: ms for name, ms in times if isinstance(ms, int | float) and ms >= 0}
 

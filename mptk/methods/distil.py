@@ -123,7 +123,9 @@ def distil_blocks(
 
     # What follows the last consumer is a further stage, which is not trained.
     count = len(part.ends)
-    owned = _find_owned(student, _find_staying(analysis, cut, [name_operand_weight(dense, s.weight) for s in sites]))
+    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
+    matrices = {name for site in sites if not (name := name_operand_weight(dense, site.weight)).startswith(gone)}
+    owned = _find_owned(student, matrices)
     if not any(owned[:count]):
         return None
 
@@ -157,12 +159,6 @@ def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
         mask_blocks(small.graph.graph, removed)
         small.graph.recompile()
     return small
-
-
-def _find_staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
-    """The weights ``names`` except removed blocks' weights."""
-    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
-    return {name for name in names if not name.startswith(gone)}
 
 
 def _split_steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:

@@ -180,10 +180,8 @@ def decode_calls(
     places, logits = list[Tensor](), list[Tensor]()
     done = (first >= 0).sum(1, keepdim=True)
     cache = decoder.empty(len(of)) if cache is None else cache
-    for place in (
-        first,
-        *(done + before + torch.arange(n) for n, before in zip(calls, _count_before(calls), strict=True)),
-    ):
+    before = list(accumulate(calls, initial=0))[:-1]  # the tokens of all calls before each
+    for place in (first, *(done + start + torch.arange(n) for n, start in zip(calls, before, strict=True))):
         # The cache keeps the mask of the calls before; this is the new tokens' part.
         mask = (place >= 0).long().numpy()
         found, cache = decoder.step(
@@ -192,11 +190,6 @@ def decode_calls(
         logits.append(torch.from_numpy(found.copy()))
         places.append(place[:, -1:] if decoder.last_only else place)
     return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
-
-
-def _count_before(calls: Sequence[int]) -> list[int]:
-    """The tokens of all calls before each."""
-    return list(accumulate(calls, initial=0))[:-1]
 
 
 def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:

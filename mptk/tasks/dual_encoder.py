@@ -136,11 +136,7 @@ class DualEncoderForm(ModelForm):
     """``model.onnx`` with the similarities of all texts with all images, and the embeddings."""
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-        """The model for any numbers of texts and images, with all its outputs, and what is said of padding.
-
-        Raises:
-            MptkError: it computes other embeddings so than the dense program does.
-        """
+        """The model for any numbers of texts and images, with all its outputs, and what is said of padding."""
         assert dense.program is not None
         step(0, 0, "trace with all outputs")
         model, example = dense.loaded.model, Captioned().make_example(dense.loaded.model)

@@ -221,9 +221,6 @@ def replace_outputs(program: Program, names: Sequence[str]) -> Program:
 
     What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
     the outputs for an analysis, and be made an output again after the cut.
-
-    Raises:
-        MptkError: there is no such value.
     """
     module = program.copy_graph()
     values = {node.name: node for node in module.graph.nodes}

@@ -160,7 +160,7 @@ class ImageText(TokenTask):
         return self.make_example(model), Samples({IDS: make_example_ids()})
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
-        """Each text token is to be predicted, but those that fill up a short text."""
+        """Each text token is to be predicted, except the ones that fill up a short text."""
         given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
         targets = make_token_samples(given[IDS]).targets
         assert targets is not None

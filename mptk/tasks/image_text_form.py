@@ -224,12 +224,7 @@ def name_image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
 def trace_image_step(
     dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]
 ) -> tuple[Program, dict[str, Tensor]]:
-    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
-
-    Raises:
-        MptkError: the model cannot be traced so for any number of images; or a step computes other logits than
-            ``dense.program`` does for the same ``samples``.
-    """
+    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images."""
     model = dense.loaded.model
     name, images = type(model).__name__, select_image_inputs(take_several_images(samples))
     reads: Any = model
@@ -258,7 +253,7 @@ def trace_image_step(
 
 
 def add_shown_images(shown: Samples, samples: Samples) -> Samples:
-    """Samples with images: texts without any get those of ``shown``, and no token that stands for them."""
+    """Samples with images: texts without any get the images of ``shown``, and no token that stands for them."""
     if PIXELS in samples.inputs:
         return samples
     ids, inputs = samples.inputs[IDS], dict(shown.inputs)

@@ -88,7 +88,9 @@ class ModelForm(OnnxForm):
             traced = Traced(dense.program, list(example))
             traced.check_sizes()
             return traced, {}
-        samples = Samples(double_tokens(example)) if samples is None else samples.shorten(*PROOF_SHAPE)
+        # The trace is checked on another size than the example's: by default on each text twice in a row.
+        longer = {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}
+        samples = Samples(longer) if samples is None else samples.shorten(*PROOF_SHAPE)
         return trace_named(dense, Flat, example, samples, self.remove_padding)
 
     def axes(self, name: str, rank: int) -> Axes:
@@ -123,8 +125,3 @@ class ModelForm(OnnxForm):
 
     def half(self, folder: Path) -> bool:
         return is_half(OrtGraph(folder / ONNX_FILE))
-
-
-def double_tokens(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Example inputs of another size: token ids twice in a row."""
-    return {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}

@@ -60,11 +60,7 @@ def score_by_reap(evidence: Routed, families: Sequence[Family]) -> Scores:
 
 
 def measure_experts(given: Calibration) -> Routed:
-    """The contributions of experts, and Wanda's measurement for the other families.
-
-    Raises:
-        MptkError: no family has experts; or no router weight multiplies the outputs of a layer's experts.
-    """
+    """The contributions of experts, and Wanda's measurement for the other families."""
     sites = find_sites(given.analysis)
     experts = [f for f in given.families if all(_find_mixtures(sites, group) for group in f.groups)]
     if not experts:
@@ -133,7 +129,7 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
         if made.isdisjoint(node.all_input_nodes) or not isinstance(dims, tuple) or resolve(dims[0]) != rows:
             continue
         factors = [source for source in node.all_input_nodes if source not in made and source in facts.activations]
-        if name_base_op(node.target) in ("mul", "mul_") and any(map(_is_one_for_each_row, factors)):
+        if name_base_op(node.target) in ("mul", "mul_") and any(x.meta["val"].shape[1:] == (1,) for x in factors):
             found: fx.Node = node
             return found
         made.add(node)
@@ -141,10 +137,6 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
         f"no router weight multiplies the outputs of {group.layer}'s experts, so reap cannot score them; use --method "
         "wanda"
     )
-
-
-def _is_one_for_each_row(node: fx.Node) -> bool:
-    return tuple(node.meta["val"].shape[1:]) == (1,)
 
 
 REAP = Criterion(

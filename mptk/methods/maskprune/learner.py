@@ -38,7 +38,6 @@ from mptk.distributed.processes import (
     place_model,
 )
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import collect_kept_units, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, score_units, select_units
@@ -172,6 +171,7 @@ class Learner:
         same. Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get no changes and no witness.
         """
+        # Models and optimizer live only in the inner call: after it, accelerate holds the last references to them.
         chosen = self._learn_masks(sets)
         self.accelerator.free_memory()
         return chosen
@@ -204,7 +204,8 @@ class Learner:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
         # Widths in which all candidates agree are given; the others are learned.
         prepared, candidates = self.prepared, self.prepared.candidates
-        shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
+        families = {name: prepared.analysis.family(name) for name in prepared.families}
+        shapes = {name: (len(family.groups), family.scopes, family.size) for name, family in families.items()}
         given = {
             family: width
             for family, width in candidates[0].widths.items()
@@ -428,11 +429,6 @@ def find_nearest_candidate(
     return dict(min(candidates, key=distance).widths)
 
 
-def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
-    family = analysis.family(name)
-    return len(family.groups), family.scopes, family.size
-
-
 def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), switch_off_adapters(student):
@@ -446,9 +442,6 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
     """``model`` with LoRA of ``rank`` and scale 2 on all linear layers but the head. Its own weights are frozen.
 
     ``seed``: of the adapters' initial weights. ``but``: modules without adapters.
-
-    Raises:
-        MptkError: no layer can have adapters.
     """
     # The head is as large as many layers, and often tied to the embedding, which an adapter would not change.
     head = model.get_output_embeddings()

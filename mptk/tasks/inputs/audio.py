@@ -62,11 +62,7 @@ class Audio(FileInputs):
 
 
 def read_sound(path: Path, rate: int) -> Sound:
-    """The samples of a WAV file with 16 bits a sample, all channels averaged, in −1..1.
-
-    Raises:
-        MptkError: it is no such file, or has another rate than ``rate`` samples a second.
-    """
+    """The samples of a WAV file with 16 bits a sample, all channels averaged, in −1..1."""
     remedy = f"convert it with ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"
     try:
         with wave.open(str(path)) as file:

@@ -89,11 +89,7 @@ class FileInputs(Inputs):
         return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
 
     def find(self, data: str) -> list[Path]:
-        """All such files in the folder ``data`` and below, in the order of their paths.
-
-        Raises:
-            MptkError: there is no such folder, or it has none.
-        """
+        """All such files in the folder ``data`` and below, in the order of their paths."""
         folder, what = expand_path(data), self.what
         if not folder.is_dir():
             raise MptkError(
@@ -109,8 +105,7 @@ class FileInputs(Inputs):
 def load_preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> Any:
     """What ``auto``, a class of transformers, loads to prepare files for a model.
 
-    Raises:
-        MptkError: the model has none. ``what``: its name; ``packages``: a remedy of its own.
+    For the error if the model has none: ``what``: its name; ``packages``: a remedy of its own.
     """
     try:
         return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trust.allows_code)

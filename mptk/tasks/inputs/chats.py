@@ -55,11 +55,7 @@ class Chat:
 
 
 def read_chats(data: str) -> list[Chat]:
-    """The chats of ``data``: a folder of images with ``metadata.csv`` or ``metadata.jsonl``, or a .jsonl of chats.
-
-    Raises:
-        MptkError: it is neither, or a row has no image.
-    """
+    """The chats of ``data``: a folder of images with ``metadata.csv`` or ``metadata.jsonl``, or a .jsonl of chats."""
     place = expand_path(data)
     if place.is_dir():
         found = list(_read_captions(place))

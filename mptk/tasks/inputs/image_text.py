@@ -77,11 +77,7 @@ class ImagesWithText(Inputs):
         return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)
 
     def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
-        """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's.
-
-        Raises:
-            MptkError: the model has no processor; or it gives images of several sizes, or other numbers of them.
-        """
+        """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's."""
         packages = " install pillow and torchvision if they are missing,"
         processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
         # A template in a process of its own with bounds: it came with the checkpoint.

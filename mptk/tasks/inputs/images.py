@@ -45,11 +45,7 @@ class Images(FileInputs):
         return {"pixel_values": torch.randn(EXAMPLES, channels, height, width, generator=generator)}
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        """The files as the model's image processor prepares them.
-
-        Raises:
-            MptkError: the model has no processor, or it gives images of several sizes.
-        """
+        """The files as the model's image processor prepares them."""
         packages = " install pillow and torchvision if they are missing,"
         # One file at a time: a processor may pad images of several sizes to one, and several sizes must be refused.
         processor, made = load_preprocessor(loaded, AutoImageProcessor, "image processor", packages), []
@@ -58,7 +54,7 @@ class Images(FileInputs):
             found = processor(images=open_image(file), return_tensors="pt")
             tensors = {n: x for n, x in found.items() if isinstance(x, torch.Tensor)}
             # A full mask says what the class assumes without one.
-            read = {n: x for n, x in tensors.items() if n in example or not _is_full_mask(n, x)}
+            read = {n: x for n, x in tensors.items() if n in example or not (n.endswith("mask") and bool(x.all()))}
             made.append(select_accepted(loaded.model, read))
             progress(done, len(files))
         names = list(example)
@@ -70,11 +66,6 @@ class Images(FileInputs):
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
             raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
         return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
-
-
-def _is_full_mask(name: str, mask: torch.Tensor) -> bool:
-    """Whether an input is a mask that says of each pixel that it is of the image, as classes take it without one."""
-    return name.endswith("mask") and bool(mask.all())
 
 
 def make_patches(vision: Any) -> Named:
@@ -129,11 +120,7 @@ class Videos(Images):
         return list(dict.fromkeys(file.parent for file in super().find(data)))
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        """The first frames of each folder, in the order of their names.
-
-        Raises:
-            MptkError: the model has no processor, or a folder has too few pictures.
-        """
+        """The first frames of each folder, in the order of their names."""
         processor, frames = load_preprocessor(loaded, AutoImageProcessor, "image processor"), count_frames(loaded.model)
         made = []
         for done, folder in enumerate(files, 1):

@@ -55,11 +55,7 @@ class Latents(Inputs):
 
 
 def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
-    """``count`` random samples of what a denoiser reads.
-
-    Raises:
-        MptkError: its ``forward`` needs more.
-    """
+    """``count`` random samples of what a denoiser reads."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     parameters = inspect.signature(model.forward).parameters
     size = getattr(config, "sample_size", None)
@@ -127,9 +123,6 @@ def record_samples(
     """``count`` samples that the model's pipeline gives it, in a random order of images and timesteps.
 
     ``like``: examples of the inputs. ``data``: text with a prompt on each line; ``self`` if the pipeline reads none.
-
-    Raises:
-        MptkError: the model has no pipeline, or it needs prompts; or the pipeline does not run.
     """
     model = loaded.whole()
     pipeline = open_pipeline(loaded.path, model)
@@ -159,11 +152,7 @@ def record_samples(
 
 
 def draw_conditions(pipeline: Any, data: str, generator: torch.Generator) -> Iterator[Mapping[str, object]]:
-    """What each image is made of, as arguments of the pipeline, again and again.
-
-    Raises:
-        MptkError: the pipeline reads prompts, and ``data`` has none.
-    """
+    """What each image is made of, as arguments of the pipeline, again and again."""
     arguments = inspect.signature(pipeline.__call__).parameters
     if "prompt" in arguments:
         if data == text.SELF:

@@ -41,11 +41,7 @@ class Series(FileInputs):
 
 
 def read_series(file: Path, steps: int, channels: int) -> Tensor:
-    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out.
-
-    Raises:
-        MptkError: it is not such a file, or is shorter.
-    """
+    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out."""
 
     def damaged(why: str) -> MptkError:
         return MptkError(f"{file} is not a series of {steps} rows and {channels} columns of numbers ({why})")

@@ -443,7 +443,7 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
 
     ``seed``: of the adapters' initial weights. ``but``: modules without adapters.
     """
-    # The head is as large as many layers, and often tied to the embedding, which an adapter would not change.
+    # A tied head is the embedding, too: an adapter that is merged into it would change both.
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     names = [name for name in linear if name not in but and not is_lora_refused(model, name)]

@@ -1,5 +1,4 @@
-"""Conversions of a dense model before the cut: of its vocabulary, of its KV heads. A new kind is a file and a line
-here."""
+"""conversions: change a dense model before the cut: its vocabulary, its KV heads. One file a kind, and a line here."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from mptk.staged.staged import Executor
 from passes.analysis import group
 
 CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
-"""The order in which they change a model; kinds that fit weights come last."""
+"""The order in which they change a model. Kinds that fit weights come last: they fit the model that will be cut."""
 
 Changes = Sequence[tuple[type[Conversion], Change]]
 
@@ -63,7 +62,7 @@ def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
 def count_dense_models(settings: Settings) -> int:
     """Number of dense models that training masks holds: the student's own, and the teacher if it has other weights.
 
-    It has after a conversion that fits weights, and if the run begins with a larger cut.
+    It has other weights after a conversion that fits some, and if the run begins with a larger cut.
     """
     return 1 + (needs_fit(settings) or settings.larger is not None)
 

@@ -36,7 +36,9 @@ KNOTS = {1: 6, 2: 4, 3: 3}
 
 FractionalWidths = Mapping[str, float]
 SizesOf = Callable[[Mapping[Axis, float]], tuple[float, ...]]
+"""Sizes of axes → an operator's sizes."""
 Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
+"""Operators → milliseconds of each."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ Float32s = npt.NDArray[np.float32]
 
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 TIMED_OPSET, IR_VERSION = 23, 10
+"""Attention is one operator since opset 23."""
 GRAPHS_VERSION = 3
 """Raise it if an operator is timed in another form. Stored times are then measured again."""
 

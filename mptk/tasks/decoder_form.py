@@ -71,6 +71,7 @@ class DecodingCase:
 LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
+"""Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
 CASES = (
     DecodingCase("ONNX Runtime prefill"),
     DecodingCase("ONNX Runtime padded left", STEPS, "left"),

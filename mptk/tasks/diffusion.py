@@ -22,6 +22,7 @@ OUT_SAMPLE = "out_sample"
 """Optimum's name of what these models give."""
 
 CAPTION_MASK = "encoder_attention_mask"
+"""PixArt's mask of its captions' padding: it has a dimension of tokens without channels."""
 
 
 @dataclass(frozen=True)

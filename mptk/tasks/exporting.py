@@ -61,10 +61,8 @@ VERSION, EXPORTER = "mptk_version", "exporter"
 EXPORTERS = ("torch", "transformers", "onnxscript", "onnx-ir")
 CHANGED = "padding changes what the model computes, with a mask as well; give the ONNX graph rows of one length"
 
-GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
-"""Named inputs → what a form's graphs compute."""
 GraphRuns = Callable[[Mapping[str, Tensor]], Tensor | list[Tensor]]
-"""Named inputs → one output, or several."""
+"""Named inputs → what a form's graphs compute: one output, or several."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
+"""Names of values at which the graph is divided, beside the embeddings."""
 TRACED_IMAGES = 3
 """Images to trace with."""
 WITH_SEVERAL = 5

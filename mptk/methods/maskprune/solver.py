@@ -32,6 +32,7 @@ Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
 
 EPSILON = 1e-12
+"""Least divisor, and least price."""
 DIVERGED = 1e100
 """A price above this shows that no widths meet the budget. It is far from float64's largest number, so the error still
 has the price."""

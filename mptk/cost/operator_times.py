@@ -179,6 +179,7 @@ def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: in
 
 
 def _time_elementwise(threads: int, elements: int) -> float:
+    # Two inputs and an output, 4 bytes each.
     count = max(2, min(MOST_COPIES, NEAR_BYTES // (12 * elements)))
     inputs = [_declare_value(f"{name}{i}", elements) for i in range(count) for name in "ab"]
     nodes = [helper.make_node("Mul", [f"a{i}", f"b{i}"], [f"y{i}"]) for i in range(count)]

@@ -146,7 +146,7 @@ class ImageText(TokenTask):
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
-        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():
+        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():  # more than rounding
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
     def kind(self, model: nn.Module) -> Inputs:

@@ -57,6 +57,7 @@ class Seq2Seq(TokenTask):
         inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER_IDS}
         if data == RANDOM_DATA:
             generator = torch.Generator().manual_seed(seed)
+            # Random inputs need no text that means something, so the model does not write one.
             shape = (len(next(iter(inputs.values()))), 12)
             ids = torch.randint(count_vocabulary(loaded.model), shape, generator=generator)
         else:

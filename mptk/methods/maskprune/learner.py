@@ -68,7 +68,7 @@ def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dic
     s, training = settings, settings.learning.training
     if not s.steps:
         return {}
-    # A step is a forward pass of the teacher, and of the student forward and backward, which costs twice as much.
+    # In a step the teacher goes forward, the student forward and backward, and backward costs as much as two passes.
     # The held-out samples, up to a batch, go forward before the first step, at each checkpoint and at the end.
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
     products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
@@ -86,7 +86,8 @@ def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float)
     # All weights: a gradient and two moments of each, 4 bytes a number. LoRA: these and the adapters themselves, in a
     # layer about 8 rank × hidden numbers.
     states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
-    # With checkpointing, one block's activations are in memory, and what enters each block.
+    # What autograd keeps of a token in a block, in hidden and inner sizes. With checkpointing only one block's are
+    # there, and what enters each block.
     layers = 1 if s.gradient_checkpointing else sizes.layers
     activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
     # Logits of both models, and their temporary copies in the loss.

@@ -157,6 +157,7 @@ class Solver:
 
         It begins with 1 or, after a larger cut, with that one's cost.
         """
+        # The cubic cuts fast while many units cost nothing, and slowly near B.
         done = min(1.0, (self.step_count + 1) / max(1.0, self.ramp * self.steps))
         return self.budget + (self.begin - self.budget) * (1 - done) ** 3
 
@@ -185,7 +186,7 @@ class Solver:
             # g is a mean over n tokens: n times the squares of what each adds is the mean square of one token's.
             if self.squares[family].any():
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
-            else:
+            else:  # the first batch has no earlier one: its own square stands in
                 noise = 0.5 * tokens * (g - self.last[family]).square() if self.seen else tokens * g.square()
             self.fisher[family].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
             self.last[family] = g

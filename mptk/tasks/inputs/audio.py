@@ -36,7 +36,7 @@ class Audio(FileInputs):
         generator = torch.Generator().manual_seed(0)
         if self.name == "input_values":
             return {self.name: torch.randn(EXAMPLES, EXAMPLE_SECONDS * RATE, generator=generator)}
-        bins = getattr(config, "num_mel_bins", None) or 80
+        bins = getattr(config, "num_mel_bins", None) or 80  # as Whisper has
         positions = getattr(config, "max_source_positions", None)
         if positions is None:
             raise MptkError(

@@ -70,7 +70,7 @@ def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
     if classes := _find_first(config, "num_embeds_ada_norm", "num_class_embeds"):
         made["class_labels"] = torch.randint(classes, (count,), generator=generator)
     if getattr(config, "guidance_embeds", False):
-        made["guidance"] = torch.full((count,), 3.5)
+        made["guidance"] = torch.full((count,), 3.5)  # the default of Flux's pipeline
     if getattr(config, "caption_channels", None) and "encoder_attention_mask" in parameters:
         made["encoder_attention_mask"] = torch.ones(count, TEXT_TOKENS)  # of PixArt's padded captions
     # What has no default must be there; all else may be left out.

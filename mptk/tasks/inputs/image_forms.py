@@ -63,6 +63,7 @@ def hold_constants(
     """
     with keep_small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
         yield {
+            # Made anew inside of the trace, which takes them for constants.
             name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
             for name, value in numbers.items()
         }
@@ -126,13 +127,17 @@ class AnyImages(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         named = dict(kwargs or {})
+        # A sequence that is to be divided among images stays whole, and its attention gets a mask of their parts.
         if func in (torch.split, Tensor.split) and isinstance(args[1], list) and isinstance(args[1][0], Lengths):
             self.lengths = args[1][0].of
             return (args[0],)
         if func is F.scaled_dot_product_attention and self.lengths is not None and named.get("attn_mask") is None:
             return func(*args, **named | {"attn_mask": _match_parts(self.lengths, args[0].shape[-2])})
+        # What follows is for tensors of any number of images only.
         if not _is_open(args):
             return func(*args, **named)
+        # Their numbers are one number; a list of them has one entry, which is the tensor; the mask of blank ones takes
+        # all.
         if func is Tensor.item:
             return Lengths(args[0])
         if func is Tensor.__len__:

@@ -174,6 +174,7 @@ def name_inputs(
     Raises:
         MptkError: there are more than names, or one is not a tensor of numbers.
     """
+    # Give each input a name.
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, Mapping):
@@ -185,12 +186,15 @@ def name_inputs(
                 )
             raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
         inputs = dict(zip(names, inputs, strict=False))
+
+    # Only dense tensors of numbers.
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
         raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
-    # what was made in torch.inference_mode cannot be trained on
+
+    # Own tensors: what was made in torch.inference_mode cannot be trained on.
     plain = [tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs.values()]
     # One tensor that is given for two inputs becomes two, and a trace takes them for two.
     found = dict(zip(inputs, separate([tensor.cpu() for tensor in plain]), strict=True))

@@ -51,9 +51,8 @@ class CausalLM(TokenTask):
         ids[1, 1:] += 1
         found = run(make_token_samples(ids))
         name = type(loaded.model).__name__
-        vocabulary = getattr(
-            loaded.model.config.get_text_config(), "vocab_size", 0
-        )  # a class with own code may lack it
+        # The config of a class with code of its own may have no ``vocab_size``.
+        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape or found.shape[2] < vocabulary:
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = found[:, 0].float()

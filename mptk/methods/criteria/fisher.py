@@ -168,9 +168,8 @@ def _add(sums: Tensor, stream: Stream, index: Tensor, gradient: Tensor, x: Tenso
 
 def _sum_by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
     """[rows, K] → [rows, units]: the sums over the positions of a unit."""
-    if len(row) == units and row.equal(
-        torch.arange(units, device=row.device)
-    ):  # each position is a unit: nothing to sum
+    # If each position is a unit, there is nothing to sum.
+    if len(row) == units and row.equal(torch.arange(units, device=row.device)):
         return each
     return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]  # the last column is of no unit
 

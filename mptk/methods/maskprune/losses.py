@@ -117,7 +117,7 @@ class _Fused(torch.autograd.Function):
             total = _log_total(z, p)
             target = targets[at].clamp_min(0)[:, None]
             lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
-            # p becomes the gradient in place, since another tensor of this size would leave the cache.
+            # p becomes the gradient in place, since another tensor of this size would not fit the cache.
             share = of_lm[at, None].float()
             if weights.kl:
                 found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl)

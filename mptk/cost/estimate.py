@@ -57,10 +57,11 @@ RATES_VERSION = 3
 
 @dataclass(frozen=True)
 class Machine:
-    """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
+    """Rates, each for a second.
 
-    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings. ``note``: why
-    they were measured although they are kept, or why they are not kept; empty if all is well.
+    ``flops``: operations of a float32 matrix product. ``read``: bytes of stored weights that are read and made float32.
+    ``write``: bytes written to the disk. ``speedup``: how many times as fast a product is in the type of the settings.
+    ``note``: why the rates were measured although there is a file with them, or why they could not be kept; else empty.
     """
 
     flops: float
@@ -76,12 +77,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
+    """Sizes of a model, in numbers.
 
-    ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
-    ``products``: parameters that each token is multiplied with; of a mixture the experts that it is routed to.
-    ``hidden``, ``widest``: most numbers of a token between blocks and within. ``fit``: operations that fit again what
-    blocks add to the residual stream. ``fitted``: how many parameters these are.
+    ``parameters``, ``blocks``: parameters of the model and of all blocks. ``stage``: parameters of the largest block
+    or, if it is larger, of the largest tensor. ``products``: parameters that a token is multiplied with; in a mixture
+    only the experts that it is routed to. ``hidden``, ``widest``: most numbers of a token between blocks and within.
+    ``fit``: operations to reconstruct all consumers in the blocks. ``fitted``: the parameters of these. ``stored``:
+    bytes of a stored number.
     """
 
     parameters: int
@@ -163,9 +165,9 @@ def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
-    ``exact``: whether it is in float32 for all settings. ``flops``: operations beside it, in float32. ``gradients``:
-    whether those of all weights are kept. ``training``: bytes that training takes beside the weights; 0 if nothing is
-    trained. ``fixed``: seconds for each layer, however many tokens there are.
+    ``exact``: whether it computes in float32 whatever the settings say. ``flops``: further operations, in float32.
+    ``gradients``: whether the gradients of all weights are kept. ``training``: bytes that training takes beside the
+    weights; 0 if nothing is trained. ``fixed``: seconds for each layer, whatever the number of tokens.
     """
 
     tokens: float
@@ -187,8 +189,8 @@ class Pass:
 class Work:
     """What a run does. ``kept``: share of the parameters that is left.
 
-    ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
-    ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
+    ``passes``: stage → its pass. ``calibration``: tokens of all windows. ``evaluated``: tokens whose logits are in
+    memory at once. ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
     """
 
     kept: float
@@ -202,12 +204,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need, each as what for → how much.
+    """What a run will need. Each field maps a purpose to an amount.
 
-    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
-    ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
-    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
-    ``note``: on the rates that it follows from.
+    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound reduces.
+    ``there``: bytes of memory of ``device``, which is "" if the CPU computes. ``output``, ``temporary``: bytes of disk.
+    ``seconds``: stage → time. ``does``: how much the run does, in words. ``note``: on the measured rates.
     """
 
     needed: Mapping[str, float]
@@ -235,8 +236,8 @@ class Estimate:
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
     """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes.
 
-    ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
-    there, and of each stage's weights a copy.
+    ``device``: what computes, if it is not the CPU. It then holds activations, what is trained, values between stages,
+    and a copy of each stage's weights.
     """
 
     # Float32 weights, and twice the float32 residual stream of all calibration tokens as values between stages.
@@ -303,7 +304,7 @@ ONCE = ("start", "read", "trace and analyse", "calibration data")
 
 
 def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
-    """What runs on one model need that follow each other in one process: the most memory, all disk and time."""
+    """What several runs on one model need, one after the other in one process: the most memory, all disk and time."""
     first = runs[0]
 
     def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:

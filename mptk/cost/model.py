@@ -49,9 +49,9 @@ class CostModel:
     """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
-    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: of the
-    model that it was made of by merging KV heads, whose cost is then the dense one, but for the latency. ``context``:
-    tokens in the KV cache. Each layer counts with all of them, also one whose attention looks at fewer.
+    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: the
+    analysis of the model before its KV heads were merged; its cost is then the dense one, except for the latency.
+    ``context``: tokens in the KV cache. Each layer counts with all of them, also if its attention looks at fewer.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CostModel:
         return self._compute_cost(widths, compute_depth_shares(self.analysis, widths))
 
     def of_whole(self, analysis: Analysis, itemsize: int | None) -> Cost:
-        """The cost of another uncut model, counted alike. The latency is this one's: that one's is not known."""
+        """The cost of another uncut model, counted alike, with this model's latency: the other one was not timed."""
         budget = "params" if self._counts == LATENCY else self._counts
         cost = CostModel(analysis, budget, itemsize=itemsize, context=self._context).dense
         return replace(cost, latency_ms=self.whole.latency_ms)

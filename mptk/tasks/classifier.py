@@ -44,8 +44,9 @@ OF_LOGITS = ModelForm(LOGITS)
 class Classifier(ComparedTask):
     """ViT, ConvNeXt, Swin, VideoMAE, BertForSequenceClassification, Wav2Vec2ForSequenceClassification.
 
-    ``lists``: of its classes. ``gives``: what they give. ``dim``: the dimension of the classes in the logits. Any other
-    dimension after the first is of positions, over which figures are means. ``classes``: whether it is the last one.
+    ``lists``: transformers' lists of the models. ``gives``: what these give, in words. ``dim``: the dimension of the
+    classes in the logits; ``classes``: whether it is the last one. Other dimensions after the first are positions, over
+    which figures are means.
     """
 
     name: str = "classification"

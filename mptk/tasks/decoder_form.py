@@ -37,10 +37,10 @@ PADDED_TOKENS = 3
 
 @dataclass(frozen=True)
 class DecodingCase:
-    """A way to run a decoder, and the stage of the proof that it is.
+    """A way to run a decoder; ``stage``: its name in the proof.
 
-    ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
-    on which prompts, each of another length, are padded; empty: all have the same length.
+    ``steps``: tokens of the short calls that cross each border and end the sequence. ``padded``: the side on which
+    prompts of several lengths are padded; empty: all have the same length.
     """
 
     stage: str
@@ -194,9 +194,7 @@ def decode_calls(
 
 
 def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``draw_size_cases``, and behind a cache of padding that fills the model's ``positions`` (0:
-    unknown).
-    """
+    """The logits of ``draw_size_cases``, and those behind a cache of padding as long as ``positions`` (0: unknown)."""
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
     for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):

@@ -52,7 +52,7 @@ FEATURE_METHODS = ("get_text_features", "get_image_features")
 
 @dataclass(frozen=True)
 class DualEncoder(Numbers):
-    """Fields as of ``Numbers``."""
+    """Fields as in ``Numbers``."""
 
     sequences = False
 

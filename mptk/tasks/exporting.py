@@ -122,12 +122,10 @@ def trace_named(
     """The model with named inputs, and what its graph's metadata says of padding: nothing if that changes outputs.
 
     Args:
-        wrap: makes a module that takes positional tensors of the model and their names.
-        example: to trace it with, and a cache if ``wrap``'s module takes one.
-        samples: on which it must compute what the dense model does.
-
-    Raises:
-        MptkError: it does so with no choice of inputs.
+        wrap: makes a module that takes tensors by position of the model and their names.
+        example: inputs to trace it with, and a cache if ``wrap``'s module takes one.
+        samples: inputs for which it must compute what the dense model does. Raises MptkError if no choice of inputs
+            does.
     """
     step(0, 0, "trace with named inputs")
     model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
@@ -158,7 +156,7 @@ def trace_named(
 
 
 def is_same_output(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs are the same up to rounding."""
+    """Whether two outputs are equal up to rounding."""
     if found.shape != expected.shape:
         return False
     return compare_outputs("trace", found.to(expected.device), expected, RUNTIME_TOLERANCE).ok
@@ -237,9 +235,9 @@ def list_proof_stages(
     unpadded: Unpadded,
     more: Mapping[str, StageOutputs] | None = None,
 ) -> Checks:
-    """What ``run`` gives for the proof's samples, and for the same with padding; ``more``: other stages.
+    """Stages that run the proof's samples, and the same with padding; ``more``: other stages.
 
-    ``graph``: the one whose metadata speak of all. ``unpadded``: outputs without those at padding.
+    ``graph``: its metadata tell the type and the padding of all graphs. ``unpadded``: drops outputs at padding.
     """
     said, tolerance = graph.metadata, HALF_TOLERANCE if is_half(graph) else RUNTIME_TOLERANCE
 

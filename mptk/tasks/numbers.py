@@ -29,7 +29,7 @@ Outputs = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Numbers(ComparedTask):
-    """Fields as of ``Classifier``. ``ending``: of the names of classes that do it and are in no list."""
+    """Fields as in ``Classifier``. ``ending``: how the names of models end that are in no list of transformers."""
 
     name: str
     summary: str

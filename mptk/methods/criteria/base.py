@@ -38,8 +38,8 @@ class Criterion(Generic[E]):
     ``measure`` gets the families that the criterion scores, and returns evidence of the criterion's own type. ``score``
     returns for each family [layers, scopes, size], higher = keep. ``passes``: forward passes over the text that the
     measurement costs; a backward pass counts as two; 0: it needs no text. ``gradients``: whether it keeps the gradients
-    of all weights. ``compensate`` changes consumers' biases to make up for removed units, or says what they cost.
-    ``judges``: the kinds of units that it scores; other blocks are scored by influence.
+    of all weights. ``compensate`` changes consumers' biases to make up for removed units, or says what their removal
+    costs. ``judges``: the kinds of units that it scores; blocks that it does not score get their influence.
     """
 
     name: str

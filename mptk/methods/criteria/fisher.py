@@ -51,9 +51,9 @@ SMALLEST_FISHER = 1e-30
 
 @dataclass(frozen=True)
 class Slopes:
-    """Contributions of positions to the loss's gradient in a family's masks, float64 [layers, scopes, size].
+    """What positions add to the loss's gradient in a family's masks (γ), float64 [layers, scopes, size].
 
-    ``squares``: the sum of its squares over ``count`` positions. ``mean``: its mean.
+    ``squares``: Σ γ² over ``count`` positions. ``mean``: the mean of γ.
     """
 
     squares: Tensor

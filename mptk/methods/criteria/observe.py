@@ -37,7 +37,7 @@ OBSERVED_TOKENS = 2048
 class Calibration:
     """The input of a criterion's measurement: an analysed model, the families to score, and text.
 
-    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; a depth that is not named loses all
+    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; without an entry a depth loses all
     removable blocks. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
     """
 
@@ -61,7 +61,7 @@ class Calibration:
 
     @property
     def groups(self) -> list[Group]:
-        """The sites of all families."""
+        """The groups of all families."""
         return [group for family in self.families for group in family.groups]
 
     @property
@@ -232,8 +232,8 @@ def find_uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
 def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Callable[..., None]]]) -> Sharing:
     """Run the program on the text, and call each function with the values of its nodes in every batch.
 
-    The processes of a run share the batches; the result sums, or lists, the findings of all. Nothing after the last of
-    the nodes is computed.
+    The processes of a run share the batches; with the result a caller sums, or lists, what all of them found. Nothing
+    after the last of the nodes is computed.
 
     Raises:
         MptkError: there is no text, or the program was traced for other sizes of inputs.

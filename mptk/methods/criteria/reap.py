@@ -42,9 +42,9 @@ from mptk.methods.criteria.observe import (
 
 @dataclass(frozen=True)
 class Routed:
-    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others.
+    """``experts``: group of experts → S of each unit, [scopes, size]. ``seen``: Wanda's measurement for other families.
 
-    ``tokens``: of each mixture, the axis term of its experts and the tokens routed to each, [experts].
+    ``tokens``: for each mixture the axis term of its experts, and the number of tokens routed to each, [experts].
     """
 
     experts: Mapping[Group, Tensor]
@@ -74,7 +74,7 @@ def measure_experts(given: Calibration) -> Routed:
 
 
 def report_lost_experts(analysis: Analysis, cut: Cut, evidence: Routed) -> Compensation:
-    """Nothing makes up for experts: only the share of the router's choices that fell on removed ones is said."""
+    """Say which share of the router's choices fell on removed experts. Nothing makes up for them."""
     chosen = sum(float(counts.sum()) for _, counts in evidence.tokens)
     gone = sum(float((counts * ~cut.mask_tensor((term,)).to(counts.device)).sum()) for term, counts in evidence.tokens)
     return Compensation(

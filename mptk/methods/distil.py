@@ -231,7 +231,7 @@ class _Block:
         first = least = self._mean(values, judged)
         best = [weight.detach().clone() for weight in learned]
 
-        # torch refuses an empty list of parameters, but not a group without any, as of a block that owns none.
+        # A block may own no matrix. torch refuses an empty list of parameters, but not a group without any.
         optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)
         # A large prime keeps the orders of all blocks and seeds apart.
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + self.k)

@@ -103,7 +103,7 @@ def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
     hidden = {node for level in find_vmap_levels(given.analysis.program.graph.graph) for node in level}
     sites = [site for site in find_sites(given.analysis) if site.x not in hidden]
 
-    # Tap what each consumer of each group reads. A family of which one group has no consumer has no slopes.
+    # Tap what each consumer of each group reads. If one group of a family has no consumer, the family has no slopes.
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
     for family in given.families:

@@ -80,8 +80,8 @@ class ImagesWithText(Inputs):
         """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's."""
         packages = " install pillow and torchvision if they are missing,"
         processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
-        # A template in a process of its own with bounds: it came with the checkpoint.
         names = list(self.make_example(loaded.model))
+        # The template came with the checkpoint: it runs in a process of its own, within bounds.
         with ChatTemplate(processor) as template:
             texts = [chat.text(processor, template) for chat in chats]
         for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):

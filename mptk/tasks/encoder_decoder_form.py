@@ -6,15 +6,12 @@ no output meanwhile: the plan may cut its channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import TensorArgument
+from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -23,7 +20,6 @@ from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ort.decoder import MERGED_FILE
 from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
@@ -40,8 +36,10 @@ from mptk.tasks.exporting import (
     draw_row_counts,
     draw_texts,
     is_same_output,
+    list_output_names,
     list_proof_stages,
     make_graph_metadata,
+    replace_outputs,
     trace_named,
     write_quantized_graphs,
 )
@@ -209,26 +207,3 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     if not is_same_output(torch.cat([start, end], 1), traced.run(executor, inputs)):
         name = type(dense.loaded.model).__name__
         raise MptkError(f"{name} with its own cache computes other logits than for the whole text")
-
-
-def list_output_names(program: Program) -> list[str]:
-    """The names of the values that a program returns, in order."""
-    return [node.name for node in program.graph.graph.output_node().args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
-
-
-def replace_outputs(program: Program, names: Sequence[str]) -> Program:
-    """``program`` with the values of these names as its outputs.
-
-    What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
-    the outputs for an analysis, and be made an output again after the cut.
-    """
-    module = program.copy_graph()
-    values = {node.name: node for node in module.graph.nodes}
-    if missing := [name for name in names if name not in values]:
-        raise MptkError(f"the graph has no value {missing[0]} after the cut")
-    module.graph.output_node().args = (tuple(values[name] for name in names),)
-    module.recompile()
-    signature = copy.deepcopy(program.signature)
-    like = signature.output_specs[0]
-    specs = [replace(like, arg=TensorArgument(name=name)) for name in names]
-    return replace(program, graph=module, signature=replace(signature, output_specs=specs))

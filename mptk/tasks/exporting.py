@@ -6,14 +6,16 @@ sizes, for graphs without a cache.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import TensorArgument
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, take_first_line
@@ -176,6 +178,29 @@ def cut_to_plan(program: Program, dense: Dense, plan: Plan | None, log: Log, who
     found = resolve_plan(source, plan)
     found = found if whole is None else transfer_cut(found, source, analysis)
     return cut_program(analysis, found, log, find_stored_type(dense.settings, dense.loaded)).program
+
+
+def list_output_names(program: Program) -> list[str]:
+    """The names of the values that a program returns, in order."""
+    return [node.name for node in program.graph.graph.output_node().args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+
+
+def replace_outputs(program: Program, names: Sequence[str]) -> Program:
+    """``program`` with the values of these names as its outputs.
+
+    What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
+    the outputs for an analysis, and be made an output again after the cut.
+    """
+    module = program.copy_graph()
+    values = {node.name: node for node in module.graph.nodes}
+    if missing := [name for name in names if name not in values]:
+        raise MptkError(f"the graph has no value {missing[0]} after the cut")
+    module.graph.output_node().args = (tuple(values[name] for name in names),)
+    module.recompile()
+    signature = copy.deepcopy(program.signature)
+    like = signature.output_specs[0]
+    specs = [replace(like, arg=TensorArgument(name=name)) for name in names]
+    return replace(program, graph=module, signature=replace(signature, output_specs=specs))
 
 
 def write_quantized_graphs(dense: Dense, files: Sequence[Path], text: Tensor | None, log: Log) -> list[str]:

@@ -31,13 +31,14 @@ from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decode_samples, decode_sizes, open_proof_decoder
-from mptk.tasks.encoder_decoder_form import list_output_names, replace_outputs
 from mptk.tasks.exporting import (
     check_float,
     compare_logits,
     cut_to_plan,
     is_same_output,
+    list_output_names,
     make_graph_metadata,
+    replace_outputs,
     write_quantized_graphs,
 )
 from mptk.tasks.inputs.image_forms import (

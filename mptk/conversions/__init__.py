@@ -93,8 +93,10 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
         if not each.fits:
             continue
         with context.stage(each.fits):
+            # All samples for the fit; few and short ones to find out how heads can be merged.
             made = each.fitted(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
+        # From here on the fitted weights are the model's own, and the analysis counts with them.
         prepared = replace(
             prepared,
             loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),

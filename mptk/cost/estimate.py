@@ -305,6 +305,7 @@ ONCE = ("start", "read", "trace and analyse", "calibration data")
 
 def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
     """What several runs on one model need, one after the other in one process: the most memory, all disk and time."""
+    # Runs follow each other, so memory and temporary files are those of the largest one; results stay.
     first = runs[0]
 
     def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:

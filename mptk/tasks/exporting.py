@@ -275,6 +275,7 @@ def list_proof_stages(
         several = [unpadded(each[rows], samples.inputs) for each in ([found] if isinstance(found, Tensor) else found)]
         return several[0] if isinstance(found, Tensor) else several
 
+    # A graph is run with padding only if its metadata say that it may be.
     runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING_KEY in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))

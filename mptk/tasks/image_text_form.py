@@ -177,6 +177,7 @@ class ImageTextForm(OnnxForm):
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
         }
+        # Images of another size run only if the vision encoder takes them: its trace may hold one size.
         run = partial(run_with_images, decoder, partial(decode_samples, decoder, CASES[-1], ()))
         ran = decoder.providers[0]
         further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(can_encode_images, decoder), ran)}

@@ -63,6 +63,7 @@ class ModelForm(OnnxForm):
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
+        # A second trace of the model has the same families, so the plan fits it, too.
         traced, padding = self.traced(dense, samples)
         program = cut_to_plan(traced.program, dense, plan, log)
         axes = {name: self.axes(name, rank) for name, rank in traced.ranks.items()}

@@ -55,6 +55,8 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
         },
         "outputs": {"logits": "logits", **{f"present_{part}_names": f"present.%d.{part}" for part in (KEY, VALUE)}},
     }
+
+    # onnxruntime-genai must not share one buffer for past and present: the graph gives a new cache.
     length = _find_context_length(config)
     content = {
         "model": {

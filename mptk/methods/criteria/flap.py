@@ -38,10 +38,12 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
     Put the new values into the dense program (``program.with_state``) before it is masked or rewritten. If several
     contractions use one bias (layers that share weights), it gets the mean of their corrections.
     """
+    # Dicts as ordered sets: the report names each kind of layer once, in the graph's order.
     corrections: dict[str, list[Tensor]] = {}
     applied: dict[str, None] = {}
     lacking: dict[str, None] = {}
     for site, seen in observations.items():
+        # Only layers that lose inputs have something to make up for.
         if not cut.has_choice(site.weight_dims[site.weight_dim]):
             continue
         bias, dim = _find_bias(analysis, site)

@@ -117,6 +117,7 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
     turns = next((row[name] for name in CHATS if isinstance(row.get(name), list)), None)
     if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
         raise MptkError(f"{where} has no chat: a list of {{role, content}} in a column {' or '.join(CHATS)}")
+    # Images without a name in the turns are those of the column, in their order.
     named = list(row.get(IMAGES) or [])
     plain, images = [], list[Path]()
     for turn in turns:
@@ -128,6 +129,7 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
                 if not isinstance(name, str):
                     raise MptkError(f'{where} has an image without a file; name it as {{"type": "image", "path": …}}')
                 images.append(_resolve_image(folder, name, where))
+        # A template gets only what it may write: text, and where an image is.
         shown = [part if part.get("type") == "text" else {"type": "image"} for part in parts]
         plain.append({"role": turn["role"], "content": shown})
     if not images:

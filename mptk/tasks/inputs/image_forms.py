@@ -255,6 +255,7 @@ def make_other_size(model: PreTrainedModel) -> Named | None:
     inputs, generator = make_image_inputs(model), torch.Generator().manual_seed(1)
     pixels = inputs[PIXELS]
     if GRIDS in inputs:
+        # Wider by one block of patches that become one token.
         frames, height, width = inputs[GRIDS][0].tolist()
         wider = width + width // EXAMPLE_BLOCKS
         found = {

@@ -122,10 +122,11 @@ def prepare_sample(
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
-    # Cut or fill up the text, so that all samples have as many tokens.
+    # Cut or fill up the text, so that all samples have as many tokens. No image may be cut off with it.
     total = marks + limit_text(model, marks, length)
     if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
         raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
+    # A short text is filled with its own tokens, without the image's.
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
     filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
@@ -215,6 +216,7 @@ def encode_image_prompt(
     """
     if decoder.embeddings is None:
         raise MptkError(f"{place} reads no images; leave out --image")
+    # Write the prompt as the processor's template does, and prepare the images.
     folder = find_model_folder(place)
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     chat = Chat([{"role": "user", "content": parts}], list(images), "the prompt")
@@ -230,6 +232,8 @@ def encode_image_prompt(
             "dense "
             "model's processor into it"
         ) from error
+
+    # The graph reads only some of what the processor makes.
     given = {name: made[name] for name in decoder.embeddings.images.inputs}
     if not decoder.embeddings.takes(given):
         height, width = given["pixel_values"].shape[-2:]

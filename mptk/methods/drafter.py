@@ -30,8 +30,6 @@ from passes.verify import TOLERANCE, prove
 
 _LAYER = re.compile(r".*?layers\.\d+\.")
 """Starts the names of a decoder layer's weights in a model."""
-Kind = tuple[str, int, frozenset[tuple[str, int]]]
-"""What a group of a layer is: the kind of its family, its size, and its weights and their dimensions."""
 STAGE = "multi-token prediction"
 
 
@@ -135,6 +133,7 @@ def _find_model_weights(each: Group) -> frozenset[tuple[str, int]]:
     return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
 
 
-def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> Kind:
+def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> tuple[str, int, frozenset[tuple[str, int]]]:
+    """What a group of a layer is: the kind of its family, its size, and its weights and their dimensions."""
     stem = family.name.partition(".")[0]
     return stem, each.size, frozenset((start.sub("", m.weight, count=1), m.dim) for m in each.members)

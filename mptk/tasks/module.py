@@ -55,7 +55,7 @@ class Module(Task):
 
     def __post_init__(self) -> None:
         # The form names the graph's inputs by the examples. The dataclass is frozen.
-        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, inputs=self.given.inputs))
+        object.__setattr__(self, "onnx", ModuleForm("output", inputs=self.given.inputs))
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
@@ -223,9 +223,6 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
 
 
-OUTPUT = "output"
-
-
 @dataclass(frozen=True)
 class ModuleForm(ModelForm):
     """``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several.
@@ -244,7 +241,7 @@ class ModuleForm(ModelForm):
             )
         (results,) = program.graph.graph.output_node().args
         count = len(results) if isinstance(results, tuple | list) else 1
-        return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
+        return Traced(program, list(self.inputs), tuple(f"{self.output}_{i}" for i in range(count) if count > 1)), {}
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         return []  # what a module's inputs may be, only its author knows

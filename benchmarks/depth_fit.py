@@ -26,7 +26,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, make_token_samples
 from mptk.methods import criteria
-from mptk.methods.criteria.gradients import sum_losses
+from mptk.methods.criteria.observe import sum_losses
 from mptk.methods.reconstruct import gather_products
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.ir.samples import Samples, join_outputs
-from mptk.tasks.dual_encoder import has_embeddings
-from mptk.tasks.dual_encoder_form import EMBEDS
+from mptk.tasks.dual_encoder import EMBEDS, has_embeddings
 from mptk.tasks.image_text import ImageText
 
 PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"

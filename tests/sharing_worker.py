@@ -16,13 +16,13 @@ from mptk.distributed.processes import run_once
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria, distil
-from mptk.methods.criteria import gradients, observe
+from mptk.methods.criteria import observe
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from passes.transforms.insert_masks import find_mask_sites
 
 
 def found() -> dict[str, Tensor]:
-    observe.OBSERVED_TOKENS = gradients.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
+    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
     model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
     analysis = analyze(trace(model, dynamic=True))
     result = {

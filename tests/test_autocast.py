@@ -23,8 +23,7 @@ from mptk import Plan, Settings, analyze, prune, trace, verify
 from mptk.config.learning import Learning, Training
 from mptk.ir.samples import make_token_samples
 from mptk.methods.criteria import score_units
-from mptk.methods.criteria.gradients import sum_gradients
-from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.observe import Calibration, sum_gradients
 from mptk.progress import Progress
 from mptk.run.minutes import fill_in
 from mptk.staged.staged import Executor

@@ -63,7 +63,7 @@ from mptk.compat.transformers import (
 )
 from mptk.io.resident import Resident
 from mptk.io.tensors import Deferred, Files
-from mptk.methods.maskprune.adapters import adapt, unwrap_adapters
+from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 

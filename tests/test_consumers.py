@@ -47,8 +47,7 @@ from mptk.api.graphs import gguf
 from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
-from mptk.tasks.genai import write_genai_config
-from mptk.tasks.transformers_js import CONFIG_KEY, build_js_config
+from mptk.tasks.runtimes import CONFIG_KEY, build_js_config, write_genai_config
 from passes.pipelines import ONNX_SCHEMES
 
 PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")

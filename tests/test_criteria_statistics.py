@@ -28,7 +28,7 @@ def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, inside
     whole = {c: criteria.score_units(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor", "fisher")}
     experts = criteria.score_units(moe.analysis, "flap", WINDOWS)
     inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
-    inside.bound("mptk.methods.criteria.gradients.GRADIENT_TOKENS", 1)
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 1)
     for name, expected in whole.items():
         for family, got in criteria.score_units(gqa.analysis, name, WINDOWS).items():
             torch.testing.assert_close(got, expected[family], rtol=1e-4, atol=1e-8)

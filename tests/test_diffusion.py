@@ -23,7 +23,7 @@ from mptk.io.text.sources import SELF
 from mptk.ir.samples import join_outputs
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import bind_task
-from mptk.tasks.inputs.denoising import IMAGE_STEPS, record_samples
+from mptk.tasks.inputs.latents import IMAGE_STEPS, record_samples
 
 diffusers = pytest.importorskip("diffusers")
 

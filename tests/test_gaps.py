@@ -1,6 +1,6 @@
 """Gaps: what removed blocks add is made up for by the layer before them.
 
-It reaches for mptk.methods.gaps and mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
+It reaches for mptk.methods.reconstruct and mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
-from mptk.methods.gaps import find_gaps
-from mptk.methods.reconstruct import reconstruct_consumers
+from mptk.methods.reconstruct import find_gaps, reconstruct_consumers
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite, find_mask_sites
 from passes.transforms.masked_reference import mask

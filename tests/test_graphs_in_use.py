@@ -20,7 +20,7 @@ import mptk
 from mptk import MptkError
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import SEVERAL_NEW, draw_size_cases
-from mptk.tasks.sizes import MOST_ROWS
+from mptk.tasks.exporting import MOST_ROWS
 from passes.targets.onnx.structure import compare_structures, compare_with_weights, find_differing_row
 from tests.broken import Published, check
 from tests.broken.graphs import CONDITIONS, FLOAT, ROWS, at

@@ -41,9 +41,8 @@ from mptk.ort.decoder import OrtDecoder
 from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.image_text_form import ImageTextForm
-from mptk.tasks.inputs.image_forms import make_grid_function
-from mptk.tasks.inputs.packed_images import FORMULAS
-from mptk.tasks.transformers_js import build_js_config
+from mptk.tasks.inputs.image_forms import FORMULAS, make_grid_function
+from mptk.tasks.runtimes import build_js_config
 
 NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"

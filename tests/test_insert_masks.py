@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.maskprune.adapters import adapt, unwrap_adapters
+from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import mptk
 from mptk.config.learning import Training
-from mptk.methods.maskprune.optimizers import (
+from mptk.methods.maskprune.train import (
     MUON_RATE,
     Muon,
     count_product_tokens,
@@ -91,7 +91,7 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     mptk.prune(llama, whole, MUON)
     with changed() as inside:
-        inside.stop("mptk.methods.maskprune.optimizers.make_orthogonal", 60)
+        inside.stop("mptk.methods.maskprune.train.make_orthogonal", 60)
         with pytest.raises(Stopped):
             mptk.prune(llama, broken, MUON)
     assert metrics(tmp_path / "broken.run")[-1]["phase"] == "recovery"

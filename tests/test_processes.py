@@ -11,7 +11,7 @@ from inside import Inside
 
 from mptk import MptkError
 from mptk.distributed import processes
-from mptk.methods.maskprune.adapters import adapt
+from mptk.methods.maskprune.learner import adapt
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])

@@ -23,8 +23,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import score_units
-from mptk.methods.criteria.gradients import sum_gradients
-from mptk.methods.criteria.observe import Calibration, measure_activations
+from mptk.methods.criteria.observe import Calibration, measure_activations, sum_gradients
 from mptk.protocols.execution import build_executor, find_device
 from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
@@ -177,7 +176,7 @@ def test_scores_are_those_of_the_whole_program(name: str, model: str, inside: In
     analysis = analyze(built(model)[0])
     windows = architectures.tokens(5, 9)
     inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
-    inside.bound("mptk.methods.criteria.gradients.GRADIENT_TOKENS", 18)
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
     families = [f.name for f in analysis.families if f.name in ("ffn", "heads", "q_heads", "kv_groups")]
     whole = score_units(analysis, name, windows, families=families)
     staged = score_units(analysis, name, windows, families=families, executor=SMALL)

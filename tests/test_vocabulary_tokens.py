@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
-from mptk.conversions.vocabulary.convert import find_named_ids, replace_config_ids
-from mptk.conversions.vocabulary.tokens import (
+from mptk.conversions.vocabulary import (
     Choice,
     Merges,
     check_trimmed_reading,
+    find_named_ids,
     find_used_ids,
+    replace_config_ids,
     trim_content,
     trim_tokenizer,
 )

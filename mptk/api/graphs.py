@@ -48,9 +48,8 @@ from mptk.run.open import open_in_memory
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe_graphs, list_quantized
-from mptk.tasks import CAUSAL_LM, find_task_form, open_task
+from mptk.tasks import CAUSAL_LM, find_task_form, load_folder_inputs, open_task
 from mptk.tasks.exporting import cut_to_plan
-from mptk.tasks.of_folder import load_folder_inputs
 from mptk.trust import NO_CODE
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope

@@ -43,9 +43,8 @@ from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
 from mptk.run.open import Model, open_in_memory, open_model
 from mptk.run.samples import check_fits, collect_samples
 from mptk.staged.staged import Executor
-from mptk.tasks import CAUSAL_LM, find_task, load_decoder
+from mptk.tasks import CAUSAL_LM, find_folder_task, find_task, load_decoder, load_folder_inputs
 from mptk.tasks.module import Module
-from mptk.tasks.of_folder import find_folder_task, load_folder_inputs
 from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
 

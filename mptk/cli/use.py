@@ -157,7 +157,7 @@ def read_prompts(
 ) -> tuple[list[list[int]], PromptImages | None]:
     """The token ids of each prompt, and the images of the only one, if there are any."""
     from mptk.ort.generation import encode_prompts
-    from mptk.tasks.inputs.prompts import encode_image_prompt
+    from mptk.tasks.inputs.image_text import encode_image_prompt
 
     if not images:
         return encode_prompts(runner.tokenizer, prompts, chat=chat), None

@@ -1,5 +1,4 @@
-"""Conversions of a dense model before the cut: of its vocabulary, of its KV heads. A new kind is a file and a line
-here."""
+"""conversions: change a dense model before the cut: its vocabulary, its KV heads. One file a kind, and a line here."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from functools import partial
 from mptk.compile.trace import trace_loaded
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import MergedHeads
-from mptk.conversions.vocabulary.convert import TrimmedVocabulary
+from mptk.conversions.vocabulary import TrimmedVocabulary
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import Plan
@@ -24,7 +23,7 @@ from mptk.staged.staged import Executor
 from passes.analysis import group
 
 CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
-"""The order in which they change a model; kinds that fit weights come last."""
+"""The order in which they change a model. Kinds that fit weights come last: they fit the model that will be cut."""
 
 Changes = Sequence[tuple[type[Conversion], Change]]
 
@@ -63,7 +62,7 @@ def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
 def count_dense_models(settings: Settings) -> int:
     """Number of dense models that training masks holds: the student's own, and the teacher if it has other weights.
 
-    It has after a conversion that fits weights, and if the run begins with a larger cut.
+    It has other weights after a conversion that fits some, and if the run begins with a larger cut.
     """
     return 1 + (needs_fit(settings) or settings.larger is not None)
 
@@ -76,12 +75,14 @@ def convert_model(
     for kind, change in changes:
         with context.stage(kind.stage):
             made.append(change(model, partial(analyze_loaded, model.task, executor, length, like)))
+        # The next conversion changes what this one made.
         model = made[-1].after
     return model, tuple(made)
 
 
 def analyze_loaded(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
     """Trace and analyse a model. ``task``: the task of the model before a conversion."""
+    # A task may hold something of its model, so it is bound to the changed one.
     task = task.bind(loaded)
     return Analysed(loaded, task, group.analyze_program(trace_loaded(loaded, task, executor, length, like)))
 
@@ -92,8 +93,10 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
         if not each.fits:
             continue
         with context.stage(each.fits):
+            # All samples for the fit; few and short ones to find out how heads can be merged.
             made = each.fitted(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
+        # From here on the fitted weights are the model's own, and the analysis counts with them.
         model = replace(
             prepared.model,
             loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),
@@ -107,6 +110,7 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
 def with_conversions(prepared: Prepared, chosen: Chosen) -> Chosen:
     """The choice with the conversions' entries in its plan and their weights among the trained ones."""
     for each in prepared.conversions:
+        # The method's changes lie on top: they were made of the converted model.
         if each.weights:
             chosen = replace(chosen, changes=each.weights).with_weights(chosen.changes)
     entries = {each.name: each.entry for each in prepared.conversions}

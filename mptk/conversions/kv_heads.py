@@ -70,6 +70,7 @@ class MergedHeads(Conversion):
     def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         if settings.kv_heads is None:
             return None
+        # Only the merged model's latency is measured: a share of it is not a share of the dense model's.
         if settings.budget == LATENCY and settings.max_ms is None:
             raise MptkError("--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms")
         return partial(cls.merge, settings.kv_heads, None)
@@ -83,12 +84,9 @@ class MergedHeads(Conversion):
 
     @classmethod
     def merge(cls, count: int, of: int | None, model: Analysed, analyse: Analyse) -> Conversion:
-        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has.
-
-        Raises:
-            MptkError: the attention has another form; the class cannot hold this number of KV heads; or the model's
-                number of KV heads is not the plan's.
-        """
+        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has."""
+        # The class must hold fewer heads: it is built anew with another config, and its weights are slices until the
+        # fit.
         loaded = model.loaded
         if not isinstance(loaded.model, PreTrainedModel):
             raise MptkError(
@@ -157,6 +155,7 @@ def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
 
 def _copy_stored_types(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with the types of weights that ``stored`` names."""
+    # The probed config has the type in which the model was loaded.
     made = copy.deepcopy(config)
     for own, like in match_configs(made, stored):
         own.dtype = like.dtype
@@ -169,11 +168,9 @@ def _copy_stored_types(config: PreTrainedConfig, stored: PreTrainedConfig) -> Pr
 def find_mergeable_heads(
     analysis: Analysis, model: PreTrainedModel, count: int
 ) -> tuple[list[SharedHeads], StockConfig]:
-    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads.
-
-    Raises:
-        MptkError: the model has no family of KV heads, or its class does not accept the config.
-    """
+    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads."""
+    # A family may have its keys and values in several ways. The reason of a family that looks like heads is the one to
+    # show.
     found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()
     for family in analysis.families:
         try:
@@ -185,6 +182,7 @@ def find_mergeable_heads(
         why = refusals.get(True, refusals.get(False, "nothing in it can be cut"))
         raise MptkError(f"{type(model).__name__} has no KV heads to merge: {why}")
     refused = None
+    # The class decides which way is right: the first with which a config gives these shapes.
     for way in range(max(map(len, every))):
         layers = [ways[min(way, len(ways) - 1)] for ways in every]
         config = find_merged_config(analysis, model, layers, count)
@@ -208,11 +206,13 @@ def find_merged_config(
         family = f"KV heads of {size}"
         for name, (dim, positions) in find_first_heads(layer, count).items():
             for alias in (name, *(a for a, owner in analysis.program.aliases.items() if owner == name)):
+                # A fused matrix has other rows beside the KV heads': it grows slower than their number.
                 if alias in shapes and count < size:
                     old = shapes[alias][dim]
                     grown[alias, dim] = {family: Fraction(old - len(positions), old) * Fraction(size, size - count)}
                     shapes[alias] = (*shapes[alias][:dim], len(positions), *shapes[alias][dim + 1 :])
         widths |= {family: (size, count), f"queries of {size}": (each, each * size // count)}
+    # A field of the config may be a product of these widths and of the other axes' sizes.
     own = {axis for layer in layers for axis in layer.scope}
     rest = collect_axes(term for dims in analysis.weights.values() for term in dims) - own
     return probe_config(type(model), model.config, shapes, grown, widths, [axis.size for axis in rest])
@@ -225,6 +225,8 @@ def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[
     """How keys and values are merged: ``fit`` if rotating heads and rotating them back changes no output on ``few``."""
     program, count = merged.before.analysis.program, merged.count
 
+    # A norm between projection and product does not let factors through (``passes/transforms/merge_heads.py``). Then
+    # heads that are turned and turned back give other outputs.
     def way(keys: How, values: How) -> How:
         made = Spool(executor.borders)
         for layer in merged.layers:
@@ -233,6 +235,7 @@ def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
+    # Keys and values separately: often only keys have a norm.
     return way("turn", "keep"), way("keep", "turn")
 
 
@@ -261,18 +264,21 @@ def with_products(
     reading = {
         name_operand_weight(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)
     }
+    # The batches that are left to see, by layer and by the value that its projections read: mostly one for all of them.
     waiting = {
         i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
         for i, layer in enumerate(merged.layers)
-    }  # queries, keys and values mostly share one input
+    }
     sums = dict[tuple[int, KeyStream], Tensor]()
 
     def see(i: int, stream: KeyStream, x: Tensor) -> None:
         rows = x.movedim(stream[1], -1).flatten(0, -2).float()
+        # The 1 gives the sums for biases.
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         found = (rows.T @ rows).double().cpu()
         sums[i, stream] = sums[i, stream] + found if (i, stream) in sums else found
         waiting[i][stream] -= 1
+        # Sums are dropped as soon as a layer is merged.
         if not any(waiting[i].values()):
             known = {stream: sums.pop((i, stream)) for stream in waiting[i]}
             made(merged.layers[i], {name: known[stream] for name, stream in reading.items() if stream in known})

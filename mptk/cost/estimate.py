@@ -30,16 +30,12 @@ CPU = torch.device("cpu")
 
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
-
 STAGE_TOKENS = 2048
 """Most tokens that go through a stage at once."""
-
 LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
-
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
-
 START_S = 6.0
 """Seconds of imports."""
 TRACE_S = 0.3
@@ -54,16 +50,18 @@ SLOW = 1.0
 ORDINARY_DISK = (5e8, 2e8)
 """Bytes a second that a disk reads and writes, if it cannot be timed."""
 RATES = ("flops", "read", "write", "speedup")
+"""The fields of ``Machine`` that are kept."""
 RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
+    """Rates, each for a second.
 
-    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings. ``note``: why
-    they were measured although they are kept, or why they are not kept; empty if all is well.
+    ``flops``: operations of a float32 matrix product. ``read``: bytes of stored weights that are read and made float32.
+    ``write``: bytes written to the disk. ``speedup``: how many times as fast a product is in the type of the settings.
+    ``note``: why the rates were measured although there is a file with them, or why they could not be kept; else empty.
     """
 
     flops: float
@@ -79,12 +77,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
+    """Sizes of a model, in numbers.
 
-    ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
-    ``products``: parameters that each token is multiplied with; of a mixture the experts that it is routed to.
-    ``hidden``, ``widest``: most numbers of a token between blocks and within. ``fit``: operations that fit again what
-    blocks add to the residual stream. ``fitted``: how many parameters these are.
+    ``parameters``, ``blocks``: parameters of the model and of all blocks. ``stage``: parameters of the largest block
+    or, if it is larger, of the largest tensor. ``products``: parameters that a token is multiplied with; in a mixture
+    only the experts that it is routed to. ``hidden``, ``widest``: most numbers of a token between blocks and within.
+    ``fit``: operations to reconstruct all consumers in the blocks. ``fitted``: the parameters of these. ``stored``:
+    bytes of a stored number.
     """
 
     parameters: int
@@ -108,17 +107,24 @@ class ModelSizes:
 
         ``blocks``: its layers. ``experts``: to how many experts of a mixture a token is routed; 0 if not known.
         """
+
+        # Parameters, of all and of each block.
         count = {name: p.numel() for name, p in model.named_parameters()}
         inner = [sum(p.numel() for p in block.parameters()) for block in blocks]
         matrices = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
         looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+
+        # A model without embeddings (of images) is as wide as the shortest side of its matrices.
         narrow = min((min(shape) for shape in matrices), default=0)
         routed = [(p, min(1.0, experts / p.shape[0])) for p in find_expert_weights(blocks)] if experts else []
         widest = max(
             [max(s) for s in matrices] + [round(part * len(p)) * max(p.shape[1:]) for p, part in routed] or [0]
         )
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
+
+        # Consumers write into the residual stream: their outputs are as many as its channels, and their inputs as many
+        # or more.
         fitted = [(n, k) for n, k in matrices if k >= n == embedding]
         return ModelSizes(
             parameters=sum(count.values()),
@@ -132,6 +138,7 @@ class ModelSizes:
             heads=heads,
             vocab=vocab,
             layers=len(blocks),
+            # LU of [k, k], then its solution for n right sides.
             fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in fitted),
             fitted=sum(n * k for n, k in fitted),
             stored=stored,
@@ -143,7 +150,7 @@ class ModelSizes:
 
 
 def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The weights of a mixture's experts, [experts, …, …]: transformers keeps those of a layer in one tensor."""
+    """The weights of a mixture's experts, [experts, …, …]: transformers packs a layer's experts into one tensor."""
     return [
         p
         for block in blocks
@@ -158,9 +165,9 @@ def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
-    ``exact``: whether it is in float32 for all settings. ``flops``: operations beside it, in float32. ``gradients``:
-    whether those of all weights are kept. ``training``: bytes that training takes beside the weights; 0 if nothing is
-    trained. ``fixed``: seconds for each layer, however many tokens there are.
+    ``exact``: whether it computes in float32 whatever the settings say. ``flops``: further operations, in float32.
+    ``gradients``: whether the gradients of all weights are kept. ``training``: bytes that training takes beside the
+    weights; 0 if nothing is trained. ``fixed``: seconds for each layer, whatever the number of tokens.
     """
 
     tokens: float
@@ -182,8 +189,8 @@ class Pass:
 class Work:
     """What a run does. ``kept``: share of the parameters that is left.
 
-    ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
-    ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
+    ``passes``: stage → its pass. ``calibration``: tokens of all windows. ``evaluated``: tokens whose logits are in
+    memory at once. ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
     """
 
     kept: float
@@ -197,12 +204,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need, each as what for → how much.
+    """What a run will need. Each field maps a purpose to an amount.
 
-    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
-    ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
-    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
-    ``note``: on the rates that it follows from.
+    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound reduces.
+    ``there``: bytes of memory of ``device``, which is "" if the CPU computes. ``output``, ``temporary``: bytes of disk.
+    ``seconds``: stage → time. ``does``: how much the run does, in words. ``note``: on the measured rates.
     """
 
     needed: Mapping[str, float]
@@ -230,16 +236,23 @@ class Estimate:
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
     """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes.
 
-    ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
-    there, and of each stage's weights a copy.
+    ``device``: what computes, if it is not the CPU. It then holds activations, what is trained, values between stages,
+    and a copy of each stage's weights.
     """
+
+    # Float32 weights, and twice the float32 residual stream of all calibration tokens as values between stages.
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
     fitted = 4.0 * sizes.fitted if "reconstruct" in work.passes else 0.0
     kept_borders, kept_fit = min(borders, bound / 4), min(fitted, bound / 8)
     training = max((done.training for done in work.passes.values()), default=0.0)
     trains = training > 0
+
+    # Training holds the whole model. Otherwise values between stages and fitted weights take their shares of the bound,
+    # and weights the rest; those that are missing are read again in each pass.
     resident = weights if trains else min(weights, bound - kept_borders - kept_fit)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
+
+    # Memory: what weights take, what computing takes, what lies between stages. With a device the last two are there.
     loaded = {
         "weights": work.models * weights if trains else 0,
         "cut model": work.kept * weights if trains else 0,
@@ -254,6 +267,8 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     needed = {"libraries": BASE, **loaded, **({} if device else computed)}
     held = {"weights that stay": 0 if trains else resident, **({} if device else between)}
     there = {**loaded, "largest stage": 4 * sizes.stage * (1 + work.kept), **computed, **between} if device else {}
+
+    # Disk: the result, and what goes to temporary files beyond the bound.
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
@@ -263,6 +278,8 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         "values between stages": borders - kept_borders + fitted - kept_fit,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
+
+    # Time: the fixed parts, then each stage's operations and reads.
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
     seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
@@ -287,7 +304,8 @@ ONCE = ("start", "read", "trace and analyse", "calibration data")
 
 
 def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
-    """What runs on one model need that follow each other in one process: the most memory, all disk and time."""
+    """What several runs on one model need, one after the other in one process: the most memory, all disk and time."""
+    # Runs follow each other, so memory and temporary files are those of the largest one; results stay.
     first = runs[0]
 
     def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
@@ -332,9 +350,14 @@ def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float
         about["device"] = f"{device.type} {name(device)}"
     if dtype is not torch.float32:
         about["dtype"] = str(dtype)
+
+    # The name is a digest of all that the rates depend on, so another version of torch measures again.
     file = cache_dir() / "machine" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
+    # Without a writable cache each process would measure again at each call.
     if file in _unkept:
         return _unkept[file]
+
+    # A damaged file is measured again, and said in the note.
     kept, note = read_kept(file)
     if kept:
         try:
@@ -367,11 +390,13 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
 def disk_rates(folder: Path) -> tuple[float, float]:
     """Bytes a second of the best of three files in ``folder``: bf16, read as float32; and written."""
     numbers = torch.ones(SAMPLE, dtype=torch.bfloat16)
+    # The best of three: other processes only make it slower.
     wrote, read = [], []
     for i in range(3):
         file, start = folder / str(i), time.perf_counter()
         save_file({"x": numbers}, file)
         with file.open("rb") as written:
+            # Without it the time would be of memory, not of the disk.
             os.fsync(written.fileno())
         wrote.append(time.perf_counter() - start)
         start = time.perf_counter()

@@ -19,8 +19,7 @@ import numpy.typing as npt
 from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
-from mptk.cost.kv_cache import find_unrepeated, is_attention, is_view
-from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens
+from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, compute_size
@@ -31,13 +30,15 @@ from mptk.ir.ops import get_argument, list_schema_arguments
 from mptk.ir.source_location import SourceLocation
 
 PROBES = (0.91, 0.83, 0.71)
-
+"""Shares of the dense widths at which two operators' sizes are compared."""
 KNOTS = {1: 6, 2: 4, 3: 3}
 """Number of families that an operator depends on → number of widths at which it is timed for each; else 2."""
 
 FractionalWidths = Mapping[str, float]
 SizesOf = Callable[[Mapping[Axis, float]], tuple[float, ...]]
+"""Sizes of axes → an operator's sizes."""
 Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
+"""Operators → milliseconds of each."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ class Latency:
         self._analysis = analysis
         parts = find_parts(analysis, *OBJECTIVES[objective])
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
+
+        # Products and attentions are timed on a grid of the widths that they depend on. For element-wise operators two
+        # sizes are enough: their time is a line.
         knots = [(p, self._choose_knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
         self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]
         ends = [Operator(ELEMENTWISE, (size,)) for size in self._ends]
+        # All operators in one call, so that the rounds of timing are spread over all of them.
         wanted = {self._make_operator(p, widths) for p, k in knots for widths in _list_corners(k)}
         times = measure(sorted(wanted | set(ends)))
         self._grids = [(p, self._build_grid(p, k, times)) for p, k in knots]
@@ -136,6 +141,7 @@ def interpolate(knots: Sequence[float], values: npt.NDArray[np.float64], x: floa
     """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
     if len(knots) == 1:
         return np.asarray(values[0])
+    # The clamp takes the first or last interval beyond the ends, which extrapolates.
     i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
     share = (x - knots[i]) / (knots[i + 1] - knots[i])
     return np.asarray((1 - share) * values[i] + share * values[i + 1])
@@ -156,20 +162,19 @@ def _list_corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup]:
-    """The operators of one step with ``tokens`` new and ``past`` cached tokens. Equal ones are one part with a count.
-
-    Raises:
-        MptkError: the time of a product does not follow from its shape (routed experts, convolutions), or attention is
-            written as two products.
-    """
+    """The operators of one step with ``tokens`` new and ``past`` cached tokens; equal ones are counted as one part."""
+    # The trace is of some example tokens; rows are scaled to the phase's.
     share = tokens / count_example_tokens(analysis)
     products = analysis.facts.contractions
     found = [(p.node, *_describe_contraction(analysis, p, share, tokens, past)) for p in products]
     found += [(node, ELEMENTWISE, _count_elements(analysis, node, share)) for node in _find_other_calls(analysis)]
+
+    # Operators of removable blocks are kept apart by stack, since a depth changes how many of them are left.
     blocks = {
         node: (stack.axis, unit) for node, (stack, unit) in list_block_calls(analysis.stacks) if unit not in stack.stay
     }
-    # Functions that are equal at three arbitrary points are taken as the same.
+    # Sizes that are equal at three arbitrary points are taken as one function of the widths. Family i has the share
+    # x^(i + 1), so that no two families are alike.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
     equal: dict[tuple[str, Axis | None, tuple[float, ...]], list[tuple[fx.Node, SizesOf]]] = {}
     for node, kind, sizes in found:
@@ -197,6 +202,7 @@ def _describe_contraction(
     n = facts.dims(weight)[1 - dim]
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        # The output has rows times columns elements, so the rows follow from it.
         columns = compute_size(n, axes)
         return _multiply_sizes(product.out, axes) / columns * share, compute_size(product.axis, axes), columns
 
@@ -209,6 +215,7 @@ def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int)
     before = facts.dims(find_unrepeated(get_argument(node, "key")))
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        # Between the batch and the last two dimensions (tokens, channels) are the heads.
         groups = _multiply_sizes(k[1:-2], axes) * _multiply_sizes(before, axes) / _multiply_sizes(k, axes)
         return (
             tokens,

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from torch import fx
+
 from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
-from mptk.cost.kv_cache import find_keys_and_values
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, compute_size
+from mptk.ir.axes import Axis, Term, compute_size
 from mptk.ir.blocks import list_block_calls, split_block_name
 from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import resolve_result_shape
+from mptk.ir.ops import find_aliased_arguments, get_argument, resolve_result_shape
 from mptk.ir.plan import Plan
 
 
@@ -48,9 +49,9 @@ class CostModel:
     """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
-    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: of the
-    model that it was made of by merging KV heads, whose cost is then the dense one, but for the latency. ``context``:
-    tokens in the KV cache. Each layer counts with all of them, also one whose attention looks at fewer.
+    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: the
+    analysis of the model before its KV heads were merged; its cost is then the dense one, except for the latency.
+    ``context``: tokens in the KV cache. Each layer counts with all of them, also if its attention looks at fewer.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class CostModel:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         self._counts, self._number, self._context = budget, itemsize, context
+        # What a width changes: weights whose axes are cut (``_used``), and weights of blocks that may go. Others always
+        # count whole.
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
         sizes = {name: program.state.like(name) for name in program.parameters}
@@ -78,6 +81,8 @@ class CostModel:
         self._kept = find_keys_and_values(analysis) if budget in CACHED else None
         self._calls = {node: (stack.axis, unit) for node, (stack, unit) in list_block_calls(analysis.stacks)}
         self.block_weights = find_block_weights(analysis)
+
+        # After a conversion shares are of the model before it, which is the one that the user knows.
         self.whole = self({})
         self.dense = self.whole
         if before is not None:
@@ -88,7 +93,7 @@ class CostModel:
         return self._compute_cost(widths, compute_depth_shares(self.analysis, widths))
 
     def of_whole(self, analysis: Analysis, itemsize: int | None) -> Cost:
-        """The cost of another uncut model, counted alike. The latency is this one's: that one's is not known."""
+        """The cost of another uncut model, counted alike, with this model's latency: the other one was not timed."""
         budget = "params" if self._counts == LATENCY else self._counts
         cost = CostModel(analysis, budget, itemsize=itemsize, context=self._context).dense
         return replace(cost, latency_ms=self.whole.latency_ms)
@@ -104,6 +109,7 @@ class CostModel:
         return self._compute_cost(plan.widths, shares)
 
     def _compute_cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
+        # Everything is a product of axis sizes, so fractional widths cost what lies between, as the solver needs.
         sizes = self.analysis.sizes(widths)
         counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
         size, cache = sum(n * self._itemsize[name] for name, n in counts.items()), self._count_kv_cache(sizes, shares)
@@ -123,7 +129,7 @@ class CostModel:
 
     def share(self, widths: Mapping[str, float]) -> float:
         """Share of the budget that is left at ``widths``, which may be fractions."""
-        if self.budget == "block":  # asked for often: nothing else is counted
+        if self.budget == "block":  # asked for in each update of MaskPrune's solver: nothing else is counted
             sizes, shares = self.analysis.sizes(widths), compute_depth_shares(self.analysis, widths)
             left = sum(self._count(name, sizes, shares) for name in self.block_weights)
         else:
@@ -201,3 +207,47 @@ def find_block_weights(analysis: Analysis) -> frozenset[str]:
 def is_layered(family: Family) -> bool:
     """Whether a family has a group for each layer, and not one group over all layers (as the residual width)."""
     return len(family.groups) > 1 or bool(family.part_of)
+
+
+# ---- keys and values, as they are before query heads share them ----
+
+
+@dataclass(frozen=True)
+class KeysAndValues:
+    """What an attention keeps of the tokens it has seen. ``dims``: of the keys, and of the values, of all tokens.
+
+    ``itemsize``: bytes of a number, as the program computes it.
+    """
+
+    node: fx.Node
+    dims: tuple[tuple[Term, ...], ...]
+    itemsize: int
+
+
+def find_keys_and_values(analysis: Analysis) -> list[KeysAndValues]:
+    """What each attention of a program keeps."""
+    found = []
+    for node in dict.fromkeys(product.node for product in analysis.facts.contractions):
+        if is_attention(node):
+            kept = [find_unrepeated(get_argument(node, name)) for name in ("key", "value")]
+            dims = tuple(tuple(analysis.facts.dims(each)) for each in kept)
+            found.append(KeysAndValues(node, dims, kept[0].meta["val"].dtype.itemsize))
+    return found
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a call is an attention in one operator."""
+    return "scaled_dot_product_attention" in str(node.target)  # it has a variant for each backend
+
+
+def find_unrepeated(node: fx.Node) -> fx.Node:
+    """The value with the fewest elements among ``node`` and the values that it is a view of."""
+    seen = [node]
+    while is_view(seen[-1]):
+        seen.append(seen[-1].all_input_nodes[0])
+    return min(seen, key=lambda value: math.prod(resolve_result_shape(value)))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result shares memory with an input, by the op's schema."""
+    return bool(find_aliased_arguments(node.target, writes=False))

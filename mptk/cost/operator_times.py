@@ -29,6 +29,7 @@ Float32s = npt.NDArray[np.float32]
 
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 TIMED_OPSET, IR_VERSION = 23, 10
+"""Attention is one operator since opset 23."""
 GRAPHS_VERSION = 3
 """Raise it if an operator is timed in another form. Stored times are then measured again."""
 
@@ -82,6 +83,9 @@ def find_operator_times(
     kept, note = read_kept(file)
     known = _times_in(kept.get("ms"))
     missing = [operator for operator in operators if str(operator) not in known]
+
+    # Only what was never timed on this machine is timed. If the cache cannot be written, the run goes on with the
+    # times.
     if missing:
         times = (sweep or time_operators)(missing, threads, progress)
         known |= {str(operator): round(ms, 6) for operator, ms in times.items()}
@@ -91,7 +95,7 @@ def find_operator_times(
 
 
 def _times_in(kept: object) -> dict[str, float]:
-    """The times in what was kept, without what is no time."""
+    """The times in what was kept. A damaged file may hold something else; that is measured again."""
     times = kept.items() if isinstance(kept, dict) else ()
     return {name: ms for name, ms in times if isinstance(ms, int | float) and ms >= 0}
 
@@ -110,6 +114,7 @@ def time_operators(operators: Sequence[Operator], threads: int, progress: Progre
     times: dict[Operator, list[float]] = {operator: [] for operator in operators}
     done, total = 0, TIMING_SESSIONS * len(operators)
     stage = f"time {len(operators)} operators ({total * SECONDS:.0f} s or more)"
+    # Sessions outside, operators inside: the sessions of one operator are far apart in time.
     for _ in range(TIMING_SESSIONS):
         for operator in operators:
             progress(stage, done, total)
@@ -145,6 +150,7 @@ def measure_typical_ms(run: Callable[[], object], threads: int, seconds: float =
 
 def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
     count = _count_copies(4 * k * n, rows)
+    # Copy i starts at number i: all copies differ, and together take hardly more memory than one.
     numbers = _draw_random(k * n + count)
     weights = {f"w{i}": numbers[i : i + k * n].reshape(k, n) for i in range(count)}
     nodes = [helper.make_node("MatMul", ["x", name], [f"y{i}"]) for i, name in enumerate(weights)]
@@ -173,6 +179,7 @@ def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: in
 
 
 def _time_elementwise(threads: int, elements: int) -> float:
+    # Two inputs and an output, 4 bytes each.
     count = max(2, min(MOST_COPIES, NEAR_BYTES // (12 * elements)))
     inputs = [_declare_value(f"{name}{i}", elements) for i in range(count) for name in "ab"]
     nodes = [helper.make_node("Mul", [f"a{i}", f"b{i}"], [f"y{i}"]) for i in range(count)]
@@ -188,6 +195,7 @@ GRAPHS: dict[str, Callable[..., float]] = {
 
 def _count_copies(size: int, rows: int) -> int:
     """Number of copies in the graph of an operator that reads ``size`` bytes besides its ``rows`` of input."""
+    # Many rows use each weight often, so reading it costs little: two copies will do.
     return max(1, -(-COLD_BYTES // size)) if rows == 1 and size else 2
 
 
@@ -213,9 +221,13 @@ def _time_graph(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", TIMED_OPSET)], ir_version=IR_VERSION)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Errors only.
     options.log_severity_level = 3
+    # The weights stay outside of the serialised model, which protobuf limits to 2 GB.
     options.add_external_initializers(list(held), [ort.OrtValue.ortvalue_from_numpy(array) for array in held.values()])
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    # Bound once, so that a run does not allocate or copy.
     binding = session.io_binding()
     for value in session.get_inputs():
         binding.bind_cpu_input(value.name, _feed(value.name, value.shape))

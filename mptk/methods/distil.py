@@ -43,9 +43,11 @@ STEP = 512
 JUDGING = 8
 """One step in this many is held out, to see whether training made the block better."""
 WARMUP = 0.05
+"""Share of the steps in which the rate rises."""
 FLOOR = 1e-3
-"""Positions with a smaller share of the mean square than this count as this share."""
+"""Least divisor of a position's error, as a share of the mean square. Else positions near 0 would decide the mean."""
 ERRORS = "errors"
+"""Name of a block's errors beside its weights in the folder of an unfinished run."""
 NO_BLOCK = "no cut block has matrices of its own to train, so local distillation changed nothing"
 
 
@@ -112,21 +114,28 @@ def distil_blocks(
     """
     if not consumers:
         return None
+    # Both programs are divided at the same values, so that a block of one has its counterpart in the other.
     dense, sites = analysis.program, find_sites(analysis)
     small, flow = _cut_student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = partition_blocks(flow, [site.node for site in sites if name_operand_weight(dense, site.weight) in consumers])
     given, share = _split_steps(dense, samples)
     teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
-    count, owned = (
-        len(part.ends),
-        _find_owned(student, _find_staying(analysis, cut, [name_operand_weight(dense, s.weight) for s in sites])),
-    )
+
+    # What follows the last consumer is a further stage, which is not trained.
+    count = len(part.ends)
+    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
+    matrices = {name for site in sites if not (name := name_operand_weight(dense, site.weight)).startswith(gone)}
+    owned = _find_owned(student, matrices)
     if not any(owned[:count]):
         return None
+
+    # If an earlier run has stored every block, no model needs to run.
     runs = folder is None or not all(folder.keeps(f"block-{k}") for k in range(count))
     shelf, errors = Spool(executor.borders), list[tuple[float, float]]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
+        # The teacher goes first: its values after the block are the targets. The student follows with the trained
+        # weights, so the next block learns to make up for this one's errors.
         if runs:
             teacher.advance(k)
         train = partial(block.trained, how)
@@ -144,6 +153,7 @@ def distil_blocks(
 
 def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
     """The cut program with the dense program's calls; the outputs of removed blocks are multiplied by 0."""
+    # Removed blocks stay as zeros: without them the two programs could not be divided at the same values.
     small = Rewrite(analysis, cut)(changed).program
     if removed := list_removed_blocks(analysis, cut):
         small = replace(small, graph=small.copy_graph())
@@ -152,25 +162,19 @@ def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
     return small
 
 
-def _find_staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
-    """The weights ``names`` except removed blocks' weights."""
-    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
-    return {name for name in names if not name.startswith(gone)}
-
-
 def _split_steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
     """The program's inputs in each step for this process, and how the processes share them."""
     steps = split_batches(program, samples, STEP)
     if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
         steps.pop()
     share = share_batches(min(len(step) for step in steps))
-    if len(steps[0]) % share.count:
+    if len(steps[0]) % share.count:  # unequal parts would weigh unequally in the mean gradient
         share = Sharing()
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
 def _find_owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
-    """Each stage's matrices that no other stage uses, by name."""
+    """Each stage's matrices that no other stage uses, by name: training a shared one would harm the other stages."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
     return [
@@ -199,7 +203,9 @@ class _Block:
         self.cut, self.teacher, self.student, self.share, self.k = cut, teacher, student, share, k
         stages = teacher.stages[k], student.stages[k]
         made, theirs = set(stages[0].nodes), {node.name: node for node in stages[1].outputs}
+        # An axis that weights have is one of channels. Errors are summed over these, and averaged over the others.
         learned = {axis for dims in analysis.weights.values() for axis in collect_axes(dims)}
+        # Only results that this block makes count, not values that it passes on.
         self.ends: list[tuple[fx.Node, fx.Node, Dims, list[int]]] = []
         for node in stages[0].outputs:
             dims = analysis.facts.results.get(node)
@@ -218,12 +224,17 @@ class _Block:
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
         learned = [values[node] for node in self.owned]
+
+        # The last steps are held out. If there is only one step, it is trained on and judged by.
         steps = range(self.student.count)
         judged = steps[-max(1, len(steps) // JUDGING) :]
         taught = steps[: -len(judged)] or judged
         first = least = self._mean(values, judged)
         best = [weight.detach().clone() for weight in learned]
-        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)  # there may be none
+
+        # A block may own no matrix. torch refuses an empty list of parameters, but not a group without any.
+        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)
+        # A large prime keeps the orders of all blocks and seeds apart.
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + self.k)
         for epoch in range(how.epochs if learned else 0):
             for done, i in enumerate(torch.randperm(len(taught), generator=generator).tolist()):
@@ -260,6 +271,7 @@ class _Block:
 
     def _error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
         """The block's squared error in step ``i`` over the squares of the dense block's results, a mean of places."""
+        # Values between stages are dropped once they are taken; these are needed in each epoch.
         given = self.student.borders.take((self.k, i), keep=True)
         found = self.student.run_stage(self.student.stages[self.k], self.student.cast_values(values), given)
         wanted = self.teacher.borders.take((self.k + 1, i), keep=True)

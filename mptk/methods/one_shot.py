@@ -49,7 +49,8 @@ class OneShotMethod(Method):
 
     @property
     def reconstructs(self) -> bool:  # type: ignore[override]
-        return "blocks" in self.criterion.judges  # gaps are made up for; docs/analysis.md has what it brings
+        # Without blocks, the layer before a gap can make up for most of it (docs/analysis.md has what that brings).
+        return "blocks" in self.criterion.judges
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return criteria.find_score_refusal(self.criterion, analysis.family(family))
@@ -60,7 +61,7 @@ class OneShotMethod(Method):
             f"score ({made.name})": Pass(
                 made.passes * s.windows * s.length,
                 s.length,
-                reads=2 if made.passes > 1 else 1,
+                reads=2 if made.passes > 1 else 1,  # a backward pass reads the weights again
                 gradients=made.gradients,
             ),
             "choose widths": Pass(tried * COMPARED_TOKENS, s.length),
@@ -71,8 +72,10 @@ class OneShotMethod(Method):
         evidence: object = None
         if compensate is None:
             scores = keep_scores(prepared, self.name, sets, context)
-        else:  # which takes the evidence, too, and that is not kept
+        else:  # it needs the evidence, too, which is not kept: a resumed run measures again
             scores, evidence = score_families(prepared, self.name, sets, context)
+
+        # Divide the budget among families: the loss on a little text decides between the candidates.
         every = [plan_widths(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
@@ -80,13 +83,16 @@ class OneShotMethod(Method):
                 plans = {describe_widths(each.widths): each for each in every}
                 samples = sets.calibration.make_batches(COMPARED_TOKENS)[0]
                 plan, found = find_best_plan(prepared, plans, samples, partial(context.progress, stage))
+        # Divide it over layers, from the best common widths on.
         if prepared.settings.layers == FREE:
             plan, found = choose_division(prepared, scores, plan, sets, context)
         else:
             note = describe_ends(prepared, scores, plan, sets)
+
         cut = resolve_plan(analysis, plan)
         chosen = Chosen(plan, cut, losses=found, notes=(note,))
-        if compensate is None or evidence is None:  # only blocks are cut, which it does not judge
+        # Without evidence only blocks are cut, which the criterion does not judge.
+        if compensate is None or evidence is None:
             return chosen
         biases = compensate(analysis, cut, evidence)
         return replace(chosen, changes=biases.state, notes=(note, biases.statement))
@@ -102,17 +108,22 @@ def score_families(prepared: Prepared, criterion: str, sets: SampleSets, context
     """The scores of the cut families, and the evidence behind them."""
     analysis = prepared.analysis
     with context.stage(stage := f"score ({criterion})"):
+        # ``greedy`` removes blocks one by one: it needs to go no further than the smallest candidate.
+        removals = {
+            f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates) for f in analysis.depths
+        }
         given = Calibration(
             analysis,
             [analysis.family(name) for name in prepared.families],
             sets.calibration,
             prepared.settings.seed,
             prepared.task,
-            {f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates) for f in analysis.depths},
+            removals,
             prepared.calibrator,
             partial(context.progress, stage),
         )
         scores, evidence = criteria.measure_and_score(find_criterion(criterion), given)
+    # Units that a larger cut removed score −∞, so that this cut takes none of them back.
     stays = prepared.stays
     scores = {f: values.masked_fill(~stays[f], -torch.inf) if f in stays else values for f, values in scores.items()}
     return scores, evidence

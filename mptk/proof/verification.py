@@ -17,7 +17,7 @@ from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config.recipe import RECIPE_FILE
 from mptk.config.settings import Settings
 from mptk.conversions import convert_model, read_plan_conversions
-from mptk.conversions.vocabulary.convert import describe_unread_tokenizer
+from mptk.conversions.vocabulary import describe_unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path
@@ -48,7 +48,7 @@ from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.beside import READ
 from mptk.targets.stock_config import check_code, find_config_changes
-from mptk.tasks.of_folder import find_folder_task
+from mptk.tasks import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 

@@ -28,7 +28,7 @@ from mptk.publish.licence import CARD
 from mptk.report.runs import name_model
 from mptk.report.sections import CUT_TITLE, PROOF_TITLE, QUALITY, build_prune_view
 from mptk.report.view import Name, Table, View, format_code, format_megabytes, render_markdown, render_parts
-from mptk.tasks.genai import GENAI_FILE
+from mptk.tasks.runtimes import GENAI_FILE
 from passes.targets.stock.config import StockConfig
 
 FEATURE_TASKS = {"pixel_values": "image-feature-extraction"}

@@ -20,7 +20,7 @@ from mptk.protocols.report import Report
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import Estimator
 from mptk.targets.stock_config import check_code
-from mptk.tasks.of_folder import find_folder_task
+from mptk.tasks import find_folder_task
 from mptk.trust import Trust
 
 

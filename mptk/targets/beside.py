@@ -18,7 +18,7 @@ from mptk.io.diffusion import list_pipeline_files
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.publish.manifest import compute_digests, list_files
-from mptk.tasks.transformers_js import CONFIG_KEY
+from mptk.tasks.runtimes import CONFIG_KEY
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
 """Files that a tokenizer or a processor reads if they exist."""

@@ -29,7 +29,7 @@ from mptk.protocols.values import Checks, Extra, SampleSets, describe_left_out
 from mptk.publish.manifest import list_files
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
-from mptk.tasks.transformers_js import write_entry
+from mptk.tasks.runtimes import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import (
     ENDINGS,

@@ -16,7 +16,7 @@ from mptk.io.untrusted import read_object
 from mptk.protocols.values import Written
 from mptk.publish.manifest import hash_file
 from mptk.targets.beside import CONFIG_STAGE, JsonObject, compare, fail, require, walk_fields
-from mptk.tasks.transformers_js import CONFIG_KEY, build_js_config
+from mptk.tasks.runtimes import CONFIG_KEY, build_js_config
 from mptk.trust import Trust
 from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import Difference

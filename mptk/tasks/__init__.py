@@ -1,9 +1,14 @@
-"""tasks: kinds of models, and how to load a model as one of them. One file a task."""
+"""tasks: kinds of models, and how to load a model as one of them. One file a task.
+
+A file also has the task's ONNX form, or ``NAME_form.py`` does. ``exporting`` has what the forms share.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
@@ -11,8 +16,10 @@ from mptk.io import models
 from mptk.io.auto_classes import find_model_classes
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
+from mptk.io.untrusted import load_tensors
 from mptk.plugins import with_plugins
 from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.report import PROVEN_ON, Report
 from mptk.protocols.task import Task
 from mptk.tasks.causal_lm import CausalLM, make_kind_error
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
@@ -21,6 +28,7 @@ from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.module import Module, make_example_samples
 from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS, MASKS
 from mptk.tasks.seq2seq import Seq2Seq
 from mptk.trust import NO_CODE, Trust
@@ -37,6 +45,8 @@ HEAD_TASKS: tuple[Task, ...] = (
     DEPTH,
     FORECASTS,
 )
+# The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
+# decoder, and a dual encoder for a bare encoder.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -135,3 +145,19 @@ def load_decoder(model: str, *, trust: Trust = NO_CODE) -> Loaded:
         example = CAUSAL_LM.make_example(loaded.model)
         CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None), example)
     return loaded
+
+
+def find_folder_task(folder: Path, report: Report, loaded: Loaded) -> Task:
+    """The task that a folder was pruned as. A module gets the example inputs of its proof."""
+    inputs = load_folder_inputs(folder, report)
+    return bind_task(loaded) if inputs is None else Module(make_example_samples(loaded.model, inputs))
+
+
+def load_folder_inputs(folder: Path, report: Report) -> dict[str, Tensor] | None:
+    """The example inputs of a folder that was pruned as a module; None if it was not."""
+    if report.task != Module.name:
+        return None
+    return load_tensors(
+        folder / PROVEN_ON,
+        lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
+    )

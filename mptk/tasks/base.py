@@ -65,6 +65,7 @@ def measure_figures(
 
     The first run, ``dense``, is what each run is compared with.
     """
+    # Runs come batch by batch, in each batch the dense model first: its output is the reference of the others.
     first, *others = figures
     sums: dict[str, dict[str, float]] = {figure: {} for figure in figures}
     reference: Any = None

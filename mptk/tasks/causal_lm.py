@@ -45,16 +45,18 @@ class CausalLM(TokenTask):
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
-        # a trace may not hold for fewer tokens than it was made with
+        # Two texts with the same first token: its logits differ only if the model looks at later ones. They are longer
+        # than the example, since a trace may not hold for fewer tokens than it was made with.
         ids = make_example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
         ids[1, 1:] += 1
         found = run(make_token_samples(ids))
         name = type(loaded.model).__name__
-        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)  # a model's own config may lack it
+        # The config of a class with code of its own may have no ``vocab_size``.
+        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape or found.shape[2] < vocabulary:
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = found[:, 0].float()
-        if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
+        if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():  # more than rounding
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
     def kind(self, model: nn.Module) -> Inputs:

@@ -31,7 +31,7 @@ AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
 
 
 class PixelForm(ModelForm):
-    """Its logits have the classes in the second dimension."""
+    """Its logits have the classes in the second dimension, and ``compare_logits`` wants them in the last."""
 
     def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return compare_features(scheme, pairs)
@@ -44,8 +44,9 @@ OF_LOGITS = ModelForm(LOGITS)
 class Classifier(ComparedTask):
     """ViT, ConvNeXt, Swin, VideoMAE, BertForSequenceClassification, Wav2Vec2ForSequenceClassification.
 
-    ``lists``: of its classes. ``gives``: what they give. ``dim``: the dimension of the classes in the logits. Any other
-    dimension after the first is of positions, over which figures are means. ``classes``: whether it is the last one.
+    ``lists``: transformers' lists of the models. ``gives``: what these give, in words. ``dim``: the dimension of the
+    classes in the logits; ``classes``: whether it is the last one. Other dimensions after the first are positions, over
+    which figures are means.
     """
 
     name: str = "classification"
@@ -113,17 +114,13 @@ SEGMENTATION = Classifier(
 def flatten_positions(logits: Tensor, dim: int) -> Tensor:
     """Logits [samples, positions, classes]. ``dim``: where the classes are."""
     last = logits.movedim(dim, -1)
-    return last[:, None] if last.ndim == 2 else last.flatten(1, -2)
+    return last[:, None] if last.ndim == 2 else last.flatten(1, -2)  # a class for a sample is one position
 
 
 def sum_agreement(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     """Sum over samples of the share of positions with the same likeliest class."""
-    return (
-        (flatten_positions(logits, dim).argmax(-1) == flatten_positions(reference, dim).argmax(-1))
-        .float()
-        .mean(1)
-        .sum()
-    )
+    found, expected = (flatten_positions(each, dim).argmax(-1) for each in (logits, reference))
+    return (found == expected).float().mean(1).sum()
 
 
 def sum_divergence(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:

@@ -24,10 +24,9 @@ from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
-from mptk.tasks.genai import GENAI_FILE, write_genai_config
+from mptk.tasks.exporting import MOST_ROWS, compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
 from mptk.tasks.inputs.image_forms import POSITIONS
-from mptk.tasks.sizes import MOST_ROWS
+from mptk.tasks.runtimes import GENAI_FILE, write_genai_config
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
@@ -38,10 +37,10 @@ PADDED_TOKENS = 3
 
 @dataclass(frozen=True)
 class DecodingCase:
-    """A way to run a decoder, and the stage of the proof that it is.
+    """A way to run a decoder; ``stage``: its name in the proof.
 
-    ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
-    on which prompts, each of another length, are padded; empty: all have the same length.
+    ``steps``: tokens of the short calls that cross each border and end the sequence. ``padded``: the side on which
+    prompts of several lengths are padded; empty: all have the same length.
     """
 
     stage: str
@@ -54,11 +53,14 @@ class DecodingCase:
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
         """
         if self.padded:
+            # 1. Padded prompts, each of another length: the longest, then two and one thirds of it, again and again.
             longest = max(1, min(LONGEST_PROMPT, length - sum(self.steps)))
             if self.padded == "right" and any(longest + PADDED_TOKENS + sum(self.steps) > border for border in crossed):
                 return replace(self, steps=()).calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
+        # 2. Prompts of one length. Before each border and before the end the calls are short (``steps``), so that one
+        # of them crosses it; between these the tokens go in one call.
         borders = [border - sum(self.steps) // 2 for border in crossed if border + sum(self.steps) <= length]
         starts = [max(1, start) for start in (*borders, length - sum(self.steps))] if self.steps else []
         cuts = {start + done for start in starts for done in accumulate(self.steps, initial=0)}
@@ -69,6 +71,7 @@ class DecodingCase:
 LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
+"""Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
 CASES = (
     DecodingCase("ONNX Runtime prefill"),
     DecodingCase("ONNX Runtime padded left", STEPS, "left"),
@@ -94,10 +97,12 @@ class DecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
         step(0, 0, "trace a decoding step")
+        # Without a program the model holds the weights and is the reference itself.
         run = None if dense.program is None else lambda ids: dense.first(make_token_samples(ids))
         program = trace_decoder(
             model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
         )
+        # The graph is translated in float32 and then converted.
         if wanted != "auto" and model.dtype is not torch.float32:
             raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
         program = cut_to_plan(program, dense, plan, log)
@@ -105,6 +110,7 @@ class DecoderForm(OnnxForm):
         said = {"objective": settings.objective, **make_graph_metadata(dense, plan)}
         half, objective = wanted == "float16", settings.objective
         file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
+        # int4 is rounded for this text (GPTQ).
         text = None if samples is None else samples.inputs["input_ids"]
         return write_quantized_graphs(dense, [file], text, log)
 
@@ -154,6 +160,7 @@ def decode_samples(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[in
     tokens = samples.inputs[decoder.reads]
     prompts, calls = case.calls(len(tokens), tokens.shape[1], crossed)
     of = torch.arange(len(tokens))
+    # One more row starts with only padding, and then gets the first sample's tokens.
     if case.padded and calls:
         prompts, of = [*prompts, 0], torch.cat([of, of[:1]])
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
@@ -174,10 +181,9 @@ def decode_calls(
     places, logits = list[Tensor](), list[Tensor]()
     done = (first >= 0).sum(1, keepdim=True)
     cache = decoder.empty(len(of)) if cache is None else cache
-    for place in (
-        first,
-        *(done + before + torch.arange(n) for n, before in zip(calls, _count_before(calls), strict=True)),
-    ):
+    before = list(accumulate(calls, initial=0))[:-1]  # the tokens of all calls before each
+    for place in (first, *(done + start + torch.arange(n) for n, start in zip(calls, before, strict=True))):
+        # The cache keeps the mask of the calls before; this is the new tokens' part.
         mask = (place >= 0).long().numpy()
         found, cache = decoder.step(
             _gather_places(tokens, place).numpy(), mask, cache, _gather_numbers(numbered, place)
@@ -187,20 +193,14 @@ def decode_calls(
     return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
 
 
-def _count_before(calls: Sequence[int]) -> list[int]:
-    """The tokens of all calls before each."""
-    return list(accumulate(calls, initial=0))[:-1]
-
-
 def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``draw_size_cases``, and behind a cache of padding that fills the model's ``positions`` (0:
-    unknown).
-    """
+    """The logits of ``draw_size_cases``, and those behind a cache of padding as long as ``positions`` (0: unknown)."""
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
     for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
         of = torch.arange(rows) % len(tokens)
         runs.append(decode_calls(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
+    # A cache of padding: its values must not matter, wherever a position's number, or a number of bytes, becomes large.
     past = min(positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
     if past > 0 and tokens.shape[1] >= FAR_TOKENS:
         filled = decoder.filled(len(tokens), past)
@@ -227,11 +227,13 @@ def draw_size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
     each power of two beyond these, and beside it.
     """
     if length > PROOF_SHAPE[1]:
+        # Cuts at powers of two and beside them, at which kernels change.
         powers = [1 << i for i in range(PROOF_SHAPE[1].bit_length(), length.bit_length())]
         cuts = sorted({near for power in powers for near in range(power - 1, power + 3) if near < length} | {length})
         yield 1, [later - sooner for sooner, later in pairwise([0, *cuts])]
         return
     yield 1, [1] * length
+    # Every number of rows gets one token, and each other count goes to the rows that have the least work.
     calls = {rows: [1] for rows in range(1, MOST_ROWS + 1)}
     for count in SEVERAL_NEW:
         fitting = [rows for rows, found in calls.items() if sum(found) + count <= length]

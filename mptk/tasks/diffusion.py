@@ -22,11 +22,12 @@ OUT_SAMPLE = "out_sample"
 """Optimum's name of what these models give."""
 
 CAPTION_MASK = "encoder_attention_mask"
+"""PixArt's mask of its captions' padding: it has a dimension of tokens without channels."""
 
 
 @dataclass(frozen=True)
 class Diffusion(Numbers):
-    """Fields as of ``Numbers``. ``main``: the input by which the kind is known."""
+    """Fields as in ``Numbers``. ``main``: the input by which the kind is known."""
 
     main: str = "timestep"
     sequences = False
@@ -49,7 +50,7 @@ class Diffusion(Numbers):
 
 
 def run_autoencoder(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What an autoencoder makes of images, and the latents' mean and log variance: so no cut may touch the latents."""
+    """The decoded images, and the latents' mean and log variance: as outputs of the program, no cut may touch them."""
     latents = module.encode(images).latent_dist
     return module.decode(latents.mode())[0], latents.parameters
 

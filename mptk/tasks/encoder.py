@@ -57,6 +57,7 @@ def compute_projection(features: Tensor, samples: Samples) -> Tensor:
 
     With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
     """
+    # Signs follow from the samples, so that they do not depend on batches, processes or the order of calls.
     seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
     signs = torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return (features.float() * signs.to(features.device)).sum()

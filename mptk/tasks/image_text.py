@@ -72,6 +72,7 @@ class Pictured(Flat):
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
+        # Without this the trace would drop the tower's unused parts, whose weights the checkpoint holds.
         return logits if features is None else logits + 0.0 * features.sum()
 
 
@@ -96,6 +97,7 @@ class ImageText(TokenTask):
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
+        # A trace that holds the sizes of images holds their number, too.
         batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
         length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
@@ -138,12 +140,13 @@ class ImageText(TokenTask):
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         ids = example.inputs[IDS]
         changed = ids.clone()
+        # Only the last token differs, so no other token's logits may.
         changed[:, -1] = shift_tokens(loaded.model, ids[:, -1])
         found, other = (run(Samples({**example.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
-        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():
+        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():  # more than rounding
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
     def kind(self, model: nn.Module) -> Inputs:
@@ -157,7 +160,7 @@ class ImageText(TokenTask):
         return self.make_example(model), Samples({IDS: make_example_ids()})
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
-        """Each text token is to be predicted, but those that fill up a short text."""
+        """Each text token is to be predicted, except the ones that fill up a short text."""
         given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
         targets = make_token_samples(given[IDS]).targets
         assert targets is not None

@@ -30,13 +30,14 @@ from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import Checks, Further
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decode_samples, decode_sizes, open_proof_decoder
-from mptk.tasks.encoder_decoder_form import list_output_names, replace_outputs
 from mptk.tasks.exporting import (
     check_float,
     compare_logits,
     cut_to_plan,
     is_same_output,
+    list_output_names,
     make_graph_metadata,
+    replace_outputs,
     write_quantized_graphs,
 )
 from mptk.tasks.inputs.image_forms import (
@@ -66,6 +67,7 @@ from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
+"""Names of values at which the graph is divided, beside the embeddings."""
 TRACED_IMAGES = 3
 """Images to trace with."""
 WITH_SEVERAL = 5
@@ -95,6 +97,7 @@ class PicturedStep(DecoderStep):
         images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
         features = self.encode_images(dict(zip(self.names, images, strict=True)))
         embedding: Any = self.module.get_input_embeddings()
+        # The image's token may have no row in the table. Its embedding is replaced anyway.
         known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
         embeds = embedding(known)
         merged = embeds.masked_scatter((ids == self.token)[..., None], features.to(embeds.dtype))
@@ -106,6 +109,7 @@ class PicturedStep(DecoderStep):
         more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
         with AnyImages():
             output = module.get_image_features(**images, **more, return_dict=True)
+            # Such features enter the decoder in later layers, and its graph has no input for them.
             if getattr(output, "deepstack_features", None):
                 raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
             found = getattr(output, "pooler_output", output)
@@ -125,12 +129,17 @@ class ImageTextForm(OnnxForm):
         settings = dense.settings
         model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
         shown = Samples(ImagesWithText().make_example(model))
+        # The trace is checked on these: whole samples, since a cut could divide an image's tokens.
         given = shown if samples is None else add_shown_images(shown, samples.shorten(2, sys.maxsize))
         step(0, 0, "trace a decoding step")
         whole, images = trace_image_step(dense, given, shapes)
+
+        # The three values between the graphs are no outputs while the plan cuts, since outputs keep their channels.
         *outputs, features, embeds, merged = list_output_names(whole)
         program = cut_to_plan(replace_outputs(whole, outputs), dense, plan, log, dense.program)
         step(0, 0, "translate the graph")
+
+        # The graph is emitted once, with all outputs, and divided.
         axes = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
         decoder = make_decoder_interface(program, axes, before=len(images))
         read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
@@ -167,6 +176,7 @@ class ImageTextForm(OnnxForm):
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
         }
+        # Images of another size run only if the vision encoder takes them: its trace may hold one size.
         run = partial(run_with_images, decoder, partial(decode_samples, decoder, CASES[-1], ()))
         ran = decoder.providers[0]
         further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(can_encode_images, decoder), ran)}
@@ -192,6 +202,7 @@ def run_with_images(decoder: OrtDecoder, run: Callable[[Samples], Placed], sampl
     """
     assert decoder.embeddings is not None
     tiled = samples.repeat(tiles)
+    # Several times as many images at once show whether the vision encoder takes any number; the last copy is compared.
     read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], select_image_inputs(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
     return run(Samples(read | numbered))
@@ -215,15 +226,11 @@ def name_image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
 def trace_image_step(
     dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]
 ) -> tuple[Program, dict[str, Tensor]]:
-    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
-
-    Raises:
-        MptkError: the model cannot be traced so for any number of images; or a step computes other logits than
-            ``dense.program`` does for the same ``samples``.
-    """
+    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images."""
     model = dense.loaded.model
     name, images = type(model).__name__, select_image_inputs(take_several_images(samples))
     reads: Any = model
+    # A class that needs the sizes in pixels computes with them in Python, and a graph would hold them as numbers.
     sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
     if sizes is not None and sizes.default is Parameter.empty:
         raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
@@ -235,6 +242,9 @@ def trace_image_step(
     given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     assert dense.program is not None
     expected = dense.first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
+
+    # Some classes count positions from another number than 0: the first one with which a step gives the whole
+    # sequence's logits is right.
     for first in list_first_positions(made):
         made.first_position = first
         program = dense.put_weights(export_step(made, inputs, given))
@@ -245,7 +255,7 @@ def trace_image_step(
 
 
 def add_shown_images(shown: Samples, samples: Samples) -> Samples:
-    """Samples with images: texts without any get those of ``shown``, and no token that stands for them."""
+    """Samples with images: texts without any get the images of ``shown``, and no token that stands for them."""
     if PIXELS in samples.inputs:
         return samples
     ids, inputs = samples.inputs[IDS], dict(shown.inputs)

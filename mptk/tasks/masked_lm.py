@@ -30,6 +30,7 @@ from mptk.tasks.model_form import LOGITS, ModelForm
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
 FIRST = 3
+"""The first masked position."""
 
 
 class MaskedLM(TokenTask):
@@ -53,7 +54,7 @@ class MaskedLM(TokenTask):
         return mask_tokens(inputs["input_ids"], mask or 0)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """As of other models of tokens. Perceiver gives logits of all its positions: those after the window go."""
+        """The loss of ``TokenTask``. Perceiver gives logits of all its positions: those after the window go."""
         assert samples.targets is not None
         if isinstance(output, Tensor):
             output = output[:, : samples.targets.shape[1]]

@@ -20,7 +20,6 @@ from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm, Use
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks import sizes
 from mptk.tasks.exporting import (
     CHANGED,
     HALF,
@@ -28,9 +27,12 @@ from mptk.tasks.exporting import (
     compare_features,
     compare_logits,
     cut_to_plan,
+    draw_row_counts,
+    draw_texts,
     is_half,
     list_proof_stages,
     make_graph_metadata,
+    scale_pixels,
     trace_named,
     write_quantized_graphs,
 )
@@ -61,6 +63,7 @@ class ModelForm(OnnxForm):
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
+        # A second trace of the model has the same families, so the plan fits it, too.
         traced, padding = self.traced(dense, samples)
         program = cut_to_plan(traced.program, dense, plan, log)
         axes = {name: self.axes(name, rank) for name, rank in traced.ranks.items()}
@@ -80,12 +83,15 @@ class ModelForm(OnnxForm):
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
         example = choose_inputs(dense.loaded.model).make_example(dense.loaded.model)
+        # Without text there is no padding: the analysed program itself is the graph.
         if not has_token_ids(example):
             assert dense.program is not None
             traced = Traced(dense.program, list(example))
             traced.check_sizes()
             return traced, {}
-        samples = Samples(double_tokens(example)) if samples is None else samples.shorten(*PROOF_SHAPE)
+        # The trace is checked on another size than the example's: by default on each text twice in a row.
+        longer = {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}
+        samples = Samples(longer) if samples is None else samples.shorten(*PROOF_SHAPE)
         return trace_named(dense, Flat, example, samples, self.remove_padding)
 
     def axes(self, name: str, rank: int) -> Axes:
@@ -99,11 +105,11 @@ class ModelForm(OnnxForm):
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         if has_token_ids(samples.inputs):
-            return list(sizes.draw_texts(samples, seed)) if longer else []
-        found = list(sizes.draw_row_counts(samples, seed))
+            return list(draw_texts(samples, seed)) if longer else []
+        found = list(draw_row_counts(samples, seed))
         # A finder of objects takes the best of many boxes: images without objects have none that is clearly best.
         images = PIXELS in samples.inputs and self.output in (LOGITS, FEATURES) and not self.more
-        return list(map(sizes.scale_pixels, found)) if images else found
+        return list(map(scale_pixels, found)) if images else found
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)
@@ -120,8 +126,3 @@ class ModelForm(OnnxForm):
 
     def half(self, folder: Path) -> bool:
         return is_half(OrtGraph(folder / ONNX_FILE))
-
-
-def double_tokens(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Example inputs of another size: token ids twice in a row."""
-    return {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}

@@ -54,7 +54,8 @@ class Module(Task):
     sequences = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, inputs=self.given.inputs))
+        # The form names the graph's inputs by the examples. The dataclass is frozen.
+        object.__setattr__(self, "onnx", ModuleForm("output", inputs=self.given.inputs))
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
@@ -124,6 +125,7 @@ def make_example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | 
     Raises:
         MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
+    # A transformers model is loaded in float32; a plain module keeps the types that its inputs have.
     names, plain = list_forward_arguments(module), not isinstance(module, PreTrainedModel)
     found = _order_inputs(names, name_inputs(names, inputs, None if plain else torch.float32))
     samples = _make_samples(found, "example inputs")
@@ -172,6 +174,7 @@ def name_inputs(
     Raises:
         MptkError: there are more than names, or one is not a tensor of numbers.
     """
+    # Give each input a name.
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, Mapping):
@@ -183,14 +186,19 @@ def name_inputs(
                 )
             raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
         inputs = dict(zip(names, inputs, strict=False))
+
+    # Only dense tensors of numbers.
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
         raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
-    # what was made in torch.inference_mode cannot be trained on
+
+    # Own tensors: what was made in torch.inference_mode cannot be trained on.
     plain = [tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs.values()]
+    # One tensor that is given for two inputs becomes two, and a trace takes them for two.
     found = dict(zip(inputs, separate([tensor.cpu() for tensor in plain]), strict=True))
+    # Numbers of a file get the types of the examples: whole ones for whole ones, fractions for fractions.
     if isinstance(dtype, Mapping):
         whole = [name for name in dtype.keys() & found.keys() if not is_fraction(dtype[name])]
         found |= {name: found[name].to(dtype[name].dtype) for name in whole if not is_fraction(found[name])}
@@ -215,9 +223,6 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
 
 
-OUTPUT = "output"
-
-
 @dataclass(frozen=True)
 class ModuleForm(ModelForm):
     """``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several.
@@ -236,7 +241,7 @@ class ModuleForm(ModelForm):
             )
         (results,) = program.graph.graph.output_node().args
         count = len(results) if isinstance(results, tuple | list) else 1
-        return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
+        return Traced(program, list(self.inputs), tuple(f"{self.output}_{i}" for i in range(count) if count > 1)), {}
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         return []  # what a module's inputs may be, only its author knows

@@ -29,7 +29,7 @@ Outputs = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Numbers(ComparedTask):
-    """Fields as of ``Classifier``. ``ending``: of the names of classes that do it and are in no list."""
+    """Fields as in ``Classifier``. ``ending``: how the names of models end that are in no list of transformers."""
 
     name: str
     summary: str
@@ -107,5 +107,5 @@ FORECASTS = Numbers(
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),
     "the next values of a series",
     ModelForm("prediction_outputs"),
-    "ForPrediction",
+    "ForPrediction",  # transformers lists PatchTST's classes in no list of forecasters
 )

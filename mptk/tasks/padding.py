@@ -59,6 +59,7 @@ def list_input_choices(loaded: Loaded, inputs: Mapping[str, Tensor]) -> Iterator
 
     The types are left out first if neither the tokenizer nor the config knows any.
     """
+    # ``forward`` of many classes takes token types that their tokenizer never makes.
     names = list(select_accepted(loaded.model, with_mask(inputs)))
     plain = [name for name in names if name != TYPES]
     known = getattr(loaded.tokenizer, "model_input_names", None) or []

@@ -57,10 +57,12 @@ class Seq2Seq(TokenTask):
         inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER_IDS}
         if data == RANDOM_DATA:
             generator = torch.Generator().manual_seed(seed)
+            # Random inputs need no text that means something, so the model does not write one.
             shape = (len(next(iter(inputs.values()))), 12)
             ids = torch.randint(count_vocabulary(loaded.model), shape, generator=generator)
         else:
             ids = generate_answers(loaded.whole(), inputs)
+        # Teacher forcing: the decoder reads all tokens but the last, and each one's target is the next.
         end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
         return Samples({**inputs, DECODER_IDS: ids[:, :-1]}, mask_after_end(ids, end))
 
@@ -90,6 +92,7 @@ def generate_answers(model: Any, inputs: Named) -> Tensor:
 def mask_after_end(ids: Tensor, end: int | list[int] | None) -> Tensor:
     """The targets of ids [samples, tokens]: the next token of each but the last, up to the first end of a text."""
     targets = ids[:, 1:].clone()
+    # The end itself is a target; what was written to fill the row after it is not.
     ends = torch.isin(targets, torch.tensor([] if end is None else end, dtype=targets.dtype))
     over = ends.cumsum(1) - ends.long() > 0
     return targets.masked_fill(over, IGNORED)

@@ -1,7 +1,7 @@
 """criteria: one-shot scores of each unit of each family, from the weights and a little text.
 
-Each criterion is one file with its measurement on the text and its score. ``CRITERIA`` lists them. ``docs/criteria.md``
-says how to add one.
+Each criterion is one file with its measurement on the text and its score. ``observe`` has the measurements that they
+share, ``base`` the sums over a unit's weights. ``docs/criteria.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scor
         raise MptkError("a program without weights cannot be scored; trace the model with its weights")
     if why := next(filter(None, (find_score_refusal(criterion, family) for family in given.families)), None):
         raise MptkError(why)
+    # Blocks that the criterion does not score get their influence.
     own = [family for family in given.families if family.kind in criterion.judges]
     others = [family for family in given.families if family.kind not in criterion.judges]
     evidence, found = None, Scores()
@@ -143,6 +144,7 @@ def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], 
             raise MptkError(f"{family.name} has no scores; score it before choosing its units")
         if not 1 <= width <= family.size:
             raise MptkError(f"{family.name} cannot keep {width} units; give a width in 1..{family.size}")
+        # The class decides, too: if a block's kind follows from its position, it holds only some sets of blocks.
         if isinstance(family, Depth):
             units = choose_blocks(family.stack, scores[family.name].flatten().tolist(), width, stock)
             plans[family.name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})

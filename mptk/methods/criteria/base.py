@@ -38,8 +38,8 @@ class Criterion(Generic[E]):
     ``measure`` gets the families that the criterion scores, and returns evidence of the criterion's own type. ``score``
     returns for each family [layers, scopes, size], higher = keep. ``passes``: forward passes over the text that the
     measurement costs; a backward pass counts as two; 0: it needs no text. ``gradients``: whether it keeps the gradients
-    of all weights. ``compensate`` changes consumers' biases to make up for removed units, or says what they cost.
-    ``judges``: the kinds of units that it scores; other blocks are scored by influence.
+    of all weights. ``compensate`` changes consumers' biases to make up for removed units, or says what their removal
+    costs. ``judges``: the kinds of units that it scores; blocks that it does not score get their influence.
     """
 
     name: str
@@ -107,9 +107,11 @@ def sum_units(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> T
     If the choice varies along the axis of another dimension (each expert has its own channels), that dimension gives
     the scope rows. All other dimensions are summed.
     """
+    # The dimensions that say nothing of the unit have size 1 in the index. They are summed first.
     indices = find_unit_indices(dims, dim, group)
     summed = tuple(d for d, size in enumerate(indices[0].shape) if size == 1)
     values = values.float().sum(summed) if summed else values.float()
+    # Then each element is added to its unit; -1 in an index is an element of no unit.
     result = torch.zeros(group.scopes * group.size, dtype=torch.float32, device=values.device)
     for index in indices:
         flat = torch.from_numpy(np.broadcast_to(index.squeeze(summed), values.shape).copy()).to(values.device).flatten()

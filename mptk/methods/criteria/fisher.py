@@ -32,7 +32,6 @@ from torch import Tensor
 from mptk.ir.families import Family, Group, find_unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
-from mptk.methods.criteria.gradients import sum_gradients
 from mptk.methods.criteria.observe import (
     Calibration,
     Observation,
@@ -41,18 +40,20 @@ from mptk.methods.criteria.observe import (
     find_sites,
     find_uses,
     measure_activations,
+    sum_gradients,
 )
 from mptk.staged.partition import find_vmap_levels
 from mptk.staged.staged import Tap
 
 SMALLEST_FISHER = 1e-30
+"""Least mean P² of a row: if all P are 0, so is F̂, and not NaN."""
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """Contributions of positions to the loss's gradient in a family's masks, float64 [layers, scopes, size].
+    """What positions add to the loss's gradient in a family's masks (γ), float64 [layers, scopes, size].
 
-    ``squares``: the sum of its squares over ``count`` positions. ``mean``: its mean.
+    ``squares``: Σ γ² over ``count`` positions. ``mean``: the mean of γ.
     """
 
     squares: Tensor
@@ -98,8 +99,11 @@ def measure_fisher(given: Calibration) -> Fisher:
 
 
 def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
+    # Values under ``torch.vmap`` are not tapped: families that only these read get Wanda's score.
     hidden = {node for level in find_vmap_levels(given.analysis.program.graph.graph) for node in level}
     sites = [site for site in find_sites(given.analysis) if site.x not in hidden]
+
+    # Tap what each consumer of each group reads. If one group of a family has no consumer, the family has no slopes.
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
     for family in given.families:
@@ -113,6 +117,8 @@ def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
                 taps.append((nodes, partial(_add, sums[family.name][:, layer], site.stream, _index(site, group))))
     if not taps:
         return {}
+
+    # The loss is a sum over predictions. Scaled so, γ is what a position would add if each position predicted.
     count = len(given.samples) * given.samples.positions
     scale = count / given.objective.predicted(given.samples)
     _, share = sum_gradients(given, lambda loss: loss * scale, taps=taps)
@@ -131,6 +137,7 @@ def _read(group: Group, sites: Sequence[Site]) -> list[Site]:
 
 def _index(site: Site, group: Group) -> Tensor:
     """The unit at each position of the activation, [shared, K]; ``scopes · size`` if there is none."""
+    # -1 is no unit. Each position belongs to at most one, so the maximum over the indices finds it.
     index = np.max(find_unit_indices(site.weight_dims, site.weight_dim, group), axis=0)
     order = [*(w for _, w in site.shared), site.weight_dim]
     sizes = [site.weight_dims[d].size if d in order else 1 for d in range(len(site.weight_dims))]
@@ -161,9 +168,10 @@ def _add(sums: Tensor, stream: Stream, index: Tensor, gradient: Tensor, x: Tenso
 
 def _sum_by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
     """[rows, K] → [rows, units]: the sums over the positions of a unit."""
+    # If each position is a unit, there is nothing to sum.
     if len(row) == units and row.equal(torch.arange(units, device=row.device)):
         return each
-    return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]
+    return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]  # the last column is of no unit
 
 
 FISHER = Criterion(

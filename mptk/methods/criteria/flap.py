@@ -38,10 +38,12 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
     Put the new values into the dense program (``program.with_state``) before it is masked or rewritten. If several
     contractions use one bias (layers that share weights), it gets the mean of their corrections.
     """
+    # Dicts as ordered sets: the report names each kind of layer once, in the graph's order.
     corrections: dict[str, list[Tensor]] = {}
     applied: dict[str, None] = {}
     lacking: dict[str, None] = {}
     for site, seen in observations.items():
+        # Only layers that lose inputs have something to make up for.
         if not cut.has_choice(site.weight_dims[site.weight_dim]):
             continue
         bias, dim = _find_bias(analysis, site)
@@ -66,6 +68,7 @@ def _compute_lost_output(cut: Cut, seen: Observation, dim: int) -> Tensor:
 
 def _find_bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
     """The bias that the contraction adds to its result, and the dimension of the weight that it runs along."""
+    # ``linear`` and ``conv`` call it bias; in ``addmm(self, mat1, mat2)`` it is the first argument.
     node = get_argument(site.node, "bias")
     if get_argument(site.node, "mat1") is not None:
         node = get_argument(site.node, "self")

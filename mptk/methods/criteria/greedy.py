@@ -21,12 +21,11 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion
-from mptk.methods.criteria.gradients import GRADIENT_TOKENS, sum_losses
-from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, sum_losses
 from passes.transforms.masked_reference import mask
 
 GREEDY_TOKENS = 1024
-"""Calibration tokens for comparing losses."""
+"""Calibration tokens for comparing losses: few, since they run about n · N times."""
 
 
 def find_removal_order(given: Calibration) -> dict[str, Tensor]:
@@ -40,6 +39,7 @@ def find_removal_order(given: Calibration) -> dict[str, Tensor]:
 
 def _number_rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Tensor:
     """The round in which each block is removed; blocks that stay get higher numbers, by the last losses."""
+    # Blocks that must stay have the highest number of all.
     size, stay = depth.size, depth.stack.stay
     most = size - max(1, len(stay))
     rounds = min(given.removals.get(depth.name, most), most)
@@ -52,6 +52,7 @@ def _number_rounds(given: Calibration, depth: Depth, batches: Sequence[Samples])
         }
         first, *others = sorted(tried, key=lambda unit: losses[unit])
         found[first] = number
+        # The class may hold only some sets of blocks. Then these numbers decide which other blocks go.
         for place, unit in enumerate(others):
             found[unit] = rounds + place / size
         left.remove(first)

@@ -29,6 +29,7 @@ def score_by_influence(influences: Mapping[str, Tensor], families: Sequence[Fami
 
 def measure_influence(given: Calibration) -> dict[str, Tensor]:
     """Depth → the influence of each of its blocks on the text, float64 [blocks]."""
+    # For each block the sum over tokens, and the number of tokens.
     depths = [family for family in given.families if isinstance(family, Depth)]
     stacks = [family.stack for family in depths]
     sums = [torch.zeros(2, len(stack.blocks), dtype=torch.float64) for stack in stacks]

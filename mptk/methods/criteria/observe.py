@@ -1,4 +1,4 @@
-"""observe: the input of criteria, and shared measurements: moments of activations.
+"""observe: the input of criteria, and shared measurements: moments of activations, losses and their gradients.
 
 Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
 transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
@@ -6,7 +6,7 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -26,7 +26,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.protocols.task import Task
-from mptk.staged.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor, Tap
 from mptk.tasks import CAUSAL_LM
 
 OBSERVED_TOKENS = 2048
@@ -37,7 +37,7 @@ OBSERVED_TOKENS = 2048
 class Calibration:
     """The input of a criterion's measurement: an analysed model, the families to score, and text.
 
-    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; a depth that is not named loses all
+    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; without an entry a depth loses all
     removable blocks. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
     """
 
@@ -61,7 +61,7 @@ class Calibration:
 
     @property
     def groups(self) -> list[Group]:
-        """The sites of all families."""
+        """The groups of all families."""
         return [group for family in self.families for group in family.groups]
 
     @property
@@ -117,7 +117,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """The moments of both samples together, without cancellation (Chan, Golub & LeVeque 1983)."""
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        share = other.count / count.clamp(min=1)  # an expert may have no rows in either
         delta = other.mean - self.mean
         deviation = self.deviation + other.deviation + delta.square() * self.count * share
         return Moments(count, self.mean + delta * share, deviation)
@@ -170,10 +170,11 @@ def compute_weight(program: Program, node: fx.Node) -> Tensor:
 def find_sites(analysis: Analysis) -> list[Site]:
     """Every contraction of an activation and a weight, in graph order.
 
-    Not with a weight whose size depends on inputs, nor with one that ``torch.vmap`` takes apart.
+    A weight that only a call knows is left out: its size depends on inputs, or ``torch.vmap`` takes it apart.
     """
     facts, found, made = analysis.facts, [], _find_call_nodes(analysis.program)
     for product in facts.contractions:
+        # Products of two activations, like attention's own, have no weight to score.
         operands = [product.left, product.right]
         weights = [o for o in operands if facts.is_weight(o[0]) and o[0] not in made]
         others = [o for o in operands if o[0] in facts.activations]
@@ -202,6 +203,7 @@ def _match_dims(
     """Pairs of dimensions that x and the weight share, except the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
+    # A grouped product (``offs``): rows of x are sorted by expert, and the analysis knows which axis they follow.
     ends = get_argument(node, "offs")
     if isinstance(ends, fx.Node):
         routed = [(resolve(route.rows), resolve(route.expert)) for route in analysis.facts.routes]
@@ -230,8 +232,8 @@ def find_uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
 def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Callable[..., None]]]) -> Sharing:
     """Run the program on the text, and call each function with the values of its nodes in every batch.
 
-    The processes of a run share the batches; the result sums, or lists, the findings of all. Nothing after the last of
-    the nodes is computed.
+    The processes of a run share the batches; with the result a caller sums, or lists, what all of them found. Nothing
+    after the last of the nodes is computed.
 
     Raises:
         MptkError: there is no text, or the program was traced for other sizes of inputs.
@@ -248,15 +250,13 @@ def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Calla
 def measure_activations(given: Calibration) -> dict[Site, Observation]:
     """The moments of x at each contraction that scores units of ``given.families``.
 
-    Only running sums [*shared, K] are kept.
-
-    Raises:
-        MptkError: as ``watch``.
+    Only running sums [*shared, K] are kept. Raises the errors of ``watch``.
     """
 
     def made(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
         return compute_moments(x, stream[1], stream[2], ends)
 
+    # Sites that read one activation (query, key and value layers) share its moments.
     sites = given.sites
     streams = dict.fromkeys(site.stream for site in sites)
     watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(made, s)) for s in streams}
@@ -318,6 +318,7 @@ def compute_moments(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | N
     """
     if ends is not None:
         return _compute_routed_moments(x.float().movedim(dim, -1), ends)
+    # Within a batch float32 will do; batches are merged in float64.
     others = [d for d in range(x.ndim) if d != dim and d not in shared]
     sizes = [x.shape[d] for d in shared]
     rows = x.float().permute(*shared, *others, dim).reshape(*sizes, -1, x.shape[dim])
@@ -328,6 +329,7 @@ def compute_moments(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | N
 
 
 def _compute_routed_moments(x: Tensor, ends: Tensor) -> Moments:
+    # Rows after the last end get the number of a further expert, which is dropped at the end.
     experts = ends.numel()
     owner = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
     count = torch.bincount(owner, minlength=experts + 1)[:, None].double()
@@ -341,3 +343,44 @@ def count_in_samples(progress: Count | None, given: Sequence[Samples]) -> Count 
     """Progress over batches as progress over their samples."""
     done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
+
+
+# ---- losses and gradients ----
+
+GRADIENT_TOKENS = 512
+"""Tokens in a batch whose activations autograd keeps: fewer than in a forward batch, which keeps none."""
+
+
+def sum_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
+    """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
+
+    The processes of a run share the batches.
+    """
+    share = share_batches(len(given))
+    own = share.own(given)
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    results = executor.outputs(programs, [batch.tensors for batch in own])
+    for batch in own:
+        for i in range(len(programs)):
+            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+    return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
+
+
+def sum_gradients(
+    given: Calibration, scaled: Callable[[Tensor], Tensor], names: Collection[str] = (), taps: Sequence[Tap] = ()
+) -> tuple[Mapping[str, Tensor], Sharing]:
+    """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
+
+    ``taps`` see gradients in activations. The processes of a run share the batches; the second result sums what their
+    taps saw. Raises MptkError if the objective has no loss for the program's outputs; or as ``watch``.
+    """
+    program, executor = given.analysis.program, given.executor
+    found = split_batches(program, given.samples, GRADIENT_TOKENS)
+    share = share_batches(len(found))
+    own = share.own(found)
+
+    def loss(output: Tensor, i: int) -> Tensor:
+        return scaled(given.objective.compute_sensitivity(output, own[i].to(executor.device)))
+
+    inputs, progress = [batch.tensors for batch in own], count_in_samples(given.progress, own)
+    return executor.gradients(program, names, inputs, loss, progress, share.total, taps), share

@@ -42,9 +42,9 @@ from mptk.methods.criteria.observe import (
 
 @dataclass(frozen=True)
 class Routed:
-    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others.
+    """``experts``: group of experts → S of each unit, [scopes, size]. ``seen``: Wanda's measurement for other families.
 
-    ``tokens``: of each mixture, the axis term of its experts and the tokens routed to each, [experts].
+    ``tokens``: for each mixture the axis term of its experts, and the number of tokens routed to each, [experts].
     """
 
     experts: Mapping[Group, Tensor]
@@ -60,11 +60,7 @@ def score_by_reap(evidence: Routed, families: Sequence[Family]) -> Scores:
 
 
 def measure_experts(given: Calibration) -> Routed:
-    """The contributions of experts, and Wanda's measurement for the other families.
-
-    Raises:
-        MptkError: no family has experts; or no router weight multiplies the outputs of a layer's experts.
-    """
+    """The contributions of experts, and Wanda's measurement for the other families."""
     sites = find_sites(given.analysis)
     experts = [f for f in given.families if all(_find_mixtures(sites, group) for group in f.groups)]
     if not experts:
@@ -78,7 +74,7 @@ def measure_experts(given: Calibration) -> Routed:
 
 
 def report_lost_experts(analysis: Analysis, cut: Cut, evidence: Routed) -> Compensation:
-    """Nothing makes up for experts: only the share of the router's choices that fell on removed ones is said."""
+    """Say which share of the router's choices fell on removed experts. Nothing makes up for them."""
     chosen = sum(float(counts.sum()) for _, counts in evidence.tokens)
     gone = sum(float((counts * ~cut.mask_tensor((term,)).to(counts.device)).sum()) for term, counts in evidence.tokens)
     return Compensation(
@@ -90,6 +86,7 @@ def _sum_contributions(
     given: Calibration, sites: Sequence[Site]
 ) -> tuple[dict[Group, Tensor], list[tuple[Term, Tensor]]]:
     """The contribution of each unit in the groups of experts, float32 [scopes, size]; and ``Routed.tokens``."""
+    # Watch the gated rows of each mixture of each group.
     facts = given.analysis.facts
     terms: dict[tuple[Group, fx.Node], Term] = {}
     watches: dict[tuple[Group, fx.Node], Watched] = {}
@@ -97,6 +94,8 @@ def _sum_contributions(
         for ends, (product, term) in _find_mixtures(sites, group).items():
             terms[group, ends] = term
             watches[group, ends] = (_find_gate(facts, product, group), ends), _compute_norms
+
+    # The mean norm of an expert's rows is its S_j. A group of several mixtures has the sum.
     scores, tokens = dict[Group, Tensor](), dict[fx.Node, tuple[Term, Tensor]]()
     for (group, ends), seen in gather_moments(given, watches).items():
         own = sum_units(seen.mean[:, 0], (terms[group, ends],), 0, group)
@@ -117,7 +116,7 @@ def _find_mixtures(sites: Sequence[Site], group: Group) -> dict[fx.Node, tuple[f
         if site.ends is not None:
             term = site.weight_dims[site.shared[0][1]]
             if group.axis in set(list_axes(term)):
-                found[site.ends] = site.node, term
+                found[site.ends] = site.node, term  # sites are in the graph's order: the last product stays
     return found
 
 
@@ -125,11 +124,12 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
     """The first multiplication of a product's rows by one number per row that does not depend on the rows."""
     rows, made, order = resolve(facts.dims(product)[0]), {product}, list(facts.graph.nodes)
     for node in order[order.index(product) + 1 :]:
+        # Follow values that are made of the rows and are still in their order.
         dims = facts.results.get(node)
         if made.isdisjoint(node.all_input_nodes) or not isinstance(dims, tuple) or resolve(dims[0]) != rows:
-            continue  # not made of the rows, or no longer in their order
+            continue
         factors = [source for source in node.all_input_nodes if source not in made and source in facts.activations]
-        if name_base_op(node.target) in ("mul", "mul_") and any(map(_is_one_for_each_row, factors)):
+        if name_base_op(node.target) in ("mul", "mul_") and any(x.meta["val"].shape[1:] == (1,) for x in factors):
             found: fx.Node = node
             return found
         made.add(node)
@@ -137,10 +137,6 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
         f"no router weight multiplies the outputs of {group.layer}'s experts, so reap cannot score them; use --method "
         "wanda"
     )
-
-
-def _is_one_for_each_row(node: fx.Node) -> bool:
-    return tuple(node.meta["val"].shape[1:]) == (1,)
 
 
 REAP = Criterion(

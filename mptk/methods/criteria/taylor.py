@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mptk.ir.families import Analysis, Family
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
-from mptk.methods.criteria.gradients import sum_gradients
-from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.observe import Calibration, sum_gradients
 
 
 @dataclass(frozen=True)

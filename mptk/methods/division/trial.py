@@ -11,7 +11,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.criteria.gradients import sum_losses
+from mptk.methods.criteria.observe import sum_losses
 from mptk.progress import Count
 from mptk.protocols.chain import Prepared
 from passes.transforms.masked_reference import mask

@@ -5,7 +5,7 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,31 +14,40 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.accelerate import without_autocast
-from mptk.compat.peft import switch_off_adapters
+from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapters
 from mptk.config.choices import FREE
 from mptk.config.learning import Learning
 from mptk.config.settings import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import gather_tensors, holds, is_anywhere, is_leader, make_accelerator, place_model
+from mptk.distributed.processes import (
+    find_module_blocks,
+    gather_tensor,
+    gather_tensors,
+    holds,
+    is_anywhere,
+    is_leader,
+    make_accelerator,
+    place_model,
+)
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import collect_kept_units, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.layers import describe_ends
-from mptk.methods.maskprune.adapters import adapt, merge_adapters, recompute, unwrap_adapters
 from mptk.methods.maskprune.losses import cross_entropy
-from mptk.methods.maskprune.optimizers import count_product_tokens
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.together import Together
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, move_to_host, run_module
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
 from mptk.progress import Progress
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import TRACKER, Kept, RunFolder
@@ -49,7 +58,7 @@ from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
-"""Seconds for each layer to make and place the models that are trained, and to store what they start with."""
+"""Seconds for each layer to make and place the models that are trained, and to store their initial state."""
 SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
@@ -59,15 +68,13 @@ def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dic
     s, training = settings, settings.learning.training
     if not s.steps:
         return {}
+    # In a step the teacher goes forward, the student forward and backward, and backward costs as much as two passes.
+    # The held-out samples, up to a batch, go forward before the first step, at each checkpoint and at the end.
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
-    tokens = batches * training.batch * s.length + s.steps * kept * count_product_tokens(
-        settings.learning, sizes.hidden
-    )
-    return {
-        "train": Pass(
-            tokens, s.length, reads=0, training=estimate_training_memory(s, sizes, kept), fixed=TRAINING_START_S
-        )
-    }
+    products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
+    tokens = batches * training.batch * s.length + products
+    memory = estimate_training_memory(s, sizes, kept)
+    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S)}
 
 
 def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
@@ -76,9 +83,14 @@ def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float)
     ``kept``: the share of the parameters that stay.
     """
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    # All weights: a gradient and two moments of each, 4 bytes a number. LoRA: these and the adapters themselves, in a
+    # layer about 8 rank × hidden numbers.
     states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    # What autograd keeps of a token in a block, in hidden and inner sizes. With checkpointing only one block's are
+    # there, and what enters each block.
     layers = 1 if s.gradient_checkpointing else sizes.layers
     activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    # Logits of both models, and their temporary copies in the loss.
     return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
@@ -160,21 +172,28 @@ class Learner:
         same. Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get no changes and no witness.
         """
+        # Models and optimizer live only in the inner call: after it, accelerate holds the last references to them.
         chosen = self._learn_masks(sets)
         self.accelerator.free_memory()
         return chosen
 
     def _learn_masks(self, sets: SampleSets) -> Chosen:
+        # Score units before training, unless a checkpoint of the loop holds the solver's later state.
         prepared, analysis = self.prepared, self.prepared.analysis
         student, masks, solver, loop = self.begin()
         if self.folder.read_latest("masks") is None:
             before = partial(self._score_units, student, solver, sets.calibration)
             solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
         loop.run()
+
+        # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         scores = {family: solver.scores(family).cpu() for family in widths}
         plan = select_units(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
+
+        # The class may hold other units than the tail left (whole blocks), so masks follow the plan. The outputs are
+        # computed with masks and adapters in place: the proof compares them with the merged weights'.
         solver.harden(collect_kept_units(analysis, cut, list(widths)))
         outputs = self.outputs(loop.student, sets.proof)
         state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
@@ -184,8 +203,10 @@ class Learner:
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
+        # Widths in which all candidates agree are given; the others are learned.
         prepared, candidates = self.prepared, self.prepared.candidates
-        shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
+        families = {name: prepared.analysis.family(name) for name in prepared.families}
+        shapes = {name: (len(family.groups), family.scopes, family.size) for name, family in families.items()}
         given = {
             family: width
             for family, width in candidates[0].widths.items()
@@ -200,16 +221,22 @@ class Learner:
                 f"a step that learns masks has {batch} windows, which do not divide over {count} processes; "
                 f"give --batch {whole.mask_parts * count}"
             )
+        # A step of the settings is several of the solver's (``mask_parts``), each with a part of the batch.
         steps = whole.mask_steps * whole.mask_parts
         stays = {family: units.to(device) for family, units in prepared.stays.items()}
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
+
+        # Modules whose weights are read past them get no adapter: LoRA would have no effect there.
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.copy_model(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
+
+        # The student without masks and adapters is the dense model: a second copy is needed only for another teacher.
         dense = partial(_run_dense, prepared.task, student, masks)
         teacher = self._make_teacher(dense if prepared.compared is prepared.loaded else self._make_separate_teacher())
 
+        # Once the target has reached the budget, widths are rounded to legal ones, and only masks and LoRA move.
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
             solver.step(tokens)
@@ -241,10 +268,10 @@ class Learner:
         """
         acc = self.accelerator
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
-        repeated = calibration.repeat(-(-together // len(calibration)))
+        repeated = calibration.repeat(-(-together // len(calibration)))  # at least one whole batch
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with switch_off_adapters(student):
+            with switch_off_adapters(student):  # they change nothing before training, and cost time
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
                 self._compute_sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
@@ -290,6 +317,7 @@ class Learner:
     ) -> Recovered:
         loop = self.recovery(small, steps, used, watch)
         loop.run()
+        # Before adapters are merged: the proof compares these outputs with the merged weights'.
         outputs = self.outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merge_adapters(student) if self.rank else student.named_parameters()
@@ -299,14 +327,8 @@ class Learner:
     def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
         """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
         watch = None if held_out is None else Watch(held_out)
-        loop = self._make_loop(
-            student,
-            self._make_teacher(self._make_separate_teacher()),
-            steps,
-            "recovery",
-            watch=watch,
-            sizes=student.views,
-        )
+        teacher = self._make_teacher(self._make_separate_teacher())
+        loop = self._make_loop(student, teacher, steps, "recovery", watch=watch, sizes=student.views)
         loop.run()
         without_autocast(self.accelerator, loop.student)
         found = []
@@ -320,7 +342,8 @@ class Learner:
     def tolerance(self) -> float:
         """Largest difference of the trained model and its stored weights, relative to the largest output."""
         acc = self.accelerator
-        if acc.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision even after training
+        # Shards compute in half precision even after training; elsewhere autocast is switched off for the outputs.
+        if acc.is_fsdp2 and self.settings.precision != "no":
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
@@ -342,6 +365,7 @@ class Learner:
     def _make_separate_teacher(self) -> Callable[[Samples, bool], Output]:
         """A function that runs a teacher that is separate from the student."""
 
+        # Placed at the first call: with a cached teacher there may be none.
         @cache
         def dense() -> Any:  # with a cached teacher it may never run
             return place_model(self.accelerator, self.prepared.copy_teacher(self.keeps))
@@ -374,6 +398,7 @@ class Learner:
         live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":
             return live
+        # A folder of the run belongs to one teacher. A folder that runs share has a subfolder for each.
         folder = self.folder.make() / "teacher" if shared is None else Path(shared) / self.fingerprint
         return CachedTeacher(live, folder, top, partial(is_anywhere, acc), acc.device)
 
@@ -405,15 +430,66 @@ def find_nearest_candidate(
     return dict(min(candidates, key=distance).widths)
 
 
-def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
-    family = analysis.family(name)
-    return len(family.groups), family.scopes, family.size
-
-
 def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), switch_off_adapters(student):
         return run_module(task, student, samples, hidden=hidden)
+
+
+# ---- LoRA (Hu et al. 2021, arXiv 2106.09685) with peft ----
+
+
+def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2 on all linear layers but the head. Its own weights are frozen.
+
+    ``seed``: of the adapters' initial weights. ``but``: modules without adapters.
+    """
+    # A tied head is the embedding, too: an adapter that is merged into it would change both.
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
+    if not names:
+        raise MptkError(
+            f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
+            "--method, as wanda, and no --rank"
+        )
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())  # GPT-2's layers hold [in, out]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]), adapt_as_named():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def unwrap_adapters(model: PeftModel) -> nn.Module:
+    """The wrapped module, whose submodules keep their names."""
+    return model.base_model.get_submodule("model")
+
+
+def merge_adapters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Each adapted layer's (weight name, weight plus adapter), one at a time, on the device. The model does not change.
+
+    If weights are sharded over processes, all processes must call it, and each gets whole weights.
+    """
+    for name, layer in unwrap_adapters(model).named_modules():
+        if isinstance(layer, Linear):
+            with torch.no_grad():
+                weight = gather_tensor(
+                    layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default")
+                )
+            yield f"{name}.weight", weight
+
+
+def recompute(model: nn.Module, on: bool) -> None:
+    """Switch gradient checkpointing of the blocks on or off.
+
+    transformers' own gradient checkpointing needs training mode, which would switch dropout on.
+    """
+    for block in find_module_blocks(model):
+        # An attribute of the instance hides the class's method; without it the method is back.
+        if on:
+            vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+        else:
+            vars(block).pop("forward", None)
 
 
 __all__ = ["Learner", "find_nearest_candidate", "start_training"]

@@ -102,6 +102,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: _Context, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
     ) -> tuple[Tensor, ...]:
+        # The weight of each position in the two means: the loss is their weighted sum.
         known = targets != IGNORED
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
@@ -110,11 +111,13 @@ class _Fused(torch.autograd.Function):
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
         rows = max(1, CHUNK // logits.shape[1])
         for at in (slice(first, first + rows) for first in range(0, len(logits), rows)):
+            # Cross entropy: log Σ exp z − z of the target. An ignored target is -100, which no index may be.
             z = logits[at].float()
             p = z.softmax(-1)
             total = _log_total(z, p)
             target = targets[at].clamp_min(0)[:, None]
             lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
+            # p becomes the gradient in place, since another tensor of this size would not fit the cache.
             share = of_lm[at, None].float()
             if weights.kl:
                 found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
@@ -132,6 +135,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Taken out of the context and scaled in place: it is as large as the logits.
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None
         return gradient.mul_(gradients[0]), *[None] * (len(ctx.needs_input_grad) - 1)
@@ -146,13 +150,15 @@ def _compute_divergence(
     z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
 ) -> tuple[Tensor, Tensor]:
     """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab]."""
+    # 1. The teacher's whole logits t: log q − log p = (t − log Σ exp t) − (z − log Σ exp z).
     if len(teacher) == 1:
         t = teacher[0].float()
         q = t.softmax(-1)
         apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
-        return torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device)), p.mul_(of_lm + of_kl).sub_(
-            q, alpha=of_kl
-        )
+        found = torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device))
+        return found, p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+    # 2. Its top k: r is the teacher's probability of all other tokens together, ``others`` the student's. The bound
+    # keeps its logarithm finite.
     tokens, logs, rest = teacher[0], teacher[1].float(), teacher[2].float()
     q, r, seen = logs.exp(), rest.exp(), p.gather(-1, tokens)
     others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
@@ -168,6 +174,7 @@ def compute_hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
     """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖²: h of the student, h* of the teacher, [batch, length, hidden]."""
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
+        # Without the mean, since a large constant part of the states would hide their error.
         spread = (theirs - theirs.mean(tuple(range(theirs.ndim - 1)))).square().sum().clamp_min(1e-12)
         errors.append((ours - theirs).float().square().sum() / spread)
     return torch.stack(errors).mean()

@@ -46,6 +46,7 @@ class MaskPrune(Method):
         return find_disturbance(analysis, family)
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
+        # Activations take one pass; the gradients in the masks, also each token's own, about four.
         s = settings
         return {"score": Pass(5 * s.windows * s.length, s.length, reads=2)}
 
@@ -65,6 +66,8 @@ def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -
     """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers."""
 
     def find() -> Kept:
+        # The division is chosen one-shot, since learned widths are the same in all layers. It starts from the widths
+        # that cut all families most evenly.
         scores = keep_scores(prepared, "wanda", sets, context)
         equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = choose_division(prepared, scores, equal, sets, context)
@@ -72,6 +75,7 @@ def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -
         both = (*sizes.items(), *losses.items())
         return Kept({name: torch.tensor(value, dtype=torch.float64) for name, value in both})
 
+    # Widths and losses are in one file, by name: the names of families are widths, the others losses.
     found = context.keep(DIVISION, find).tensors
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}

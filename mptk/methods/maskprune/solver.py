@@ -32,8 +32,12 @@ Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
 
 EPSILON = 1e-12
+"""Least divisor, and least price."""
 DIVERGED = 1e100
+"""A price above this shows that no widths meet the budget. It is far from float64's largest number, so the error still
+has the price."""
 LARGEST_EXPONENT = 700.0
+"""exp(709) is the largest in float64."""
 ROUNDS = 120
 """Least number of updates of widths and z. They need this many, and cost nothing compared with a step of the model."""
 
@@ -75,11 +79,17 @@ class Solver:
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
+
+        # m: 1, or 0 for the units that a larger cut removed.
         whole = {family: torch.ones(shape, dtype=torch.bool, device=self.device) for family, shape in shapes.items()}
         self.stays = {family: (stays or {}).get(family, units) for family, units in whole.items()}
         self.masks = {family: units.float().requires_grad_() for family, units in self.stays.items()}
+
+        # F, d, the last g, and the sum of squares of the tokens' gradients since the last ``observe``.
         self.fisher, self.drift, self.last, self.squares = (self._zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
+
+        # s, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.
         self.gone = {family: float((~units[0, 0]).sum()) for family, units in self.stays.items()}
         self.removed = dict(self.gone)
         self.begin = resource(self.widths()) if stays else 1.0
@@ -125,6 +135,8 @@ class Solver:
 
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
+        # F is the variance of one token's gradient, d a moving average of means over ``tokens``. Such an average has
+        # (1 − memory) / (1 + memory) of the variance of one term.
         drift, memory = self.drift[family], self.rates.drift
         error = (self.compute_curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
         return subtract_noise(drift, error)
@@ -145,6 +157,7 @@ class Solver:
 
         It begins with 1 or, after a larger cut, with that one's cost.
         """
+        # The cubic cuts fast while many units cost nothing, and slowly near B.
         done = min(1.0, (self.step_count + 1) / max(1.0, self.ramp * self.steps))
         return self.budget + (self.begin - self.budget) * (1 - done) ** 3
 
@@ -170,21 +183,24 @@ class Solver:
             if not m.grad.isfinite().all():
                 raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
             g = m.grad.to(self.last[family].dtype)
+            # g is a mean over n tokens: n times the squares of what each adds is the mean square of one token's.
             if self.squares[family].any():
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
-            else:
+            else:  # the first batch has no earlier one: its own square stands in
                 noise = 0.5 * tokens * (g - self.last[family]).square() if self.seen else tokens * g.square()
             self.fisher[family].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
             self.last[family] = g
             self.squares[family].zero_()
         self.seen += 1
         self.tokens = tokens
+        # After F of all families, whose correction depends on ``seen``.
         for family, m in self.masks.items():
             beyond = -self.last[family] - self.compute_curvature(family) * (1 - m.detach().to(self.last[family].dtype))
             self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
 
     def step(self, tokens: int) -> None:
         """Update everything except θ from the gradients in ``masks``, then clear the gradients."""
+        # The order of the equations in docs/maskprune.md: F and d, then s and z, and m for the new s.
         self.observe(tokens)
         for _ in range(self.rounds):
             self._resize()
@@ -223,6 +239,7 @@ class Solver:
         if self.z <= 0:
             prices = [losses[family] / slopes[family] for family in free if slopes[family] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
+        # Rates are totals over all updates; z's are for a budget that is missed by a tenth, hence the 10.
         price = self.z * math.exp(10 * self.rates.urgency * self._compute_excess())
         rate = self.rates.width / (self.steps * self.rounds)
         for family in free:
@@ -235,20 +252,19 @@ class Solver:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
         rate = 10 * self.rates.price / (self.steps * self.rounds)
         self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
-        self._require(self.z, f"dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the cost")
+        if not 0 <= self.z < DIVERGED:
+            raise MptkError(
+                f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the "
+                f"cost, so the budget of {self.budget:.3f} cannot be met; ask for less"
+            )
 
     def _compute_excess(self) -> float:
         """R − B: the cost above the current budget, as a share of the dense cost."""
         return self.resource(self.widths()) - self.target()
 
-    def _require(self, dual: float, what: str) -> None:
-        if not 0 <= dual < DIVERGED:
-            raise MptkError(
-                f"step {self.step_count}: the {what}, so the budget of {self.budget:.3f} cannot be met; ask for less"
-            )
-
     def _predict_marginal(self, family: str) -> float:
         """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
+        # A negative v counts as 0: a price must not become negative.
         values = self.compute_saliency(family).clamp_min(0).gather(-1, self.order(family))
         k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
         return float(values[..., k].sum())

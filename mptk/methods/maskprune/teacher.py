@@ -19,16 +19,13 @@ from mptk.methods.maskprune.losses import TopLogits, shorten_logits
 
 TeacherOutputs = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
 """Logits or their shortened form, and each layer's hidden states [batch, length, hidden] or None."""
-
-
 Output = tuple[Tensor, Sequence[Tensor] | None]
 """A model's output (logits or features), and each layer's hidden states if they were asked for."""
-
 
 TOP = 64
 """Number of tokens kept of each distribution."""
 OUTPUT = "output"
-"""The name of what is kept whole, in its file."""
+"""Name of an output that is kept whole, in its file."""
 
 
 class CachedTeacher:
@@ -56,6 +53,7 @@ class CachedTeacher:
         tidy(folder)
 
     def __call__(self, samples: Samples) -> TeacherOutputs:
+        # Outputs are always read back, also just after they were computed: so each epoch sees the same rounded numbers.
         files = [self._file([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)
@@ -70,8 +68,7 @@ class CachedTeacher:
         digest = hashlib.sha256()
         for tensor in sample:
             digest.update(tensor.contiguous().numpy().tobytes())
-        name = digest.hexdigest()[:32]
-        return self.folder / f"{name}-{self.k}.safetensors"
+        return self.folder / f"{digest.hexdigest()[:32]}-{self.k}.safetensors"
 
     def _keep(self, samples: Samples, files: list[Path]) -> None:
         """Run all samples together, even if some are cached: a resumed run must get identical numbers."""
@@ -81,6 +78,7 @@ class CachedTeacher:
             write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in kept.items()}))
 
     def _shorten_rows(self, logits: Tensor) -> dict[str, Tensor]:
+        # int32 and float16: a window's file has 6 bytes for each kept token of each position.
         top = shorten_logits(logits, self.k)
         return {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
 
@@ -91,6 +89,7 @@ def _explain_damage(file: Path, why: str) -> MptkError:
 
 def hash_model_weights(model: nn.Module) -> str:
     """A name for a model's weights: equal for equal weights, different for others."""
+    # Sums in float64 in place of the bytes: these would have to be copied to the host and hashed.
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         x = p.detach().double()

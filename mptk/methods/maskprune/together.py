@@ -1,7 +1,7 @@
 """together: the sizes of a ladder as one module, whose smaller sizes compute with slices of the largest size's weights.
 
 Training them together follows slimmable networks (Yu & Huang 2019, arXiv 1903.05134): the sandwich rule and in-place
-distillation. A weight that a size's own fit made, as of a layer that reconstruction fitted, stays its own.
+distillation. A weight that a size's own fit made, like a reconstructed layer's, stays its own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from passes.frontend.trace import find_cache_switch
 class Together(nn.Module):
     """The sizes, the largest first. Only the largest size's parameters and the others' own ones require a gradient.
 
-    A parameter is a size's own if it is not a slice of the largest size's from the start.
-
-    The others take no memory.
+    A parameter is a size's own if it is not a slice of the largest size's from the start. Slices take no memory.
 
     Args:
         sizes: the untrained model of each size, and where its parameters are in the largest model's.
@@ -35,6 +33,7 @@ class Together(nn.Module):
             named = dict(module.requires_grad_(True).named_parameters())
             largest = self.own[0] if self.own else {}
             shared = [n for n in largest if slice_weight(largest[n], places.get(n, ())).equal(named[n])]
+            # The module keeps an empty parameter, for which ``functional_call`` puts the slice.
             for name in shared:
                 parameter = named.pop(name).requires_grad_(False)
                 parameter.data = parameter.data.new_empty(0)
@@ -52,6 +51,7 @@ class Together(nn.Module):
     def forward(self, size: int, **inputs: Any) -> Any:
         module = self.sizes[size]
         inputs = {**find_cache_switch(module), **inputs}
+        # The largest size holds its weights itself, and runs as it is.
         return functional_call(module, self.weights(size), kwargs=inputs) if size else module(**inputs)
 
     @property

@@ -1,4 +1,4 @@
-"""inputs: what models read: token ids, images, videos, sound, series; one file a kind. transformers says which."""
+"""inputs: what models read: token ids, images and videos, sound, series. transformers says which a class reads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from torch import nn
 from mptk.errors import MptkError
 from mptk.tasks.inputs.audio import Audio
 from mptk.tasks.inputs.base import Inputs
-from mptk.tasks.inputs.images import Images
+from mptk.tasks.inputs.images import Images, Pictures, Videos, count_frames
 from mptk.tasks.inputs.latents import Latents
-from mptk.tasks.inputs.pictures import Pictures
 from mptk.tasks.inputs.series import Series
 from mptk.tasks.inputs.text import TextWindows
-from mptk.tasks.inputs.videos import Videos, count_frames
 
 INPUT_KINDS: dict[str, Inputs] = {
     "input_ids": TextWindows(),

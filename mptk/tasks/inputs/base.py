@@ -41,7 +41,7 @@ class Inputs(Protocol):
         ...
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
-        """``settings.eval_windows`` samples of ``settings.eval_data``, else of ``settings.data``. Errors are those."""
+        """``settings.eval_windows`` samples of ``settings.eval_data``, else ``settings.data``. Errors as above."""
         ...
 
     def named(self, data: str) -> str:
@@ -60,6 +60,7 @@ def draw_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, 
         elif name in bounds:
             made[name] = torch.randint(bounds[name], shape, generator=generator)
         else:
+            # Integers without a bound, such as sizes, must stay what they are.
             made[name] = tensor[:1].expand(shape).clone()
     return made
 
@@ -83,16 +84,12 @@ class FileInputs(Inputs):
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data = settings.eval_data or settings.data
-        if data == RANDOM_DATA:
+        if data == RANDOM_DATA:  # another seed, so that it is not measured on what it was calibrated on
             return draw_inputs(self.make_example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
         return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
 
     def find(self, data: str) -> list[Path]:
-        """All such files in the folder ``data`` and below, in the order of their paths.
-
-        Raises:
-            MptkError: there is no such folder, or it has none.
-        """
+        """All such files in the folder ``data`` and below, in the order of their paths."""
         folder, what = expand_path(data), self.what
         if not folder.is_dir():
             raise MptkError(
@@ -108,8 +105,7 @@ class FileInputs(Inputs):
 def load_preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> Any:
     """What ``auto``, a class of transformers, loads to prepare files for a model.
 
-    Raises:
-        MptkError: the model has none. ``what``: its name; ``packages``: a remedy of its own.
+    For the error if the model has none: ``what``: its name; ``packages``: a remedy of its own.
     """
     try:
         return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trust.allows_code)
@@ -121,7 +117,7 @@ def load_preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") 
 
 
 def select_accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
-    """Those of ``inputs`` that the model's ``forward`` takes."""
+    """The ``inputs`` that the model's ``forward`` takes."""
     names = inspect.signature(model.forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in names}
 

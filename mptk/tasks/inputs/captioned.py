@@ -48,11 +48,7 @@ class Captioned(Inputs):
         return self.prepared(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
 
     def prepared(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
-        """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor does.
-
-        Raises:
-            MptkError: the model lacks one of these, or its tokenizer has no token to fill up texts with.
-        """
+        """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor."""
         images = Images().prepared(loaded, [row.images[0] for row in rows], progress)
         text = encode_texts(loaded, [row.caption for row in rows], limit_length(loaded, length))
         check_ids(loaded.model, text[IDS])

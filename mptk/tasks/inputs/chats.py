@@ -20,7 +20,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 TABLES = (".jsonl", ".json")
 """Suffixes of a table of chats."""
 FILE = "file_name"
-"""Its column of images, relative to the folder."""
+"""The column of images in a file of captions, relative to the folder."""
 IMAGES = "images"
 """The column of a chat's images, if its turns do not name them."""
 
@@ -54,11 +54,7 @@ class Chat:
 
 
 def read_chats(data: str) -> list[Chat]:
-    """The chats of ``data``: a folder of images with ``metadata.csv`` or ``metadata.jsonl``, or a .jsonl of chats.
-
-    Raises:
-        MptkError: it is neither, or a row has no image.
-    """
+    """The chats of ``data``: a folder of images with ``metadata.csv`` or ``metadata.jsonl``, or a .jsonl of chats."""
     place = expand_path(data)
     if place.is_dir():
         found = list(_read_captions(place))
@@ -98,6 +94,7 @@ def _read_captions(folder: Path) -> Iterator[Chat]:
         raise MptkError(f"{folder} has no {' or '.join(METADATA)} with captions; write one with the column {FILE}")
     for number, row in enumerate(_read_rows(file), 1):
         where = f"row {number} of {file}"
+        # The column of captions may have any name, so it must be the only one with text.
         texts = [name for name, value in row.items() if name != FILE and isinstance(value, str)]
         if len(texts) != 1 or not isinstance(row.get(FILE), str):
             raise MptkError(f"{where} needs {FILE} and one column of text; it has {', '.join(map(str, row))}")
@@ -119,6 +116,7 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
     turns = next((row[name] for name in CHATS if isinstance(row.get(name), list)), None)
     if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
         raise MptkError(f"{where} has no chat: a list of {{role, content}} in a column {' or '.join(CHATS)}")
+    # Images without a name in the turns are those of the column, in their order.
     named = list(row.get(IMAGES) or [])
     plain, images = [], list[Path]()
     for turn in turns:
@@ -130,6 +128,7 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
                 if not isinstance(name, str):
                     raise MptkError(f'{where} has an image without a file; name it as {{"type": "image", "path": …}}')
                 images.append(_resolve_image(folder, name, where))
+        # A template gets only what it may write: text, and where an image is.
         shown = [part if part.get("type") == "text" else {"type": "image"} for part in parts]
         plain.append({"role": turn["role"], "content": shown})
     if not images:

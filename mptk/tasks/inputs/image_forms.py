@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from mptk.compat.transformers import compute_vision_inputs
 from mptk.errors import MptkError, take_first_line
 from mptk.tasks.inputs.base import EXAMPLES, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
-from mptk.tasks.inputs.packed_images import FORMULAS
 from passes.frontend.trace import hold_evaluation_mode, place_fake_weights
 
 PIXELS, POSITIONS = "pixel_values", "position_ids"
@@ -58,19 +57,24 @@ def find_trace_constants(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict
 def hold_constants(
     pixels: Tensor | None, numbers: Mapping[str, Tensor | int], marks: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Within it, a trace computes with ``numbers``, which it is given as constants, and no image is blank.
+    """A trace inside computes with ``numbers``, which it is given as constants, and finds no image blank.
 
     ``marks``: the tokens that stand for images, in all samples.
     """
     with keep_small_constants(), nullcontext() if pixels is None else NoBlankImages(pixels, marks):
         yield {
+            # Made anew inside of the trace, which takes them for constants.
             name: torch.tensor(value.tolist(), dtype=value.dtype) if isinstance(value, Tensor) else value
             for name, value in numbers.items()
         }
 
 
 class NoBlankImages(TorchFunctionMode):
-    """Within it, no image is blank. Classes leave out blank images, which stand in samples with fewer than others."""
+    """Patches the check for blank images, which pad samples with fewer images than others: a trace must drop none.
+
+    Classes drop them by a mask, and the size of what is left would depend on numbers. Likewise the number of tokens
+    that stand for images: a trace gets it as ``marks``.
+    """
 
     def __init__(self, pixels: Tensor, marks: int) -> None:
         super().__init__()
@@ -78,12 +82,15 @@ class NoBlankImages(TorchFunctionMode):
         self.count, self.size = pixels.shape[:-3].numel(), pixels.shape[-3:].numel()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        # The count of an image's zeros ≠ its size: true of each image.
         if func in (Tensor.__ne__, Tensor.ne, torch.ne) and args[0].shape == (self.count,) and args[1] == self.size:
             return torch.tensor([True] * self.count)
+        # images[mask], if the mask is the one above: all images.
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
             mask = args[1]
             if mask.shape == (self.count,) == args[0].shape[:1] and all(mask.tolist()):
                 return args[0]
+        # states[mask, :] at the tokens of images, read or written: as many rows as there are marks.
         if func in (Tensor.__getitem__, Tensor.__setitem__) and self._is_at_marks(*args):
             mask = args[1][0]
             if func is Tensor.__setitem__:
@@ -108,7 +115,7 @@ class Lengths:
 
 
 class AnyImages(TorchFunctionMode):
-    """Within it, images stay one tensor, so that a trace holds for any number of them. None is blank.
+    """Keeps images in one tensor, so that a trace holds for any number of them. None is blank.
 
     Classes make lists of images, or divide a sequence among them; both need their number. If the sequence of an
     attention was to be divided, a mask does it.
@@ -120,13 +127,17 @@ class AnyImages(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         named = dict(kwargs or {})
+        # A sequence that is to be divided among images stays whole, and its attention gets a mask of their parts.
         if func in (torch.split, Tensor.split) and isinstance(args[1], list) and isinstance(args[1][0], Lengths):
             self.lengths = args[1][0].of
             return (args[0],)
         if func is F.scaled_dot_product_attention and self.lengths is not None and named.get("attn_mask") is None:
             return func(*args, **named | {"attn_mask": _match_parts(self.lengths, args[0].shape[-2])})
+        # What follows is for tensors of any number of images only.
         if not _is_open(args):
             return func(*args, **named)
+        # Their numbers are one number; a list of them has one entry, which is the tensor; the mask of blank ones takes
+        # all.
         if func is Tensor.item:
             return Lengths(args[0])
         if func is Tensor.__len__:
@@ -204,6 +215,8 @@ def _list_forms(model: PreTrainedModel) -> Iterator[Named]:
     if GRIDS in names:
         yield from _make_packed(vision, channels, generator)
         return
+    # The usual forms, the richest first: tiles with sizes, images with sizes, images, one image in a list for each
+    # sample.
     size = getattr(vision, "image_size", None) or IMAGE_SIZE
     height, width = size if isinstance(size, Sequence) else (size, size)
     pixels = torch.randn(EXAMPLES, channels, height, width, generator=generator)
@@ -227,6 +240,7 @@ def _make_packed(vision: object, channels: int, generator: torch.Generator) -> I
     side = EXAMPLE_BLOCKS * (merged if isinstance(merged, int) else merged[0])
     frames = _find_first(vision, "temporal_patch_size", "patch_temporal") or 1
     grids = torch.tensor([[1, side, side]] * EXAMPLES)
+    # Patches as rows of numbers (Qwen2-VL), or as small pictures of one frame.
     pixels = torch.randn(EXAMPLES, side * side, channels, frames, patch, patch, generator=generator)
     yield {PIXELS: pixels.flatten(2), GRIDS: grids}
     yield {PIXELS: pixels[:, :, :, 0], GRIDS: grids}
@@ -241,6 +255,7 @@ def make_other_size(model: PreTrainedModel) -> Named | None:
     inputs, generator = make_image_inputs(model), torch.Generator().manual_seed(1)
     pixels = inputs[PIXELS]
     if GRIDS in inputs:
+        # Wider by one block of patches that become one token.
         frames, height, width = inputs[GRIDS][0].tolist()
         wider = width + width // EXAMPLE_BLOCKS
         found = {
@@ -258,6 +273,7 @@ def make_other_size(model: PreTrainedModel) -> Named | None:
 @torch.no_grad()
 def count_image_tokens(model: Any, inputs: Named) -> int:
     """The tokens that the image of each sample becomes, by the shape of its features."""
+    # With fake weights, so that it costs no memory and no time, and works before weights are read.
     named = arrange_inputs(inputs)
     with (
         hold_evaluation_mode(model),
@@ -282,3 +298,88 @@ def compute_image_positions(model: Any, inputs: Mapping[str, Tensor], images: Te
     wanted = inspect.signature(base.get_rope_index).parameters
     found, _ = base.get_rope_index(**{name: value for name, value in known.items() if name in wanted})
     return {POSITIONS: found.transpose(0, 1).contiguous()}
+
+
+# ---- what a vision encoder of packed patches makes of the sizes of images, as tensors of a graph ----
+#
+# transformers makes these with loops over the images, whose number and sizes a trace would hold as numbers. N: images.
+# P: patches of all images. Each image is one frame of height x width patches, in blocks that become one token.
+
+
+class VisionEncoder(Protocol):
+    """What is read of an encoder: patches in each direction of a token's block; pixels of a patch, and of a window."""
+
+    spatial_merge_size: int
+    patch_size: int
+    window_size: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Images in one sequence, and where the ``steps`` of one row or column of a token's block make ``count`` units.
+
+    ``heights``, ``widths``: int64 [N], in units. ``image``: the image of each unit, int64 [count]. ``local``: the
+    number of the unit in its image, int64 [count].
+    """
+
+    heights: Tensor
+    widths: Tensor
+    image: Tensor
+    local: Tensor
+
+    @classmethod
+    def of(cls, grids: Tensor, count: int, size: int = 1) -> Packed:
+        """``grids``: int64 [N, 3]; ``size``: patches in each direction that are one unit; ``count``: of all units."""
+        heights, widths = grids[:, 1] // size, grids[:, 2] // size
+        ends = (heights * widths).cumsum(0)
+        units = torch.arange(count)
+        image = (units[:, None] >= ends[None]).sum(1)
+        return cls(heights, widths, image, units - F.pad(ends, (1, 0))[image])
+
+
+def compute_patch_positions(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """Row and column of each patch, int64 [P, 2]; patches of a block follow each other."""
+    merged, packed = encoder.spatial_merge_size, Packed.of(grids, patches)
+    block, within = packed.local // merged**2, packed.local % merged**2
+    across = (packed.widths // merged)[packed.image]
+    rows, columns = block // across * merged + within // merged, block % across * merged + within % merged
+    return torch.stack([rows, columns], 1)
+
+
+def compute_image_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """The patches before the end of each image, after a zero: int64 [N + 1]."""
+    return F.pad((grids[:, 1] * grids[:, 2]).cumsum(0), (1, 0))
+
+
+def _number_windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """The number of the window in which each token is, int64 [P / patches of a token]."""
+    merged = encoder.spatial_merge_size
+    packed = Packed.of(grids, patches // merged**2, merged)
+    side = encoder.window_size // merged // encoder.patch_size
+    down, across = packed.heights // side + 1, packed.widths // side + 1
+    before = F.pad((down * across).cumsum(0), (1, 0))[packed.image]
+    width = packed.widths[packed.image]
+    return before + packed.local // width // side * across[packed.image] + packed.local % width // side
+
+
+def order_windows(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """The tokens window by window, int64 [tokens]."""
+    windows = _number_windows(encoder, grids, patches)
+    count = windows.shape[0]
+    return torch.argsort(windows * count + torch.arange(count))
+
+
+def compute_window_ends(encoder: VisionEncoder, grids: Tensor, patches: int) -> Tensor:
+    """For each token of ``order_windows`` the patches before its window ends, after a zero: int64 [tokens + 1]."""
+    ordered = _number_windows(encoder, grids, patches).sort().values
+    before = (ordered[None] <= ordered[:, None]).sum(1)
+    return F.pad(before * encoder.spatial_merge_size**2, (1, 0))
+
+
+FORMULAS: Mapping[str, Callable[[VisionEncoder, Tensor, int], Tensor]] = {
+    "position_ids": compute_patch_positions,
+    "cu_seqlens": compute_image_ends,
+    "window_index": order_windows,
+    "cu_window_seqlens": compute_window_ends,
+}
+"""transformers' name → the function of an encoder, of the sizes of images int64 [N, 3], and of P."""

@@ -1,13 +1,14 @@
 """image_text: text with an image in it. The class says how many tokens an image becomes, its processor where they are.
 
 All samples have as many tokens: the image's, and ``length`` of text. A shorter text is filled with its own tokens,
-which no loss counts.
+which no loss counts. At the end: the prompt with images that an exported model is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError, take_first_line
+from mptk.io import models
 from mptk.io.chat_templates import ChatTemplate
 from mptk.io.data import SELF, check_ids, check_positions, find_position_limit, name_data
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM_DATA
+from mptk.ort.decoder import OrtDecoder, find_model_folder
+from mptk.ort.generation import PromptImages
 from mptk.progress import Count
 from mptk.tasks.inputs.base import Inputs, Named, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats
@@ -35,6 +39,7 @@ from mptk.tasks.inputs.image_forms import (
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TextWindows, count_vocabulary, make_example_ids
 from mptk.tasks.padding import IDS
+from mptk.trust import NO_CODE
 
 START = 1
 """Tokens of text before the image, if no processor says where it is."""
@@ -72,19 +77,17 @@ class ImagesWithText(Inputs):
         return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)
 
     def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
-        """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's.
-
-        Raises:
-            MptkError: the model has no processor; or it gives images of several sizes, or other numbers of them.
-        """
+        """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's."""
         packages = " install pillow and torchvision if they are missing,"
         processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
         names = list(self.make_example(loaded.model))
+        # The template came with the checkpoint: it runs in a process of its own, within bounds.
         with ChatTemplate(processor) as template:
             texts = [chat.text(processor, template) for chat in chats]
         for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):
             made.append(prepare_sample(loaded.model, processor, chat, text, names, length))
             progress(done, len(chats))
+        # All samples go through one trace, which holds the sizes of images.
         sizes = {
             str([[x.shape for x in one.values()], [x.tolist() for n, x in one.items() if n in KNOWN_SIZES]])
             for one in made
@@ -119,9 +122,11 @@ def prepare_sample(
         raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
     ids = found[IDS]
     marks = int((ids == token).sum())
+    # Cut or fill up the text, so that all samples have as many tokens. No image may be cut off with it.
     total = marks + limit_text(model, marks, length)
     if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
         raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
+    # A short text is filled with its own tokens, without the image's.
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
     filled = torch.cat([ids, plain.repeat(-(-total // len(plain)))[None]], 1)[:, :total]
@@ -134,6 +139,7 @@ def prepare_sample(
 
 def with_images(model: Any, text: Tensor, generator: torch.Generator, example: Named | None = None) -> Named:
     """Text, int64 [samples, length], with an image of normal noise in each sample. ``example``: one of its size."""
+    # Of the text no token may stand for an image; then the image's own tokens go in after the first one.
     example, token = make_image_inputs(model) if example is None else example, find_image_token(model)
     count = count_image_tokens(model, example)
     text = torch.where(text == token, shift_tokens(model, text), text)
@@ -190,3 +196,55 @@ def limit_text(model: PreTrainedModel, images: int, length: int) -> int:
     positions = find_position_limit(model.config)
     check_positions(positions, images + 2, f"samples of {images} tokens for the image and 2 of text")
     return length if positions is None else min(length, positions - images)
+
+
+# ---- a prompt for an exported model ----
+
+SEVERAL_AXES = 3
+"""The rank of a decoder's positions that are on several axes."""
+
+
+def encode_image_prompt(
+    place: str, decoder: OrtDecoder, prompt: str, images: Sequence[Path]
+) -> tuple[list[int], PromptImages]:
+    """Token ids of a prompt after its images, and these. ``place``: the folder of the graphs, or one of them.
+
+    They are in the processor's chat template. If there is none, each image's token comes before the text.
+
+    Raises:
+        MptkError: the model reads no images, or none of this size; it has no processor; or a file is no image.
+    """
+    if decoder.embeddings is None:
+        raise MptkError(f"{place} reads no images; leave out --image")
+    # Write the prompt as the processor's template does, and prepare the images.
+    folder = find_model_folder(place)
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    chat = Chat([{"role": "user", "content": parts}], list(images), "the prompt")
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=NO_CODE.allows_code)
+        opened = [open_image(path) for path in images]
+        with ChatTemplate(processor) as template:
+            text = chat.text(processor, template, asks=True)
+        made = processor(text=[text], images=opened, return_tensors="pt")
+    except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:
+        raise MptkError(
+            f"the processor of {folder} does not take the prompt: {take_first_line(error)}; copy the files of the "
+            "dense "
+            "model's processor into it"
+        ) from error
+
+    # The graph reads only some of what the processor makes.
+    given = {name: made[name] for name in decoder.embeddings.images.inputs}
+    if not decoder.embeddings.takes(given):
+        height, width = given["pixel_values"].shape[-2:]
+        raise MptkError(f"the vision encoder takes no images of {height} x {width}; give images of the data's size")
+    return made[IDS][0].tolist(), PromptImages(given, _compute_positions(folder, decoder, {IDS: made[IDS], **given}))
+
+
+def _compute_positions(folder: Path, decoder: OrtDecoder, inputs: Mapping[str, Tensor]) -> Any:
+    """The positions of the tokens on several axes, int64 [axes, 1, length]; None if the decoder has one axis."""
+    if len(decoder.inputs["position_ids"].shape) < SEVERAL_AXES:
+        return None
+    model = models.build_skeleton(str(folder))
+    found = compute_image_positions(model, inputs, inputs[IDS] == find_image_token(model))
+    return torch.transpose(found[POSITIONS], 0, 1).numpy()

@@ -41,16 +41,13 @@ class Series(FileInputs):
 
 
 def read_series(file: Path, steps: int, channels: int) -> Tensor:
-    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out.
-
-    Raises:
-        MptkError: it is not such a file, or is shorter.
-    """
+    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out."""
 
     def damaged(why: str) -> MptkError:
         return MptkError(f"{file} is not a series of {steps} rows and {channels} columns of numbers ({why})")
 
     rows = read_text(file, damaged).splitlines()
+    # A row of names has letters; a number may have the e of its exponent.
     named = bool(rows) and any(character.isalpha() for character in rows[0].replace("e", ""))
     try:
         found = np.loadtxt(rows[named : named + steps], np.float32, delimiter=",", ndmin=2)

@@ -15,11 +15,12 @@ from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 
 TEXT_LENGTH = 7
+"""Tokens of each sample of an example."""
 
 
 def make_example_ids(batch: int = EXAMPLES, length: int = TEXT_LENGTH) -> Tensor:
     """Small token ids, int64 [batch, length]."""
-    return torch.arange(batch * length).reshape(batch, length) % 11 + 1
+    return torch.arange(batch * length).reshape(batch, length) % 11 + 1  # also a trimmed vocabulary has the first dozen
 
 
 class TextWindows(Inputs):

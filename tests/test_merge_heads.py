@@ -106,7 +106,7 @@ def test_principal_components_lose_less_than_means(
     source = toys.saved(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
-            inside.gives(f"{merging.__name__}.ways_of", ways)
+            inside.gives(f"{merging.__name__}.choose_ways", ways)
         found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
         assert found.model.config.num_key_value_heads == kv_heads
         far.append(float((logits(found.model) - logits(dense)).square().mean()))

@@ -146,7 +146,7 @@ def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) ->
 
 def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, dense: str, inside: Inside) -> None:
     inside.spoil(
-        f"{merging.__name__}.first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
+        f"{merging.__name__}.find_first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
     )
     with pytest.raises(ProofError, match="fails at 'KV heads'"):
         mptk.prune(dense, **ALONE)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from mptk import MptkError, Plan, analyze, trace
 from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir.weights import Weights
 from mptk.progress import enter_stage
 from mptk.proof.verification import find_changes
 from mptk.report.sections import build_proof_view
+from mptk.targets.graph import compare_stored
 from mptk.trust import NO_CODE
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, compare_outputs, prove, widen
 
@@ -154,3 +156,9 @@ def test_progress_names_the_stage_that_is_proven() -> None:
     with enter_stage(lambda stage, done, total, figures="": said.append(figures), "prove"):
         prove(program, {"reloaded": (program, TOLERANCE)}, Samples({"x": torch.ones(1, 3)}))
     assert "reloaded" in said
+
+
+def test_an_infinite_weight_that_was_lost_counts_whatever_comes_after_it() -> None:
+    expected = Weights({"a": torch.tensor([float("inf"), 1.0]), "b": torch.tensor([1.0, 2.0])})
+    stored = Weights({"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, 2.0 + 1e-6])})
+    assert compare_stored(stored, expected).relative == float("inf")

@@ -175,7 +175,8 @@ def make_failure(name: str, error: Exception, tolerance: float) -> Difference:
 def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
     """The difference of outputs [batch, sequence, vocab] from ``reference``.
 
-    NaN is an infinite difference, and so is one from an infinite output. If all reference outputs are zero, any difference is relatively infinite.
+    NaN is an infinite difference, and so is one from an infinite output. If all reference outputs are zero, any
+    difference is relatively infinite.
 
     Raises:
         ValueError: there are too few outputs, or too many.
@@ -187,9 +188,8 @@ def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, toler
         if not one.numel():
             continue
         apart = (one.float() - other).abs_().max().item()
-        if not math.isfinite(
-            apart
-        ):  # relative to an infinite output it would be NaN, which no later stage is worse than
+        # Relative to an infinite output it would be NaN, and no later stage is worse than that.
+        if not math.isfinite(apart):
             return Difference(stage, math.inf, math.inf, tolerance)
         largest = max(largest, apart)
         scale = max(scale, *(abs(limit.item()) for limit in other.aminmax()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,3 +44,10 @@ def find_kind(name: str) -> str:
     if first in VERBS:
         return "verb"
     return "participle" if first in IRREGULAR or (first.endswith("ed") and len(first) > 4) else "noun"
+
+
+def test_the_reading_path_is_short() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    path = re.findall(r"^\d+\. `([\w/.]+)`:", page, re.MULTILINE)
+    assert 8 <= len(path) <= 12
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in path) <= 2500

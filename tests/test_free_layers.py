@@ -145,7 +145,7 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
     name = "model.layers.1.mlp.down_proj.weight"
     plan = Plan.load(folder / "plan.json")
     model = LlamaForCausalLM.from_pretrained(checkpoint)
-    analysis = analyze(trace(model, dynamic=True)).divided(plan.divided)
+    analysis = analyze(trace(model, dynamic=True))
     cut, report = resolve_plan(analysis, plan), mptk.Report.read(folder)
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
@@ -273,8 +273,7 @@ def test_a_plan_names_no_unit_twice() -> None:
 
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    whole = analyze(trace(toys.llama(layers=3), dynamic=True))
-    cost = CostModel(whole.divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(layers=3), dynamic=True)))
     steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
 
@@ -300,7 +299,7 @@ def test_levels_are_legal_and_fall_from_the_whole() -> None:
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
-    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)).divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)))
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
     widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

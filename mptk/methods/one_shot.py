@@ -53,7 +53,7 @@ class OneShotMethod(Method):
         return "blocks" in self.criterion.judges  # gaps are made up for; docs/analysis.md has what it brings
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return criteria.find_score_refusal(self.criterion, analysis.family(family))
+        return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
@@ -93,7 +93,7 @@ class OneShotMethod(Method):
 def score_families(
     prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
 ) -> tuple[Scores, object]:
-    """The scores of the cut families, and the evidence behind them.
+    """The scores of all units that may be cut, and the evidence behind them.
 
     ``folder`` stores the scores; if they were stored before, there is no evidence.
     """
@@ -104,7 +104,7 @@ def score_families(
     with context.stage(stage := f"score ({criterion})"):
         given = Calibration(
             analysis,
-            [analysis.family(name) for name in prepared.families],
+            [analysis.variable(name) for name in prepared.families],
             sets.calibration,
             prepared.settings.seed,
             prepared.task,

@@ -406,8 +406,8 @@ def find_nearest_candidate(
 
 
 def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
-    family = analysis.family(name)
-    return len(family.groups), family.scopes, family.size
+    variable = analysis.variable(name)
+    return len(variable.groups), variable.scopes, variable.size
 
 
 def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:

@@ -74,7 +74,7 @@ def divide_over_layers(
         scores, _ = score_families(prepared, "wanda", sets, context, folder)
         equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = choose_division(prepared, scores, equal, sets, context)
-        sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
+        sizes = {name: plan.widths.get(name, prepared.analysis.variable(name).size) for name in prepared.families}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
 
     found = keep_tensors(folder, DIVISION, find)

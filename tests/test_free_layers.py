@@ -25,6 +25,7 @@ from mptk.compile.changes import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
+from mptk.methods.division.selection import tie_layers
 from mptk.trust import NO_CODE
 
 SETTINGS = mptk.Settings(
@@ -269,6 +270,38 @@ def test_a_plan_names_no_unit_twice() -> None:
     plan = Plan.from_json({"format": "mptk-plan/1", "families": {"ffn": whole, "ffn.1": layer}})
     with pytest.raises(MptkError, match=r"ffn\.1 names units of model\.layers\.1\.mlp that another family names, too"):
         resolve_plan(analysis, plan)
+
+
+@pytest.mark.parametrize(
+    ("asked", "tied", "whole"),
+    [
+        ({}, {"ffn": (0, 1, 2)}, set()),
+        ({"layers": "1-2"}, {"ffn": (1, 2), "ffn.0": (0,)}, {"ffn.0"}),
+        ({"keep": ("ffn.1",)}, {"ffn": (0, 2), "ffn.1": (1,)}, {"ffn.1"}),
+        ({"widths": {"ffn": 40, "ffn.1": 60}}, {"ffn": (0, 2), "ffn.1": (1,)}, set()),
+        ({"families": ("ffn.1",)}, {"ffn": (1,), "ffn.0": (0,), "ffn.2": (2,)}, {"ffn.0", "ffn.2"}),
+        (
+            {"families": ("ffn.1",), "widths": {"ffn.1": 60}},
+            {"ffn.0": (0,), "ffn.1": (1,), "ffn.2": (2,)},
+            {"ffn.0", "ffn.2"},
+        ),
+    ],
+)
+def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", **asked))
+    assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
+    assert {name for name in found.whole if name.startswith("ffn")} == whole
+    assert found.untied >= ({"ffn"} if len(tied) > 1 else set())
+    assert found.settings.keep == ()
+
+
+def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", layers="1-2"))
+    cost = CostModel(analysis)
+    assert cost.tie(found.variables).sparsity({"ffn": 32}) == cost.sparsity({"ffn.1": 32, "ffn.2": 32})
+    assert cost.sparsity({"ffn": 32}) == cost.sparsity({f"ffn.{i}": 32 for i in range(3)})
 
 
 def test_no_other_division_loses_less() -> None:

@@ -251,12 +251,8 @@ class Analysis:
     def variable(self, name: str) -> Variable:
         """The width that plans call ``name``: a family's in all its layers, or a single layer's. Raises KeyError."""
         whole = split_layer(name)[0]
-        for family in self.all_families:
-            if family.name == name:
-                return family.tie()
-            if family.name == whole and (found := next((v for v in family.list_layers() if v.name == name), None)):
-                return found
-        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
+        layers = next((f.list_layers() for f in self.families if f.name == whole != name), ())
+        return next((layer for layer in layers if layer.name == name), None) or self.family(name).tie()
 
     def make_variables(self, free: Collection[str] = ()) -> Variables:
         """A width for each family; of the families ``free``, for each of their layers."""

@@ -188,7 +188,7 @@ def legalise(
     families, keep = (expand_parts(names, analysis, legal, parts) for names in (settings.families, settings.keep))
     settings = replace(settings, families=families, keep=keep)
     tying = None if settings.fixed else tie_layers(analysis, settings)
-    if tying is not None and tying.divided:
+    if tying is not None and tying.untied:
         named = (*settings.families, *settings.keep, *settings.widths)
         layer = next((name for name in named if not analysis.variable(name).uniform), f"--layers {settings.layers}")
         check_divides(settings, layer)
@@ -227,7 +227,7 @@ def add_candidates(prepared: Prepared, tying: Tying) -> Prepared:
 def name_layers(prepared: Prepared, tying: Tying) -> Prepared:
     """Give each layer of a family whose widths may differ a variable of its own; in candidates they stay equal."""
     p, cut = prepared, [tying.variables[name] for name in prepared.families]
-    free = {v.family.name for v in cut if p.settings.layers == FREE and is_layered(v.family)} | tying.divided
+    free = {v.family.name for v in cut if p.settings.layers == FREE and is_layered(v.family)} | tying.untied
     if not free:
         return p
     variables = p.analysis.make_variables(free)

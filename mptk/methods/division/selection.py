@@ -33,7 +33,7 @@ class Tying:
     settings: Settings
 
     @property
-    def divided(self) -> frozenset[str]:
+    def untied(self) -> frozenset[str]:
         """The families whose layers are not all tied."""
         return frozenset(v.family.name for v in self.variables.values() if not v.uniform)
 

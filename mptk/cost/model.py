@@ -12,7 +12,7 @@ from mptk.cost.kv_cache import find_keys_and_values
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, compute_size
 from mptk.ir.blocks import list_block_calls, split_block_name
-from mptk.ir.families import Analysis, Family, Variable, Variables
+from mptk.ir.families import Analysis, Family, Variables
 from mptk.ir.ops import resolve_result_shape
 from mptk.ir.plan import Plan
 
@@ -93,12 +93,9 @@ class CostModel:
         tied.variables = variables
         return tied
 
-    def variable(self, name: str) -> Variable:
-        """One of ``variables``, or one that only plans name, as a single layer. Raises KeyError if there is none."""
-        return self.variables.get(name) or self.analysis.variable(name)
-
     def _find_sizes(self, widths: Mapping[str, float]) -> dict[Axis, float]:
-        return {g.axis: width for name, width in widths.items() for g in self.variable(name).groups}
+        named = {name: self.variables.get(name) or self.analysis.variable(name) for name in widths}  # a plan's layers
+        return {g.axis: widths[name] for name, variable in named.items() for g in variable.groups}
 
     def __call__(self, widths: Mapping[str, float]) -> Cost:
         """The cost at ``widths``. Which blocks a depth keeps is not known: each counts with its share on average."""

@@ -152,10 +152,6 @@ class Family:
         """The width that all layers share, or only ``layers``; the others then have widths of their own."""
         return Variable(self.name, self, tuple(range(len(self.groups)) if layers is None else layers))
 
-    def list_layers(self) -> tuple[Variable, ...]:
-        """A width for each layer: ``ffn.0``, ``ffn.1``, …; of a family of one layer, its width."""
-        return self.tie().list_layers()
-
 
 @dataclass(frozen=True)
 class Depth(Family):
@@ -182,7 +178,7 @@ class Variable:
         return tuple(self.family.groups[layer] for layer in self.layers)
 
     def list_layers(self) -> tuple[Variable, ...]:
-        """A variable for each of its layers; itself if its family has one layer."""
+        """A variable for each of its layers, ``ffn.0``, ``ffn.1``, …; itself if its family has one layer."""
         if len(self.family.groups) == 1:
             return (self,)
         return tuple(Variable(f"{self.family.name}.{i}", self.family, (i,)) for i in self.layers)
@@ -251,12 +247,12 @@ class Analysis:
     def variable(self, name: str) -> Variable:
         """The width that plans call ``name``: a family's in all its layers, or a single layer's. Raises KeyError."""
         whole = split_layer(name)[0]
-        layers = next((f.list_layers() for f in self.families if f.name == whole != name), ())
+        layers = next((f.tie().list_layers() for f in self.families if f.name == whole != name), ())
         return next((layer for layer in layers if layer.name == name), None) or self.family(name).tie()
 
     def make_variables(self, free: Collection[str] = ()) -> Variables:
         """A width for each family; of the families ``free``, for each of their layers."""
-        found = (f.list_layers() if f.name in free else (f.tie(),) for f in self.all_families)
+        found = (f.tie().list_layers() if f.name in free else (f.tie(),) for f in self.all_families)
         return {variable.name: variable for variables in found for variable in variables}
 
     @property

@@ -71,11 +71,9 @@ class LegalWidths:
 
     def tie(self, variables: Variables) -> LegalWidths:
         """The legal widths of ``variables``: each has those of its family."""
-        names: dict[str, list[str]] = {}
-        for name, variable in variables.items():
-            names.setdefault(variable.family.name, []).append(name)
-        ladders = {name: ladder for family, ladder in self.ladders.items() for name in names.get(family, ())}
-        refused = {name: why for family, why in self.refused.items() for name in names.get(family, ())}
+        every = variables.values()
+        ladders = {v.name: ladder for name, ladder in self.ladders.items() for v in every if v.family.name == name}
+        refused = {v.name: why for name, why in self.refused.items() for v in every if v.family.name == name}
         return replace(self, ladders=ladders, refused=refused)
 
     def keep_whole(self, names: Iterable[str]) -> LegalWidths:
@@ -409,7 +407,7 @@ def _compute_unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
     """The largest minus the smallest kept share. Families with common weights (attention's) count as one share."""
     kept: dict[frozenset[str], float] = {}
     for name, width in widths.items():
-        variable = cost.variable(name)
+        variable = cost.variables[name]
         weights = frozenset(m.weight for m in variable.groups[0].members) or frozenset((name,))
         same = next((k for k in kept if k & weights), weights)
         kept[same | weights] = kept.pop(same, 1.0) * width / variable.size

@@ -251,7 +251,7 @@ class Advising:
         """Family → the rise of the masked loss on calibration text if one layer keeps half of its units."""
         p = self.prepared
         whole = [v for v in (p.analysis.variable(name) for name in families if name in p.legal.ladders) if v.uniform]
-        layers = {v.name: v.family.list_layers() for v in whole if len(v.layers) > 1}
+        layers = {v.name: v.list_layers() for v in whole if len(v.layers) > 1}
         if not layers:
             return {}
         ladders = {layer.name: p.legal.ladders[name] for name, found in layers.items() for layer in found}

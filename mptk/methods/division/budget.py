@@ -254,7 +254,7 @@ def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[st
         return p.cost.sparsity(least | {name: legal.ladders[name][0] for name in further}) >= s.sparsity - s.tolerance
 
     widths = [
-        (legalize.list_aligned_widths(p.cost.variable(name).family, at) for at in (build_alignment(s), Alignment(1)))
+        (legalize.list_aligned_widths(p.variables[name].family, at) for at in (build_alignment(s), Alignment(1)))
         for name in names
     ]
     if reaches(()) and any(len(own) < len(all_) for own, all_ in widths):

@@ -57,7 +57,7 @@ def tie_layers(analysis: Analysis, settings: Settings) -> Tying:
             alone = _collect_layers(v for v in (*given, *stay) if not v.uniform)
             layers = [i for i in inside[family.name] if i in _collect_layers(asked) - alone]
         tied = [family.tie(layers)] if layers else []
-        others = [v for v in family.list_layers() if v.layers[0] not in layers]
+        others = [v for v in family.tie().list_layers() if v.layers[0] not in layers]
         found.update({v.name: v for v in (*tied, *others)})
         whole |= {v.name for v in others if v.name not in s.widths}
         whole |= {v.name for v in tied if not inside[family.name]}
@@ -84,13 +84,13 @@ def find_named(analysis: Analysis, name: str) -> Variable:
         return analysis.variable(name)
     families = {f.name: f for f in analysis.all_families}
     whole = families.get(name.rpartition(".")[0])
-    if whole is not None and len(layers := whole.list_layers()) > 1:
+    if whole is not None and len(layers := whole.tie().list_layers()) > 1:
         raise MptkError(f"no layer {name!r}; there are {layers[0].name} to {layers[-1].name}")
     if fixed := next((axis for axis in analysis.blocked if axis.name == name), None):
         why = fixed.reasons[0].partition(" (")[0]
         raise MptkError(f"{name} is no family, and keeps its {fixed.size} channels: {why}; leave it out")
-    layered = next((f for f in analysis.families if is_layered(f)), None)
-    example = "" if layered is None else f" (and layers of them, as {layered.list_layers()[0].name})"
+    first = next((f.tie().list_layers()[0].name for f in analysis.families if is_layered(f)), "")
+    example = first and f" (and layers of them, as {first})"
     raise MptkError(f"no family {name!r}; there are {', '.join(families)}{example}")
 
 

@@ -293,7 +293,7 @@ def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whol
     assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
     assert {name for name in found.whole if name.startswith("ffn")} == whole
     assert found.untied >= ({"ffn"} if len(tied) > 1 else set())
-    assert found.settings.keep == ()
+    assert found.keep == ()
 
 
 def test_tied_layers_cost_what_they_cost_one_by_one() -> None:

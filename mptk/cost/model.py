@@ -94,7 +94,7 @@ class CostModel:
         return tied
 
     def _find_sizes(self, widths: Mapping[str, float]) -> dict[Axis, float]:
-        named = {name: self.variables.get(name) or self.analysis.variable(name) for name in widths}  # a plan's layers
+        named = {name: self.variables.get(name) or self.analysis.variable(name) for name in widths}  # or only a plan's
         return {g.axis: widths[name] for name, variable in named.items() for g in variable.groups}
 
     def __call__(self, widths: Mapping[str, float]) -> Cost:

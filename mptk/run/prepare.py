@@ -220,7 +220,8 @@ def add_candidates(prepared: Prepared, tying: Tying) -> Prepared:
     """``prepared`` with the candidates that ``tying`` allows."""
     p = prepared
     legal = p.legal.tie(tying.variables).keep_whole(tying.whole)
-    tied = replace(p, legal=legal, cost=p.cost.tie(tying.variables), settings=tying.settings)
+    settings = replace(p.settings, families=tying.families, keep=tying.keep, widths=tying.widths)
+    tied = replace(p, legal=legal, cost=p.cost.tie(tying.variables), settings=settings)
     return replace(p, candidates=tuple(run_once(partial(find_widths, tied))))
 
 
@@ -232,7 +233,7 @@ def name_layers(prepared: Prepared, tying: Tying) -> Prepared:
         return p
     variables = p.analysis.make_variables(free)
     layers = {v.name: [each.name for each in (v.list_layers() if v.family.name in free else [v])] for v in cut}
-    given = {layer: (width,) for name, width in tying.settings.widths.items() for layer in layers[name]}
+    given = {layer: (width,) for name, width in tying.widths.items() for layer in layers[name]}
     legal = p.legal.tie(variables)
     candidates = [
         replace(c, widths={layer: width for name, width in c.widths.items() for layer in layers[name]})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -25,12 +25,15 @@ from passes.targets.width_choices import find_missing_partners
 class Tying:
     """The variables whose values are searched, in which layers that are to have equal widths are tied.
 
-    ``variables``: all of the model. ``whole``: those that stay whole. ``settings``: which name these variables.
+    ``variables``: all of the model. ``whole``: those that stay whole. ``families``, ``keep``, ``widths``: the settings
+    of that name, in names of these variables: of a family whose layers are tied, they name no layer.
     """
 
     variables: Variables
     whole: frozenset[str]
-    settings: Settings
+    families: tuple[str, ...]
+    keep: tuple[str, ...]
+    widths: Mapping[str, int]
 
     @property
     def untied(self) -> frozenset[str]:
@@ -45,23 +48,36 @@ def tie_layers(analysis: Analysis, settings: Settings) -> Tying:
         MptkError: there is no such family or layer; or settings contradict each other.
     """
     s = settings
-    cut, own, kept = ([find_named(analysis, name) for name in names] for names in (s.families, s.widths, s.keep))
+    cut, given, kept = ([find_named(analysis, name) for name in names] for names in (s.families, s.widths, s.keep))
     inside = {f.name: list_layers_inside(f, s) for f in analysis.all_families}
     _check(analysis, inside, s)
     found, whole = dict[str, Variable](), set[str]()
     for family in analysis.all_families:
-        named, given, stay = ([v for v in each if v.family is family] for each in (cut, own, kept))
-        layers = list(range(len(family.groups)))
-        if (named or given or not s.families) and not any(v.uniform for v in stay):
-            asked = [*named, *(v for v in given if v.uniform)] if s.families else [family.tie()]
-            alone = _collect_layers(v for v in (*given, *stay) if not v.uniform)
+        named, own, stay = ([v for v in each if v.family is family] for each in (cut, given, kept))
+        layers = list(range(len(family.groups)))  # all, if nothing asks for a cut: then its layers do not differ
+        if (named or own or not s.families) and not any(v.uniform for v in stay):
+            asked = [*named, *(v for v in own if v.uniform)] if s.families else [family.tie()]
+            alone = _collect_layers(v for v in (*own, *stay) if not v.uniform)
             layers = [i for i in inside[family.name] if i in _collect_layers(asked) - alone]
         tied = [family.tie(layers)] if layers else []
         others = [v for v in family.tie().list_layers() if v.layers[0] not in layers]
         found.update({v.name: v for v in (*tied, *others)})
         whole |= {v.name for v in others if v.name not in s.widths}
         whole |= {v.name for v in tied if not inside[family.name]}
-    return Tying(found, frozenset(whole), _rename(analysis, found, s))
+    families = _name_cut(found, cut, [name for name in s.widths if name in found])
+    if s.families and not families:
+        raise MptkError("--keep leaves nothing of --families to cut; leave out one of them")
+    widths = {name: width for name, width in s.widths.items() if name in found}
+    return Tying(found, frozenset(whole), families, tuple(v.name for v in kept if v.uniform), widths)
+
+
+def _name_cut(variables: Variables, named: Iterable[Variable], fixed: Sequence[str]) -> tuple[str, ...]:
+    """The names, among ``variables``, of what the settings name to be cut; ``fixed``: those with a given width."""
+    found = dict[str, None]()
+    for each in named:
+        own = [name for name in fixed if variables[name].family is each.family] if each.uniform else [each.name]
+        found |= dict.fromkeys(name for name in (each.family.name, *own) if name in variables)
+    return tuple(found)
 
 
 def _collect_layers(variables: Iterable[Variable]) -> set[int]:
@@ -135,21 +151,6 @@ def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Se
             raise MptkError(f"{name} is outside of --layers {s.layers}; leave out one of both")
         if family in s.keep:
             raise MptkError(f"{name} is to be cut, and {family} is in --keep; leave it out of one of them")
-
-
-def _rename(analysis: Analysis, variables: Variables, settings: Settings) -> Settings:
-    """The settings with the names of ``variables``: of a family whose layers are tied, they name no layer."""
-    s = settings
-    fixed = {name: width for name, width in s.widths.items() if name in variables}
-    families = dict[str, None]()
-    for name in s.families:
-        named = analysis.variable(name)
-        own = [each for each in fixed if variables[each].family is named.family] if named.uniform else [name]
-        families |= dict.fromkeys(each for each in (named.family.name, *own) if each in variables)
-    if s.families and not families:
-        raise MptkError("--keep leaves nothing of --families to cut; leave out one of them")
-    keep = tuple(name for name in s.keep if analysis.variable(name).uniform)
-    return replace(s, families=tuple(families), keep=keep, widths=fixed)
 
 
 Parts = Mapping[str, Sequence[str]]

@@ -68,7 +68,7 @@ def scores(by: str, analysis: Analysis, model: Any, windows: Tensor, removed: in
     if by == "influence":
         return criteria.score_units(analysis, by, windows, families=[depth.name])[depth.name].flatten()
     if by == "greedy":
-        given = Calibration(analysis, [depth], samples, removals={depth.name: removed})
+        given = Calibration(analysis, [depth.tie()], samples, removals={depth.name: removed})
         return criteria.measure_and_score(GREEDY, given)[0][depth.name].flatten()
     if by == "alone":
         return torch.tensor([loss(analysis, [unit], samples.make_batches(1024)[0]) for unit in range(depth.size)])

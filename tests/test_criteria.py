@@ -40,7 +40,7 @@ from mptk.methods.criteria.observe import Calibration, find_sites
 
 
 def given(case: Case, *families: str) -> Calibration:
-    return Calibration(case.analysis, [case.analysis.family(name) for name in families], make_token_samples(WINDOWS))
+    return Calibration(case.analysis, [case.analysis.variable(name) for name in families], make_token_samples(WINDOWS))
 
 
 class Queries(nn.Module):

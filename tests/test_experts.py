@@ -88,7 +88,7 @@ def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_
 def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None:
     reap, given = (
         criteria.CRITERIA["reap"],
-        Calibration(moe.analysis, [moe.analysis.family("experts")], make_token_samples(WINDOWS)),
+        Calibration(moe.analysis, [moe.analysis.variable("experts")], make_token_samples(WINDOWS)),
     )
     scores, evidence = criteria.measure_and_score(reap, given)
     cut = resolve_plan(moe.analysis, plan := criteria.select_units(moe.analysis, scores, {"experts": 3}))

@@ -32,7 +32,7 @@ def error(case: Case, program: Any, plan: Any) -> float:
 
 def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensation]:
     """The plan of FLAP's scores, and its corrections."""
-    families = [analysis.family(name) for name in widths]
+    families = [analysis.variable(name) for name in widths]
     scores, evidence = criteria.measure_and_score(FLAP, Calibration(analysis, families, make_token_samples(WINDOWS)))
     plan = criteria.select_units(analysis, scores, widths)
     return plan, compensate(analysis, resolve_plan(analysis, plan), evidence)

@@ -25,6 +25,7 @@ from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
+from mptk.methods.division.selection import tie_layers
 from mptk.trust import NO_CODE
 
 SETTINGS = mptk.Settings(
@@ -145,7 +146,7 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
     name = "model.layers.1.mlp.down_proj.weight"
     plan = Plan.load(folder / "plan.json")
     model = LlamaForCausalLM.from_pretrained(checkpoint)
-    analysis = analyze(trace(model, dynamic=True)).divided(plan.divided)
+    analysis = analyze(trace(model, dynamic=True))
     cut, report = resolve_plan(analysis, plan), mptk.Report.read(folder)
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
@@ -271,10 +272,41 @@ def test_a_plan_names_no_unit_twice() -> None:
         resolve_plan(analysis, plan)
 
 
+@pytest.mark.parametrize(
+    ("asked", "tied", "whole"),
+    [
+        ({}, {"ffn": (0, 1, 2)}, set()),
+        ({"layers": "1-2"}, {"ffn": (1, 2), "ffn.0": (0,)}, {"ffn.0"}),
+        ({"keep": ("ffn.1",)}, {"ffn": (0, 2), "ffn.1": (1,)}, {"ffn.1"}),
+        ({"widths": {"ffn": 40, "ffn.1": 60}}, {"ffn": (0, 2), "ffn.1": (1,)}, set()),
+        ({"families": ("ffn.1",)}, {"ffn": (1,), "ffn.0": (0,), "ffn.2": (2,)}, {"ffn.0", "ffn.2"}),
+        (
+            {"families": ("ffn.1",), "widths": {"ffn.1": 60}},
+            {"ffn.0": (0,), "ffn.1": (1,), "ffn.2": (2,)},
+            {"ffn.0", "ffn.2"},
+        ),
+    ],
+)
+def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", **asked))
+    assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
+    assert {name for name in found.whole if name.startswith("ffn")} == whole
+    assert found.untied >= ({"ffn"} if len(tied) > 1 else set())
+    assert found.keep == ()
+
+
+def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", layers="1-2"))
+    cost = CostModel(analysis)
+    assert cost.tie(found.variables).sparsity({"ffn": 32}) == cost.sparsity({"ffn.1": 32, "ffn.2": 32})
+    assert cost.sparsity({"ffn": 32}) == cost.sparsity({f"ffn.{i}": 32 for i in range(3)})
+
+
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    whole = analyze(trace(toys.llama(layers=3), dynamic=True))
-    cost = CostModel(whole.divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(layers=3), dynamic=True)))
     steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
 
@@ -300,7 +332,7 @@ def test_levels_are_legal_and_fall_from_the_whole() -> None:
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
-    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)).divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)))
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
     widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

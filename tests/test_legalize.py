@@ -72,7 +72,7 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
     target = legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
     assert target.together == (frozenset({"heads", "hidden"}),)
     assert target.ladders["hidden"] == (8, 16, 24, 32, 40, 48)
-    assert legalize.choose_default_families(analysis, target) == ["ffn"]
+    assert legalize.choose_default_families(analysis.make_variables(), target) == ["ffn"]
     both = legalize.find_candidates(CostModel(analysis), target, ["heads", "hidden"], 0.3)
     assert both
     assert all(c.widths["hidden"] == 8 * c.widths["heads"] for c in both)
@@ -83,7 +83,7 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
 @pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])
 def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
     analysis, cost, target = small
-    names = legalize.choose_default_families(analysis, target)
+    names = legalize.choose_default_families(analysis.make_variables(), target)
     assert set(names) == {"kv_groups", "q_heads", "ffn"}
     found = legalize.find_candidates(cost, target, names, sparsity)
     distances = [abs(c.sparsity - sparsity) for c in found]

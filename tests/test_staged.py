@@ -203,7 +203,7 @@ def test_nothing_after_the_last_watched_value_is_computed() -> None:
     analysis = analyze(program)
     lazy, _, made = counted(program)
     analysis = type(analysis)(**{**vars(analysis), "program": lazy})
-    heads = analysis.family("q_heads").parts[0]
+    heads = analysis.variable("q_heads.0")
     assert measure_activations(Calibration(analysis, [heads], make_token_samples(inputs[0][0])))
     assert 0 < sum(made) < 0.5 * sum(t.nbytes for t in program.state.values())
 

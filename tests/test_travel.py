@@ -92,7 +92,7 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     (line,) = list_breaking(build_analysis_json(analysis, legal, "m")["families"])
     assert line.startswith(f"cutting hidden, kv_groups, q_heads breaks {HEADS}")
     found = legalize.keep_portable_families(analysis, legal)
-    assert legalize.choose_default_families(analysis, found) == ["ffn"]
+    assert legalize.choose_default_families(analysis.make_variables(), found) == ["ffn"]
     assert found.left == dict.fromkeys(("kv_groups", "q_heads"), f"cutting it breaks {HEADS}")
 
 
@@ -132,7 +132,9 @@ def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> No
     analysis = api.analyze(model)
     legal = find_target("stock").legal(analysis, model, Alignment(2))
     assert "ffn" in legal.breaks
-    assert legalize.choose_default_families(analysis, legalize.keep_portable_families(analysis, legal)) == ["ffn"]
+    assert legalize.choose_default_families(
+        analysis.make_variables(), legalize.keep_portable_families(analysis, legal)
+    ) == ["ffn"]
 
 
 # ---- the programs that must read the result ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, compute_size
 from mptk.ir.blocks import list_block_calls, split_block_name
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Family, Variables
 from mptk.ir.ops import find_aliased_arguments, get_argument, resolve_result_shape
 from mptk.ir.plan import Plan
 
@@ -46,7 +47,9 @@ Shares = dict[Axis, Sequence[float]]
 
 
 class CostModel:
-    """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
+    """Cost of an analysed model at any widths (variable's name → units kept). What is not named stays whole.
+
+    ``variables``: all of the model; ``tie`` gives others.
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
     that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: the
@@ -67,6 +70,7 @@ class CostModel:
         if budget not in BUDGETS:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
+        self.variables = analysis.make_variables()
         self._counts, self._number, self._context = budget, itemsize, context
         # What a width changes: weights whose axes are cut (``_used``), and weights of blocks that may go. Others always
         # count whole.
@@ -88,6 +92,16 @@ class CostModel:
         if before is not None:
             self.dense = self.of_whole(before, itemsize)
 
+    def tie(self, variables: Variables) -> CostModel:
+        """The same cost as a function of other variables."""
+        tied = copy.copy(self)
+        tied.variables = variables
+        return tied
+
+    def _find_sizes(self, widths: Mapping[str, float]) -> dict[Axis, float]:
+        named = {name: self.variables.get(name) or self.analysis.variable(name) for name in widths}  # or only a plan's
+        return {g.axis: widths[name] for name, variable in named.items() for g in variable.groups}
+
     def __call__(self, widths: Mapping[str, float]) -> Cost:
         """The cost at ``widths``. Which blocks a depth keeps is not known: each counts with its share on average."""
         return self._compute_cost(widths, compute_depth_shares(self.analysis, widths))
@@ -100,17 +114,16 @@ class CostModel:
 
     def of(self, plan: Plan) -> Cost:
         """The cost of the model cut to ``plan``."""
-        kept = {self.analysis.family(name).groups[0].axis: f.keep for name, f in plan.families.items()}
         shares: Shares = {}
-        for stack in self.analysis.stacks:
-            if stack.axis in kept:
-                (units,) = kept[stack.axis][stack.module]
-                shares[stack.axis] = [int(unit in units) for unit in range(len(stack.blocks))]
+        for depth in self.analysis.depths:
+            if depth.name in plan.families:
+                (units,) = plan.families[depth.name].keep[depth.stack.module]
+                shares[depth.stack.axis] = [int(unit in units) for unit in range(depth.size)]
         return self._compute_cost(plan.widths, shares)
 
     def _compute_cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
         # Everything is a product of axis sizes, so fractional widths cost what lies between, as the solver needs.
-        sizes = self.analysis.sizes(widths)
+        sizes = self._find_sizes(widths)
         counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
         size, cache = sum(n * self._itemsize[name] for name, n in counts.items()), self._count_kv_cache(sizes, shares)
         return Cost(
@@ -130,7 +143,7 @@ class CostModel:
     def share(self, widths: Mapping[str, float]) -> float:
         """Share of the budget that is left at ``widths``, which may be fractions."""
         if self.budget == "block":  # asked for in each update of MaskPrune's solver: nothing else is counted
-            sizes, shares = self.analysis.sizes(widths), compute_depth_shares(self.analysis, widths)
+            sizes, shares = self._find_sizes(widths), compute_depth_shares(self.analysis, widths)
             left = sum(self._count(name, sizes, shares) for name in self.block_weights)
         else:
             left = getattr(self(widths), self.budget)
@@ -206,7 +219,7 @@ def find_block_weights(analysis: Analysis) -> frozenset[str]:
 
 def is_layered(family: Family) -> bool:
     """Whether a family has a group for each layer, and not one group over all layers (as the residual width)."""
-    return len(family.groups) > 1 or bool(family.part_of)
+    return len(family.groups) > 1
 
 
 # ---- keys and values, as they are before query heads share them ----

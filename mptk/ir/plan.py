@@ -61,12 +61,6 @@ class Plan:
         return {name: family.width for name, family in self.families.items()}
 
     @property
-    def divided(self) -> set[str]:
-        """The families of which it names layers, each with a width of its own: ``ffn`` if it has ``ffn.3``."""
-        parts = (name.rpartition(".") for name in self.families)
-        return {whole for whole, _, layer in parts if whole and layer.isdecimal()}
-
-    @property
     def digest(self) -> str:
         """SHA-256 of the kept units and the conversions."""
         families = self.to_json()["families"]
@@ -131,6 +125,16 @@ class Plan:
             if not isinstance(body, dict):
                 raise MptkError(f'{source}: "{name}" is not an object; see docs/plan.md')
         return Plan(parsed, meta, others)
+
+
+def split_layer(name: str) -> tuple[str, str]:
+    """``ffn.3`` → ``ffn`` and ``3``; a name without a number → itself and an empty string.
+
+    Only an analysis knows whether there is such a layer: if a model has two families ``ffn``, they are ``ffn.1`` and
+    ``ffn.2``.
+    """
+    family, _, layer = name.rpartition(".")
+    return (family, layer) if family and layer.isdecimal() else (name, "")
 
 
 def read_family(body: object, where: str, most: int = MOST_UNITS) -> FamilyPlan:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Index, Term, compute_size, find_occurrences, list_axes
 from mptk.ir.blocks import Block, Renumbering, Stack
-from mptk.ir.families import Analysis, Depth, Family, Group, scope_coordinates
+from mptk.ir.families import Analysis, Depth, Group, Variable, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 
@@ -144,12 +144,13 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
     choices: dict[Axis, KeptUnits] = {}
     for name, chosen in plan.families.items():
         try:
-            family = analysis.family(name)
+            variable = analysis.variable(name)
         except KeyError as error:
             raise MptkError(f"plan: {error.args[0]}") from error
+        family = variable.family
         if chosen.of != family.size:
             raise MptkError(f"plan: {name} has {family.size} units in this model, not {chosen.of}")
-        unknown = set(chosen.keep) - {g.layer for g in family.groups}
+        unknown = set(chosen.keep) - {g.layer for g in variable.groups}
         if unknown:
             raise MptkError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`")
         if chosen.width < family.minimum or chosen.width % family.multiple:
@@ -157,10 +158,10 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
                 f"plan: {name} cannot have width {chosen.width}: it needs at least {family.minimum} "
                 f"and a multiple of {family.multiple}"
             )
-        for group in family.groups:
+        for group in variable.groups:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
-            choices[group.axis] = KeptUnits(group.scope, _build_table(family, group, chosen))
+            choices[group.axis] = KeptUnits(group.scope, _build_table(variable, group, chosen))
         if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
@@ -172,11 +173,11 @@ def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
 
 
-def collect_kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
-    """The units that a plan keeps: family → boolean [layers, scopes, size]."""
+def collect_kept_units(analysis: Analysis, cut: Cut, names: Sequence[str]) -> dict[str, Tensor]:
+    """The units that a plan keeps: variable's name → boolean [layers, scopes, size]."""
     return {
-        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
-        for name in families
+        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.variable(name).groups])
+        for name in names
     }
 
 
@@ -197,16 +198,18 @@ def build_renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
     return Renumbering({module: units for module, units in kept.items() if units is not None})
 
 
-def _build_table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
+def _build_table(variable: Variable, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
-        raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
+        raise MptkError(
+            f"plan: {variable.name} has no entry for layer {group.layer!r}; every layer needs its kept units"
+        )
     if not isinstance(keep, list | tuple):
-        raise MptkError(f"plan: {family.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
+        raise MptkError(f"plan: {variable.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
     if len(keep) not in (1, group.scopes):
-        raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+        raise MptkError(f"plan: {variable.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:
-        check_units(row, chosen.width, family.size, f"plan: {family.name}.{group.layer}")
+        check_units(row, chosen.width, variable.size, f"plan: {variable.name}.{group.layer}")
     rows = keep if len(keep) == group.scopes else keep * group.scopes
     table = np.zeros((math.prod(a.size for a in group.scope), group.size), dtype=bool)
     for stays, units in zip(table, rows, strict=True):

@@ -96,9 +96,9 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
         MptkError: units of the model are coupled in another way if the layers are there.
     """
     # A group of the model is known by its weights; one of a layer by its kind, which a layer of the model shares.
-    families = {name: model.family(name) for name in plan.families}
-    known = {_find_model_weights(g): (name, g.layer) for name, family in families.items() for g in family.groups}
-    kinds = {_describe_kind(family, g, _LAYER): name for name, family in families.items() for g in family.groups}
+    variables = {name: model.variable(name) for name in plan.families}
+    known = {_find_model_weights(g): (name, g.layer) for name, v in variables.items() for g in v.groups}
+    kinds = {_describe_kind(v.family, g, _LAYER): name for name, v in variables.items() for g in v.groups}
     own = [family for family in drafter.families if any(_is_own(g) for g in family.groups)]
     scores = score_units(drafter, "magnitude", families=[family.name for family in own]) if own else {}
     made = {}

@@ -53,7 +53,7 @@ class OneShotMethod(Method):
         return "blocks" in self.criterion.judges
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return criteria.find_score_refusal(self.criterion, analysis.family(family))
+        return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
@@ -114,7 +114,7 @@ def score_families(prepared: Prepared, criterion: str, sets: SampleSets, context
         }
         given = Calibration(
             analysis,
-            [analysis.family(name) for name in prepared.families],
+            [analysis.variable(name) for name in prepared.families],
             sets.calibration,
             prepared.settings.seed,
             prepared.task,

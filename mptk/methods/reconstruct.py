@@ -203,7 +203,7 @@ def _find_layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> lis
     found, stays = dict[str, _Layer](), build_renumbering(analysis, cut).new
     for site in sites:
         name, dim = site.weights[0] if site.weights else ("", None)
-        group = analysis.family(site.family).groups[site.layer]
+        group = analysis.variable(site.family).groups[site.layer]
         # Only inputs are fitted, and only of layers that stay: a removed block's weights have no new name.
         if site.where == "input" and group.axis in cut.choices and stays(name) is not None:
             assert dim is not None

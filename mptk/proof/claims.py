@@ -27,6 +27,7 @@ from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import list_criteria
 from mptk.methods.division.budget import build_cost_model
+from mptk.methods.division.selection import tie_as_planned
 from mptk.protocols.conversion import Conversion, find_imitated
 from mptk.protocols.report import PROVEN_ON, Report
 from mptk.publish.manifest import hash_weight_files, list_files
@@ -165,18 +166,15 @@ def compute_costs(
 
 
 def compute_widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
-    """Family → its dense width, its width after the cut, and its layers. A depth is included if it is cut.
+    """Variable → its dense width, its width after the cut, and its layers. A depth is included if it is cut.
 
     If the plan names single layers of a family, its layers are separate entries.
     """
-    analysis = analysis.divided(plan.divided)
-    depths = [f for f in analysis.depths if f.name in plan.families]
-    found = dict[str, dict[str, int]]()
-    for f in (*analysis.families, *depths):
-        name = f.part_of if f.part_of and f.part_of not in plan.divided else f.name
-        row = found.setdefault(name, {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": 0})
-        row["layers"] += len(f.groups)
-    return found
+    return {
+        name: {"of": variable.size, "width": plan.widths.get(name, variable.size), "layers": len(variable.layers)}
+        for name, variable in tie_as_planned(analysis, plan.families).items()
+        if variable.kind == "channels" or name in plan.families
+    }
 
 
 def require_same(name: str, said: object, true: object) -> None:

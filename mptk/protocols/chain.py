@@ -27,7 +27,7 @@ from mptk.cost.model import CostModel
 from mptk.distributed.processes import make_replica, run_once
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis
+from mptk.ir.families import Analysis, Variables
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program, compute_typical_size
@@ -116,8 +116,13 @@ class Prepared:
         return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
 
     @property
+    def variables(self) -> Variables:
+        """All widths of the model, of which legal sets and candidates name some."""
+        return self.cost.variables
+
+    @property
     def families(self) -> list[str]:
-        """The families that are cut."""
+        """The names of what is cut: families, or layers of them."""
         return list(self.candidates[0].widths if self.planned is None else self.planned.plan.families)
 
     @property
@@ -132,13 +137,13 @@ class Prepared:
     @cached_property
     def under_norms(self) -> list[str]:
         """The families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
-        families = [self.analysis.family(name) for name in self.families]
-        return [f.name for f in families if f.kind == "channels" and find_epsilons(self.analysis, f)]
+        cut = [self.analysis.variable(name) for name in self.families]
+        return [v.name for v in cut if v.kind == "channels" and find_epsilons(self.analysis, v.family)]
 
     @property
     def norms_change(self) -> list[str]:
         """Those of ``under_norms`` that a plan names, or some candidate cuts."""
-        size = {name: self.analysis.family(name).size for name in self.under_norms}
+        size = {name: self.analysis.variable(name).size for name in self.under_norms}
         cut = {name for name in size if any(each.widths[name] < size[name] for each in self.candidates)}
         return [name for name in size if self.planned is not None or name in cut]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from mptk.files import format_json
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.plan import FamilyPlan, Plan, split_layer
 from mptk.ort.bench import Bench
 from mptk.protocols.report import REPORT_FILE, Report, Row
 from mptk.publish.manifest import RUNGS
@@ -47,14 +47,14 @@ class Run:
         # A plan of single layers names them FAMILY.LAYER. A chart shows the whole family, with as many columns as the
         # widest layer has. A layer that the plan does not name keeps all of its units.
         found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
-        for whole in sorted(self.plan.divided):
-            rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
-            parts = {name: found.pop(name).keep for name in rows if name in found}
-            scopes = max(len(kept) for keep in parts.values() for kept in keep.values())
+        for family in sorted({split_layer(name)[0] for name in self.plan.families} - self.plan.families.keys()):
+            rows = {name: row for name, row in self.report.families.items() if split_layer(name)[0] == family}
+            layers = {name: found.pop(name).keep for name in rows if name in found}
+            scopes = max(len(kept) for keep in layers.values() for kept in keep.values())
             of = max(row["of"] for row in rows.values())
             entire = {"": (tuple(range(of)),) * scopes}
-            keep = {f"{name}{layer}": kept for name in rows for layer, kept in parts.get(name, entire).items()}
-            found[whole] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
+            keep = {f"{name}{layer}": kept for name in rows for layer, kept in layers.get(name, entire).items()}
+            found[family] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
         return found
 
 
@@ -166,7 +166,7 @@ def explain_uncut(report: Report, family: str) -> str:
         return str(legal["refused"])
     if narrower == []:
         return "no narrower width is legal"
-    names = {family, family.rpartition(".")[0]}  # of a layer also its family's
+    names = {family, split_layer(family)[0]}  # of a layer also its family's
     if names & {*settings.keep}:
         return "kept whole on request (--keep)"
     if settings.plan is not None:

@@ -19,7 +19,7 @@ from mptk.distributed.processes import holds
 from mptk.errors import MptkError
 from mptk.files import expand_path, format_json
 from mptk.io.live import copy_without_weights
-from mptk.ir.families import Analysis, Depth
+from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import Cut, collect_kept_units, resolve_plan
 from mptk.ir.weights import Weights
@@ -57,7 +57,7 @@ def read_larger(
         {c.name: c.entry for c in conversions}, sort_keys=True
     ):
         raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
-    if plan.divided:
+    if not all(analysis.variable(name).uniform for name in plan.families):
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
     if why := find_refusal(analysis, plan.families):
         raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
@@ -74,7 +74,7 @@ def find_refusal(analysis: Analysis, families: Iterable[str]) -> str | None:
     It can be if the dense shapes with zeros for the removed units compute the same.
     """
     for name in families:
-        if isinstance(analysis.family(name), Depth):
+        if analysis.variable(name).kind == "blocks":
             return f"{name} removes whole blocks"
         if find_disturbance(analysis, name) is not None:
             return f"zeros in the place of {name} would disturb a norm, a softmax or a top-k"
@@ -94,7 +94,7 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     refused: list[MptkError] = []
 
     def reaches(candidate: Candidate) -> bool:
-        sizes = {name: prepared.analysis.family(name).size for name in candidate.widths}
+        sizes = {name: prepared.analysis.variable(name).size for name in candidate.widths}
         plan = Plan({name: FamilyPlan(width, sizes[name], {}) for name, width in candidate.widths.items()})
         start = Chosen(plan, Cut({}, {}))
         try:

@@ -10,7 +10,7 @@ from mptk.config.choices import FREE, IN_MEMORY
 from mptk.config.settings import Settings
 from mptk.conversions import convert_model, find_conversions
 from mptk.cost.budgets import CACHED
-from mptk.cost.model import CostModel
+from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import run_once
 from mptk.errors import MptkError
 from mptk.files.outputs import check_apart
@@ -18,13 +18,12 @@ from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.resident import measure_free_memory
 from mptk.io.text.sampled import can_write_text
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
+from mptk.ir.plan import Plan, split_layer
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
-from mptk.methods.division.budget import apply_budget, build_alignment, build_cost_model, check_any, find_widths
-from mptk.methods.division.selection import LayerSelection, expand_parts, select_layers
+from mptk.methods.division.budget import apply_budget, build_alignment, check_any, find_widths
+from mptk.methods.division.selection import Tying, expand_parts, tie_layers
 from mptk.proof.same_class import check_same_class
 from mptk.protocols.chain import Chosen, Prepared, find_stored_type
 from mptk.protocols.conversion import Analysed, DenseModel, Opened, find_imitated
@@ -180,23 +179,23 @@ def legalise(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | N
     parts = model.task.parts(loaded.model)
     families, keep = (expand_parts(names, analysis, legal, parts) for names in (settings.families, settings.keep))
     settings = replace(settings, families=families, keep=keep)
-    selection = LayerSelection() if settings.fixed else select_layers(analysis, settings)
-    if selection.alike:
-        check_divides(settings, selection.named or f"--layers {settings.layers}")
+    tying = None if settings.fixed else tie_layers(analysis, settings)
+    if tying is not None and tying.untied:
+        named = (*settings.families, *settings.keep, *settings.widths)
+        layer = next((name for name in named if not analysis.variable(name).uniform), f"--layers {settings.layers}")
+        check_divides(settings, layer)
     known = {family.name for family in analysis.all_families}
-    if layer := next((n for n in plan.families if n not in known and n.rpartition(".")[0] in known), None):
+    if layer := next((n for n in plan.families if n not in known and split_layer(n)[0] in known), ""):
         check_ragged(target, f"{layer} of the plan")
     if settings.budget in CACHED and not model.task.caches:
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
     cost, settings = apply_budget(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(dense, model, settings, method, target, legal, cost, start=larger)
-    if settings.fixed:
-        analysis = analysis.divided(plan.divided)
-        planned = Chosen(plan, resolve_plan(analysis, plan))
-        return replace(prepared, model=replace(model, analysis=analysis), planned=planned)
+    if tying is None:
+        return replace(prepared, planned=Chosen(plan, resolve_plan(analysis, plan)))
     check_any(analysis, cost)
     check_left(cost, settings)
-    return divide_by_layer(add_candidates(prepared, selection, before), selection, before)
+    return name_layers(add_candidates(prepared, tying), tying)
 
 
 def check_left(cost: CostModel, settings: Settings) -> None:
@@ -208,38 +207,32 @@ def check_left(cost: CostModel, settings: Settings) -> None:
         )
 
 
-def add_candidates(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
-    """``prepared`` with the candidates of ``selection``, whose families are taken apart as it says."""
-    p, analysis, legal, cost = prepared, prepared.analysis, prepared.legal, prepared.cost
-    if selection.alike:
-        analysis = analysis.apart(selection.alike)
-        legal = p.target.legal(analysis, p.loaded.model, build_alignment(p.settings))
-        cost = build_cost_model(analysis, p.settings, p.dtype.itemsize, before)
-    legal = selection.restrict_widths(legal)
-    renamed = replace(p.settings, families=selection.families, keep=selection.keep, widths=selection.widths)
-    apart = replace(p, model=replace(p.model, analysis=analysis), legal=legal, cost=cost, settings=renamed)
-    return replace(p, candidates=tuple(run_once(partial(find_widths, apart))))
+def add_candidates(prepared: Prepared, tying: Tying) -> Prepared:
+    """``prepared`` with the candidates that ``tying`` allows."""
+    p = prepared
+    legal = p.legal.tie(tying.variables).keep_whole(tying.whole)
+    settings = replace(p.settings, families=tying.families, keep=tying.keep, widths=tying.widths)
+    tied = replace(p, legal=legal, cost=p.cost.tie(tying.variables), settings=settings)
+    return replace(p, candidates=tuple(run_once(partial(find_widths, tied))))
 
 
-def divide_by_layer(prepared: Prepared, selection: LayerSelection, before: Analysis | None) -> Prepared:
-    """Make each layer of the divided families a family of its own; candidates keep equal widths."""
-    s, whole, given = prepared.settings, prepared.analysis, selection.widths
-    parts = {name: selection.layers(whole.family(name), s.layers == FREE) for name in prepared.families}
-    divided = {*selection.alike, *(name for name, layers in parts.items() if layers != [name])}
-    if not divided:
-        return prepared
-    analysis = whole.divided(divided)
-    legal = prepared.target.legal(analysis, prepared.loaded.model, build_alignment(s))
-    ladders = {**legal.ladders, **{part: (given[name],) for name in given for part in parts[name]}}
+def name_layers(prepared: Prepared, tying: Tying) -> Prepared:
+    """Give each layer of a family whose widths may differ a variable of its own; in candidates they stay equal."""
+    p, cut = prepared, [tying.variables[name] for name in prepared.families]
+    free = {v.family.name for v in cut if p.settings.layers == FREE and is_layered(v.family)} | tying.untied
+    if not free:
+        return p
+    variables = p.analysis.make_variables(free)
+    layers = {v.name: [each.name for each in (v.list_layers() if v.family.name in free else [v])] for v in cut}
+    given = {layer: (width,) for name, width in tying.widths.items() for layer in layers[name]}
+    legal = p.legal.tie(variables)
     candidates = [
-        replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
-        for c in prepared.candidates
+        replace(c, widths={layer: width for name, width in c.widths.items() for layer in layers[name]})
+        for c in p.candidates
     ]
-    cost = build_cost_model(analysis, s, find_stored_type(s, prepared.loaded).itemsize, before)
     return replace(
-        prepared,
-        model=replace(prepared.model, analysis=analysis),
-        legal=replace(legal, ladders=ladders),
-        cost=cost,
+        p,
+        legal=replace(legal, ladders={**legal.ladders, **given}),
+        cost=p.cost.tie(variables),
         candidates=tuple(candidates),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,9 +16,9 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.ir.alignment import Alignment
 from mptk.ir.axes import Term, compute_size, list_axes
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Family, Variables
 from mptk.ir.ops import name_op
-from mptk.ir.plan import encode_ranges
+from mptk.ir.plan import encode_ranges, split_layer
 from passes.analysis.rules.contract import ROW_BYTES
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
@@ -49,8 +49,8 @@ class LegalWidths:
     """What a target allows.
 
     Attributes:
-        ladders: family → its legal widths, the dense one last.
-        refused: family that cannot be cut → the reason.
+        ladders: variable → its legal widths, the dense one last. A target gives them for families; ``tie``, for others.
+        refused: variable that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
         left: family that ``keep_portable_families`` leaves out of the default cut → the reason.
@@ -69,10 +69,21 @@ class LegalWidths:
         """Family → programs, other than transformers, that break if it is cut (``stock/travel.py``)."""
         return {} if self.stock is None else find_breaking_cuts(self.stock, self.ladders)
 
+    def tie(self, variables: Variables) -> LegalWidths:
+        """The legal widths of ``variables``: each has those of its family."""
+        every = variables.values()
+        ladders = {v.name: ladder for name, ladder in self.ladders.items() for v in every if v.family.name == name}
+        refused = {v.name: why for name, why in self.refused.items() for v in every if v.family.name == name}
+        return replace(self, ladders=ladders, refused=refused)
+
+    def keep_whole(self, names: Iterable[str]) -> LegalWidths:
+        """The same, but that the variables ``names`` have only their dense width."""
+        return replace(self, ladders={**self.ladders, **{name: self.ladders[name][-1:] for name in names}})
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths (family → units kept), their sparsity, and the unevenness of the cut across families (0: even)."""
+    """Widths (variable → units kept), their sparsity, and the unevenness of the cut across families (0: even)."""
 
     widths: Mapping[str, int]
     sparsity: float
@@ -146,8 +157,7 @@ def refuse_breaking(target: LegalWidths, engines: Collection[str]) -> LegalWidth
         name: f"cutting it breaks {what}"
         for name, what in find_breaking_cuts(target.stock, target.ladders, engines).items()
     }
-    whole = {name: target.ladders[name][-1:] for name in why}
-    return replace(target, ladders={**target.ladders, **whole}, refused={**target.refused, **why})
+    return replace(target.keep_whole(why), refused={**target.refused, **why})
 
 
 def find_grouped_rows(analysis: Analysis) -> list[tuple[Term, int]]:
@@ -214,7 +224,7 @@ def list_aligned_widths(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT
     """
     members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
     devices = alignment.devices if is_layered(family) else 1  # all hold the residual width whole
-    steps = alignment.divisors(family.part_of or family.name, devices)
+    steps = alignment.divisors(family.name, devices)
     kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
     if devices > 1:
         units = [(m.term, family.groups[0].positions(m).shape[-1]) for m in members]  # and a unit's length in the sum
@@ -236,7 +246,7 @@ def keep_portable_families(analysis: Analysis, target: LegalWidths, named: Colle
 
     ``named``: families that the settings name, which are not left out.
     """
-    cut = [name for name in choose_default_families(analysis, target) if name not in named]
+    cut = [name for name in choose_default_families(analysis.make_variables(), target) if name not in named]
     left = {name: f"cutting it breaks {target.breaks[name]}" for name in cut if name in target.breaks}
     return (
         replace(target, left=left)
@@ -245,11 +255,12 @@ def keep_portable_families(analysis: Analysis, target: LegalWidths, named: Colle
     )
 
 
-def choose_default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: those inside layers, if the target can express them; else all."""
-    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1 and f.name not in target.left]
-    layered = keep_complete_families([f.name for f in cut if is_layered(f)], target.together)
-    return layered or keep_complete_families([f.name for f in cut], target.together)
+def choose_default_families(variables: Variables, target: LegalWidths) -> list[str]:
+    """What is cut by default: channels inside layers, if the target can express them; else all channels."""
+    channels = [v for v in variables.values() if v.kind == "channels"]
+    cut = [v for v in channels if len(target.ladders[v.name]) > 1 and v.name not in target.left]
+    layered = keep_complete_families([v.name for v in cut if is_layered(v.family)], target.together)
+    return layered or keep_complete_families([v.name for v in cut], target.together)
 
 
 def drop_useless_widths(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
@@ -362,9 +373,8 @@ def describe_widths(widths: Mapping[str, int]) -> str:
     """``heads=6, ffn.3-26=1024``: layers of one width together."""
     found: dict[tuple[str, int], list[int]] = {}
     for name, width in widths.items():
-        whole, _, layer = name.rpartition(".")
-        single = [int(layer)] if whole and layer.isdecimal() else []
-        found.setdefault((whole if single else name, width), []).extend(single)
+        family, layer = split_layer(name)
+        found.setdefault((family, width), []).extend([int(layer)] if layer else [])
     return ", ".join(
         f"{name}{'.' if layers else ''}{encode_ranges(tuple(layers))}={width}"
         for (name, width), layers in found.items()
@@ -397,8 +407,8 @@ def _compute_unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
     """The largest minus the smallest kept share. Families with common weights (attention's) count as one share."""
     kept: dict[frozenset[str], float] = {}
     for name, width in widths.items():
-        family = cost.analysis.family(name)
-        weights = frozenset(m.weight for m in family.groups[0].members) or frozenset((name,))
+        variable = cost.variables[name]
+        weights = frozenset(m.weight for m in variable.groups[0].members) or frozenset((name,))
         same = next((k for k in kept if k & weights), weights)
-        kept[same | weights] = kept.pop(same, 1.0) * width / family.size
+        kept[same | weights] = kept.pop(same, 1.0) * width / variable.size
     return max(kept.values()) - min(kept.values())

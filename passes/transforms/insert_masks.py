@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, collect_axes, list_axes
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Depth, Family, Group, Member, find_unit_indices
+from mptk.ir.families import Analysis, Depth, Group, Member, Variable, find_unit_indices
 from mptk.ir.program import Program
 from mptk.ir.source_location import list_module_paths
 
@@ -67,24 +67,24 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
     """
     sites = []
     for name in families:
-        family = analysis.family(name)
-        if isinstance(family, Depth):
+        variable = analysis.variable(name)
+        if isinstance(variable.family, Depth):
             sites += [
                 MaskSite(name, 0, block.module, "block", torch.tensor([unit]), ())
-                for unit, block in enumerate(family.stack.blocks)
+                for unit, block in enumerate(variable.family.stack.blocks)
             ]
             continue
         refusal = find_disturbance(analysis, name)
         if refusal is not None:
             raise MptkError(refusal)
-        for layer, group in enumerate(family.groups):
+        for layer, group in enumerate(variable.groups):
             # One site for each weight: the rows of its output and its bias are masked together.
             consumers = _find_sole_consumers(analysis.facts, group)
             covered: set[str] = set()
             for member in consumers or _find_makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
-                    tied = [] if consumers else _list_tied_sites(analysis, module, family, layer, member)
-                    found = tied or [_mask_site(analysis, module, family, layer, member)]
+                    tied = [] if consumers else _list_tied_sites(analysis, module, variable, layer, member)
+                    found = tied or [_mask_site(analysis, module, variable, layer, member)]
                     covered |= {weight for site in found for weight, _ in site.weights}
                     sites += found
     return sites
@@ -92,7 +92,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 
 def find_disturbance(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
-    for group in analysis.family(name).groups:
+    for group in analysis.variable(name).groups:
         for reduction in analysis.facts.reductions:
             if reduction.kind in ("max", "min", "statistic") and group.axis in set(list_axes(reduction.axis)):
                 return (
@@ -130,7 +130,7 @@ def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Membe
 
 
 def _list_tied_sites(
-    analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member
+    analysis: Analysis, module: nn.Module, variable: Variable, layer: int, member: Member
 ) -> list[MaskSite]:
     """A site at each module that holds a tied weight, since all of them will read it folded; none if it is not tied.
 
@@ -139,33 +139,33 @@ def _list_tied_sites(
     names = [member.weight, *(a for a, owner in analysis.program.aliases.items() if owner == member.weight)]
     if len(names) == 1:
         return []
-    index = _index(analysis.weights[member.weight], member.dim, family.groups[layer])
+    index = _index(analysis.weights[member.weight], member.dim, variable.groups[layer])
     places = {id(module.get_submodule(at)): (at, own) for at, _, own in (name.rpartition(".") for name in names)}
-    sites = [MaskSite(family.name, layer, at, own, index, ()) for at, own in places.values()]
+    sites = [MaskSite(variable.name, layer, at, own, index, ()) for at, own in places.values()]
     return [replace(sites[0], weights=((member.weight, None),)), *sites[1:]]
 
 
-def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:
+def _mask_site(analysis: Analysis, module: nn.Module, variable: Variable, layer: int, member: Member) -> MaskSite:
     # The module that holds the weight, and the layer inside an adapter's wrapper, whose type tells the dimensions.
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
     inputs, outputs = _find_linear_dims(own)
-    group = family.groups[layer]
+    group = variable.groups[layer]
     dims = analysis.weights[member.weight]
     past = is_used_outside(analysis.program, member.weight)
     beside = [a for a in group.scope if a not in set(list_axes(member.term))]
     # A choice that varies along another dimension of the weight (``beside``) has no mask of one dimension.
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         index = _index(dims, member.dim, group).flatten()
-        return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
+        return MaskSite(variable.name, layer, owner, "input", index, ((member.weight, inputs),), past)
     if parameter == "weight" and not beside and member.dim == outputs:
         held = {m.weight for m in group.members}
         bias = f"{owner}.bias"
         rows = [(member.weight, outputs), *([(bias, 0)] if bias in held else [])]
         index = _index(dims, member.dim, group).flatten()
-        return MaskSite(family.name, layer, owner, "output", index, tuple(rows), past)
-    return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+        return MaskSite(variable.name, layer, owner, "output", index, tuple(rows), past)
+    return MaskSite(variable.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
 
 
 def is_used_outside(program: Program, weight: str) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Family
+from mptk.ir.families import Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_uses
 from mptk.methods.criteria.observe import Calibration, Site, compute_weight, watch
 
@@ -30,9 +30,9 @@ def measure(given: Calibration) -> dict[Site, Tensor]:
     return found
 
 
-def score(importance: Mapping[Site, Tensor], families: Sequence[Family]) -> Scores:
+def score(importance: Mapping[Site, Tensor], variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{j in unit u} Σ_i |W_ij| · max |x_j|."""
-    return sum_uses(importance, families, lambda each: each)
+    return sum_uses(importance, variables, lambda each: each)
 
 
 PEAK = Criterion("peak", "|weight| × largest input, summed over a unit's consumers", measure, score)

@@ -1,4 +1,4 @@
-"""criteria: one-shot scores of each unit of each family, from the weights and a little text.
+"""criteria: one-shot scores of each unit, from the weights and a little text.
 
 Each criterion is one file with its measurement on the text and its score. ``observe`` has the measurements that they
 share, ``base`` the sums over a unit's weights. ``docs/criteria.md`` says how to add one.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis, Depth, Family
+from mptk.ir.families import Analysis, Depth, Variable
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.samples import Samples, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
@@ -65,15 +65,15 @@ def score_units(
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
             if the criterion's ``passes`` is 0.
-        families: names of the families to score; by default all families of channels or, if it scores blocks, the
-            depths.
+        families: names of the families to score, or of layers of them; by default all families of channels or, if it
+            scores blocks, the depths.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
         executor: runs the program.
 
     Returns:
-        Family name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of
-        ``family.groups``, rows as in ``Group.scopes``.
+        Name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of ``Variable.groups``,
+        rows as in ``Group.scopes``.
 
     Raises:
         MptkError: unknown criterion or family, text missing, a program without weights or of fixed sizes, a family
@@ -81,42 +81,41 @@ def score_units(
     """
     criterion = find_criterion(name)
     if families is None:
-        scored = analysis.families if "channels" in criterion.judges else analysis.depths
-    else:
-        scored = find_families(analysis, families)
+        families = [f.name for f in (analysis.families if "channels" in criterion.judges else analysis.depths)]
+    scored = find_variables(analysis, families)
     given = Calibration(analysis, scored, _make_samples(windows), seed, progress=progress, executor=executor)
     return measure_and_score(criterion, given)[0]
 
 
 def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
-    """Scores of all families of ``given``, as in ``score_units``; and the criterion's measurement, None if unused.
+    """Scores of all variables of ``given``, as in ``score_units``; and the criterion's measurement, None if unused.
 
     If the criterion does not score blocks, their influence does.
     """
     if not given.analysis.program.has_values:
         raise MptkError("a program without weights cannot be scored; trace the model with its weights")
-    if why := next(filter(None, (find_score_refusal(criterion, family) for family in given.families)), None):
+    if why := next(filter(None, (find_score_refusal(criterion, v) for v in given.variables)), None):
         raise MptkError(why)
     # Blocks that the criterion does not score get their influence.
-    own = [family for family in given.families if family.kind in criterion.judges]
-    others = [family for family in given.families if family.kind not in criterion.judges]
+    own = [v for v in given.variables if v.kind in criterion.judges]
+    others = [v for v in given.variables if v.kind not in criterion.judges]
     evidence, found = None, Scores()
     if others:
-        found |= INFLUENCE.score(INFLUENCE.measure(replace(given, families=others)), others)
+        found |= INFLUENCE.score(INFLUENCE.measure(replace(given, variables=others)), others)
     if own:
-        evidence = criterion.measure(replace(given, families=own))
+        evidence = criterion.measure(replace(given, variables=own))
         found |= criterion.score(evidence, own)
-    if wrong := next((family for family, values in found.items() if not values.isfinite().all()), None):
+    if wrong := next((name for name, values in found.items() if not values.isfinite().all()), None):
         raise MptkError(f"{criterion.name} gives {wrong} scores that are not finite; load the model in float32")
-    return {family: values.detach().cpu() for family, values in found.items()}, evidence
+    return {name: values.detach().cpu() for name, values in found.items()}, evidence
 
 
-def find_score_refusal(criterion: AnyCriterion, family: Family) -> str | None:
-    """The reason why a family cannot be scored, or None."""
-    if family.kind in (*criterion.judges, *INFLUENCE.judges):
+def find_score_refusal(criterion: AnyCriterion, variable: Variable) -> str | None:
+    """The reason why units cannot be scored, or None."""
+    if variable.kind in (*criterion.judges, *INFLUENCE.judges):
         return None
     return (
-        f"this method scores whole blocks, not the channels of {family.name}; name a depth, or use another --method, "
+        f"this method scores whole blocks, not the channels of {variable.name}; name a depth, or use another --method, "
         "which also removes blocks, by their influence"
     )
 
@@ -130,36 +129,37 @@ def _make_samples(windows: Tensor | Samples | None) -> Samples | None:
 
 
 def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
-    """Keep the ``width`` best units of each family in each layer and each scope row.
+    """Keep the best units, as many as ``widths`` says, in each layer and each scope row.
 
-    Of equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold the result.
+    Of equal scores the lower index stays. Kept indices are ascending. A layer without scores of its own has its
+    family's. ``stock``: the class that must hold the result.
 
     Raises:
-        MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
+        MptkError: a name that the model or ``scores`` does not have, a width outside 1..size.
     """
     plans = {}
-    for family in find_families(analysis, widths):
-        width = widths[family.name]
-        if family.name not in scores:
-            raise MptkError(f"{family.name} has no scores; score it before choosing its units")
+    for variable in find_variables(analysis, widths):
+        name, family, width = variable.name, variable.family, widths[variable.name]
+        if name not in scores and family.name not in scores:
+            raise MptkError(f"{name} has no scores; score it before choosing its units")
         if not 1 <= width <= family.size:
-            raise MptkError(f"{family.name} cannot keep {width} units; give a width in 1..{family.size}")
+            raise MptkError(f"{name} cannot keep {width} units; give a width in 1..{family.size}")
         # The class decides, too: if a block's kind follows from its position, it holds only some sets of blocks.
         if isinstance(family, Depth):
-            units = choose_blocks(family.stack, scores[family.name].flatten().tolist(), width, stock)
-            plans[family.name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
+            units = choose_blocks(family.stack, scores[name].flatten().tolist(), width, stock)
+            plans[name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
             continue
-        order = scores[family.name].sort(dim=-1, descending=True, stable=True).indices
-        kept = order[..., :width].sort(dim=-1).values.tolist()
-        keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(family.groups, kept, strict=True)}
-        plans[family.name] = FamilyPlan(width, family.size, keep)
+        own = scores[name] if name in scores else scores[family.name][list(variable.layers)]
+        kept = own.sort(dim=-1, descending=True, stable=True).indices[..., :width].sort(dim=-1).values.tolist()
+        keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(variable.groups, kept, strict=True)}
+        plans[name] = FamilyPlan(width, family.size, keep)
     return Plan(plans)
 
 
-def find_families(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
-    """The families of these names. Raises MptkError if the model lacks one."""
+def find_variables(analysis: Analysis, names: Iterable[str]) -> tuple[Variable, ...]:
+    """The variables of these names. Raises MptkError if the model lacks one."""
     try:
-        return tuple(analysis.family(name) for name in names)
+        return tuple(analysis.variable(name) for name in names)
     except KeyError as error:
         raise MptkError(error.args[0]) from error
 

@@ -13,8 +13,8 @@ P is Wanda's score, and the means in F̂ run over the units of a row. g counts o
 on the loss, but outlying positions distort it. P does not depend on the loss, but has hardly any noise. MaskPrune
 starts from the same scores.
 
-What differs: if no weight sums over a family's units (query and key channels, whole experts), or only under
-    ``torch.vmap``, the family has Wanda's score. The variance is over the positions of all calibration samples,
+What differs: if no weight sums over units (query and key channels, whole experts), or only under
+    ``torch.vmap``, they have Wanda's score. The variance is over the positions of all calibration samples,
     thousands; the sources take one gradient per sample. A unit that is in several streams of activations has their sum.
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Family, Group, find_unit_indices
+from mptk.ir.families import Group, Variable, find_unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import (
@@ -51,7 +51,7 @@ SMALLEST_FISHER = 1e-30
 
 @dataclass(frozen=True)
 class Slopes:
-    """What positions add to the loss's gradient in a family's masks (γ), float64 [layers, scopes, size].
+    """What positions add to the loss's gradient in the masks (γ), float64 [layers, scopes, size].
 
     ``squares``: Σ γ² over ``count`` positions. ``mean``: the mean of γ.
     """
@@ -63,15 +63,15 @@ class Slopes:
 
 @dataclass(frozen=True)
 class Fisher:
-    """``seen``: Wanda's measurement. ``slopes``: family → gradients of the loss in its masks."""
+    """``seen``: Wanda's measurement. ``slopes``: variable → gradients of the loss in its masks."""
 
     seen: Mapping[Site, Observation]
     slopes: Mapping[str, Slopes]
 
 
-def score_by_fisher(evidence: Fisher, families: Sequence[Family]) -> Scores:
-    """s = ½ F̂ − g; for a family without slopes, s = P."""
-    priors, slopes = wanda.score_by_wanda(evidence.seen, families), evidence.slopes
+def score_by_fisher(evidence: Fisher, variables: Sequence[Variable]) -> Scores:
+    """s = ½ F̂ − g; without slopes, s = P."""
+    priors, slopes = wanda.score_by_wanda(evidence.seen, variables), evidence.slopes
     return {name: _score(slopes[name], prior) if name in slopes else prior for name, prior in priors.items()}
 
 
@@ -94,7 +94,7 @@ def subtract_noise(value: Tensor, error: Tensor) -> Tensor:
 
 
 def measure_fisher(given: Calibration) -> Fisher:
-    """Wanda's measurement, and the slopes for families over whose units weights sum."""
+    """Wanda's measurement, and the slopes of units that weights sum over."""
     return Fisher(measure_activations(given), _measure_slopes(given))
 
 
@@ -106,15 +106,15 @@ def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
     # Tap what each consumer of each group reads. If one group of a family has no consumer, the family has no slopes.
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
-    for family in given.families:
-        read = [_read(group, sites) for group in family.groups]
+    for variable in given.variables:
+        read = [_read(group, sites) for group in variable.groups]
         if not all(read):
             continue
-        sums[family.name] = torch.zeros(2, len(family.groups), family.scopes, family.size, dtype=torch.float64)
-        for layer, (group, found) in enumerate(zip(family.groups, read, strict=True)):
+        sums[variable.name] = torch.zeros(2, len(variable.groups), variable.scopes, variable.size, dtype=torch.float64)
+        for layer, (group, found) in enumerate(zip(variable.groups, read, strict=True)):
             for site in found:
                 nodes = (site.x,) if site.ends is None else (site.x, site.ends)
-                taps.append((nodes, partial(_add, sums[family.name][:, layer], site.stream, _index(site, group))))
+                taps.append((nodes, partial(_add, sums[variable.name][:, layer], site.stream, _index(site, group))))
     if not taps:
         return {}
 

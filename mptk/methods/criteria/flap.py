@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from mptk.ir.axes import resolve
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Variable
 from mptk.ir.ops import get_argument
 from mptk.ir.resolved_plan import Cut
 from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_uses
 from mptk.methods.criteria.observe import Observation, Site, measure_activations
 
 
-def score_by_flap(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Scores:
+def score_by_flap(seen: Mapping[Site, Observation], variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{j in unit u} Var(x_j) · Σ_i W_ij²."""
-    return sum_uses(seen, families, lambda each: each.weight.float().square() * each.variance)
+    return sum_uses(seen, variables, lambda each: each.weight.float().square() * each.variance)
 
 
 def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:

@@ -34,7 +34,8 @@ def find_removal_order(given: Calibration) -> dict[str, Tensor]:
     Each of several depths is searched with the others uncut.
     """
     batches = given.samples.make_batches(GREEDY_TOKENS)[0].make_batches(GRADIENT_TOKENS)
-    return {depth.name: _number_rounds(given, depth, batches) for depth in given.families if isinstance(depth, Depth)}
+    depths = [v.family for v in given.variables if isinstance(v.family, Depth)]
+    return {depth.name: _number_rounds(given, depth, batches) for depth in depths}
 
 
 def _number_rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Tensor:

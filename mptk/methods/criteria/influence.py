@@ -17,21 +17,21 @@ from torch.nn.functional import cosine_similarity
 
 from mptk.ir.axes import collect_axes, list_axes
 from mptk.ir.blocks import Block
-from mptk.ir.families import Analysis, Depth, Family
+from mptk.ir.families import Analysis, Depth, Variable
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Calibration, watch
 
 
-def score_by_influence(influences: Mapping[str, Tensor], families: Sequence[Family]) -> Scores:
+def score_by_influence(influences: Mapping[str, Tensor], variables: Sequence[Variable]) -> Scores:
     """The influence of each block, or its rank (``greedy.py``), [1, 1, blocks]."""
-    return {family.name: influences[family.name].float().reshape(1, 1, -1) for family in families}
+    return {v.name: influences[v.name].float().reshape(1, 1, -1) for v in variables}
 
 
 def measure_influence(given: Calibration) -> dict[str, Tensor]:
     """Depth → the influence of each of its blocks on the text, float64 [blocks]."""
     # For each block the sum over tokens, and the number of tokens.
-    depths = [family for family in given.families if isinstance(family, Depth)]
-    stacks = [family.stack for family in depths]
+    depths = [v.family for v in given.variables if isinstance(v.family, Depth)]
+    stacks = [depth.stack for depth in depths]
     sums = [torch.zeros(2, len(stack.blocks), dtype=torch.float64) for stack in stacks]
 
     def see(stack: int, unit: int, dim: int, x: Tensor, y: Tensor) -> None:
@@ -45,7 +45,7 @@ def measure_influence(given: Calibration) -> dict[str, Tensor]:
     ]
     share = watch(given, watches)
     totals = [share.total(seen.to(given.executor.device)).cpu() for seen in sums]
-    return {family.name: turned / count for family, (turned, count) in zip(depths, totals, strict=True)}
+    return {depth.name: turned / count for depth, (turned, count) in zip(depths, totals, strict=True)}
 
 
 def _find_width_dim(analysis: Analysis, block: Block) -> int:

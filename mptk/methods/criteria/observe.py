@@ -20,7 +20,7 @@ from mptk.distributed.processes import Sharing, share_batches
 from mptk.errors import MptkError
 from mptk.ir.axes import list_axes, resolve
 from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis, Family, Group
+from mptk.ir.families import Analysis, Group, Variable
 from mptk.ir.ops import get_argument, is_open, resolve_size
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
@@ -35,14 +35,14 @@ OBSERVED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """The input of a criterion's measurement: an analysed model, the families to score, and text.
+    """The input of a criterion's measurement: an analysed model, what to score, and text.
 
     ``objective`` has the loss. ``removals``: depth → number of blocks to remove; without an entry a depth loses all
     removable blocks. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
     """
 
     analysis: Analysis
-    families: Sequence[Family]
+    variables: Sequence[Variable]
     text: Samples | None = None
     seed: int = 0
     objective: Task = CAUSAL_LM
@@ -61,12 +61,12 @@ class Calibration:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups of all families."""
-        return [group for family in self.families for group in family.groups]
+        """The groups to score."""
+        return [group for variable in self.variables for group in variable.groups]
 
     @property
     def sites(self) -> list[Site]:
-        """The contractions that score units of the families."""
+        """The contractions that score their units."""
         every = find_sites(self.analysis)
         return list(dict.fromkeys(site for group in self.groups for site, _ in find_uses(every, group)))
 
@@ -248,7 +248,7 @@ def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Calla
 
 
 def measure_activations(given: Calibration) -> dict[Site, Observation]:
-    """The moments of x at each contraction that scores units of ``given.families``.
+    """The moments of x at each contraction that scores units of ``given.variables``.
 
     Only running sums [*shared, K] are kept. Raises the errors of ``watch``.
     """

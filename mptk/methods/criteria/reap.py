@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, list_axes, resolve
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Family, Group
+from mptk.ir.families import Analysis, Group, Variable
 from mptk.ir.ops import name_base_op
 from mptk.ir.resolved_plan import Cut
 from mptk.methods.criteria import wanda
@@ -52,25 +52,25 @@ class Routed:
     tokens: Sequence[tuple[Term, Tensor]]
 
 
-def score_by_reap(evidence: Routed, families: Sequence[Family]) -> Scores:
-    """S_j of each unit that is an expert; Wanda's score of the other families."""
-    experts = [family for family in families if family.groups[0] in evidence.experts]
-    others = wanda.score_by_wanda(evidence.seen, [family for family in families if family not in experts])
+def score_by_reap(evidence: Routed, variables: Sequence[Variable]) -> Scores:
+    """S_j of each unit that is an expert; Wanda's score of the others."""
+    experts = [v for v in variables if v.groups[0] in evidence.experts]
+    others = wanda.score_by_wanda(evidence.seen, [v for v in variables if v not in experts])
     return others | {f.name: torch.stack([evidence.experts[group] for group in f.groups]) for f in experts}
 
 
 def measure_experts(given: Calibration) -> Routed:
-    """The contributions of experts, and Wanda's measurement for the other families."""
+    """The contributions of experts, and Wanda's measurement for the others."""
     sites = find_sites(given.analysis)
-    experts = [f for f in given.families if all(_find_mixtures(sites, group) for group in f.groups)]
+    experts = [v for v in given.variables if all(_find_mixtures(sites, group) for group in v.groups)]
     if not experts:
         raise MptkError(
-            f"reap scores whole experts, and none are in {', '.join(f.name for f in given.families)}; name a family "
+            f"reap scores whole experts, and none are in {', '.join(v.name for v in given.variables)}; name a family "
             "of experts in --families, or use --method wanda"
         )
-    others = [family for family in given.families if family not in experts]
-    scores, tokens = _sum_contributions(replace(given, families=experts), sites)
-    return Routed(scores, measure_activations(replace(given, families=others)), tokens)
+    others = [v for v in given.variables if v not in experts]
+    scores, tokens = _sum_contributions(replace(given, variables=experts), sites)
+    return Routed(scores, measure_activations(replace(given, variables=others)), tokens)
 
 
 def report_lost_experts(analysis: Analysis, cut: Cut, evidence: Routed) -> Compensation:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
 from mptk.methods.criteria.observe import Calibration, sum_gradients
 
@@ -35,7 +35,7 @@ def measure_gradients(given: Calibration) -> Gradients:
     return Gradients(given.analysis, sum_gradients(given, lambda loss: loss / predicted, names)[0])
 
 
-def score_by_taylor(evidence: Gradients, families: Sequence[Family]) -> Scores:
+def score_by_taylor(evidence: Gradients, variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
     state = evidence.analysis.program.state
 
@@ -43,7 +43,7 @@ def score_by_taylor(evidence: Gradients, families: Sequence[Family]) -> Scores:
         gradient = evidence.each[name].float()
         return (state[name].to(gradient.device).float() * gradient).abs()
 
-    return sum_members(evidence.analysis, families, importance)
+    return sum_members(evidence.analysis, variables, importance)
 
 
 TAYLOR = Criterion(

@@ -71,7 +71,7 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     names = list(p.settings.families) or channels or blocks
     every = [name for name in dict.fromkeys([*names, *blocks]) if name not in p.settings.keep]
     names = [name for name in names if name in every]
-    dense = {name: p.analysis.family(name).size for name in every}
+    dense = {name: p.analysis.variable(name).size for name in every}
 
     def near(families: Sequence[str], sparsity: float) -> list[Candidate]:
         """The divisions of ``families`` nearest to ``sparsity``, of which each counts once."""
@@ -217,7 +217,7 @@ class Advising:
         p = self.prepared
         cost = p.cost(widths)
         figures = {text: compare_windows(each, self.dense[text], self.measure) for text, each in found.items()}
-        sizes = {name: p.analysis.family(name).size for name in p.families}
+        sizes = {name: p.analysis.variable(name).size for name in p.families}
         return Point(sizes | dict(widths), sparsity, cost.parameters, cost.bytes, cost.latency_ms, figures)
 
     @torch.no_grad()
@@ -245,22 +245,18 @@ class Advising:
         return float(interpolate(xs, np.array(ys), removed))
 
     def _find_dense_size(self, name: str) -> int:
-        return self.prepared.analysis.family(name).size
+        return self.prepared.analysis.variable(name).size
 
     def layers(self, families: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, tuple[float, ...]]:
         """Family → the rise of the masked loss on calibration text if one layer keeps half of its units."""
         p = self.prepared
-        parts = {name: p.analysis.family(name).parts for name in families if name in p.legal.ladders}
-        names = [name for name, layers in parts.items() if layers]
-        if not names:
+        whole = [v for v in (p.analysis.variable(name) for name in families if name in p.legal.ladders) if v.uniform]
+        layers = {v.name: v.list_layers() for v in whole if len(v.layers) > 1}
+        if not layers:
             return {}
-        scores = {part.name: self.trials.scores[n][i : i + 1] for n in names for i, part in enumerate(parts[n])}
-        apart = replace(
-            p, model=replace(p.model, analysis=p.analysis.divided(names)), legal=replace(p.legal, stock=None)
-        )
-        ladders = {part.name: p.legal.ladders[name] for name in names for part in parts[name]}
-        curves = measure_curves(apart, scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
-        return {name: tuple(curves[part.name].losses[-1] for part in parts[name]) for name in names}
+        ladders = {layer.name: p.legal.ladders[name] for name, found in layers.items() for layer in found}
+        curves = measure_curves(p, self.trials.scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
+        return {name: tuple(curves[layer.name].losses[-1] for layer in found) for name, found in layers.items()}
 
 
 def compare_windows(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:

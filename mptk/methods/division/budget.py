@@ -45,8 +45,8 @@ def apply_budget(
     if s.budget != LATENCY:
         return build_cost_model(analysis, s, itemsize, before), s
     names = _list_variable(analysis, legal, s, planned)
-    channels = [name for name in names if analysis.family(name).kind == "channels"]
-    ladders = {name: legalize.list_aligned_widths(analysis.family(name), build_alignment(s)) for name in channels}
+    families = [f for f in map(analysis.family, names) if f.kind == "channels"]
+    ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
     with connect_processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
@@ -189,12 +189,11 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
 
 def _explain_nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
     """The error if no family can be cut: why, and what to do."""
-    s, families = prepared.settings, prepared.analysis.families
+    s, variables = prepared.settings, prepared.variables.values()
     remedy = _choose_remedy(legal, "try --target graph", "see `mptk analyze` for each axis")
     why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-    unaligned = [
-        f.name for f in families if len(legal.ladders[f.name]) == 1 < len(legalize.list_aligned_widths(f, Alignment(1)))
-    ]
+    fixed = [v for v in variables if v.kind == "channels" and len(legal.ladders[v.name]) == 1]
+    unaligned = [v.name for v in fixed if len(legalize.list_aligned_widths(v.family, Alignment(1))) > 1]
     if not why and s.only_layers is not None:
         why = f"--layers {s.layers} removes no blocks"
     elif not why and unaligned:
@@ -229,7 +228,7 @@ def _list_default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
 def list_cuttable(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> list[str]:
     """The families inside layers, or the depths, that the target and the method can cut."""
     analysis, method = prepared.analysis, prepared.method
-    names = legalize.choose_default_families(analysis, legal)
+    names = legalize.choose_default_families(prepared.variables, legal)
     depths = [f.name for f in analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
     return [name for name in (depths if blocks else names) if method.refusal(analysis, name) is None]
 
@@ -255,7 +254,7 @@ def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[st
         return p.cost.sparsity(least | {name: legal.ladders[name][0] for name in further}) >= s.sparsity - s.tolerance
 
     widths = [
-        (legalize.list_aligned_widths(p.analysis.family(name), at) for at in (build_alignment(s), Alignment(1)))
+        (legalize.list_aligned_widths(p.variables[name].family, at) for at in (build_alignment(s), Alignment(1)))
         for name in names
     ]
     if reaches(()) and any(len(own) < len(all_) for own, all_ in widths):

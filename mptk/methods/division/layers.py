@@ -18,7 +18,7 @@ from functools import partial
 from mptk.cost.budgets import LATENCY
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
-from mptk.ir.families import Family
+from mptk.ir.families import Variable
 from mptk.ir.plan import Plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
@@ -59,7 +59,7 @@ def choose_division(
 ) -> tuple[Plan, dict[str, float]]:
     """The plan with a width for each layer, or ``uniform`` if its masked loss is lower; and the losses of both.
 
-    ``prepared``: each layer is a family of its own in its analysis. ``uniform``: the plan with equal layers.
+    ``prepared``: its candidates name each layer. ``uniform``: the plan with equal layers.
 
     Raises:
         MptkError: neither meets the budget.
@@ -113,9 +113,9 @@ def divide(
     """Widths of all layers whose sparsity is nearest to ``sparsity``, with the lowest loss that the curves predict.
 
     Args:
-        curves: layer's family → its curve.
-        ladders: layer's family → its legal widths, ascending to the dense width; or its fixed width.
-        cost: of the model in which each layer is a family.
+        curves: layer → its curve.
+        ladders: layer → its legal widths, ascending to the dense width; or its fixed width.
+        cost: of the model.
         sparsity: share of the budget to remove; if the curves do not reach it, the result has their smallest widths.
     """
     edges = [edge for name, curve in curves.items() for edge in build_hull(name, curve, cost)]
@@ -167,7 +167,7 @@ def describe_ends(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleS
     alike, whole = measure_masked_losses(prepared, [equal, spared], sets.calibration.make_batches(ENDS_TOKENS)[0])
     if whole >= alike:
         return ""
-    layers = max(len(prepared.analysis.family(name).parts) for name in equal.widths)
+    layers = max(len(prepared.analysis.variable(name).layers) for name in equal.widths)
     inner = f"{round(ENDS_SHARE * layers)}-{layers - 1 - round(ENDS_SHARE * layers)}"
     return (
         f"equal layers cost {alike - whole:.2f} in loss: {alike:.2f} when cut, {whole:.2f} if a tenth of the layers at "
@@ -181,29 +181,28 @@ def plan_whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | N
 
     None with too few layers, with widths from the user, or with a budget in milliseconds.
     """
-    settings, families = prepared.settings, [prepared.analysis.family(name) for name in equal.widths]
-    inner = {family.name: list_inner_layers(family) for family in families}
-    if settings.widths or settings.budget == LATENCY or not any(len(inner[f.name]) < len(f.parts) for f in families):
+    settings, cut = prepared.settings, [prepared.analysis.variable(name) for name in equal.widths]
+    inner = {v.name: list_inner_layers(v) for v in cut}
+    if settings.widths or settings.budget == LATENCY or not any(len(inner[v.name]) < len(v.layers) for v in cut):
         return None
-    ladders = {family.name: prepared.legal.ladders[family.name] for family in families}
-    deeper = {f.name: f.size - (f.size - equal.widths[f.name]) * len(f.groups) / len(inner[f.name]) for f in families}
+    ladders = {name: prepared.legal.ladders[name] for name in inner}
+    deeper = {v.name: v.size - (v.size - equal.widths[v.name]) * len(v.layers) / len(inner[v.name]) for v in cut}
     nearest = {name: min(ladder, key=lambda width: abs(width - deeper[name])) for name, ladder in ladders.items()}
-    analysis = prepared.analysis.divided(equal.widths)
-    cost = build_cost_model(analysis, settings, prepared.dtype.itemsize)
+    cost = build_cost_model(prepared.analysis, settings, prepared.dtype.itemsize)
     finest = max(ladders, key=lambda name: len(ladders[name]))  # its width makes up for what the others are rounded by
     tried = [
-        {part.name: width for name, width in (nearest | {finest: last}).items() for part in inner[name]}
+        {layer.name: width for name, width in (nearest | {finest: last}).items() for layer in inner[name]}
         for last in ladders[finest]
     ]
     off = {i: abs(cost.sparsity(widths) - prepared.cost.sparsity(equal.widths)) for i, widths in enumerate(tried)}
     best = min(off, key=lambda i: off[i])
     if off[best] > settings.tolerance:
         return None
-    layers = {part.name: scores[f.name][i : i + 1] for f in families for i, part in enumerate(f.parts or (f,))}
-    return criteria.select_units(analysis, layers, tried[best])
+    return criteria.select_units(prepared.analysis, scores, tried[best])
 
 
-def list_inner_layers(family: Family) -> tuple[Family, ...]:
-    """The layers of ``family`` that are not at its ends; the family itself if it has one layer."""
-    spared = round(ENDS_SHARE * len(family.parts))
-    return family.parts[spared : len(family.parts) - spared] or (family,)
+def list_inner_layers(variable: Variable) -> tuple[Variable, ...]:
+    """The layers of a family that are not at its ends; ``variable`` itself if it does not tie them all."""
+    layers = variable.list_layers()
+    spared = round(ENDS_SHARE * len(layers)) if variable.uniform else 0
+    return layers[spared : len(layers) - spared]

@@ -189,7 +189,7 @@ class Search(Trials):
 
     def _halve(self, shapes: list[Shape], planned: Sequence[tuple[int, int]]) -> None:
         """Train the best of ``shapes``, in place, in rungs of (number of shapes, steps)."""
-        dense = {name: self.prepared.analysis.family(name).size for name in self.prepared.families}
+        dense = {name: self.prepared.analysis.variable(name).size for name in self.prepared.families}
         alive = choose_finalists(shapes, dense, planned[0][0])
         done, total = 0, sum(count for count, _ in planned)
         for rung, (count, steps) in enumerate(planned):
@@ -259,7 +259,7 @@ class Search(Trials):
     def dense(self) -> Shape:
         """The dense model as a shape, for comparison."""
         cost = self.prepared.cost.dense
-        widths = {family: self.prepared.analysis.family(family).size for family in self.prepared.families}
+        widths = {family: self.prepared.analysis.variable(family).size for family in self.prepared.families}
         return Shape(widths, 0.0, cost.parameters, cost.latency_ms, self._measure_loss(self.prepared.reference))
 
     def _measure_loss(self, program: Program) -> float:

@@ -21,8 +21,8 @@ AT_ONCE = 256
 
 
 def plan_widths(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Plan:
-    """The best units for ``widths``, for the families that become narrower."""
-    narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
+    """The best units for ``widths``, for what becomes narrower."""
+    narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.variable(name).size}
     return criteria.select_units(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
 
 
@@ -30,8 +30,7 @@ def measure_masked_losses(
     prepared: Prepared, plans: Sequence[Plan], samples: Samples, progress: Count = lambda done, total: None
 ) -> list[float]:
     """The mean loss on ``samples`` of the dense model, masked by each plan. Layers may differ in a plan."""
-    analyses = [prepared.analysis.divided(plan.divided) for plan in plans]
-    masked = [partial(mask, a, resolve_plan(a, plan)) for a, plan in zip(analyses, plans, strict=True)]
+    masked = [partial(mask, prepared.analysis, resolve_plan(prepared.analysis, plan)) for plan in plans]
     return measure_losses(prepared, masked, samples, progress)
 
 

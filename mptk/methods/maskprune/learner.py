@@ -205,8 +205,8 @@ class Learner:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
         # Widths in which all candidates agree are given; the others are learned.
         prepared, candidates = self.prepared, self.prepared.candidates
-        families = {name: prepared.analysis.family(name) for name in prepared.families}
-        shapes = {name: (len(family.groups), family.scopes, family.size) for name, family in families.items()}
+        variables = {name: prepared.analysis.variable(name) for name in prepared.families}
+        shapes = {name: (len(v.groups), v.scopes, v.size) for name, v in variables.items()}
         given = {
             family: width
             for family, width in candidates[0].widths.items()

@@ -71,7 +71,7 @@ def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -
         scores = keep_scores(prepared, "wanda", sets, context)
         equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = choose_division(prepared, scores, equal, sets, context)
-        sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
+        sizes = {name: plan.widths.get(name, prepared.analysis.variable(name).size) for name in prepared.families}
         both = (*sizes.items(), *losses.items())
         return Kept({name: torch.tensor(value, dtype=torch.float64) for name, value in both})
 

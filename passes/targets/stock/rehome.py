@@ -95,9 +95,9 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
 def _plan_first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
     plans = {}
     for name, width in widths.items():
-        family = analysis.family(name)
+        variable = analysis.variable(name)
         units = (tuple(range(width)),)
-        plans[name] = FamilyPlan(width, family.size, {g.layer: units * g.scopes for g in family.groups})
+        plans[name] = FamilyPlan(width, variable.size, {g.layer: units * g.scopes for g in variable.groups})
     return Plan(plans)
 
 

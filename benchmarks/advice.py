@@ -196,8 +196,10 @@ class Compared:
             for name, text in self.texts.items():
                 own, run = point.texts[text], self.change(sparsity, steps, name)
                 error = STANDARD_ERRORS * own.error
-                said = self.advice.after(point, text) if steps else Range(own.change - error, own.change + error)
-                trained = ", trained" if steps and self.advice.trained(point) is not None else ""
+                said = (
+                    self.advice.estimate_after(point, text) if steps else Range(own.change - error, own.change + error)
+                )
+                trained = ", trained" if steps and self.advice.find_trained(point) is not None else ""
                 over, under = said.least > run.most, said.most < run.least
                 yield (
                     f"| {point.sparsity:.1%} | {name} | {_shown(said)}{trained} | {_shown(run)} "

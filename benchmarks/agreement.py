@@ -61,7 +61,7 @@ def written(decoder: OrtDecoder, prompts: list[list[int]]) -> Ids:
 
 def logits_of(decoder: OrtDecoder, texts: Ids) -> LogitsArray:
     """Logits of the positions whose next token was written, [texts, NEW, vocabulary]."""
-    rows = [decoder.logits(text[None])[0, PROMPT - 1 : -1] for text in texts]
+    rows = [decoder.compute_logits(text[None])[0, PROMPT - 1 : -1] for text in texts]
     return np.stack(rows)
 
 

@@ -43,9 +43,11 @@ def loss(analysis: Analysis, gone: list[int], samples: Samples) -> float:
     kept = tuple(unit for unit in range(depth.size) if unit not in gone)
     plan = Plan({depth.name: FamilyPlan(len(kept), depth.size, {depth.stack.module: (kept,)})})
     batches = samples.make_batches(256)
-    outputs = EXECUTOR.outputs([mask(analysis, resolve_plan(analysis, plan))], [batch.tensors for batch in batches])
-    total = sum(float(CAUSAL_LM.loss(next(outputs), batch)) for batch in batches)
-    return total / CAUSAL_LM.predicted(samples)
+    outputs = EXECUTOR.run_programs(
+        [mask(analysis, resolve_plan(analysis, plan))], [batch.tensors for batch in batches]
+    )
+    total = sum(float(CAUSAL_LM.compute_loss(next(outputs), batch)) for batch in batches)
+    return total / CAUSAL_LM.count_predictions(samples)
 
 
 def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
@@ -55,7 +57,7 @@ def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
     masks = InsertedMasks(model, find_mask_sites(analysis, model, [depth.name]), solver.get_mask, solver.watch)
     for part in samples.split(2):
         output = model(**part.inputs, use_cache=False).logits
-        (CAUSAL_LM.compute_sensitivity(output, part) / CAUSAL_LM.predicted(part)).backward()
+        (CAUSAL_LM.compute_sensitivity(output, part) / CAUSAL_LM.count_predictions(part)).backward()
         solver.observe(len(part) * part.positions)
         solver.clear()
     masks.enabled = False
@@ -76,7 +78,7 @@ def scores(by: str, analysis: Analysis, model: Any, windows: Tensor, removed: in
     if by == "tempered":
         prior = criteria.score_units(analysis, "influence", windows, families=[depth.name])[depth.name]
         return (
-            0.5 * combine_curvature(solver.compute_curvature(depth.name), prior) + solver.beyond(depth.name)
+            0.5 * combine_curvature(solver.compute_curvature(depth.name), prior) + solver.compute_beyond(depth.name)
         ).flatten()
     return solver.compute_saliency(depth.name).flatten()
 

@@ -40,7 +40,7 @@ def losses(program: Program, texts: dict[str, Samples]) -> dict[str, float]:
     found = {}
     for name, samples in texts.items():
         total = float(sum_losses(CAUSAL_LM, EXECUTOR, [program], samples.make_batches(512)))
-        found[name] = round(total / CAUSAL_LM.predicted(samples), 3)
+        found[name] = round(total / CAUSAL_LM.count_predictions(samples), 3)
     return found
 
 
@@ -72,12 +72,12 @@ def main(
     products = gather_products(analysis, sites, resolved, make_token_samples(given))
     for (widths, plan), each in zip(plans, resolved, strict=True):
         row = {"samples": samples, "windows": windows, "widths": widths}
-        row["removed"] = round(CostModel(analysis).sparsity(widths), 3)
+        row["removed"] = round(CostModel(analysis).compute_sparsity(widths), 3)
         if "layers" in widths:
             kept = plan.families["layers"].keep["model.layers"][0]
             row["blocks"] = [unit for unit in range(analysis.family("layers").size) if unit not in kept]
         if widths:
-            row["fitted"] = losses(cut(analysis.with_weights(dict(products.fitted(each))), plan), held)
+            row["fitted"] = losses(cut(analysis.with_weights(dict(products.fit_layers(each))), plan), held)
         if widths.keys() <= {"layers"}:
             row["loss"] = losses(cut(analysis, plan), held)
         print(row, flush=True)

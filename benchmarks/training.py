@@ -39,7 +39,7 @@ from mptk.progress import show_nothing
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.protocols.run_folder import RunFolder
-from mptk.run.prepare import legalise
+from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
@@ -92,7 +92,7 @@ def prepared(teacher: str) -> Prepared:
     analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
     asked = settings(teacher)
     run = Run(log=Log(), progress=show_nothing, source=MODEL, out=Path("out"), settings=asked)
-    return legalise(run, asked, DenseModel(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
+    return resolve_widths(run, asked, DenseModel(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
 
 
 def learner(run: Prepared) -> Learner:
@@ -119,9 +119,9 @@ def recovery(teacher: str) -> Step:
     plan = criteria.select_units(analysis, scores, widths)
     cut = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
     assert run.legal.stock is not None
-    stock = run.legal.stock.config(widths)
+    stock = run.legal.stock.build_config(widths)
     small = stock.build(cut.state_dict(), shared=True)
-    return counted(learner(run).recovery(small, 10_000))
+    return counted(learner(run).make_recovery(small, 10_000))
 
 
 def counted(loop: Any) -> Step:

@@ -130,7 +130,7 @@ def in_torch(run: Run, steps: list[Step], shapes: list[CacheLayerShape]) -> list
 
 def in_runtime(decoder: OrtDecoder, steps: list[Step]) -> list[Tensor]:
     """The same in ONNX Runtime."""
-    cache, outputs = decoder.empty(2), []
+    cache, outputs = decoder.make_empty(2), []
     for index, (ids, mask) in enumerate(steps):
         if index == 0:
             logits, cache = decoder.prefill(ids.numpy(), mask.numpy())

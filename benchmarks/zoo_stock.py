@@ -50,7 +50,7 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
         name = family.name
         partners = min((g for g in stock.together if name in g and not g & derived.keys()), key=len, default={name})
         cuts = _thinned(list(_cuts(family, [analysis.family(n) for n in sorted(partners)])))
-        answers = [] if name in derived else [(cut, stock.accepts(cut)) for cut in cuts]
+        answers = [] if name in derived else [(cut, stock.check_widths(cut)) for cut in cuts]
         accepted = [cut for cut, refusal in answers if refusal is None]
         refusals = [refusal for _, refusal in answers if refusal is not None]
         if name in derived:
@@ -103,7 +103,7 @@ def _reload_all(
     together = {name: width for cut in cuts.values() for name, width in cut.items()}
     agree = all(together[name] == width for cut in cuts.values() for name, width in cut.items())
     every = plan_of_widths(analysis, together, random.Random(0)) if agree else Plan({})
-    if len(cuts) > 1 and agree and stock.accepts(together) is None and not _reload(analysis, tiny, stock, every):
+    if len(cuts) > 1 and agree and stock.check_widths(together) is None and not _reload(analysis, tiny, stock, every):
         yield from ((name, "") for name in cuts)
     else:
         for name, cut in cuts.items():
@@ -155,7 +155,7 @@ def _reload(
     """Cut to a plan, load the weights into the stock class, compare logits; why they differ, or ""."""
     try:
         folded = cut_program(analysis, resolve_plan(analysis, plan), Log())
-        program, found = folded.program, stock.config(plan.widths, scalars=folded.epsilons, kept=kept)
+        program, found = folded.program, stock.build_config(plan.widths, scalars=folded.epsilons, kept=kept)
         if isinstance(found, Refusal):
             return _line(found)
         attention = tiny.model.config._attn_implementation  # type: ignore[union-attr]

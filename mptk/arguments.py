@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mptk.errors import MptkError, find_removed, removed_meanwhile
+from mptk.errors import MptkError, find_removed, make_removed_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +49,7 @@ class Turn:
         self._lock = threading.RLock()  # reentrant: public functions call each other
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def take(self) -> Iterator[None]:
         """Hold the lock within a ``with`` block."""
         with self._lock:
             yield
@@ -81,7 +81,7 @@ def guard_call(function: Callable[..., object], args: Sequence[object], kwargs: 
     _, parameters = _read_annotations(function)
     several = inspect.Parameter.VAR_KEYWORD  # they are checked when they become ``Settings``
     check_arguments(function, {name: v for name, v in given.items() if parameters[name].kind is not several})
-    with TURN.taken():
+    with TURN.take():
         try:
             yield
         except OSError as error:  # the two kinds that any call may meet, wherever it writes
@@ -95,7 +95,7 @@ def _shorten_error(error: OSError) -> MptkError | None:
     if error.errno == errno.ENAMETOOLONG:
         return MptkError(f"{error.filename}: the name is too long; give a shorter one")
     gone = find_removed(error) if error.errno == errno.ENOENT else None
-    return None if gone is None else removed_meanwhile(gone)
+    return None if gone is None else make_removed_error(gone)
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

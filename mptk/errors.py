@@ -44,7 +44,7 @@ STAGED: set[str] = set()
 """Temporary folders and files of the cache that this process uses now. If one is missing, somebody else removed it."""
 
 
-def removed_meanwhile(path: str) -> MptkError:
+def make_removed_error(path: str) -> MptkError:
     """The error for a temporary file or folder that somebody removed while mptk used it."""
     return MptkError(
         f"{path} was removed while mptk used it, as cleaners of temporary files do; run again, with TMPDIR and "
@@ -104,7 +104,7 @@ def find_exhaustion(error: BaseException) -> MptkError | None:
         if number in _REFUSED and silent:
             return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
         if silent and (gone := find_removed(cause)) is not None:
-            return removed_meanwhile(gone)
+            return make_removed_error(gone)
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _is_memory_error(cause):
             return Exhausted(_describe_memory(str(cause)))
         cause = cause.__cause__

@@ -78,7 +78,9 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
 def replace_faint_weights(analysis: Analysis) -> Analysis | None:
     """The analysis with random numbers in place of parameters that hide a mask; None if it has none of them."""
     state, generator = analysis.program.state, torch.Generator().manual_seed(0)
-    floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
+    floats = (
+        n for n in analysis.program.parameters if state.find_like(n).is_floating_point() and state.find_like(n).numel()
+    )
     faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
     woken = {n: _draw_like(state[n], generator) for n in faint}
     return analysis.with_weights(woken) if woken else None
@@ -98,7 +100,7 @@ def refine_weight_types(analysis: Analysis) -> Analysis:
     """
     state, wide = analysis.program.state, _choose_wide_type(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
-    fine = state.changed(dict.fromkeys(coarse, partial(Tensor.to, dtype=wide)))
+    fine = state.with_edits(dict.fromkeys(coarse, partial(Tensor.to, dtype=wide)))
     return analysis.with_weights(fine)
 
 

@@ -115,7 +115,7 @@ def _compare_stages(
     # The executor runs all programs side by side and gives their outputs in turn: masked, stage, stage, and so on, for
     # each batch. ``next(results)`` must keep to that order.
     programs = [run for run, _ in stages.values() if isinstance(run, Program)]
-    results = executor.outputs([masked, *programs], [batch.tensors for batch in batches])
+    results = executor.run_programs([masked, *programs], [batch.tensors for batch in batches])
     worst: dict[str, Difference] = {}
     for batch in batches:
         try:

@@ -29,7 +29,7 @@ from mptk.progress import show_nothing
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.publish.manifest import write_manifest
-from mptk.run.prepare import legalise
+from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
 from passes.analysis import group
 
@@ -44,7 +44,7 @@ def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path
 
 def legalise_bare(model: Analysed, settings: mptk.Settings, plan: Plan | None = None) -> Prepared:
     """An analysed model, prepared in a bare run."""
-    return legalise(bare_run(settings, plan), settings, DenseModel(Opened(model.loaded, model.task), model))
+    return resolve_widths(bare_run(settings, plan), settings, DenseModel(Opened(model.loaded, model.task), model))
 
 
 @contextmanager

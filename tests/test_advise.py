@@ -234,7 +234,7 @@ def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> N
     found = trained(cuts, (0.2, {"a": nats(0.1)}), (0.4, {"a": nats(0.6)}))
     shares = [found.compute_recovered(point, "a") for point in found.recovery.points]
     assert shares == pytest.approx([0.5, 0.25])
-    after = {point.sparsity: found.after(point, "a") for point in found.division}
+    after = {point.sparsity: found.estimate_after(point, "a") for point in found.division}
     rises = {s: (math.log1p(each.least), math.log1p(each.most)) for s, each in after.items()}
     assert rises[0.2] == pytest.approx((0.1, 0.1)), "measured"
     assert rises[0.3] == pytest.approx((0.4 * 0.5, 0.4 * 0.75)), "the line is between the shares, at 0.27"
@@ -247,7 +247,7 @@ def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> N
 def test_training_is_not_taken_to_make_a_cut_worse() -> None:
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
     found = trained(cuts, (0.4, {"a": nats(0.6)}), (0.5, {"a": nats(0.7)}))
-    assert math.log1p(found.after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
+    assert math.log1p(found.estimate_after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
 
 
 def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None:
@@ -259,7 +259,7 @@ def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None
 
 def test_a_range_has_two_standard_errors() -> None:
     found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
-    after = found.after(found.division[0], "a")
+    after = found.estimate_after(found.division[0], "a")
     assert math.log1p(after.least) == pytest.approx(0.2 - 0.1)
     assert math.log1p(after.most) == pytest.approx(0.2 + 0.1)
 
@@ -277,9 +277,9 @@ def test_after_training_more_is_safe_and_the_most_decides() -> None:
 def test_without_a_perplexity_shares_are_of_the_change() -> None:
     cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
     found = trained(cuts, (0.4, {"a": figures(0.1)}))
-    assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
+    assert found.estimate_after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
     noisy = trained(cuts, (0.4, {"a": figures(0.0, 0.1)}))
-    assert noisy.after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
+    assert noisy.estimate_after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
 
 
 def test_a_module_of_no_class_is_not_trained() -> None:

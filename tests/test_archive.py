@@ -259,7 +259,7 @@ def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> 
     for folder in (tmp_path / "out" / "onnx", again):
         graph = OrtGraph(folder / "model.onnx")
         assert [value.name for value in graph.session.get_outputs()] == ["output_0", "output_1"]
-        for one, other in zip(graph.all({"x": x}), found.model(x), strict=True):
+        for one, other in zip(graph.run_all({"x": x}), found.model(x), strict=True):
             torch.testing.assert_close(one, other.detach())
 
 

@@ -38,7 +38,7 @@ ATEN = torch.ops.aten
 @torch.no_grad()
 def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor: Executor) -> None:
     program, inputs = built(name)
-    for found, given in zip(executor.outputs([program], inputs), inputs, strict=True):
+    for found, given in zip(executor.run_programs([program], inputs), inputs, strict=True):
         expected = program(*given)
         assert found.dtype == torch.float32
         assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.03
@@ -48,7 +48,7 @@ def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor
 def test_experts_run_in_it() -> None:
     """A router may choose others for a few tokens, so most tokens are looked at."""
     program, inputs = built("mixture")
-    found, expected = next(BF16.outputs([program], inputs)), program(*inputs[0])
+    found, expected = next(BF16.run_programs([program], inputs)), program(*inputs[0])
     assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 0.03
 
 

@@ -179,7 +179,7 @@ def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> N
 
 
 def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place(llama: Analysis, inside: Inside) -> None:
-    inside.around("passes.transforms.rewrite.Resizer.scaled", lambda scaled, resizer, argument, term: argument)
+    inside.around("passes.transforms.rewrite.Resizer.scale_argument", lambda scaled, resizer, argument, term: argument)
     with pytest.raises(
         ProofError, match=r"the cut graph does not fit together at aten\.\w+\.default in model\..*: .*; please report"
     ) as e:

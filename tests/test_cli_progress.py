@@ -20,7 +20,7 @@ from mptk.progress import enter_stage, show_nothing, step, step_through
 
 def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
     file, now = io.StringIO(), 100.0
-    report = display.lines(Console(file=file), clock=lambda: now)
+    report = display.make_line_progress(Console(file=file), clock=lambda: now)
     for second, call in [
         (0, ("load", 0, 0)),
         (3, ("score [wanda]", 0, 0)),

@@ -352,7 +352,7 @@ def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside:
     assert modeling_utils.safe_open is None
     said = changed("transformers", "modeling_utils.safe_open")
     assert all(isinstance(weight, Deferred) for weight in opened.state_dict(keep_vars=True).values()), said
-    weights = files.weights(opened, Resident(0))
+    weights = files.open_weights(opened, Resident(0))
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {
         name: tensor.tolist() for name, tensor in model.state_dict().items()
     }

@@ -290,11 +290,11 @@ def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, prune
     openvino = pytest.importorskip("openvino")
     decoder, ids = OrtDecoder(pruned / "onnx" / name), np.arange(3, 23).reshape(2, 10)
     model = openvino.Core().compile_model(pruned / "onnx" / name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    empty = {name: value.numpy() for name, value in decoder.empty(2).values.items()}
+    empty = {name: value.numpy() for name, value in decoder.make_empty(2).values.items()}
     positions = np.arange(10)[None].repeat(2, axis=0)
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, **empty}
     found = model({name: given[name] for name in decoder.inputs})["logits"]
-    expected = decoder.logits(ids)
+    expected = decoder.compute_logits(ids)
     assert np.abs(found - expected).max() < apart * np.abs(expected).max()
 
 

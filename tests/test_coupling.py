@@ -36,7 +36,7 @@ EXPERTS = MixtralConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, n
 def layer_of(kind: str | PreTrainedConfig) -> Layer:
     model = tiny_decoder(kind)
     analysis = mptk.analyze(model)
-    return choose_layer(analysis, find_target("graph").legal(analysis, model, Alignment(1)))
+    return choose_layer(analysis, find_target("graph").find_legal(analysis, model, Alignment(1)))
 
 
 def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
@@ -86,7 +86,7 @@ def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
 def test_no_name_becomes_markup() -> None:
     model = tiny_decoder(ROTARY)
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
     said = build_analysis_json(analysis, legal, HOSTILE)
     said["blocked"].append({"name": HOSTILE, "size": 3, "weights": [HOSTILE], "reasons": [HOSTILE]})
     page = render_analysis_page(said, analysis, legal)

@@ -185,7 +185,7 @@ def test_removed_blocks_are_counted_exactly(llama):
     block = sum(p.numel() for p in llama.model.model.layers[0].parameters())
     assert cost.dense.parameters - cost.of(keeping(llama.analysis, 0, 2)).parameters == 2 * block
     assert cost({"layers": 2}).parameters == cost.of(keeping(llama.analysis, 0, 2)).parameters
-    assert cost.sparsity({"layers": 3}) == pytest.approx(0.25)
+    assert cost.compute_sparsity({"layers": 3}) == pytest.approx(0.25)
     assert cost({"layers": 3}).flops < cost.dense.flops
 
 

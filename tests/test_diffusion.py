@@ -268,7 +268,7 @@ def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, An
     loaded = load(str(tmp_path))
     samples = bind_task(loaded).make_example(loaded.model)
     with torch.no_grad():
-        output = bind_task(loaded).output(loaded.model, samples)
+        output = bind_task(loaded).compute_output(loaded.model, samples)
     assert join_outputs(output).isfinite().all()
     if "timestep" in samples.inputs:
         apart = samples.map(lambda tensor: tensor.flip(0)).inputs["timestep"] != samples.inputs["timestep"]

@@ -94,7 +94,7 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(world: Path, pruned: 
 def test_captions_are_padded_as_the_processor_pads_them(world: Path) -> None:
     """And the tokenizer that was read with is not changed: the folder gets its file."""
     loaded = load(str(world / "clip"))
-    found = bind_task(loaded).evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
+    found = bind_task(loaded).draw_evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
     texts = [f"is a all {colour}" for colour in COLOURS]
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
     expected = clip_processor()(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -129,7 +129,7 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
                 yield name, i, tuple(x[i : i + 1] for x in each)
 
     samples = Samples({"input_ids": torch.zeros(3, 4).long()})
-    found = DUAL_ENCODER.quality(runs, SampleSets(samples, samples, samples, "pictures"), show_nothing)
+    found = DUAL_ENCODER.measure_quality(runs, SampleSets(samples, samples, samples, "pictures"), show_nothing)
     assert found["retrieval"] == {"dense": 1.0, "pruned": round(2 / 3, 6)}
     apart = float(F.cosine_similarity(images[1], moved[1], dim=0))
     assert found["pruned"] == pytest.approx((5 + apart) / 6, abs=1e-5)
@@ -202,10 +202,10 @@ def test_images_come_as_patches_if_the_class_reads_these(world: Path) -> None:
     model: Any = tiny_model(PAIRED, "siglip2").model
     example = DUAL_ENCODER.make_example(model).inputs
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
-    found = DUAL_ENCODER.output(model, Samples(example))
+    found = DUAL_ENCODER.compute_output(model, Samples(example))
     assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(world / "patches")
-    read = Images().prepared(
+    read = Images().prepare(
         Loaded(model, None, "siglip2", world / "patches"), [world / "pictures" / "red.png"], lambda done, total: None
     )
     assert read["pixel_attention_mask"].sum() == read["spatial_shapes"].prod()
@@ -233,7 +233,7 @@ def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_class_is_taken_by_what_it_gives(model_class: Any, taken: bool) -> None:
-    assert (DUAL_ENCODER.refusal(CLIPConfig(), {model_class}) is None) == taken
+    assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken
 
 
 def _itself(folder: Path) -> str:
@@ -268,7 +268,7 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
     data = spoil(tmp_path)
     loaded = load(str(tmp_path / "clip"))
     with pytest.raises(MptkError, match=line):
-        bind_task(loaded).samples(loaded, Settings(data=data), 6, lambda done, total: None)
+        bind_task(loaded).draw_samples(loaded, Settings(data=data), 6, lambda done, total: None)
 
 
 def test_a_graph_of_texts_and_images_is_quantised(world: Path, tmp_path: Path) -> None:

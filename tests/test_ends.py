@@ -59,4 +59,4 @@ def test_whole_ends_save_as_much(inside: Inside) -> None:
     assert note(set())
     ((prepared, plan),) = found
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
-    assert CostModel(prepared.analysis).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)
+    assert CostModel(prepared.analysis).compute_sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

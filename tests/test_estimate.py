@@ -37,7 +37,7 @@ from mptk.cost.estimate import (
 )
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import find_module_blocks
-from mptk.run.estimate import Estimator, check_fits
+from mptk.run.estimate import Estimator, check_room_for
 from mptk.run.minutes import fill_in
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
@@ -234,8 +234,8 @@ def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) ->
     inside.around("mptk.run.estimate.measure_device_memory", lambda _, device: 2e9 if device.index == 1 else None)
     said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
     with pytest.raises(MptkError, match=said):
-        check_fits(found, tmp_path)
-    check_fits(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
+        check_room_for(found, tmp_path)
+    check_room_for(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
 
 
 def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
@@ -316,12 +316,12 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
 def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
     found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1e18}, {})
     with pytest.raises(MptkError, match=r"temporary files need .*; set TMPDIR to a folder on a larger disk"):
-        check_fits(found, tmp_path / "not" / "there")
+        check_room_for(found, tmp_path / "not" / "there")
 
 
 def test_a_temporary_folder_that_is_gone_is_no_error_of_the_estimate(tmp_path: Path, inside: Inside) -> None:
     inside.bound("tempfile.tempdir", str(tmp_path / "gone"))
-    check_fits(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
+    check_room_for(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
 
 
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:

@@ -234,12 +234,12 @@ def test_experts_in_bfloat16_take_another_op() -> None:
 
 def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
     """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
-    legal = find_target("stock").legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
-    free = find_target("graph").legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
+    legal = find_target("stock").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
+    free = find_target("graph").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
     for name in ("hidden", "ffn"):
         assert {width % 8 for width in legal.ladders[name]} == {0}
         assert {width % 8 for width in free[name]} == {*range(8)}
-        found = legal.stock.config({name: legal.ladders[name][0]})
+        found = legal.stock.build_config({name: legal.ladders[name][0]})
         assert isinstance(found, StockConfig)
         assert found.model_class(found.config).bfloat16()(tokens()).logits.isfinite().all()
 
@@ -360,7 +360,7 @@ def test_equal_sizes_are_not_mixed_up(architecture: str) -> None:
 def shifted(found: Analysis, plan: Plan, weight: str) -> Program:
     """The cut program, with one weight's kept rows moved on by one: the right number of wrong rows."""
     cut = resolve_plan(found, plan)
-    kept = torch.from_numpy(cut.positions(found.weights[weight][0]))
+    kept = torch.from_numpy(cut.find_positions(found.weights[weight][0]))
     tensor = found.program.state[weight]
     return mptk.rewrite(found, plan).with_state({weight: tensor[(kept + 1) % len(tensor)]})
 

@@ -15,7 +15,7 @@ import pytest
 from inside import Inside
 
 from mptk import MptkError
-from mptk.files import format_json, staged, write_file, write_json, write_text, write_together
+from mptk.files import format_json, make_staging, write_file, write_json, write_text, write_together
 from mptk.publish import manifest
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path, inside: Ins
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    inside.around("mptk.files.staging._locked", full)
+    inside.around("mptk.files.staging._open_lock", full)
     with pytest.raises(OSError, match="No space left"):
         write_file(tmp_path / "weights", Path.touch)
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +173,7 @@ def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, in
 
 
 def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, inside: Inside) -> None:
-    folder = staged(tmp_path)
+    folder = make_staging(tmp_path)
     inside.stop("os.rmdir", error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         folder.close()

@@ -300,8 +300,8 @@ def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
     analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
     found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", layers="1-2"))
     cost = CostModel(analysis)
-    assert cost.tie(found.variables).sparsity({"ffn": 32}) == cost.sparsity({"ffn.1": 32, "ffn.2": 32})
-    assert cost.sparsity({"ffn": 32}) == cost.sparsity({f"ffn.{i}": 32 for i in range(3)})
+    assert cost.tie(found.variables).compute_sparsity({"ffn": 32}) == cost.compute_sparsity({"ffn.1": 32, "ffn.2": 32})
+    assert cost.compute_sparsity({"ffn": 32}) == cost.compute_sparsity({f"ffn.{i}": 32 for i in range(3)})
 
 
 def test_no_other_division_loses_less() -> None:
@@ -317,10 +317,14 @@ def test_no_other_division_loses_less() -> None:
     curves = {name: Curve(widths, tuple(loss(name, w) for w in widths)) for name in steepness}
     found = divide(curves, dict.fromkeys(steepness, ladder), cost, 0.2)
     best = min(
-        (w for w in itertools.product(widths, repeat=3) if cost.sparsity(dict(zip(steepness, w, strict=True))) >= 0.2),
+        (
+            w
+            for w in itertools.product(widths, repeat=3)
+            if cost.compute_sparsity(dict(zip(steepness, w, strict=True))) >= 0.2
+        ),
         key=lambda w: sum(loss(name, width) for name, width in zip(steepness, w, strict=True)),
     )
-    assert cost.sparsity(found) == pytest.approx(0.2, abs=0.01)
+    assert cost.compute_sparsity(found) == pytest.approx(0.2, abs=0.01)
     assert sum(loss(n, w) for n, w in found.items()) <= sum(loss(n, w) for n, w in zip(steepness, best, strict=True))
 
 
@@ -334,5 +338,5 @@ def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
     cost = CostModel(analyze(trace(toys.llama(), dynamic=True)))
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
-    widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.sparsity({"ffn.1": 16}))
+    widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.compute_sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

@@ -14,7 +14,7 @@ from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mptk import MptkError, Settings
-from mptk.api.graphs import export_folder, onnx_folder
+from mptk.api.graphs import export_folder, find_onnx_folder
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
 
@@ -96,7 +96,7 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
     names = {path.name for path in (folder / "onnx").iterdir()}
     assert names == {"model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"}
     assert not list(folder.glob("*.safetensors"))
-    assert onnx_folder(str(folder)) == onnx_folder(str(folder / "onnx")) == folder / "onnx"
+    assert find_onnx_folder(str(folder)) == find_onnx_folder(str(folder / "onnx")) == folder / "onnx"
 
 
 def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
@@ -104,7 +104,7 @@ def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
     ids = np.array([PROMPTS[2]])
     assert last.last_only
     assert not decoder.last_only
-    np.testing.assert_allclose(last.logits(ids), decoder.logits(ids)[:, -1:], atol=1e-4)
+    np.testing.assert_allclose(last.compute_logits(ids), decoder.compute_logits(ids)[:, -1:], atol=1e-4)
     with pytest.raises(MptkError, match="--logits all"):
         last.compute_torch_logits(torch.tensor(ids))
 
@@ -115,7 +115,7 @@ def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, f
     ids = np.array([PROMPTS[2]])
     other = OrtDecoder(tmp_path / "out", threads=1)
     assert (other.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
-    np.testing.assert_allclose(other.logits(ids), decoder.logits(ids), atol=1e-4)
+    np.testing.assert_allclose(other.compute_logits(ids), decoder.compute_logits(ids), atol=1e-4)
     heads = []
     for place in (tmp_path / "out", folder):
         graph = onnx.load(place / "onnx" / "model.onnx", load_external_data=False).graph

@@ -215,7 +215,7 @@ def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
     with pytest.raises(
         MptkError, match=r"2 heads of 16 are not the hidden size 64, as llama\.cpp expects of starcoder2"
     ):
-        GgufFolder(tmp_path / "model", weights.changed(halves), Plan({}), config, None, "auto")
+        GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
 
 
 def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:

@@ -105,14 +105,14 @@ def test_a_mask_of_images_without_padding_is_left_out(files: Path, tmp_path: Pat
     t.DetrForObjectDetection(t.DetrConfig(backbone_config=backbone, **sizes, **heads)).save_pretrained(tmp_path)
     t.DetrImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
     pictures = sorted((files / "images").rglob("*.png"))[:2]
-    found = Images().prepared(load(str(tmp_path)), pictures, lambda done, total: None)
+    found = Images().prepare(load(str(tmp_path)), pictures, lambda done, total: None)
     assert {name: tensor.shape for name, tensor in found.items()} == {"pixel_values": (2, 3, SIDE, SIDE)}
 
 
 def test_finders_of_masks_have_a_task() -> None:
-    assert MASKS.refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
-    assert MASKS.refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
-    assert MASKS.refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
+    assert MASKS.explain_refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
+    assert MASKS.explain_refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
+    assert MASKS.explain_refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,8 +158,8 @@ def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tup
     torch.manual_seed(0)
     dense, other = torch.randn(shape), torch.randn(shape, requires_grad=True)
     samples = Samples({"x": torch.zeros(3, 1)}, dense)
-    assert float(task.loss(dense, samples)) == pytest.approx(0, abs=1e-6)
-    assert float(task.loss(other, samples)) > 0.1
+    assert float(task.compute_loss(dense, samples)) == pytest.approx(0, abs=1e-6)
+    assert float(task.compute_loss(other, samples)) > 0.1
     at = dense.clone().requires_grad_()
     task.compute_sensitivity(at, samples).backward()
     assert at.grad.abs().min() > 0

@@ -100,17 +100,17 @@ def test_quality_of_the_dense_model_is_perfect_agreement(folders: Path) -> None:
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
         model = load(str(folders / folder)).model
         with torch.no_grad():
-            output = task.output(model, samples)
+            output = task.compute_output(model, samples)
         judged = Samples(samples.inputs, output)
-        assert float(task.loss(output, judged)) == pytest.approx(0, abs=1e-5)
-        assert float(task.loss(output + torch.randn(output.shape), judged)) > 0.01
+        assert float(task.compute_loss(output, judged)) == pytest.approx(0, abs=1e-5)
+        assert float(task.compute_loss(output + torch.randn(output.shape), judged)) > 0.01
 
 
 def test_gradients_do_not_vanish_at_the_dense_model(folders: Path) -> None:
     samples = Samples({"input_ids": torch.arange(24).reshape(2, 12)})
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
         model = load(str(folders / folder)).model
-        output = task.output(model, samples)
+        output = task.compute_output(model, samples)
         task.compute_sensitivity(output, Samples(samples.inputs, output.detach())).backward()
         assert model.get_input_embeddings().weight.grad.abs().max() > 1e-6
 
@@ -187,25 +187,25 @@ def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(fo
     hidden = ids.clone()
     hidden[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id
     with torch.no_grad():
-        samples = task.made(loaded, {"input_ids": ids})
-        logits = task.output(loaded.model, samples)
+        samples = task.make_samples(loaded, {"input_ids": ids})
+        logits = task.compute_output(loaded.model, samples)
         expected = -loaded.model(input_ids=hidden).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
-    assert float(task.loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
-    assert task.predicted(samples) == expected.numel()
+    assert float(task.compute_loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert task.count_predictions(samples) == expected.numel()
 
 
 def test_a_tokenizer_without_a_mask_is_said(folders: Path) -> None:
     loaded = load(str(folders / "masked language model"))
     loaded.tokenizer.mask_token = None
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        bind_task(loaded).evaluation(loaded, settings(folders, "masked language model"))
+        bind_task(loaded).draw_evaluation(loaded, settings(folders, "masked language model"))
 
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     """Perceiver gives logits of all its positions, however short the window."""
     samples = mask_tokens(torch.arange(24).reshape(2, 12), 3)
     logits = torch.randn(2, 20, 30)
-    assert MaskedLM().loss(logits, samples) == MaskedLM().loss(logits[:, :12], samples)
+    assert MaskedLM().compute_loss(logits, samples) == MaskedLM().compute_loss(logits[:, :12], samples)
 
 
 def test_inputs_of_two_names_are_known_by_either() -> None:

@@ -27,7 +27,7 @@ import mptk
 from mptk import MptkError, Plan, Pruned
 from mptk.api.ladder import estimate_ladder
 from mptk.api.pruned import estimate_run
-from mptk.api.rerun import rerun
+from mptk.api.rerun import repeat_run
 from mptk.cli.main import app
 from mptk.protocols.chain import Prepared
 
@@ -174,7 +174,7 @@ def test_units_are_chosen_from_what_the_larger_folder_computes(
     dense = logits(LlamaForCausalLM.from_pretrained(llama))
     assert not torch.allclose(expected, dense, atol=1e-3)
     made = begun[-1]
-    found = next(made.executor.outputs([made.analysis.program], [[tokens()]]))
+    found = next(made.executor.run_programs([made.analysis.program], [[tokens()]]))
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(logits(made.copy_model()), expected, atol=1e-5)
     assert torch.allclose(logits(made.copy_teacher()), dense, atol=1e-5)
@@ -218,7 +218,7 @@ def test_the_dense_model_is_read_once(llama: str, text: str, tmp_path: Path, ins
 
 # ---- stopped and resumed ----
 
-WRITE, STEP = "mptk.targets.stock.write_checkpoint", "mptk.protocols.run_folder.RunFolder.checkpoint"
+WRITE, STEP = "mptk.targets.stock.write_checkpoint", "mptk.protocols.run_folder.RunFolder.save_checkpoint"
 
 
 @pytest.mark.parametrize(("stop", "call"), [(STEP, 2), (WRITE, 2)])
@@ -249,7 +249,7 @@ def test_finished_sizes_stay_and_other_settings_are_refused(
     out = tmp_path / "m"
     shutil.copytree(trained[0].place.parent, out)
     shutil.rmtree(out / "0.2")
-    inside.forbid("mptk.run.ladder.prune")
+    inside.forbid("mptk.run.ladder.run_prune")
     shutil.copytree(out / "0.4", out / "0.2")
     with pytest.raises(MptkError, match=r"0.2 was made with other settings \(larger, seed, sparsity\)"):
         mptk.ladder(llama, out, TWO, data=text, resume=True, **TRAINED)
@@ -261,7 +261,7 @@ def test_finished_sizes_stay_and_other_settings_are_refused(
 
 
 def test_a_size_is_repeated_from_its_report(trained: list[Pruned], tmp_path: Path) -> None:
-    rows = rerun(trained[1].place, tmp_path / "again")
+    rows = repeat_run(trained[1].place, tmp_path / "again")
     assert rows is not None
     assert [row["what"] for row in rows if not row["same"]] == []
 

@@ -92,7 +92,7 @@ def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
         assert all(width in target.ladders[name] for name, width in c.widths.items())
         assert c.sparsity == pytest.approx(1 - cost(c.widths).block / cost.dense.block)
     brute = min(
-        abs(cost.sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
+        abs(cost.compute_sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
         for k in (1, 2, 3)
         for q in (1, 2)
         for f in (32, 64, 96, 128, 160)
@@ -113,7 +113,9 @@ def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
     }
     for c in chosen:
         widths = [{**c.widths, "ffn": ffn} for ffn in target.ladders["ffn"]]
-        assert abs(c.sparsity - sparsity) == pytest.approx(min(abs(cost.sparsity(w) - sparsity) for w in widths))
+        assert abs(c.sparsity - sparsity) == pytest.approx(
+            min(abs(cost.compute_sparsity(w) - sparsity) for w in widths)
+        )
 
 
 def test_few_candidates_are_far_from_each_other():
@@ -159,7 +161,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
 )
 def test_a_divisor_is_a_number_a_device_or_one_for_each_family(text, ffn, hidden):
     found = read_alignment(text)
-    assert (found.divisors("ffn")[0], found.divisors("hidden")[0]) == (ffn, hidden)
+    assert (found.find_divisors("ffn")[0], found.find_divisors("hidden")[0]) == (ffn, hidden)
 
 
 @pytest.mark.parametrize("text", ["h10", "0", "ffn=", "ffn=0", "=32", "32;64", "", -8, 1 << 21])
@@ -241,7 +243,7 @@ def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
     refused = {}
     for name in ("zamba2", "bamba"):
         model = tiny_model("causal-lm", name).model
-        legal = find_target("stock").legal(analyze(trace(model)), model, Alignment(1))
+        legal = find_target("stock").find_legal(analyze(trace(model)), model, Alignment(1))
         refused[name] = [why for why in legal.refused.values() if "fixes its norm's epsilon" in why]
     assert refused["zamba2"]
     assert not refused["bamba"]
@@ -251,6 +253,6 @@ def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():
     model = tiny_model("causal-lm", "mamba").model
     analysis = analyze(trace(model, dynamic=True))
     inner = next(f for f in analysis.families if f.size == model.config.intermediate_size)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
-    config = legal.stock.config({inner.name: 100}).config
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
+    config = legal.stock.build_config({inner.name: 100}).config
     assert config.intermediate_size == 100

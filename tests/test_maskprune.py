@@ -84,7 +84,9 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
 def test_the_loss_of_windows_predicts_the_next_token() -> None:
     sure = torch.full((1, 3, 5), -30.0)
     sure[0, 0, 1] = sure[0, 1, 2] = 30.0
-    assert CAUSAL_LM.loss(sure, make_token_samples(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(0.0, abs=1e-6)
+    assert CAUSAL_LM.compute_loss(sure, make_token_samples(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
@@ -178,7 +180,7 @@ def test_few_rows_give_the_same_fit_as_their_products() -> None:
         fit = _Fit(keep, transposed=False, few=few)
         for row in x.split(2):
             fit.add(row)
-        found.append(fit.solved(dense, dense * 1.1))
+        found.append(fit.solve(dense, dense * 1.1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert not found[0][:, ~keep].any()
 
@@ -192,7 +194,7 @@ def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
     keep = torch.arange(6) < 5
     fit = _Fit(keep, transposed=False, few=False)
     fit.add(x)
-    left = x[1:] @ (fit.solved(dense, dense) - dense).T
+    left = x[1:] @ (fit.solve(dense, dense) - dense).T
     assert left.norm() < 0.3 * (x[1:, 5:] @ dense[:, 5:].T).norm()
 
 
@@ -204,7 +206,7 @@ def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
     def missed(times: int) -> float:
         fit = _Fit(torch.arange(6) < 5, transposed=False, few=False)
         fit.add(x.repeat(times, 1))
-        return float((x @ (fit.solved(dense, dense) - dense).T).norm())
+        return float((x @ (fit.solve(dense, dense) - dense).T).norm())
 
     assert missed(100) < 0.1 * missed(1)
 
@@ -220,7 +222,7 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     out = tmp_path / "out"
     work = RunFolder(out, {"steps": 3}, resume=False)
     for step in (1, 2, 3):
-        work.checkpoint("masks", step, {"x": torch.tensor(float(step))})
+        work.save_checkpoint("masks", step, {"x": torch.tensor(float(step))})
         work.log("masks", step, {"loss": 0.5})
     assert len(list(work.path.glob("masks-*.safetensors"))) == 2
     with pytest.raises(MptkError, match="unfinished run; add --resume"):

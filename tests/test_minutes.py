@@ -22,7 +22,7 @@ from mptk import MptkError, Settings
 from mptk.api.pruned import estimate_recovery
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
-from mptk.run.amounts import say_numbers
+from mptk.run.amounts import describe_numbers
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import LEAST_STEPS, complete_settings, fill_in
 from mptk.trust import NO_CODE
@@ -121,7 +121,7 @@ def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, ins
     assert (found.compute_dtype, found.learning.precision) == ("bfloat16", "bf16")
     assert found.steps > 60
     epochs = "3 epochs of local distillation"
-    assert say_numbers(found) == f"{found.steps} training steps, 96 calibration windows and {epochs} in bfloat16"
+    assert describe_numbers(found) == f"{found.steps} training steps, 96 calibration windows and {epochs} in bfloat16"
     assert complete(float32, llama).steps == 40, "what is typed wins"
     given_numbers = replace(given(TINY, steps=40, samples=96), minutes=None)
     assert complete(given_numbers, llama).compute_dtype == "float32", "the same on each machine"

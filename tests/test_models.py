@@ -406,7 +406,7 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
     for name, tensor in model.state_dict().items():
         found = opened.weights[name] if name in opened.weights else buffers[name]
         assert torch.equal(found, tensor), name
-    whole = opened.whole().state_dict()
+    whole = opened.load_all().state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -419,7 +419,7 @@ def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opene
     assert "model.encoder.embed_positions.weight" not in load_file(tmp_path / "model.safetensors")
     opened = models.open_weights(str(tmp_path), Resident(0))
     assert opened.weights is not None
-    found = opened.whole().state_dict()
+    found = opened.load_all().state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor), name
 

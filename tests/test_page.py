@@ -25,7 +25,7 @@ from mptk.files.outputs import check_file
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
 from mptk.report.page.render import render_report_page, render_shapes_page
-from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, name_model, read_runs
+from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
 from mptk.report.sections import build_prune_view
 from mptk.report.view import Table, render_markdown
 from tests.page_runs import HOSTILE, WORDS, made
@@ -236,9 +236,9 @@ def test_a_loss_that_is_not_finite_is_a_gap() -> None:
 def test_names_are_as_short_as_they_can_be() -> None:
     assert name_folders([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
     assert name_folders([Path("x/m"), Path("y/m")]) == ["x/m", "y/m"]
-    assert name_model("/home/me/models/small") == "small"
-    assert name_model("/c/models--acme--small/snapshots/0a1b") == "acme/small"
-    assert name_model("acme/small") == "acme/small"
+    assert shorten_model_name("/home/me/models/small") == "small"
+    assert shorten_model_name("/c/models--acme--small/snapshots/0a1b") == "acme/small"
+    assert shorten_model_name("acme/small") == "acme/small"
 
 
 def test_a_report_of_another_kind_is_one_error() -> None:

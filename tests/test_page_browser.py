@@ -60,7 +60,7 @@ def page(request: pytest.FixtureRequest) -> tuple[str, int]:
         return render_report_page([made(run="a" * 70), made(run="b")]), 17
     model = tiny_decoder("grouped heads, rotary")
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
     return render_analysis_page(build_analysis_json(analysis, legal, "small"), analysis, legal), 1
 
 

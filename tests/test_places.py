@@ -28,7 +28,7 @@ import mptk
 from mptk import MptkError
 from mptk.cli.app import tidy_for
 from mptk.errors import explain_errors
-from mptk.files import claim_place, discard, make_scratch, staged, staging, tidy, write_file, write_text
+from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
 from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
 from mptk.publish.folder import amend, publish
@@ -97,7 +97,7 @@ def filed(place: Path, act: Callable[[], None]) -> None:
 
 
 def fails(place: Path, act: Callable[[], None]) -> None:
-    with staged(place):
+    with make_staging(place):
         act()
         raise OSError("a library that lost its files")
 
@@ -148,7 +148,7 @@ def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(
 
     inside.around("os.mkdir", exchanging)
     with pytest.raises(OSError, match="not permitted"):
-        staged(tmp_path)
+        make_staging(tmp_path)
     taken = next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-"))
     require_untouched(taken)
 
@@ -190,7 +190,7 @@ def test_a_folder_that_others_can_write_in_is_refused_before_any_work(
     if not said:
         write(place / "out", "x")
         return
-    for work in (lambda: write(place / "out", "x"), lambda: staged(place), lambda: hold(place / "out")):
+    for work in (lambda: write(place / "out", "x"), lambda: make_staging(place), lambda: hold(place / "out")):
         with pytest.raises(MptkError, match=rf"^{place} lets other users rename what is in it, .*; take that right"):
             work()
     assert names(place) == []
@@ -389,7 +389,7 @@ def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
 def test_hidden_folders_are_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with staged(tmp_path) as made, claim_place(tmp_path / "out") as held:
+        with make_staging(tmp_path) as made, claim_place(tmp_path / "out") as held:
             assert [stat.S_IMODE(each.path.stat().st_mode) for each in (made, held)] == [0o700] * 2
         RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
         assert stat.S_IMODE((tmp_path / "out.run").stat().st_mode) == 0o755

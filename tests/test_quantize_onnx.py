@@ -137,7 +137,7 @@ def assert_same_logits(model, source, tmp_path) -> None:
     common.RemoveUnusedNodesPass()(model)
     ir.save(model, tmp_path / "model.onnx")
     ids = RNG.integers(3, 97, (2, 11))
-    expected, found = (OrtDecoder(file, threads=1).logits(ids) for file in (source, tmp_path / "model.onnx"))
+    expected, found = (OrtDecoder(file, threads=1).compute_logits(ids) for file in (source, tmp_path / "model.onnx"))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -207,7 +207,7 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
         return float(np.linalg.norm(rounded @ down - expected))
 
     balance = balance_channels(*map(ir.tensor, (gate, up, down)))
-    arrays = balance.gate(gate), balance.up(up), balance.down(down)
+    arrays = balance.scale_gate(gate), balance.scale_up(up), balance.scale_down(down)
     sizes = np.linalg.norm(arrays[0], axis=0) * np.linalg.norm(arrays[1], axis=0)
     assert (np.diff(sizes) >= -1e-9).all()
     assert rounded_error(*arrays) < 0.8 * rounded_error(gate, up, down)
@@ -232,10 +232,10 @@ def test_rounding_for_a_text_loses_less_on_it_than_rounding_each_weight_by_itsel
     for part in source.parent.glob("model.onnx*"):
         shutil.copy(part, tmp_path)
     text = RNG.integers(3, 97, (40, 12))
-    expected = plain.logits(text)
+    expected = plain.compute_logits(text)
     file = tmp_path / "model.onnx"
-    by_itself = error(OrtDecoder(quantize_onnx(file, "int4"), threads=1).logits(text), expected)
-    for_text = error(OrtDecoder(quantize_onnx(file, "int4", text), threads=1).logits(text), expected)
+    by_itself = error(OrtDecoder(quantize_onnx(file, "int4"), threads=1).compute_logits(text), expected)
+    for_text = error(OrtDecoder(quantize_onnx(file, "int4", text), threads=1).compute_logits(text), expected)
     assert for_text < 0.9 * by_itself
     assert not list(tmp_path.glob(".*"))
 
@@ -254,9 +254,9 @@ def test_rounding_errors_are_made_up_for(inputs):
         part = weight[start : start + BLOCK]
         scale, zero = fit_grid(part, np.ones(len(part), dtype=np.float32))
         alone[start : start + BLOCK] = scale * (round_to_grid(part, scale, zero) - zero)
-    found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.weight(), alone))
+    found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.to_float(), alone))
     assert found < 0.5 * other
-    assert not blocks.weight()[:, 7].any()
+    assert not blocks.to_float()[:, 7].any()
 
 
 def test_ranges_are_shrunk_where_an_outlier_would_coarsen_what_counts():

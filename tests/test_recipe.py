@@ -124,7 +124,7 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
         build_recipe("m", full) | build_recipe("m", read)
     ) - {"model"}
     assert set(find_settings(api.Settings, "recover")) - never == set(build_recipe("m", full, "recover")) - {"model"}
-    assert "config" in inspect.signature(commands.prune).parameters
+    assert "config" in inspect.signature(commands.prune_to_folder).parameters
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])

@@ -40,7 +40,7 @@ SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
-    "mptk.tasks.inputs.text.TextWindows.calibration",
+    "mptk.tasks.inputs.text.TextWindows.draw_calibration",
     "mptk.methods.criteria.measure_and_score",
     "mptk.methods.one_shot.find_best_plan",
 )
@@ -50,13 +50,13 @@ FIT, CUT, WRITE = (
     "mptk.targets.stock.write_checkpoint",
 )
 SAVE = "mptk.protocols.run_folder.write_weights"
-BLOCK = "mptk.methods.distil._Block.trained"
+BLOCK = "mptk.methods.distil._Block.train"
 REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
     ("mptk.files.staging.os.mkdir", errno.EACCES),
     (WRITE, errno.ENOSPC),
-    ("mptk.files.replace._exchanged", errno.EROFS),
+    ("mptk.files.replace._swap_names", errno.EROFS),
 ]
 """What writes, in the order of the stages, and why it may not."""
 SAID = {
@@ -365,10 +365,10 @@ def test_a_tokenizer_in_memory_is_what_the_unfinished_run_was_started_with(place
 
 def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out", {}, resume=False)
-    folder.checkpoint(
+    folder.save_checkpoint(
         "masks", 2, {"watched": torch.tensor([[0.0, torch.inf]]), "rng": torch.zeros(3, dtype=torch.uint8)}
     )
-    folder.checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
+    folder.save_checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
     file = folder.path / "masks-00000004.safetensors"
     for read in (lambda: folder.read_latest("masks"), lambda: folder.read_checkpoint("masks", 4)):
         with pytest.raises(MptkError, match=rf"^{file} is damaged: watched is not a number; remove {file}, and start"):

@@ -86,7 +86,7 @@ def computed_shapes(program: Program) -> dict[str, torch.Size]:
                 found[n.name] = result.shape
             return result
 
-    Shapes(program.graph).run(*program.arguments(tokens()))
+    Shapes(program.graph).run(*program.list_arguments(tokens()))
     return found
 
 

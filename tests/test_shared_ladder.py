@@ -206,7 +206,7 @@ def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
     one, other = (hash_file(folder / "rungs/0.6/model.safetensors.part") for folder in (place, tmp_path / "again"))
     assert one == other
     with pytest.raises(MptkError, match="shares its weights with other sizes; run `mptk prune --config"):
-        mptk.api.rerun.rerun(place, tmp_path / "rerun")
+        mptk.api.rerun.repeat_run(place, tmp_path / "rerun")
 
 
 # ---- on the command line ----
@@ -378,7 +378,7 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
     one.optimizer.step = one.optimizer.zero_grad = lambda: None
     metrics, _ = one._step(0)
     wanted = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
-    own, target = windows[one.rows(0)], teacher
+    own, target = windows[one.pick_rows(0)], teacher
     for size, view in enumerate(wanted.views):
         (logits,) = view(**own.inputs)
         loss = compute_class_losses(logits, own.targets, target, training.losses)["loss"]

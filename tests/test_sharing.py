@@ -45,5 +45,5 @@ def test_every_batch_has_one_process() -> None:
 def test_a_process_alone_shares_nothing() -> None:
     assert share_batches(3) == Sharing()
     ones = torch.ones(2)
-    assert Sharing().total(ones) is ones
-    assert Sharing().all(ones) == [ones]
+    assert Sharing().sum_all(ones) is ones
+    assert Sharing().gather(ones) == [ones]

@@ -99,8 +99,8 @@ def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
     assert len(partition(Flow(program), SMALL.stage).ends) >= 2
     expected = [program(*given) for given in inputs]
     for executor in (SMALL, Executor(stage=0), EXECUTOR):
-        assert all(map(torch.equal, executor.outputs([program], inputs), expected))
-    for found, one in zip(FILES.outputs([program], inputs), expected, strict=True):
+        assert all(map(torch.equal, executor.run_programs([program], inputs), expected))
+    for found, one in zip(FILES.run_programs([program], inputs), expected, strict=True):
         torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6 * float(one.abs().max()))
 
 
@@ -111,7 +111,7 @@ def test_dense_masked_and_cut_programs_run_side_by_side(name: str) -> None:
     analysis = analyze(program)
     plan = random_plan(analysis)
     masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)
-    found = list(SMALL.outputs([masked, program, cut], inputs))
+    found = list(SMALL.run_programs([masked, program, cut], inputs))
     expected = [run(*given) for given in inputs for run in (masked, program, cut)]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
@@ -143,10 +143,10 @@ def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
     largest = max(t.nbytes for t in program.state.values())
     for executor in (Executor(stage=40_000), Executor(stage=largest)):
         history.clear()
-        list(executor.outputs([lazy], inputs))
+        list(executor.run_programs([lazy], inputs))
         assert max(history) <= max(executor.stage, largest)
     made.clear()
-    list(EXECUTOR.outputs([lazy], inputs))
+    list(EXECUTOR.run_programs([lazy], inputs))
     used = {program.weights[n] for n in program.weights}
     assert sum(made) <= sum(program.state[name].nbytes for name in used)
 
@@ -192,7 +192,7 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
     program, windows = trace(model, dynamic=True), architectures.tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
     given = Calibration(analyze(program), (), make_token_samples(windows), executor=SMALL)
-    found = sum_gradients(given, lambda loss: loss / CAUSAL_LM.predicted(given.samples), [name])[0][name]
+    found = sum_gradients(given, lambda loss: loss / CAUSAL_LM.count_predictions(given.samples), [name])[0][name]
     loss = model(windows, labels=windows, use_cache=False).loss
     (expected,) = torch.autograd.grad(loss, [model.lm_head.weight])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -228,7 +228,7 @@ def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
     program, x = trace(Writes().eval(), (torch.randn(3, 7),)), torch.randn(3, 7)
     flow = Flow(program)
     assert flow.uncut
-    (found,) = Executor(stage=0, borders=0).outputs([program], [(x,)])
+    (found,) = Executor(stage=0, borders=0).run_programs([program], [(x,)])
     torch.testing.assert_close(found, program(x))
 
 
@@ -248,9 +248,9 @@ def test_weights_are_changed_when_they_are_asked_for() -> None:
     asked: list[str] = []
     like = torch.empty(3, 4, dtype=torch.float16, device="meta")
     weights = Weights({"w": Lazy(like, lambda: asked.append("w") or torch.ones(3, 4, dtype=torch.float16))})
-    cut = weights.changed({"w": lambda t: t[:2].float()})
-    assert cut.like("w").shape == (2, 4)
-    assert cut.like("w").dtype == torch.float32
+    cut = weights.with_edits({"w": lambda t: t[:2].float()})
+    assert cut.find_like("w").shape == (2, 4)
+    assert cut.find_like("w").dtype == torch.float32
     assert not asked
     assert torch.equal(cut["w"], torch.ones(2, 4))
     assert asked == ["w"]

@@ -42,7 +42,7 @@ def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
     plan = random_plan(analysis)
     programs = [program, mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)]
     with SecondDevice() as mode:
-        found = list(THERE.outputs(programs, inputs))
+        found = list(THERE.run_programs(programs, inputs))
     assert all(isinstance(result, SecondTensor) for result in found)
     assert not [shape for where, shape in mode.crossed if where == "to the host" and shape]
     for result, expected in zip(found, [run(*given) for given in inputs for run in programs], strict=True):
@@ -87,6 +87,6 @@ def test_a_program_runs_on_a_gpu_that_does_not_exist(name: str) -> None:
             program, state=program.state.with_entries({n: mode.from_tensor(t) for n, t in program.state.items()})
         )
         batches = [tuple(mode.from_tensor(t) for t in given) for given in inputs]
-        found = list(replace(THERE, device=torch.device("cuda", 0)).outputs([fake], batches))
+        found = list(replace(THERE, device=torch.device("cuda", 0)).run_programs([fake], batches))
     assert all(result.device.type == "cuda" for result in found)
     assert [result.shape for result in found] == [program(*given).shape for given in inputs]

@@ -111,8 +111,8 @@ def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_aft
     again, _ = watching(tmp_path, losses, inside)
     again.run()
     assert torch.equal(again.parameters["embed.weight"], weights[kept])
-    assert again.watch.row("text", 1) == one.watch.row("text", 1)
-    assert one.watch.row("text", 1)["kept"] == kept
+    assert again.watch.to_row("text", 1) == one.watch.to_row("text", 1)
+    assert one.watch.to_row("text", 1)["kept"] == kept
     assert "\n" not in one.watch.note()
     assert re.search(said, one.watch.note()) if said else not one.watch.note()
 

@@ -44,7 +44,7 @@ def derivable() -> LlamaForCausalLM:
 def found() -> tuple[Analysis, LegalWidths]:
     model = derivable()
     analysis = api.analyze(model)
-    return analysis, find_target("stock").legal(analysis, model, Alignment(2))
+    return analysis, find_target("stock").find_legal(analysis, model, Alignment(2))
 
 
 def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
@@ -130,7 +130,7 @@ def test_what_is_named_is_cut_and_told(tmp_path: Path) -> None:
 def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=97, n_positions=64)).eval()
     analysis = api.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(2))
+    legal = find_target("stock").find_legal(analysis, model, Alignment(2))
     assert "ffn" in legal.breaks
     assert legalize.choose_default_families(
         analysis.make_variables(), legalize.keep_portable_families(analysis, legal)

@@ -116,7 +116,7 @@ KINDS = {
 def pair(request):
     """A tokenizer, the tokens that stay of it for the corpus, and what is made of it."""
     dense = wrapped(KINDS[request.param]())
-    kept = Choice(dense, len(dense)).kept(find_used_ids([[CORPUS]], dense), 16, 1)
+    kept = Choice(dense, len(dense)).list_kept(find_used_ids([[CORPUS]], dense), 16, 1)
     return dense, kept, trim_tokenizer(dense, kept)
 
 
@@ -171,22 +171,22 @@ def test_tokens_fill_up_to_a_multiple_from_the_lowest_ids():
     backwards = [*SPECIAL, *reversed(tokens[len(SPECIAL) :])]  # long tokens have the lowest ids
     dense = wrapped(changed(backend, vocab={token: i for i, token in enumerate(backwards)}))
     choice, used = Choice(dense, len(dense)), find_used_ids([[CORPUS[:200]]], dense)
-    few, more = choice.kept(used, 16, 1), choice.kept(used, 16, 64)
+    few, more = choice.list_kept(used, 16, 1), choice.list_kept(used, 16, 64)
     assert len(more) % 64 == 0
     assert set(few) < set(more)
     merges = Merges(json.loads(dense.backend_tokenizer.to_str())["model"])
     there = set(dense.convert_ids_to_tokens(more))
     assert all(merges.find_intermediates(token) <= there for token in there)
-    assert choice.kept(range(len(dense)), 16, 512) == tuple(range(len(dense)))
+    assert choice.list_kept(range(len(dense)), 16, 512) == tuple(range(len(dense)))
     rows = Choice(dense, len(dense) + 30)  # rows without a token come last
-    assert rows.kept(range(len(dense)), 16, len(dense) + 10) == tuple(range(len(dense) + 10))
+    assert rows.list_kept(range(len(dense)), 16, len(dense) + 10) == tuple(range(len(dense) + 10))
 
 
 def test_the_unlikeliest_piece_stays_for_the_cost_of_what_is_unknown():
     """Without it an unknown character would cost less, and be taken where a text was read in known pieces."""
     pieces = [("<unk>", 0.0), ("x", -4.0), ("y", -20.0), ("xy", -5.0), ("yz", -9.0), ("qq", -30.0)]
     dense = wrapped(Tokenizer(models.Unigram(pieces, unk_id=0)))
-    kept = Choice(dense, len(dense)).kept([1, 4], 1, 1)
+    kept = Choice(dense, len(dense)).list_kept([1, 4], 1, 1)
     assert dense.convert_tokens_to_ids("qq") in kept
 
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_trimmed_is_refused():
         Choice(dense, len(dense) - 1)
     with pytest.raises(MptkError, match="dropout"):
         Choice(wrapped(changed(byte_level(), dropout=0.1)), 999)
-    kept = Choice(dense, len(dense)).kept(find_used_ids([[CORPUS]], dense), 16, 1)
+    kept = Choice(dense, len(dense)).list_kept(find_used_ids([[CORPUS]], dense), 16, 1)
     small = trim_tokenizer(dense, kept)
     gone = next(text for text in itertools.chain(OTHERS) if not {*dense(text).input_ids} <= {*kept})
     with pytest.raises(MptkError, match="reads the text differently"):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.api.pruned import Shown, reporting, resolve_place
-from mptk.api.words import public
+from mptk.api.pruned import Shown, report_progress, resolve_place
+from mptk.api.words import wrap_public
 from mptk.config.choices import MOST_SPARSITY
 from mptk.config.recipe import format_command
 from mptk.config.setting import with_keywords
@@ -22,9 +22,9 @@ from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice,
 from mptk.protocols.conversion import Opened
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
-from mptk.run.advise import measure_cuts, rank_shapes
-from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
-from mptk.run.open import Model, name_model, take_model
+from mptk.run.advise import measure_cuts, search_and_rank
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
+from mptk.run.open import Model, name_start, take_model
 from mptk.run.run import open_run
 
 FAMILIES = 1.5
@@ -34,7 +34,7 @@ ANY = 1.0
 """The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
 
 
-@public
+@wrap_public
 def advise(
     model: Model,
     settings: Settings | None = None,
@@ -71,8 +71,8 @@ def advise(
             such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
     # For its checks and stages an advice is a search, of one shape and without trials.
-    check_asked(sparsities, tolerance)
-    chosen = with_keywords(settings or ADVICE, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
+    check_sparsities(sparsities, tolerance)
+    chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
     if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
         steps = chosen.steps or CALIBRATION_STEPS
@@ -86,10 +86,10 @@ def advise(
     advises = round(FAMILIES * len(sparsities)), texts
     with (
         make_scratch() as kept,
-        reporting(progress) as say,
+        report_progress(progress) as say,
         open_run(
             start,
-            name_model(model),
+            name_start(model),
             kept.folder / "advice",
             chosen,
             inputs,
@@ -119,7 +119,7 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
     return replace(found, command=write_command(plain, found.recommended))
 
 
-def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
+def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
     """Raise MptkError if a sparsity or the tolerance is out of bounds."""
     if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
         raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
@@ -127,7 +127,7 @@ def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
         raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
 
 
-@public
+@wrap_public
 def shapes(
     model: Model,
     out: str | Path | None = None,
@@ -159,15 +159,15 @@ def shapes(
             or there are too few tokens to train the finalists.
     """
     base = settings or Settings(method="wanda", reconstruct=True)
-    chosen = with_keywords(base, {**name_inputs(data=data), **keywords, "search": True, "onnx": False})
+    chosen = with_keywords(base, {**name_given(data=data), **keywords, "search": True, "onnx": False})
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
     # A search keeps its stages in a folder beside its output, so it needs a place even if nothing is to stay.
     kept = make_scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
-    source = name_model(model)
+    source = name_start(model)
     with (
-        reporting(progress) as say,
+        report_progress(progress) as say,
         open_run(start, source, place, chosen, inputs, Context(Log(), say), trains=False) as run,
     ):
-        return rank_shapes(start, run, chosen, writes=kept is None)
+        return search_and_rank(start, run, chosen, writes=kept is None)

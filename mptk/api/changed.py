@@ -37,7 +37,7 @@ from mptk.publish.manifest import MARKER, hash_weight_files, list_files
 from mptk.reading import make_damage_error
 from mptk.report.card import write_card
 from mptk.run.changed_weights import WEIGHTS_CHANGED, ChangedWeights, rewrite_folder
-from mptk.run.describe import graph_sizes
+from mptk.run.describe import measure_graphs
 from mptk.run.inputs import Inputs
 from mptk.run.open import open_in_memory
 from mptk.run.prune import Result
@@ -91,10 +91,15 @@ class Snapshot:
         likes = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
         buffers = {name: tensor.clone() for name, tensor in _list_unsaved_buffers(module).items()}
         return Snapshot(
-            likes, _digest(weights), _group_tied_names(weights), _configs(module), _list_parts(module), buffers
+            likes,
+            _hash_tensors(weights),
+            _group_tied_names(weights),
+            _list_configs(module),
+            _list_parts(module),
+            buffers,
         )
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+    def read_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's present weights in the types that they were opened in, on the CPU.
 
         Raises:
@@ -108,7 +113,7 @@ class Snapshot:
                 "example with merge_and_unload()"
             )
         for name, tensor in found.items():
-            if (wrong := _cannot_hold(tensor, *self.likes[name])) is not None:
+            if (wrong := _explain_misfit(tensor, *self.likes[name])) is not None:
                 raise MptkError(f"{name} of model {wrong}; write the model by itself, or open the folder again")
         cast = {name: tensor.to("cpu", self.likes[name][0]) for name, tensor in found.items()}
         for first, *others in self.tied:
@@ -119,9 +124,9 @@ class Snapshot:
                 )
         return cast
 
-    def differs(self, module: nn.Module) -> bool:
-        """Whether the module has other numbers now. Raises MptkError as ``weights``."""
-        return _digest(self.weights(module)) != self.digest
+    def has_changed(self, module: nn.Module) -> bool:
+        """Whether the module has other numbers now. Raises MptkError as ``read_weights``."""
+        return _hash_tensors(self.read_weights(module)) != self.digest
 
     def is_converted(self, module: nn.Module) -> bool:
         """Whether the module has its weights in other types now, as after ``half()``."""
@@ -131,7 +136,7 @@ class Snapshot:
         """Raise MptkError if a config, a part or a buffer of the module was changed, which no weights file holds."""
         module = unwrap_parallel(module)
         # A proof of the weights sees none of this: it runs the class of the folder, with the folder's config.
-        for name, now in _configs(module).items():
+        for name, now in _list_configs(module).items():
             before = self.configs.get(name, {})
             if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
                 raise MptkError(
@@ -150,14 +155,14 @@ class Snapshot:
                 )
         buffers = _list_unsaved_buffers(module)
         for name, buffer in self.buffers.items():
-            if name not in buffers or not _rounds_to(buffer, buffers[name]):
+            if name not in buffers or not _is_rounded(buffer, buffers[name]):
                 raise MptkError(
                     f"{name} of model was changed in memory, and no pruned folder holds this buffer; put it back, or "
                     "write the model by itself"
                 )
 
 
-def _cannot_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> str | None:
+def _explain_misfit(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Why a folder whose weight has this type and shape cannot hold a tensor in its place; None if it can."""
     if tensor.is_meta:
         return "is not in memory (it is on the meta device)"
@@ -214,7 +219,7 @@ def _list_unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _rounds_to(before: Tensor, now: Tensor) -> bool:
+def _is_rounded(before: Tensor, now: Tensor) -> bool:
     """Whether a buffer has its numbers of before, or these after a conversion to a narrower type and back."""
     if now.is_meta or now.shape != before.shape:
         return False
@@ -222,7 +227,7 @@ def _rounds_to(before: Tensor, now: Tensor) -> bool:
     return any(now.equal(before.cpu().to(dtype).to(before.dtype)) for dtype in (before.dtype, *HALF_TYPES))
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
+def _hash_tensors(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -231,7 +236,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _configs(module: nn.Module) -> dict[str, dict[str, object]]:
+def _list_configs(module: nn.Module) -> dict[str, dict[str, object]]:
     if not isinstance(module, PreTrainedModel):
         return {}
     found = {"config": module.config, "generation_config": getattr(module, "generation_config", None)}
@@ -328,7 +333,7 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
             trained=list(dict.fromkeys([*report.trained, *changed])),
             weights_sha256=hash_weight_files(folder),
             quality={},  # it was that of the old weights
-            quantized=graph_sizes(folder / ONNX_FOLDER, Module(samples).onnx),
+            quantized=measure_graphs(folder / ONNX_FOLDER, Module(samples).onnx),
             proof=[d.to_dict() for d in proof],
             notes=list(dict.fromkeys([*report.notes, WEIGHTS_CHANGED])),
             files=sorted([*list_files(folder), REPORT_FILE, CARD]),
@@ -348,4 +353,4 @@ def _write_onnx(
     assert form is not None
     dense = Dense(opened.loaded, settings, program, about={"plan_sha256": report.plan_sha256})
     form.export(dense, None, opened.task.make_example(opened.loaded.model), folder, Log())
-    return form.stages(folder, Use(), EXECUTOR.device, settings).stages
+    return form.list_stages(folder, Use(), EXECUTOR.device, settings).stages

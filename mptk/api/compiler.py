@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import passes.frontend.trace
-from mptk.api.words import public
+from mptk.api.words import wrap_public
 from mptk.compat.torch import forget_sources
 from mptk.conversions import read_plan_conversions
 from mptk.errors import MptkError
@@ -33,7 +33,7 @@ from passes.transforms.rewrite import Rewrite
 __all__ = ["analyze", "rewrite", "rule", "show", "trace"]
 
 
-@public
+@wrap_public
 @forget_sources()
 def trace(
     model: nn.Module | str | Path, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False
@@ -58,7 +58,7 @@ def trace(
     return passes.frontend.trace.trace_to_program(module, example.inputs, dynamic=sizes, wrap=wrap)
 
 
-@public
+@wrap_public
 @forget_sources()
 def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find the families of coupled channels that can be cut in a model, and the axes that cannot be cut, with reasons.
@@ -71,7 +71,7 @@ def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInpu
     return group.analyze_program(model if isinstance(model, Program) else trace(model, example_inputs))
 
 
-@public
+@wrap_public
 @forget_sources()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: it gets smaller weights and shape constants, and equals the masked program.
@@ -88,7 +88,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         ProofError: the cut program differs from the masked one; the message has the stage and the difference.
     """
     # The cut that is returned: of the program as it was given, and not of the finer copies that the proof may take.
-    check_whole(plan)
+    check_plain_plan(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
     # What is proven of a program says nothing of the module if the trace differs from it, so this comes first.
     if check and analysis.program.has_values and analysis.program.source is not None:
@@ -115,7 +115,7 @@ def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence
     check_cut(analysis, cut, stages)
 
 
-@public
+@wrap_public
 def show(
     model: nn.Module | str | Path | Program,
     example_inputs: ExampleInputs | None = None,
@@ -144,7 +144,7 @@ def show(
     analysis = group.analyze_program(program)
     if after is None or plan is None:
         return describe_program(program, analysis, source=source)
-    check_whole(plan)
+    check_plain_plan(plan)
     cut = resolve_plan(analysis, plan)
     result = run_passes(program, list_passes_until(after, analysis, cut), Log())[-1].program
     # A pass that only masks leaves the old sizes, which must not be printed as the cut ones.
@@ -152,7 +152,7 @@ def show(
     return describe_program(result, analysis, sizes, source=source)
 
 
-def check_whole(plan: Plan | None) -> None:
+def check_plain_plan(plan: Plan | None) -> None:
     """Raise MptkError if a plan converts the model first: the cut would then start from another model."""
     for kind, _ in () if plan is None else read_plan_conversions(plan):
         raise MptkError(

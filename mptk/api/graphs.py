@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.api.compiler import check_whole, trace
+from mptk.api.compiler import check_plain_plan, trace
 from mptk.api.pruned import Pruned, resolve_place
-from mptk.api.words import public
+from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
@@ -63,10 +63,10 @@ from passes.targets.onnx.names import (
 )
 from passes.verify import Difference, prove
 
-__all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
+__all__ = ["bench", "export", "export_folder", "find_onnx_folder", "gguf"]
 
 
-@public
+@wrap_public
 @forget_sources()
 def export(
     model: nn.Module | Pruned,
@@ -111,7 +111,7 @@ def export(
         ProofError: ONNX Runtime computes something else than the module.
     """
     # What can be refused before anything is traced.
-    check_whole(plan)
+    check_plain_plan(plan)
     about = check_metadata(metadata)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
@@ -179,11 +179,11 @@ def _export_module(
     dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, samples, folder, Log())
     program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
-    stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
+    stages = form.list_stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
 
 
-@public
+@wrap_public
 def gguf(
     folder: str | Path | Pruned,
     out: str | Path,
@@ -223,7 +223,7 @@ def gguf(
     return made
 
 
-@public
+@wrap_public
 @forget_sources()
 def export_folder(
     model: str,
@@ -251,7 +251,7 @@ def export_folder(
     check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
-    dense, form = _dense(model, settings, text)
+    dense, form = _load_dense(model, settings, text)
     loaded = dense.loaded
     positions = find_position_limit(loaded.model.config) or 256  # a model without a limit takes any length
     windows = (
@@ -264,7 +264,7 @@ def export_folder(
         with enter_stage(say, "export ONNX"):
             samples = None if windows is None else make_token_samples(windows)
             notes = form.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / ONNX_FOLDER, form, say, settings.strict)]:
+        for note in [*notes, *_check_quantized(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
         # What other programs look for beside the graphs.
         loaded.model.config.save_pretrained(folder)
@@ -279,7 +279,7 @@ def export_folder(
     return Path(out)
 
 
-def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
+def _load_dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
     """The model, traced to be written as ONNX, and its form. Refuses models and options that no form takes."""
     resident, executor = build_executor(settings)
     loaded, task = open_task(model, resident, trust=settings.trust)
@@ -297,7 +297,7 @@ def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, Onn
     return Dense(loaded, settings, program, executor), task.onnx
 
 
-def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
+def _check_quantized(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
     """Compare the quantised graphs of a folder with its float graphs. Returns notes on graphs that are left out.
 
     ``strict``: raises ProofError instead.
@@ -312,7 +312,7 @@ def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[
     return prove_extras(list_quantized(folder, form, check), strict)[1]
 
 
-@public
+@wrap_public
 @forget_sources()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
@@ -344,7 +344,7 @@ def bench(
     for model in map(str, models):
         check_lengths(model, longest)
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else find_onnx_file(onnx_folder(model, progress))
+        file = Path(model) if model.endswith(".onnx") else find_onnx_file(find_onnx_folder(model, progress))
         graphs[model] = file
         # The quantised graphs beside it, unless a quantised one was named itself.
         rounded = {
@@ -366,7 +366,7 @@ def check_lengths(model: str, longest: int) -> None:
     # A decoder is also timed with a cache of `longest` tokens, to which it adds one.
     config = models.load_config(folder)
     decodes = (
-        CAUSAL_LM.refusal(config, find_model_classes(config)) is None
+        CAUSAL_LM.explain_refusal(config, find_model_classes(config)) is None
         if file is None
         else "decode" in find_phase_graphs(file)
     )
@@ -375,7 +375,7 @@ def check_lengths(model: str, longest: int) -> None:
     )
 
 
-def onnx_folder(model: str, progress: Progress | None = None) -> Path:
+def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
     """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
 
     The export's name comes from the content of the model's files and from the versions of what writes it, so a changed
@@ -387,7 +387,7 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
-        dense, form = _dense(model, Settings(), None)
+        dense, form = _load_dense(model, Settings(), None)
         form.export(dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 

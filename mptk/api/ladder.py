@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, check_asked, defaults, reporting, resolve_place
-from mptk.api.words import public
+from mptk.api.pruned import Pruned, Shown, check_start, make_default_settings, report_progress, resolve_place
+from mptk.api.words import wrap_public
 from mptk.compile.rungs import list_rung_sizes, restore_rung
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
@@ -25,16 +25,16 @@ from mptk.protocols.values import Context
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
 from mptk.run.ladder import climb, divide_steps, list_settings, name_size, open_ladder
 from mptk.run.minutes import complete_settings
-from mptk.run.open import Model, name_model, take_model
+from mptk.run.open import Model, name_start, take_model
 from mptk.run.prune import Result
 from mptk.run.shared import prune_together
 from mptk.trust import Trust, trust_by_caller
 
 
-@public
+@wrap_public
 def ladder(
     model: Model,
     out: str | Path,
@@ -72,29 +72,29 @@ def ladder(
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
     asked = with_keywords(
-        defaults(settings, out, model, example_inputs),
-        {**name_inputs(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+        make_default_settings(settings, out, model, example_inputs),
+        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
     )
     inputs = Inputs.of(
         tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
     )
     start, asked, inputs = take_model(model, asked, inputs)
-    check_asked(start, asked, inputs)
-    place, source = resolve_place(out), name_model(model)
+    check_start(start, asked, inputs)
+    place, source = resolve_place(out), name_start(model)
     with (
-        reporting(progress) as say,
+        report_progress(progress) as say,
         open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
     ):
         # The smaller sizes lie inside the largest one's folder, and are made anew into temporary folders.
         if asked.shared:
             found = prune_together(start, runs[0])
             sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
-            return [_pruned(place, found, asked.trust), *sizes]
+            return [_make_pruned(place, found, asked.trust), *sizes]
         # Only the first process has results, but all of them must climb.
-        return [_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if is_leader()]
+        return [_make_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if is_leader()]
 
 
-def _pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
+def _make_pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
     # A dense model with a name is opened again if it is needed, so the sizes need not hold it.
     if found is None or not report.live:
@@ -112,7 +112,7 @@ def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float])
     return sum_estimates([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
 
 
-@public
+@wrap_public
 def rung(
     folder: str | Path,
     size: float,
@@ -139,7 +139,7 @@ def rung(
         MptkError: the folder was changed, or has no such size; or ``out`` cannot be written.
     """
     place, name = Path(folder), name_size(size)
-    sizes = checked_sizes(place)
+    sizes = list_smaller_sizes(place)
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
     kept = make_scratch() if out is None else None
@@ -151,7 +151,7 @@ def rung(
     return Pruned(Report.read(made), made, kept=kept, origin=origin)
 
 
-def checked_sizes(folder: Path) -> list[str]:
+def list_smaller_sizes(folder: Path) -> list[str]:
     """The names of the smaller sizes in the folder of the largest. Raises MptkError if it was changed, or has none."""
     check_manifest(folder)
     if not (sizes := list_rung_sizes(folder)):

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, write_again
-from mptk.api.display import shown
-from mptk.api.words import public
+from mptk.api.display import show_progress
+from mptk.api.words import wrap_public
 from mptk.arguments import TURN
 from mptk.config.choices import IN_MEMORY
 from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.files import cannot_write, format_json, make_scratch
+from mptk.files import format_json, make_scratch, make_write_error
 from mptk.io import models
 from mptk.io.checkpoint import find_stored_dtype
 from mptk.io.dense import resolve_model_name
@@ -37,17 +37,17 @@ from mptk.proof.claims import LATER
 from mptk.proof.verification import read_folder_plan
 from mptk.protocols.chain import Compiled
 from mptk.protocols.conversion import Opened
-from mptk.protocols.origin import check_dense, check_tokenizer
+from mptk.protocols.origin import check_dense, check_given_tokenizer
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.inputs import Data, GivenInputs, Inputs, name_inputs
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
 from mptk.run.minutes import complete_settings
-from mptk.run.open import Model, name_model, take_model
+from mptk.run.open import Model, name_start, take_model
 from mptk.run.prune import Result
-from mptk.run.prune import prune as prune_model
+from mptk.run.prune import run_prune as prune_model
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Start, open_run
 from mptk.run.samples import check_texts
@@ -104,7 +104,7 @@ class Pruned:
         self.folder: Path | None = place if kept is None else None
 
     @staticmethod
-    @public
+    @wrap_public
     def open(
         folder: str | Path, *, model: str | Path | nn.Module | None = None, trust_remote_code: bool = False
     ) -> Pruned:
@@ -131,7 +131,7 @@ class Pruned:
             MptkError: a file of the folder is damaged, missing or another one.
         """
         if self._model is None:
-            with TURN.taken():
+            with TURN.take():
                 if self._model is None:  # no other thread opened it meanwhile
                     self._check_result()
                     found = self._open_folder()
@@ -152,7 +152,7 @@ class Pruned:
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
         trust, dtype = self._origin.trust, find_stored_dtype(self.proven)
-        with reporting(None):
+        with report_progress(None):
             found = models.load_whole(str(self.proven), dtype=dtype, trust=trust, local=True).model
         if self._kept is not None:  # a temporary folder's name would be in what is written of the model
             forget_folder(found, self.proven)
@@ -162,7 +162,7 @@ class Pruned:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer: the dense model's, without the tokens that were removed. It is the same object each time."""
         if self._tokenizer is None:
-            with TURN.taken():
+            with TURN.take():
                 if self._tokenizer is None:
                     self._tokenizer = self._open_tokenizer()
         return self._tokenizer
@@ -178,7 +178,7 @@ class Pruned:
         self._check_result()
         if self.compiled is not None:  # a copy: what the caller does to his own tokenizer later does not count
             prepared = self.compiled.prepared
-            check_tokenizer(prepared.given, self._origin.digests)
+            check_given_tokenizer(prepared.given, self._origin.digests)
             found = copy.deepcopy(prepared.loaded.tokenizer)
         else:
             known = models.has_tokenizer(self.proven)
@@ -199,7 +199,7 @@ class Pruned:
         if self._model is None:  # nobody has it, so nobody changed it
             return False
         assert self._snapshot is not None
-        differs = self._snapshot.differs(self._model)
+        differs = self._snapshot.has_changed(self._model)
         self._snapshot.check_rest(self._model)
         return differs
 
@@ -215,10 +215,10 @@ class Pruned:
         if not snapshot.is_converted(module):
             return module
         found = self._open_folder()
-        found.load_state_dict(snapshot.weights(module))
+        found.load_state_dict(snapshot.read_weights(module))
         return found
 
-    @public
+    @wrap_public
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the same folder as ``prune``: checkpoint, plan, report, proof, manifest. Returns it.
 
@@ -250,7 +250,7 @@ class Pruned:
         Raises:
             MptkError: as ``save``.
         """
-        with TURN.taken():
+        with TURN.take():
             if self.changed:
                 self.check_dense()
                 self._write_again()
@@ -294,9 +294,9 @@ class Pruned:
     def _write_again(self) -> None:
         """Write the present weights into a temporary folder, which takes the place of the folder."""
         assert self._snapshot is not None
-        kept, weights = make_scratch(), self._snapshot.weights(self.model)
+        kept, weights = make_scratch(), self._snapshot.read_weights(self.model)
         out = kept.folder / "pruned"
-        with reporting("auto") as say:
+        with report_progress("auto") as say:
             found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
         # A graph that was written without its dense module gives only a report.
         if isinstance(found, Report):
@@ -315,7 +315,7 @@ class Pruned:
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
 
 
-@public
+@wrap_public
 def prune(
     model: Model,
     out: str | Path | None = None,
@@ -360,20 +360,20 @@ def prune(
     """
     # Settings name what is in memory, so that the report says so; `inputs` holds it.
     asked = with_keywords(
-        defaults(settings, out, model, example_inputs),
-        {**name_inputs(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+        make_default_settings(settings, out, model, example_inputs),
+        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
     )
     inputs = Inputs.of(
         tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
     )
     start, asked, inputs = take_model(model, asked, inputs)
-    check_asked(start, asked, inputs)
+    check_start(start, asked, inputs)
     # Without `out` the run publishes into a temporary folder, which lives as long as the result.
     kept = make_scratch() if out is None else None
     place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
     with (
-        reporting(progress) as say,
-        open_run(start, name_model(model), place, asked, inputs, Context(Log(on_record=on_stage), say)) as run,
+        report_progress(progress) as say,
+        open_run(start, name_start(model), place, asked, inputs, Context(Log(on_record=on_stage), say)) as run,
     ):
         result = prune_model(start, run)
     return make_pruned(result, place, kept)
@@ -389,7 +389,7 @@ def estimate_run(model: str, settings: Settings) -> Estimate:
     return estimator.estimate(complete_settings(settings, estimator)[0])
 
 
-@public
+@wrap_public
 def recover(
     pruned: Pruned | str | Path,
     out: str | Path | None = None,
@@ -421,7 +421,7 @@ def recover(
             f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
         )
     base = settings or Settings(onnx=out is not None)
-    asked = with_keywords(base, {**name_inputs(data=data, eval_data=eval_data), **keywords})
+    asked = with_keywords(base, {**name_given(data=data, eval_data=eval_data), **keywords})
     # The folder to begin with has the present weights. The dense model is the given one, the one in memory, or the
     # report's.
     folder = pruned.place if isinstance(pruned, Pruned) else pruned
@@ -436,7 +436,7 @@ def recover(
     start = PrunedFolder.read(folder, dense)
     settings = start.take_settings(asked)
     with (
-        reporting(progress) as say,
+        report_progress(progress) as say,
         open_run(start, start.source, place, settings, inputs, Context(Log(on_record=on_stage), say)) as run,
     ):
         result = prune_model(start, run)
@@ -452,7 +452,7 @@ def estimate_recovery(folder: str | Path, settings: Settings, model: str | None 
     return estimator.estimate(complete_settings(settings, estimator, recovers=True)[0])
 
 
-def check_asked(start: Start, asked: Settings, inputs: Inputs) -> None:
+def check_start(start: Start, asked: Settings, inputs: Inputs) -> None:
     """Raise MptkError if the settings do not suit a model in memory, or data in memory does not suit them."""
     if isinstance(start, Opened) and start.plain:
         if find_method(asked.method).learns and not asked.fixed:
@@ -495,25 +495,25 @@ def resolve_place(out: str | Path) -> Path:
         raise MptkError(f"{str(out)!r} cannot be a file's name ({error}); give another one") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise cannot_write(place, error) from error
+            raise make_write_error(place, error) from error
     return place
 
 
 @contextmanager
-def reporting(progress: Shown) -> Iterator[Progress]:
+def report_progress(progress: Shown) -> Iterator[Progress]:
     """Show progress; transformers' own bars are off meanwhile."""
     # transformers draws a bar for each load, which would break into the run's.
     others = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        with shown() if progress == "auto" else nullcontext(progress or show_nothing) as say:
+        with show_progress() if progress == "auto" else nullcontext(progress or show_nothing) as say:
             yield say
     finally:
         if others:
             enable_progress_bar()
 
 
-def defaults(
+def make_default_settings(
     settings: Settings | None, out: str | Path | None, model: Model, example_inputs: GivenInputs | None
 ) -> Settings:
     """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.

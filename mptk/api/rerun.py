@@ -24,7 +24,7 @@ OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
 
 
-def rerun(
+def repeat_run(
     folder: str | Path,
     out: str | Path,
     progress: Progress | None = None,
@@ -74,31 +74,31 @@ def rerun(
         if settings.plan is not None:  # the folder's copy of it, which also has its conversions
             settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
-    return None if found is None else compared(before, found.report) + files_compared(folder, Path(out))
+    return None if found is None else compare_reports(before, found.report) + compare_files(folder, Path(out))
 
 
-def compared(before: Report, now: Report) -> list[Json]:
-    """Compare two reports, as rows of ``rerun``."""
-    first, second = _facts(before), _facts(now)
+def compare_reports(before: Report, now: Report) -> list[Json]:
+    """Compare two reports, as rows of ``repeat_run``."""
+    first, second = _list_facts(before), _list_facts(now)
     names = list(dict.fromkeys([*first, *second]))
     rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
     return [{**row, "same": row["before"] == row["now"]} for row in rows]
 
 
-def files_compared(before: Path, now: Path) -> list[Json]:
-    """Compare the files of two folders, as rows of ``rerun``, except files that hold paths or times."""
+def compare_files(before: Path, now: Path) -> list[Json]:
+    """Compare the files of two folders, as rows of ``repeat_run``, except files that hold paths or times."""
     first, second = read_manifest(before), read_manifest(now)
     names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
     rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
     return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
 
 
-def results_differing(rows: Sequence[Json]) -> list[str]:
-    """The results that differ in rows of ``rerun``. Versions do not count."""
+def list_differing_results(rows: Sequence[Json]) -> list[str]:
+    """The results that differ in rows of ``repeat_run``. Versions do not count."""
     return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
 
 
-def _facts(report: Report) -> dict[str, object]:
+def _list_facts(report: Report) -> dict[str, object]:
     sets = {name: each for name, each in report.data.items() if name != "files"}
     return {
         "model": report.model_sha256[:12],

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.api.pruned import Pruned, Shown, reporting
-from mptk.api.words import public
+from mptk.api.pruned import Pruned, Shown, report_progress
+from mptk.api.words import wrap_public
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import LONGEST_TRACE, fit_to_program, trace_loaded
 from mptk.config.choices import IN_MEMORY
@@ -39,7 +39,7 @@ from mptk.protocols.report import REPORT_FILE, Report
 from mptk.protocols.task import Task
 from mptk.protocols.values import Context, SampleSets
 from mptk.reading import Json
-from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_inputs
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, open_in_memory, open_model
 from mptk.run.samples import check_fits, collect_samples
 from mptk.staged.staged import Executor
@@ -49,7 +49,7 @@ from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
 
 
-@public
+@wrap_public
 @forget_sources()
 def evaluate(
     model: Pruned | Model,
@@ -81,9 +81,9 @@ def evaluate(
         MptkError: there is no data, or the metric needs a dense model and there is none.
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
-    settings = with_keywords(settings, name_inputs(data=data))
+    settings = with_keywords(settings, name_given(data=data))
     resident, executor = build_executor(settings)
-    with explain_errors(), reporting(progress) as say:
+    with explain_errors(), report_progress(progress) as say:
         say("load", 0, 0)
         trust = trust_by_caller(trust_remote_code)
         # Open the models, then read samples by the first one's task, then trace for these samples.
@@ -95,16 +95,16 @@ def evaluate(
         elif data is None and task.sequences:
             raise MptkError("evaluate needs data to measure on; give data")
         else:
-            samples = task.evaluation(loaded, settings)
+            samples = task.draw_evaluation(loaded, settings)
         samples = runs.trace(samples)
         if is_in_memory(data):
             check_fits(samples, next(iter(runs.programs.values())))
-        source = IN_MEMORY if data is None or is_in_memory(data) else task.named(loaded.model, str(data))
+        source = IN_MEMORY if data is None or is_in_memory(data) else task.name_data(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
-        return dict(task.quality(runs, sets, say))
+        return dict(task.measure_quality(runs, sets, say))
 
 
-def reads_text(model: str, *, trust: Trust) -> bool:
+def is_text_decoder(model: str, *, trust: Trust) -> bool:
     """Whether the model is measured as a text decoder. Raises MptkError if no task takes it."""
     folder = Path(model)
     if (folder / REPORT_FILE).is_file() and Report.read(folder).task == Module.name:
@@ -143,7 +143,7 @@ class _Programs:
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
             if prepared.task.find_fixed_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
+                self.modules = {"dense": prepared.compared.load_all(), "pruned": model.present}
             return
         # The model itself: from memory if its weights changed or no class can load the folder, else from the folder.
         place = model.proven if isinstance(model, Pruned) else model
@@ -154,7 +154,7 @@ class _Programs:
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
         if dense is not None:
-            self._take("dense", self._alike(self._open(dense), place))
+            self._take("dense", self._match_tokens(self._open(dense), place))
         elif small[1].compares:
             if report is None:
                 raise MptkError(
@@ -162,7 +162,7 @@ class _Programs:
                     "dense"
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
-            self._take("dense", self._alike((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
+            self._take("dense", self._match_tokens((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
         self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
@@ -181,7 +181,7 @@ class _Programs:
         opened = open_in_memory(pruned.present, self.trust, Inputs(words, inputs))
         return opened.loaded, opened.task
 
-    def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
+    def _match_tokens(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
         if not isinstance(place, str | Path) or not (Path(place) / "plan.json").is_file():
             return dense
@@ -202,7 +202,7 @@ class _Programs:
         for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
             self.programs[name] = trace_loaded(loaded, task, self.executor, like=samples)
             if task.find_fixed_length(self.programs[name]) is not None:
-                self.modules[name] = loaded.whole()
+                self.modules[name] = loaded.load_all()
         # Models of text take any number of windows. Other programs may hold for one number of samples only.
         task = self.opened[0][1]
         for program in self.programs.values() if not task.sequences else ():
@@ -216,18 +216,18 @@ class _Programs:
                 for name in names:
                     # not around the yield, where it would hold for the caller
                     with torch.no_grad(), set_evaluating(self.modules[name]):
-                        output = task.output(self.modules[name], batch)
+                        output = task.compute_output(self.modules[name], batch)
                     yield name, i, output
                 progress(i + 1, len(batches))
             return
         # One pass through the stages of all programs: weights of a large model are read only once.
-        found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
+        found = self.executor.run_programs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
         for i in range(len(batches)):
             for name in names:
                 yield name, i, next(found)
 
 
-@public
+@wrap_public
 def generate(
     model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],
@@ -265,7 +265,7 @@ def generate(
     if max_new_tokens < 1:
         raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
     # In ONNX Runtime, all prompts at once.
-    place = _graphs(model)
+    place = _find_graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=find_session_device(device))
         encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
@@ -281,10 +281,10 @@ def generate(
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
     encoded = encode_prompts(words, prompts, chat=chat)
     with set_evaluating(module):
-        return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
+        return [_generate_text(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 
-def continuations(
+def generate_continuations(
     folder: Path, prompts: Sequence[str], tokens: int, dense: str | None, trust: Trust
 ) -> dict[str, list[str]]:
     """What the dense and the pruned model of a folder write after each prompt, greedily.
@@ -298,21 +298,21 @@ def continuations(
     pruned = Pruned.open(folder, trust_remote_code=trust.allows_code)
     report = pruned.report
     loaded = open_dense(report.model, report.model_sha256, dense, trust, Resident(0), live=report.live)
-    whole, words = loaded.whole(), loaded.tokenizer
+    whole, words = loaded.load_all(), loaded.tokenizer
     return {
         "dense": generate(whole, prompts, tokenizer=words, max_new_tokens=tokens),
         "pruned": generate(pruned, prompts, max_new_tokens=tokens),
     }
 
 
-def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
+def _find_graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):  # a graph holds no weights that were changed in memory
         return None if model.changed or not any(model.proven.glob("onnx/*.onnx")) else model.proven
     return None if isinstance(model, nn.Module) else model
 
 
-def _written(
+def _generate_text(
     module: Any,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
@@ -355,7 +355,7 @@ def of_model(
         text.check_length(loaded.model, length)
         held_out = text.load_evaluation_windows(loaded.tokenizer, data, length, windows)
         text.check_ids(loaded.model, held_out)
-        measured = _measured(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
+        measured = _measure_windows(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
     if tasks:
         progress("lm-eval", 0, 0)
         scores = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit, trust=trust)
@@ -371,10 +371,10 @@ def of_graph(
     text.check_positions(runner.positions, length, f"windows of {length} tokens")
     held_out = text.load_evaluation_windows(runner.tokenizer, data, length, windows)
     runner.check_ids(held_out.flatten().tolist())
-    return _measured(runner.decoder.compute_torch_logits, held_out, data, progress)
+    return _measure_windows(runner.decoder.compute_torch_logits, held_out, data, progress)
 
 
-def _measured(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
+def _measure_windows(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
     return evaluation.measure_perplexity(
         logits,
         windows,

@@ -29,6 +29,7 @@ from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
 @register_command(
+    "advise",
     examples=(
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
@@ -36,7 +37,7 @@ from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
     ),
     base=ADVICE,
 )
-def advise(
+def show_advice(
     model: ModelArgument,
     settings: Settings,
     sparsities: Annotated[
@@ -90,6 +91,7 @@ def advise(
 
 
 @register_command(
+    "shapes",
     examples=(
         "shapes smollm2-135m --sparsity 0.5 --data c4.jsonl --tokens 0",
         "shapes smollm2-135m --sparsity 0.3 --data c4.jsonl --out runs/shapes --html shapes.html",
@@ -97,7 +99,7 @@ def advise(
     ),
     base=Settings(method="wanda", reconstruct=True, search=True, onnx=False),
 )
-def shapes(
+def show_shapes(
     model: ModelArgument,
     settings: Settings,
     folder: Annotated[Path | None, make_folder_option("Folder for shapes.json; needed for --resume.")] = None,

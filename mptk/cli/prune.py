@@ -39,15 +39,16 @@ EstimateOption = Annotated[
 
 
 @register_command(
+    "prune",
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
         "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
         "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
         "prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",
-    )
+    ),
 )
-def prune(
+def prune_to_folder(
     model: ModelArgument,
     settings: Settings,
     folder: Annotated[Path | None, make_folder_option("Folder for the result; an earlier result is replaced.")] = None,
@@ -67,7 +68,7 @@ def prune(
     maskprune learns what to cut, then trains the small model. The other methods train only with --steps.
     """
     from mptk.api.pruned import estimate_run, prune
-    from mptk.run.amounts import learns_masks
+    from mptk.run.amounts import should_learn_masks
     from mptk.run.checks import check_settings, read_plan
     from mptk.run.ladder import divide_steps
     from mptk.run.minutes import fill_in, list_undecided
@@ -80,7 +81,12 @@ def prune(
     if sizes is not None:
         divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
     asked = Asked(
-        meant, learns_masks(meant), folder is not None, estimate, bool(list_undecided(settings)), sizes is not None
+        meant,
+        should_learn_masks(meant),
+        folder is not None,
+        estimate,
+        bool(list_undecided(settings)),
+        sizes is not None,
     )
     refuse_idle("prune", asked)
     check_settings(meant, read_plan(meant))
@@ -90,12 +96,12 @@ def prune(
     elif estimate:
         show_needs(estimate_run(model, settings), folder)
     else:
-        with at_out(folder) as (place, progress):
-            show_result(prune(model, place, settings, progress=progress, on_stage=make_pass_printer()), place)
+        with open_output(folder) as (place, progress):
+            show_pruned(prune(model, place, settings, progress=progress, on_stage=make_pass_printer()), place)
 
 
-@register_command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
-def recover(
+@register_command("recover", examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
+def recover_model(
     folder: Folder,
     settings: Settings,
     destination: Annotated[Path | None, make_folder_option("Folder for the trained model.")] = None,
@@ -109,20 +115,20 @@ def recover(
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
-    # As in ``prune``: what would do nothing is refused by the settings as the run completes them.
+    # As in ``prune_to_folder``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
     if estimate:
         show_needs(estimate_recovery(folder, settings, model), destination)
         return
-    with at_out(destination) as (place, progress):
-        show_result(
+    with open_output(destination) as (place, progress):
+        show_pruned(
             recover(folder, place, settings, model=model, progress=progress, on_stage=make_pass_printer()), place
         )
 
 
-@register_command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
-def rung(
+@register_command("rung", examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+def write_rung(
     folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
     size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
     destination: Annotated[Path | None, make_folder_option("Folder for that size.")] = None,
@@ -134,7 +140,7 @@ def rung(
     from mptk.report.runs import read_runs, with_rungs
 
     if size is None:  # list them, as a table
-        ladder.checked_sizes(folder)
+        ladder.list_smaller_sizes(folder)
         out.print(report.build_comparison_view(read_runs(with_rungs([folder]))))
         return
     if destination is None:
@@ -174,14 +180,14 @@ def make_ladder(
 def show_needs(found: Estimate, place: Path | None) -> None:
     """Show what a run needs. Raises MptkError if the machine has less."""
     from mptk.report import sections as report
-    from mptk.run.estimate import check_fits
+    from mptk.run.estimate import check_room_for
 
     out.print(report.build_estimate_view(found))
-    check_fits(found, place or Path.cwd())
+    check_room_for(found, place or Path.cwd())
 
 
 @contextmanager
-def at_out(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
+def open_output(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
     """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
     if folder is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
@@ -189,7 +195,7 @@ def at_out(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
         yield folder, progress
 
 
-def show_result(result: Pruned | None, place: Path) -> None:
+def show_pruned(result: Pruned | None, place: Path) -> None:
     """Show the report of a result. Of several processes only the first has one."""
     from mptk.report import sections as report
 

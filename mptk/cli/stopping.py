@@ -65,7 +65,7 @@ def catch_signals() -> Iterator[None]:
         raise STOPPED.note(KINDS[number]())
 
     # Python hands such an exception to ``sys.unraisablehook`` and goes on. A timer raises it again from other code.
-    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    def note_dropped(unraisable: sys.UnraisableHookArgs) -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt) and STOPPED.by is not None:
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
         else:
@@ -75,7 +75,7 @@ def catch_signals() -> Iterator[None]:
     handlers = {number: stop for number in KINDS if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: STOPPED.look())
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    hook, sys.unraisablehook = sys.unraisablehook, note_dropped
     try:
         yield
     finally:

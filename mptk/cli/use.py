@@ -90,6 +90,7 @@ def write_gguf(
 
 
 @register_command(
+    "generate",
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
@@ -97,7 +98,7 @@ def write_gguf(
     ),
     base=Settings(threads=0),
 )
-def generate(
+def generate_text(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
     settings: Settings,
@@ -190,7 +191,7 @@ def print_stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None
     examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"),
     base=Settings(threads=0),
 )
-def evaluate(
+def evaluate_models(
     model: ModelArgument,
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
@@ -215,7 +216,7 @@ def evaluate(
     with show_stages(err) as progress:
         if runtime == "onnx":
             measured = use.of_graph(model, str(data), settings, progress, length, windows)
-        elif tasks or use.reads_text(model, trust=settings.trust):
+        elif tasks or use.is_text_decoder(model, trust=settings.trust):
             measured, scores = use.of_model(
                 model, data, settings, progress, length, windows, parse_names(tasks), include_path, limit
             )
@@ -266,8 +267,8 @@ def build_quality_text(found: Mapping[str, object]) -> Text:
     return Text("\n".join([f"{found['metric']} {said}  ({found['protocol']})", *list_further_figures(found)]))
 
 
-@register_command(examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
-def bench(
+@register_command("bench", examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
+def bench_models(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
     settings: Settings,
     lengths: Annotated[
@@ -315,8 +316,8 @@ def bench(
     show_result(json_file, result.to_json(), build_bench_view(result))
 
 
-@register_command(examples=("push runs/m30 me/smollm2-pruned --private",))
-def push(
+@register_command("push", examples=("push runs/m30 me/smollm2-pruned --private",))
+def push_folder(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mptk wrote.")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if missing.")],
     private: Annotated[
@@ -331,7 +332,7 @@ def push(
 
     report.json and run.yaml name the dense model and the data as you gave them, local paths included.
     """
-    from mptk.publish.push import push as upload
+    from mptk.publish.push import push_files as upload
 
     with show_stages(err) as progress:
         progress("upload", 0, 0)

@@ -32,13 +32,14 @@ NEW_TOKENS = 32
 
 
 @register_command(
+    "verify",
     examples=(
         "verify runs/m30",
         "verify runs/m30 --model models/dense",
         "verify runs/m30.gguf --like runs/m30",
-    )
+    ),
 )
-def verify(
+def verify_folder(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="The --out folder of `mptk prune`, or a GGUF file of one.")
     ],
@@ -66,8 +67,8 @@ def verify(
     out.print(report.build_proof_view([d.to_dict() for d in proof]), *proof.notes, sep="\n")
 
 
-@register_command(examples=("rerun runs/m30 --out runs/again",))
-def rerun(
+@register_command("rerun", examples=("rerun runs/m30 --out runs/again",))
+def show_rerun(
     folder: Folder,
     destination: Annotated[Path, make_folder_option("Folder for the new result.")],
     settings: Settings,
@@ -75,11 +76,11 @@ def rerun(
     json_file: JsonOption = None,
 ) -> None:
     """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
-    from mptk.api.rerun import rerun, results_differing
+    from mptk.api.rerun import list_differing_results, repeat_run
     from mptk.report import sections as report
 
     with explain_stop(destination), show_stages(err) as progress:
-        found = rerun(
+        found = repeat_run(
             folder,
             destination,
             progress,
@@ -94,7 +95,7 @@ def rerun(
             {"format": RERUN, "folder": str(folder), "out": str(destination), "rows": found},
             report.build_rerun_view(found),
         )
-        if differ := results_differing(found):
+        if differ := list_differing_results(found):
             raise MptkError(
                 f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
             )
@@ -153,7 +154,7 @@ def show_report(
 
 def generate_both(folder: Path, prompts: Sequence[str], model: str | None, trust: Trust) -> dict[str, tuple[str, str]]:
     """Prompt → what the dense and the pruned model write after it."""
-    from mptk.api.use import continuations
+    from mptk.api.use import generate_continuations
 
-    found = continuations(folder, prompts, NEW_TOKENS, model, trust)
+    found = generate_continuations(folder, prompts, NEW_TOKENS, model, trust)
     return dict(zip(prompts, zip(found["dense"], found["pruned"], strict=True), strict=True))

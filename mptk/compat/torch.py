@@ -58,7 +58,7 @@ __all__ = [
     "stop_operator_cache",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
-    "usual_state",
+    "use_default_state",
     "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
     "vmap_opens",  # The same on its operands.
 ]
@@ -90,7 +90,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def usual_state() -> Iterator[None]:
+def use_default_state() -> Iterator[None]:
     """Let torch compute as in a new process, whatever the caller has set around the call.
 
     Gradients can be taken, autocast is off, new tensors are on the CPU and not in half precision. A default type of

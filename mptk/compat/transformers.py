@@ -73,13 +73,13 @@ def watch_missing_attributes(found: Callable[[PreTrainedConfig, str], None]) -> 
     # The base class is patched and not one object, since models copy their config and look up its exact type.
     before = vars(PreTrainedConfig).get("__getattr__")
 
-    def absent(self: PreTrainedConfig, name: str) -> object:
+    def report_missing(self: PreTrainedConfig, name: str) -> object:
         found(self, name)
         if before is not None:
             return before(self, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
-    setattr(PreTrainedConfig, "__getattr__", absent)  # noqa: B010 (mypy: the class declares no __getattr__)
+    setattr(PreTrainedConfig, "__getattr__", report_missing)  # noqa: B010 (mypy: the class declares no __getattr__)
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
     if (folder / COMPENSATION).is_file():
         biases = load_tensors(folder / COMPENSATION, make_damage_error(folder / COMPENSATION))
         for name, bias in biases.items():
-            if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
+            if name not in state or bias.ndim != 1 or bias.shape != state.find_like(name).shape:
                 raise MptkError(
                     f"{COMPENSATION} holds {name}, which is not a bias of the model; "
                     "do not use it, and prune the model again"
@@ -95,11 +95,11 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
     if not report.trained:  # every weight is a cut of a dense one
         return {}
     # Trained weights are the checkpoint itself. A cut renumbers layers and experts, so its names are translated.
-    new, small = build_renumbering(analysis, cut).new, open_pruned_weights(folder, trust)
+    new, small = build_renumbering(analysis, cut).find_new, open_pruned_weights(folder, trust)
     names = {name: there for name in report.trained if (there := new(name)) is not None}
     for name, there in names.items():
         shape = tuple(cut.size(term) for term in analysis.weights[name])
-        if there not in small or small.like(there).shape != shape:
+        if there not in small or small.find_like(there).shape != shape:
             raise MptkError(
                 f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again"
             )
@@ -123,14 +123,14 @@ def without(analysis: Analysis, cut: Cut) -> Weights:
     state, weights = analysis.program.state, analysis.program.weights
     # A weight by which something is divided keeps its numbers: a zero would give infinity.
     divide = {weights.get(node.name) for node in analysis.facts.divisors}
-    held = [name for name in analysis.weights if name in state and state.like(name).is_floating_point()]
+    held = [name for name in analysis.weights if name in state and state.find_like(name).is_floating_point()]
     edits = {}
     for name in held:
         dims = analysis.weights[name]
         touched = [d for d, term in enumerate(dims) if cut.has_choice(term)]
         if touched and name not in divide:
             edits[name] = partial(_zero_removed, cut, dims, touched)
-    return state.select_names({name: name for name in edits}).changed(edits)
+    return state.select_names({name: name for name in edits}).with_edits(edits)
 
 
 def _zero_removed(cut: Cut, dims: Dims, touched: Sequence[int], weight: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ def widen_weights(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
     """The dense weights with a cut model's weights at the positions that stay. ``small``: under the dense names."""
     state = analysis.program.state
 
-    def wide(name: str) -> Tensor:
+    def widen(name: str) -> Tensor:
         return cut.scatter(state[name], small[name], analysis.weights[name])
 
-    return Weights({name: Lazy(state.like(name).to("meta"), partial(wide, name)) for name in small})
+    return Weights({name: Lazy(state.find_like(name).to("meta"), partial(widen, name)) for name in small})
 
 
 # ---- the dense model's outputs ----
@@ -153,6 +153,6 @@ def widen_weights(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
 def with_dense_outputs(prepared: Prepared, samples: Samples) -> Samples:
     """``samples`` with the dense model's outputs as targets, for losses that compare outputs."""
     batches, program = samples.make_batches(DENSE_POSITIONS), prepared.reference
-    found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
+    found = prepared.executor.run_programs([program], [batch.tensors for batch in batches])
     targets = torch.cat([(output if isinstance(output, Tensor) else join_outputs(output)).cpu() for output in found])
     return replace(samples, targets=targets)

@@ -55,7 +55,7 @@ def trace_loaded(
             finite, or all zero.
     """
     example = task.make_example(loaded.model)
-    example = example if like is None else task.like(example, like)
+    example = example if like is None else task.choose_example(example, like)
     # The trace, with as many open sizes as the kind of model allows.
     if not isinstance(loaded.model, PreTrainedModel):
         program = trace_module(loaded, example)
@@ -80,20 +80,22 @@ def trace_loaded(
         program = _trace(loaded, task, example, (0,))
     # The program must give the same outputs twice, and they must be the ones that the task expects.
     fixed, ran = task.find_fixed_length(program), 0
-    check_steady(program, lambda inputs: next(executor.outputs([program], [inputs])), example.tensors, loaded.source)
+    check_steady(
+        program, lambda inputs: next(executor.run_programs([program], [inputs])), example.tensors, loaded.source
+    )
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
         nonlocal ran
         # Of a fixed length: the tokens are repeated up to it, and the outputs of the repeated ones are cut off again.
         batch = samples if fixed is None else samples.of_length(fixed)
-        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
+        found: Tensor | tuple[Tensor, ...] = next(executor.run_programs([program], [batch.tensors]))
         outputs = (found,) if isinstance(found, Tensor) else found
-        check_outputs(loaded.source, program, outputs, untrained=not isinstance(loaded.model, PreTrainedModel))
+        check_traced_outputs(loaded.source, program, outputs, untrained=not isinstance(loaded.model, PreTrainedModel))
         ran += 1
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 
     task.check(loaded, run, example)
-    if not ran:  # a task without checks of its own: ``check_outputs`` runs all the same
+    if not ran:  # a task without checks of its own: ``check_traced_outputs`` runs all the same
         run(example)
     if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
         program = compare_if_it_fits(program, loaded, example)
@@ -137,7 +139,7 @@ def fit_to_program(task: Task, program: Program, samples: Samples, what: str) ->
     if task.sequences:  # token ids: any length, any batch
         return samples
     # A program of one batch size takes the samples in groups of that size.
-    batch = program.sizes.held(0)
+    batch = program.sizes.find_fixed_size(0)
     samples = samples if batch is None else samples.fit_batch_size(batch)
     try:
         program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
@@ -174,7 +176,7 @@ def _trace(loaded: Loaded, task: Task, example: Samples, dynamic: OpenSizes) -> 
     return loaded.with_weights(found)
 
 
-def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
+def check_traced_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
     """Raise MptkError if ``outputs`` are all zero or not finite, with the name of a weight that is not finite.
 
     Zeros would equal the outputs of any cut, and the proof would see nothing. ``untrained``: outputs may be zero
@@ -195,7 +197,7 @@ def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, u
 
 def _has_zero_parameters(program: Program) -> bool:
     state = program.state
-    return {bool(state[n].any()) for n in program.parameters if state.like(n).is_floating_point()} == {True, False}
+    return {bool(state[n].any()) for n in program.parameters if state.find_like(n).is_floating_point()} == {True, False}
 
 
 # ---- plain modules ----
@@ -258,7 +260,7 @@ def _trace_and_compare(loaded: Loaded, example: Samples, dynamic: bool | tuple[i
         traced = passes.frontend.trace.trace_to_program(loaded.model, example.inputs, dynamic=dynamic)
     wide = loaded.with_weights(traced)
     own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
-    exact = replace(wide, state=wide.state.changed(own))
+    exact = replace(wide, state=wide.state.with_edits(own))
     return compare_to_module(exact, _collect_weights(loaded), example.tensors)
 
 

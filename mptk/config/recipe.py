@@ -24,7 +24,7 @@ LARGEST_RECIPE = 1 << 20
 
 def list_refused(kind: type[Record]) -> set[str]:
     """Options that a recipe may not set, because others write recipes: where results go, and whose code runs."""
-    return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
+    return {"out", *(each.name_option() for each in kind.declared if each.setting.recipe == "refused")}
 
 
 def build_recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:

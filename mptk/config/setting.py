@@ -46,15 +46,15 @@ class Choices:
         named = [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
         return [*named, "5-20,28"] if self.or_ranges else named
 
-    def known(self) -> list[str]:
+    def list_values(self) -> list[str]:
         """All values, with those of installed plugins."""
         others = (entry.name for group in self.plugins for entry in entry_points(group=group))
         return list(dict.fromkeys([*self.names, *others]))
 
-    def wrong(self, value: str) -> str | None:
+    def explain_wrong(self, value: str) -> str | None:
         """What is wrong with a value; None if it is allowed."""
         # The type of a device may have a number, and layers may be given by theirs.
-        known = self.known()
+        known = self.list_values()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
         if self.or_ranges and parse_numbers(value):
@@ -141,7 +141,7 @@ class Declared:
         """The field's name, which is the Python keyword."""
         return self.path.rpartition(".")[2]
 
-    def option(self, command: str = "") -> str:
+    def name_option(self, command: str = "") -> str:
         """The option's name in a command."""
         return self.setting.renamed.get(command) or self.setting.option or self.name
 
@@ -149,7 +149,7 @@ class Declared:
         """The setting's value in a record."""
         return attrgetter(self.path)(record)
 
-    def kept(self, value: object) -> object:
+    def to_stored(self, value: object) -> object:
         """A value as the field stores it: a name or several names as a tuple, and a path as text."""
         # Callers give one name or a list, and JSON has only lists. Settings are frozen, so they hold tuples.
         if get_origin(self.kind) is tuple and isinstance(value, str | list):
@@ -166,7 +166,7 @@ class Declared:
             )
         if value is not None and choices is not None and not choices.plugins:
             for each in value if isinstance(value, tuple) else (value,):
-                if (wrong := choices.wrong(each)) is not None:
+                if (wrong := choices.explain_wrong(each)) is not None:
                     raise MptkError(f"{self.name}: {wrong}")
 
 
@@ -205,7 +205,7 @@ def record(kind: type[AnyRecord]) -> type[AnyRecord]:
 
 def find_settings(kind: type[Record], command: str) -> dict[str, Declared]:
     """Option → setting of a command."""
-    return {each.option(command): each for each in kind.declared if command in each.setting.on}
+    return {each.name_option(command): each for each in kind.declared if command in each.setting.on}
 
 
 def collect_values(record: Record, command: str) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def find_idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → the reason and the remedy."""
     # Remedies name options, whose names may differ between commands.
     kind = type(asked.settings)
-    flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
+    flags = {each.name: f"--{each.name_option(command).replace('_', '-')}" for each in kind.declared}
     return {
         name: f"{rule.why}; {rule.remedy.format_map(flags)}"
         for name, each in find_settings(kind, command).items()
@@ -249,7 +249,7 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
 
 def _replace_values(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     # A record may be given as a whole, and some of its fields beside it: these count.
-    kept = {each.path: each.kept for each in record.declared}
+    kept = {each.path: each.to_stored for each in record.declared}
     changes = {}
     for name, inner in vars(record).items():
         given = values.get(name, inner)
@@ -281,7 +281,7 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
         if isinstance(hints[name], type) and issubclass(hints[name], Record):
             given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")
         elif name in data and not known[name].setting.said_in_call:
-            given[name] = known[name].kept(data[name]) if isinstance(data[name], list) else data[name]
+            given[name] = known[name].to_stored(data[name]) if isinstance(data[name], list) else data[name]
     try:
         return kind(**given)
     except MptkError as error:  # a value that no record takes

@@ -36,7 +36,7 @@ def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str]
     """
     changes = dict[type[Conversion], Change]() if plan is None else dict(read_plan_conversions(plan))
     for kind in CONVERSIONS:
-        if (change := kind.asked(settings, texts)) is None:
+        if (change := kind.find_change(settings, texts)) is None:
             continue
         if kind in changes:
             option = kind.name.replace("_", "-")
@@ -55,7 +55,7 @@ def read_plan_conversions(plan: Plan) -> Changes:
 
 def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
-    asked = [kind for kind in CONVERSIONS if kind.fits and kind.asked(settings, None) is not None]
+    asked = [kind for kind in CONVERSIONS if kind.fits and kind.find_change(settings, None) is not None]
     return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else read_plan_conversions(plan)))
 
 
@@ -94,12 +94,12 @@ def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> P
             continue
         with context.stage(each.fits):
             # All samples for the fit; few and short ones to find out how heads can be merged.
-            made = each.fitted(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
+            made = each.fit_weights(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
         # From here on the fitted weights are the model's own, and the analysis counts with them.
         model = replace(
             prepared.model,
-            loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),
+            loaded=prepared.loaded.with_changes(weights, each.before.analysis.program.aliases),
             analysis=prepared.analysis.with_weights(weights),
         )
         conversions = tuple(made if other is each else other for other in prepared.conversions)

@@ -67,7 +67,7 @@ class MergedHeads(Conversion):
     values: How = "keep"
 
     @classmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         if settings.kv_heads is None:
             return None
         # Only the merged model's latency is measured: a share of it is not a share of the dense model's.
@@ -125,15 +125,15 @@ class MergedHeads(Conversion):
             f"keys merged {ways[self.keys]}; values {ways[self.values]}"
         )
 
-    def row(self) -> dict[str, object]:
+    def to_row(self) -> dict[str, object]:
         return {"of": self.of, "kept": self.count, **self.config_row}
 
-    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         program = self.before.analysis.program
         changes = {n: change for layer in self.layers for n, change in repeat_first_heads(layer, self.count).items()}
-        return program.with_state(program.state.changed(changes, moves=True)), self.after.analysis.program
+        return program.with_state(program.state.with_edits(changes, moves=True)), self.after.analysis.program
 
-    def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
+    def fit_weights(self, samples: Samples, few: Samples, executor: Executor) -> Self:
         keys, values = choose_ways(self, few, executor)
         return replace(self, keys=keys, values=values, weights=merge_projections(self, samples, executor, keys, values))
 
@@ -144,7 +144,7 @@ def _slice_first_heads(model: Analysed, layers: Sequence[SharedHeads], count: in
     places = {name: place for layer in layers for name, place in find_first_heads(layer, count).items()}
     aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
     owners = {name: aliases.get(name, name) for name in weights}
-    return weights.changed(
+    return weights.with_edits(
         {name: partial(_slice, *places[owner]) for name, owner in owners.items() if owner in places}, moves=True
     )
 
@@ -227,7 +227,7 @@ def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[
 
     # A norm between projection and product does not let factors through (``passes/transforms/merge_heads.py``). Then
     # heads that are turned and turned back give other outputs.
-    def way(keys: How, values: How) -> How:
+    def choose_way(keys: How, values: How) -> How:
         made = Spool(executor.borders)
         for layer in merged.layers:
             for name, tensor in merge_kv_heads(layer, program.state, count, None, keys, values).items():
@@ -236,7 +236,7 @@ def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
     # Keys and values separately: often only keys have a norm.
-    return way("turn", "keep"), way("keep", "turn")
+    return choose_way("turn", "keep"), choose_way("keep", "turn")
 
 
 def merge_projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:

@@ -87,7 +87,7 @@ class TrimmedVocabulary(Conversion):
     corpus: str
 
     @classmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         if settings.vocabulary is None:
             return None
         return partial(
@@ -142,18 +142,18 @@ class TrimmedVocabulary(Conversion):
             "model is measured with only these, and other text needs more tokens than before"
         )
 
-    def row(self) -> dict[str, object]:
+    def to_row(self) -> dict[str, object]:
         return {"of": self.kept.of, "kept": len(self.kept.keep), "corpus": self.corpus, **self.config_row}
 
-    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
-        return self.after.analysis.program, partial(self._outputs, executor)
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+        return self.after.analysis.program, partial(self._compute_outputs, executor)
 
-    def _outputs(self, executor: Executor, batch: Samples) -> Tensor:
+    def _compute_outputs(self, executor: Executor, batch: Samples) -> Tensor:
         """The whole model's outputs for samples in the new ids; of logits, only the kept tokens'."""
         kept = torch.tensor(self.kept.keep)
         pairs = zip(batch.tensors, self.vocabulary.inputs, strict=True)
         inputs = [kept[tensor] if is_ids else tensor for tensor, is_ids in pairs]
-        found: Tensor = next(executor.outputs([self.before.analysis.program], [inputs]))
+        found: Tensor = next(executor.run_programs([self.before.analysis.program], [inputs]))
         return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
 
 
@@ -193,7 +193,7 @@ def _choose_tokens(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> 
     named = find_named_ids(loaded.model.config, rows) | find_named_ids(
         getattr(loaded.model, "generation_config", None), rows
     )
-    return Tokens(rows, choice.kept(used | named, LEAST, multiple))
+    return Tokens(rows, choice.list_kept(used | named, LEAST, multiple))
 
 
 def _trim_model(
@@ -222,7 +222,7 @@ def _trim_model(
         loaded,
         config,
         replace_config_ids(models.read_stored_config(loaded), new, tokens.of)[0],
-        weights.changed(sliced, moves=True),
+        weights.with_edits(sliced, moves=True),
         tokenizer=None if loaded.tokenizer is None else trim_tokenizer(loaded.tokenizer, tokens.keep),
         generation=generation,
         what=f"{len(tokens.keep)} tokens",
@@ -460,7 +460,7 @@ class Choice:
                 "the model's embedding to its tokenizer first, or leave out --vocabulary"
             )
 
-    def kept(self, used: Iterable[int], least: int, multiple: int) -> tuple[int, ...]:
+    def list_kept(self, used: Iterable[int], least: int, multiple: int) -> tuple[int, ...]:
         """The ids that stay, ascending: used tokens and their parts, special tokens, and bytes or characters.
 
         Tokens of the lowest ids, with the tokens that they are built from, fill up to ``least`` and to a ``multiple``.

@@ -22,7 +22,7 @@ from torch import nn
 
 from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
-from mptk.files import format_json, make_scratch, staged
+from mptk.files import format_json, make_scratch, make_staging
 from mptk.io.cache import cache_dir, keep, read_kept
 from mptk.reading import make_typed
 
@@ -144,7 +144,7 @@ class ModelSizes:
             stored=stored,
         )
 
-    def flops(self, length: int) -> float:
+    def count_flops(self, length: int) -> float:
         """Operations of a token in a window of ``length`` tokens."""
         return 2 * self.products + 4 * length * self.hidden * self.layers
 
@@ -179,7 +179,7 @@ class Pass:
     training: float = 0
     fixed: float = 0
 
-    def times(self, count: int) -> Pass:
+    def repeat(self, count: int) -> Pass:
         """The same stage ``count`` times."""
         more = {name: count * getattr(self, name) for name in ("tokens", "reads", "flops", "fixed")}
         return replace(self, **more)
@@ -283,7 +283,7 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
     seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
-        operations = done.tokens * sizes.flops(done.length) / (1 if done.exact else on.speedup) + done.flops
+        operations = done.tokens * sizes.count_flops(done.length) / (1 if done.exact else on.speedup) + done.flops
         computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
@@ -308,19 +308,19 @@ def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
     # Runs follow each other, so memory and temporary files are those of the largest one; results stay.
     first = runs[0]
 
-    def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+    def find_most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
         return {name: max(what(run).get(name, 0) for run in runs) for name in what(first)}
 
-    def summed(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+    def sum_up(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
         return {name: sum(what(run).get(name, 0) for run in runs) for name in what(first)}
 
     return Estimate(
-        most(lambda run: run.needed),
-        most(lambda run: run.held),
-        summed(lambda run: run.output),
-        most(lambda run: run.temporary),
-        summed(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
-        most(lambda run: run.there),
+        find_most(lambda run: run.needed),
+        find_most(lambda run: run.held),
+        sum_up(lambda run: run.output),
+        find_most(lambda run: run.temporary),
+        sum_up(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
+        find_most(lambda run: run.there),
         first.device,
         f"{len(runs)} models, each with {first.does}" if first.does else f"{len(runs)} models",
         first.note,
@@ -382,12 +382,12 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
         with contextlib.suppress(OSError, SafetensorError, MptkError):  # no right to write, no room: go on
             if not temporary:
                 folder.mkdir(parents=True, exist_ok=True)
-            with make_scratch() if temporary else staged(folder) as staging:
-                return Machine(flops, *disk_rates(staging.folder), speedup)
+            with make_scratch() if temporary else make_staging(folder) as staging:
+                return Machine(flops, *measure_disk_rates(staging.folder), speedup)
     return Machine(flops, *ORDINARY_DISK, speedup)
 
 
-def disk_rates(folder: Path) -> tuple[float, float]:
+def measure_disk_rates(folder: Path) -> tuple[float, float]:
     """Bytes a second of the best of three files in ``folder``: bf16, read as float32; and written."""
     numbers = torch.ones(SAMPLE, dtype=torch.bfloat16)
     # The best of three: other processes only make it slower.

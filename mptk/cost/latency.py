@@ -53,12 +53,12 @@ class OperatorGroup:
     sizes: SizesOf
     block: tuple[Axis, int] | None = None
 
-    def left(self, shares: Shares) -> float:
+    def count_left(self, shares: Shares) -> float:
         """How many operators are left, on average over the choices of blocks."""
         axis, unit = self.block or (None, 0)
         return self.count * shares[axis][unit] if axis in shares else self.count
 
-    def at(self, axes: Mapping[Axis, float]) -> Operator:
+    def make_operator(self, axes: Mapping[Axis, float]) -> Operator:
         return Operator(self.kind, tuple(round(size) for size in self.sizes(axes)))
 
 
@@ -99,7 +99,7 @@ class Latency:
         # Products and attentions are timed on a grid of the widths that they depend on. For element-wise operators two
         # sizes are enough: their time is a line.
         knots = [(p, self._choose_knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
-        self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]
+        self._ends = [1, max(p.make_operator({}).sizes[0] for p in self._simple)]
         ends = [Operator(ELEMENTWISE, (size,)) for size in self._ends]
         # All operators in one call, so that the rounds of timing are spread over all of them.
         wanted = {self._make_operator(p, widths) for p, k in knots for widths in _list_corners(k)}
@@ -110,19 +110,21 @@ class Latency:
     def __call__(self, widths: FractionalWidths) -> float:
         axes = self._analysis.sizes(widths)
         shares = compute_depth_shares(self._analysis, widths)
-        total = sum(part.left(shares) * grid(widths) for part, grid in self._grids)
-        return total + sum(p.left(shares) * self._predict_elementwise(p.sizes(axes)[0]) for p in self._simple)
+        total = sum(part.count_left(shares) * grid(widths) for part, grid in self._grids)
+        return total + sum(p.count_left(shares) * self._predict_elementwise(p.sizes(axes)[0]) for p in self._simple)
 
     def _predict_elementwise(self, elements: float) -> float:
         return float(interpolate(self._ends, self._end_ms, elements))
 
     def _make_operator(self, part: OperatorGroup, widths: FractionalWidths) -> Operator:
-        return part.at(self._analysis.sizes(widths))
+        return part.make_operator(self._analysis.sizes(widths))
 
     def _choose_knots(self, part: OperatorGroup, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """The widths at which a part is timed: for each family that it depends on, evenly spread over the ladder."""
         names = [
-            name for name, ladder in ladders.items() if self._make_operator(part, {name: ladder[0]}) != part.at({})
+            name
+            for name, ladder in ladders.items()
+            if self._make_operator(part, {name: ladder[0]}) != part.make_operator({})
         ]
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
@@ -201,12 +203,12 @@ def _describe_contraction(
     weight, dim = weights[0]
     n = facts.dims(weight)[1 - dim]
 
-    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+    def compute_sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         # The output has rows times columns elements, so the rows follow from it.
         columns = compute_size(n, axes)
         return _multiply_sizes(product.out, axes) / columns * share, compute_size(product.axis, axes), columns
 
-    return MATMUL, sizes
+    return MATMUL, compute_sizes
 
 
 def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
@@ -214,7 +216,7 @@ def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int)
     q, k, v = (facts.dims(get_argument(node, name)) for name in ("query", "key", "value"))
     before = facts.dims(find_unrepeated(get_argument(node, "key")))
 
-    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+    def compute_sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         # Between the batch and the last two dimensions (tokens, channels) are the heads.
         groups = _multiply_sizes(k[1:-2], axes) * _multiply_sizes(before, axes) / _multiply_sizes(k, axes)
         return (
@@ -226,7 +228,7 @@ def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int)
             compute_size(v[-1], axes),
         )
 
-    return sizes
+    return compute_sizes
 
 
 def _count_elements(analysis: Analysis, node: fx.Node, share: float) -> SizesOf:

@@ -76,7 +76,7 @@ class CostModel:
         # count whole.
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
-        sizes = {name: program.state.like(name) for name in program.parameters}
+        sizes = {name: program.state.find_like(name) for name in program.parameters}
         self._itemsize = {
             n: itemsize if itemsize and t.is_floating_point() else t.element_size() for n, t in sizes.items()
         }
@@ -136,7 +136,7 @@ class CostModel:
             serving=None if cache is None else size + cache,
         )
 
-    def sparsity(self, widths: Mapping[str, int]) -> float:
+    def compute_sparsity(self, widths: Mapping[str, int]) -> float:
         """Share of the budget that a cut to ``widths`` removes. The budget is usually the block parameters."""
         return 1 - self.share(widths)
 

@@ -81,7 +81,7 @@ def find_operator_times(
     about = {**describe_machine(), "threads": threads}
     file = cache_dir() / "latency" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
     kept, note = read_kept(file)
-    known = _times_in(kept.get("ms"))
+    known = _select_times(kept.get("ms"))
     missing = [operator for operator in operators if str(operator) not in known]
 
     # Only what was never timed on this machine is timed. If the cache cannot be written, the run goes on with the
@@ -94,7 +94,7 @@ def find_operator_times(
     return {operator: known[str(operator)] for operator in operators}
 
 
-def _times_in(kept: object) -> dict[str, float]:
+def _select_times(kept: object) -> dict[str, float]:
     """The times in what was kept. A damaged file may hold something else; that is measured again."""
     times = kept.items() if isinstance(kept, dict) else ()
     return {name: ms for name, ms in times if isinstance(ms, int | float) and ms >= 0}

@@ -215,14 +215,14 @@ class Sharing:
         start = self.index * each + min(self.index, more)
         return batches[start : start + each + (self.index < more)]
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def sum_all(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor. All must ask for it, in the same order."""
         if self.count == 1:
             return tensor
         summed: Tensor = reduce(tensor, "sum")
         return summed
 
-    def all(self, tensor: Tensor) -> list[Tensor]:
+    def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, in their order. All must ask for it, in the same order."""
         return [tensor] if self.count == 1 else list(gather(tensor[None].contiguous()))
 

@@ -1,6 +1,6 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
-from mptk.files.outputs import cannot_write, check_text, expand_path, writing
+from mptk.files.outputs import check_text, expand_path, make_write_error, name_write_errors
 from mptk.files.places import check_way, hold_open, is_of, is_own, make_mark, read_mark
 from mptk.files.replace import (
     discard,
@@ -21,14 +21,13 @@ from mptk.files.staging import (
     check_scratch,
     claim_place,
     make_scratch,
-    staged,
+    make_staging,
     tidy,
     tidy_scratch,
 )
 
 __all__ = [
     "Staging",
-    "cannot_write",
     "check_open_files",
     "check_scratch",
     "check_text",
@@ -44,10 +43,12 @@ __all__ = [
     "make_mark",
     "make_marked",
     "make_scratch",
+    "make_staging",
+    "make_write_error",
+    "name_write_errors",
     "put_folder",
     "put_made",
     "read_mark",
-    "staged",
     "tidy",
     "tidy_scratch",
     "write_file",
@@ -55,5 +56,4 @@ __all__ = [
     "write_result",
     "write_text",
     "write_together",
-    "writing",
 ]

@@ -68,7 +68,7 @@ def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str
     # Nothing is lost with an empty file, and a device or a pipe is written to, not replaced.
     if overwrite or state is None or not stat.S_ISREG(state.st_mode) or not state.st_size:
         return
-    if not _MARKS[kind].search(_ends(path)):
+    if not _MARKS[kind].search(_read_ends(path)):
         raise MptkError(f"{file} exists, and mptk did not write it as a {kind}; give another {option}, or --overwrite")
 
 
@@ -94,7 +94,7 @@ def _state(path: Path) -> os.stat_result | None:
         return None
 
 
-def _ends(path: Path) -> bytes:
+def _read_ends(path: Path) -> bytes:
     """The first and the last bytes of a file; none if the user may not read it."""
     try:
         with path.open("rb") as file:
@@ -125,14 +125,14 @@ _REMEDIES = {
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def cannot_write(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
+def make_write_error(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
     """The error of a file or folder that cannot be written, with the cause that the system names."""
     remedy = remedy or _REMEDIES.get(error.errno or 0, "check its folder, or give another place")
     return MptkError(f"cannot write {path}: {error.strerror or error}; {remedy}")
 
 
 @contextlib.contextmanager
-def writing(target: Path, staging: Path, remedy: str | None = None) -> Iterator[None]:
+def name_write_errors(target: Path, staging: Path, remedy: str | None = None) -> Iterator[None]:
     """Turn each OSError into an MptkError: about ``target`` if it is of that or of ``staging``, else about its file."""
     try:
         yield
@@ -140,9 +140,9 @@ def writing(target: Path, staging: Path, remedy: str | None = None) -> Iterator[
         # The user knows the target and not the hidden folder beside it.
         about = target if error.filename is None else Path(os.fsdecode(error.filename))
         if about.is_relative_to(staging) or about == target:
-            raise cannot_write(target, error, remedy) from error
+            raise make_write_error(target, error, remedy) from error
         if error.errno in _OF_WRITING:
-            raise cannot_write(about, error) from error
+            raise make_write_error(about, error) from error
         raise MptkError(f"{about}: {error.strerror or error}; check this file and its rights") from error
 
 

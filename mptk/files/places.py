@@ -45,7 +45,7 @@ class OpenFolder:
         """Whether the folder still has its name."""
         # A name can be given to another folder; device and inode cannot.
         try:
-            return os.path.samestat(os.fstat(self.own), lstat_in(self.at, self.path.name))
+            return os.path.samestat(os.fstat(self.own), read_state_in(self.at, self.path.name))
         except FileNotFoundError:
             return False
 
@@ -64,15 +64,15 @@ def hold_open(path: str | Path, at: int | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def lstat_in(at: int, name: str) -> os.stat_result:
+def read_state_in(at: int, name: str) -> os.stat_result:
     """The state of a name in a folder."""
     return os.stat(name, dir_fd=at, follow_symlinks=False)
 
 
-def lies_in(at: int, name: str) -> bool:
+def is_in(at: int, name: str) -> bool:
     """Whether a folder has something of that name."""
     try:
-        lstat_in(at, name)
+        read_state_in(at, name)
     except FileNotFoundError:
         return False
     return True
@@ -85,7 +85,7 @@ def is_own(state: os.stat_result) -> bool:
 
 def remove_tree(name: str, at: int) -> None:
     """Remove a file, a link or a folder from the folder ``at``. No link is followed."""
-    if stat.S_ISDIR(lstat_in(at, name).st_mode):
+    if stat.S_ISDIR(read_state_in(at, name).st_mode):
         shutil.rmtree(name, dir_fd=at)
     else:
         os.unlink(name, dir_fd=at)
@@ -137,7 +137,7 @@ MARK_BYTES = 4096
 def write_mark(descriptor: int, folder: int, name: str, more: Mapping[str, object] | None = None) -> None:
     """Write the mark of a folder into an open file. ``more``: further fields, which the digest does not cover."""
     made = {"token": secrets.token_hex(16), "name": name, "folder": os.fstat(folder).st_ino}
-    text = json.dumps({**made, "mark": _digest(made), **(more or {})})
+    text = json.dumps({**made, "mark": _hash_mark(made), **(more or {})})
     os.pwrite(descriptor, text.encode().ljust(MARK_BYTES), 0)
 
 
@@ -161,7 +161,7 @@ def read_mark(folder: int, file: str) -> dict[str, object]:
         if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
             return {}
         found = json.loads(os.pread(descriptor, 2 * MARK_BYTES, 0))
-        return found if isinstance(found, dict) and found.get("mark") == _digest(found) else {}
+        return found if isinstance(found, dict) and found.get("mark") == _hash_mark(found) else {}
     except (OSError, ValueError):
         return {}
     finally:
@@ -173,6 +173,6 @@ def is_of(mark: Mapping[str, object], folder: int, name: str | None = None) -> b
     return mark.get("folder") == os.fstat(folder).st_ino and name in (None, mark.get("name"))
 
 
-def _digest(made: Mapping[str, object]) -> str:
+def _hash_mark(made: Mapping[str, object]) -> str:
     said = [MARK_WORD, *(str(made.get(key)) for key in ("token", "name", "folder"))]
     return hashlib.sha256("\0".join(said).encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.outputs import cannot_write
+from mptk.files.outputs import make_write_error
 from mptk.files.places import (
     PLAIN_FILE,
     find_exposed,
     hold_open,
+    is_in,
     is_of,
     is_own,
-    lies_in,
-    lstat_in,
     make_mark,
     read_mark,
+    read_state_in,
 )
-from mptk.files.staging import NEW, OLD, Staging, make_scratch, stage_openly, staged, tidy
+from mptk.files.staging import NEW, OLD, Staging, make_scratch, make_staging, stage_openly, tidy
 
 # The flag of renameat2(2), which Python has no function for; and its errors if the kernel or the file system lacks it.
 _RENAME_EXCHANGE = 2
@@ -46,10 +46,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         # ``write`` takes a path. If other users could lead the path beside ``path`` elsewhere, the file is made among
         # the temporary files, and copied by descriptors.
         exposed = find_exposed(path.parent) is not None
-        staging = stack.enter_context(stage_openly(path.parent) if exposed else staged(path.parent))
+        staging = stack.enter_context(stage_openly(path.parent) if exposed else make_staging(path.parent))
         made = stack.enter_context(make_scratch()) if exposed else staging
         write(made.folder / path.name)
-        ordinary(made)
+        set_ordinary_rights(made)
         if exposed:
             _copy_into(staging, made, path.name)
         staging.put(path.name)
@@ -62,9 +62,9 @@ def write_together(folder: Path, *names: str) -> Iterator[Path]:
     Name a file last if it refers to the others. Other files in ``folder`` stay.
     """
     tidy(folder)
-    with staged(folder) as staging:
+    with make_staging(folder) as staging:
         yield staging.folder
-        ordinary(staging)
+        set_ordinary_rights(staging)
         for name in names:
             staging.put(name)
 
@@ -77,11 +77,11 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     At every moment the earlier or the new folder is there, if the system can exchange two names at once. If not, the
     earlier one is kept aside for a moment; if the process dies in it, ``tidy`` puts it back.
     """
-    ordinary(staging)
+    set_ordinary_rights(staging)
     name, at, own = target.name, staging.place.at, staging.place.own
     # A link was refused before the run; one that is there now was planted since.
-    earlier = lies_in(at, name)
-    if earlier and stat.S_ISLNK(lstat_in(at, name).st_mode):
+    earlier = is_in(at, name)
+    if earlier and stat.S_ISLNK(read_state_in(at, name).st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
     for each in kept:
         _carry(target / each, staging.folder / each)
@@ -93,7 +93,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     staging.check()
     if not earlier:
         os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
-    elif not _exchanged(NEW, name, own, at):
+    elif not _swap_names(NEW, name, own, at):
         # For a moment nothing has the name.
         os.rename(name, OLD, src_dir_fd=at, dst_dir_fd=own)
         try:
@@ -111,7 +111,7 @@ def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
 
     ``mode``: its rights, if they are not the ordinary ones.
     """
-    ordinary(staging)
+    set_ordinary_rights(staging)
     if mode is not None:
         os.chmod(f"{NEW}/{target.name}", mode, dir_fd=staging.place.own)
     staging.put(target.name)
@@ -128,10 +128,10 @@ def make_marked(folder: Path, mark: str) -> None:
     Raises:
         OSError: another has its name, or it cannot be made.
     """
-    with staged(folder.parent) as staging:
+    with make_staging(folder.parent) as staging:
         own = staging.place.own
         # Others may read it, but not write in it, whatever the umask says.
-        os.chmod(NEW, lstat_in(own, NEW).st_mode & 0o755, dir_fd=own)
+        os.chmod(NEW, read_state_in(own, NEW).st_mode & 0o755, dir_fd=own)
         with hold_open(NEW, own) as new:
             make_mark(new, mark, folder.name)
         staging.check()
@@ -146,29 +146,29 @@ def discard(folder: Path, mark: str | None = None) -> None:
     Raises:
         MptkError: it is another user's, or has no such mark.
     """
-    with staged(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
+    with make_staging(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
         if not is_own(os.fstat(own)) or (mark is not None and not is_of(read_mark(own, mark), own, folder.name)):
             raise MptkError(f"{folder} was not made by mptk; remove it yourself")
         # It is renamed into the staging folder, which is then removed. A rename takes whatever has the name at that
         # moment, so what was taken is compared with what was opened.
         aside = f"{NEW}/{folder.name}"
         os.rename(folder.name, aside, src_dir_fd=staging.place.at, dst_dir_fd=staging.place.own)
-        if not os.path.samestat(os.fstat(own), lstat_in(staging.place.own, aside)):
+        if not os.path.samestat(os.fstat(own), read_state_in(staging.place.own, aside)):
             staging.put(folder.name)
             raise MptkError(f"{folder} was replaced while it was to be removed, and is left as it is; look at it")
 
 
-def ordinary(staging: Staging) -> None:
+def set_ordinary_rights(staging: Staging) -> None:
     """Give everything that was made in a staging folder the rights that the user's umask leaves.
 
     Libraries that write through temporary files make them private.
     """
     # ``new`` was made with these rights. ``os.umask`` can tell the umask only by setting it, for all threads.
-    wanted = lstat_in(staging.place.own, NEW).st_mode & 0o777
+    wanted = read_state_in(staging.place.own, NEW).st_mode & 0o777
     for _, folders, files, at in os.fwalk(NEW, dir_fd=staging.place.own):
         for names, mode in ((folders, wanted), (files, wanted & 0o666)):
             for name in names:
-                state = lstat_in(at, name)
+                state = read_state_in(at, name)
                 # A file with several links is one of the earlier output, and keeps its rights.
                 linked = stat.S_ISREG(state.st_mode) and state.st_nlink > 1
                 if not linked and not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
@@ -177,7 +177,7 @@ def ordinary(staging: Staging) -> None:
 
 def _copy_into(staging: Staging, made: Staging, name: str) -> None:
     """Copy a file from one staging folder into another, by descriptors."""
-    rights = lstat_in(made.place.own, f"{NEW}/{name}").st_mode & 0o777
+    rights = read_state_in(made.place.own, f"{NEW}/{name}").st_mode & 0o777
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_FILE
     with (
         open(os.open(f"{NEW}/{name}", os.O_RDONLY | PLAIN_FILE, dir_fd=made.place.own), "rb") as source,
@@ -200,7 +200,7 @@ def _carry(source: Path, place: Path) -> None:
         _link(str(source), str(place))
 
 
-def _exchanged(one: str, two: str, one_at: int, two_at: int) -> bool:
+def _swap_names(one: str, two: str, one_at: int, two_at: int) -> bool:
     """Exchange two names, each in an open folder, at once. False if the kernel or the file system cannot."""
     # By ctypes, from the C library of this process. Older ones lack the function.
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -234,7 +234,7 @@ def format_json(
 ) -> str:
     """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options: of ``json.dumps``."""
     return json.dumps(
-        _finite(content),
+        _replace_infinite(content),
         allow_nan=False,
         indent=indent,
         sort_keys=sort_keys,
@@ -269,14 +269,14 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
         else:
             write_file(path, write)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise make_write_error(path, error) from error
 
 
-def _finite(content: object) -> object:
+def _replace_infinite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _replace_infinite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [_replace_infinite(value) for value in content]
     return content

@@ -29,18 +29,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, removed_meanwhile
-from mptk.files.outputs import cannot_write
+from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, make_removed_error
+from mptk.files.outputs import make_write_error
 from mptk.files.places import (
     PLAIN_FILE,
     OpenFolder,
     check_way,
     hold_open,
+    is_in,
     is_of,
     is_own,
-    lies_in,
-    lstat_in,
     read_mark,
+    read_state_in,
     remove_tree,
     write_mark,
 )
@@ -80,7 +80,7 @@ class Staging:
     def renew(self) -> Path:
         """Empty the folder, and give it back. Raises MptkError as ``check``."""
         self.check()
-        _empty(self.place)
+        _clear_folder(self.place)
         os.mkdir(NEW, dir_fd=self.place.own)
         return self.folder
 
@@ -95,7 +95,7 @@ class Staging:
             return
         # Without links it was removed, by a cleaner of temporary files. A library may have made its path again.
         if not os.fstat(self.place.own).st_nlink:
-            raise removed_meanwhile(str(self.path))
+            raise make_removed_error(str(self.path))
         raise MptkError(
             f"{self.path} is no longer the folder that this process made: somebody put another in its place, which "
             "is left as it is; run again in a folder in which only you can write"
@@ -125,14 +125,14 @@ class Staging:
             self.close()
 
 
-def staged(parent: Path) -> Staging:
+def make_staging(parent: Path) -> Staging:
     """A new staging folder in ``parent``, which must be there. Raises MptkError as ``check_way``."""
     check_way(parent)
     return stage_openly(parent)
 
 
 def stage_openly(parent: Path) -> Staging:
-    """``staged``, also if other users can rename what is in ``parent``. Then use no path in it, only descriptors."""
+    """As ``make_staging``, also if other users can rename what is in ``parent``. Then use only descriptors, no paths."""
     check_open_files()
     with hold_open(parent) as at:
         return Staging(*_make_hidden(at, parent))
@@ -148,7 +148,7 @@ def make_scratch() -> Staging:
     try:
         return stage_openly(Path(tempfile.gettempdir()))
     except FileNotFoundError as error:
-        raise removed_meanwhile(tempfile.gettempdir()) from error
+        raise make_removed_error(tempfile.gettempdir()) from error
 
 
 def check_scratch() -> None:
@@ -191,10 +191,10 @@ def claim_place(target: Path, *, wait: bool = False, remedy: str | None = None) 
     try:
         _make_folders(missing)
         tidy(place.parent)
-        staging = _taken(place, target, wait)
+        staging = _take_place(place, target, wait)
     except OSError as error:
         _remove_empty(missing)
-        raise cannot_write(target, error, remedy) from error
+        raise make_write_error(target, error, remedy) from error
     except MptkError:
         _remove_empty(missing)
         raise
@@ -207,10 +207,10 @@ def claim_place(target: Path, *, wait: bool = False, remedy: str | None = None) 
         _remove_empty(missing)
 
 
-def _taken(place: Path, said: Path, wait: bool) -> Staging:
+def _take_place(place: Path, said: Path, wait: bool) -> Staging:
     path = place.with_name(f".{place.name}.mptk")
     while (staging := take(path)) is None:
-        owner = held_by(path)
+        owner = read_owner(path)
         # Without an owner somebody is tidying, which ends soon.
         if owner and not wait:
             raise MptkError(
@@ -250,7 +250,7 @@ def take(path: Path) -> Staging | None:
     check_way(path.parent)
     with hold_open(path.parent) as at:
         # Nothing there: make a hidden folder and rename it, so that the name never stands without a lock and a mark.
-        if not lies_in(at, path.name):
+        if not is_in(at, path.name):
             (place, held), named = _make_hidden(at, path.parent), False
             try:
                 named = _rename_new(place, path.name)
@@ -259,16 +259,16 @@ def take(path: Path) -> Staging | None:
                     _close(place, held, os.getpid())
             return Staging(replace(place, path=path), held) if named else None
         # Something is there: it is ours to use only if this user made it, mptk marked it, and nobody holds its lock.
-        if not is_own(lstat_in(at, path.name)):
+        if not is_own(read_state_in(at, path.name)):
             raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it")
         with contextlib.suppress(FileNotFoundError), hold_open(path.name, at) as own:
             # The mark is read before the lock is taken. In the other order, an owner that removes the folder, its lock
             # last, would make it look like a folder of the user.
             marked = is_of(read_mark(own, LOCK), own)
-            lock = _locked(own)
+            lock = _open_lock(own)
             if marked and lock is not None:
                 os.fchmod(own, 0o700)  # as it was made: only its owner can enter
-                write_mark(lock, own, "", holder())
+                write_mark(lock, own, "", describe_process())
                 return Staging(OpenFolder(path, os.dup(at), os.dup(own)), lock)
             if lock is not None:
                 os.close(lock)
@@ -302,7 +302,7 @@ def tidy(parent: Path) -> None:
         for name in os.listdir(at):
             if name.startswith(".mptk-") or (name[0] == "." and name.endswith(".mptk")):
                 with contextlib.suppress(OSError):
-                    if is_own(lstat_in(at, name)):
+                    if is_own(read_state_in(at, name)):
                         _remove_if_free(at, parent / name)
 
 
@@ -312,16 +312,16 @@ def tidy_scratch() -> None:
         tidy(Path(tempfile.gettempdir()))
 
 
-def holder() -> dict[str, object]:
+def describe_process() -> dict[str, object]:
     """Who this process is, for other processes that meet its lock."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]}
 
 
-def held_by(path: Path) -> dict[str, object]:
+def read_owner(path: Path) -> dict[str, object]:
     """The owner that a staging folder's lock names; empty if nobody has it, or a process that tidies."""
     with contextlib.suppress(OSError), hold_open(path.parent) as at, hold_open(path.name, at) as own:
-        return _owner(own)
+        return _read_owner_mark(own)
     return {}
 
 
@@ -341,8 +341,8 @@ def _make_hidden(at: int, parent: Path) -> tuple[OpenFolder, int]:
             with contextlib.suppress(FileNotFoundError), hold_open(token, at) as own:
                 if not is_own(os.fstat(own)) or os.listdir(own):  # somebody put another in its place
                     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(parent))
-                if (lock := _locked(own, create=True)) is not None:
-                    write_mark(lock, own, "", holder())
+                if (lock := _open_lock(own, create=True)) is not None:
+                    write_mark(lock, own, "", describe_process())
                     return OpenFolder(parent / token, os.dup(at), os.dup(own)), lock
         except OSError:
             # Without a mark no later ``tidy`` would dare to remove it.
@@ -371,7 +371,7 @@ def _rename_new(place: OpenFolder, name: str) -> bool:
     return True
 
 
-def _locked(folder: int, *, create: bool = False) -> int | None:
+def _open_lock(folder: int, *, create: bool = False) -> int | None:
     """The descriptor of a folder's lock, if this process gets it and the folder was not removed meanwhile."""
     try:
         descriptor = os.open(LOCK, os.O_RDWR | PLAIN_FILE | (os.O_CREAT if create else 0), 0o600, dir_fd=folder)
@@ -382,13 +382,13 @@ def _locked(folder: int, *, create: bool = False) -> int | None:
     with contextlib.suppress(FileNotFoundError):
         # Between opening and locking, the owner may have removed the file and another process made a new one. A lock on
         # the removed file would exclude nobody.
-        if _gets(descriptor, folder) and os.path.samestat(os.fstat(descriptor), lstat_in(folder, LOCK)):
+        if _try_lock(descriptor, folder) and os.path.samestat(os.fstat(descriptor), read_state_in(folder, LOCK)):
             return descriptor
     os.close(descriptor)
     return None
 
 
-def _gets(descriptor: int, folder: int) -> bool:
+def _try_lock(descriptor: int, folder: int) -> bool:
     """Take the lock if it is free. On a file system without locks, it is free if its owner is dead."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -397,11 +397,11 @@ def _gets(descriptor: int, folder: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return not _lives(_owner(folder))
+        return not _is_alive(_read_owner_mark(folder))
     return True
 
 
-def _owner(folder: int) -> dict[str, object]:
+def _read_owner_mark(folder: int) -> dict[str, object]:
     """The owner that a folder's mark names; empty if it names none."""
     found = read_mark(folder, LOCK)
     try:
@@ -410,7 +410,7 @@ def _owner(folder: int) -> dict[str, object]:
         return {}
 
 
-def _lives(owner: Mapping[str, object]) -> bool:
+def _is_alive(owner: Mapping[str, object]) -> bool:
     """Whether an owner may still be at work."""
     if not owner or owner["host"] != socket.gethostname():
         return bool(owner)  # an owner on another machine cannot be asked, so it counts as alive
@@ -429,10 +429,10 @@ def _lives(owner: Mapping[str, object]) -> bool:
 def _remove_if_free(at: int, path: Path) -> None:
     with hold_open(path.name, at) as own:
         marked = is_of(read_mark(own, LOCK), own)  # before the lock: see ``take``
-        if not lies_in(own, LOCK):
+        if not is_in(own, LOCK):
             # Its owner was killed before it made the lock. If it holds anything, it is not mptk's, and rmdir fails.
             os.rmdir(path.name, dir_fd=at)
-        elif (lock := _locked(own)) is not None:
+        elif (lock := _open_lock(own)) is not None:
             try:
                 if marked:
                     # The mark no longer names an owner: whoever meets the lock now waits and does not give up.
@@ -460,29 +460,29 @@ def _close(place: OpenFolder, lock: int, owner: int) -> None:
 def _remove(place: OpenFolder) -> None:
     """Remove a folder of this process. A signal that comes meanwhile stops the process only afterwards."""
     try:
-        _removed(place)
+        _remove_folder(place)
     except BaseException:  # the handler of a signal raised it; what it interrupted is done again
-        _removed(place)
+        _remove_folder(place)
         raise
 
 
-def _removed(place: OpenFolder) -> None:
+def _remove_folder(place: OpenFolder) -> None:
     # The lock goes last: if the process is killed on the way, what is left still has the mark.
     with contextlib.suppress(OSError):
-        _empty(place)
+        _clear_folder(place)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(LOCK, dir_fd=place.own)
         if place.leads_here():
             os.rmdir(place.path.name, dir_fd=place.at)
 
 
-def _empty(place: OpenFolder) -> None:
+def _clear_folder(place: OpenFolder) -> None:
     """Remove everything but the lock."""
     name = place.path.name
     # A process that was killed between the two renames of ``put_folder`` left the earlier output here: put it back.
     # Hidden folders with a token replace nothing.
     target = "" if name.startswith(".mptk-") else name.removeprefix(".").removesuffix(".mptk")
-    if target and lies_in(place.own, OLD) and not lies_in(place.at, target):
+    if target and is_in(place.own, OLD) and not is_in(place.at, target):
         os.rename(OLD, target, src_dir_fd=place.own, dst_dir_fd=place.at)
     for each in os.listdir(place.own):
         if each != LOCK:

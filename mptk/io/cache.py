@@ -13,18 +13,18 @@ import platformdirs
 
 from mptk.errors import STAGED, MptkError
 from mptk.files import (
-    cannot_write,
     claim_place,
     discard,
     expand_path,
     format_json,
+    make_write_error,
+    name_write_errors,
     put_made,
     tidy,
     tidy_scratch,
     write_file,
-    writing,
 )
-from mptk.publish.manifest import SETTLED, check_manifest, file_identity, hash_file, write_manifest
+from mptk.publish.manifest import SETTLED, check_manifest, hash_file, identify_file, write_manifest
 from mptk.reading import Json, make_damage_error, read_json_object
 
 CACHE_REMEDY = "set MPTK_CACHE to a folder with room for it"
@@ -54,7 +54,7 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     if not target.exists():
         with (
             claim_place(target, wait=True, remedy=CACHE_REMEDY) as staging,
-            writing(target, staging.path, CACHE_REMEDY),
+            name_write_errors(target, staging.path, CACHE_REMEDY),
         ):
             # Another process may have made it while this one waited.
             if not target.exists():
@@ -78,7 +78,7 @@ def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
         MptkError: as ``build_once``; or another user has put something in its place.
     """
 
-    def listed(partial: Path) -> None:
+    def build_listed(partial: Path) -> None:
         build(partial)
         write_manifest(partial)
 
@@ -86,10 +86,10 @@ def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
         if folder.lstat().st_uid != os.geteuid():
             raise MptkError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}")
         # Checked again under the lock: another process may have made it anew meanwhile.
-        with claim_place(folder, wait=True, remedy=CACHE_REMEDY), writing(folder, folder, CACHE_REMEDY):
+        with claim_place(folder, wait=True, remedy=CACHE_REMEDY), name_write_errors(folder, folder, CACHE_REMEDY):
             if os.path.lexists(folder) and not _is_as_made(folder):
                 discard(folder)
-    return build_once(folder, listed, PRIVATE)
+    return build_once(folder, build_listed, PRIVATE)
 
 
 def _is_as_made(folder: Path) -> bool:
@@ -125,7 +125,7 @@ def keep(file: Path, content: Json) -> str:
         # Not ``write_result``, which writes into a named pipe that somebody has put there. This replaces it.
         write_file(file, lambda new: new.write_text(text, encoding="utf-8"))
     except OSError as error:
-        return str(cannot_write(file, error, CACHE_REMEDY))
+        return str(make_write_error(file, error, CACHE_REMEDY))
     except MptkError as error:  # others can rename what is in the cache folder
         return str(error)
     return ""
@@ -133,7 +133,7 @@ def keep(file: Path, content: Json) -> str:
 
 def read_sha256(file: Path) -> str:
     """SHA-256 of a file. A large file is read once: its digest is kept in the cache, under the file's identity."""
-    state = file_identity(file)
+    state = identify_file(file)
     if file.stat().st_size < HASHED_AT_ONCE:
         return hash_file(file)
     place = locate_private_folder("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
@@ -142,7 +142,7 @@ def read_sha256(file: Path) -> str:
     # Kept only if the file did not change while it was read, nor so shortly before that one more change could leave its
     # times as they are (``SETTLED``).
     now, found = time.time_ns(), hash_file(file)
-    if file_identity(file) == state and now - max(state[-2:]) > SETTLED:
+    if identify_file(file) == state and now - max(state[-2:]) > SETTLED:
         keep(place, {"file": list(state), "sha256": found})
     return found
 

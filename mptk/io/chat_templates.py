@@ -54,19 +54,19 @@ class ChatTemplate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
 
-    def text(self, turns: Turns, where: str, remedy: str, **options: Any) -> str:
+    def render(self, turns: Turns, where: str, remedy: str, **options: Any) -> str:
         """A chat as the template writes it. ``options``: of ``apply_chat_template``.
 
         Raises:
             MptkError: the template refuses the chat ``where``, or exceeds its time or memory; ends with ``remedy``.
         """
-        return str(self._filled(turns, where, remedy, {**options, "tokenize": False}))
+        return str(self._render(turns, where, remedy, {**options, "tokenize": False}))
 
-    def ids(self, turns: Turns, where: str, remedy: str, **options: Any) -> list[int]:
-        """The token ids of such a text; otherwise as ``text``."""
-        return list(self._filled(turns, where, remedy, {**options, "return_dict": True}))
+    def encode(self, turns: Turns, where: str, remedy: str, **options: Any) -> list[int]:
+        """The token ids of such a text; otherwise as ``render``."""
+        return list(self._render(turns, where, remedy, {**options, "return_dict": True}))
 
-    def _filled(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
+    def _render(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
         pid, pipe = self._process = self._process or _start_process(self._owner)
         late = False
         try:

@@ -118,14 +118,14 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
     # The layers' own weights, without the tables that they share with the model.
     own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
     names = _map_names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
-    weights = files.weights(heads, resident)
+    weights = files.open_weights(heads, resident)
     module = Drafter(loaded.model, heads.eval()).eval()
     tables = _find_tables(loaded.model, stored)
     # Each stored tensor must have its use, or the result would lack it.
     if left := stored - {source for t in own.values() for source in list_weight_names(t)} - tables.keys():
         raise MptkError(f"transformers does not know what {min(left)} is for")
     copies = {name: open_stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
-    own_weights = Weights({f"{HEADS}.{name}": weights.entry(name) for name in own})
+    own_weights = Weights({f"{HEADS}.{name}": weights.get_entry(name) for name in own})
     return OpenDrafter(module, own_weights, names, tables, Weights(copies))
 
 

@@ -69,12 +69,12 @@ def measure_perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progr
         MptkError: there is no window, windows have one token, or logits are not finite.
     """
 
-    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+    def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         for i, batch in enumerate(batches):
             yield "", i, logits_fn(batch.tensors[0])
             progress(i + 1, len(batches))
 
-    (found,) = _measure_runs(runs, windows, data, progress or (lambda done, total: None)).values()
+    (found,) = _measure_runs(run_batches, windows, data, progress or (lambda done, total: None)).values()
     if not math.isfinite(found.nll):
         raise MptkError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for "

@@ -122,12 +122,12 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     """
 
     # Buffers are copied, as ``forward`` reads them while it is traced and may write to them.
-    def typed(tensor: Tensor) -> torch.dtype:
+    def choose_type(tensor: Tensor) -> torch.dtype:
         return tensor.dtype if not isinstance(model, PreTrainedModel) else _choose_type(tensor, torch.float32)
 
-    bare = {id(p): torch.empty_like(p, dtype=typed(p), device="meta") for p in model.parameters()}
+    bare = {id(p): torch.empty_like(p, dtype=choose_type(p), device="meta") for p in model.parameters()}
     return copy_module(
-        model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", typed(b), copy=True)
+        model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", choose_type(b), copy=True)
     ).eval()
 
 

@@ -61,7 +61,7 @@ class Loaded:
 
     ``trust``: whether the caller lets its own Python code run. ``dtype``: the type of the stored weights; the model
     itself has the type that it was loaded in. ``weights``: if it was only opened, its parameters and saved buffers,
-    read when asked for; the parameters of ``model`` are then on the meta device until ``whole`` is called. ``live``:
+    read when asked for; the parameters of ``model`` are then on the meta device until ``load_all`` is called. ``live``:
     the caller holds the model in memory (``io/live.py``). ``note``: for the report; may be empty.
     """
 
@@ -75,7 +75,7 @@ class Loaded:
     live: bool = False
     note: str = ""
 
-    def whole(self) -> PreTrainedModel:
+    def load_all(self) -> PreTrainedModel:
         """``model`` with all its weights in memory."""
         if self.weights is not None:
             fill_parameters(self.model, self.weights)
@@ -85,7 +85,7 @@ class Loaded:
         """``program``, which was traced from ``model``, with the checkpoint's weights."""
         return program if self.weights is None else fill_program(program, self.model, self.weights)
 
-    def changed(self, changes: Weights, aliases: Mapping[str, str]) -> Loaded:
+    def with_changes(self, changes: Weights, aliases: Mapping[str, str]) -> Loaded:
         """The model with ``changes`` of its weights. ``aliases``: other name of a tied weight → name in ``changes``."""
         own = self.weights or Weights({})
         names = {name: owner for name in own if (owner := aliases.get(name, name)) in changes}
@@ -95,7 +95,7 @@ class Loaded:
 def fill_program(program: Program, module: nn.Module, weights: Weights) -> Program:
     """``program``, which was traced from ``module``, with ``weights``; buffers that they lack are the module's."""
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    known = {name: weights.entry(name) for name in program.state if name in weights}
+    known = {name: weights.get_entry(name) for name in program.state if name in weights}
     return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
 
 
@@ -133,7 +133,7 @@ def open_weights(model: str, resident: Resident, *, trust: Trust = NO_CODE, loca
     files = Files()
     with files.defer_reads():
         loaded = _load(model, trust, local, dtype=torch.float32)
-    return replace(loaded, weights=files.weights(loaded.model, resident))
+    return replace(loaded, weights=files.open_weights(loaded.model, resident))
 
 
 def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:

@@ -152,14 +152,14 @@ def _find_awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
 def _dequantize_awq(parts: Parts, settings: Quantization) -> Tensor:
     """scale · (q − zero), packed along the outputs of [inputs, outputs]."""
 
-    def codes(words: Tensor) -> Tensor:
+    def unpack_codes(words: Tensor) -> Tensor:
         eights: Tensor = unpack_words(words, 4, 1).unflatten(1, (-1, len(AWQ_ORDER)))
         return eights[..., AWQ_ORDER].flatten(1)
 
-    q, scales = codes(parts[".qweight"]), parts[".scales"].float()
+    q, scales = unpack_codes(parts[".qweight"]), parts[".scales"].float()
     group = _number_groups(len(q), settings)
     # Without zeros the numbers are symmetric: 8 of 16 is the middle.
-    zeros = codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
+    zeros = unpack_codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
     matrix: Tensor = ((q - zeros[group]) * scales[group]).T
     return matrix
 

@@ -52,7 +52,7 @@ def open_stored_weight(
     file = file.absolute()  # the current folder may change before it is read
     size = _measure_file(file)
 
-    def narrow() -> Tensor:
+    def read_narrow() -> Tensor:
         try:
             # Opened for each tensor: the file's mapping is then closed with the tensor, and its pages go.
             with safe_open(file, "pt") as opened:
@@ -65,9 +65,9 @@ def open_stored_weight(
         # To touch a mapped page that the file no longer has would end the process (SIGBUS).
         if _measure_file(file) < size:
             raise MptkError(f"{file} was removed or cut short while it was read; start again")
-        return resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))
+        return resident.get(f"{file}|{key}", lambda: read_narrow().to(like.dtype))
 
-    return Lazy(like, make, held, narrow if held is not None else None)
+    return Lazy(like, make, held, read_narrow if held is not None else None)
 
 
 def _measure_file(file: Path) -> int:

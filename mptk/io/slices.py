@@ -62,7 +62,7 @@ def write_part(file: Path, larger: Weights, places: Places, part: Path) -> None:
         if name not in larger or not tensor.ndim or not _has_same_bits(slice_weight(larger[name], at), tensor):
             found[name] = own
             continue
-        for d, size in enumerate(larger.like(name).shape):
+        for d, size in enumerate(larger.find_like(name).shape):
             whole = d >= len(at) or len(at[d]) == size
             found[f"{name}@{d}"] = torch.empty(0, dtype=torch.int32) if whole else at[d].int()
     write_weights(part, Weights(found), _read_metadata(file))
@@ -81,13 +81,13 @@ def restore_file(part: Path, larger: Weights, file: Path) -> None:
         name, mark, d = key.rpartition("@")
         if not mark:
             found[key] = tensor
-        elif name in larger and d in map(str, range(larger.like(name).ndim)) and tensor.dtype == torch.int32:
+        elif name in larger and d in map(str, range(larger.find_like(name).ndim)) and tensor.dtype == torch.int32:
             places.setdefault(name, {})[int(d)] = tensor.long()
         else:
             raise wrong(f"{key} does not fit the largest model")
     # Slice the larger model's weights. Each is made only when it is written.
     for name, each in places.items():
-        like = larger.like(name)
+        like = larger.find_like(name)
         every = [each[d] if len(each.get(d, ())) else torch.arange(size) for d, size in enumerate(like.shape)]
         if not all(_is_inside(index, size) for index, size in zip(every, like.shape, strict=True)):
             raise wrong(f"{name} has positions that the largest model lacks")

@@ -125,7 +125,7 @@ class Files(dict[str, tuple[Path, Tensor]]):
         with load_on_all(), replace_opener(lambda file, *_, **__: _Opened(Path(file), self)):
             yield
 
-    def weights(self, model: nn.Module, resident: Resident) -> Weights:
+    def open_weights(self, model: nn.Module, resident: Resident) -> Weights:
         """Parameters and saved buffers of ``model``, whose parameters then are plain tensors on the meta device.
 
         ``resident`` keeps what fits. Weights that the module holds in another form than the files (the experts of a

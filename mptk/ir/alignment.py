@@ -36,7 +36,7 @@ class Alignment:
     devices: int = 1
     engines: tuple[str, ...] = ()
 
-    def divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
+    def find_divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
         """The divisors for the sums over a family's units, which ``devices`` share."""
         own = (*list_halves(self.own.get(family, self.every)), *self.blocks)
         return (*own, *(each * devices for each in own if devices > 1))

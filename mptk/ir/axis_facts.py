@@ -102,11 +102,11 @@ class AxisFacts:
         assert isinstance(found, tuple), f"{node} has several results"
         return found
 
-    def tensors(self, node: fx.Node) -> list[Dims]:
+    def list_dims(self, node: fx.Node) -> list[Dims]:
         """The terms of each tensor among a value's results."""
         return list_tensor_dims(self.results[node])
 
-    def axes(self, node: fx.Node) -> frozenset[Axis]:
+    def find_axes(self, node: fx.Node) -> frozenset[Axis]:
         """All axes of a value."""
         return self._axes[node]
 
@@ -126,7 +126,9 @@ class AxisFacts:
     # Terms are final once the analysis is done, so their axes can be kept. Only then may this be asked.
     @cached_property
     def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
-        return {node: frozenset(collect_axes(t for dims in self.tensors(node) for t in dims)) for node in self.results}
+        return {
+            node: frozenset(collect_axes(t for dims in self.list_dims(node) for t in dims)) for node in self.results
+        }
 
 
 def list_tensor_dims(results: Results) -> list[Dims]:

@@ -63,7 +63,7 @@ class Renumbering:
 
     kept: Mapping[str, Sequence[int]]
 
-    def new(self, name: str) -> str | None:
+    def find_new(self, name: str) -> str | None:
         """The name after the removal; None if its block is removed."""
         for module, units in self.kept.items():
             if (at := split_block_name(module, name)) is not None:
@@ -72,13 +72,13 @@ class Renumbering:
                 return f"{make_prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
         return name
 
-    def names(self, names: Iterable[str]) -> dict[str, str]:
+    def map_names(self, names: Iterable[str]) -> dict[str, str]:
         """New name → name, for the weights that stay."""
-        return {new: name for name in names if (new := self.new(name)) is not None}
+        return {new: name for name in names if (new := self.find_new(name)) is not None}
 
-    def old(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def restore_names(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Weights after the removal under the names that they had before. ``names``: of all weights before."""
-        before = self.names(names)
+        before = self.map_names(names)
         return {before[name]: weight for name, weight in weights.items() if name in before}
 
 

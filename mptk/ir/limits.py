@@ -89,7 +89,7 @@ class CallSizes:
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
         """All conditions on open sizes: what the trace asked for, and which sizes must be more than 1."""
-        symbols = {str(symbol): symbol for symbol in self.symbols()}
+        symbols = {str(symbol): symbol for symbol in self.list_symbols()}
         several = [Condition(sympy.Gt(s, 1, evaluate=False)) for n, s in symbols.items() if n in self.limits.several]
         return (*self.limits.conditions, *several)
 
@@ -108,9 +108,9 @@ class CallSizes:
                     values[solved.symbol] = (given - solved.offset) // solved.factor
                 fixed = values[size] if isinstance(size, sympy.Symbol) else size
                 if isinstance(fixed, int | torch.SymInt) and fixed != given:
-                    raise self._error(f"{self._name_dim(k, d)} must be {fixed}{self._describe_line(k, d)}", given)
+                    raise self._make_error(f"{self._name_dim(k, d)} must be {fixed}{self._describe_line(k, d)}", given)
                 if given == 1 and str(size) in self.limits.several:
-                    raise self._error(
+                    raise self._make_error(
                         f"{self._name_dim(k, d)} must be more than 1: there the module computes otherwise", 1
                     )
         self._check_expressions(values, shapes)
@@ -119,7 +119,7 @@ class CallSizes:
         for k, (_, sizes) in enumerate(self.inputs):
             for d, size in enumerate(sizes):
                 if not isinstance(size, int | sympy.Symbol) and _number(size, values) != shapes[k][d]:
-                    raise self._error(
+                    raise self._make_error(
                         f"{self._name_dim(k, d)} must be {self._describe_expression(size)}{self._describe_line(k, d)}",
                         shapes[k][d],
                     )
@@ -129,7 +129,7 @@ class CallSizes:
                 given = ", ".join(
                     f"{self._describe_expression(symbol)} = {n}" for symbol, n in values.items() if symbol in own
                 )
-                raise self._error(self.describe_condition(condition), given)
+                raise self._make_error(self.describe_condition(condition), given)
 
     def describe_condition(self, condition: Condition) -> str:
         """A condition with the names of the dimensions and its line: ``x.shape[1] < 100 (net.py:7) must hold``."""
@@ -146,21 +146,21 @@ class CallSizes:
             if self._describe_line(k, d)
         ]
         found += [f"{self._describe_expression(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
-        found += [f"{self._named(symbol)} > 1" for symbol in sorted(self.limits.several)]
+        found += [f"{self._name_symbol(symbol)} > 1" for symbol in sorted(self.limits.several)]
         return list(dict.fromkeys(found))
 
-    def held(self, dim: int) -> int | None:
+    def find_fixed_size(self, dim: int) -> int | None:
         """The fixed size that dimension ``dim`` has in all inputs; None if it is open, or the inputs differ."""
         found = {sizes[dim] for _, sizes in self.inputs if len(sizes) > dim}
         size = next(iter(found), None)
         return size if len(found) == 1 and isinstance(size, int) else None
 
-    def symbols(self) -> list[sympy.Symbol]:
+    def list_symbols(self) -> list[sympy.Symbol]:
         """The symbols of sizes that may be others, in the order of the inputs."""
         solved = (solve_size(size) for _, sizes in self.inputs for size in sizes)
         return list(dict.fromkeys(each.symbol for each in solved if each is not None))
 
-    def values(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int]:
+    def find_values(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int]:
         """The values of all symbols for inputs of these shapes, which the program holds for."""
         found = dict[sympy.Symbol, int]()
         for (_, sizes), shape in zip(self.inputs, shapes, strict=True):
@@ -169,7 +169,7 @@ class CallSizes:
                     found.setdefault(solved.symbol, (given - solved.offset) // solved.factor)
         return found
 
-    def shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
+    def find_shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
         """The shapes of the inputs for these values of all symbols; None if the program does not hold for them."""
         if not all(_number(condition.holds, values) for condition in self.conditions):
             return None
@@ -195,7 +195,7 @@ class CallSizes:
             found.append(Sides(condition, sides.get(True), sides.get(False)))
         return found
 
-    def _error(self, what: str, given: object) -> MptkError:
+    def _make_error(self, what: str, given: object) -> MptkError:
         said = given if isinstance(given, str) else f"it is {given}"
         return MptkError(
             f"this program was traced for other sizes: {what}, and {said}; "
@@ -212,7 +212,7 @@ class CallSizes:
         whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
         return "batch" if whole else f"{self.names[k]}.shape[{d}]"
 
-    def _named(self, symbol: str) -> str:
+    def _name_symbol(self, symbol: str) -> str:
         places = ((k, d) for k, (_, sizes) in enumerate(self.inputs) for d, s in enumerate(sizes) if str(s) == symbol)
         return next((self._name_dim(k, d) for k, d in places), symbol)
 
@@ -223,7 +223,7 @@ class CallSizes:
         if isinstance(expression, sympy.Ne):
             return f"{self._describe_expression(expression.lhs)} != {self._describe_expression(expression.rhs)}"
         # sympy prints Eq(a, b) and Ne(a, b), which no user writes; other relations print as they are written.
-        names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
+        names = {s: sympy.Symbol(self._name_symbol(str(s))) for s in expression.free_symbols}
         return str(expression.xreplace(names))
 
 

@@ -129,5 +129,5 @@ def check(program: Program) -> None:
     for node in program.list_placeholders():
         value = node.meta.get("val")
         if node.name in weights and isinstance(value, Tensor):
-            weight = program.state.like(weights[node.name])
+            weight = program.state.find_like(weights[node.name])
             assert tuple(value.shape) == tuple(weight.shape), f"{weights[node.name]}: {value.shape} != {weight.shape}"

@@ -132,10 +132,10 @@ class Program:
         Returns one tensor, or a tuple if the traced module returned several. A language model's tensor is its logits,
         [batch, sequence, vocab].
         """
-        outputs = self.graph(*self.arguments(*inputs))
+        outputs = self.graph(*self.list_arguments(*inputs))
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def arguments(self, *inputs: Tensor) -> list[Tensor]:
+    def list_arguments(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's full argument list: weights by placeholder, then ``inputs``."""
         weights, user = self.weights, iter(inputs)
         return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.list_placeholders()]
@@ -164,16 +164,16 @@ class Program:
 
     def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
-        return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
+        return self._select_weights(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
 
     def collect_module_state(self) -> Weights:
         """``state_dict`` and the other buffers: what every trace of the module has.
 
         Constants are left out: another trace has other ones under the same names.
         """
-        return self._named(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
+        return self._select_weights(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
 
-    def _named(self, wanted: Callable[[InputSpec], bool]) -> Weights:
+    def _select_weights(self, wanted: Callable[[InputSpec], bool]) -> Weights:
         """The wanted weights, tied names included."""
         # A tied name that is not an input of the graph has no spec, so it is added with its owner.
         found = {
@@ -247,13 +247,15 @@ def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
 
 def compute_typical_size(program: Program) -> float:
     """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
-    likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
+    likes = {
+        name: like for name in program.parameters if (like := program.state.find_like(name)).ndim > 1 and like.numel()
+    }
     return median([float(program.state[name].detach().float().square().mean().sqrt()) for name in likes] or [1.0])
 
 
 def count_parameters(program: Program) -> int:
     """Number of parameters in the program; a tied weight counts once."""
-    return sum(program.state.like(name).numel() for name in program.parameters)
+    return sum(program.state.find_like(name).numel() for name in program.parameters)
 
 
 class DeviceInterpreter(fx.Interpreter):

@@ -33,7 +33,7 @@ class Cut:
     choices: dict[Axis, KeptUnits]
     sizes: dict[Axis, int]
 
-    def units(self, axis: Axis) -> list[int] | None:
+    def list_units(self, axis: Axis) -> list[int] | None:
         """The kept units of an axis without a scope, ascending; None if it stays whole."""
         choice = self.choices.get(axis)
         return None if choice is None else [int(unit) for unit in np.flatnonzero(choice.table[0])]
@@ -64,11 +64,11 @@ class Cut:
             stays &= choice.table[rows, coordinate] | (coordinate < 0)
         return stays
 
-    def positions(self, term: Term) -> Index:
+    def find_positions(self, term: Term) -> Index:
         """Kept positions of a dimension, ascending."""
         return np.flatnonzero(self.mask(term))
 
-    def elsewhere(self, dims: Sequence[Term]) -> int | None:
+    def find_varying(self, dims: Sequence[Term]) -> int | None:
         """The index of a dimension along which the choice of another dimension varies; None if no choice does."""
         for term in dims:
             own = set(list_axes(term))
@@ -80,7 +80,7 @@ class Cut:
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
         """Boolean mask over a whole weight: True if every dimension keeps the position."""
-        scope_dim = self.elsewhere(dims)
+        scope_dim = self.find_varying(dims)
         if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)
             for d, term in enumerate(dims):
@@ -96,12 +96,12 @@ class Cut:
 
     def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
         """The kept part of a weight, contiguous; the tensor itself if nothing is cut."""
-        scope_dim = self.elsewhere(dims)
+        scope_dim = self.find_varying(dims)
         if scope_dim is not None:
             return self._slice_rows(tensor, dims, scope_dim)
         for d, term in enumerate(dims):
             if self.has_choice(term):
-                tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
+                tensor = tensor.index_select(d, torch.from_numpy(self.find_positions(term)).to(tensor.device))
         return tensor
 
     def scatter(self, tensor: Tensor, small: Tensor, dims: Sequence[Term]) -> Tensor:
@@ -115,7 +115,7 @@ class Cut:
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
             self._restrict_to_row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
-            for s in self.positions(dims[scope_dim])
+            for s in self.find_positions(dims[scope_dim])
         ]
         return torch.stack(kept, scope_dim)
 
@@ -186,7 +186,7 @@ def list_removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
     return [
         block
         for stack in analysis.stacks
-        if (kept := cut.units(stack.axis)) is not None
+        if (kept := cut.list_units(stack.axis)) is not None
         for unit, block in enumerate(stack.blocks)
         if unit not in kept
     ]
@@ -194,7 +194,7 @@ def list_removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
 
 def build_renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
     """The names that weights have after a cut."""
-    kept = {stack.module: cut.units(stack.axis) for stack in analysis.stacks}
+    kept = {stack.module: cut.list_units(stack.axis) for stack in analysis.stacks}
     return Renumbering({module: units for module, units in kept.items() if units is not None})
 
 

@@ -97,14 +97,14 @@ class Samples:
         """The samples ``count`` times in a row."""
         return self.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
 
-    def saved(self, prefix: str) -> dict[str, Tensor]:
+    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors by name, for a file."""
         named = dict(self.inputs) | ({} if self.targets is None else {_TARGETS: self.targets})
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
-        """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+        """What ``to_tensors`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
         # Examples are the forms that a task's inputs may have; the first whose names are all there is the file's.
         for names in (example.inputs for example in examples):
             if all(f"{prefix}.{name}" in tensors for name in names):

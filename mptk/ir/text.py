@@ -45,7 +45,7 @@ def describe_program(
         sizes: new sizes of the axes that were cut (``Cut.sizes``).
         source: end each call with the line of the model's source, ``# file.py:12``.
     """
-    return _Printer(program, analysis, sizes or {}, source).text()
+    return _Printer(program, analysis, sizes or {}, source).write_text()
 
 
 @dataclass
@@ -67,12 +67,12 @@ class _Printer:
             self.axes = {g.axis: f.name for f in self.analysis.families for g in f.groups}
             self._name_input_axes()
 
-    def text(self) -> str:
-        nodes = (n for n in self.program.graph.graph.nodes if self.constant(n) is None)
+    def write_text(self) -> str:
+        nodes = (n for n in self.program.graph.graph.nodes if self.find_constant(n) is None)
         shown = (n for n in nodes if n.op in ("placeholder", "output") or n.users)
-        return "".join(f"{self.line(node)}\n" for node in shown)
+        return "".join(f"{self.write_line(node)}\n" for node in shown)
 
-    def line(self, node: fx.Node) -> str:
+    def write_line(self, node: fx.Node) -> str:
         if node.op == "output":
             (results,) = node.args
             several = isinstance(results, (list, tuple))
@@ -108,7 +108,7 @@ class _Printer:
             value = node.meta.get("val")
             if isinstance(value, Tensor) and node.name in self.dims:
                 for term, size in zip(self.dims[node.name], value.shape, strict=True):
-                    axis, name = resolve(term), self.size(size)  # type: ignore[arg-type]
+                    axis, name = resolve(term), self.write_size(size)  # type: ignore[arg-type]
                     if isinstance(axis, Axis) and name in names:
                         self.axes.setdefault(axis, name)
 
@@ -122,16 +122,16 @@ class _Printer:
         if isinstance(value, Tensor):
             known: Sequence[Term | None] = dims if dims is not None else [None] * value.ndim  # type: ignore[assignment]
             return f"[{', '.join(self.describe_dimension(s, t) for s, t in zip(value.shape, known, strict=True))}]"
-        return self.size(value) if isinstance(value, (int, torch.SymInt)) else ""
+        return self.write_size(value) if isinstance(value, (int, torch.SymInt)) else ""
 
     def describe_dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
         if term is None or self.axes.keys().isdisjoint(list_axes(term)):
-            return self.size(size)
+            return self.write_size(size)
         # A pass may have made another shape of a value that keeps its name. Then the old terms are wrong.
         fits = not isinstance(size, int) or compute_size(term, self.sizes) == size
-        return self.term(term) if fits else self.size(size)
+        return self.write_term(term) if fits else self.write_size(size)
 
-    def term(self, term: Term, factor: bool = False) -> str:
+    def write_term(self, term: Term, factor: bool = False) -> str:
         term = resolve(term)
         size = compute_size(term, self.sizes)
         if self.axes.keys().isdisjoint(list_axes(term)):
@@ -140,22 +140,22 @@ class _Printer:
             name = self.axes[term]
             return name if name in self.symbols.values() else f"{name}({size})"
         if isinstance(term, Product):
-            return "·".join(self.term(f, factor=True) for f in term.factors)
-        text = " + ".join(map(self.term, term.segments))
+            return "·".join(self.write_term(f, factor=True) for f in term.factors)
+        text = " + ".join(map(self.write_term, term.segments))
         return f"({text})" if factor else text
 
-    def size(self, size: int | torch.SymInt) -> str:
+    def write_size(self, size: int | torch.SymInt) -> str:
         return re.sub(r"[A-Za-z_]\w*", lambda found: self.symbols.get(found[0], found[0]), str(size))
 
     # ---- arguments ----
 
-    def constant(self, node: fx.Node) -> Tensor | None:
+    def find_constant(self, node: fx.Node) -> Tensor | None:
         """The tensor that a pass has put into the graph, such as a mask; None for any other node."""
         return self.constants.get(str(node.target)) if node.op == "get_attr" else None
 
     def describe_argument(self, value: object) -> str:
         if isinstance(value, fx.Node):
-            constant = self.constant(value)
+            constant = self.find_constant(value)
             if constant is not None:
                 return self.describe_argument(constant.tolist())
             return self.program.weights.get(value.name, f"%{value.name}")

@@ -48,11 +48,11 @@ class Weights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def entry(self, name: str) -> Tensor | Lazy:
+    def get_entry(self, name: str) -> Tensor | Lazy:
         """The tensor, or how it is made."""
         return self._entries[name]
 
-    def like(self, name: str) -> Tensor:
+    def find_like(self, name: str) -> Tensor:
         """A tensor of this weight's shape and type: itself if it is in memory, else one on the meta device."""
         entry = self._entries[name]
         return entry.like if isinstance(entry, Lazy) else entry
@@ -64,15 +64,15 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def likes(self) -> dict[str, Tensor]:
-        """``like`` of every weight."""
-        return {name: self.like(name) for name in self._entries}
+        """``find_like`` of every weight."""
+        return {name: self.find_like(name) for name in self._entries}
 
     @property
     def real(self) -> bool:
         """Whether the numbers are there, in memory or to be made: no weight is a fake tensor or on the meta device."""
         return not any(isinstance(e, Tensor) and _is_empty(e) for e in self._entries.values())
 
-    def narrow(self, name: str) -> Tensor:
+    def read_narrow(self, name: str) -> Tensor:
         """The weight in the narrowest type that it is known to be held in."""
         entry = self._entries[name]
         return entry.narrow() if isinstance(entry, Lazy) and entry.narrow is not None else self[name]
@@ -90,7 +90,7 @@ class Weights(Mapping[str, Tensor]):
         """A selection under other names: new name → name."""
         return Weights({new: self._entries[name] for new, name in names.items()})
 
-    def changed(self, changes: Mapping[str, Edit], *, moves: bool = False) -> Weights:
+    def with_edits(self, changes: Mapping[str, Edit], *, moves: bool = False) -> Weights:
         """These weights, each passed through its change when it is asked for.
 
         A change must also take a tensor on the meta device, for its shape and type. ``moves``: it only selects or moves
@@ -102,7 +102,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def _find_entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
-    return entries.entry(name) if isinstance(entries, Weights) else entries[name]
+    return entries.get_entry(name) if isinstance(entries, Weights) else entries[name]
 
 
 def _change_entry(entry: Tensor | Lazy, change: Edit, moves: bool) -> Tensor | Lazy:

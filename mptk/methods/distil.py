@@ -138,10 +138,10 @@ def distil_blocks(
         # weights, so the next block learns to make up for this one's errors.
         if runs:
             teacher.advance(k)
-        train = partial(block.trained, how)
+        train = partial(block.train, how)
         found = dict((train() if folder is None else folder.keep(f"block-{k}", train)).tensors)
         if runs:
-            student.advance(k, weights=block.weights(found))
+            student.advance(k, weights=block.join_weights(found))
         before, after = found.pop(ERRORS).tolist()
         errors.append((before, after))
         for name, weight in found.items():
@@ -219,7 +219,7 @@ class _Block:
                 self.ends.append((node, theirs[node.name], dims, channels))
         self.owned = owned if self.ends else {}
 
-    def trained(self, how: Schedule) -> Kept:
+    def train(self, how: Schedule) -> Kept:
         """The weights of the epoch with the least error, or the initial ones if no epoch had less, and ``ERRORS``."""
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
@@ -246,7 +246,7 @@ class _Block:
         named = {name: weight.cpu() for name, weight in zip(self.owned.values(), best, strict=True)}
         return Kept({**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)})
 
-    def weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+    def join_weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         """The student's weights in this block with the trained ones among them."""
         values = self.student.read(self.k)
         return values | {node: found[name].to(values[node].device) for node, name in self.owned.items()}
@@ -256,20 +256,20 @@ class _Block:
             group["lr"] = rate
         optimizer.zero_grad()
         with torch.enable_grad():
-            self._error(values, i).backward()
+            self._compute_error(values, i).backward()
         for node in self.owned:
             if (gradient := values[node].grad) is not None:
-                values[node].grad = self.share.total(gradient) / self.share.count
+                values[node].grad = self.share.sum_all(gradient) / self.share.count
         optimizer.step()
 
     def _mean(self, values: dict[fx.Node, Tensor], steps: Sequence[int]) -> float:
         """The mean error in some steps; 0 if the block has no results to compare."""
         if not self.ends:
             return 0.0
-        total = torch.stack([self._error(values, i) for i in steps]).mean()
-        return float(self.share.total(total)) / self.share.count
+        total = torch.stack([self._compute_error(values, i) for i in steps]).mean()
+        return float(self.share.sum_all(total)) / self.share.count
 
-    def _error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
+    def _compute_error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
         """The block's squared error in step ``i`` over the squares of the dense block's results, a mean of places."""
         # Values between stages are dropped once they are taken; these are needed in each epoch.
         given = self.student.borders.take((self.k, i), keep=True)

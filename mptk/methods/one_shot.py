@@ -52,7 +52,7 @@ class OneShotMethod(Method):
         # Without blocks, the layer before a gap can make up for most of it (docs/analysis.md has what that brings).
         return "blocks" in self.criterion.judges
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
         return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:

@@ -80,7 +80,7 @@ def reconstruct_consumers(
 
     # The model is seen as it is without the cut, but the ridge pulls towards the weights that a method has changed.
     def solve(name: str, fit: _Fit) -> None:
-        shelf.add(name, fit.solved(dense.state[name], changed.state[name]).cpu())
+        shelf.add(name, fit.solve(dense.state[name], changed.state[name]).cpu())
 
     # The smaller of the two systems is kept and solved: one of rows or one of kept inputs.
     fits = {name: layer.fit(few=rows < int(layer.keep.sum())) for name, layer in layers.items()}
@@ -90,7 +90,7 @@ def reconstruct_consumers(
 
 @dataclass(frozen=True)
 class Products:
-    """The sums that fit layers to any of some cuts: ``fitted`` solves with them.
+    """The sums that fit layers to any of some cuts: ``fit_layers`` solves with them.
 
     ``sums``: layer (``_Layer.key``) → Σ x xᵀ of its inputs in the dense model, and below it Σ (y − x) xᵀ of its gap,
     float32 [in (+ out), in]. ``counts``: layer → rows of x.
@@ -101,15 +101,17 @@ class Products:
     sums: Weights
     counts: Mapping[str, int]
 
-    def fitted(self, cut: Cut) -> Weights:
+    def fit_layers(self, cut: Cut) -> Weights:
         """The layers of a cut, fitted as in ``reconstruct_consumers``, each on demand."""
         state, layers = self.analysis.program.state, _find_layers(self.analysis, self.sites, cut)
-        return Weights({a.weight: Lazy(state.like(a.weight).to("meta"), partial(self._solve_layer, a)) for a in layers})
+        return Weights(
+            {a.weight: Lazy(state.find_like(a.weight).to("meta"), partial(self._solve_layer, a)) for a in layers}
+        )
 
     def _solve_layer(self, layer: _Layer) -> Tensor:
         dense, products, fit = self.analysis.program.state[layer.weight], self.sums[layer.key], layer.fit()
         fit.products, fit.count = products[:, layer.keep.to(products.device)], self.counts[layer.key]
-        return fit.solved(dense, dense).cpu()
+        return fit.solve(dense, dense).cpu()
 
 
 def gather_products(
@@ -200,7 +202,7 @@ class _Layer:
 
 def _find_layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> list[_Layer]:
     """The consumers of the units that a cut removes, and the layers before its gaps."""
-    found, stays = dict[str, _Layer](), build_renumbering(analysis, cut).new
+    found, stays = dict[str, _Layer](), build_renumbering(analysis, cut).find_new
     for site in sites:
         name, dim = site.weights[0] if site.weights else ("", None)
         group = analysis.variable(site.family).groups[site.layer]
@@ -213,7 +215,7 @@ def _find_layers(analysis: Analysis, sites: Sequence[MaskSite], cut: Cut) -> lis
             # Two families may share a consumer: an input must stay in both.
             found[name] = _Layer(name, found[name].keep & keep if name in found else keep, dim)
     for gap in find_gaps(analysis, cut):
-        size = analysis.program.state.like(gap.weight).shape[gap.dim]
+        size = analysis.program.state.find_like(gap.weight).shape[gap.dim]
         layer = found.get(gap.weight, _Layer(gap.weight, torch.ones(size, dtype=torch.bool), gap.dim))
         found[gap.weight] = replace(layer, gap=gap)
     return list(found.values())
@@ -256,10 +258,10 @@ class _Fit:
     def combine(self, share: Sharing) -> None:
         """Add the rows of other processes."""
         if share.count > 1:
-            self.products = share.total(self._products)
-            self.count = int(share.total(torch.tensor(float(self.count), device=self._products.device)))
+            self.products = share.sum_all(self._products)
+            self.count = int(share.sum_all(torch.tensor(float(self.count), device=self._products.device)))
 
-    def solved(self, dense: Tensor, changed: Tensor) -> Tensor:
+    def solve(self, dense: Tensor, changed: Tensor) -> Tensor:
         """The fitted weight, in ``dense``'s layout and type. ``changed``: the weight that the ridge pulls towards."""
         device = self.rows[0].device if self.few else self._products.device
         own, old = (w.to(device).T if self.transposed else w.to(device) for w in (dense, changed))
@@ -364,7 +366,7 @@ def _own_matrix(analysis: Analysis, site: Site) -> tuple[str, int] | None:
     plain = site.x_dim == site.x.meta["val"].ndim - 1 and site.ends is None and not site.shared
     if name is None or not plain or len(node.users) > 1 or name in program.aliases.values():
         return None
-    return (name, dim) if program.state.like(name).ndim == 2 else None
+    return (name, dim) if program.state.find_like(name).ndim == 2 else None
 
 
 def _split_runs(blocks: list[Block]) -> Iterator[list[Block]]:

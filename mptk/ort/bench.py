@@ -143,14 +143,14 @@ def bench_graphs(
     times: Times = {case: [[] for _ in models] for case in cases}
     peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
-    def finished() -> None:
+    def report_finished() -> None:
         say("bench", next(done), len(cases) * len(shares))
 
-    finished()
+    report_finished()
     # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
-        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
+        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, report_finished)
     # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
     measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]

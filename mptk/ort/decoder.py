@@ -130,7 +130,7 @@ class OrtDecoder:
         batch, sequence] for a model whose positions have several axes; by default they count tokens, not padding.
         """
         mask = np.ones(tokens.shape[:2], dtype=np.int64) if mask is None else mask
-        return self._run(tokens, mask, self.empty(len(tokens)), positions)
+        return self._run(tokens, mask, self.make_empty(len(tokens)), positions)
 
     def decode(self, tokens: TokensArray, cache: Cache, positions: Ids | None = None) -> tuple[LogitsArray, Cache]:
         """Run the next tokens, n in each row, after those in ``cache``, which stays usable."""
@@ -142,15 +142,15 @@ class OrtDecoder:
         """``decode``, in which some of the new tokens may be padding: ``mask`` is 0 for these."""
         return self._run(tokens, mask, cache, positions)
 
-    def logits(self, ids: Ids) -> LogitsArray:
+    def compute_logits(self, ids: Ids) -> LogitsArray:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
 
     def compute_torch_logits(self, ids: Tensor) -> Tensor:
-        """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
+        """``compute_logits`` as a tensor. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
             raise MptkError("the graph gives logits of the last position only; export it with --logits all")
-        return torch.from_numpy(self.logits(ids.numpy()))
+        return torch.from_numpy(self.compute_logits(ids.numpy()))
 
     @property
     def last_only(self) -> bool:
@@ -168,11 +168,11 @@ class OrtDecoder:
         """Whether the graph computes in float16."""
         return bool(self.inputs[self.past[0]].type == "tensor(float16)")
 
-    def empty(self, batch: int) -> Cache:
+    def make_empty(self, batch: int) -> Cache:
         """An empty cache."""
-        return self.filled(batch, 0)
+        return self.make_filled(batch, 0)
 
-    def filled(self, batch: int, length: int) -> Cache:
+    def make_filled(self, batch: int, length: int) -> Cache:
         """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
         rng = np.random.default_rng(0)
         values = {}
@@ -261,14 +261,14 @@ class Embeddings:
 
     def __init__(self, folder: Path, device: torch.device = CPU, ending: str = "") -> None:
         self.folder, self.device, self.ending = folder, device, ending
-        self.tokens = self._graph(EMBEDDING_FILE)
+        self.tokens = self._open_graph(EMBEDDING_FILE)
 
     @cached_property
     def images(self) -> OrtGraph:
         """The vision encoder. Raises MptkError if there is none."""
-        return self._graph(VISION_FILE)
+        return self._open_graph(VISION_FILE)
 
-    def _graph(self, name: str) -> OrtGraph:
+    def _open_graph(self, name: str) -> OrtGraph:
         file = self.folder / name
         quantized = file.with_stem(file.stem + self.ending)
         return OrtGraph(quantized if quantized.is_file() else file, self.device)
@@ -336,9 +336,9 @@ class OrtEncoderDecoder:
         # Both caches are empty at first. The first call fills the one of the encoder's output, for the calls after it.
         made = {**inputs, HIDDEN: self.encoder(inputs)}
         given = {new: made[name] for name, new in DECODER_NAMES.items() if name in made}
-        ids, cache, logits = inputs[DECODER_IDS], self.decoder.empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
+        ids, cache, logits = inputs[DECODER_IDS], self.decoder.make_empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
         for part in ids.split(list(calls or [ids.shape[1]]), 1):
-            found, *present = self.decoder.all({**given, "input_ids": part, **cache})
+            found, *present = self.decoder.run_all({**given, "input_ids": part, **cache})
             cache = dict(zip(cache, present, strict=True))
             logits.append(found)
         return torch.cat(logits, 1)

@@ -71,7 +71,7 @@ class PromptImages:
     inputs: Mapping[str, Tensor]
     positions: TokenIds | None = None
 
-    def after(self, step: int) -> TokenIds | None:
+    def find_positions(self, step: int) -> TokenIds | None:
         """The positions of the token that is written in a step, [axes, 1, 1]."""
         if self.positions is None:
             return None
@@ -120,7 +120,7 @@ def generate_tokens(
         ended |= np.array([int(token) in stop for token in tokens])
         if ended.all() or step + 1 == limit:
             return
-        logits, cache = decoder.decode(tokens[:, None], cache, None if images is None else images.after(step))
+        logits, cache = decoder.decode(tokens[:, None], cache, None if images is None else images.find_positions(step))
 
 
 def _read(
@@ -228,7 +228,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
         raise MptkError("the tokenizer has no chat template; leave out --chat")
     with ChatTemplate(tokenizer) as template:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
-        return [template.ids(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
+        return [template.encode(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
 
 
 def fit_prompts(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:

@@ -76,7 +76,7 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def grown(file: Path, length: int, device: str) -> int:
+def measure_growth(file: Path, length: int, device: str) -> int:
     """What ``measure_peak_memory`` says of a new process, of this one."""
     # Decode takes no more than a prefill of as many tokens.
     before = _read_resident("VmRSS")

@@ -108,9 +108,9 @@ class OrtGraph:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that the graph does not have are ignored."""
-        return self.all(inputs)[0]
+        return self.run_all(inputs)[0]
 
-    def empty(self, prefix: str, rows: int) -> dict[str, Tensor]:
+    def make_empty(self, prefix: str, rows: int) -> dict[str, Tensor]:
         """An empty cache: the inputs with this prefix, each [rows, heads, 0, dim]."""
         return {
             value.name: torch.zeros(rows, value.shape[1], 0, value.shape[3], dtype=CACHE_TYPES[value.type])
@@ -118,7 +118,7 @@ class OrtGraph:
             if value.name.startswith(prefix)
         }
 
-    def all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def run_all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Every output, in order."""
         feeds = {name: inputs[name].cpu().contiguous().numpy() for name in self.inputs}
         return [torch.from_numpy(output) for output in self.session.run(None, feeds)]

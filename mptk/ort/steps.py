@@ -95,7 +95,7 @@ class Decoding:
 def bind_decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
     """A call that runs one step with inputs and outputs bound beforehand. Token ids and cached values do not matter."""
     prefill = case.phase == "prefill"
-    cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
+    cache = decoder.make_empty(case.batch) if prefill else decoder.make_filled(case.batch, case.length)
     ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)
     mask = np.ones((case.batch, cache.length + ids.shape[1]), dtype=np.int64)
     # Bound once: the cost of a step does not depend on its numbers.

@@ -94,7 +94,7 @@ def check_numbers(
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
     # Conversions: their rows follow from the plan, but for what only the run knew (``told``).
-    rows = {each.name: each.row() for each in conversions}
+    rows = {each.name: each.to_row() for each in conversions}
     for kind in CONVERSIONS:
         said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
         require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})

@@ -90,7 +90,7 @@ def prove_folder(
         written |= check.stages
     found = [d for check in checks for d in check.exact]
     for each in compiled.prepared.conversions:
-        one, other = each.equal(compiled.prepared.executor)
+        one, other = each.make_equal_pair(compiled.prepared.executor)
         found += run_all(one, {each.stage: (other, TOLERANCE)}, *batches)
     # Then the outputs, all stages in one call: the masked model, which may run from disk, runs once for them all.
     if compiled.program is compiled.exact:
@@ -103,7 +103,7 @@ def prove_folder(
     if all(d.ok for d in found):
         found += _prove_behind_zeros(compiled, batches[0])
     if all(d.ok for d in found):
-        cases = task.further(compiled.prepared.loaded.model, batches[0])
+        cases = task.make_further(compiled.prepared.loaded.model, batches[0])
         found += prove_further(compiled, {name: each for c in checks for name, each in c.further.items()}, cases)
     # A written graph stands in for the module: it must refuse the sizes that the module refuses, and train like it.
     if all(d.ok for d in found) and not compiled.prepared.target.classed and not sequences:
@@ -198,11 +198,11 @@ def make_proof_batches(samples: Samples, length: int = 0, sequences: bool = True
         return [first, first[:1]]
 
     # The samples' own tokens, one after another and again from the first: real text, longer than any of the samples.
-    def longer(tensor: Tensor) -> Tensor:
+    def repeat_tokens(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
 
-    return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+    return [first, Samples({name: repeat_tokens(tensor) for name, tensor in samples.inputs.items()})]
 
 
 def make_further_batches(compiled: Compiled, short_batch: Samples, longer: bool) -> list[Samples]:
@@ -295,7 +295,7 @@ def prove_sides(
     """
     sizes: CallSizes = compiled.prepared.analysis.program.sizes
     found = list[Difference]()
-    for sides in sizes.find_sides(sizes.values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
+    for sides in sizes.find_sides(sizes.find_values([tensor.shape for tensor in samples.tensors]))[:MOST_CONDITIONS]:
         said = sizes.describe_condition(sides.condition)
         if sides.met is not None and _can_compute(
             compiled.masked, there := _resize_samples(samples, sizes.compute_shapes(sides.met))
@@ -358,9 +358,9 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     """
     masked, analysis, cut = compiled.masked, compiled.analysis, compiled.chosen.cut
     used = [name for name in masked.parameters if name in analysis.weights and name in written.state]
-    trained = [name for name in used if name not in masked.frozen and masked.state.like(name).is_floating_point()]
+    trained = [name for name in used if name not in masked.frozen and masked.state.find_like(name).is_floating_point()]
     # Weights and gradients of two programs.
-    bytes_needed = 4 * sum(masked.state.like(name).nbytes for name in trained)
+    bytes_needed = 4 * sum(masked.state.find_like(name).nbytes for name in trained)
     if (
         not trained
         or compiled.program is not compiled.exact

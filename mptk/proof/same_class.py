@@ -61,10 +61,10 @@ def check_same_class(loaded: Loaded, task: Task, samples: Samples, *, failed: bo
         for name, buffer in anew.named_buffers():
             if name in held:
                 buffer.copy_(held[name])
-        expected, calls = _watch(anew, lambda module: task.output(module, samples))
+        expected, calls = _watch(anew, lambda module: task.compute_output(module, samples))
         # A copy of the module keeps its hooks, and gets float32 weights, so that only code and settings can differ.
         own = copy_module(model, lambda name, tensor: held.get(name, tensor))
-        found, mine = _watch(own, lambda module: task.output(module, samples))
+        found, mine = _watch(own, lambda module: task.compute_output(module, samples))
     except Exception:  # noqa: BLE001  # a class may raise anything; a folder of it is refused where it is loaded
         return
     # A small difference may be rounding. It is named as the cause only if a proof has failed already.

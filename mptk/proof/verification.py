@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from torch import nn
 
 from mptk.arguments import guard_arguments
-from mptk.compat.torch import forget_sources, usual_state
+from mptk.compat.torch import forget_sources, use_default_state
 from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
 from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config.recipe import RECIPE_FILE
@@ -43,7 +43,7 @@ from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report, make_report_er
 from mptk.protocols.run_folder import METRICS, TRACKER
 from mptk.protocols.values import Context
 from mptk.publish.licence import CARD, list_notices
-from mptk.publish.manifest import MARKER, RUNGS, check_manifest, file_identity, hash_file, list_files
+from mptk.publish.manifest import MARKER, RUNGS, check_manifest, hash_file, identify_file, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.beside import READ
@@ -66,7 +66,7 @@ class Proof(list[Difference]):
 
 
 @guard_arguments
-@usual_state()
+@use_default_state()
 @forget_sources()
 def verify(
     folder: str | Path,
@@ -198,7 +198,7 @@ def _prepare_dense(settings: Settings, dense: DenseModel, plan: Plan) -> Prepare
         settings,
         method,
         target,
-        legal=target.legal(model.analysis, model.loaded.model, build_alignment(settings)),
+        legal=target.find_legal(model.analysis, model.loaded.model, build_alignment(settings)),
         cost=CostModel(model.analysis, itemsize=find_stored_type(settings, model.loaded).itemsize),
         planned=Chosen(plan, resolve_plan(model.analysis, plan)),
     )
@@ -224,7 +224,7 @@ def _require_unchanged(*places: Path) -> Iterator[None]:
 
     Then neither a result nor an error is about what is there now, so this error replaces both.
     """
-    before = [_files_of(place) for place in places]
+    before = [_identify_files(place) for place in places]
     try:
         yield
     except Exception as error:
@@ -237,17 +237,17 @@ def _check_as_before(
     places: Sequence[Path], before: Sequence[Mapping[str, tuple[int, ...]]], error: Exception | None = None
 ) -> None:
     for place, files in zip(places, before, strict=True):
-        if _files_of(place) != files:
+        if _identify_files(place) != files:
             raise MptkError(f"{place} was changed or replaced while it was verified; verify it again") from error
 
 
-def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
+def _identify_files(place: Path) -> dict[str, tuple[int, ...]]:
     """Name → identity of each file. Its last part goes: it also changes if only another link to the file is made."""
     names = list_files(place) if place.is_dir() else [""]
     found = dict[str, tuple[int, ...]]()
     for name in [*names, MARKER] if place.is_dir() else names:
         with suppress(OSError):  # it goes at this moment
-            found[name] = file_identity(place / name)[:-1]
+            found[name] = identify_file(place / name)[:-1]
     return found
 
 
@@ -279,7 +279,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         _check_once(folder, name)
     known = set(ALWAYS)
     for target in targets:
-        files = target.files(compiled, folder)
+        files = target.list_files(compiled, folder)
         if files is None:
             return
         known |= files
@@ -304,7 +304,7 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
 def _check_once(folder: Path, name: str) -> None:
     """Raise ProofError if a JSON file has a field twice: some programs take the first, some the last."""
 
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    def check_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             keys = [key for key, _ in pairs]
@@ -314,4 +314,4 @@ def _check_once(folder: Path, name: str) -> None:
             )
         return fields
 
-    json.loads((folder / name).read_text(encoding="utf-8"), object_pairs_hook=once)
+    json.loads((folder / name).read_text(encoding="utf-8"), object_pairs_hook=check_pairs)

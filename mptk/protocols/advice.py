@@ -124,7 +124,7 @@ class Advice:
         """
         found = None
         for point in self.division:
-            most = self.after(point, text).most if recovered else point.texts[text].most
+            most = self.estimate_after(point, text).most if recovered else point.texts[text].most
             if most > self.tolerance:
                 break
             found = point
@@ -148,26 +148,26 @@ class Advice:
 
     # ---- after training ----
 
-    def trained(self, point: Point) -> Point | None:
+    def find_trained(self, point: Point) -> Point | None:
         """A cut after its training; None if it was not trained."""
         points = () if self.recovery is None else self.recovery.points
         return next((each for each in points if each.widths == point.widths), None)
 
     def compute_recovered(self, trained: Point, text: str) -> float:
         """The share of the rise on ``text`` that the training of a cut gave back; 0 without a rise."""
-        rise = self._rise(self._find_untrained(trained).texts[text])
-        return 1 - self._rise(trained.texts[text]) / rise if rise > 0 else 0.0
+        rise = self._compute_rise(self._find_untrained(trained).texts[text])
+        return 1 - self._compute_rise(trained.texts[text]) / rise if rise > 0 else 0.0
 
-    def after(self, point: Point, text: str) -> Range:
+    def estimate_after(self, point: Point, text: str) -> Range:
         """The change of a cut on ``text`` after training, with standard errors: measured, or estimated by trained cuts.
 
         A cut that was not trained is taken to lie between the share that each trained cut gets back and the line
         through both. Training gives back part of what the cut costs, and teaches the text itself, which helps a small
         cut as much as a large one: the line has an offset, a share has none.
         """
-        own = self.trained(point)
+        own = self.find_trained(point)
         figures = (own or point).texts[text]
-        rise, error = self._rise(figures), STANDARD_ERRORS * self._compute_rise_error(figures)
+        rise, error = self._compute_rise(figures), STANDARD_ERRORS * self._compute_rise_error(figures)
         rises = [rise] if own is not None else self._estimate_rises(rise, text)
         return Range(self._compute_change(min(rises) - error), self._compute_change(max(rises) + error))
 
@@ -176,8 +176,8 @@ class Advice:
         assert self.recovery is not None
         points = self.recovery.points
         found = [rise * (1 - self.compute_recovered(point, text)) for point in points]
-        after = [self._rise(point.texts[text]) for point in points]
-        before = [self._rise(self._find_untrained(point).texts[text]) for point in points]
+        after = [self._compute_rise(point.texts[text]) for point in points]
+        before = [self._compute_rise(self._find_untrained(point).texts[text]) for point in points]
         if len(points) == TRAINED and before[0] != before[1]:
             slope = (after[1] - after[0]) / (before[1] - before[0])
             found.append(after[0] + slope * (rise - before[0]))
@@ -186,12 +186,12 @@ class Advice:
     def _find_untrained(self, trained: Point) -> Point:
         return next(point for point in self.division if point.widths == trained.widths)
 
-    def _rise(self, figures: Figures) -> float:
+    def _compute_rise(self, figures: Figures) -> float:
         """The change on a scale that adds up: as a logarithm (the rise of the loss) if the measure is perplexity."""
         return figures.rise if self.measure == "perplexity" else figures.change
 
     def _compute_rise_error(self, figures: Figures) -> float:
-        """The standard error on the scale of ``_rise``: the derivative of log(1 + x) is 1 / (1 + x)."""
+        """The standard error on the scale of ``_compute_rise``: the derivative of log(1 + x) is 1 / (1 + x)."""
         return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
 
     def _compute_change(self, rise: float) -> float:
@@ -207,11 +207,11 @@ class Advice:
         if last is None or not last.rise:
             return None
 
-        def below(point: Point) -> float:
+        def compute_depth(point: Point) -> float:
             return point.sparsity / last.sparsity - point.rise / last.rise
 
-        best = max(self.division, key=below)
-        return best if below(best) >= KNEE else None
+        best = max(self.division, key=compute_depth)
+        return best if compute_depth(best) >= KNEE else None
 
     def to_json(self) -> Json:
         """The JSON of ``mptk advise --json``."""
@@ -228,7 +228,7 @@ class Advice:
     def _convert_recovery(self) -> Json | None:
         if self.recovery is None:
             return None
-        after = {text: [asdict(self.after(point, text)) for point in self.division] for text in self.texts}
+        after = {text: [asdict(self.estimate_after(point, text)) for point in self.division] for text in self.texts}
         best = self.recommended_after
         return {**asdict(self.recovery), "after": after, "recommended": None if best is None else asdict(best)}
 

@@ -167,11 +167,11 @@ class Prepared:
 
         ``weights``: whether parameters need values; if not, they take no memory.
         """
-        return make_replica(self.loaded.whole() if weights else self.loaded.model, weights)
+        return make_replica(self.loaded.load_all() if weights else self.loaded.model, weights)
 
     def copy_teacher(self, weights: bool = True) -> PreTrainedModel:
         """The reference module, copied as in ``copy_model``."""
-        return make_replica(self.compared.whole() if weights else self.compared.model, weights)
+        return make_replica(self.compared.load_all() if weights else self.compared.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:
@@ -279,7 +279,7 @@ class Method(Protocol):
         """Raise MptkError if the method cannot do what the settings ask."""
         return None
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
         """The reason why the method cannot choose among this family's units, or None."""
         return None
 
@@ -309,7 +309,7 @@ class Target(Protocol):
     ragged: bool = False
     drafts: bool = False
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Each family's legal widths; by default all widths that the graph's ops accept."""
         return find_graph_widths(analysis, alignment)
 
@@ -317,10 +317,10 @@ class Target(Protocol):
         """Raise MptkError, before any work, if the target cannot hold a program's calls or its conditions on sizes."""
         return None
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+    def find_elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         """Additional widths that the model's own class cannot hold but another class can; None if there are none.
 
-        ``legal``: the result of ``legal``.
+        ``legal``: the result of ``find_legal``.
         """
         return None
 
@@ -346,7 +346,7 @@ class Target(Protocol):
         """Whether ``folder`` was written for this target."""
         ...
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str] | None:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str] | None:
         """The names of the files that ``emit`` may have written, by which ``verify`` finds planted ones; None: any.
 
         Raises:

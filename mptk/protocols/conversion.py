@@ -71,7 +71,7 @@ class Conversion(ABC):
 
     @classmethod
     @abstractmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         """The conversion that the settings ask for, with the caller's ``texts``; None if they ask for none.
 
         Raises:
@@ -94,10 +94,10 @@ class Conversion(ABC):
         """A note for the report; may be empty."""
 
     @abstractmethod
-    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         """Two programs that must give the same outputs."""
 
-    def row(self) -> dict[str, object]:
+    def to_row(self) -> dict[str, object]:
         """Its row in a report, under its name; empty if the report has no field for it."""
         return {}
 
@@ -106,7 +106,7 @@ class Conversion(ABC):
         """The changes of the config, as in a report's row."""
         return {"config_changes": {name: list(values) for name, values in self.config_changes.items()}}
 
-    def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
+    def fit_weights(self, samples: Samples, few: Samples, executor: Executor) -> Self:
         """Fit its weights to ``samples``. ``few``: a short batch of these."""
         return self
 

@@ -46,10 +46,10 @@ class Dense:
             return self.loaded.with_weights(program)
         return self.loaded.with_weights(program).with_state(self.program.collect_module_state())
 
-    def first(self, samples: Samples) -> Tensor:
+    def compute_first(self, samples: Samples) -> Tensor:
         """The program's first output."""
         assert self.program is not None
-        found = next(self.executor.outputs([self.program], [samples.tensors]))
+        found = next(self.executor.run_programs([self.program], [samples.tensors]))
         output: Tensor = found if isinstance(found, Tensor) else found[0]
         return output
 
@@ -66,7 +66,7 @@ class Use:
     positions: int = 0
     scheme: str = ""
 
-    def graph(self, file: Path) -> Path:
+    def find_graph(self, file: Path) -> Path:
         """The scheme's graph beside the main one in ``file``."""
         return name_quantized_file(file, self.scheme) if self.scheme else file
 
@@ -95,7 +95,7 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
         """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
 
         ``settings``: the form that the graphs must have.
@@ -113,7 +113,7 @@ class OnnxForm(Protocol):
         """
         return []
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
         ...
 
@@ -127,6 +127,6 @@ class OnnxForm(Protocol):
         """Write the files that programs need to find the graphs in the subfolder ``graphs`` of ``folder``."""
         return None
 
-    def half(self, folder: Path) -> bool:
+    def is_half(self, folder: Path) -> bool:
         """Whether the main graph computes in float16."""
         return False

@@ -53,7 +53,7 @@ def compute_origin(source: str, loaded: Loaded, settings: Settings, start: Path 
 
     Digests of files are kept by the file system's data on them, so unchanged files are not read again.
     """
-    model, parts = _dense_parts(source, loaded)
+    model, parts = _hash_dense_parts(source, loaded)
     if settings.plan is not None and plan is not None:
         parts[settings.plan] = plan.digest
     # Of a pruned folder only the manifest is hashed: it has the digests of all other files.
@@ -67,7 +67,7 @@ def compute_origin(source: str, loaded: Loaded, settings: Settings, start: Path 
     return Origin(model, parts)
 
 
-def _dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
+def _hash_dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
     """The dense model's fingerprint, and digests of its parts and of the tokenizer."""
     parts: dict[str, str] = {}
     if loaded.live:
@@ -86,7 +86,7 @@ def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
 
     A pruned model that was not opened from its folder is computed anew from the dense weights.
     """
-    _, now = _dense_parts(source, loaded)
+    _, now = _hash_dense_parts(source, loaded)
     if changed := name_differing({name: origin.parts.get(name) for name in now}, now):
         raise MptkError(
             f"the dense {loaded.source} changed since it was pruned ({changed}); put it back, or save the pruned model "
@@ -94,7 +94,7 @@ def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
         )
 
 
-def check_tokenizer(loaded: Loaded, origin: Origin) -> None:
+def check_given_tokenizer(loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the tokenizer that a run was given is no longer as the run found it."""
     if loaded.tokenizer is not None and _hash_tokenizer(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
         raise MptkError(

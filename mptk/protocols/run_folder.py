@@ -21,7 +21,6 @@ from torch import Tensor
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.errors import MptkError
 from mptk.files import (
-    cannot_write,
     discard,
     format_json,
     hold_open,
@@ -29,6 +28,7 @@ from mptk.files import (
     is_own,
     make_mark,
     make_marked,
+    make_write_error,
     read_mark,
     tidy,
     write_file,
@@ -94,12 +94,12 @@ class RunFolder:
         make_run_folder(self.path)
         return self.path
 
-    def within(self, name: str) -> RunFolder:
+    def open_within(self, name: str) -> RunFolder:
         """The folder of a part of the run, in this one and of the same settings."""
-        return self.part(name, json.loads(self._described))
+        return self.open_part(name, json.loads(self._described))
 
-    def part(self, name: str, settings: Json, *, resume: bool = True) -> RunFolder:
-        """As ``within``, with settings of its own."""
+    def open_part(self, name: str, settings: Json, *, resume: bool = True) -> RunFolder:
+        """As ``open_within``, with settings of its own."""
         return RunFolder(self.make() / name, settings, resume)
 
     def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
@@ -132,7 +132,7 @@ class RunFolder:
         if connect_processes().num_processes == 1:  # nobody else has to find the same
             self._found |= {f"{name}.safetensors"}
 
-    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
+    def save_checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
         for old in self._list_checkpoints(phase)[:-CHECKPOINTS_KEPT]:
@@ -288,7 +288,7 @@ def make_run_folder(path: Path) -> None:
     except OSError as error:
         check_run_folder(path, resume=False)  # another process of this run may have made it
         if not path.is_dir():
-            raise cannot_write(path, error) from error
+            raise make_write_error(path, error) from error
 
 
 def remove_run_folder(path: Path) -> None:

@@ -90,7 +90,7 @@ class Shapes:
         """Among the shapes that reached the last stage, the one with the lowest loss."""
         return self.shapes[0]
 
-    def figure(self, loss: float) -> float | None:
+    def to_figure(self, loss: float) -> float | None:
         """A loss as the metric; None if it is not finite."""
         if loss >= WORST:
             return None

@@ -43,7 +43,7 @@ class Task(Protocol):
     caches: bool = False
     onnx: OnnxForm | None = None
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
         ...
 
@@ -67,7 +67,7 @@ class Task(Protocol):
         """A function of a module and the names of its inputs that makes what is traced: it gives the loss's output."""
         return Flat
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         """An example to trace with for a program that will run on ``samples``."""
         return example
 
@@ -75,11 +75,11 @@ class Task(Protocol):
         """The sizes of ``example`` that a trace leaves open, if the class allows it."""
         return True
 
-    def further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
+    def make_further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
         """Inputs of other kinds that the class takes, made of ``samples``, by the end of their stage's name."""
         return {}
 
-    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+    def name_parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
         return {}
 
@@ -87,7 +87,7 @@ class Task(Protocol):
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""
         return program.length if self.sequences else None
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         """``count`` samples to calibrate or train on.
 
         Raises:
@@ -95,28 +95,30 @@ class Task(Protocol):
         """
         ...
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         """Samples to measure quality on."""
         ...
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """Samples of inputs, with the targets that the loss needs. ``data``: where the inputs come from."""
         return Samples(dict(inputs))
 
-    def named(self, model: nn.Module, data: str) -> str:
+    def name_data(self, model: nn.Module, data: str) -> str:
         """The name of ``data`` in the protocol of a measurement; ``data`` comes from the settings."""
         return name_data(data)
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """The loss of the model's ``output``, summed over all predictions of ``samples``."""
         ...
 
     def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """The function for gradients at the dense model; it differs from ``loss`` if the dense model minimises that."""
-        return self.loss(output, samples)
+        """For gradients at the dense model; differs from ``compute_loss`` if the dense model minimises that."""
+        return self.compute_loss(output, samples)
 
-    def predicted(self, samples: Samples) -> int:
-        """The number of terms in ``loss``."""
+    def count_predictions(self, samples: Samples) -> int:
+        """The number of terms in ``compute_loss``."""
         ...
 
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
@@ -127,12 +129,12 @@ class Task(Protocol):
         """The program's outputs in what ``call`` gave."""
         return pick_results(called)
 
-    def output(self, module: nn.Module, samples: Samples) -> Any:
+    def compute_output(self, module: nn.Module, samples: Samples) -> Any:
         """The program's outputs, computed by a module of the class or of a program."""
         if isinstance(unwrap_module(module), ProgramModule):
             return module(**samples.inputs)
         return self.read(self.call(module, samples))
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         """Name → quality of each run, and ``protocol``: how it was measured."""
         ...

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import check_text, claim_place, fill_folder, put_folder, tidy, writing
-from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
+from mptk.files import check_text, claim_place, fill_folder, name_write_errors, put_folder, tidy
+from mptk.publish.manifest import is_ours, list_edited, list_foreign, write_manifest
 
 # Names of files in a message; the rest are counted.
 NAMES_SHOWN = 5
@@ -26,13 +26,13 @@ def publish(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_replaceable(folder, overwrite)
-    with claim_place(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, name_write_errors(folder, staging.path):
         yield staging.renew()
         staging.check()
         # Last, so that a folder with a manifest is complete. A user may have put files into the old folder meanwhile:
         # they are looked for at the last moment.
         write_manifest(staging.folder)
-        put_folder(staging, folder, foreign(folder) if _is_output(folder) else ())
+        put_folder(staging, folder, list_foreign(folder) if _is_output(folder) else ())
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def amend(folder: Path) -> Iterator[Path]:
     Raises:
         MptkError: as ``claim_place``; or the folder cannot be written.
     """
-    with claim_place(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, name_write_errors(folder, staging.path):
         fill_folder(staging.renew(), folder)
         yield staging.folder
         put_folder(staging, folder)
@@ -72,8 +72,8 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
         return
     tidy(folder)  # what killed processes left in it is not the user's
     for names, which, then in (
-        (foreign(folder), "which mptk did not write", "keeps them and replaces the rest"),
-        (edited(folder), "changed since mptk wrote it", "replaces it"),
+        (list_foreign(folder), "which mptk did not write", "keeps them and replaces the rest"),
+        (list_edited(folder), "changed since mptk wrote it", "replaces it"),
     ):
         if names:
             some = ", ".join(names[:NAMES_SHOWN])

@@ -24,7 +24,7 @@ def read_licence(folder: Path) -> dict[str, object]:
         said = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):  # a card is anybody's text
         return {}
-    return {name: said[name] for name in _FIELDS if _plain(said.get(name))}
+    return {name: said[name] for name in _FIELDS if _is_plain(said.get(name))}
 
 
 def make_licence_fields(licence: str) -> dict[str, object]:
@@ -59,7 +59,7 @@ def list_notices(folder: Path) -> Iterator[Path]:
     yield from sorted(found)
 
 
-def _plain(value: object) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str) for item in value)
     return isinstance(value, str) and bool(value)

@@ -28,20 +28,20 @@ RUNGS = "rungs"
 # coarse, and one more change in the same tick would not show in the file's times.
 SETTLED = 10**8
 # Identity of a file → its digest.
-_known: dict[tuple[int, ...], str] = {}
+_read_known: dict[tuple[int, ...], str] = {}
 
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file. A process reads a file again only if it was touched since."""
     with path.open("rb") as file:
-        key, began = file_identity(file.fileno()), time.time_ns()
-        if key not in _known:
+        key, began = identify_file(file.fileno()), time.time_ns()
+        if key not in _read_known:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             # It changed while it was read, or may change without a trace.
-            if file_identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
+            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
                 return digest
-            _known[key] = digest
-        return _known[key]
+            _read_known[key] = digest
+        return _read_known[key]
 
 
 def compute_digests(paths: Iterable[Path]) -> list[str]:
@@ -51,7 +51,7 @@ def compute_digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(hash_file, paths))
 
 
-def file_identity(file: int | Path) -> tuple[int, ...]:
+def identify_file(file: int | Path) -> tuple[int, ...]:
     """What changes whenever a file's content does; its two times come last. ``file``: a path or a descriptor."""
     # Anybody can set a file's own time (``cp -p`` does), but nobody the last one, the time when the inode changed.
     state = os.stat(file)
@@ -116,7 +116,7 @@ def check_listed(folder: Path, *, others: bool = True) -> None:
         raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
     if linked := next((name for name in sorted(files) if (folder / name).is_symlink()), None):
         raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
-    if changed := edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
+    if changed := list_edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
         raise MptkError(f"{changed[0]} in {folder} was changed since it was published; do not use it, write it again")
 
 
@@ -146,24 +146,24 @@ def copy_listed(folder: Path, new: Path) -> None:
         raise MptkError(f"{changed} in {folder} changed while it was copied; do not use it, write it again")
 
 
-def foreign(folder: Path) -> list[str]:
+def list_foreign(folder: Path) -> list[str]:
     """Files in a published folder that its manifest does not list, and folders without any that it lists."""
     files = read_manifest(folder)
     # Only folders with listed files are entered. Any other is the user's as a whole, and is named as one.
     inner = {place.as_posix() for name in files for place in Path(name).parents}
 
-    def found(place: Path, above: str) -> Iterator[str]:
+    def find_within(place: Path, above: str) -> Iterator[str]:
         for entry in sorted(place.iterdir()):
             name = above + entry.name
             if name in inner and entry.is_dir() and not entry.is_symlink():
-                yield from found(entry, f"{name}/")
+                yield from find_within(entry, f"{name}/")
             elif name not in files and name != MARKER:
                 yield name
 
-    return list(found(folder, ""))
+    return list(find_within(folder, ""))
 
 
-def edited(folder: Path) -> list[str]:
+def list_edited(folder: Path) -> list[str]:
     """Files that the manifest of a published folder lists, and that were changed since."""
     files = read_manifest(folder)
     there = [name for name in sorted(files) if (folder / name).is_file()]

@@ -12,7 +12,7 @@ from mptk.publish.manifest import check_manifest
 
 
 @guard_arguments
-def push(
+def push_files(
     folder: str | Path,
     repo: str,
     *,

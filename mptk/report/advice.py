@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point, Recovery
-from mptk.report.runs import name_model
+from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
     Good,
@@ -52,7 +52,7 @@ def build_advice_view(found: Advice) -> View:
     if found.layers:
         parts.append(Section(SENSITIVE, [build_layer_table(found.layers), HALVED]))
     return View(
-        [*parts, Section(UNKNOWN, list(list_unknowns(found)))], f"How far can {name_model(found.model)} be cut?"
+        [*parts, Section(UNKNOWN, list(list_unknowns(found)))], f"How far can {shorten_model_name(found.model)} be cut?"
     )
 
 
@@ -112,7 +112,7 @@ def describe_training(found: Advice, recovery: Recovery) -> list[str]:
     best = found.recommended_after
     if best is None:
         return [*said, "With this training no measured cut is safe on every text."]
-    how = "which was trained and measured" if found.trained(best) is not None else "as estimated"
+    how = "which was trained and measured" if found.find_trained(best) is not None else "as estimated"
     return [*said, f"Recommended with this training: remove {format_share(best)}, {how}."]
 
 
@@ -174,10 +174,10 @@ def build_figure_table(found: Advice) -> Table:
 
 def format_recovered(found: Advice, point: Point, text: str) -> str:
     """The change of a cut after training: as measured, or as a range."""
-    own = found.trained(point)
+    own = found.find_trained(point)
     if own is not None:
         return f"{own.texts[text].change:+.1%} ±{own.texts[text].error:.1%}"
-    after = found.after(point, text)
+    after = found.estimate_after(point, text)
     return f"{after.least:+.0%} to {after.most:+.0%}"
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis, Family
 from mptk.protocols.report import Row
-from mptk.report.runs import name_model
+from mptk.report.runs import shorten_model_name
 from mptk.report.view import Name, Section, Table, View, format_ranges
 from passes.targets.legalize import LegalWidths
 from passes.targets.width_choices import find_missing_partners
@@ -95,7 +95,7 @@ def build_analysis_view(said: Row) -> View:
     if said["blocked"]:
         fixed = Table("lrll", ["axis", "size", "weights", "why"], group_blocked(said["blocked"]))
         found.append(Section("What cannot be cut", [fixed]))
-    return View(found, f"{name_model(said['model'])}: what can be cut, and what must go with it")
+    return View(found, f"{shorten_model_name(said['model'])}: what can be cut, and what must go with it")
 
 
 def _build_part_table(said: Row) -> Table:

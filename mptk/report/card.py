@@ -25,7 +25,7 @@ from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
-from mptk.report.runs import name_model
+from mptk.report.runs import shorten_model_name
 from mptk.report.sections import CUT_TITLE, PROOF_TITLE, QUALITY, build_prune_view
 from mptk.report.view import Name, Table, View, format_code, format_megabytes, render_markdown, render_parts
 from mptk.tasks.runtimes import GENAI_FILE
@@ -56,7 +56,7 @@ def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
         data=make_metadata(report, compiled, folder).to_yaml(),
         report=report,
         settings=report.settings,
-        base=format_code(name_model(report.model)),
+        base=format_code(shorten_model_name(report.model)),
         told=render_results(report),
         graphs=[file.relative_to(folder).as_posix() for file in graphs],
         sizes=render_parts([build_size_table(report, folder, graphs)]),

@@ -109,12 +109,12 @@ def with_rungs(folders: Sequence[Path]) -> list[Path]:
     If the sizes share weights, the folder is the largest.
     """
 
-    def rungs(folder: Path) -> list[Path]:
+    def list_rungs(folder: Path) -> list[Path]:
         own = (folder / REPORT_FILE).exists()
         found = [each.parent for each in (folder / RUNGS if own else folder).glob(f"*/{REPORT_FILE}")]
         return [folder] * own + sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
 
-    return [rung for folder in folders for rung in rungs(folder)]
+    return [rung for folder in folders for rung in list_rungs(folder)]
 
 
 def name_folders(folders: Sequence[Path]) -> list[str]:
@@ -127,7 +127,7 @@ def name_folders(folders: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def name_model(model: str) -> str:
+def shorten_model_name(model: str) -> str:
     """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
@@ -138,7 +138,7 @@ def name_model(model: str) -> str:
 
 def name_pruned(report: Report) -> str:
     """A name of the pruned model for files of other programs."""
-    return f"{name_model(report.model)}, pruned by {report.sparsity:.0%}"
+    return f"{shorten_model_name(report.model)}, pruned by {report.sparsity:.0%}"
 
 
 def describe_legal(report: Report, family: str) -> str:
@@ -246,8 +246,8 @@ def find_front(group: Comparable) -> list[Run]:
     sign = -1 if group.rises else 1
     points = [(run.report.sparsity, sign * run.report.quality["pruned"]) for run in group.runs]
 
-    def beaten(point: tuple[float, float]) -> bool:
+    def is_beaten(point: tuple[float, float]) -> bool:
         return any(x >= point[0] and y <= point[1] and (x, y) != point for x, y in points)
 
-    kept = [run for run, point in zip(group.runs, points, strict=True) if not beaten(point)]
+    kept = [run for run, point in zip(group.runs, points, strict=True) if not is_beaten(point)]
     return sorted(kept, key=lambda run: run.report.sparsity)

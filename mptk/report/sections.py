@@ -23,7 +23,7 @@ from mptk.report.runs import (
     find_front,
     group_runs,
     name_group,
-    name_model,
+    shorten_model_name,
 )
 from mptk.report.view import (
     Bad,
@@ -89,8 +89,8 @@ def build_prune_view(
     if bench is not None:
         found.append(Section(TIMES, describe_timings(bench)))
     return View(
-        [*found, Section(RUN, describe_run(report))],
-        f"{name_model(report.model)} pruned{_name_choice(report.settings)}",
+        [*found, Section(RUN, build_run_section(report))],
+        f"{shorten_model_name(report.model)} pruned{_name_choice(report.settings)}",
     )
 
 
@@ -204,7 +204,7 @@ def build_proof_view(rows: Sequence[Row]) -> View:
     return View([Section("", [build_proof_table(rows)])])
 
 
-def describe_run(report: Report) -> list[Table | str]:
+def build_run_section(report: Report) -> list[Table | str]:
     """How the folder was made, and notes."""
     settings, versions = report.settings, [f"{name} {found}" for name, found in report.versions.items()]
     chosen = f"{settings.method}, {settings.steps} training steps, seed {settings.seed}"
@@ -321,7 +321,7 @@ def _build_run_row(report: Report) -> list[str]:
 
 def build_shapes_view(found: Shapes) -> View:
     """``mptk shapes``: a search."""
-    title = f"{format_count(len(found.shapes), 'shape')} of {name_model(found.model)}, by {found.metric}"
+    title = f"{format_count(len(found.shapes), 'shape')} of {shorten_model_name(found.model)}, by {found.metric}"
     return View([Section(SEARCH_TITLE, describe_ranking(found))], title)
 
 
@@ -341,7 +341,7 @@ def describe_ranking(found: Shapes) -> list[Table | str]:
                 f"{shape.sparsity:.1%}",
                 format_large(shape.parameters),
                 *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
-                *("" if loss is None else format_figure(found.figure(loss)) for loss in losses),
+                *("" if loss is None else format_figure(found.to_figure(loss)) for loss in losses),
             ]
         )
     columns = ["shape", *map(Name, found.best.widths), "removed", "parameters", *["ms"] * timed, "masked"]

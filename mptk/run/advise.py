@@ -37,7 +37,7 @@ def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance:
     return found, prepared.settings
 
 
-def rank_shapes(model: Start, run: Run, asked: Settings, *, writes: bool) -> Shapes:
+def search_and_rank(model: Start, run: Run, asked: Settings, *, writes: bool) -> Shapes:
     """Rank the legal ways to divide a budget, with the command that cuts to the best, if the model has a name.
 
     ``asked``: the settings that the command repeats. ``writes``: into the run's output.

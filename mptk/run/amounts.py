@@ -43,12 +43,12 @@ def count_written(settings: Settings) -> int:
     return count + count_measured(settings, count)
 
 
-def learns_masks(settings: Settings) -> bool:
+def should_learn_masks(settings: Settings) -> bool:
     """Whether the run learns masks."""
     return not settings.fixed and find_method(settings.method).learns
 
 
-def say_numbers(settings: Settings) -> str:
+def describe_numbers(settings: Settings) -> str:
     """The numbers of complete settings in words, and bfloat16 if they are computed in it."""
     found = [format_count(settings.steps, "training step")] if settings.steps else []
     found += [format_count(settings.windows, "calibration window")] if not settings.fixed else []

@@ -27,7 +27,7 @@ from mptk.publish.folder import publish
 from mptk.reading import make_damage_error
 from mptk.run.describe import measure, publish_report
 from mptk.run.prepare import prepare
-from mptk.run.prune import Result, keep_stages_on_failure, prove, write_report, write_targets
+from mptk.run.prune import Result, keep_stages_on_failure, prove_outputs, write_report, write_targets
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Run
 from mptk.trust import Trust
@@ -67,7 +67,7 @@ class ChangedWeights(PrunedFolder):
         named = {*self.report.trained}
         if (biases := self.folder / COMPENSATION).is_file():  # the method changed these, too
             named |= load_tensors(biases, make_damage_error(biases)).keys()
-        new, found = build_renumbering(analysis, cut).new, dict[str, Tensor]()
+        new, found = build_renumbering(analysis, cut).find_new, dict[str, Tensor]()
         for name in analysis.weights:
             there = new(name)  # its name after the cut, which renumbers what follows a removed block or expert
             if name not in analysis.program.state or there is None or there not in self.weights:
@@ -111,7 +111,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
         changed.check_adopted(compiled)
         with publish(run.out) as folder:
             notes = write_targets(compiled, sets, folder, run)
-            proven = prove(compiled, sets, folder, [], run)
+            proven = prove_outputs(compiled, sets, folder, [], run)
             # The first run's recipe says how the cut was made, and no run repeats the rest.
             shutil.copy(changed.folder / RECIPE_FILE, folder)
             report = write_report(compiled, proven, sets, notes, folder, run)

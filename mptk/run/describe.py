@@ -44,7 +44,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
     # report, which lists all files.
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
-    rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.row())}
+    rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.to_row())}
     figures = compute_costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
@@ -59,7 +59,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         trained=chosen.trained,
         weights_sha256=hash_weight_files(folder),
         quality={},
-        quantized=graph_sizes(folder / ONNX_FOLDER, prepared.task.onnx),
+        quantized=measure_graphs(folder / ONNX_FOLDER, prepared.task.onnx),
         proof=[d.to_dict() for d in proven.differences],
         proof_length=proven.length,
         config_changes={} if compiled.written is None else find_config_changes(compiled.written, folder),
@@ -72,7 +72,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
             name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name) or prepared.legal.left.get(name)}
             for name, ladder in prepared.legal.ladders.items()
         },
-        data=used_data(sets, prepared.settings),
+        data=describe_data(sets, prepared.settings),
         recovery=compiled.recovery,
         search={} if run.shapes is None else run.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -80,7 +80,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
     )
 
 
-def used_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
+def describe_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
     """The data of a run: source and hash of each set of samples, and of the files."""
     found: dict[str, Json] = {}
     for name, samples, source in (
@@ -105,13 +105,15 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
     # A graph that gives only the last position's logits cannot be measured: the metrics need each position's.
     if form is not None and prepared.settings.logits == "all":
         device = prepared.executor.device
-        rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
+        rounded = {scheme: form.make_runner(folder / row["file"], device) for scheme, row in report.quantized.items()}
 
-    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+    def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.reference, "pruned": compiled.program}
         # All batches go through one stage of both programs before the next stage is read. ONNX Runtime holds a whole
         # graph, so graphs get their batch beside these results.
-        results = prepared.executor.outputs(list(programs.values()), [batch.tensors for batch in batches], progress)
+        results = prepared.executor.run_programs(
+            list(programs.values()), [batch.tensors for batch in batches], progress
+        )
         for i, batch in enumerate(batches):
             for name in programs:
                 yield name, i, next(results)
@@ -119,7 +121,7 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
                 yield name, i, run(batch)
 
     with context.stage("measure"):
-        quality = prepared.task.quality(runs, sets, context.progress)
+        quality = prepared.task.measure_quality(run_batches, sets, context.progress)
     quantized = {
         scheme: {**row, "quality": quality.pop(scheme)} if scheme in quality else row
         for scheme, row in report.quantized.items()
@@ -137,7 +139,7 @@ def publish_report(report: Report, compiled: Compiled, folder: Path) -> None:
         update_manifest(new, REPORT_FILE, CARD)
 
 
-def graph_sizes(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str | int]]:
+def measure_graphs(folder: Path, form: OnnxForm | None) -> dict[str, dict[str, str | int]]:
     """Scheme → the file of its main graph in the checkpoint, and the bytes of all its graphs."""
     main = "" if form is None else form.graphs[0]
     return {

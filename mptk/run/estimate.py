@@ -29,7 +29,7 @@ from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
 from mptk.protocols.chain import should_reconstruct
 from mptk.protocols.execution import find_device, measure_device_memory
-from mptk.run.amounts import count_written, learns_masks, say_numbers
+from mptk.run.amounts import count_written, describe_numbers, should_learn_masks
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders
 
@@ -71,9 +71,12 @@ class Estimator:
         device = find_device(settings.device)
         rates = measure_machine(device, getattr(torch, settings.compute_dtype))
         if self.cuts:
-            work, does = advice_work(settings, sizes, self.cuts, self.texts), advice.describe_advice_size(settings)
+            work, does = (
+                estimate_advice_work(settings, sizes, self.cuts, self.texts),
+                advice.describe_advice_size(settings),
+            )
         else:
-            work, does = work_of(settings, sizes, bool(borders), self.kept), say_numbers(settings)
+            work, does = work_of(settings, sizes, bool(borders), self.kept), describe_numbers(settings)
         where = "" if device.type == "cpu" else str(device)
         return replace(estimate(sizes, work, rates, choose_memory_bound(settings.memory), where), does=does)
 
@@ -109,7 +112,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
     if not s.fixed:  # as if any budget counted the parameters of blocks; what is outside of them stays
         kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
     # Each stage declares its own work beside its code. The order is the run's.
-    passes = _data(s) | ({} if s.fixed else dict(method.work(s)))
+    passes = _estimate_data(s) | ({} if s.fixed else dict(method.work(s)))
     for stage in (
         learner.estimate_training,
         search.estimate_search,
@@ -126,25 +129,25 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         evaluated=max(COMPARED_TOKENS, s.eval_length),  # the longest batch of logits decides the memory
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        models=count_dense_models(s) if learns_masks(s) else 1,
+        models=count_dense_models(s) if should_learn_masks(s) else 1,
     )
 
 
-def advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> Work:
+def estimate_advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> Work:
     """The work of an advice."""
     s = settings
-    passes = {**_data(s), **find_method(s.method).work(s), **advice.estimate_advice(s, sizes, cuts, texts)}
+    passes = {**_estimate_data(s), **find_method(s.method).work(s), **advice.estimate_advice(s, sizes, cuts, texts)}
     return Work(1.0, passes, calibration=s.windows * s.length, evaluated=s.length, length=s.length)
 
 
-def _data(settings: Settings) -> dict[str, Pass]:
+def _estimate_data(settings: Settings) -> dict[str, Pass]:
     """The work of generating text with the model: it reads its weights once for every token of a batch of windows."""
     s, count = settings, count_written(settings)
     reads = s.length * -(-count // count_rows_at_once(s.length))
     return {"calibration data": Pass(2 * count * s.length, s.length, reads)} if count else {}
 
 
-def check_fits(found: Estimate, out: Path) -> None:
+def check_room_for(found: Estimate, out: Path) -> None:
     """Raise MptkError if memory or disk are too small for a run; the message says what would make it fit."""
     # The host's memory, the device's, and the disks of the result and of temporary files.
     _check_memory(found.needed, "memory", measure_free_memory(), "")
@@ -153,10 +156,10 @@ def check_fits(found: Estimate, out: Path) -> None:
         _check_memory(found.there, f"memory on {found.device}", room, ", or --device cpu")
     no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
     for what, place, parts, remedy in (
-        ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
+        ("the result needs", _find_existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
         (
             "temporary files need",
-            _existing(Path(tempfile.gettempdir())),
+            _find_existing(Path(tempfile.gettempdir())),
             found.temporary,
             "set TMPDIR to a folder on a larger disk",
         ),
@@ -193,7 +196,7 @@ REMEDIES = {
 """Part of the memory → how to make it smaller."""
 
 
-def _existing(path: Path) -> Path:
+def _find_existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists: the disk can be asked only about that."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

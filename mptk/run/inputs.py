@@ -43,7 +43,7 @@ class Inputs:
         eval_data: Data | None = None,
         vocabulary: str | Path | Sequence[str] | None = None,
     ) -> Inputs:
-        """The arguments of a call that are in memory. Names of files are settings (``name_inputs``)."""
+        """The arguments of a call that are in memory. Names of files are settings (``name_given``)."""
         return Inputs(
             tokenizer,
             example_inputs,
@@ -63,6 +63,6 @@ def is_in_memory(data: Data | None) -> bool:
     return data is not None and not isinstance(data, str | Path)
 
 
-def name_inputs(**given: Data | None) -> dict[str, str]:
+def name_given(**given: Data | None) -> dict[str, str]:
     """Argument → its name in settings, for each argument that is given."""
     return {n: IN_MEMORY if is_in_memory(data) else str(data) for n, data in given.items() if data is not None}

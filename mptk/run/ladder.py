@@ -41,8 +41,8 @@ from mptk.publish.manifest import MARKER, check_manifest, is_ours
 from mptk.run.checks import check_settings
 from mptk.run.inputs import Inputs
 from mptk.run.minutes import complete_settings, fill_in
-from mptk.run.prune import Result, prune
-from mptk.run.run import FOUND, Run, Start, at_work, describe_run, lock_outputs, read_estimator_of
+from mptk.run.prune import Result, run_prune
+from mptk.run.run import FOUND, Run, Start, enter_run_state, list_fixed_values, lock_outputs, read_estimator_of
 from mptk.run.shared import check_shared
 
 TEACHER = "teacher"
@@ -109,7 +109,7 @@ def open_ladder(
     places = [out] if asked.shared else [out / name_size(sparsity) for sparsity in sparsities]
     if not asked.shared and is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
-    with at_work(asked.device), lock_ladder(out, places, asked, source):
+    with enter_run_state(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
         # One process completes them for all: the others' own estimates could give other numbers.
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
@@ -170,7 +170,7 @@ def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -
         # In the ladder's folder: in its own run's folder, each rung would run the same teacher again.
         settings = with_keywords(settings, {"teacher_cache": str(name_run_folder(each.out) / TEACHER)})
     own = list_settings(settings, sparsities, places)
-    return [each.at(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
+    return [each.with_output(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
 
 
 def list_settings(settings: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> list[Settings]:
@@ -178,13 +178,13 @@ def list_settings(settings: Settings, sparsities: Sequence[float], places: Seque
     found, larger = list[Settings](), None
     for i, (place, sparsity) in enumerate(zip(places, sparsities, strict=True)):
         # Each rung names the one before as its larger folder. `minutes` is None as in `open_ladder`.
-        seed = settings.seed + i if selects_windows(settings) else settings.seed
+        seed = settings.seed + i if should_draw_windows(settings) else settings.seed
         found.append(replace(settings, sparsity=sparsity, larger=larger, minutes=None, seed=seed))
         larger = str(place.resolve())
     return found
 
 
-def selects_windows(settings: Settings) -> bool:
+def should_draw_windows(settings: Settings) -> bool:
     """Whether the seed selects windows of a text. Each rung then gets its own seed, so that the ladder reads more."""
     return settings.data not in (SELF, RANDOM_DATA, IN_MEMORY)
 
@@ -207,7 +207,7 @@ def climb(model: Start, out: Path, rungs: Sequence[Run]) -> Iterator[tuple[Run, 
             rung.progress(f"sparsity {rung.out.name}", 0, 0)
             log = Log(on_record=rung.log.on_record)  # its own: a report has the stages of its rung only
             with separate_state(rung.settings.device):  # accelerate refuses a second Accelerator of another kind
-                result = prune(model, replace(rung, log=log, dense=dense))
+                result = run_prune(model, replace(rung, log=log, dense=dense))
             dense = result.run.dense
             yield rung, result
 
@@ -246,7 +246,7 @@ def is_finished(rung: Run) -> bool:
         return False
     report = Report.read(rung.out)
     check_manifest(rung.out)
-    before, now = describe_run(rung.source, report.settings), rung.described
+    before, now = list_fixed_values(rung.source, report.settings), rung.described
     may_differ = {*FOUND} - {"sparsity"}  # a ladder has no latency, so its sparsities are what was asked for
     if changed := sorted(name for name in now.keys() - may_differ if before[name] != now[name]):
         raise MptkError(f"{rung.out} was made with other settings ({', '.join(changed)}); give the same, or remove it")

@@ -93,7 +93,7 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
         raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
     refused: list[MptkError] = []
 
-    def reaches(candidate: Candidate) -> bool:
+    def can_reach(candidate: Candidate) -> bool:
         sizes = {name: prepared.analysis.variable(name).size for name in candidate.widths}
         plan = Plan({name: FamilyPlan(width, sizes[name], {}) for name, width in candidate.widths.items()})
         start = Chosen(plan, Cut({}, {}))
@@ -105,7 +105,7 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
             return False
         return True
 
-    if found := tuple(filter(reaches, prepared.candidates)):
+    if found := tuple(filter(can_reach, prepared.candidates)):
         return replace(prepared, candidates=found)
     raise refused[0]
 
@@ -119,7 +119,7 @@ def take_larger(prepared: Prepared) -> Prepared:
     changed = analysis.with_weights(start.changes)
     weights = Weights(start.changes).with_entries(without(changed, start.cut))
     bare: PreTrainedModel = copy_without_weights(loaded.model)  # type: ignore[assignment]  # of the same class
-    larger = replace(loaded, model=bare).changed(weights, analysis.program.aliases)
+    larger = replace(loaded, model=bare).with_changes(weights, analysis.program.aliases)
     model = replace(prepared.model, loaded=larger, analysis=analysis.with_weights(weights))
     fitted = tuple(replace(each, weights={}) for each in prepared.conversions)  # the larger model has their weights
     return replace(prepared, model=model, dense=replace(prepared.dense, conversions=fitted))

@@ -26,7 +26,7 @@ from mptk.methods.division.search import count_least_tokens
 from mptk.protocols.chain import should_reconstruct
 from mptk.protocols.execution import find_device
 from mptk.protocols.values import PROOF_SHAPE
-from mptk.run.amounts import learns_masks, say_numbers
+from mptk.run.amounts import describe_numbers, should_learn_masks
 from mptk.run.estimate import Estimator
 
 LEAST_STEPS = 5
@@ -98,7 +98,7 @@ def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None
     """
     learning = settings.learning
     # A one-shot method without minutes has no number to choose: it trains nothing, and its windows have a default.
-    timed = settings.minutes is not None or (learning.steps is None and (recovers or learns_masks(settings)))
+    timed = settings.minutes is not None or (learning.steps is None and (recovers or should_learn_masks(settings)))
     found = (
         choose_amounts(settings, MOST_STEPS)
         if timed
@@ -127,7 +127,7 @@ def count_calibration(settings: Settings, plan: Plan | None) -> int:
 def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
     """The numbers that the settings leave to minutes. A one-shot method trains only if it is asked to."""
     # Without training, minutes still choose the samples.
-    trains = recovers or learns_masks(settings)
+    trains = recovers or should_learn_masks(settings)
     numbers = {"steps": settings.learning.steps} if trains else {}
     numbers |= {"samples": settings.samples}
     numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
@@ -150,33 +150,33 @@ def fit_in_minutes(
     Raises MptkError if minutes were given, and a run with the smallest numbers takes longer.
     """
     # The type is decided first: the estimate of each step depends on it.
-    if asked.compute_dtype == "auto" and half_is_faster(find_device(asked.device)):
+    if asked.compute_dtype == "auto" and is_half_faster(find_device(asked.device)):
         settings = fill_in(replace(asked, compute_dtype="bfloat16"), recovers, plan)
-    least = LEAST_STEPS if learns_masks(asked) else int(recovers)
+    least = LEAST_STEPS if should_learn_masks(asked) else int(recovers)
     most = MOST_STEPS if asked.minutes is None else MOST_TIMED_STEPS
     assert settings.minutes is not None
     seconds = 60 * settings.minutes
 
-    def sized(steps: int, epochs: int = 0) -> Settings:
+    def with_steps(steps: int, epochs: int = 0) -> Settings:
         found = choose_amounts(settings, max(least, steps)) | {"distil_epochs": epochs}
         return with_keywords(settings, {name: found[name] for name in names})
 
     def take(steps: int, epochs: int) -> float:
-        return float(sum(estimator.estimate(sized(steps, epochs)).seconds.values()))
+        return float(sum(estimator.estimate(with_steps(steps, epochs)).seconds.values()))
 
     # bisect finds how many numbers of steps fit, from none on: a run takes longer with each step
     if "distil_epochs" in names:
         fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, EPOCHS))
         if fits > DISTILLED_STEPS:
-            return sized(fits - 1, EPOCHS)
+            return with_steps(fits - 1, EPOCHS)
     fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, 0))
     # Default minutes are no promise: a run that takes longer runs with the smallest numbers.
     if not fits and asked.minutes is not None:
-        raise MptkError(explain_too_short(sized(0), estimator.estimate(sized(0))))
-    return sized(max(0, fits - 1))
+        raise MptkError(explain_too_short(with_steps(0), estimator.estimate(with_steps(0))))
+    return with_steps(max(0, fits - 1))
 
 
-def half_is_faster(device: torch.device) -> bool:
+def is_half_faster(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 ``FASTER`` times as fast as float32."""
     return measure_machine(device, torch.bfloat16).speedup >= FASTER
 
@@ -195,10 +195,10 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
     assert least.minutes is not None
     total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
     less = "fewer --steps" if least.steps else "fewer --samples"
-    less = "a one-shot --method, as wanda" if learns_masks(least) else less
+    less = "a one-shot --method, as wanda" if should_learn_masks(least) else less
     return (
-        f"--minutes {least.minutes:g} is too short: {say_numbers(least)} take about {describe_duration(total)}, of "
-        "which "
+        f"--minutes {least.minutes:g} is too short: {describe_numbers(least)} take about {describe_duration(total)}, "
+        "of which "
         f"{describe_duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
         f"{SHORTER.get(longest, less)}"
     )
@@ -215,4 +215,4 @@ def take_numbers(asked: Settings, unfinished: Mapping[str, object], recovers: bo
 
 def note_minutes(settings: Settings) -> str:
     """The report's note on the numbers that the time limit chose; empty without a limit."""
-    return "" if settings.minutes is None else f"{say_numbers(settings)}, as {settings.minutes:g} minutes allowed"
+    return "" if settings.minutes is None else f"{describe_numbers(settings)}, as {settings.minutes:g} minutes allowed"

@@ -53,7 +53,7 @@ def take_model(model: Model, settings: Settings, inputs: Inputs) -> tuple[str | 
     return opened, replace(settings, target="graph") if graph else settings, inputs
 
 
-def name_model(model: Model) -> str:
+def name_start(model: Model) -> str:
     """The name of a model: as the user gave it, or of its class and config."""
     return name_live_model(unwrap_parallel(model)) if isinstance(model, nn.Module) else str(model)
 
@@ -72,7 +72,7 @@ def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
             "example_inputs, the tensors that forward() takes"
         )
     loaded = open_live(model, inputs.tokenizer, trust=trust)
-    return Opened(loaded, find_task(loaded, inputs), plain)
+    return Opened(loaded, choose_task(loaded, inputs), plain)
 
 
 def open_named(name: str, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
@@ -83,7 +83,7 @@ def open_named(name: str, resident: Resident, trust: Trust, inputs: Inputs) -> O
         return Opened(replace(loaded, path=loaded.path.absolute()), task)  # the current folder may change
     loaded = models.open_weights(name, resident, trust=trust)
     loaded = replace(loaded, path=loaded.path.absolute(), tokenizer=inputs.tokenizer or loaded.tokenizer)
-    return Opened(loaded, find_task(loaded, inputs))
+    return Opened(loaded, choose_task(loaded, inputs))
 
 
 def open_model(model: Model, resident: Resident, trust: Trust, inputs: Inputs) -> Opened:
@@ -93,7 +93,7 @@ def open_model(model: Model, resident: Resident, trust: Trust, inputs: Inputs) -
     return open_named(str(model), resident, trust, inputs)
 
 
-def find_task(loaded: Loaded, inputs: Inputs) -> Task:
+def choose_task(loaded: Loaded, inputs: Inputs) -> Task:
     """The task of a loaded model: by its class, or to give the outputs of example inputs."""
     example = inputs.example_inputs
     return bind_task(loaded) if example is None else Module(make_example_samples(loaded.model, example))

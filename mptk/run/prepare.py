@@ -57,7 +57,7 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
         settings = replace(settings, length=length, eval_length=length)
     with run.stage("legalise"):
         larger = read_larger(settings, dense.model, dense.conversions, origin)
-        prepared = keep_reachable(legalise(run, settings, dense, larger), run.further)
+        prepared = keep_reachable(resolve_widths(run, settings, dense, larger), run.further)
     # The cut changes these norms' weights and epsilons, which must not change again: only LoRA leaves them as they are.
     # A graph's module has no layers for LoRA.
     under = prepared.norms_change
@@ -74,7 +74,7 @@ def analyse(given: Opened, run: Run) -> DenseModel:
     like = check_data(given, run)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
-    check_whole(loaded, settings)
+    check_memory(loaded, settings)
     target = find_target(settings.target)
     with run.stage("trace"):
         like = like if target.classed else None  # a graph that is written takes other sizes
@@ -137,17 +137,17 @@ def check_data(given: Opened, run: Run) -> Samples | None:
     if like is not None:
         like = like[:1]
     elif settings.data != data.SELF or not can_write_text(loaded.model):  # to write text takes time
-        like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+        like = task.draw_samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     # One sample to measure on. If sizes differ, no example is returned: a program traced like one may refuse the other.
     if settings.eval_data is not None:
-        other = task.evaluation(loaded, replace(settings, eval_windows=1))
+        other = task.draw_evaluation(loaded, replace(settings, eval_windows=1))
         if like is not None and like.inputs.keys() != other.inputs.keys():
             raise MptkError("--data and --eval-data are samples of two kinds; give images with both, or with neither")
         like = like if like is not None and has_same_sizes(like, other) else None
     return like
 
 
-def check_whole(loaded: Loaded, settings: Settings) -> None:
+def check_memory(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())  # they are held in float32
     room = measure_free_memory() if settings.memory is None else settings.memory
@@ -162,7 +162,7 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
         )
 
 
-def legalise(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | None = None) -> Prepared:
+def resolve_widths(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | None = None) -> Prepared:
     """The widths that the settings and the target allow, or the given plan, resolved.
 
     ``larger``: a larger cut, which the run begins with.
@@ -171,12 +171,12 @@ def legalise(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | N
     loaded, analysis = model.loaded, model.analysis
     before = None if compared is None else compared.analysis
     method, target = find_method(settings.method), find_target(settings.target)
-    legal = target.legal(analysis, loaded.model, build_alignment(settings))
+    legal = target.find_legal(analysis, loaded.model, build_alignment(settings))
     if settings.portable and not (settings.families or settings.fixed or settings.engines):
         legal = keep_portable_families(analysis, legal, {*settings.widths, *settings.keep})
     stored = find_stored_type(settings, loaded)
     plan = run.plan or Plan({})
-    parts = model.task.parts(loaded.model)
+    parts = model.task.name_parts(loaded.model)
     families, keep = (expand_parts(names, analysis, legal, parts) for names in (settings.families, settings.keep))
     settings = replace(settings, families=families, keep=keep)
     tying = None if settings.fixed else tie_layers(analysis, settings)
@@ -200,7 +200,7 @@ def legalise(run: Run, settings: Settings, dense: DenseModel, larger: Chosen | N
 
 def check_left(cost: CostModel, settings: Settings) -> None:
     """Raise MptkError if merging KV heads already meets the budget, so that nothing is left to cut."""
-    if (gone := cost.sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
+    if (gone := cost.compute_sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
         raise MptkError(
             f"merging KV heads already removes {gone:.1%} of the {settings.budget}, and --sparsity asks for "
             f"{settings.sparsity:.1%}; ask for more, or give --sparsity 0 to cut nothing else"

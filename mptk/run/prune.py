@@ -1,7 +1,7 @@
 """prune: the main job from top to bottom, from a dense model to a proven folder.
 
-``prepare`` gives a Prepared, ``choose_units`` a Chosen, ``compile_plan`` a Compiled, ``prove`` a Proven, ``describe`` a
-Report. A folder is published only if every stage of the proof is within its tolerance.
+``prepare`` gives a Prepared, ``choose_units`` a Chosen, ``compile_plan`` a Compiled, ``prove_outputs`` a Proven,
+``describe`` a Report. A folder is published only if every stage of the proof is within its tolerance.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Result:
     run: Run
 
 
-def prune(model: Start, run: Run) -> Result:
+def run_prune(model: Start, run: Run) -> Result:
     """Run every stage in order. Of several processes only the first writes, and has the report.
 
     Raises:
@@ -101,7 +101,7 @@ def prune(model: Start, run: Run) -> Result:
             return Result(None, compiled, sets, run)
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(compiled, sets, folder, run)
-            proven = prove(compiled, sets, folder, [*checked, *further], run)
+            proven = prove_outputs(compiled, sets, folder, [*checked, *further], run)
             write_recipe(folder, run.source, run.settings, run.start, run.sizes)
             report = write_report(compiled, proven, sets, notes, folder, run)
         try:
@@ -233,7 +233,9 @@ def write_targets(compiled: Compiled, sets: SampleSets, folder: Path, run: Run) 
     return notes
 
 
-def prove(compiled: Compiled, sets: SampleSets, folder: Path, checked: Sequence[Difference], run: Run) -> Proven:
+def prove_outputs(
+    compiled: Compiled, sets: SampleSets, folder: Path, checked: Sequence[Difference], run: Run
+) -> Proven:
     """Prove what was written, and that no input changed meanwhile. ``checked``: differences of trained models.
 
     Raises:

@@ -117,9 +117,9 @@ def find_places(compiled: Compiled, largest: Compiled) -> Places:
     for name, owner in {**{name: name for name in analysis.weights}, **analysis.program.aliases}.items():
         terms, one, other = analysis.weights.get(owner, ()), largest.chosen.cut, compiled.chosen.cut
         # Rows that differ along another dimension are not a slice of the largest size's: the weight is the size's own.
-        if one.elsewhere(terms) is None and other.elsewhere(terms) is None:
+        if one.find_varying(terms) is None and other.find_varying(terms) is None:
             # Positions are sorted dense ones, and the larger size has all of the smaller one's.
-            pairs = [(one.positions(term), other.positions(term)) for term in terms]
+            pairs = [(one.find_positions(term), other.find_positions(term)) for term in terms]
             found[name] = [torch.from_numpy(np.searchsorted(there, here)) for there, here in pairs]
     return found
 
@@ -137,14 +137,14 @@ def adopt_weights(
     s, program = prepared.recovery, prepared.analysis.program
     # From the small model's names back to the dense model's, a tied weight under its owner's. Weights that no axis of
     # the analysis describes are left as they are.
-    old = build_renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
+    old = build_renumbering(compiled.analysis, chosen.cut).restore_names(found.weights, program.state_dict())
     owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
     named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
     chosen = chosen.with_weights(widen_weights(compiled.analysis, chosen.cut, Weights(named)))
     # What the report says of it.
     row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
     if found.watch is not None:
-        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
+        row = {**row, **found.watch.to_row(prepared.settings.data, s.training.save_every)}
         row = {**row, "metric": "training loss, added up over the sizes"} if prepared.settings.shared else row
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     # The model is cut again, with these weights. The form in which the target holds it (`written`) stays.

@@ -32,7 +32,7 @@ from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
-from mptk.run.estimate import Estimator, check_fits, read_estimator
+from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.inputs import Inputs
 from mptk.run.minutes import complete_settings, fill_in
 from mptk.run.pruned_folder import PrunedFolder
@@ -76,7 +76,7 @@ class Run(Context):
     origin: Origin = field(default_factory=Origin)
     shapes: Shapes | None = None
 
-    def at(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
+    def with_output(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
         """The same run with another output and other settings: a size of a ladder."""
         return replace(self, out=out, settings=settings, further=further)
 
@@ -88,7 +88,7 @@ class Run(Context):
     @property
     def described(self) -> dict[str, object]:
         """What an unfinished run holds of it, and must be equal to continue it."""
-        return describe_run(self.source, self.settings)
+        return list_fixed_values(self.source, self.settings)
 
     def check_unfinished(self) -> None:
         """Raise MptkError if the unfinished run beside the output is another one, or is not to be resumed."""
@@ -112,10 +112,10 @@ class Run(Context):
         if self.estimator is not None:
             needed = self.estimator.estimate(self.settings)
             self.progress(str(needed), 0, 0)
-            check_fits(needed, self.out)
+            check_room_for(needed, self.out)
 
 
-def describe_run(source: str, settings: Settings) -> dict[str, object]:
+def list_fixed_values(source: str, settings: Settings) -> dict[str, object]:
     """The values of a run that must be equal to continue it."""
     may_differ = {each.path for each in Settings.declared if each.setting.resumable}
     return {"model": source, **{k: v for k, v in to_json(settings).items() if k not in may_differ}}
@@ -143,7 +143,7 @@ def open_run(
             another process; the settings suit no model; or minutes were given, and the run takes longer.
     """
     start = model.folder if isinstance(model, PrunedFolder) else None
-    with at_work(asked.device), lock_outputs([out], asked, [source, start]):
+    with enter_run_state(asked.device), lock_outputs([out], asked, [source, start]):
         if not trains:  # there is no time limit to choose these by, so they have the defaults of a long run
             asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
         plan, recovers = read_plan(asked), start is not None
@@ -178,7 +178,7 @@ def open_run(
 
 
 @contextmanager
-def at_work(device: str) -> Iterator[None]:
+def enter_run_state(device: str) -> Iterator[None]:
     """Let stages work: torch's and accelerate's state is the run's own, and errors are one line."""
     find_device(device)  # it fails here: accelerate's message for a missing device is vague
     with forget_sources(), separate_state(device), explain_errors():

@@ -33,7 +33,7 @@ from mptk.run.inputs import Data, Inputs, is_in_memory
 from mptk.run.run import Run
 from mptk.tasks.inputs.base import check_dimensions, make_missing_error, order_samples
 from mptk.tasks.inputs.text import limit_length
-from mptk.tasks.module import name_inputs
+from mptk.tasks.module import name_tensors
 from passes.check_cut import find_table_size
 
 KEPT_SAMPLES = "samples"
@@ -59,14 +59,14 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
     # What the unfinished run kept, or new samples: first those to train on, then those to measure on.
 
     def make() -> Kept:
-        made = given or task.samples(prepared.loaded, s, count + more, say)
-        return Kept(made[:count].saved("training") | (made[count:].saved("evaluation") if more else {}))
+        made = given or task.draw_samples(prepared.loaded, s, count + more, say)
+        return Kept(made[:count].to_tensors("training") | (made[count:].to_tensors("evaluation") if more else {}))
 
     with run.stage("calibration data"):
         kept = dict(run.keep(KEPT_SAMPLES, make, once=True).tensors)
         # The caller's program may give other samples to a resumed run than to the one before.
         if given is not None and run.folder is not None:
-            check_kept_samples(kept, given[:count].saved("training"), run.folder.path)
+            check_kept_samples(kept, given[:count].to_tensors("training"), run.folder.path)
         examples = task.make_examples(prepared.loaded.model)
         restored, written = (Samples.from_tensors(kept, examples, what) for what in ("training", "evaluation"))
         assert restored is not None
@@ -77,12 +77,12 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
         elif written is not None:  # the model wrote it
             measured, source = written.shorten(s.eval_windows, s.eval_length), text.SELF
         else:
-            measured = task.evaluation(prepared.loaded, s)
+            measured = task.draw_evaluation(prepared.loaded, s)
     # Batches as the program takes them, and some training samples held out.
     program = prepared.analysis.program
     restored = fit_to_program(task, program, restored, "data")
     measured = fit_to_program(task, program, measured, "eval_data")
-    said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
+    said = source if source == IN_MEMORY else task.name_data(prepared.loaded.model, source)
     used, held_out = hold_out(restored, s)
     return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), replace(run, dense=dense)
 
@@ -115,7 +115,7 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
         for name in names:
             say = partial(run.progress, "calibration data")
             given = replace(s, data=name)
-            found = task.samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
+            found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
             found = fit_to_program(task, program, found, "data")
             # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
             last = min(s.eval_windows, len(found) // 2)
@@ -147,7 +147,7 @@ def check_texts(**given: Data | None) -> None:
             continue
         # An iterator loses what is looked at, so it is refused unseen.
         once = isinstance(data, Iterator)
-        first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterated(data), None)
+        first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterate_data(data), None)
         if not (isinstance(first, str) or _is_row(first)):
             raise MptkError(
                 f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts"
@@ -181,20 +181,22 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     like = task.make_example(loaded.model).inputs
     names = list(like)
     if isinstance(data, Samples):
-        name_inputs(names, data.inputs)
+        name_tensors(names, data.inputs)
         return order_samples(data, like)[:count]
     if isinstance(data, Tensor | Mapping):
-        inputs = name_inputs(names, data, like)
+        inputs = name_tensors(names, data, like)
     else:
-        each = _iterated(data)
+        each = _iterate_data(data)
         if (first := next(each, _NOTHING)) is _NOTHING:
             raise MptkError("data is empty; give texts, token ids [n, length], or batches of inputs")
         batches = chain([first], each)
-        texts = _texts(batches, first, like, loaded)
+        texts = _find_texts(batches, first, like, loaded)
         if texts is None:
-            inputs = _batched(batches, like, count)
+            inputs = _join_batches(batches, like, count)
         else:
-            inputs = {"input_ids": _windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))}
+            inputs = {
+                "input_ids": _make_windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))
+            }
     # Check names, dimensions and positions here: an error of the program would name none of the caller's words.
     if inputs.keys().isdisjoint(like):
         raise make_missing_error(names[0], like)
@@ -202,7 +204,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     if (ids := inputs.get("input_ids")) is not None and isinstance(loaded.model, PreTrainedModel) and is_tokens(ids):
         check_positions(find_position_limit(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
     try:
-        made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
+        made = task.make_samples(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
     except KeyError as error:  # the task needs an input that is not there
         raise make_missing_error(error.args[0], like) from error
     return order_samples(made, like)
@@ -228,11 +230,11 @@ def check_fits(samples: Samples | None, program: Program) -> None:
             )
 
 
-def _iterated(data: Any) -> Iterator[Any]:
+def _iterate_data(data: Any) -> Iterator[Any]:
     try:
         return iter(data)
     except TypeError as error:
-        raise _wrong_form(error) from error
+        raise _make_form_error(error) from error
 
 
 def _is_row(first: object) -> bool:
@@ -240,31 +242,33 @@ def _is_row(first: object) -> bool:
     return isinstance(first, Mapping) and not any(isinstance(value, Tensor) for value in first.values())
 
 
-def _texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loaded: Loaded) -> Iterator[str] | None:
+def _find_texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loaded: Loaded) -> Iterator[str] | None:
     """The texts in ``each``, which are strings or rows of a data set; None if it holds something else."""
     if isinstance(first, str | bytes):
-        return _only_strings(each)
+        return _check_strings(each)
     reads = loaded.tokenizer is not None and "input_ids" in like
     if reads and isinstance(first, Mapping) and _is_row(first) and like.keys().isdisjoint(first):
         return read_row_texts(each, "data", None, loaded.tokenizer)
     return None
 
 
-def _only_strings(each: Iterable[object]) -> Iterator[str]:
+def _check_strings(each: Iterable[object]) -> Iterator[str]:
     for one in each:
         if not isinstance(one, str):
             raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
         yield one
 
 
-def _windows(texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool) -> Tensor:
+def _make_windows(
+    texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool
+) -> Tensor:
     """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
     return text.make_token_windows(texts, loaded.tokenizer, limit_length(loaded, length), count, seed, whole=whole)
 
 
-def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+def _join_batches(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
 
     Other entries of a batch, such as labels, are left out. An item with one dimension less than ``like`` is one sample:
@@ -278,7 +282,7 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
         for batch in islice(batches, count):
             one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
             one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
-            inputs = name_inputs(names, one, like)
+            inputs = name_tensors(names, one, like)
             inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
             for name, tensor in inputs.items():
                 parts.setdefault(name, []).append(tensor)
@@ -287,10 +291,10 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
                 break
         return {name: torch.cat(each) for name, each in parts.items()}
     except (TypeError, RuntimeError) as error:
-        raise _wrong_form(error) from error
+        raise _make_form_error(error) from error
 
 
-def _wrong_form(error: Exception) -> MptkError:
+def _make_form_error(error: Exception) -> MptkError:
     return MptkError(
         f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
         "batches of inputs of one shape, with the samples in the first dimension"

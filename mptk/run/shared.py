@@ -31,7 +31,7 @@ from mptk.run.prune import (
     Result,
     choose_units,
     keep_stages_on_failure,
-    prove,
+    prove_outputs,
     start_processes,
     write_report,
     write_targets,
@@ -79,14 +79,14 @@ def prune_together(model: Start, run: Run) -> Result:
         # All sizes are chosen first, each among the units of the next larger one. Each keeps its stages in a folder.
         made = [cut_size(model, prepared, sets, run)]
         for i, sparsity in enumerate(run.further, 1):
-            own = replace(run, folder=folder_of_run.within(f"{sparsity:g}"))
+            own = replace(run, folder=folder_of_run.open_within(f"{sparsity:g}"))
             made.append(cut_size(model, prepare_further(made[-1], sparsity, run.further[i:]), sets, own))
         # They are trained together. The smaller ones are published inside the run's folder, to be taken apart.
         (largest, checked), *others = recover_together(made, sets, run)
         full = [write_size(each, sets, more, run) for each, more in others]
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(largest, sets, folder, run)
-            proven = prove(largest, sets, folder, checked, run)
+            proven = prove_outputs(largest, sets, folder, checked, run)
             write_recipe(folder, run.source, run.settings, None, run.sizes)
             # Of each smaller size only what the largest one does not have. The report comes last: it lists all files.
             for (each, _), kept in zip(others, full, strict=True):
@@ -122,7 +122,7 @@ def write_size(compiled: Compiled, sets: SampleSets, checked: Sequence[Differenc
     out = run.folder.make() / f"{settings.sparsity:g}"
     with publish(out, overwrite=settings.overwrite) as folder:
         notes = write_targets(compiled, sets, folder, run)
-        proven = prove(compiled, sets, folder, checked, run)
+        proven = prove_outputs(compiled, sets, folder, checked, run)
         write_recipe(folder, run.source, settings, None, run.sizes)
         report = write_report(compiled, proven, sets, notes, folder, run)
     measure(report, compiled, sets, out, run)

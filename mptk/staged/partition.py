@@ -51,7 +51,7 @@ class _Bound:
         self.levels = find_vmap_levels(graph)
         self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
 
-    def needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
+    def find_needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
         """``wanted``, what they are made of, and what writes into that."""
         found = _find_ancestors(wanted)
         # A write has ancestors of its own, which may be written to again: until nothing is added.
@@ -82,7 +82,7 @@ class Flow:
         # What is needed: the program's result, or only what the wanted values are made of.
         result = tuple(graph.output_node().all_input_nodes)
         bound = _Bound(graph)
-        needed = bound.needed(node for group in wanted or [result] for node in group)
+        needed = bound.find_needed(node for group in wanted or [result] for node in group)
         self.made: dict[fx.Node, int] = {}
         """Value that depends on an input → the position of its call in ``calls``; −1 for the inputs themselves."""
         self.calls: list[fx.Node] = []
@@ -175,11 +175,11 @@ class Partition:
 
     ends: tuple[str, ...]
 
-    def fits(self, flow: Flow) -> bool:
+    def has_calls(self, flow: Flow) -> bool:
         """Whether the graph has these calls."""
         return set(self.ends) <= {node.name for node in flow.calls}
 
-    def stages(self, flow: Flow) -> list[Stage]:
+    def list_stages(self, flow: Flow) -> list[Stage]:
         """The stages of a flow. A call that the partitioned graph does not have belongs to the stage around it."""
         # Another program may have the calls in another order: a border never lies before the one before it.
         place = {node.name: i + 1 for i, node in enumerate(flow.calls)}

@@ -58,7 +58,7 @@ class Executor:
     compute: torch.dtype = torch.float32
 
     @torch.no_grad()
-    def outputs(
+    def run_programs(
         self, programs: Sequence[Program], inputs: Sequence[ProgramInputs], progress: Count | None = None
     ) -> Iterator[Any]:
         """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
@@ -69,7 +69,7 @@ class Executor:
         # Programs that were made from one another get the same borders, so that a stage of each reads the same weights.
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
-        parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
+        parts = [shared if shared.has_calls(flow) else partition(flow, self.stage) for flow in flows]
         runs = [StagedRun(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
         # All stages but the last: a stage of each program, on all inputs, and then the next stage.
         count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
@@ -83,7 +83,7 @@ class Executor:
         loaded = {run: run.load(len(run.stages) - 1) for run in runs if held}
         for i in range(len(inputs)):
             for run in runs:
-                yield run.result(loaded.get(run), i, count)
+                yield run.run_last(loaded.get(run), i, count)
 
     @torch.no_grad()
     def watch(
@@ -101,7 +101,7 @@ class Executor:
         for k in range(len(run.stages)):
             run.advance(k, count)
 
-    def gradients(
+    def compute_gradients(
         self,
         program: Program,
         names: Collection[str],
@@ -131,14 +131,14 @@ class Executor:
             wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
             leaves = {node: weight.detach().requires_grad_(wanted[node]) for node, weight in run.read(k).items()}
             for i in range(len(inputs)):
-                above[i] = run.back(k, leaves, i, above[i], loss)
+                above[i] = run.run_back(k, leaves, i, above[i], loss)
                 count.step()
             for node, leaf in leaves.items():
                 if wanted[node]:
                     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                     kept.add(program.weights[node.name], total(gradient))
         # A weight that no call reads has a gradient of zeros.
-        likes = {name: program.state.like(name).to("meta") for name in names}
+        likes = {name: program.state.find_like(name).to("meta") for name in names}
         unused = {name: Lazy(like, partial(torch.zeros_like, like, device="cpu")) for name, like in likes.items()}
         return Weights(unused).with_entries(kept.weights)
 
@@ -160,7 +160,7 @@ class _Counter:
 
 
 class StagedRun(DeviceInterpreter):
-    """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
+    """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``run_back``.
 
     ``borders`` holds the values between stages: under (k, i) what stage k needs for the i-th of the inputs.
     """
@@ -178,7 +178,7 @@ class StagedRun(DeviceInterpreter):
         # ``Stage.dead`` says when a value goes, so the interpreter need not find out.
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
-        self.stages = shared.stages(flow)
+        self.stages = shared.list_stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
         self.borders = Spool(executor.borders)
         # Under the value that is made last, since all of a watch must be there.
@@ -191,11 +191,11 @@ class StagedRun(DeviceInterpreter):
         # The inputs are what crosses the border before the first stage.
         users = [n for n in self.program.list_placeholders() if n.name not in self.program.weights]
         for i, given in enumerate(inputs):
-            values = {n: self._placed(x) for n, x in zip(users, given, strict=True) if n in flow.made}
+            values = {n: self._place(x) for n, x in zip(users, given, strict=True) if n in flow.made}
             self.borders.put((0, i), values)
         self.count = len(inputs)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    def _place(self, tensor: Tensor) -> Tensor:
         """An input on the device, in the type that the program takes."""
         # A program may compute in another floating type than its module, and callers give the module's.
         types = self.program.types
@@ -225,15 +225,15 @@ class StagedRun(DeviceInterpreter):
         """Bytes of the last stage's weights."""
         return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
 
-    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
+    def run_last(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> object:
         """Run the last stage on the i-th inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
         loaded = self.load(k) if weights is None else weights
-        made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
+        made = self._find_result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
         count.step()
         return made
 
-    def back(
+    def run_back(
         self,
         k: int,
         leaves: Mapping[fx.Node, Tensor],
@@ -253,7 +253,7 @@ class StagedRun(DeviceInterpreter):
             values = self.run_stage(self.stages[k], self.cast_values(leaves), given)
             # Where gradients come from: the loss, or the stages above.
             if k == len(self.stages) - 1:
-                pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
+                pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._find_result(values), i), None)]
             else:
                 pairs = [(values[n], g) for n, g in above.items() if values[n].requires_grad]
         if pairs:  # the first layers may have no weight that is asked for
@@ -283,7 +283,9 @@ class StagedRun(DeviceInterpreter):
     def cast_values(self, values: Mapping[fx.Node, object]) -> Values:
         """Weights, or what crosses a border, in the type in which stages run."""
         narrow = self.narrow
-        return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}
+        return (
+            dict(values) if narrow is None else {node: narrow.cast_value(node, value) for node, value in values.items()}
+        )
 
     def _show_values(self, node: fx.Node) -> None:
         for nodes, see in self.watches.get(node, ()):
@@ -298,7 +300,7 @@ class StagedRun(DeviceInterpreter):
             beside = [self.env[other] for other in others]
             value.register_hook(partial(_show_gradient, see, value.detach(), beside))
 
-    def _result(self, values: Values) -> object:
+    def _find_result(self, values: Values) -> object:
         node = self.program.graph.graph.output_node()
         outputs: object = fx.map_arg(node.args[0], lambda source: values[source])
         # Losses and proofs compute in float32. One result comes alone, as ``Program.__call__`` gives it.
@@ -334,7 +336,7 @@ class Autocast:
                 reached.add(node)
         return Autocast(dtype, frozenset(reached))
 
-    def value(self, node: fx.Node, value: object) -> object:
+    def cast_value(self, node: fx.Node, value: object) -> object:
         """A weight, or a value that crosses a border."""
         return self._cast(value, self.dtype) if node in self.reached else value
 

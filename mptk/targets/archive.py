@@ -74,7 +74,7 @@ def write_archive(file: Path, program: Program) -> None:
     # Blanks in place of weights; constants as they are.
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
     saved = list_saved(program)
-    state = {name: _make_blank(program.state.like(name)) for name in saved}
+    state = {name: _make_blank(program.state.find_like(name)) for name in saved}
     for name in saved:
         if kinds[name] is InputKind.PARAMETER:
             state[name] = nn.Parameter(state[name], requires_grad=name not in program.frozen)
@@ -165,10 +165,10 @@ def open_archive(file: Path, weights: Weights) -> Program:
     graph, signature = exported.graph_module, exported.graph_signature
     likes = exported.state_dict
     for name, like in likes.items():
-        if name not in weights or weights.like(name).shape != like.shape:
+        if name not in weights or weights.find_like(name).shape != like.shape:
             raise said(f"{name} is missing beside it, or of another shape")
     kept = weights.select_names({name: name for name in likes})
-    state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
+    state = kept.with_edits({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
     # 3. The conditions on sizes, out of the graph: the passes know them only as limits of a program.
     conditions = take_assertions(graph.graph, _find_sizes(exported))
     copy_written_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})

@@ -45,7 +45,7 @@ class GraphTarget(Target):
         write_archive(folder / ARCHIVE, restore_own_types(compiled, compiled.program))
         return []
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
         return frozenset({WEIGHTS, ARCHIVE})
 
     def has_written(self, folder: Path) -> bool:
@@ -77,12 +77,12 @@ def measure_own_types(
 ) -> Difference:
     """The difference of a module in its own types from ``reference``. ``make``: makes the module."""
 
-    def outputs(samples: Samples) -> Tensor:
+    def compute_outputs(samples: Samples) -> Tensor:
         found: Tensor = make().run(samples.tensors)  # a new module: a call may change its buffers
         return found
 
     executor = compiled.prepared.executor
-    (found,) = prove(reference, {"own types": (outputs, HALF_TOLERANCE)}, *batches, executor=executor)
+    (found,) = prove(reference, {"own types": (compute_outputs, HALF_TOLERANCE)}, *batches, executor=executor)
     return found
 
 
@@ -112,7 +112,7 @@ def cast_stored(compiled: Compiled) -> Weights:
 def make_cut_module(compiled: Compiled, stored: Weights) -> ProgramModule:
     """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types."""
     program = restore_own_types(compiled, compiled.program)
-    state = {name: stored[name].to(program.state.like(name).dtype) for name in list_saved(program)}
+    state = {name: stored[name].to(program.state.find_like(name).dtype) for name in list_saved(program)}
     return program.with_state(state).module().eval()
 
 
@@ -135,10 +135,10 @@ def compare_stored(stored: Weights, expected: Weights) -> Difference:
     """
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):
-        if name not in stored or name not in expected or stored.like(name).shape != expected.like(name).shape:
+        if name not in stored or name not in expected or stored.find_like(name).shape != expected.find_like(name).shape:
             raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
         # In the types in which they are kept, if these are equal: then equal bits need no more arithmetic.
-        pair = stored.narrow(name), expected.narrow(name)
+        pair = stored.read_narrow(name), expected.read_narrow(name)
         if pair[0].dtype != pair[1].dtype:
             pair = stored[name], expected[name]
         if not pair[0].equal(pair[1]):

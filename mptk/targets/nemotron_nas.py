@@ -64,7 +64,7 @@ class NemotronNasTarget(StockTarget):
     summary = "DeciLM: LLaMA with a width for each layer, as vLLM, SGLang, TensorRT-LLM and mlx-lm read it"
     ragged = True
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Widths that all programs read, or those of ``alignment.engines``.
 
         Raises:
@@ -88,7 +88,7 @@ class NemotronNasTarget(StockTarget):
         refused = {family.name: WHOLE for family in analysis.all_families if family.name not in cut}
         return LegalWidths(ladders, refused, lambda widths: None)
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+    def find_elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         return None
 
     def name_home(
@@ -110,10 +110,10 @@ class NemotronNasTarget(StockTarget):
         shutil.copyfile(OWN_CODE, folder / OWN_CODE.name)
         return super().emit(compiled, sets, folder, log)
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
-        return super().files(compiled, folder) | {OWN_CODE.name}
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+        return super().list_files(compiled, folder) | {OWN_CODE.name}
 
-    def limits(self, compiled: Compiled) -> list[str]:
+    def list_limits(self, compiled: Compiled) -> list[str]:
         assert compiled.written is not None
         return list_unread(compiled.written.stock.config)
 
@@ -137,7 +137,7 @@ def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
     # Logits are compared if there are weights, and they fit into memory twice. Else the proof compares them, stage by
     # stage.
     state = analysis.program.state_dict()
-    empty = any(not isinstance(state.entry(name), Lazy) and state.find_in_memory(name) is None for name in state)
+    empty = any(not isinstance(state.get_entry(name), Lazy) and state.find_in_memory(name) is None for name in state)
     if empty or 2 * sum(like.numel() * 4 for like in state.likes.values()) > measure_free_memory():
         return found
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
@@ -190,7 +190,7 @@ def _build_deci_config(dense: PreTrainedConfig, shapes: WeightShapes) -> PreTrai
     # ``block_configs`` has the widths. The fields for the whole model have the largest of any block.
     own = {
         "auto_map": AUTO_MAP,
-        "block_configs": [block.fields(dense.hidden_size) for block in blocks],
+        "block_configs": [block.to_fields(dense.hidden_size) for block in blocks],
         "head_dim": size,
         "intermediate_size": max(block.channels for block in blocks),
         "num_attention_heads": max(block.queries for block in blocks) // size,
@@ -209,7 +209,7 @@ class BlockWidths:
     keys: int
     channels: int
 
-    def fields(self, hidden: int) -> dict[str, dict[str, object]]:
+    def to_fields(self, hidden: int) -> dict[str, dict[str, object]]:
         """The block's entry in ``block_configs``."""
         attention = {"n_heads_in_group": self.queries // self.keys} if self.queries and self.keys else {}
         ffn = describe_ffn(self.channels, hidden) if self.channels else {}

@@ -73,7 +73,7 @@ class OnnxTarget(Target):
             notes.append(_write_alone(prepared.loaded, out))
         return notes
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
         form, there = compiled.prepared.task.onnx, folder / ONNX_FOLDER
         if form is None or not there.is_dir():
             return frozenset()
@@ -103,7 +103,9 @@ class OnnxTarget(Target):
             check_beside(folder / ONNX_FOLDER, partial(_write_alone, loaded), all_known=loaded.tokenizer is not None)
         _check_weights(form, compiled, folder / ONNX_FOLDER)
         use = Use(crossed, count_model_positions(compiled))
-        return form.stages(folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings)
+        return form.list_stages(
+            folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings
+        )
 
     def compare_rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
@@ -115,7 +117,7 @@ class OnnxTarget(Target):
         """
         # Rounding is compared with the float32 graph, which this folder lacks.
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
-        if form is None or not main.is_file() or not form.half(folder / ONNX_FOLDER):
+        if form is None or not main.is_file() or not form.is_half(folder / ONNX_FOLDER):
             return []
         with make_scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
@@ -160,7 +162,7 @@ class OnnxTarget(Target):
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
             # The weights against the float graph's, then each use of the graph against its own outputs.
             found = _compare_quantized(form, device, [(file, name_float_file(file)) for file in files], scheme, batches)
-            stages = form.stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
+            stages = form.list_stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
             return [*found, *_compare_use(scheme, [run for run, _ in stages.values()], batches)]
 
         graphs = list_quantized(folder / ONNX_FOLDER, form, check)
@@ -318,7 +320,7 @@ def _compare_quantized(
     file = files[0][0]
     try:
         share = max(check_quantized(whole, file, scheme) for file, whole in files)
-        runs = [form.outputs(graph, device) for graph in files[0]]
+        runs = [form.make_runner(graph, device) for graph in files[0]]
         pairs = [(runs[0](batch), runs[1](batch)) for batch in batches]
     except MptkError:
         raise

@@ -63,12 +63,12 @@ class StockTarget(Target):
     classed = True
     drafts = True
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):
             return find_graph_widths(analysis, alignment)
         return find_stock_widths(analysis, legalize.discover(analysis, model), alignment)
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+    def find_elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         return None if legal.stock is None else find_stock_widths(analysis, legal.stock, alignment, rehome=True)
 
     def name_home(
@@ -89,7 +89,7 @@ class StockTarget(Target):
         analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
         assert stock is not None
         kept = build_renumbering(analysis, compiled.chosen.cut).kept
-        found = stock.config(widths, scalars=compiled.epsilons, kept=kept)
+        found = stock.build_config(widths, scalars=compiled.epsilons, kept=kept)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
             if unread := prepared.settings.engines and find_broken_programs(
@@ -98,7 +98,7 @@ class StockTarget(Target):
                 raise MptkError(f"this cut breaks {'; '.join(unread)}; cut other units, or name other --engines")
             return Written(found, loaded, found.config, dtype)
         # 2. Without the removed blocks it would hold the widths: then the blocks are the reason.
-        if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
+        if kept and isinstance(stock.build_config(widths, scalars=compiled.epsilons), StockConfig):
             raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
         # 3. Another class, which must compute the same. Its candidates are causal language models.
         if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
@@ -118,9 +118,9 @@ class StockTarget(Target):
         _write(compiled, folder)
         write_pipeline(compiled.prepared.loaded, folder)
         heads = compiled.written.drafter or CutDrafter("")
-        return [compiled.written.note, heads.note, *self.limits(compiled)]
+        return [compiled.written.note, heads.note, *self.list_limits(compiled)]
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
         # The checkpoint is written again, but for its weights: of these only names and headers are noted. Which files
         # it has depends on transformers, so no list here could say.
         held: dict[str, WeightFile] = {}
@@ -137,7 +137,7 @@ class StockTarget(Target):
             check_weight_files(folder, held)
             return frozenset([*list_files(place.folder), *list_pipeline_files(compiled.prepared.loaded.path)])
 
-    def limits(self, compiled: Compiled) -> list[str]:
+    def list_limits(self, compiled: Compiled) -> list[str]:
         """Notes on programs that do not read the folder."""
         assert compiled.written is not None
         reasons = find_broken_programs(compiled.written.stock, models.read_stored_config(compiled.prepared.loaded))
@@ -155,7 +155,7 @@ class StockTarget(Target):
         beside = partial(write_beside, loaded, same_features=keeps_features(compiled))
         check_beside(folder, beside, all_known=loaded.tokenizer is not None)
         check_pipeline(loaded, folder)
-        check_tokenizer(compiled, folder)
+        check_written_tokenizer(compiled, folder)
         heads = check_heads(compiled, folder)
         # The weights, opened as transformers would, one at a time.
         executor = compiled.prepared.executor
@@ -166,9 +166,9 @@ class StockTarget(Target):
         # program, stage by stage: traced like the samples of a task without sequences, or for any length of a text.
         further: dict[str, Further] = {}
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
-            model = reloaded.whole()
-            run: Program | StageOutputs = partial(task.output, model)
-            further = {"reloaded": Further(partial(task.output, model), TOLERANCE)}
+            model = reloaded.load_all()
+            run: Program | StageOutputs = partial(task.compute_output, model)
+            further = {"reloaded": Further(partial(task.compute_output, model), TOLERANCE)}
         elif not task.sequences:
             run = trace_like_samples(reloaded, task, executor)
         else:
@@ -208,12 +208,12 @@ def trace_like_samples(loaded: models.Loaded, task: Task, executor: Executor) ->
 
     def run(samples: Samples) -> Tensor:
         if not programs:  # the first samples tell which sizes the others have
-            example = task.like(task.make_example(loaded.model), samples)
+            example = task.choose_example(task.make_example(loaded.model), samples)
             sizes, wrap = task.open_sizes(example), task.choose_wrapper(loaded.model, example)
             programs.append(
                 loaded.with_weights(trace_to_program(loaded.model, example.inputs, dynamic=sizes, wrap=wrap))
             )
-        found: Tensor = next(executor.outputs(programs, [samples.tensors]))
+        found: Tensor = next(executor.run_programs(programs, [samples.tensors]))
         return found
 
     return run
@@ -243,7 +243,7 @@ def check_heads(compiled: Compiled, folder: Path) -> list[Difference]:
     return [replace(stored, stage="multi-token prediction, stored weights"), heads.difference]
 
 
-def check_tokenizer(compiled: Compiled, folder: Path) -> None:
+def check_written_tokenizer(compiled: Compiled, folder: Path) -> None:
     """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's, if that has one."""
     prepared = compiled.prepared
     if (dense := prepared.given.tokenizer) is not None:

@@ -104,7 +104,7 @@ def _find_first(
 ) -> Task | None:
     """The first task that takes the classes of a model; ``reasons`` gets why each one before it does not."""
     for task in list_tasks().values():
-        if (reason := task.refusal(config, classes)) is None:
+        if (reason := task.explain_refusal(config, classes)) is None:
             return task
         if reasons is not None:
             reasons[task.summary] = reason
@@ -125,7 +125,7 @@ def match_task(model: nn.Module) -> Task | None:
 def check_decoder(model: str, *, trust: Trust = NO_CODE) -> None:
     """Raise MptkError if a model is not a causal language model by its config."""
     config = models.load_config(model, trust=trust)
-    reason = CAUSAL_LM.refusal(config, find_model_classes(config))
+    reason = CAUSAL_LM.explain_refusal(config, find_model_classes(config))
     if reason is not None:
         raise MptkError(
             f"{model} is no {CAUSAL_LM.summary}: {reason}; `mptk analyze` shows what can be cut in it, and "

@@ -29,23 +29,23 @@ SummedFigure = Callable[[Tensor, Tensor], Tensor]
 class ModelTask(Task):
     """A task of a transformers model: ``made`` makes its samples of the inputs that its class reads."""
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         """What the model reads."""
         return choose_inputs(model)
 
     def make_example(self, model: nn.Module) -> Samples:
-        return Samples(self.kind(model).make_example(model))
+        return Samples(self.find_inputs(model).make_example(model))
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        found = self.kind(loaded.model).calibration(loaded, settings, count, progress)
-        return self.made(loaded, found, settings.data, settings.seed)
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        found = self.find_inputs(loaded.model).draw_calibration(loaded, settings, count, progress)
+        return self.make_samples(loaded, found, settings.data, settings.seed)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        found = self.kind(loaded.model).evaluation(loaded, settings)
-        return self.made(loaded, found, settings.eval_data or settings.data, settings.seed + 1)
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        found = self.find_inputs(loaded.model).draw_evaluation(loaded, settings)
+        return self.make_samples(loaded, found, settings.eval_data or settings.data, settings.seed + 1)
 
-    def named(self, model: nn.Module, data: str) -> str:
-        return self.kind(model).named(data)
+    def name_data(self, model: nn.Module, data: str) -> str:
+        return self.find_inputs(model).name_data(data)
 
 
 class ComparedTask(ModelTask):
@@ -53,7 +53,7 @@ class ComparedTask(ModelTask):
 
     compares = True
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         return len(samples)
 
 
@@ -61,7 +61,7 @@ class ComparedTask(ModelTask):
 def measure_figures(
     runs: Runs, batches: Sequence[Samples], figures: Mapping[str, SummedFigure], progress: Progress, protocol: str
 ) -> Json:
-    """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
+    """What ``Task.measure_quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
 
     The first run, ``dense``, is what each run is compared with.
     """
@@ -99,11 +99,11 @@ def explain_unlisted(
 class TokenTask(ModelTask):
     """A task whose samples' targets are token ids at the positions of the logits."""
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the negative log-likelihoods of the targets, in nats."""
         targets = samples.targets
         assert targets is not None
-        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.predicted(samples):
+        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.count_predictions(samples):
             raise MptkError(
                 "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
                 "more tokens; use magnitude or random for other models"
@@ -111,7 +111,7 @@ class TokenTask(ModelTask):
         flat = output.flatten(0, -2).float()
         return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         assert samples.targets is not None
         return int((samples.targets != IGNORED).sum())
 
@@ -122,7 +122,7 @@ class TokenTask(ModelTask):
         """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
         rows, totals = samples.split(1), dict[str, float]()
         for name, i, logits in runs(rows, partial(progress, metric)):
-            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
-        tokens = self.predicted(samples)
+            totals[name] = totals.get(name, 0.0) + float(self.compute_loss(logits, rows[i].to(logits.device)))
+        tokens = self.count_predictions(samples)
         found = {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}
         return {**found, "metric": metric, "protocol": protocol}

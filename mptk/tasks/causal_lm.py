@@ -34,7 +34,7 @@ class CausalLM(TokenTask):
     caches = True
     onnx = DecoderForm()
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         name = min((c.__name__ for c in classes), default=type(config).__name__)
         if getattr(config, "is_encoder_decoder", False):
             return f"{name} has an encoder and a decoder"
@@ -59,16 +59,18 @@ class CausalLM(TokenTask):
         if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():  # more than rounding
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return TextWindows()
 
     def make_example(self, model: nn.Module) -> Samples:
         return make_token_samples(make_example_ids())
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         return make_token_samples(inputs["input_ids"])
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
         ids = sets.evaluation.inputs["input_ids"]
         return measure_perplexities(runs, ids, data=sets.source, progress=partial(progress, "perplexity"))
 

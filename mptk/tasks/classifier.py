@@ -62,10 +62,10 @@ class Classifier(ComparedTask):
     classes: bool = True
     onnx: OnnxForm = OF_LOGITS
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the KL divergences from the dense model's distributions (``targets``: its logits), in nats."""
         assert samples.targets is not None
         return sum_divergence(output, samples.targets, self.dim)
@@ -77,7 +77,7 @@ class Classifier(ComparedTask):
         likeliest = reference.argmax(-1).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         figures = {
             "agreement": partial(sum_agreement, dim=self.dim),

@@ -47,7 +47,7 @@ class DecodingCase:
     steps: tuple[int, ...] = ()
     padded: str = ""
 
-    def calls(self, rows: int, length: int, crossed: Sequence[int]) -> tuple[list[int], list[int]]:
+    def split_calls(self, rows: int, length: int, crossed: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of each row's prompt, and of each call after them, in samples [rows, length].
 
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
@@ -56,7 +56,7 @@ class DecodingCase:
             # 1. Padded prompts, each of another length: the longest, then two and one thirds of it, again and again.
             longest = max(1, min(LONGEST_PROMPT, length - sum(self.steps)))
             if self.padded == "right" and any(longest + PADDED_TOKENS + sum(self.steps) > border for border in crossed):
-                return replace(self, steps=()).calls(rows, length, ())
+                return replace(self, steps=()).split_calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
         # 2. Prompts of one length. Before each border and before the end the calls are short (``steps``), so that one
@@ -98,7 +98,7 @@ class DecoderForm(OnnxForm):
         settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
         step(0, 0, "trace a decoding step")
         # Without a program the model holds the weights and is the reference itself.
-        run = None if dense.program is None else lambda ids: dense.first(make_token_samples(ids))
+        run = None if dense.program is None else lambda ids: dense.compute_first(make_token_samples(ids))
         program = trace_decoder(
             model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
         )
@@ -114,8 +114,8 @@ class DecoderForm(OnnxForm):
         text = None if samples is None else samples.inputs["input_ids"]
         return write_quantized_graphs(dense, [file], text, log)
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = open_proof_decoder(use.graph(folder / GRAPH_FILE), device, settings)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = open_proof_decoder(use.find_graph(folder / GRAPH_FILE), device, settings)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
         runs: dict[str, StageOutputs] = {
             case.stage: partial(decode_samples, decoder, case, use.crossed) for case in CASES
@@ -124,9 +124,9 @@ class DecoderForm(OnnxForm):
         stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
         return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
-        return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
+        return lambda samples: torch.from_numpy(decoder.compute_logits(samples.inputs["input_ids"].numpy()))
 
     def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return compare_logits(scheme, pairs)
@@ -136,7 +136,7 @@ class DecoderForm(OnnxForm):
     ) -> None:
         write_genai_config(config, generation, folder, f"{graphs}/{GRAPH_FILE}")
 
-    def half(self, folder: Path) -> bool:
+    def is_half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half
 
 
@@ -158,7 +158,7 @@ def decode_samples(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[in
     prompts are padded and calls follow, there is one more row, whose prompt is only padding.
     """
     tokens = samples.inputs[decoder.reads]
-    prompts, calls = case.calls(len(tokens), tokens.shape[1], crossed)
+    prompts, calls = case.split_calls(len(tokens), tokens.shape[1], crossed)
     of = torch.arange(len(tokens))
     # One more row starts with only padding, and then gets the first sample's tokens.
     if case.padded and calls:
@@ -180,7 +180,7 @@ def decode_calls(
     numbered = None if numbered is None else numbered[of]
     places, logits = list[Tensor](), list[Tensor]()
     done = (first >= 0).sum(1, keepdim=True)
-    cache = decoder.empty(len(of)) if cache is None else cache
+    cache = decoder.make_empty(len(of)) if cache is None else cache
     before = list(accumulate(calls, initial=0))[:-1]  # the tokens of all calls before each
     for place in (first, *(done + start + torch.arange(n) for n, start in zip(calls, before, strict=True))):
         # The cache keeps the mask of the calls before; this is the new tokens' part.
@@ -203,7 +203,7 @@ def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Place
     # A cache of padding: its values must not matter, wherever a position's number, or a number of bytes, becomes large.
     past = min(positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
     if past > 0 and tokens.shape[1] >= FAR_TOKENS:
-        filled = decoder.filled(len(tokens), past)
+        filled = decoder.make_filled(len(tokens), past)
         far = Cache(filled.values, np.zeros_like(filled.mask))
         of, first_tokens = torch.arange(len(tokens)), torch.arange(FAR_TOKENS).expand(len(tokens), -1)
         runs.append(decode_calls(decoder, samples, of, first_tokens, (), far))

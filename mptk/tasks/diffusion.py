@@ -32,7 +32,7 @@ class Diffusion(Numbers):
     main: str = "timestep"
     sequences = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if isinstance(config, DiffusersConfig) and all(each.main_input_name == self.main for each in classes):
             return None
         return f"{type(config).__name__} is not of diffusers"
@@ -44,7 +44,7 @@ class Diffusion(Numbers):
             for name, tensor in example.inputs.items()
         }
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         few = Samples(samples.inputs)
         return few[: len(example)] if len(few) >= len(example) else few.repeat(len(example))
 

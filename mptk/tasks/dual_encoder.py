@@ -56,7 +56,7 @@ class DualEncoder(Numbers):
 
     sequences = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if classes and all(has_embeddings(each) for each in classes):
             return None
         return f"{min((c.__name__ for c in classes), default=type(config).__name__)} does not give {self.gives}"
@@ -70,7 +70,7 @@ class DualEncoder(Numbers):
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         return open_sizes(example.inputs)
 
-    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+    def name_parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """The towers, by what they read; what else has parameters is the projector."""
         parts: dict[str, list[str]] = {"vision_tower": [], "text_tower": [], "projector": []}
         for name, child in model.named_children():
@@ -79,10 +79,10 @@ class DualEncoder(Numbers):
             parts[part].append(name)
         return {part: names for part, names in parts.items() if names}
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return Captioned()
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         # One pair at a time; all embeddings are kept, since retrieval compares each image with all texts.
         samples, rows = sets.evaluation, dict[str, list[Tensor]]()
         for name, _, output in runs(samples.split(1), partial(progress, "cosine")):
@@ -135,7 +135,7 @@ class NamedOutputs(Flat):
 class DualEncoderForm(ModelForm):
     """``model.onnx`` with the similarities of all texts with all images, and the embeddings."""
 
-    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model for any numbers of texts and images, with all its outputs, and what is said of padding."""
         assert dense.program is not None
         step(0, 0, "trace with all outputs")
@@ -146,36 +146,36 @@ class DualEncoderForm(ModelForm):
         traced = Traced(dense.put_weights(program), list(apart), OUTPUTS)
         # Whole texts: some classes embed a text at its end token.
         inputs = example if samples is None else samples.shorten(PROOF_SHAPE[0], sys.maxsize).inputs
-        expected = join_outputs(next(dense.executor.outputs([dense.program], [list(inputs.values())])))
+        expected = join_outputs(next(dense.executor.run_programs([dense.program], [list(inputs.values())])))
         if not is_same_output(run_traced(traced, dense, inputs), expected):
             raise MptkError(f"{type(model).__name__} computes other embeddings if texts are more than images")
         said = describe_padding(model)
         longer, rows = pad_by_metadata(inputs, said)
         return traced, said if is_same_output(run_traced(traced, dense, longer)[rows], expected) else {}
 
-    def axes(self, name: str, rank: int) -> Axes:
+    def name_axes(self, name: str, rank: int) -> Axes:
         if is_text_input(name):
             return ("text_batch_size", "sequence_length")
         known = AXES.get(name, ())[1:]
         return ("image_batch_size", *(known if len(known) == rank - 1 else (f"{name}_{i}" for i in range(1, rank))))
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.find_graph(folder / ONNX_FILE), device)
         return list_proof_stages(partial(compute_embeddings, graph), graph, self.remove_padding)
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)
         return lambda samples: join_outputs(compute_embeddings(graph, samples.inputs))
 
 
 def compute_embeddings(graph: OrtGraph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The embeddings of texts and of images."""
-    return graph.all(inputs)[len(SIMILARITIES) :]
+    return graph.run_all(inputs)[len(SIMILARITIES) :]
 
 
 def run_traced(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) -> Tensor:
     """The embeddings of the traced program, in one row for each sample."""
-    found = next(dense.executor.outputs([traced.program], [[inputs[name] for name in traced.names]]))
+    found = next(dense.executor.run_programs([traced.program], [[inputs[name] for name in traced.names]]))
     return join_outputs(found[len(SIMILARITIES) :])
 
 

@@ -30,12 +30,12 @@ class Encoder(ComparedTask):
     onnx = ModelForm(FEATURES)
     classes = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
         assert samples.targets is not None
         return compute_feature_errors(output, samples.targets).sum()
@@ -43,7 +43,7 @@ class Encoder(ComparedTask):
     def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         return compute_projection(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_feature_distances}
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "

@@ -156,21 +156,21 @@ class EncoderDecoderForm(OnnxForm):
         notes = write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        run = OrtEncoderDecoder(use.graph(folder / MERGED_FILE), device)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        run = OrtEncoderDecoder(use.find_graph(folder / MERGED_FILE), device)
 
-        def steps(samples: Samples) -> Tensor:
+        def run_steps(samples: Samples) -> Tensor:
             ids = samples.inputs[DECODER_IDS]
-            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], use.crossed)
+            prompts, calls = CASES[-1].split_calls(len(ids), ids.shape[1], use.crossed)
             return run(with_mask(samples.inputs), [prompts[0], *calls])
 
-        return list_proof_stages(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
+        return list_proof_stages(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": run_steps})
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         found = draw_texts if longer and IDS in samples.inputs else draw_row_counts
         return list(found(samples, seed))
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = OrtEncoderDecoder(file, device)
         return lambda samples: run(with_mask(samples.inputs))
 
@@ -200,7 +200,7 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     caches = [name for name in traced.names if name.startswith(CACHE)]
     # Half of the text, then the other half behind the cache of the first.
     first, second = (ids.shape[1] + 1) // 2, slice((ids.shape[1] + 1) // 2, None)
-    start, *present, _ = traced.all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
+    start, *present, _ = traced.run_all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
     cache = dict(zip(caches, present, strict=True))
     end = traced.run(executor, {**inputs, DECODER_IDS: ids[:, second], **cache})
     if not is_same_output(torch.cat([start, end], 1), traced.run(executor, inputs)):

@@ -77,9 +77,9 @@ class Traced:
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that it does not have are ignored; a cache that they lack is empty."""
-        return self.all(executor, inputs)[0]
+        return self.run_all(executor, inputs)[0]
 
-    def all(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    def run_all(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """Every output."""
         # An empty cache has no positions, and the sizes of the traced one.
         rows = len(next(iter(inputs.values())))
@@ -87,7 +87,7 @@ class Traced:
         shapes = {name: (rows, int(x.shape[1]), 0, int(x.shape[3])) for name, x in caches.items()}
         empty = {name: torch.zeros(shape, dtype=caches[name].dtype) for name, shape in shapes.items()}
         given = {**empty, **inputs}
-        found = next(executor.outputs([self.program], [[given[name] for name in self.names]]))
+        found = next(executor.run_programs([self.program], [[given[name] for name in self.names]]))
         return found if isinstance(found, tuple | list) else [found]
 
     @property
@@ -130,7 +130,7 @@ def trace_named(
             does.
     """
     step(0, 0, "trace with named inputs")
-    model, inputs, expected = dense.loaded.model, samples.inputs, dense.first(samples)
+    model, inputs, expected = dense.loaded.model, samples.inputs, dense.compute_first(samples)
     # The first choice of inputs that can be traced, runs on any number of rows and tokens, and computes what the dense
     # model does.
     given, caches = with_mask(example), [name for name in example if name.startswith(CACHE)]
@@ -266,17 +266,19 @@ def list_proof_stages(
     """
     said, tolerance = graph.metadata, HALF_TOLERANCE if is_half(graph) else RUNTIME_TOLERANCE
 
-    def plain(samples: Samples) -> Tensor | list[Tensor]:
+    def run_plain(samples: Samples) -> Tensor | list[Tensor]:
         return run(with_mask(samples.inputs))
 
-    def padded(samples: Samples) -> Tensor | list[Tensor]:
+    def run_padded(samples: Samples) -> Tensor | list[Tensor]:
         given, rows = pad_by_metadata(samples.inputs, said)
         found = run(given)
         several = [unpadded(each[rows], samples.inputs) for each in ([found] if isinstance(found, Tensor) else found)]
         return several[0] if isinstance(found, Tensor) else several
 
     # A graph is run with padding only if its metadata say that it may be.
-    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING_KEY in said else {})
+    runs = {"ONNX Runtime": run_plain, **(more or {})} | (
+        {"ONNX Runtime padded": run_padded} if PADDING_KEY in said else {}
+    )
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))
 

@@ -84,7 +84,7 @@ class ImageText(TokenTask):
     sequences = False
     onnx = ImageTextForm()
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder"
         if not all(hasattr(c, "get_image_features") for c in classes):
@@ -105,12 +105,12 @@ class ImageText(TokenTask):
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
         return module(**make_call_inputs(unwrap_module(module), samples.inputs), **find_cache_switch(module), **more)
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         """Images of the size of the data's: the trace holds it. Text without images if the data has none."""
         few = Samples(samples.inputs)
         return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeat(EXAMPLES)
 
-    def further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
+    def make_further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
         """The text without images, or with images of noise if it has none; and with images of another size if the
         class takes several."""
         ids = samples.inputs[IDS]
@@ -124,7 +124,7 @@ class ImageText(TokenTask):
             cases["with images of another size"] = Samples(found)
         return cases
 
-    def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
+    def name_parts(self, model: Any) -> Mapping[str, Sequence[str]]:
         """Vision tower and language model as transformers finds them; what else has parameters is the projector."""
         names = {module: name for name, module in model.named_modules()}
         tower, decoder = names[model.get_encoder(modality="image")], names[model.get_decoder()]
@@ -149,17 +149,19 @@ class ImageText(TokenTask):
         if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():  # more than rounding
             raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return ImagesWithText()
 
     def make_example(self, model: nn.Module) -> Samples:
-        return Samples(self.kind(model).make_example(model))
+        return Samples(self.find_inputs(model).make_example(model))
 
     def make_examples(self, model: nn.Module) -> Sequence[Samples]:
         """With images, and without."""
         return self.make_example(model), Samples({IDS: make_example_ids()})
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """Each text token is to be predicted, except the ones that fill up a short text."""
         given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
         targets = make_token_samples(given[IDS]).targets
@@ -170,12 +172,12 @@ class ImageText(TokenTask):
             targets = targets.masked_fill(torch.arange(targets.shape[1]) >= ends, IGNORED)
         return Samples(given, targets)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, shown = sets.evaluation, "without images"
         if (pixels := samples.inputs.get(PIXELS)) is not None:
             shown = f"each with an image ({' x '.join(map(str, pixels.shape[1:]))})"
         protocol = (
-            f"{sets.source}: perplexity of the text of {len(samples)} samples, {shown}, {self.predicted(samples):,} "
-            "tokens predicted"
+            f"{sets.source}: perplexity of the text of {len(samples)} samples, {shown}, "
+            f"{self.count_predictions(samples):,} tokens predicted"
         )
         return self.compute_perplexities(runs, samples, progress, "perplexity", protocol)

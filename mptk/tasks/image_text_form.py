@@ -164,8 +164,8 @@ class ImageTextForm(OnnxForm):
         )
         return write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = open_proof_decoder(use.graph(folder / MERGED_FILE), device, settings)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = open_proof_decoder(use.find_graph(folder / MERGED_FILE), device, settings)
         runs: dict[str, StageOutputs] = {
             case.stage: partial(run_with_images, decoder, partial(decode_samples, decoder, case, use.crossed))
             for case in CASES
@@ -182,7 +182,7 @@ class ImageTextForm(OnnxForm):
         further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(can_encode_images, decoder), ran)}
         return Checks(stages=stages, ran=dict.fromkeys(stages, ran), further=further)
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
         return lambda samples: run_with_images(decoder, partial(decode_samples, decoder, CASES[0], ()), samples).outputs
 
@@ -241,7 +241,7 @@ def trace_image_step(
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
     given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     assert dense.program is not None
-    expected = dense.first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
+    expected = dense.compute_first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
 
     # Some classes count positions from another number than 0: the first one with which a step gives the whole
     # sequence's logits is right.
@@ -291,6 +291,6 @@ def compute_last_logits(
     cache, logits = make_zero_cache(shapes, rows, 0), ids
     for new in (slice(0, length - LAST), slice(length - LAST, length)):
         given = (*images.values(), ids[:, new], torch.ones_like(ids[:, : new.stop]), positions[..., new], *cache)
-        logits, *found = next(executor.outputs([program], [given]))
+        logits, *found = next(executor.run_programs([program], [given]))
         cache = found[: len(cache)]
     return logits[:, -1:]

@@ -40,31 +40,33 @@ class MaskedLM(TokenTask):
     summary = "masked language model"
     onnx = ModelForm(LOGITS)
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return TextWindows()
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """Windows with some tokens masked. Random inputs and token ids in memory do without a mask token."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
         if mask is None and data not in (RANDOM_DATA, IN_MEMORY):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
         return mask_tokens(inputs["input_ids"], mask or 0)
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """The loss of ``TokenTask``. Perceiver gives logits of all its positions: those after the window go."""
         assert samples.targets is not None
         if isinstance(output, Tensor):
             output = output[:, : samples.targets.shape[1]]
-        return super().loss(output, samples)
+        return super().compute_loss(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
-            f"{STRIDE} masked, {self.predicted(samples):,} predicted"
+            f"{STRIDE} masked, {self.count_predictions(samples):,} predicted"
         )
         return self.compute_perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 

@@ -64,9 +64,9 @@ class ModelForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
         # A second trace of the model has the same families, so the plan fits it, too.
-        traced, padding = self.traced(dense, samples)
+        traced, padding = self.trace_model(dense, samples)
         program = cut_to_plan(traced.program, dense, plan, log)
-        axes = {name: self.axes(name, rank) for name, rank in traced.ranks.items()}
+        axes = {name: self.name_axes(name, rank) for name, rank in traced.ranks.items()}
         step(0, 0, "translate the graph")
         file = emit_onnx(
             program,
@@ -80,7 +80,7 @@ class ModelForm(OnnxForm):
         notes = write_quantized_graphs(dense, [file], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
-    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
         example = choose_inputs(dense.loaded.model).make_example(dense.loaded.model)
         # Without text there is no padding: the analysed program itself is the graph.
@@ -94,14 +94,14 @@ class ModelForm(OnnxForm):
         samples = Samples(longer) if samples is None else samples.shorten(*PROOF_SHAPE)
         return trace_named(dense, Flat, example, samples, self.remove_padding)
 
-    def axes(self, name: str, rank: int) -> Axes:
+    def name_axes(self, name: str, rank: int) -> Axes:
         """The names of an input's axes."""
         known = AXES.get(name, TOKEN_AXES)
         return known if len(known) == rank else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(use.graph(folder / ONNX_FILE), device)
-        return list_proof_stages(graph.all if graph.several else graph, graph, self.remove_padding)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        graph = OrtGraph(use.find_graph(folder / ONNX_FILE), device)
+        return list_proof_stages(graph.run_all if graph.several else graph, graph, self.remove_padding)
 
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         if has_token_ids(samples.inputs):
@@ -111,10 +111,10 @@ class ModelForm(OnnxForm):
         images = PIXELS in samples.inputs and self.output in (LOGITS, FEATURES) and not self.more
         return list(map(scale_pixels, found)) if images else found
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         graph = OrtGraph(file, device)
         if graph.several:
-            return lambda samples: join_outputs(graph.all(with_mask(samples.inputs)))
+            return lambda samples: join_outputs(graph.run_all(with_mask(samples.inputs)))
         return lambda samples: graph(with_mask(samples.inputs))
 
     def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
@@ -124,5 +124,5 @@ class ModelForm(OnnxForm):
         """An output [samples, positions, channels] at the positions of ``inputs``; one of whole samples stays."""
         return output[:, : inputs[IDS].shape[1]] if output.ndim > 2 else output
 
-    def half(self, folder: Path) -> bool:
+    def is_half(self, folder: Path) -> bool:
         return is_half(OrtGraph(folder / ONNX_FILE))

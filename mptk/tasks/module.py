@@ -57,7 +57,7 @@ class Module(Task):
         # The form names the graph's inputs by the examples. The dataclass is frozen.
         object.__setattr__(self, "onnx", ModuleForm("output", inputs=self.given.inputs))
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
@@ -80,10 +80,10 @@ class Module(Task):
     def make_example(self, model: nn.Module) -> Samples:
         return self.given
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         return self._read(settings.data)[:count]
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         return self._read(settings.eval_data or settings.data)[: settings.eval_windows]
 
     def _read(self, data: str) -> Samples:
@@ -91,13 +91,13 @@ class Module(Task):
         if not data.endswith(INPUTS):
             return self.given
         return order_samples(
-            _make_samples(name_inputs((), read_inputs(data), self.given.inputs), data), self.given.inputs
+            _make_samples(name_tensors((), read_inputs(data), self.given.inputs), data), self.given.inputs
         )
 
-    def named(self, model: nn.Module, data: str) -> str:
+    def name_data(self, model: nn.Module, data: str) -> str:
         return data if data.endswith(INPUTS) else IN_MEMORY
 
-    def loss(self, output: Outputs, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
         assert samples.targets is not None
         return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
@@ -105,10 +105,10 @@ class Module(Task):
     def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
         return compute_projection(join_outputs(output), samples)
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         return len(samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         batches = sets.evaluation.make_batches(BATCH_POSITIONS)
         protocol = (
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
@@ -127,7 +127,7 @@ def make_example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | 
     """
     # A transformers model is loaded in float32; a plain module keeps the types that its inputs have.
     names, plain = list_forward_arguments(module), not isinstance(module, PreTrainedModel)
-    found = _order_inputs(names, name_inputs(names, inputs, None if plain else torch.float32))
+    found = _order_inputs(names, name_tensors(names, inputs, None if plain else torch.float32))
     samples = _make_samples(found, "example inputs")
     return samples if len(samples) > 1 else samples.repeat(2)
 
@@ -162,7 +162,7 @@ def read_inputs(file: str | Path) -> dict[str, Tensor]:
     )
 
 
-def name_inputs(
+def name_tensors(
     names: Sequence[str],
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
@@ -232,7 +232,7 @@ class ModuleForm(ModelForm):
 
     inputs: Mapping[str, Tensor] = field(kw_only=True)
 
-    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         program = dense.program
         assert program is not None
         if program.keeps_state:
@@ -246,6 +246,6 @@ class ModuleForm(ModelForm):
     def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         return []  # what a module's inputs may be, only its author knows
 
-    def axes(self, name: str, rank: int) -> Axes:
+    def name_axes(self, name: str, rank: int) -> Axes:
         known = name in AXES or name == IDS
-        return super().axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
+        return super().name_axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))

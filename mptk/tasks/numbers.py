@@ -39,12 +39,12 @@ class Numbers(ComparedTask):
     ending: str = ""
     classes = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if self.ending and classes and all(each.__name__.endswith(self.ending) for each in classes):
             return None
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def loss(self, output: Outputs, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
         assert samples.targets is not None
         return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
@@ -52,7 +52,7 @@ class Numbers(ComparedTask):
     def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
         return compute_projection(join_outputs(output), samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the distance of {self.gives} from the dense model's, "

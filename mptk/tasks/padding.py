@@ -43,7 +43,7 @@ def pad_samples(inputs: Mapping[str, Tensor], token: int) -> Named:
     given, length = with_mask(inputs), inputs[IDS].shape[1]
     fill = {IDS: token, MASK: 0, TYPES: 0}
 
-    def rows(name: str, x: Tensor) -> Tensor:
+    def pad_rows(name: str, x: Tensor) -> Tensor:
         if name not in fill:
             return torch.cat([x[:1], x, x[:1]])
         longer, shorter = torch.cat([x, x], 1)[:1, : length + EXTRA_TOKENS], x[:1, : length // 2]
@@ -51,7 +51,7 @@ def pad_samples(inputs: Mapping[str, Tensor], token: int) -> Named:
             [F.pad(part, (0, length + EXTRA_TOKENS - part.shape[1]), value=fill[name]) for part in (longer, x, shorter)]
         )
 
-    return {name: rows(name, x) for name, x in given.items()}
+    return {name: pad_rows(name, x) for name, x in given.items()}
 
 
 def list_input_choices(loaded: Loaded, inputs: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -85,10 +85,10 @@ def _find_context_length(config: PreTrainedConfig) -> int:
 def _find_special_tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> Json:
     """The special tokens. A model that never ends a text still needs an id there; none is -1."""
 
-    def said(name: str) -> int | list[int] | None:
+    def find_id(name: str) -> int | list[int] | None:
         return next((i for holder in (generation, config) if (i := getattr(holder, name, None)) is not None), None)
 
-    begin, end, pad = (said(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+    begin, end, pad = (find_id(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
     end = -1 if end is None else end
     first = end[0] if isinstance(end, list) else end
     found = {} if begin is None else {"bos_token_id": begin}

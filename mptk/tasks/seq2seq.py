@@ -46,13 +46,15 @@ class Seq2Seq(TokenTask):
     summary = "encoder-decoder"
     onnx = EncoderDecoderForm()
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted(ENCODER_DECODERS, config, classes, "predict a text from another input")
 
     def make_example(self, model: nn.Module) -> Samples:
         return Samples({**choose_inputs(model).make_example(model), DECODER_IDS: make_example_ids(length=5)})
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """The inputs with what the dense model writes for them; random ones with random tokens."""
         inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER_IDS}
         if data == RANDOM_DATA:
@@ -61,16 +63,16 @@ class Seq2Seq(TokenTask):
             shape = (len(next(iter(inputs.values()))), 12)
             ids = torch.randint(count_vocabulary(loaded.model), shape, generator=generator)
         else:
-            ids = generate_answers(loaded.whole(), inputs)
+            ids = generate_answers(loaded.load_all(), inputs)
         # Teacher forcing: the decoder reads all tokens but the last, and each one's target is the next.
         end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
         return Samples({**inputs, DECODER_IDS: ids[:, :-1]}, mask_after_end(ids, end))
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
-            f"{self.predicted(samples):,} tokens predicted"
+            f"{self.count_predictions(samples):,} tokens predicted"
         )
         return self.compute_perplexities(runs, samples, progress, "perplexity", protocol)
 

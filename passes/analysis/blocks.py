@@ -39,7 +39,7 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
         if any(split_block_name(other.module, module) for other in found):
             continue
-        blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
+        blocks = _BlockSearch(program, facts, module, lists[module]).find_blocks()
         # The only block of a list cannot be removed.
         if len(blocks) > 1 and any(not block.stays for block in blocks):
             found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
@@ -53,7 +53,7 @@ def explain_no_stack(program: Program, facts: AxisFacts) -> str:
     if not lists:
         return "no list of modules"
     module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
-    blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
+    blocks = _BlockSearch(program, facts, module, lists[module]).find_blocks()
     if len(lists[module]) == 1:
         return f"{module} has one block"
     if not blocks:
@@ -81,7 +81,7 @@ class _BlockSearch:
     module: str
     modules: Mapping[int, set[fx.Node]]
 
-    def blocks(self) -> list[Block]:
+    def find_blocks(self) -> list[Block]:
         """The blocks in their order; none if one of the modules is not a residual block."""
         found: list[Block] = []
         for unit in sorted(self.modules):
@@ -109,17 +109,17 @@ class _BlockSearch:
         products = {product.node for product in self.facts.contractions}
 
         # Walk back from y. A state is a node and whether an addition was on the way. A sum of products ends the way.
-        def sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
+        def list_sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
             node, added = state
             if node not in nodes or node in products:
                 return []
             added = added or name_base_op(node.target) in _ADDITIONS
             return [(source, added) for source in node.all_input_nodes]
 
-        ways = find_reachable([(y, False)], sources)
-        return sorted(node for node, added in ways if added and node not in nodes and self._alike(node, y))
+        ways = find_reachable([(y, False)], list_sources)
+        return sorted(node for node, added in ways if added and node not in nodes and self._is_alike(node, y))
 
-    def _alike(self, x: fx.Node, y: fx.Node) -> bool:
+    def _is_alike(self, x: fx.Node, y: fx.Node) -> bool:
         """Whether two values have the same axes, sizes and type."""
         if not isinstance(self.facts.results.get(x), tuple):
             return False

@@ -118,7 +118,7 @@ def _find_integers(program: Program) -> dict[fx.Node, int]:
     weights = program.weights
     for node in program.graph.graph.nodes:
         if node.op == "placeholder" and node.name in weights and program.has_values:
-            like = program.state.like(weights[node.name])
+            like = program.state.find_like(weights[node.name])
             if like.numel() == 1 and not like.is_floating_point() and not like.is_complex():
                 found[node] = int(program.state[weights[node.name]].item())
         elif node.op == "call_function" and name_base_op(node.target) in _MADE:

@@ -73,7 +73,7 @@ def _is_weight(program: Program, spec: InputSpec) -> bool:
     """
     if spec.kind is InputKind.PARAMETER:
         return True
-    weight = program.state.like(program.weights[spec.arg.name]) if spec.kind is InputKind.BUFFER else None
+    weight = program.state.find_like(program.weights[spec.arg.name]) if spec.kind is InputKind.BUFFER else None
     return weight is not None and bool(spec.persistent) and weight.is_floating_point()
 
 

@@ -196,7 +196,7 @@ def find_live_axes(facts: AxisFacts) -> set[Axis]:
     found = collect_axes(product.axis for product in facts.contractions if {product.node, product.left[0]} <= reached)
     found |= collect_axes(reduction.axis for reduction in facts.reductions if reduction.node in reached)
     seen = facts.activations & reached
-    return found.union(*(facts.axes(node) for node in facts.results if node in seen))
+    return found.union(*(facts.find_axes(node) for node in facts.results if node in seen))
 
 
 def find_live_nodes(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
@@ -206,12 +206,12 @@ def find_live_nodes(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]
         for value in changed:
             writers.setdefault(value, []).append(node)
 
-    def sources(node: fx.Node) -> list[fx.Node]:
+    def list_sources(node: fx.Node) -> list[fx.Node]:
         return [
             source for source in (*_find_value_sources(node), *writers.get(node, ())) if not _is_empty_tensor(source)
         ]
 
-    return find_reachable([graph.output_node()], sources)
+    return find_reachable([graph.output_node()], list_sources)
 
 
 # Ops of whose operand only the shape counts.
@@ -291,7 +291,7 @@ def _find_companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis
 
 def _collect_value_dims(facts: AxisFacts) -> set[Dims]:
     """The dimensions of all values, of values inside calls, and of constants at their uses, without repeats."""
-    found = set(facts.inner).union(*(facts.tensors(node) for node in facts.results))
+    found = set(facts.inner).union(*(facts.list_dims(node) for node in facts.results))
     return found.union(dims for uses in facts.constant_uses.values() for _, dims in uses)
 
 

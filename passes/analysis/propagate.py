@@ -59,7 +59,7 @@ class _Walk:
             results=self.results,
             weights=self.weights,
             constant_uses=self.constant_uses,
-            zeros=self._zeros(),
+            zeros=self._find_zeros(),
             contractions=self.context.contractions,
             reductions=self.context.reductions,
             inner=self.context.inner_values,
@@ -136,7 +136,7 @@ class _Walk:
         self.constant_uses.setdefault(node, []).append((path, dims))
         return Value(argument, dims)
 
-    def _zeros(self) -> set[fx.Node]:
+    def _find_zeros(self) -> set[fx.Node]:
         """The constants that calls use and that are zero everywhere."""
         used = {find_argument_at(node, path) for node, uses in self.constant_uses.items() for path, _ in uses}
         written = set[fx.Node]().union(*self.writes.values())

@@ -100,7 +100,7 @@ def propagate_zeros(facts: AxisFacts) -> Zeros:
     A cache is zero along an axis if every value added to it is. This is assumed of its input until the output confirms
     it.
     """
-    caches = {node: set(facts.axes(node)) for node in facts.caches}
+    caches = {node: set(facts.find_axes(node)) for node in facts.caches}
     multiplicities = functools.cache(functools.partial(find_multiplicities, facts))
     # A greatest fixed point: the assumption only shrinks, so this ends.
     while True:
@@ -119,7 +119,7 @@ def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
     """
     # Axes with one coordinate, nearly all, are left out: the common case of an empty result is then quick.
     counts: dict[Axis, int] = {}
-    for dims in facts.tensors(node):
+    for dims in facts.list_dims(node):
         for a, n in count_coordinates(dims, each=True).items():
             if n > 1:
                 counts[a] = max(n, counts.get(a, 0))
@@ -141,15 +141,15 @@ class _Propagation:
         return self.zeros
 
     def _visit(self, node: fx.Node) -> set[Axis]:
-        axes = self.facts.axes(node)
+        axes = self.facts.find_axes(node)
         # This is the assumption: a weight is zero along all its axes, unless something is divided by it.
         if node.op == "placeholder":
             return set(axes.difference(self.facts.divisors.get(node, ())))
         if node.target is operator.getitem:
             return self.zeros[node.all_input_nodes[0]] & axes
-        return self._result(node) & axes
+        return self._find_zero_axes(node) & axes
 
-    def _result(self, node: fx.Node) -> set[Axis]:
+    def _find_zero_axes(self, node: fx.Node) -> set[Axis]:
         """The axes along which the result of a call is zero, by the rule of its op."""
         rule = find_rule(node) or POINTWISE
         zero = functools.partial(self._find_operand_zeros, node)
@@ -177,7 +177,7 @@ class _Propagation:
         if not isinstance(value, fx.Node):
             return set()
         if value in self.facts.zeros:
-            return {a for a in self.facts.axes(node) if self.multiplicities(node).get(a, 1) == 1}
+            return {a for a in self.facts.find_axes(node) if self.multiplicities(node).get(a, 1) == 1}
         found = self.zeros.get(value, set())
         if not found or not (several := self.multiplicities(node)):
             return found
@@ -187,7 +187,7 @@ class _Propagation:
     def _find_use_axes(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
         """The axes of an operand at this call (a constant has its own axes at each use)."""
         if value in self.facts.results:
-            return self.facts.axes(value)
+            return self.facts.find_axes(value)
         return collect_axes(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
 
     def _write_back(self, node: fx.Node) -> None:
@@ -195,7 +195,7 @@ class _Propagation:
 
         Axes that the target lacks do not change: the target is a view of fixed positions along them.
         """
-        lost = self.facts.axes(node) - self.zeros[node]
+        lost = self.facts.find_axes(node) - self.zeros[node]
         for changed in self.facts.writes.get(node, ()):
             if changed in self.zeros:
                 self.zeros[changed] = self.zeros[changed] - lost

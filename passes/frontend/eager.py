@@ -57,7 +57,7 @@ def compare_to_module(
     pair = Pair(program, {**(weights or {}), **program.state.select_names({n: n for n in program.parameters})})
     # State outside of the module first: if a call changes it, no later comparison means anything.
     pair.check_outside(inputs)
-    if pair.apart(inputs) and not pair.apart(inputs, on=True):
+    if pair.describe_difference(inputs) and not pair.describe_difference(inputs, on=True):
         raise GradientMode(
             f"{type(program.source.module).__name__} computes otherwise while gradients are on; trace it under "
             "torch.no_grad()"
@@ -66,16 +66,16 @@ def compare_to_module(
     # Other sizes. ``several``: symbols that must not be 1. ``ran``, ``failed``: whether the module ran with them at 1.
     several, ran, failed = set[str](), set[str](), set[str]()
     for values in list_other_sizes(program):
-        shapes = program.sizes.shapes(values)
+        shapes = program.sizes.find_shapes(values)
         if shapes is None:
             continue
         given = [resize_tensor(x, s) for x, s in zip(inputs, shapes, strict=True)]
         ones = {str(symbol) for symbol, value in values.items() if value == 1}
-        apart = pair.apart(given)
+        apart = pair.describe_difference(given)
         if ones and apart and not pair.can_run_module(given):
             # Ids may be too large for a table that now has one row: try zeros.
             given = [x if x.is_floating_point() else torch.zeros_like(x) for x in given]
-            apart = pair.apart(given)
+            apart = pair.describe_difference(given)
             if apart and not pair.can_run_module(given):
                 failed |= ones
                 continue
@@ -95,11 +95,11 @@ def find_call_limits(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """The fields of ``Limits`` on strides, gradients and training."""
     # The same numbers with the last two dimensions in the other order in memory.
     strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x for x in inputs]
-    found: dict[str, Any] = {"contiguous": pair.apart(strided) not in ("", BOTH_FAIL)}
-    if pair.apart(inputs, on=True):
+    found: dict[str, Any] = {"contiguous": pair.describe_difference(strided) not in ("", BOTH_FAIL)}
+    if pair.describe_difference(inputs, on=True):
         return {**found, "gradients": "off"}
     leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    if pair.apart(leaves, on=True):
+    if pair.describe_difference(leaves, on=True):
         return {**found, "gradients": "inputs"}
     return {**found, "trains": compare_gradients(pair, inputs)}
 
@@ -116,7 +116,7 @@ def list_other_sizes(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
     """Other sizes than the example's: each of them 1, each dimension of all inputs, all of them; and all larger."""
     sizes = program.sizes
     traced = find_example_sizes(program)
-    symbols = [s for s in sizes.symbols() if s in traced]
+    symbols = [s for s in sizes.list_symbols() if s in traced]
     # ``zip_longest`` pads with None, which is not a symbol.
     dimensions = zip_longest(*(own for _, own in sizes.inputs))
     together = [{size for size in each if size in traced} for each in dimensions]
@@ -128,7 +128,7 @@ def list_other_sizes(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
     # The first larger sizes that meet the trace's conditions, which may want a multiple of up to 8.
     for more in range(1, 9):
         larger = {symbol: traced[symbol] + more for symbol in symbols}
-        if symbols and sizes.shapes(larger) is not None:
+        if symbols and sizes.find_shapes(larger) is not None:
             yield larger
             return
 
@@ -136,7 +136,7 @@ def list_other_sizes(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
 def find_example_sizes(program: Program) -> dict[sympy.Symbol, int]:
     """The values of the symbolic sizes in the example."""
     values = {node.name: node.meta["val"] for node in program.list_placeholders()}
-    return program.sizes.values([resolve_shape(values[name]) for name, _ in program.sizes.inputs])
+    return program.sizes.find_values([resolve_shape(values[name]) for name, _ in program.sizes.inputs])
 
 
 def resize_tensor(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -153,7 +153,7 @@ class Pair:
         self.program, self.weights = program, weights
         self.names = program.aliases
 
-    def module(self) -> Any:
+    def make_module(self) -> Any:
         """A copy of the module, in evaluation mode, with the program's weights."""
         assert self.program.source is not None
         return copy_module(self.program.source, self._pick_weight).eval()
@@ -163,14 +163,14 @@ class Pair:
         held = self.weights.get(self.names.get(public, public))
         return tensor if held is None else held.detach().to(tensor.dtype)
 
-    def apart(self, inputs: Sequence[Tensor], *, on: bool = False) -> str:
+    def describe_difference(self, inputs: Sequence[Tensor], *, on: bool = False) -> str:
         """``compare_on_inputs`` with a fresh copy of the module. ``on``: while gradients are on."""
         with torch.set_grad_enabled(on):
-            return compare_on_inputs(self.program, self.module(), inputs)
+            return compare_on_inputs(self.program, self.make_module(), inputs)
 
     def check_outside(self, inputs: Sequence[Tensor]) -> None:
         """Raise MptkError if a call of the module changes what its code keeps outside of it."""
-        module = self.module()
+        module = self.make_module()
         before = describe_outside_state(module.module)
         with contextlib.suppress(Exception):  # ``check_state`` and later cases tell whether it runs
             run_flat(module, inputs)
@@ -184,14 +184,14 @@ class Pair:
     def can_run_module(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the module itself takes these inputs."""
         try:
-            run_flat(self.module(), inputs)
+            run_flat(self.make_module(), inputs)
         except Exception:  # noqa: BLE001 (a module may raise anything)
             return False
         return True
 
     def check_state(self, inputs: Sequence[Tensor]) -> None:
         """Raise MptkError if two calls in a row differ; the message names what the module changes."""
-        module, program = self.module(), self.kept()
+        module, program = self.make_module(), self.make_stateful()
         states = [describe_attributes(module.module)]
         for call in ("first", "second"):
             apart = compare_on_inputs(program, module, inputs)
@@ -208,7 +208,7 @@ class Pair:
                 "in a buffer, with tensors"
             )
 
-    def kept(self) -> Callable[..., object]:
+    def make_stateful(self) -> Callable[..., object]:
         """The program as it keeps its state: itself if it has none."""
         # A Program starts each call from the same state; its module keeps what it wrote.
         if not self.program.keeps_state:
@@ -292,7 +292,7 @@ def compare_gradients(pair: Pair, inputs: Sequence[Tensor]) -> str:
     source = pair.program.source
     names = [] if source is None else [name.removeprefix("module.") for name in list_gradient_hooks(source)]
     hooks = [f"{name or 'the module'} has a hook on its gradient" for name in names]
-    wrapper = pair.module()
+    wrapper = pair.make_module()
     try:
         with WatchedGradients() as watched:
             expected = compute_seeded_gradients(wrapper, wrapper.module, inputs)

@@ -208,7 +208,7 @@ def _has_model_logits(
 
     def step(start: int, end: int, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = (ids[:, start:end], torch.ones_like(ids[:, :end]), positions[:, start:end], *past)
-        made: tuple[Tensor, ...] = next(executor.outputs([program], [given]))
+        made: tuple[Tensor, ...] = next(executor.run_programs([program], [given]))
         return made
 
     _, *cache = step(0, ids.shape[1] - 2, cache)

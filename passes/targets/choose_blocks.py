@@ -29,7 +29,7 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
     found = stock.find_depth_config({stack.module: best})
     if isinstance(found, StockConfig):
         return best
-    kinds = stock.pattern(stack.module, width)
+    kinds = stock.find_pattern(stack.module, width)
     other = None if kinds is None else find_best_sequence(*kinds, scores, stack.stay)
     if other is None or not isinstance(stock.find_depth_config({stack.module: other}), StockConfig):
         raise MptkError(

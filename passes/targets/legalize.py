@@ -109,7 +109,7 @@ def find_stock_widths(
             (``stock/rehome.py``).
     """
     together = tuple(stock.together)
-    refused = {n: r.about(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused = {n: r.to_sentence(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused |= stock.derived
     depths = {family.name: family for family in analysis.depths}
 
@@ -127,7 +127,7 @@ def find_stock_widths(
             width = widths.get(family.name, family.size)
             if width < family.size and (why := shorter(family.name, width)) is not None:
                 return why
-        refusal = stock.accepts(widths)
+        refusal = stock.check_widths(widths)
         return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
 
     ladders, rows = {}, find_grouped_rows(analysis)
@@ -143,7 +143,7 @@ def find_stock_widths(
     ladders |= joint_ladders
     for family in analysis.depths:
         why = accepts({family.name: family.size - 1})
-        counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
+        counted = why is None or stock.find_pattern(family.groups[0].layer, family.size - 1) is not None
         ladders[family.name] = list_aligned_widths(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
     found = LegalWidths(ladders, refused, accepts, stock, together=together)
@@ -224,7 +224,7 @@ def list_aligned_widths(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT
     """
     members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
     devices = alignment.devices if is_layered(family) else 1  # all hold the residual width whole
-    steps = alignment.divisors(family.name, devices)
+    steps = alignment.find_divisors(family.name, devices)
     kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
     if devices > 1:
         units = [(m.term, family.groups[0].positions(m).shape[-1]) for m in members]  # and a unit's length in the sum
@@ -295,7 +295,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
             full = widths | chosen
             key = tuple(full[name] for name in families)
             if key not in found and target.accepts(full) is None:
-                found[key] = Candidate(full, cost.sparsity(full), _compute_unevenness(cost, full))
+                found[key] = Candidate(full, cost.compute_sparsity(full), _compute_unevenness(cost, full))
     return sorted(found.values(), key=lambda c: abs(c.sparsity - sparsity))
 
 
@@ -384,11 +384,11 @@ def describe_widths(widths: Mapping[str, int]) -> str:
 def _find_nearest_choices(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:
     """The two choices of ``finest`` around the budget, by bisection, since sparsity falls with width."""
     low, high = 0, len(finest) - 1
-    if cost.sparsity(widths | finest[low]) <= sparsity:
+    if cost.compute_sparsity(widths | finest[low]) <= sparsity:
         return [finest[low]]
     while high - low > 1:
         middle = (low + high) // 2
-        if cost.sparsity(widths | finest[middle]) > sparsity:
+        if cost.compute_sparsity(widths | finest[middle]) > sparsity:
             low = middle
         else:
             high = middle

@@ -84,7 +84,7 @@ class FoldNorms(Pass):
                 graph.graph.erase_node(norm.root)
         graph.recompile()
         notes = [f"epsilon {old:g} → {new:g}" for old, new in epsilons.items()]
-        result = replace(copied, state=program.state.changed(folded))
+        result = replace(copied, state=program.state.with_edits(folded))
         return Folded(result, bool(found), tuple(notes), epsilons=epsilons)
 
     def ensures(self, before: Program, after: Program) -> None:

@@ -241,12 +241,12 @@ class _Placed:
 
     @staticmethod
     def of(site: MaskSite, values: Tensor) -> _Placed:
-        # No unit has the number after the last, at which ``spread`` finds a 1 and ``collect`` a sum to drop.
+        # No unit has the number after the last, at which ``expand_values`` finds a 1 and ``collect`` a sum to drop.
         units, index = values.numel(), site.index
         whole = index.ndim == 1 and torch.equal(index, torch.arange(units))
         return _Placed(torch.where(index < 0, units, index).to(values.device), units, whole)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def expand_values(self, values: Tensor) -> Tensor:
         """The factor at each position: its unit's value, or 1."""
         flat = values.flatten()
         return flat if self.whole else torch.cat([flat, flat.new_ones(1)])[self.index]
@@ -290,7 +290,7 @@ class InsertedMasks:
         # The values are asked for at each call, since they change while masks are learned.
         called = self.module.get_submodule(site.module)
 
-        def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        def apply_mask(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
             if not self.enabled:
                 return x
             factor = self._compute_factors(i).to(x.dtype)
@@ -306,22 +306,22 @@ class InsertedMasks:
                 parameter = name.rpartition(".")[2]
                 ndim = called.get_parameter(parameter).ndim
                 shape = [-1 if d == dim else 1 for d in range(ndim)]
-                _register_mask(called, parameter, partial(masked, shape=shape))
+                _register_mask(called, parameter, partial(apply_mask, shape=shape))
         elif site.where == "input":
-            called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:]))
+            called.register_forward_pre_hook(lambda _, args: (apply_mask(args[0]), *args[1:]))
         elif site.where == "output":
-            called.register_forward_hook(lambda _, args, out: masked(out))
+            called.register_forward_hook(lambda _, args, out: apply_mask(out))
         elif site.where == "block":
             # Before transformers' own hooks, which collect hidden states.
-            hook = self._make_block_hook(site.module, masked)
+            hook = self._make_block_hook(site.module, apply_mask)
             called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
-            _register_mask(called, site.where, masked)
+            _register_mask(called, site.where, apply_mask)
 
     def _make_block_hook(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         """A hook that masks what a block adds to its input: the first argument that is like its first result."""
 
-        def hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
+        def apply_hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
             if not self.enabled:
                 return out
             y, *others = (out,) if isinstance(out, Tensor) else out
@@ -335,10 +335,10 @@ class InsertedMasks:
             y = x + masked(y - x)
             return y if isinstance(out, Tensor) else (y, *others)
 
-        return hook
+        return apply_hook
 
     def _compute_factors(self, i: int) -> Tensor:
-        return self._placed[i].spread(self.values(self.sites[i].family, self.sites[i].layer))
+        return self._placed[i].expand_values(self.values(self.sites[i].family, self.sites[i].layer))
 
     def _see(self, i: int, each: Tensor) -> None:
         """Sum the gradients of a unit's channels at each position, and pass the sums to ``watch``."""
@@ -346,7 +346,7 @@ class InsertedMasks:
         self.watch(self.sites[i].family, self.sites[i].layer, self._placed[i].collect(each))
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def switch_off(self) -> Iterator[None]:
         """In this context the module computes without masks."""
         before, self.enabled = self.enabled, False
         try:

@@ -68,7 +68,7 @@ class Mask(Pass):
 
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
-        dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
+        dims, weight = self.analysis.weights.get(name, ()), program.state.find_like(name)
         # A weight that no call reads, and integers, need no mask.
         cut = self._cut_of(node.name)
         touched = [d for d, term in enumerate(dims) if cut.has_choice(term)]

@@ -53,7 +53,7 @@ def merge_kv_heads(
     runs = torch.arange(size).reshape(count, -1)
     _merge_keys(layer, query, key, runs, products, keys)
     _merge_values(layer, value, output, runs, products, values)
-    return {name: tensor for part in parts for name, tensor in part.written().items()}
+    return {name: tensor for part in parts for name, tensor in part.to_weights().items()}
 
 
 def find_first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]:
@@ -115,7 +115,7 @@ class Projection:
     def weight(self) -> Member:
         return next(m for m in self.members if m.role != "other")
 
-    def written(self) -> dict[str, Tensor]:
+    def to_weights(self) -> dict[str, Tensor]:
         """Each weight with the matrix's numbers."""
         found, bias = {}, len(self.members) > 1
         for m in self.members:
@@ -125,11 +125,11 @@ class Projection:
             found[m.weight] = part.reshape(shape).movedim(0, m.dim).to(like).contiguous()
         return found
 
-    def channels(self, axis: Axis, scope: Sequence[Axis]) -> Tensor:
+    def find_channels(self, axis: Axis, scope: Sequence[Axis]) -> Tensor:
         """The rows of each head's units: [heads, units, rows of a unit]."""
         return torch.from_numpy(find_unit_positions(self.weight.term, axis, scope))
 
-    def products(self, given: ProductsOf | None) -> Tensor:
+    def compute_products(self, given: ProductsOf | None) -> Tensor:
         """Σ x xᵀ of what the matrix is multiplied with: [columns, columns]; of unit inputs if none are given."""
         if given is None:
             return torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype)
@@ -147,7 +147,7 @@ def _merge_keys(
     axes = list(dict.fromkeys(leaf for leaf in list_axes(key.weight.term) if leaf is not layer.groups))
     each = layer.heads.size if layer.heads is not None else 1
     for axis in axes:
-        rows, asked = key.channels(axis, (layer.groups,)), query.channels(axis, layer.scope)
+        rows, asked = key.find_channels(axis, (layer.groups,)), query.find_channels(axis, layer.scope)
         asked = asked.reshape(layer.groups.size, each, *asked.shape[1:])
         if rows.shape[-1] > 2:
             raise MptkError(f"{layer.layer}: keys are turned in more than pairs, so their heads cannot be merged")
@@ -156,10 +156,19 @@ def _merge_keys(
                 key.matrix[rows[run]] = key.matrix[rows[run]].mean(0, keepdim=True)
         elif rows.shape[-1] == 1 and len(axes) == 1:  # no rotation at all: any matrix passes
             _merge_spaces(
-                key, rows[..., 0], query, asked[..., 0], runs, key.products(products), query.products(products), how
+                key,
+                rows[..., 0],
+                query,
+                asked[..., 0],
+                runs,
+                key.compute_products(products),
+                query.compute_products(products),
+                how,
             )
         else:
-            _merge_pairs(key, rows, query, asked, runs, key.products(products), query.products(products), how)
+            _merge_pairs(
+                key, rows, query, asked, runs, key.compute_products(products), query.compute_products(products), how
+            )
 
 
 def _merge_pairs(
@@ -219,14 +228,21 @@ def _merge_values(
     if how == "keep":
         return
     (axis,) = set(list_axes(value.weight.term)) - {layer.groups}
-    rows, used = value.channels(axis, (layer.groups,))[..., 0], output.channels(axis, layer.scope)[..., 0]
+    rows, used = value.find_channels(axis, (layer.groups,))[..., 0], output.find_channels(axis, layer.scope)[..., 0]
     if how == "mean":
         for run in runs:
             value.matrix[rows[run]] = value.matrix[rows[run]].mean(0, keepdim=True)
         return
     used = used.reshape(layer.groups.size, -1, used.shape[-1])
     _merge_spaces(
-        value, rows, output, used, runs, value.products(products), torch.eye(output.matrix.shape[1]).double(), how
+        value,
+        rows,
+        output,
+        used,
+        runs,
+        value.compute_products(products),
+        torch.eye(output.matrix.shape[1]).double(),
+        how,
     )
 
 

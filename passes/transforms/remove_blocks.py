@@ -78,7 +78,7 @@ class RemoveBlocks(Pass):
             program,
             graph=removal.module,
             signature=_keep_signature(program.signature, removal.graph, names),
-            state=program.state.select_names(names.names(program.state)),
+            state=program.state.select_names(names.map_names(program.state)),
             aliases=_rename_aliases(program.aliases, names),
         )
         return PassResult(result, True, (f"{len(blocks)} blocks removed",))
@@ -111,7 +111,7 @@ class _Removal:
         self._drop_outputs()
         # In order, so that a block behind a removed one takes what took its place (case 1).
         for block in self.blocks:
-            before, instead = self._value(block.output), self._value(block.input)
+            before, instead = self._find_value(block.output), self._find_value(block.input)
             before.replace_all_uses_with(instead, delete_user_cb=lambda user: user.name not in self.within)
             self.values[block.output.name] = instead
         self._read_elsewhere()
@@ -122,7 +122,7 @@ class _Removal:
         self.graph.lint()
         self.module.recompile()
 
-    def _value(self, value: fx.Node) -> fx.Node:
+    def _find_value(self, value: fx.Node) -> fx.Node:
         """The value in this graph. The pass before may have multiplied it for all its users."""
         node: fx.Node = self.values.get(value.name, self.nodes[value.name])
         return next((user for user in node.users if scale_of(user) is not None), node)
@@ -175,11 +175,11 @@ def _keep_signature(signature: ExportGraphSignature, graph: fx.Graph, names: Ren
     like = signature.output_specs[0]
     return replace(
         signature,
-        input_specs=[s if s.target is None else replace(s, target=names.new(s.target)) for s in inputs],
+        input_specs=[s if s.target is None else replace(s, target=names.find_new(s.target)) for s in inputs],
         output_specs=[replace(like, arg=TensorArgument(name=result.name)) for result in results],
     )
 
 
 def _rename_aliases(aliases: Mapping[str, str], names: Renumbering) -> dict[str, str]:
-    pairs = {names.new(alias): names.new(owner) for alias, owner in aliases.items()}
+    pairs = {names.find_new(alias): names.find_new(owner) for alias, owner in aliases.items()}
     return {alias: owner for alias, owner in pairs.items() if alias is not None and owner is not None}

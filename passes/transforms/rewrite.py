@@ -57,10 +57,10 @@ class Rewrite(Pass):
             for name, dims in self.analysis.weights.items()
             if any(map(self.cut.has_choice, dims))
         }
-        state = program.state.changed(cut, moves=True)
+        state = program.state.with_edits(cut, moves=True)
         result = replace(program.with_graph(resizer.graph), state=state)
-        propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
-        sliced = sum(like.shape != state.like(name).shape for name, like in program.state.likes.items())
+        propagate_shapes(result, resizer.find_untouched(), resizer.cut_caches())
+        sliced = sum(like.shape != state.find_like(name).shape for name, like in program.state.likes.items())
         return PassResult(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -110,7 +110,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
     unchanged: set[fx.Node] = set()
     for node in placeholders:
         # A placeholder is unchanged if its shape is. Then calls on only such values keep theirs, and are not run.
-        tensor = program.state.like(weights[node.name]) if node.name in weights else None
+        tensor = program.state.find_like(weights[node.name]) if node.name in weights else None
         if tensor is None:
             unchanged.update(() if node.name in changed else (node,))
         elif tensor.shape == node.meta["val"].shape:

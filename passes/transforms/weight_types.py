@@ -47,8 +47,8 @@ class Retype(Pass):
                 node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: self.dtype if _is_type(a) else a)
         graph.recompile()
         floats = [n for n, like in program.state.likes.items() if like.is_floating_point()]
-        state = program.state.changed(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
-        types = program.types or Types(self.dtype, {n: program.state.like(n).dtype for n in floats})
+        state = program.state.with_edits(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
+        types = program.types or Types(self.dtype, {n: program.state.find_like(n).dtype for n in floats})
         made = replace(program, graph=graph, state=state, types=replace(types, wide=self.dtype))
         return PassResult(made, _list_float_types(program) != {self.dtype})
 
@@ -83,7 +83,7 @@ def restore_types(program: Program) -> Program:
     graph.recompile()
     own_types = program.types.own
     casts = {n: partial(Tensor.to, dtype=dtype) for n, dtype in own_types.items() if n in program.state}
-    return replace(program, graph=graph, state=program.state.changed(casts), types=None)
+    return replace(program, graph=graph, state=program.state.with_edits(casts), types=None)
 
 
 def _restore_type(value: Argument, own: Iterator[torch.dtype]) -> Argument:
@@ -106,18 +106,18 @@ class Store(Pass):
             for name, like in held.items()
             if name in program.state
             and is_wider(like, self.dtype)
-            and getattr(program.state.entry(name), "held", None) != self.dtype
+            and getattr(program.state.get_entry(name), "held", None) != self.dtype
         ]
         if not wider:
             return PassResult(program, False)
-        state = program.state.changed(dict.fromkeys(wider, partial(round_to_type, dtype=self.dtype)))
+        state = program.state.with_edits(dict.fromkeys(wider, partial(round_to_type, dtype=self.dtype)))
         return PassResult(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""
         assert list_state_shapes(after) == list_state_shapes(before), "a weight has another shape"
         for name, like in after.state.likes.items():
-            assert like.dtype == before.state.like(name).dtype, f"{name} has another type"
+            assert like.dtype == before.state.find_like(name).dtype, f"{name} has another type"
 
 
 def round_to_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +149,9 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> PassResult:
         floats = [name for name, like in program.state.likes.items() if like.is_floating_point()]
-        moved = program.state.changed({name: partial(_add_jitter, seed=zlib.crc32(name.encode())) for name in floats})
+        moved = program.state.with_edits(
+            {name: partial(_add_jitter, seed=zlib.crc32(name.encode())) for name in floats}
+        )
         return PassResult(replace(program, state=moved), bool(floats))
 
     def ensures(self, before: Program, after: Program) -> None:

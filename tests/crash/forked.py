@@ -160,8 +160,8 @@ def _set(trap: Trap, events: Path) -> None:
         return run
 
     os.rename, os.replace = watched(os.rename), watched(os.replace)
-    replace._exchanged = watched(replace._exchanged) if trap.exchange else lambda *_: False
-    lines = mptk.cli.console.lines
+    replace._swap_names = watched(replace._swap_names) if trap.exchange else lambda *_: False
+    lines = mptk.cli.console.make_line_progress
 
     def told(*given: Any) -> Progress:
         report = lines(*given)
@@ -172,4 +172,4 @@ def _set(trap: Trap, events: Path) -> None:
 
         return say
 
-    mptk.cli.console.lines = told
+    mptk.cli.console.make_line_progress = told

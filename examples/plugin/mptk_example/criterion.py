@@ -25,7 +25,7 @@ def measure(given: Calibration) -> dict[Site, Tensor]:
     found = {}
     for site, peak in peaks.items():
         weight = compute_weight(given.analysis.program, site.weight).abs()
-        whole = torch.stack(share.all(peak)).amax(0)  # of all processes of the run
+        whole = torch.stack(share.gather(peak)).amax(0)  # of all processes of the run
         found[site] = weight * whole.view([-1 if d == site.weight_dim else 1 for d in range(weight.ndim)])
     return found
 

@@ -28,7 +28,7 @@ class NpzTarget(Target):
     name = "npz"
     summary = "a NumPy archive, widths in multiples of 8"
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         whole = find_graph_widths(analysis, alignment)
         ladders = {
             family.name: tuple(w for w in whole.ladders[family.name] if w % STEP == 0 or w == family.size)

@@ -172,7 +172,7 @@ def _take_characters(documents: Iterable[Document], characters: int) -> Iterator
     """Documents until ``characters`` were taken from them; the last one is cut off."""
     left = characters
 
-    def taken(document: Document) -> Iterator[str]:
+    def take_pieces(document: Document) -> Iterator[str]:
         nonlocal left
         for piece in document:
             yield piece[:left]
@@ -181,7 +181,7 @@ def _take_characters(documents: Iterable[Document], characters: int) -> Iterator
                 return
 
     for document in documents:
-        yield taken(document)
+        yield take_pieces(document)
         if left <= 0:
             return
 
@@ -214,20 +214,20 @@ def read_json_rows(path: Path) -> Iterator[Json]:
     # Not by ``datasets``: the readers of pyarrow, which it calls, crash the process on a line that is a number.
     number = 0
 
-    def damaged(why: str) -> MptkError:
+    def make_error(why: str) -> MptkError:
         return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
 
     with _open_unpacked(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
+                raise make_error(f"it has more than {LONGEST_LINE >> 20} MB")
             # An object a line never begins with a bracket.
             if number == 1 and line.lstrip()[:1] == b"[":
-                yield from _read_list(line, file.read, damaged)
+                yield from _read_list(line, file.read, make_error)
                 return
             if line.strip():
-                yield _check_object(_decode_json(line, damaged), damaged)
+                yield _check_object(_decode_json(line, make_error), make_error)
 
 
 def _open_unpacked(path: Path) -> BinaryIO:
@@ -296,7 +296,7 @@ def read_row_texts(
                 yield value
             elif _is_chat(value):
                 check_has_template(tokenizer, source)
-                text = template.text(with_roles(value), f"a chat of {source}", "name a column of text as FILE:COLUMN")
+                text = template.render(with_roles(value), f"a chat of {source}", "name a column of text as FILE:COLUMN")
                 yield text.removeprefix(begin)
             else:
                 raise MptkError(

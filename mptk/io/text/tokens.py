@@ -125,11 +125,11 @@ def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     If not, the tokenizer puts a space before each text itself, and the space must be left out.
     """
 
-    def ids(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return found
 
-    return ids("some words") == ids("some") + ids(" words")
+    return encode("some words") == encode("some") + encode(" words")
 
 
 def _cut(text: str, last: int) -> int:

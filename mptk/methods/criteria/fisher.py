@@ -120,9 +120,9 @@ def _measure_slopes(given: Calibration) -> dict[str, Slopes]:
 
     # The loss is a sum over predictions. Scaled so, γ is what a position would add if each position predicted.
     count = len(given.samples) * given.samples.positions
-    scale = count / given.objective.predicted(given.samples)
+    scale = count / given.objective.count_predictions(given.samples)
     _, share = sum_gradients(given, lambda loss: loss * scale, taps=taps)
-    total = {name: share.total(found.to(given.executor.device)).cpu() for name, found in sums.items()}
+    total = {name: share.sum_all(found.to(given.executor.device)).cpu() for name, found in sums.items()}
     return {name: Slopes(found[1], found[0] / count, count) for name, found in total.items()}
 
 

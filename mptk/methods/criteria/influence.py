@@ -44,7 +44,7 @@ def measure_influence(given: Calibration) -> dict[str, Tensor]:
         for unit, block in enumerate(stack.blocks)
     ]
     share = watch(given, watches)
-    totals = [share.total(seen.to(given.executor.device)).cpu() for seen in sums]
+    totals = [share.sum_all(seen.to(given.executor.device)).cpu() for seen in sums]
     return {depth.name: turned / count for depth, (turned, count) in zip(depths, totals, strict=True)}
 
 

@@ -253,13 +253,13 @@ def measure_activations(given: Calibration) -> dict[Site, Observation]:
     Only running sums [*shared, K] are kept. Raises the errors of ``watch``.
     """
 
-    def made(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
+    def make_moments(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
         return compute_moments(x, stream[1], stream[2], ends)
 
     # Sites that read one activation (query, key and value layers) share its moments.
     sites = given.sites
     streams = dict.fromkeys(site.stream for site in sites)
-    watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(made, s)) for s in streams}
+    watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(make_moments, s)) for s in streams}
     found = gather_moments(given, watches)
     return {site: Observation(site, given.analysis.program, found[site.stream]) for site in sites}
 
@@ -278,7 +278,7 @@ def gather_moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[K
 
 def _merge_moments(seen: Moments, share: Sharing) -> Moments:
     """The moments of all processes' batches."""
-    parts = zip(share.all(seen.count), share.all(seen.mean), share.all(seen.deviation), strict=True)
+    parts = zip(share.gather(seen.count), share.gather(seen.mean), share.gather(seen.deviation), strict=True)
     first, *rest = (Moments(*part) for part in parts)
     for more in rest:
         first = first.merge(more)
@@ -359,11 +359,11 @@ def sum_losses(task: Task, executor: Executor, programs: Sequence[Program], give
     share = share_batches(len(given))
     own = share.own(given)
     sums = torch.zeros(len(programs), dtype=torch.float64)
-    results = executor.outputs(programs, [batch.tensors for batch in own])
+    results = executor.run_programs(programs, [batch.tensors for batch in own])
     for batch in own:
         for i in range(len(programs)):
-            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-    return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
+            sums[i] += float(task.compute_loss(next(results), batch.to(executor.device)))
+    return sums if share.count == 1 else share.sum_all(sums.to(executor.device)).cpu()
 
 
 def sum_gradients(
@@ -379,8 +379,8 @@ def sum_gradients(
     share = share_batches(len(found))
     own = share.own(found)
 
-    def loss(output: Tensor, i: int) -> Tensor:
+    def compute_loss(output: Tensor, i: int) -> Tensor:
         return scaled(given.objective.compute_sensitivity(output, own[i].to(executor.device)))
 
     inputs, progress = [batch.tensors for batch in own], count_in_samples(given.progress, own)
-    return executor.gradients(program, names, inputs, loss, progress, share.total, taps), share
+    return executor.compute_gradients(program, names, inputs, compute_loss, progress, share.sum_all, taps), share

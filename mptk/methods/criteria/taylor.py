@@ -31,7 +31,7 @@ class Gradients:
 def measure_gradients(given: Calibration) -> Gradients:
     """The gradients of the weights of all units."""
     names = dict.fromkeys(member.weight for group in given.groups for member in group.members)
-    predicted = given.objective.predicted(given.samples)
+    predicted = given.objective.count_predictions(given.samples)
     return Gradients(given.analysis, sum_gradients(given, lambda loss: loss / predicted, names)[0])
 
 
@@ -39,11 +39,11 @@ def score_by_taylor(evidence: Gradients, variables: Sequence[Variable]) -> Score
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
     state = evidence.analysis.program.state
 
-    def importance(name: str) -> Tensor:
+    def compute_importance(name: str) -> Tensor:
         gradient = evidence.each[name].float()
         return (state[name].to(gradient.device).float() * gradient).abs()
 
-    return sum_members(evidence.analysis, variables, importance)
+    return sum_members(evidence.analysis, variables, compute_importance)
 
 
 TAYLOR = Criterion(

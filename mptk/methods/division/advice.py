@@ -128,7 +128,7 @@ def estimate_advice(settings: Settings, sizes: ModelSizes, cuts: int, texts: int
         "moments": Pass(s.windows * s.length, s.length),
         "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
         "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
-        **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].times(TRAINED)} if s.steps else {}),
+        **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].repeat(TRAINED)} if s.steps else {}),
     }
 
 
@@ -187,7 +187,7 @@ class Advising:
         with context.stage(stage := "recover"):
             for done, point in enumerate(points):
                 say = partial(report_part, context.progress, stage, done, len(points), describe_widths(point.widths))
-                place = self.trials.folder.part(stage, {}, resume=False)
+                place = self.trials.folder.open_part(stage, {}, resume=False)
                 compiled = self.trials.cut(self.trials.chosen(point.widths))
                 program = self.trials.recover_program(compiled, steps, place, say, held_out=sets.held_out)
                 place.remove()
@@ -226,9 +226,11 @@ class Advising:
         task, executor = self.prepared.task, self.prepared.calibrator
         rows = [(text, row) for text, samples in self.texts.items() for row in samples.split(1)]
         losses, top = defaultdict[str, list[float]](list), defaultdict[str, list[Tensor]](list)
-        outputs = executor.outputs([program], [row.tensors for _, row in rows])
+        outputs = executor.run_programs([program], [row.tensors for _, row in rows])
         for (text, row), output in zip(rows, outputs, strict=True):
-            losses[text].append(float(task.loss(output, row.to(executor.device))) / max(1, task.predicted(row)))
+            losses[text].append(
+                float(task.compute_loss(output, row.to(executor.device))) / max(1, task.count_predictions(row))
+            )
             if task.classes and isinstance(output, Tensor):
                 top[text].append(output.argmax(-1).cpu())
         return {t: Windows(torch.tensor(losses[t], dtype=torch.float64), tuple(top[t])) for t in self.texts}
@@ -240,7 +242,7 @@ class Advising:
     def _rise(self, curve: Sequence[Point], widths: Mapping[str, int]) -> float:
         """The mean rise of the loss for ``widths`` of the families of a curve, from its points by interpolation."""
         own = {name for point in curve for name in point.widths if point.widths[name] < self._find_dense_size(name)}
-        removed = self.prepared.cost.sparsity({name: widths[name] for name in own})
+        removed = self.prepared.cost.compute_sparsity({name: widths[name] for name in own})
         xs, ys = [0.0, *(point.sparsity for point in curve)], [0.0, *(point.rise for point in curve)]
         return float(interpolate(xs, np.array(ys), removed))
 

@@ -123,7 +123,7 @@ def find_widths(prepared: Prepared) -> list[Candidate]:
 def _find_elsewhere(prepared: Prepared) -> tuple[list[Candidate], str | None]:
     """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
     p = prepared
-    legal = p.target.elsewhere(p.analysis, p.legal, build_alignment(p.settings))
+    legal = p.target.find_elsewhere(p.analysis, p.legal, build_alignment(p.settings))
     if legal is None:
         return [], None
     legal = replace(legal, left=p.legal.left)
@@ -173,7 +173,7 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
     for name in [*names, *s.keep, *s.widths]:
         if name in s.keep:
             continue
-        if (refusal := prepared.method.refusal(prepared.analysis, name)) is not None:
+        if (refusal := prepared.method.explain_refusal(prepared.analysis, name)) is not None:
             raise MptkError(refusal)
         if len(legal.ladders[name]) == 1:
             why = legal.refused.get(name, "no narrower width is legal")
@@ -230,7 +230,7 @@ def list_cuttable(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> li
     analysis, method = prepared.analysis, prepared.method
     names = legalize.choose_default_families(prepared.variables, legal)
     depths = [f.name for f in analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
-    return [name for name in (depths if blocks else names) if method.refusal(analysis, name) is None]
+    return [name for name in (depths if blocks else names) if method.explain_refusal(analysis, name) is None]
 
 
 def check_any(analysis: Analysis, cost: CostModel) -> None:
@@ -251,7 +251,10 @@ def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[st
     least = {name: legal.ladders[name][0] for name in names}
 
     def reaches(further: Collection[str]) -> bool:
-        return p.cost.sparsity(least | {name: legal.ladders[name][0] for name in further}) >= s.sparsity - s.tolerance
+        return (
+            p.cost.compute_sparsity(least | {name: legal.ladders[name][0] for name in further})
+            >= s.sparsity - s.tolerance
+        )
 
     widths = [
         (legalize.list_aligned_widths(p.variables[name].family, at) for at in (build_alignment(s), Alignment(1)))
@@ -261,7 +264,9 @@ def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[st
         found.append("give --align 1 for finer widths")
     if legal.left and reaches(legal.left):
         found.append(f"give --no-portable to cut {', '.join(legal.left)}, too")
-    able = [n for n, ladder in legal.ladders.items() if len(ladder) > 1 and p.method.refusal(p.analysis, n) is None]
+    able = [
+        n for n, ladder in legal.ladders.items() if len(ladder) > 1 and p.method.explain_refusal(p.analysis, n) is None
+    ]
     others = [n for n in able if n not in {*names, *legal.left, *s.keep} and reaches((n,))]
     if others and not reaches(()):
         found.append(f"name {' or '.join(others)} in --families, too")

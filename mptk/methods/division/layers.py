@@ -70,7 +70,7 @@ def choose_division(
     widths = divide(curves, ladders, prepared.cost, prepared.settings.sparsity)
     plans = {"equal layers": uniform, "free layers": plan_widths(prepared, scores, widths)}
     sparsity, tolerance = prepared.settings.sparsity, prepared.settings.tolerance
-    removed = {name: prepared.cost.sparsity(plan.widths) for name, plan in plans.items()}
+    removed = {name: prepared.cost.compute_sparsity(plan.widths) for name, plan in plans.items()}
     plans = {name: plan for name, plan in plans.items() if abs(removed[name] - sparsity) <= tolerance}
     if not plans:
         nearest = min(removed.values(), key=lambda share: abs(share - sparsity))
@@ -122,12 +122,13 @@ def divide(
     widths = {name: ladder[-1] for name, ladder in ladders.items()}
     for edge in sorted(edges, key=lambda edge: edge.price):
         after = widths | {edge.name: edge.end}
-        if cost.sparsity(after) < sparsity:
+        if cost.compute_sparsity(after) < sparsity:
             widths = after
             continue
         between = [width for width in ladders[edge.name] if edge.end <= width <= edge.start]
         return min(
-            (widths | {edge.name: width} for width in between), key=lambda tried: abs(cost.sparsity(tried) - sparsity)
+            (widths | {edge.name: width} for width in between),
+            key=lambda tried: abs(cost.compute_sparsity(tried) - sparsity),
         )
     return widths
 
@@ -136,7 +137,7 @@ def build_hull(name: str, curve: Curve, cost: CostModel) -> list[HullEdge]:
     """The lower convex hull of a curve over the saved cost: edges of rising price. Losses never fall with the width."""
     points = [(0.0, 0.0, curve.widths[0])]
     for width, loss in zip(curve.widths[1:], curve.losses[1:], strict=True):
-        point = (cost.sparsity({name: width}), max(loss, points[-1][1]), width)
+        point = (cost.compute_sparsity({name: width}), max(loss, points[-1][1]), width)
         while len(points) > 1 and _compute_price(points[-2], points[-1]) >= _compute_price(points[-1], point):
             points.pop()
         points.append(point)
@@ -194,7 +195,10 @@ def plan_whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | N
         {layer.name: width for name, width in (nearest | {finest: last}).items() for layer in inner[name]}
         for last in ladders[finest]
     ]
-    off = {i: abs(cost.sparsity(widths) - prepared.cost.sparsity(equal.widths)) for i, widths in enumerate(tried)}
+    off = {
+        i: abs(cost.compute_sparsity(widths) - prepared.cost.compute_sparsity(equal.widths))
+        for i, widths in enumerate(tried)
+    }
     best = min(off, key=lambda i: off[i])
     if off[best] > settings.tolerance:
         return None

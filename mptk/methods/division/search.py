@@ -60,7 +60,7 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
     task, s = prepared.task, prepared.settings
     protocol = (
         f"mean loss on {len(search.samples)} samples of {search.samples.positions} tokens of "
-        f"{task.named(prepared.loaded.model, s.data)}, which nothing was fitted to or trained on; units by "
+        f"{task.name_data(prepared.loaded.model, s.data)}, which nothing was fitted to or trained on; units by "
         f"{search.criterion} from {len(sets.calibration)} other samples"
     )
     metric: Literal["perplexity", "loss"] = "perplexity" if task.classes and not task.compares else "loss"
@@ -285,7 +285,7 @@ class Search(Trials):
 
     def _place(self, number: int, phase: str = "") -> RunFolder:
         """Where the training of a shape keeps its checkpoints."""
-        return self.folder.part(f"{_name(number)}{phase}", {})
+        return self.folder.open_part(f"{_name(number)}{phase}", {})
 
     def _forget(self, numbers: Iterable[int]) -> None:
         """Remove the checkpoints of shapes that are trained no further."""

@@ -59,6 +59,6 @@ def measure_losses(
     for first in range(0, len(programs), at_once):
         made = [make() for make in programs[first : first + at_once]]
         sums = sum_losses(prepared.task, executor, made, batches)
-        found += (sums / prepared.task.predicted(samples)).tolist()
+        found += (sums / prepared.task.count_predictions(samples)).tolist()
         progress(len(found), len(programs))
     return found

@@ -68,7 +68,7 @@ class Trials:
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
-        changes = self.products.fitted(cut)
+        changes = self.products.fit_layers(cut)
         return Chosen(plan, cut, changes, tuple(changes))
 
     def programs(self, widths: Mapping[str, int]) -> Iterator[Program]:
@@ -83,7 +83,9 @@ class Trials:
         def weight(name: str) -> Tensor:
             return now[name]
 
-        weights = Weights({name: Lazy(dense.like(name).to("meta"), partial(weight, name)) for name in chosen.changes})
+        weights = Weights(
+            {name: Lazy(dense.find_like(name).to("meta"), partial(weight, name)) for name in chosen.changes}
+        )
         changed = replace(analysis, program=analysis.program.with_state(weights))
         program = cut_program(changed, chosen.cut, Log(), torch.float32).exact
         yield program

@@ -188,14 +188,14 @@ class Learner:
 
         # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
-        scores = {family: solver.scores(family).cpu() for family in widths}
+        scores = {family: solver.compute_scores(family).cpu() for family in widths}
         plan = select_units(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
 
         # The class may hold other units than the tail left (whole blocks), so masks follow the plan. The outputs are
         # computed with masks and adapters in place: the proof compares them with the merged weights'.
         solver.harden(collect_kept_units(analysis, cut, list(widths)))
-        outputs = self.outputs(loop.student, sets.proof)
+        outputs = self.compute_outputs(loop.student, sets.proof)
         state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
         notes = () if prepared.settings.layers == FREE else (describe_ends(prepared, scores, plan, sets),)
@@ -241,8 +241,8 @@ class Learner:
             self._average(solver)
             solver.step(tokens)
             if not solver.fixed and solver.step_count >= solver.ramp * solver.steps:
-                solver.fix(find_nearest_candidate(candidates, solver.widths(), shapes))
-            return solver.metrics()
+                solver.fix(find_nearest_candidate(candidates, solver.compute_widths(), shapes))
+            return solver.collect_metrics()
 
         extra = (solver.state, solver.load)
         loop = self._make_loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
@@ -284,7 +284,7 @@ class Learner:
         task = self.prepared.task
         if task.classes and samples.targets is not None and not task.compares:
             return cross_entropy(output, samples.targets)  # in chunks: logits are large
-        return task.compute_sensitivity(output, samples) / task.predicted(samples)
+        return task.compute_sensitivity(output, samples) / task.count_predictions(samples)
 
     def _average(self, solver: Solver) -> None:
         """Average gradients over processes, so that all of them take the same step."""
@@ -315,10 +315,10 @@ class Learner:
     def _recover_weights(
         self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None
     ) -> Recovered:
-        loop = self.recovery(small, steps, used, watch)
+        loop = self.make_recovery(small, steps, used, watch)
         loop.run()
         # Before adapters are merged: the proof compares these outputs with the merged weights'.
-        outputs = self.outputs(loop.student, batch)
+        outputs = self.compute_outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merge_adapters(student) if self.rank else student.named_parameters()
         trained = gather_tensors(state, keep=self.accelerator.is_main_process)
@@ -333,8 +333,8 @@ class Learner:
         without_autocast(self.accelerator, loop.student)
         found = []
         for i, view in enumerate(student.views):
-            witness = Witness("trained model", self.outputs(view, batch), self.tolerance)
-            found.append(Recovered(gather_tensors(student.weights(i).items(), keep=True), witness, watch))
+            witness = Witness("trained model", self.compute_outputs(view, batch), self.tolerance)
+            found.append(Recovered(gather_tensors(student.compute_weights(i).items(), keep=True), witness, watch))
         self.accelerator.free_memory()
         return found
 
@@ -347,7 +347,7 @@ class Learner:
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
+    def make_recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
         """The loop that trains the cut model."""
         settings = self.settings
         if self.rank:
@@ -367,28 +367,28 @@ class Learner:
 
         # Placed at the first call: with a cached teacher there may be none.
         @cache
-        def dense() -> Any:  # with a cached teacher it may never run
+        def load_dense() -> Any:  # with a cached teacher it may never run
             return place_model(self.accelerator, self.prepared.copy_teacher(self.keeps))
 
-        return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
+        return lambda samples, hidden: run_module(self.prepared.task, load_dense(), samples, hidden=hidden)
 
     @torch.no_grad()
-    def outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
+    def compute_outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
         """The trained student's outputs in evaluation mode. All processes call it; shards stay in half precision."""
         acc = self.accelerator
         if not acc.is_fsdp2:
             student = without_autocast(acc, student)
-        return move_to_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
+        return move_to_host(self.prepared.task.compute_output(student.eval(), batch.to(acc.device)))
 
     def _make_loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
         """A loop of the run. ``more``: its other fields."""
 
-        def say(done: int, total: int, metrics: Metrics) -> None:
+        def report(done: int, total: int, metrics: Metrics) -> None:
             self.progress(phase, done, total, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
         task, training = self.prepared.task, self.settings.training
         given = (self.accelerator, student, teacher, task, self.samples, steps, training, phase, self.folder)
-        return Loop(*given, progress=say, **more)
+        return Loop(*given, progress=report, **more)
 
     def _make_teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
@@ -424,15 +424,15 @@ def find_nearest_candidate(
 ) -> dict[str, int]:
     """The widths of the candidate nearest to the learned widths, measured as shares of the dense widths."""
 
-    def distance(candidate: Candidate) -> float:
+    def compute_distance(candidate: Candidate) -> float:
         return sum(((width - learned[family]) / shapes[family][2]) ** 2 for family, width in candidate.widths.items())
 
-    return dict(min(candidates, key=distance).widths)
+    return dict(min(candidates, key=compute_distance).widths)
 
 
 def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), switch_off_adapters(student):
+    with masks.switch_off(), switch_off_adapters(student):
         return run_module(task, student, samples, hidden=hidden)
 
 

@@ -42,7 +42,7 @@ class MaskPrune(Method):
         if settings.learning.precision == "fp16":
             raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
         return find_disturbance(analysis, family)
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
@@ -79,4 +79,4 @@ def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -
     found = context.keep(DIVISION, find).tensors
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}
-    return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses
+    return replace(prepared, candidates=(Candidate(widths, prepared.cost.compute_sparsity(widths), 0.0),)), losses

@@ -86,18 +86,18 @@ class Solver:
         self.masks = {family: units.float().requires_grad_() for family, units in self.stays.items()}
 
         # F, d, the last g, and the sum of squares of the tokens' gradients since the last ``observe``.
-        self.fisher, self.drift, self.last, self.squares = (self._zeros() for _ in range(4))
+        self.fisher, self.drift, self.last, self.squares = (self._make_zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
 
         # s, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.
         self.gone = {family: float((~units[0, 0]).sum()) for family, units in self.stays.items()}
         self.removed = dict(self.gone)
-        self.begin = resource(self.widths()) if stays else 1.0
+        self.begin = resource(self.compute_widths()) if stays else 1.0
         self.fixed: dict[str, int] = {}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
 
-    def _zeros(self) -> dict[str, Tensor]:
+    def _make_zeros(self) -> dict[str, Tensor]:
         dtype = find_widest_float(self.device)
         return {family: torch.zeros(shape, dtype=dtype, device=self.device) for family, shape in self.shapes.items()}
 
@@ -116,9 +116,9 @@ class Solver:
         fisher = self.compute_curvature(family)
         if family in self.prior and family not in self.blocks:
             fisher = combine_curvature(fisher, self.prior[family])
-        return 0.5 * fisher + self.beyond(family)
+        return 0.5 * fisher + self.compute_beyond(family)
 
-    def scores(self, family: str) -> Tensor:
+    def compute_scores(self, family: str) -> Tensor:
         """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior.
 
         Those of units that a larger cut removed are −∞.
@@ -128,12 +128,12 @@ class Solver:
 
     def order(self, family: str) -> Tensor:
         """The units of each layer and scope row in the order of removal; blocks that must stay come last."""
-        scores = self.scores(family).clone()
+        scores = self.compute_scores(family).clone()
         for unit in self.blocks.get(family, ()):
             scores[..., unit] = torch.inf
         return scores.argsort(dim=-1, stable=True)
 
-    def beyond(self, family: str) -> Tensor:
+    def compute_beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
         # F is the variance of one token's gradient, d a moving average of means over ``tokens``. Such an average has
         # (1 − memory) / (1 + memory) of the variance of one term.
@@ -145,14 +145,14 @@ class Solver:
         """F: the running average, corrected for its start at 0."""
         return self.fisher[family] / max(1 - self.rates.fisher**self.seen, EPSILON)
 
-    def widths(self) -> dict[str, float]:
+    def compute_widths(self) -> dict[str, float]:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
     def mark_tail(self, family: str) -> Tensor:
         """The first ⌈s⌉ units to remove in each layer and scope row: boolean [layers, scopes, size]."""
         return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
-    def target(self) -> float:
+    def compute_target(self) -> float:
         """The budget of the current step. It falls to B over the ramp, along a cubic (Zhu & Gupta 2017).
 
         It begins with 1 or, after a larger cut, with that one's cost.
@@ -218,7 +218,7 @@ class Solver:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
         if self.fixed:
             return
-        ramped = (self.begin - self.target()) / (self.begin - self.budget) if self.budget < self.begin else 1.0
+        ramped = (self.begin - self.compute_target()) / (self.begin - self.budget) if self.budget < self.begin else 1.0
         for family, width in self.given.items():
             gone = self.gone[family]
             self.removed[family] = gone + ramped * (self.shapes[family][2] - gone - width)
@@ -254,13 +254,13 @@ class Solver:
         self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
         if not 0 <= self.z < DIVERGED:
             raise MptkError(
-                f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the "
-                f"cost, so the budget of {self.budget:.3f} cannot be met; ask for less"
+                f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.compute_widths()):.3f} of "
+                f"the cost, so the budget of {self.budget:.3f} cannot be met; ask for less"
             )
 
     def _compute_excess(self) -> float:
         """R − B: the cost above the current budget, as a share of the dense cost."""
-        return self.resource(self.widths()) - self.target()
+        return self.resource(self.compute_widths()) - self.compute_target()
 
     def _predict_marginal(self, family: str) -> float:
         """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
@@ -275,7 +275,7 @@ class Solver:
 
     def _compute_slope(self, family: str) -> float:
         """−∂R/∂s: the cost that one more unit saves, by a central difference."""
-        widths = self.widths()
+        widths = self.compute_widths()
         below, above = max(widths[family] - 0.5, 0.0), widths[family] + 0.5
         return (self.resource(widths | {family: above}) - self.resource(widths | {family: below})) / (above - below)
 
@@ -297,10 +297,10 @@ class Solver:
         for family, m in self.masks.items():
             m.copy_(kept[family]) if family in kept else m.fill_(1)
 
-    def metrics(self) -> dict[str, float]:
+    def collect_metrics(self) -> dict[str, float]:
         """Cost, target, widths and z."""
-        widths = {f"width/{family}": width for family, width in self.widths().items()}
-        return {"cost": self.resource(self.widths()), "target": self.target(), "z": self.z, **widths}
+        widths = {f"width/{family}": width for family, width in self.compute_widths().items()}
+        return {"cost": self.resource(self.compute_widths()), "target": self.compute_target(), "z": self.z, **widths}
 
     # ---- checkpoints ----
 
@@ -308,11 +308,11 @@ class Solver:
         """The state that a resumed run needs: name → tensor."""
         counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed)]
         removed = {family: torch.tensor(count, dtype=torch.float64) for family, count in self.removed.items()}
-        each = {**self._tensors(), "removed": removed, "prior": self.prior}
+        each = {**self._collect_tensors(), "removed": removed, "prior": self.prior}
         found = {f"solver.{family}.{name}": t.detach() for name, of in each.items() for family, t in of.items()}
         return {"solver.z": torch.tensor(counts, dtype=torch.float64), **found}
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+    def _collect_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last}
 
     @torch.no_grad()
@@ -320,11 +320,11 @@ class Solver:
         """Restore what ``state`` returned."""
         z, count, seen, tokens, fixed = tensors["solver.z"].tolist()
         self.z, self.step_count, self.seen, self.tokens = z, int(count), int(seen), int(tokens)
-        for name, of in self._tensors().items():
+        for name, of in self._collect_tensors().items():
             for family, tensor in of.items():
                 tensor.copy_(tensors[f"solver.{family}.{name}"])
         self.removed = {family: float(tensors[f"solver.{family}.removed"]) for family in self.shapes}
         priors = {family: tensors.get(f"solver.{family}.prior") for family in self.shapes}
         self.prior = {family: prior.to(self.device) for family, prior in priors.items() if prior is not None}
         if fixed:
-            self.fix({family: round(width) for family, width in self.widths().items()})
+            self.fix({family: round(width) for family, width in self.compute_widths().items()})

@@ -54,7 +54,7 @@ class CachedTeacher:
 
     def __call__(self, samples: Samples) -> TeacherOutputs:
         # Outputs are always read back, also just after they were computed: so each epoch sees the same rounded numbers.
-        files = [self._file([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
+        files = [self._locate([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)
         found = [load_tensors(file, partial(_explain_damage, file)) for file in files]
@@ -64,7 +64,7 @@ class CachedTeacher:
             return each[OUTPUT], None
         return TopLogits(each["tokens"].long(), each["logs"].float(), each["rest"].float()), None
 
-    def _file(self, sample: Sequence[Tensor]) -> Path:
+    def _locate(self, sample: Sequence[Tensor]) -> Path:
         digest = hashlib.sha256()
         for tensor in sample:
             digest.update(tensor.contiguous().numpy().tobytes())

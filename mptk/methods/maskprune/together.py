@@ -41,7 +41,7 @@ class Together(nn.Module):
             self.places.append(places)
             self.own.append(named)
 
-    def weights(self, size: int) -> dict[str, Tensor]:
+    def compute_weights(self, size: int) -> dict[str, Tensor]:
         """The parameters of a size, as functions of the trained ones."""
         largest, places, own = self.own[0], self.places[size], self.own[size]
         return {
@@ -52,7 +52,7 @@ class Together(nn.Module):
         module = self.sizes[size]
         inputs = {**find_cache_switch(module), **inputs}
         # The largest size holds its weights itself, and runs as it is.
-        return functional_call(module, self.weights(size), kwargs=inputs) if size else module(**inputs)
+        return functional_call(module, self.compute_weights(size), kwargs=inputs) if size else module(**inputs)
 
     @property
     def views(self) -> list[OneSize]:

@@ -60,7 +60,7 @@ class Watch:
         if STATE in state:
             self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
 
-    def row(self, source: str, every: int) -> dict[str, object]:
+    def to_row(self, source: str, every: int) -> dict[str, object]:
         """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
         when = f"before training, every {every} steps and at the end"
         return {
@@ -105,7 +105,7 @@ class Loop:
         accelerator: made from the run's settings; it prepares ``student`` here.
         student: a module of ``task``. Parameters that require a gradient are trained.
         samples: the training samples.
-        steps: number of steps. ``rows`` gives the samples of each.
+        steps: number of steps. ``pick_rows`` gives the samples of each.
         each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
             metrics.
         extra: state that checkpoints also hold.
@@ -167,7 +167,7 @@ class Loop:
         if self.watch is not None:
             self._adopt(self.watch.best)
 
-    def rows(self, step: int) -> Tensor:
+    def pick_rows(self, step: int) -> Tensor:
         """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
         first = self.first_row + step * self.settings.batch
         return draw_epoch_rows(first, self.settings.batch, len(self.samples), self.settings.seed)
@@ -178,7 +178,7 @@ class Loop:
             group["lr"] = group["peak"] * schedule(step, self.steps, settings.warmup)
 
         # Each process takes its part of the batch, in parts that fit memory. A part counts by its number of samples.
-        own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
+        own = self.pick_rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):
@@ -256,7 +256,7 @@ class Loop:
         state = self._state()  # shards are gathered from all processes
         if self.accelerator.is_main_process:
             best = None if self.watch is None else self.watch.best
-            self.folder.checkpoint(self.phase, step, state, best)
+            self.folder.save_checkpoint(self.phase, step, state, best)
 
     def _adopt(self, step: int) -> None:
         """Go back to the weights after ``step`` steps."""
@@ -311,7 +311,7 @@ class Loop:
 def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
     """A module's output on ``samples``, and its hidden states if ``hidden``."""
     if not hidden:
-        output, states = task.output(module, samples), None
+        output, states = task.compute_output(module, samples), None
     else:
         found = task.call(module, samples, output_hidden_states=True)
         output, states = task.read(found), getattr(found, "hidden_states", None)

@@ -19,7 +19,7 @@ from mptk.protocols.advice import Advice, Point
 from mptk.protocols.shapes import WORST, Shape, Shapes
 from mptk.report.advice import name_text
 from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, draw_chart, save
-from mptk.report.runs import Comparable, Run, find_front, name_model
+from mptk.report.runs import Comparable, Run, find_front, shorten_model_name
 from mptk.report.view import format_count
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def draw_pareto_chart(group: Comparable) -> Svg:
             # The front begins at the dense model, which removes nothing.
             line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
             axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
-        axes.plot(0, dense, "D", color=INK, label=f"dense {name_model(group.first.report.model)}"[:44])
+        axes.plot(0, dense, "D", color=INK, label=f"dense {shorten_model_name(group.first.report.model)}"[:44])
         for number, run in enumerate(group.runs):
             # Another marker once all colours are used.
             colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
@@ -271,7 +271,7 @@ def draw_change_chart(found: Advice) -> Svg:
             errors = [100 * (point.texts[text].most - point.texts[text].change) for point in found.division]
             axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=name_text(text))
             if found.recovery is not None:
-                after = [found.after(point, text) for point in found.division]
+                after = [found.estimate_after(point, text) for point in found.division]
                 least, most = [100 * each.least for each in after], [100 * each.most for each in after]
                 axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
@@ -287,7 +287,7 @@ def draw_change_chart(found: Advice) -> Svg:
 def find_lowest(found: Advice) -> float:
     """The lowest change before and after training, at most 0."""
     cuts = [(point, text) for point in found.division for text in found.texts]
-    after = [] if found.recovery is None else [found.after(point, text).least for point, text in cuts]
+    after = [] if found.recovery is None else [found.estimate_after(point, text).least for point, text in cuts]
     return min([0.0, *(point.texts[text].change for point, text in cuts), *after])
 
 
@@ -424,6 +424,6 @@ def _compute_figures(found: Shapes, shape: Shape) -> Sequence[float]:
 
 
 def _compute_figure(found: Shapes, loss: float) -> float:
-    value = found.figure(loss)
+    value = found.to_figure(loss)
     assert value is not None
     return value

@@ -80,7 +80,7 @@ class Layer:
             for name, dims in found.items()
         ]
 
-    def side(self, module: str, dim: int) -> list[str]:
+    def list_families(self, module: str, dim: int) -> list[str]:
         """The families in a dimension of a module's weights."""
         return list(dict.fromkeys(e.family for e in self.edges if e.module == module and e.dim == dim))
 
@@ -230,7 +230,7 @@ def draw_coupling_chart(layer: Layer) -> Svg:
             axes.plot([x0, x1], [y0, y1], STYLES[edge["how"]], color=colours[edge["family"]], linewidth=1.6, zorder=1)
         for (kind, name), (x, y) in place.items():
             if kind == "module":
-                sides = [[colours[family] for family in layer.side(name, dim)] for dim in (0, 1)]
+                sides = [[colours[family] for family in layer.list_families(name, dim)] for dim in (0, 1)]
                 _draw_module(axes, break_name(named[name]), x, y, sides)
             else:
                 _draw_family(axes, layer, kind, name, x, y, colours[name])

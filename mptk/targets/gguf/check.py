@@ -250,8 +250,8 @@ def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str
         raise found.fail(f"the type of {odd}", found.kinds[odd].name, kinds[0][odd].name)
     worst = 0.0
     for name, tensor in found.tensors.items():
-        if found.shapes[name] != tuple(tensors.like(name).shape):
-            raise found.fail(f"the shape of {name}", list(found.shapes[name]), list(tensors.like(name).shape))
+        if found.shapes[name] != tuple(tensors.find_like(name).shape):
+            raise found.fail(f"the shape of {name}", list(found.shapes[name]), list(tensors.find_like(name).shape))
         weight = tensors[name].float().contiguous().numpy()
         worst = max(worst, _check_tensor(found, tensor, weight))
     return worst

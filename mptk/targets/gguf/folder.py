@@ -81,21 +81,22 @@ class Pattern:
         try:
             self.reader = GGUFReader(file)
             self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
-            self.architecture = str(self._value("general.architecture"))
+            self.architecture = str(self._read_value("general.architecture"))
             hidden, heads = (
-                int(self._value(f"{self.architecture}.{name}")) for name in ("embedding_length", "attention.head_count")
+                int(self._read_value(f"{self.architecture}.{name}"))
+                for name in ("embedding_length", "attention.head_count")
             )
             # A file may leave the size of a head out if it is hidden size / heads.
             length = self.fields.get(f"{self.architecture}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
-            self.tokens = len(self._value(TOKENS))
+            self.tokens = len(self._read_value(TOKENS))
             self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise make_damage_error(file)(take_first_line(error)) from error
 
-    def _value(self, name: str) -> Any:
+    def _read_value(self, name: str) -> Any:
         if name not in self.fields:
             raise MptkError(
                 f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
@@ -104,7 +105,7 @@ class Pattern:
 
     def fill(self, writer: GGUFWriter) -> None:
         """Write the fields that the writer does not have yet."""
-        for name, field in self._kept():
+        for name, field in self._list_kept():
             own = name.startswith(f"{self.architecture}.")
             key = f"{writer.arch}.{name.removeprefix(f'{self.architecture}.')}" if own else name
             if key not in writer.kv_data[0]:  # what follows from the folder counts more
@@ -113,16 +114,16 @@ class Pattern:
     @property
     def values(self) -> dict[str, object]:
         """The fields that hold for a cut model, too, without the architecture before their names."""
-        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._kept()}
+        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._list_kept()}
 
-    def _kept(self) -> Iterator[tuple[str, GgufField]]:
+    def _list_kept(self) -> Iterator[tuple[str, GgufField]]:
         """Fields that describe neither the pattern's own weights nor single layers."""
         own = f"{self.architecture}."
         for name, field in self.fields.items():
             if not name.startswith(DROPPED) and not (name.startswith(own) and field.items is not None):
                 yield name, field
 
-    def tensor(self, name: str) -> dict[str, Tensor]:
+    def read_tensor(self, name: str) -> dict[str, Tensor]:
         """The float32 tensor ``name`` by its name, if the file has it."""
         return {each.name: torch.from_numpy(each.data.copy()) for each in self.reader.tensors if each.name == name}
 
@@ -189,7 +190,7 @@ class GgufFolder:
             self.base, size, divisors = find_architecture(config), find_head_dim(config), compute_rope_divisors(config)
         else:
             dense = _check_graph_pattern(place, plan, pattern)
-            self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
+            self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.read_tensor(FREQUENCIES)
         self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
         # The tensors, in the file's names and form.
         tied = bool(getattr(config, "tie_word_embeddings", False))

@@ -87,7 +87,7 @@ def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int,
         sources.setdefault(TABLE, sources.pop(HEAD))
     if HEAD in sources and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]:
         raise _make_weight_error(architecture, sources[HEAD])
-    return weights.select_names(sources).changed(changes, moves=True).changed(scales)
+    return weights.select_names(sources).with_edits(changes, moves=True).with_edits(scales)
 
 
 def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
@@ -152,7 +152,7 @@ class GgufWeights:
     @property
     def table(self) -> tuple[int, int]:
         """Tokens and hidden size."""
-        rows, hidden = self.tensors.like(TABLE).shape
+        rows, hidden = self.tensors.find_like(TABLE).shape
         return rows, hidden
 
     @property
@@ -174,7 +174,7 @@ class GgufWeights:
     def _choose_kind(self, name: str, asked: GgufType) -> Kind:
         # Vectors, and some matrices, are float32 whatever was asked for. A row that the type's blocks do not fill is
         # float16. 4 or 5 bits are too coarse for the table and the output matrix.
-        like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
+        like, held = self.tensors.find_like(name), self.tensors.read_narrow(name).dtype
         if held not in HELD:
             raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
         if like.ndim == 1 or FULL.search(name):
@@ -196,7 +196,7 @@ class GgufWeights:
 
     def _measure_layer(self, i: int) -> LayerWidths:
         def shape(name: str) -> torch.Size:
-            return self.tensors.like(f"blk.{i}.{name}.weight").shape
+            return self.tensors.find_like(f"blk.{i}.{name}.weight").shape
 
         # The input of the attention's output is the queries' width, also if query, key and value are one tensor.
         size, queries = self.head_dim, shape("attn_output")[1]
@@ -210,7 +210,7 @@ class GgufWeights:
     def _count_shared(self) -> int:
         """Channels of the experts that all tokens use; 0 if there are none."""
         name = f"blk.{self.leading}.ffn_down_shexp.weight"
-        return self.tensors.like(name).shape[1] if name in self.tensors else 0
+        return self.tensors.find_like(name).shape[1] if name in self.tensors else 0
 
     def _check_widths(self) -> None:
         # What llama.cpp's code for the architecture takes for granted.
@@ -258,7 +258,7 @@ class GgufWeights:
         # The file is called after the type of most numbers in the layers' matrices.
         sizes = dict.fromkeys(self.kinds.values(), 0)
         for name, kind in self.kinds.items():
-            like = self.tensors.like(name)
+            like = self.tensors.find_like(name)
             sizes[kind] += like.numel() if name.startswith("blk.") and like.ndim > 1 else 0
         kind = max(sizes, key=lambda kind: (sizes[kind], kind))
         writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
@@ -282,7 +282,7 @@ def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kin
     # The format has all names, shapes and types before the first number. gguf's own ``add_tensor`` would hold all
     # numbers.
     for name, kind in kinds.items():
-        shape = tensors.like(name).shape
+        shape = tensors.find_like(name).shape
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
     writer.write_header_to_file()

@@ -45,7 +45,7 @@ class Audio(FileInputs):
         stride = 2  # of the convolutions before the positions, in Whisper and its kin
         return {self.name: torch.randn(EXAMPLES, bins, stride * positions, generator=generator)}
 
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's feature extractor prepares them; shorter sounds are padded by it."""
         extractor = load_preprocessor(loaded, AutoFeatureExtractor, "feature extractor")
         rate = extractor.sampling_rate

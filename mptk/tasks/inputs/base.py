@@ -32,7 +32,7 @@ class Inputs(Protocol):
         """Two small samples, from only the model's config."""
         ...
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         """``count`` samples of ``settings.data``.
 
         Raises:
@@ -40,11 +40,11 @@ class Inputs(Protocol):
         """
         ...
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         """``settings.eval_windows`` samples of ``settings.eval_data``, else ``settings.data``. Errors as above."""
         ...
 
-    def named(self, data: str) -> str:
+    def name_data(self, data: str) -> str:
         """``data`` as the protocol of a measurement names it."""
         return RANDOM_NAME if data == RANDOM_DATA else data
 
@@ -72,21 +72,21 @@ class FileInputs(Inputs):
     suffixes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The inputs that the model's own preprocessor makes of the files."""
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM_DATA:
             return draw_inputs(self.make_example(loaded.model), count, {}, settings.seed)
         files = self.find(settings.data)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
-        return self.prepared(loaded, [files[i] for i in order[:count]], progress)
+        return self.prepare(loaded, [files[i] for i in order[:count]], progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data = settings.eval_data or settings.data
         if data == RANDOM_DATA:  # another seed, so that it is not measured on what it was calibrated on
             return draw_inputs(self.make_example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
-        return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
+        return self.prepare(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
 
     def find(self, data: str) -> list[Path]:
         """All such files in the folder ``data`` and below, in the order of their paths."""

@@ -34,22 +34,22 @@ class Captioned(Inputs):
         ids = put_end_token(model, make_example_ids())
         return {**drop_unread_mask(model, {IDS: ids, MASK: torch.ones_like(ids)}), **Images().make_example(model)}
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM_DATA:
             return draw_pairs(loaded.model, count, settings.seed)
         rows = read_pairs(settings.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-        return self.prepared(loaded, [rows[i] for i in order[:count]], settings.length, progress)
+        return self.prepare(loaded, [rows[i] for i in order[:count]], settings.length, progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data, count = settings.eval_data or settings.data, settings.eval_windows
         if data == RANDOM_DATA:
             return draw_pairs(loaded.model, count, settings.seed + 1)
-        return self.prepared(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
+        return self.prepare(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
 
-    def prepared(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
         """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor."""
-        images = Images().prepared(loaded, [row.images[0] for row in rows], progress)
+        images = Images().prepare(loaded, [row.images[0] for row in rows], progress)
         text = encode_texts(loaded, [row.caption for row in rows], limit_length(loaded, length))
         check_ids(loaded.model, text[IDS])
         return {**drop_unread_mask(loaded.model, text), **images}

@@ -41,13 +41,13 @@ class Chat:
         """The texts of all turns."""
         return " ".join(part["text"] for turn in self.turns for part in turn["content"] if part["type"] == "text")
 
-    def text(self, processor: ProcessorMixin, template: ChatTemplate, *, asks: bool = False) -> str:
+    def render(self, processor: ProcessorMixin, template: ChatTemplate, *, asks: bool = False) -> str:
         """The chat as ``template``, the processor's, writes it; without one its texts, after the token of each image.
 
         ``asks``: the template goes on to where the answer begins.
         """
         if getattr(processor, "chat_template", None):
-            return template.text(self.turns, self.where, "change the chat", add_generation_prompt=asks)
+            return template.render(self.turns, self.where, "change the chat", add_generation_prompt=asks)
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
         parts = [part for turn in self.turns for part in turn["content"]]
         return "\n".join(part["text"] if part["type"] == "text" else str(token) for part in parts)

@@ -53,37 +53,37 @@ class ImagesWithText(Inputs):
     def make_example(self, model: nn.Module) -> Named:
         return with_images(model, make_example_ids(), torch.Generator().manual_seed(0))
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         seed = settings.seed
         if settings.data in (RANDOM_DATA, SELF):
-            text = TextWindows().calibration(loaded, settings, count, progress)[IDS]
+            text = TextWindows().draw_calibration(loaded, settings, count, progress)[IDS]
             return with_images(loaded.model, text, torch.Generator().manual_seed(seed))
         if not has_images(settings.data):
-            return without_images(loaded, TextWindows().calibration(loaded, settings, count, progress))
+            return without_images(loaded, TextWindows().draw_calibration(loaded, settings, count, progress))
         chats = read_chats(settings.data)
         order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
-        return self.prepared(loaded, [chats[i] for i in order[:count]], settings.length, progress)
+        return self.prepare(loaded, [chats[i] for i in order[:count]], settings.length, progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data, count, length = settings.eval_data or settings.data, settings.eval_windows, settings.eval_length
         if data in (RANDOM_DATA, SELF):
             asked = replace(settings, data=data, length=length, seed=settings.seed + 1)
-            return self.calibration(loaded, asked, count, lambda done, total: None)
+            return self.draw_calibration(loaded, asked, count, lambda done, total: None)
         if not has_images(data):
-            return without_images(loaded, TextWindows().evaluation(loaded, settings))
-        return self.prepared(loaded, read_chats(data)[:count], length, lambda done, total: None)
+            return without_images(loaded, TextWindows().draw_evaluation(loaded, settings))
+        return self.prepare(loaded, read_chats(data)[:count], length, lambda done, total: None)
 
-    def named(self, data: str) -> str:
-        return super().named(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)
+    def name_data(self, data: str) -> str:
+        return super().name_data(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)
 
-    def prepared(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, chats: Sequence[Chat], length: int, progress: Count) -> Named:
         """The chats as the model's processor prepares them, each with ``length`` tokens beside its image's."""
         packages = " install pillow and torchvision if they are missing,"
         processor, made = load_preprocessor(loaded, AutoProcessor, "processor", packages), []
         names = list(self.make_example(loaded.model))
         # The template came with the checkpoint: it runs in a process of its own, within bounds.
         with ChatTemplate(processor) as template:
-            texts = [chat.text(processor, template) for chat in chats]
+            texts = [chat.render(processor, template) for chat in chats]
         for done, (chat, text) in enumerate(zip(chats, texts, strict=True), 1):
             made.append(prepare_sample(loaded.model, processor, chat, text, names, length))
             progress(done, len(chats))
@@ -224,7 +224,7 @@ def encode_image_prompt(
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=NO_CODE.allows_code)
         opened = [open_image(path) for path in images]
         with ChatTemplate(processor) as template:
-            text = chat.text(processor, template, asks=True)
+            text = chat.render(processor, template, asks=True)
         made = processor(text=[text], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:
         raise MptkError(

@@ -44,7 +44,7 @@ class Images(FileInputs):
         generator = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(EXAMPLES, channels, height, width, generator=generator)}
 
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's image processor prepares them."""
         packages = " install pillow and torchvision if they are missing,"
         # One file at a time: a processor may pad images of several sizes to one, and several sizes must be refused.
@@ -119,7 +119,7 @@ class Videos(Images):
         """The folders below ``data`` that hold pictures, in the order of their paths."""
         return list(dict.fromkeys(file.parent for file in super().find(data)))
 
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The first frames of each folder, in the order of their names."""
         processor, frames = load_preprocessor(loaded, AutoImageProcessor, "image processor"), count_frames(loaded.model)
         made = []
@@ -144,7 +144,7 @@ class Pictures(FileInputs):
         shape = (EXAMPLES, config.in_channels, config.sample_size, config.sample_size)
         return {"sample": torch.randn(shape, generator=generator)}
 
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         size = loaded.model.config.sample_size
         processor, made = import_diffusers().image_processor.VaeImageProcessor(resample="bilinear"), []
         for done, file in enumerate(files, 1):

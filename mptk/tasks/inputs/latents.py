@@ -38,15 +38,15 @@ class Latents(Inputs):
     def make_example(self, model: nn.Module) -> Named:
         return draw_latents(model, EXAMPLES, 0)
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         return self._draw_samples(loaded, settings.data, count, settings.seed, progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         source = settings.eval_data or settings.data
         return self._draw_samples(loaded, source, settings.eval_windows, settings.seed + 1, lambda done, total: None)
 
-    def named(self, data: str) -> str:
-        return "images of its own pipeline" if data == SELF else super().named(data)
+    def name_data(self, data: str) -> str:
+        return "images of its own pipeline" if data == SELF else super().name_data(data)
 
     def _draw_samples(self, loaded: Loaded, data: str, count: int, seed: int, progress: Count) -> Named:
         if data == RANDOM_DATA:
@@ -124,7 +124,7 @@ def record_samples(
 
     ``like``: examples of the inputs. ``data``: text with a prompt on each line; ``self`` if the pipeline reads none.
     """
-    model = loaded.whole()
+    model = loaded.load_all()
     pipeline = open_pipeline(loaded.path, model)
     pipeline.set_progress_bar_config(disable=True)
     calls: list[dict[str, Tensor]] = []

@@ -29,16 +29,16 @@ class TextWindows(Inputs):
     def make_example(self, model: nn.Module) -> Named:
         return {"input_ids": make_example_ids()}
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM_DATA:
             return draw_ids(loaded, count, settings.length, settings.seed)
-        s, model = settings, loaded.whole() if settings.data == data.SELF else loaded.model
+        s, model = settings, loaded.load_all() if settings.data == data.SELF else loaded.model
         found = data.load_calibration_windows(
             model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress
         )
         return {"input_ids": found}
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         length = limit_length(loaded, settings.eval_length)
         if (source := settings.eval_data or settings.data) == RANDOM_DATA:
             return draw_ids(loaded, settings.eval_windows, length, settings.seed + 1)
@@ -46,7 +46,7 @@ class TextWindows(Inputs):
         data.check_ids(loaded.model, windows)
         return {"input_ids": windows}
 
-    def named(self, data: str) -> str:
+    def name_data(self, data: str) -> str:
         return name_data(data)
 
 

@@ -59,13 +59,13 @@ class RuleContext:
         if list_axes(term):
             freeze(term, f"{reason} ({SourceLocation(node)})")
 
-    def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
+    def make_frozen(self, size: int, reason: str, node: fx.Node) -> Term:
         """A fresh axis that cannot be cut."""
         term = make_axis(size)
         self.freeze(term, reason, node)
         return term
 
-    def role(self, term: Term, role: str) -> None:
+    def note_role(self, term: Term, role: str) -> None:
         """Note a use of an axis. It serves only the family's name for people."""
         add_role(term, role)
 
@@ -80,14 +80,14 @@ class RuleContext:
                 self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
         # The products before the sum are a value of their own, on which scopes depend.
         self.unify(left.dims[i], right.dims[j], node)
-        self.inner((*out, left.dims[i], *also))
+        self.note_inner((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
     def reduce(self, node: fx.Node, term: Term, kind: ReductionKind, source: fx.Node | None = None) -> None:
         """Record that the call reduces ``source`` (default: its first operand) over ``term``."""
         self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
 
-    def inner(self, dims: Dims) -> None:
+    def note_inner(self, dims: Dims) -> None:
         """Record a value of these dimensions inside the call, such as attention scores."""
         self.inner_values.append(dims)
 
@@ -95,13 +95,13 @@ class RuleContext:
         """Record that ``rows`` were sorted by expert: a row determines its ``expert``."""
         self.routes.append(Route(rows, expert))
 
-    def positions(self, value: Value) -> Term | None:
+    def find_position_axis(self, value: Value) -> Term | None:
         """The axis whose positions the integers in ``value`` are; None if it is not known."""
         return self.find_positions(value.node)
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
         """Record that ``indexed`` is read or written at ``indices``: tie it to their axis, or freeze it."""
-        domain = self.positions(indices)
+        domain = self.find_position_axis(indices)
         if domain is not None and domain.size == indexed.size:
             self.unify(domain, indexed, node)
             return
@@ -121,7 +121,7 @@ class RuleContext:
         """Whether a value depends on weights only."""
         return node in self.depends.variables and node not in self.depends.activations
 
-    def constant(self, node: fx.Node) -> Tensor | None:
+    def read_constant(self, node: fx.Node) -> Tensor | None:
         """The tensor of a constant in the model's code; None for any other value."""
         *_, node = self._origins(node)
         if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:

@@ -57,8 +57,8 @@ def matmul(ctx: RuleContext, node: fx.Node, a: Value, b: Value, **_: object) -> 
     ctx.contract(node, a, a.ndim - 1, b, max(b.ndim - 2, 0), out)
     # Two activations with batches: an attention written out. Roles serve only names.
     if not (ctx.is_weight(a.node) or ctx.is_weight(b.node)) and b.ndim > 2:
-        ctx.role(a.dims[-1], "inner")
-        ctx.role(b.dims[-1], "value")
+        ctx.note_role(a.dims[-1], "inner")
+        ctx.note_role(b.dims[-1], "value")
     return out
 
 
@@ -98,7 +98,7 @@ def cdist(ctx: RuleContext, node: fx.Node, x: Value, y: Value, *_: object, **__:
     ndim = max(x.ndim, y.ndim) - 2
     pairs = zip(_pad(x.dims[:-2], ndim), _pad(y.dims[:-2], ndim), strict=True)
     out = (*(_join(ctx, node, a, b) for a, b in pairs), x.dims[-2], y.dims[-2])
-    ctx.inner((*out, x.dims[-1]))
+    ctx.note_inner((*out, x.dims[-1]))
     return out
 
 
@@ -213,7 +213,7 @@ def _expand_subscripts(subscripts: str, ndim: int) -> list[str]:
 def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
     """Keep the dense model's scale 1/√(old head size) if q and k lose channels."""
     channels = resizer.note(node, Counted)
-    if channels is not None and node.kwargs.get("scale") is None and resizer.changed(channels.term):
+    if channels is not None and node.kwargs.get("scale") is None and resizer.has_changed(channels.term):
         node.update_kwarg("scale", 1 / math.sqrt(channels.term.size))
 
 
@@ -225,7 +225,7 @@ def attention(
     heads = _tie_heads(ctx, node, q, k, v)
     _pin_positions(ctx, node, q, k)
     scores = (*heads, q.dims[-2], k.dims[-2])
-    ctx.inner(scores)
+    ctx.note_inner(scores)
     if mask is not None:
         align(ctx, node, mask.dims, scores)
     ctx.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
@@ -252,9 +252,9 @@ def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) ->
                 heads[i] = _join(ctx, node, heads[i], d)
     # The first of several leading dimensions is the batch.
     for h in heads[1:] if len(heads) > 1 else heads:
-        ctx.role(h, "head")
-    ctx.role(q.dims[-1], "inner")
-    ctx.role(v.dims[-1], "value")
+        ctx.note_role(h, "head")
+    ctx.note_role(q.dims[-1], "inner")
+    ctx.note_role(v.dims[-1], "value")
     return tuple(heads)
 
 
@@ -275,5 +275,5 @@ def grouped_mm(
         for term in (x.dims[-1], weight.dims[2]):
             require_multiple(term, ROW_BYTES // x.node.meta["val"].dtype.itemsize)
     ctx.route(x.dims[0], weight.dims[0])
-    ctx.role(weight.dims[0], "expert")
+    ctx.note_role(weight.dims[0], "expert")
     return out

@@ -21,7 +21,7 @@ def _freeze_space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims
     for d in x.dims[first:]:
         ctx.freeze(d, "positions in space", node)
     shape = resolve_shape(result[0] if isinstance(result, (tuple, list)) else result)
-    return tuple(ctx.frozen(size, "positions in space", node) for size in shape[first:])
+    return tuple(ctx.make_frozen(size, "positions in space", node) for size in shape[first:])
 
 
 def _zero_of_convolution(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
@@ -75,7 +75,7 @@ def _name_channels(ctx: RuleContext, weight: Value, *, depthwise: bool = False) 
     """Note channels of a convolution. One of width 1 over a sequence is a linear layer, so it keeps that name."""
     if not depthwise and (weight.ndim > 3 or weight.dims[2].size > 1):
         for d in weight.dims[:2]:
-            ctx.role(d, "convolution")
+            ctx.note_role(d, "convolution")
 
 
 def _freeze_kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:
@@ -123,7 +123,7 @@ def pool_with_positions(ctx: RuleContext, node: fx.Node, x: Value, *_: object, *
 def im2col(ctx: RuleContext, node: fx.Node, x: Value, kernel: Sequence[int], *_: object, **__: object) -> Dims:
     """x = C, H, W: y = C · k · k', windows."""
     record_meeting(ctx, x.dims, range(x.ndim - 2, x.ndim))
-    pixels = [ctx.frozen(size, "positions of a kernel", node) for size in kernel]
+    pixels = [ctx.make_frozen(size, "positions of a kernel", node) for size in kernel]
     return (*x.dims[:-3], make_product((x.dims[-3], *pixels)), *_freeze_space(ctx, node, x, x.ndim - 2))
 
 
@@ -134,7 +134,7 @@ def col2im(
     """x = C · k · k', windows: y = C, H, W, the sum of the windows."""
     record_meeting(ctx, x.dims, range(x.ndim - 1, x.ndim))
     channels = make_axis(x.dims[-2].size // math.prod(kernel))
-    pixels = [ctx.frozen(size, "positions of a kernel", node) for size in kernel]
+    pixels = [ctx.make_frozen(size, "positions of a kernel", node) for size in kernel]
     ctx.unify(x.dims[-2], make_product((channels, *pixels)), node)
     return (*x.dims[:-2], channels, *_freeze_space(ctx, node, x, x.ndim - 1))
 
@@ -158,7 +158,7 @@ def pixel_unshuffle(ctx: RuleContext, node: fx.Node, x: Value, factor: int) -> D
 
 
 def _make_pixel_axes(ctx: RuleContext, node: fx.Node, factor: int) -> list[Term]:
-    return [ctx.frozen(factor, "pixels of one position", node) for _ in range(2)]
+    return [ctx.make_frozen(factor, "pixels of one position", node) for _ in range(2)]
 
 
 @rule(

@@ -44,7 +44,7 @@ def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_
     ctx.index(node, indices, weight.dims[0])
     record_meeting(ctx, weight.dims, [0])
     ctx.pin_input(node, indices)
-    ctx.role(weight.dims[1], "embedding")
+    ctx.note_role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
 
 
@@ -58,7 +58,7 @@ def _zero_of_bags(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: object, **keywords: object) -> Results:
     """y[b, c] = Σ (or mean, or max) of W[i, c] over the indices i of bag b: only channels can be cut."""
     ctx.freeze(weight.dims[0], "indexed in bags", node)
-    ctx.role(weight.dims[1], "embedding")
+    ctx.note_role(weight.dims[1], "embedding")
     first, *further, last = opaque(ctx, node, *others, **keywords)
     assert isinstance(first, tuple)
     assert isinstance(last, tuple)
@@ -81,7 +81,7 @@ def embedding_renorm(
 def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
     """Shift known positions by what the segments before them lose."""
     picked = resizer.note(node, Picked)
-    if picked is not None and any(map(resizer.changed, picked.before)):
+    if picked is not None and any(map(resizer.has_changed, picked.before)):
         indices = list(get_argument(node, "indices"))
         indices[picked.dim] = resizer.index(node, [resizer.size(before) for before in picked.before])
         node.update_arg(1, indices)
@@ -111,12 +111,12 @@ def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | N
         return opaque(ctx, node, x, *values)
     start = places[0] if places[-1] - places[0] < len(places) else 0
     made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), shape[start : start + ndim])
-    return Result((*rest[:start], *made, *rest[start:]), positions=ctx.positions(x))
+    return Result((*rest[:start], *made, *rest[start:]), positions=ctx.find_position_axis(x))
 
 
 def _read_short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
     """The positions, if the only index is a short list in the model's code."""
-    known = ctx.constant(indices[0].node) if len(indices) == 1 else None
+    known = ctx.read_constant(indices[0].node) if len(indices) == 1 else None
     # Each position becomes a segment of its own, so a long list would break the axis into as many.
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
@@ -147,7 +147,7 @@ def _pick(ctx: RuleContext, node: fx.Node, x: Value, d: int, positions: Sequence
         ctx.freeze(x.dims[d], "indexed by a constant", node)
     before = tuple(concat(segments[b] for b in borders[:-1] if b < p) for p in wanted)
     dims = (*x.dims[:d], concat(segments[p] for p in wanted), *x.dims[d + 1 :])
-    return Result(dims, Picked(d, before), ctx.positions(x))
+    return Result(dims, Picked(d, before), ctx.find_position_axis(x))
 
 
 @rule("aten.index_select", zero=_zero_beside_dim, positions="own")
@@ -156,7 +156,7 @@ def index_select(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: V
     d = normalize(dim, x.ndim)
     ctx.index(node, indices, x.dims[d])
     record_meeting(ctx, x.dims, [d])
-    return Result((*x.dims[:d], *indices.dims, *x.dims[d + 1 :]), positions=ctx.positions(x))
+    return Result((*x.dims[:d], *indices.dims, *x.dims[d + 1 :]), positions=ctx.find_position_axis(x))
 
 
 @rule("aten.gather", zero=_zero_beside_dim, positions="own")
@@ -165,7 +165,7 @@ def gather(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value, 
     d = normalize(dim, x.ndim)
     ctx.index(node, indices, x.dims[d])
     _tie_other_dims(ctx, node, x, indices, d, "gathered in part")
-    return Result(indices.dims, positions=ctx.positions(x))
+    return Result(indices.dims, positions=ctx.find_position_axis(x))
 
 
 def _tie_other_dims(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:

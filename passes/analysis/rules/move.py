@@ -100,7 +100,9 @@ def unfold(ctx: RuleContext, node: fx.Node, x: Value, dim: int, size: int, step:
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "the order of its positions matters", node)
     record_meeting(ctx, x.dims, [d])
-    windows, inside = (ctx.frozen(s, "windows over positions", node) for s in (resolve_result_shape(node)[d], size))
+    windows, inside = (
+        ctx.make_frozen(s, "windows over positions", node) for s in (resolve_result_shape(node)[d], size)
+    )
     return (*x.dims[:d], windows, *x.dims[d + 1 :], inside)
 
 
@@ -158,4 +160,4 @@ def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> D
 def closed(ctx: RuleContext, node: fx.Node, x: Value, level: int, size: int, dim: int) -> Dims:
     """y = x with the hidden dimension at d."""
     d = normalize(dim, x.ndim + 1)
-    return (*x.dims[:d], ctx.frozen(resolve_result_shape(node)[d], VMAPPED, node), *x.dims[d:])
+    return (*x.dims[:d], ctx.make_frozen(resolve_result_shape(node)[d], VMAPPED, node), *x.dims[d:])

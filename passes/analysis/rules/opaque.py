@@ -43,7 +43,9 @@ def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> 
 
 
 def _make_frozen_dims(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
-    return tuple(ctx.frozen(size, "made by an op that keeps no axes apart", node) for size in resolve_shape(result))
+    return tuple(
+        ctx.make_frozen(size, "made by an op that keeps no axes apart", node) for size in resolve_shape(result)
+    )
 
 
 def _list_values(arguments: Iterable[object]) -> Iterator[Value]:

@@ -25,7 +25,7 @@ def pin_dims(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], siz
     record_meeting(ctx, x.dims, dims)
     for d in dims:
         ctx.freeze(x.dims[d], ORDER, node)
-        out[d] = ctx.frozen(sizes[d], ORDER, node)
+        out[d] = ctx.make_frozen(sizes[d], ORDER, node)
     return tuple(out)
 
 
@@ -113,7 +113,7 @@ def quantile(
         return opaque(ctx, node, x, q)
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "ranked", node)
-    several = [ctx.frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
+    several = [ctx.make_frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
     return (*several, *(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d))
 
 

@@ -21,7 +21,7 @@ def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: o
     d = normalize(dim, x.ndim)
     require_size(x.dims[d], k)
     kind: ReductionKind = "max" if get_argument(node, "largest", True) else "min"
-    return _rank_values(ctx, node, x, d, ctx.frozen(k, "the top-k positions", node), kind)
+    return _rank_values(ctx, node, x, d, ctx.make_frozen(k, "the top-k positions", node), kind)
 
 
 @rule("aten.sort", zero="drop", positions="own")
@@ -29,11 +29,11 @@ def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, *
     """All values along d, sorted, and their positions."""
     d = normalize(dim, x.ndim)
     # Sorted positions group rows, like tokens by their expert: rows are permuted, and the values keep their axis.
-    if (domain := ctx.positions(x)) is not None:
+    if (domain := ctx.find_position_axis(x)) is not None:
         ctx.route(x.dims[d], domain)
         return Result([x.dims, x.dims], positions=[domain, None])
     ctx.freeze(x.dims[d], "sorted", node)
-    return _rank_values(ctx, node, x, d, ctx.frozen(x.dims[d].size, "sorted positions", node), "max")
+    return _rank_values(ctx, node, x, d, ctx.make_frozen(x.dims[d].size, "sorted positions", node), "max")
 
 
 @rule("aten.max.dim", "aten.min.dim", zero="drop", positions="own")
@@ -72,12 +72,12 @@ def argmax(
 @rule("aten.argsort", zero="drop", positions="own")
 def argsort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Dims | Result:
     """The positions along d, sorted by value."""
-    if ctx.positions(x) is not None:
+    if ctx.find_position_axis(x) is not None:
         return x.dims
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "sorted", node)
     record_meeting(ctx, x.dims, [d])
-    out = (*x.dims[:d], ctx.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
+    out = (*x.dims[:d], ctx.make_frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
     return Result(out, positions=x.dims[d])
 
 
@@ -91,17 +91,17 @@ def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) ->
     """y[…, c] = [x = c]: the new dimension is the positions' axis."""
     # Only the positions of an axis of this size follow its cut. All other classes are just numbers.
     classes = resolve_result_shape(node)[-1]
-    domain = ctx.positions(x)
+    domain = ctx.find_position_axis(x)
     if domain is None or domain.size != classes:
         freeze_positions(ctx, node, x)
-        domain = ctx.frozen(classes, "classes of positions of unknown origin", node)
+        domain = ctx.make_frozen(classes, "classes of positions of unknown origin", node)
     return Result((*x.dims, domain), Counted(domain))
 
 
 def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
     """Bins of width one from 0: bins = n', max = n' − 1 (n bins end at n − 1)."""
     bins = resizer.note(node, Counted)
-    if bins is not None and resizer.changed(bins.term):
+    if bins is not None and resizer.has_changed(bins.term):
         new = resizer.size(bins.term)
         set_argument(node, "bins", new)
         set_argument(node, "max", get_argument(node, "max") - (bins.term.size - new))
@@ -112,10 +112,10 @@ def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
 )
 def histc(ctx: RuleContext, node: fx.Node, x: Value, bins: int = 100, *_: object, **__: object) -> Result:
     """The count of each position: the result's dimension is the positions' axis."""
-    domain = ctx.positions(x)
+    domain = ctx.find_position_axis(x)
     if domain is None or domain.size != bins:
         freeze_positions(ctx, node, x)
-        domain = ctx.frozen(bins, "bins of values", node)
+        domain = ctx.make_frozen(bins, "bins of values", node)
     return Result((domain,), Counted(domain))
 
 
@@ -123,7 +123,7 @@ def histc(ctx: RuleContext, node: fx.Node, x: Value, bins: int = 100, *_: object
 def clamp(ctx: RuleContext, node: fx.Node, x: Value, *bounds: object, **kwargs: object) -> Dims | Result:
     """y_d = x_d. Positions of an axis clamped to its whole range stay positions of it."""
     low, high = get_argument(node, "min"), get_argument(node, "max")
-    dims, domain = broadcast(ctx, node, x, *bounds, **kwargs), ctx.positions(x)
+    dims, domain = broadcast(ctx, node, x, *bounds, **kwargs), ctx.find_position_axis(x)
     # The upper bound then follows the cut (``count_argument``).
     if domain is not None and low in (None, 0) and high == domain.size - 1:
         return Result(dims, Counted(domain), positions=domain)

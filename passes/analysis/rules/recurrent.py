@@ -24,7 +24,7 @@ State = Value | Sequence[Value]
 
 def _zero_of_units(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero along the units if all weights are, and the state at the start."""
-    units = collect_axes(facts.tensors(node)[0][-1:])
+    units = collect_axes(facts.list_dims(node)[0][-1:])
     given = [value for value in tree_leaves(node.args[1:]) if isinstance(value, fx.Node)]
     return set.intersection(units, *map(zero, given))
 
@@ -67,7 +67,7 @@ def _tie_gates(
     """Tie the weights of one layer and direction. ``x``: its input; None if that is the layer before it."""
     first, second = weights[:2]
     # Rows of all weights and biases are gates · units. W_hh sums over the units of the step before.
-    gates = ctx.frozen(first.dims[0].size // unit.size, "gates of a recurrent layer", node)
+    gates = ctx.make_frozen(first.dims[0].size // unit.size, "gates of a recurrent layer", node)
     for value in weights:
         ctx.unify(value.dims[0], make_product((gates, unit)), node)
     ctx.unify(second.dims[1], unit, node)

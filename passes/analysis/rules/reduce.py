@@ -181,7 +181,7 @@ def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **_
     # Scores of an attention, [batch, heads, queries, keys]. Roles serve only names.
     if x.ndim > 3:
         for t in x.dims[1:d]:
-            ctx.role(t, "head") if t is not x.dims[-2] else None
+            ctx.note_role(t, "head") if t is not x.dims[-2] else None
     return x.dims
 
 
@@ -271,7 +271,7 @@ def group_norm(
         return x.dims
     for t in (parts[1], *x.dims[2:]):
         ctx.reduce(node, t, "statistic")
-    ctx.inner((x.dims[0], parts[0]))
+    ctx.note_inner((x.dims[0], parts[0]))
     return Result(x.dims, Counted(parts[0]))
 
 
@@ -310,7 +310,7 @@ def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: ob
     elif own:
         for d in (x.dims[0], *x.dims[2:]):
             ctx.reduce(node, d, "statistic")
-    ctx.inner(x.dims[1:2] if own else x.dims)
+    ctx.note_inner(x.dims[1:2] if own else x.dims)
     return x.dims
 
 

@@ -81,7 +81,7 @@ class Resizer:
     def __post_init__(self) -> None:
         self.original = {n.name: n for n in self.facts.graph.nodes}
 
-    def untouched(self) -> set[str]:
+    def find_untouched(self) -> set[str]:
         """Names of the calls that did not change: same target, same arguments."""
         return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._is_same_call(n)}
 
@@ -90,10 +90,10 @@ class Resizer:
         names = set()
         for node in self.graph.graph.find_nodes(op="placeholder"):
             original = self.original[node.name]
-            if original in self.facts.caches and any(map(self.changed, self.facts.dims(original))):
+            if original in self.facts.caches and any(map(self.has_changed, self.facts.dims(original))):
                 value = node.meta["val"]
                 pairs = zip(value.shape, self.facts.dims(original), strict=True)
-                sizes = [self.size(term) if self.changed(term) else size for size, term in pairs]
+                sizes = [self.size(term) if self.has_changed(term) else size for size, term in pairs]
                 with value.fake_mode:
                     node.meta["val"] = value.new_empty(sizes)
                 names.add(node.name)
@@ -120,12 +120,12 @@ class Resizer:
         """The size of a dimension after the cut."""
         return self.cut.size(term)
 
-    def changed(self, term: Term) -> bool:
+    def has_changed(self, term: Term) -> bool:
         return self.cut.size(term) != term.size
 
-    def scaled(self, argument: Argument, term: Term) -> Argument:
+    def scale_argument(self, argument: Argument, term: Term) -> Argument:
         """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
-        if not self.changed(term) or argument == -1:
+        if not self.has_changed(term) or argument == -1:
             return argument
         if isinstance(argument, int):
             return self.size(term)
@@ -178,7 +178,7 @@ class Resizer:
                     _put(node, path, self._select(node, source, d, term))
 
     def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
-        index = self.index(before, self.cut.positions(resolve(term)).tolist())
+        index = self.index(before, self.cut.find_positions(resolve(term)).tolist())
         with self.graph.graph.inserting_before(before):
             return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
 
@@ -230,7 +230,7 @@ def shape_argument(name: str = "size") -> Resize:
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
         sizes = get_argument(node, name)
-        set_argument(node, name, [resizer.scaled(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
+        set_argument(node, name, [resizer.scale_argument(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
 
     return resize
 
@@ -240,7 +240,7 @@ def count_argument(name: str, less: int = 0) -> Resize:
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
         counted = resizer.note(node, Counted)
-        if counted is not None and resizer.changed(counted.term):
+        if counted is not None and resizer.has_changed(counted.term):
             set_argument(node, name, resizer.size(counted.term) - less)
 
     return resize

@@ -52,7 +52,7 @@ def _resize_unflatten(resizer: Resizer, node: fx.Node) -> None:
     sizes = list(get_argument(node, "sizes"))
     start = normalize(get_argument(node, "dim"), len(resizer.dims(node)) - len(sizes) + 1)
     dims = resizer.dims(node)[start : start + len(sizes)]
-    set_argument(node, "sizes", [resizer.scaled(s, d) for s, d in zip(sizes, dims, strict=True)])
+    set_argument(node, "sizes", [resizer.scale_argument(s, d) for s, d in zip(sizes, dims, strict=True)])
 
 
 @rule("aten.unflatten", zero="keep", positions="carry", resize=_resize_unflatten)
@@ -90,7 +90,8 @@ def repeat(ctx: RuleContext, node: fx.Node, x: Value, repeats: Sequence[int]) ->
     times = (1,) * (ndim - len(repeats)) + tuple(repeats)
     padded = (ONE,) * (ndim - x.ndim) + x.dims
     return tuple(
-        make_product((ctx.frozen(t, "repeated by a constant", node), d)) for t, d in zip(times, padded, strict=True)
+        make_product((ctx.make_frozen(t, "repeated by a constant", node), d))
+        for t, d in zip(times, padded, strict=True)
     )
 
 
@@ -121,7 +122,7 @@ def repeat_each(ctx: RuleContext, node: fx.Node, x: Value, repeats: Value, dim: 
         ctx.freeze(t, "repeated by computed numbers", node)
     freeze_positions(ctx, node, repeats)
     record_meeting(ctx, x.dims, range(x.ndim) if d is None else [d])
-    made = [ctx.frozen(size, "repeated by computed numbers", node) for size in resolve_result_shape(node)]
+    made = [ctx.make_frozen(size, "repeated by computed numbers", node) for size in resolve_result_shape(node)]
     return tuple(made) if d is None else (*x.dims[:d], made[d], *x.dims[d + 1 :])
 
 
@@ -157,7 +158,7 @@ def cut_term(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) 
         pair = split_sum(rest, size)
         if pair is None:
             ctx.freeze(term, "a slice cuts inside its units", node)
-            return [ctx.frozen(s, "a slice of an axis that it cuts inside units", node) for s in sizes]
+            return [ctx.make_frozen(s, "a slice of an axis that it cuts inside units", node) for s in sizes]
         parts.append(pair[0])
         rest = pair[1]
     return parts
@@ -166,7 +167,7 @@ def cut_term(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) 
 def _resize_split(resizer: Resizer, node: fx.Node) -> None:
     """Every split becomes split_with_sizes with the segments' new sizes."""
     segments = resizer.note(node, Segments)
-    if segments is not None and any(map(resizer.changed, segments.parts)):
+    if segments is not None and any(map(resizer.has_changed, segments.parts)):
         sizes = list(map(resizer.size, segments.parts))
         resizer.replace(node, "aten.split_with_sizes.default", (node.args[0], sizes, segments.dim))
 
@@ -199,7 +200,7 @@ def unbind(ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0) -> list[Dims
 def _resize_slice(resizer: Resizer, node: fx.Node) -> None:
     # The dense arguments may be negative, missing or beyond the end, so all are written anew.
     segments = resizer.note(node, Segments)
-    if segments is not None and any(map(resizer.changed, segments.parts)):
+    if segments is not None and any(map(resizer.has_changed, segments.parts)):
         start, length = map(resizer.size, segments.parts[:2])
         node.args = (node.args[0], segments.dim, start, start + length)
 
@@ -230,14 +231,14 @@ def _slice_strided(ctx: RuleContext, node: fx.Node, term: Term, size: int, step:
     parts = split_product(term, step, last=True, where=SourceLocation(node)) if term.size == size * step else None
     if parts is None:
         ctx.freeze(term, f"sliced with step {step}", node)
-        return ctx.frozen(size, f"sliced with step {step}", node)
+        return ctx.make_frozen(size, f"sliced with step {step}", node)
     ctx.freeze(parts[1], f"enumerated by slices with step {step}", node)
     return parts[0]
 
 
 def _resize_narrow(resizer: Resizer, node: fx.Node) -> None:
     segments = resizer.note(node, Segments)
-    if segments is not None and any(map(resizer.changed, segments.parts)):
+    if segments is not None and any(map(resizer.has_changed, segments.parts)):
         node.args = (*node.args[:2], *map(resizer.size, segments.parts[:2]))
 
 
@@ -250,7 +251,7 @@ def narrow(ctx: RuleContext, node: fx.Node, x: Value, dim: int, start: int, leng
 
 def _resize_select(resizer: Resizer, node: fx.Node) -> None:
     segments = resizer.note(node, Segments)
-    if segments is not None and any(map(resizer.changed, segments.parts)):
+    if segments is not None and any(map(resizer.has_changed, segments.parts)):
         set_argument(node, "index", resizer.size(segments.parts[0]))
 
 
@@ -290,5 +291,5 @@ def _pad_term(ctx: RuleContext, node: fx.Node, term: Term, left: int, right: int
         ctx.freeze(term, "cropped by negative padding", node)
         before, after = max(-left, 0), max(-right, 0)
         term = cut_term(ctx, node, term, [before, term.size - before - after, after])[1]
-    sides = [ctx.frozen(max(n, 0), "padding", node) for n in (left, right)]
+    sides = [ctx.make_frozen(max(n, 0), "padding", node) for n in (left, right)]
     return concat((sides[0], term, sides[1]))

@@ -132,7 +132,7 @@ def find_lone_axes(dims: Dims, d: int) -> set[Axis]:
 def freeze_positions(ctx: RuleContext, node: fx.Node, *values: object) -> None:
     """Freeze the axis of positions that are used as numbers."""
     for value in values:
-        if isinstance(value, Value) and (domain := ctx.positions(value)) is not None:
+        if isinstance(value, Value) and (domain := ctx.find_position_axis(value)) is not None:
             ctx.freeze(domain, "its positions are computed with", node)
 
 
@@ -148,7 +148,7 @@ def record_meeting(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
     the result is not enough: it may be tied to the operand's axis later (x + x.roll(1, 2)).
     """
     gone = set(along)
-    ctx.inner(tuple(t for d, t in enumerate(dims) if d not in gone))
+    ctx.note_inner(tuple(t for d, t in enumerate(dims) if d not in gone))
 
 
 def align(ctx: RuleContext, node: fx.Node, dims: Sequence[Term], onto: Sequence[Term]) -> None:

@@ -75,7 +75,7 @@ class Rounded:
     bits: int
     block: int
 
-    def part(self, outputs: slice | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
+    def select_part(self, outputs: slice | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
         """Codes, values and the size of the step at each, of some outputs. All arrays are [inputs, outputs]."""
         # [outputs, blocks, block], then one row for each output, without the padding of the last block.
         codes, scales = _unpack_codes(self.packed[outputs], self.bits), self.scales[outputs, :, None]
@@ -96,7 +96,7 @@ class Rounded:
 
     def _measure_some(self, weight: Floats, outputs: slice) -> tuple[Floats, float]:
         """The same of some outputs. For 4 bits: of blocks, and the sum of squares over all."""
-        codes, values, steps = self.part(outputs)
+        codes, values, steps = self.select_part(outputs)
         apart = _convert_to_steps(values - weight, steps)
         if self.bits == 8:
             # The range is symmetric and the codes are not: the end that has one code less cuts off a whole step.
@@ -246,7 +246,7 @@ def _order(found: Rounded, exact: Floats) -> npt.NDArray[np.int64] | None:
     if not len(wrong):
         return None
     order = np.arange(exact.shape[1])
-    _, values, _ = found.part(wrong)
+    _, values, _ = found.select_part(wrong)
     # The nearest of the float columns that do not match either. If none is right, the comparison fails afterwards.
     for column, channel in enumerate(wrong):
         apart = np.linalg.norm(exact[:, wrong] - values[:, [column]], axis=0)

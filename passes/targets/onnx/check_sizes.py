@@ -62,7 +62,7 @@ class CheckSizesPass(ir.passes.InPlacePass):
         inputs = {value.name: value for value in model.graph.inputs}
         tape, checked = ir.tape.Tape(), model.graph.inputs[0]
         nodes, given, found = SizeNodes(tape), list(checked.uses()), checked
-        values = compute_symbols(self.sizes, nodes, lambda name, d: nodes.size(inputs[self.names[name]], d))
+        values = compute_symbols(self.sizes, nodes, lambda name, d: nodes.make_size(inputs[self.names[name]], d))
         for condition in self.sizes.conditions:
             said = self.sizes.describe_condition(condition)
             try:
@@ -86,7 +86,7 @@ class SizeNodes(SizeOperations):
     def __init__(self, tape: ir.tape.Tape) -> None:
         self.tape = tape
 
-    def size(self, value: ir.Value, dim: int) -> ir.Value:
+    def make_size(self, value: ir.Value, dim: int) -> ir.Value:
         """The size of a dimension."""
         shape = self._add_node("Shape", [value], INT, {"start": dim, "end": dim + 1})
         return self._add_node("Squeeze", [shape], INT)
@@ -112,11 +112,11 @@ class SizeNodes(SizeOperations):
         if function is operator.ne:
             return self.not_(self.eq(*given))
         if function is torch.sym_ite:
-            return self._add_node("Where", [given[0], *self._alike(*given[1:])], self._choose_type(*given[1:]))
+            return self._add_node("Where", [given[0], *self._cast_alike(*given[1:])], self._choose_type(*given[1:]))
         if function in LOGIC:
             return self._add_node(LOGIC[function], given, BOOL)
         if function in COMPARISONS:
-            return self._add_node(COMPARISONS[function], self._alike(*given), BOOL)
+            return self._add_node(COMPARISONS[function], self._cast_alike(*given), BOOL)
         if function is operator.neg:
             return self._add_node("Neg", given, self._choose_type(*given))
         if function in (math.trunc, torch.sym_float):
@@ -132,7 +132,7 @@ class SizeNodes(SizeOperations):
             return self.sub(given[0], self.mul(given[1], self._divide(*given)))
         if function not in ARITHMETIC:
             raise KeyError(function)
-        return self._add_node(ARITHMETIC[function], self._alike(*given), self._choose_type(*given))
+        return self._add_node(ARITHMETIC[function], self._cast_alike(*given), self._choose_type(*given))
 
     def _divide(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The whole quotient, rounded down: Div of integers rounds towards 0, and Mod has the divisor's sign."""
@@ -145,7 +145,7 @@ class SizeNodes(SizeOperations):
         kind = BOOL if isinstance(number, bool) else INT if isinstance(number, int) else FLOAT
         return self._add_node("Constant", [], kind, {"value": ir.tensor(number, dtype=kind)})
 
-    def _alike(self, *values: ir.Value) -> list[ir.Value]:
+    def _cast_alike(self, *values: ir.Value) -> list[ir.Value]:
         kind = self._choose_type(*values)
         return [self._cast(each, kind) for each in values]
 

@@ -144,7 +144,7 @@ class BalancePass(ir.passes.InPlacePass):
         for parts in found:
             # The scales are computed now, from the old weights; the new weights only when the file is written.
             balance = balance_channels(*(get_constant_tensor(part.inputs[1]) for part in parts))
-            for part, change in zip(parts, (balance.gate, balance.up, balance.down), strict=True):
+            for part, change in zip(parts, (balance.scale_gate, balance.scale_up, balance.scale_down), strict=True):
                 change_tensor(part.inputs[1], change)
         return ir.passes.PassResult(model, bool(found))
 
@@ -159,17 +159,17 @@ class Balance:
     scale: Floats
     order: npt.NDArray[np.int64]
 
-    def gate(self, weight: Floats) -> Floats:
+    def scale_gate(self, weight: Floats) -> Floats:
         """G in the new order, [hidden, channels]."""
         return weight[:, self.order]
 
-    def up(self, weight: Floats) -> Floats:
+    def scale_up(self, weight: Floats) -> Floats:
         """U, whose columns are divided by the scales, in the new order, [hidden, channels]."""
         ordered = weight[:, self.order]  # a copy, which may change in place
         ordered /= self.scale[self.order]
         return ordered
 
-    def down(self, weight: Floats) -> Floats:
+    def scale_down(self, weight: Floats) -> Floats:
         """D, whose rows are multiplied by the scales, in the new order, [channels, out]."""
         ordered = weight[self.order]
         ordered *= self.scale[self.order, None]

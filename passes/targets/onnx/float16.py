@@ -46,10 +46,10 @@ class Float16Pass(ir.passes.FunctionalPass):
 
 
 def _find_ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
-    def producers(node: ir.Node) -> list[ir.Node]:
+    def list_producers(node: ir.Node) -> list[ir.Node]:
         return [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
 
-    return find_reachable(nodes, producers)
+    return find_reachable(nodes, list_producers)
 
 
 def _drop_detours(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from mptk.files import staged
+from mptk.files import make_staging
 from mptk.ort.sessions import CPU
 from mptk.progress import step
 from passes.targets.onnx.block_weights import set_blocks
@@ -47,7 +47,7 @@ class Blocks:
     zeros: npt.NDArray[np.uint8]
     size: int
 
-    def weight(self) -> Floats:
+    def to_float(self) -> Floats:
         """The weight in float32."""
         block = np.arange(len(self.codes)) // self.size
         return self.scales[block] * (self.codes - self.zeros[block].astype(np.float32))
@@ -78,7 +78,7 @@ class GPTQPass(ir.passes.InPlacePass):
         channels = {name: get_product_weight(nodes[0]).shape[0] for name, nodes in readers.items()}
         spill = Spill(self.source.parent)
         # The graph that runs is ``model``, not ``source``: passes have rescaled its channels before.
-        with staged(self.source.parent) as staging:
+        with make_staging(self.source.parent) as staging:
             file = staging.folder / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
             found = measure_onnx(file, channels, self.text, "products", self.device)

@@ -132,13 +132,13 @@ def _make_functional(node: fx.Node) -> bool:
     if not isinstance(written, fx.Node) or written.op != "call_function" or _is_view(written):
         return False
 
-    def shows(user: fx.Node) -> bool:
+    def is_shown(user: fx.Node) -> bool:
         return user is not node and (node < user or _is_view(user))
 
     # ``add_.Tensor`` writes, ``add.Tensor`` does not: torch names the pair alike.
     name = node.target.overloadpacket.__name__
     twin = getattr(getattr(aten, name.removesuffix("_"), None), signature.overload_name or "default", None)
-    if twin is None or not name.endswith("_") or any(map(shows, written.users)):
+    if twin is None or not name.endswith("_") or any(map(is_shown, written.users)):
         return False
     node.target = twin
     return True

@@ -47,7 +47,7 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
 
-    def about(self, name: str) -> str:
+    def to_sentence(self, name: str) -> str:
         """The refusal for a sentence that already says ``name``."""
         return self.reason if self.where == name else str(self)
 

@@ -79,13 +79,13 @@ def probe_config(
     grows = [name for name, (before, after) in widths.items() if after > before]
     products = WidthProducts({name: before for name, (before, _) in widths.items()}, fixed, grows)
     new = {name: after for name, (_, after) in widths.items()}
-    assignment = Law(reading, products, grown, ()).at(new)
+    assignment = Law(reading, products, grown, ()).find_fields(new)
     if isinstance(assignment, Refusal):
         return assignment
     # Compare the sizes and numbers that the reading predicts. Only then is the class built.
-    cut = reading.at(assignment)
+    cut = reading.find_sizes(assignment)
     refused = find_misfit(cut.shapes, target_shapes) or products.find_unexplained(reading.dense, cut, new)
-    return refused or finish_config(model_class, config, reading.needed(assignment), target_shapes)
+    return refused or finish_config(model_class, config, reading.drop_implicit(assignment), target_shapes)
 
 
 def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
@@ -153,10 +153,13 @@ def _list_changes(template: PreTrainedConfig, assignment: Assignment) -> dict[st
     for key, value in assignment.items():
         key.put(after, value)
 
-    def at(body: dict[str, Any], key: Field) -> object:
+    def get_value(body: dict[str, Any], key: Field) -> object:
         return functools.reduce(operator.getitem, key.path, body)
 
-    return {".".join(key.path): (None if key.implicit else at(before, key), at(after, key)) for key in assignment}
+    return {
+        ".".join(key.path): (None if key.implicit else get_value(before, key), get_value(after, key))
+        for key in assignment
+    }
 
 
 def _find_floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:

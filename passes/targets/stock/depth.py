@@ -48,7 +48,7 @@ class Built:
     shapes: WeightShapes
     traits: Mapping[str, Mapping[str, object]]
 
-    def blocks(self, module: str) -> set[int]:
+    def list_blocks(self, module: str) -> set[int]:
         """The numbers of the blocks of a list."""
         return {at[0] for name in self.shapes if (at := split_block_name(module, name)) is not None}
 
@@ -107,7 +107,7 @@ def find_kind_pattern(stock: StockConfig, module: str, width: int) -> tuple[list
     """
     search = _Search(stock, module, tuple(range(width)))
     built = next((built for _, built in search.try_edits() if isinstance(built, Built)), None)
-    return None if built is None else (search.kinds(search.dense), search.kinds(built))
+    return None if built is None else (search.list_kinds(search.dense), search.list_kinds(built))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Search:
 
     @property
     def count(self) -> int:
-        return len(self.dense.blocks(self.module))
+        return len(self.dense.list_blocks(self.module))
 
     def run(self) -> StockConfig | Refusal:
         """The first config whose class has the blocks that stay, and nothing else is different."""
@@ -159,7 +159,7 @@ class _Search:
                 if not edits:
                     break  # this is the dense config itself
                 built = self._build(edits)
-                if isinstance(built, Built) and built.blocks(self.module) != set(range(len(self.units))):
+                if isinstance(built, Built) and built.list_blocks(self.module) != set(range(len(self.units))):
                     break  # it counts something else
                 if isinstance(built, Built) or count is not None:
                     yield edits, built
@@ -193,7 +193,7 @@ class _Search:
         """What may change beside the number, most likely first. ``near``: where in the config the number is."""
         # Only beside the number: a config of images and text has such lists for each of its models.
         fields = [(path, value) for path, value in _list_config_values(self.body) if path[:-1] == near]
-        each = {path: kept for path, value in fields if (kept := self._entries(value)) is not None}
+        each = {path: kept for path, value in fields if (kept := self._keep_entries(value)) is not None}
         numbers = {path: kept for path, value in fields if (kept := self._keep_numbers(value)) is not None}
         others = [
             {p: kept}
@@ -225,7 +225,7 @@ class _Search:
         if made := self._find_derived_lists([path for path, value in fields if isinstance(value, list)]):
             yield from ({**edits, **made} for edits in lists)
 
-    def _entries(self, value: object) -> object | None:
+    def _keep_entries(self, value: object) -> object | None:
         """Case 1."""
         return [value[unit] for unit in self.units] if isinstance(value, list) and len(value) == self.count else None
 
@@ -275,7 +275,7 @@ class _Search:
         """The first difference between the class and the dense one without the removed blocks."""
         # Weights and their shapes, under the blocks' new numbers.
         names = Renumbering({self.module: self.units})
-        target = {new: self.dense.shapes[name] for new, name in names.names(self.dense.shapes).items()}
+        target = {new: self.dense.shapes[name] for new, name in names.map_names(self.dense.shapes).items()}
         for name in [*target, *built.shapes]:
             have, want = built.shapes.get(name), target.get(name)
             if have != want:
@@ -296,10 +296,10 @@ class _Search:
                     return Refusal("numeric", f"{make_prefix(self.module)}{unit}{key}", what)
         return None
 
-    def kinds(self, built: Built) -> list[object]:
+    def list_kinds(self, built: Built) -> list[object]:
         """What each block of the list is: its shapes and traits, but for the traits that count blocks."""
         found: list[object] = []
-        for unit in sorted(built.blocks(self.module)):
+        for unit in sorted(built.list_blocks(self.module)):
             own = (
                 (at[1], shape)
                 for n, shape in built.shapes.items()

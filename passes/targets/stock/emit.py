@@ -63,11 +63,11 @@ def write_checkpoint(
         shell.generation_config = copy.deepcopy(model.generation_config)
     # ``save_pretrained`` writes only weights that the model has.
     for name in beside:
-        _attach(shell, name, beside.like(name))
+        _attach(shell, name, beside.find_like(name))
     weights = weights.with_entries(beside)
     # It gets placeholders, which it splits and renames in its own way. The writer makes each real tensor when it writes
     # it, so that one is in memory at a time.
-    later = {name: defer_weight(name, weights.like(name)) for name in shell.state_dict()}
+    later = {name: defer_weight(name, weights.find_like(name)) for name in shell.state_dict()}
     with replace_saver(plan_shards, save(weights)):
         shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
     # transformers wrote this file: it is written again with the spellings of older releases, and as all JSON here.
@@ -118,7 +118,7 @@ def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other == name or weights.entry(name) is weights.entry(other):  # nothing to read
+        if other == name or weights.get_entry(name) is weights.get_entry(other):  # nothing to read
             continue
         if not torch.equal(weights[name], weights[other]):
             raise MptkError(

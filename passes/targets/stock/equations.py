@@ -35,7 +35,7 @@ class Echelon:
         self._rank = {unknown: rank for rank, unknown in enumerate(order)}
         self.solved: dict[Hashable, Exponents] = {}
 
-    def left(self, row: Mapping[Hashable, Fraction]) -> Exponents:
+    def reduce_row(self, row: Mapping[Hashable, Fraction]) -> Exponents:
         """What the equations leave of a row: only unknowns that none is solved for."""
         found = dict(row)
         for unknown in row.keys() & self.solved.keys():
@@ -44,7 +44,7 @@ class Echelon:
 
     def add(self, row: Mapping[Hashable, Fraction]) -> None:
         """Add an equation."""
-        left = self.left(row)
+        left = self.reduce_row(row)
         if left:
             # Solve it for its first unknown, and take that out of the other equations, which then stay solved.
             first = min(left, key=lambda unknown: self._rank.get(unknown, len(self._rank)))
@@ -195,7 +195,9 @@ class Law:
         for (name, dimension), row in grown.items():
             sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
         for each in every:
-            if each.integer is not None and any(isinstance(key, Field) for key in self._echelon.left(each.fields)):
+            if each.integer is not None and any(
+                isinstance(key, Field) for key in self._echelon.reduce_row(each.fields)
+            ):
                 like = [*products.of(each.integer), *sizes.get(each.integer, [])]
                 self._explain(each.fields, each.integer, like)
         solved = self._echelon.solved
@@ -208,7 +210,7 @@ class Law:
         A multiple stays, too, if a factor of the same size equals the widths: of 6 heads of 12 channels, the heads do.
         """
         # The families that the equations have it follow, and the product of their widths.
-        left = self._echelon.left(number)
+        left = self._echelon.reduce_row(number)
         now: Exponents = {name: factor for name, factor in left.items() if isinstance(name, str)}
         least = math.prod(self.products.families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
         if value % least == 0 and all(factor > 0 for factor in now.values()):
@@ -219,13 +221,13 @@ class Law:
         best, most = dict[Hashable, Fraction](), len(now)
         for row in products:
             rest = {**now}
-            _subtract(rest, self._echelon.left(row), Fraction(1))
+            _subtract(rest, self._echelon.reduce_row(row), Fraction(1))
             if len(rest) < most:
                 best, most = row, len(rest)
         if most:
             self._echelon.add(number | {name: -factor for name, factor in best.items()})
 
-    def at(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
+    def find_fields(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
         """The fields that ``widths`` change, and all implicit ones."""
         ratios: Exponents = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
         # First the ties, whose refusal names the families.

@@ -79,7 +79,7 @@ class Stock:
         if families:
             self._learn(fixed)
 
-    def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
+    def check_widths(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
 
         ``widths``: family → new width; missing families keep theirs.
@@ -92,7 +92,7 @@ class Stock:
         rounds = self._law is not None and self._law.reading.rounds
         return config[1] or (self._find_refusal(self._cut(widths)) if rounds else None)
 
-    def config(
+    def build_config(
         self,
         widths: Mapping[str, int],
         *,
@@ -107,15 +107,15 @@ class Stock:
         if isinstance(assignment, Refusal):
             return assignment
         if self._law is not None:
-            assignment = self._law.reading.needed(assignment)
+            assignment = self._law.reading.drop_implicit(assignment)
         result = finish_config(self._class, self.dense, assignment, self._shapes(widths), scalars or {})
         return result if isinstance(result, Refusal) else shorten_config(result, kept)
 
     def find_depth_config(self, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
-        """The config for all widths and the ``kept`` blocks, as in ``config``."""
+        """The config for all widths and the ``kept`` blocks, as in ``build_config``."""
         return shorten_config(self._whole, kept, self._built)
 
-    def pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
+    def find_pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
         """``find_kind_pattern``: the kinds of a list's blocks, and the class's kinds if it has ``width`` blocks."""
         return find_kind_pattern(self._whole, module, width)
 
@@ -139,7 +139,7 @@ class Stock:
             if not any(group <= cut.keys() for group in groups):
                 others = " and ".join(sorted(groups[0] - cut.keys()))
                 return Refusal("shared", name, f"the config can only express it cut together with {others}")
-        return {} if self._law is None else self._law.at(cut)
+        return {} if self._law is None else self._law.find_fields(cut)
 
     def _cut(self, widths: Mapping[str, int]) -> Widths:
         """The widths that change."""
@@ -187,13 +187,17 @@ class Stock:
     def _find_refusal(self, widths: Widths) -> Refusal | None:
         """Why the class has no config for a cut."""
         assert self._law is not None
-        assignment = self._law.at(widths)
+        assignment = self._law.find_fields(widths)
         if isinstance(assignment, Refusal):
             # Does the class have the shapes but compute another function? That is the better reason.
-            other = self._law.free.at(widths)
-            why = None if isinstance(other, Refusal) else self._find_difference(self._law.reading.at(other), widths)
+            other = self._law.free.find_fields(widths)
+            why = (
+                None
+                if isinstance(other, Refusal)
+                else self._find_difference(self._law.reading.find_sizes(other), widths)
+            )
             return why or assignment
-        return self._find_difference(self._law.reading.at(assignment), widths)
+        return self._find_difference(self._law.reading.find_sizes(assignment), widths)
 
     def _find_difference(self, sizes: Sizes, widths: Widths) -> Refusal | None:
         assert self._law is not None
@@ -238,9 +242,9 @@ class Stock:
 
     def _has_stale_number(self, widths: Widths) -> bool:
         """Whether the class has a number equal to the width of a family that is cut, and it stays."""
-        if self._law is None or isinstance(assignment := self._law.at(widths), Refusal):
+        if self._law is None or isinstance(assignment := self._law.find_fields(widths), Refusal):
             return False
-        dense, now = self._law.reading.dense.numbers, self._law.reading.at(assignment).numbers
+        dense, now = self._law.reading.dense.numbers, self._law.reading.find_sizes(assignment).numbers
         old = {self._families[name] for name in widths}
         return any(is_width(name, number) and number in old and now[name] == number for name, number in dense.items())
 

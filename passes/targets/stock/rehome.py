@@ -82,7 +82,7 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
     """
     # Cut any units and fold norms as the real cut does. Whether a class holds the result does not depend on the units.
     folded = FoldNorms().run(rewrite_program(analysis, _plan_first_units(analysis, widths)))
-    refusal = stock.config(widths, scalars=folded.epsilons)
+    refusal = stock.build_config(widths, scalars=folded.epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
     # Only validators refused. Compare logits with the candidates', on random tokens: no text is at hand.
@@ -142,11 +142,11 @@ def _list_candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
     used = {k for k, v in config.to_dict().items() if k in own and v != default.get(k)}
     others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if _is_stock(c) and c is not type(config)]
 
-    def distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
+    def measure_distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
         names = _list_fields(other)
         return len(names - own) + len(used - names), len(own - names), other.__name__
 
-    nearest = sorted(others, key=distance)[:CANDIDATES]
+    nearest = sorted(others, key=measure_distance)[:CANDIDATES]
     return sorted(
         nearest, key=lambda c: len(_list_fields(c) - own) - len(_find_optional_fields(c, _list_fields(c) - own))
     )

@@ -130,20 +130,20 @@ class Reading:
         if second is not None:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
-        self.dense = self.at({})
+        self.dense = self.find_sizes({})
         sizes: set[SymbolicNumber] = {
             size for shape in self._sizes.shapes.values() for size in shape if find_symbols(size)
         }
         self.rounds = not all(size.is_polynomial() for size in sizes)
         del self._symbols, self._integers  # torch's record of all sizes
 
-    def at(self, assignment: Assignment) -> Sizes:
+    def find_sizes(self, assignment: Assignment) -> Sizes:
         """What the class has with ``assignment`` if all implicit fields are set."""
         values = iter(evaluate_numbers([size for _, size in self._list_numbers()], self._assign_symbols(assignment)))
         shapes = {name: tuple(itertools.islice(values, len(shape))) for name, shape in self._sizes.shapes.items()}
         return Sizes(shapes, dict(zip(self._sizes.numbers, values, strict=True)))
 
-    def needed(self, assignment: Assignment) -> dict[Field, int]:
+    def drop_implicit(self, assignment: Assignment) -> dict[Field, int]:
         """An assignment without the implicit fields that the class makes of the others anyhow."""
         values = self._assign_symbols(assignment)
         follows = {pin: len({*evaluate_numbers(pair, values)}) == 1 for pin, pair in self._defaults.items()}
@@ -265,15 +265,15 @@ class Reading:
             pin = replace(new[symbol], value=known[symbol])
             self._of[pin], self._defaults[pin] = symbol, found[symbol]
 
-        def taken(mine: SymbolicNumber, theirs: SymbolicNumber) -> SymbolicNumber:
+        def take_size(mine: SymbolicNumber, theirs: SymbolicNumber) -> SymbolicNumber:
             own = find_symbols(theirs) & new.keys()
             same = own and own <= right and math.isclose(compute_value(theirs, known), compute_value(mine, known))
             return theirs if same else mine
 
         # Take the second build's expressions of right fields, and the first's of everything else.
         self._sizes = Sizes(
-            {n: tuple(map(taken, shape, second.shapes[n])) for n, shape in first.shapes.items()},
-            {n: taken(number, second.numbers.get(n)) for n, number in first.numbers.items()},
+            {n: tuple(map(take_size, shape, second.shapes[n])) for n, shape in first.shapes.items()},
+            {n: take_size(number, second.numbers.get(n)) for n, number in first.numbers.items()},
         )
 
 

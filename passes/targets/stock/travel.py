@@ -34,7 +34,7 @@ def find_breaking_cuts(
     """
     found = {}
     for name, widths in _list_widest_cuts(stock, ladders):
-        cut = stock.config(widths)
+        cut = stock.build_config(widths)
         if isinstance(cut, StockConfig) and (reasons := find_broken_programs(cut, stock.dense, engines)):
             found[name] = "; ".join(reasons)
     return found
@@ -46,17 +46,17 @@ def find_broken_programs(cut: StockConfig, dense: PreTrainedConfig, engines: Col
     ``engines``: only these programs; empty: all.
     """
 
-    def deriving(limit: Limit, config: PreTrainedConfig) -> str:
+    def name_deriving(limit: Limit, config: PreTrainedConfig) -> str:
         return ", ".join(each.name for each in find_programs_needing(limit, STOCK, config.model_type, engines))
 
     # Case 1, in the config and in those within it. Case 2: a field that was open is set, except the one of case 1.
     reasons = [
         f"programs that derive {HEAD_DIM} from {HIDDEN_SIZE} and {HEADS}, as {names}"
         for before, after in match_configs(dense, cut.config)
-        if _is_derivable(before) and not _is_derivable(after) and (names := deriving("head_dim", before))
+        if _is_derivable(before) and not _is_derivable(after) and (names := name_deriving("head_dim", before))
     ]
     implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != HEAD_DIM]
-    if implied and (names := deriving("open", dense)):
+    if implied and (names := name_deriving("open", dense)):
         reasons.append(f"programs that derive {', '.join(implied)}, which the dense config leaves open, as {names}")
     return reasons
 

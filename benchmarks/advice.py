@@ -29,7 +29,7 @@ from benchmarks.quality import add, rows_in
 from benchmarks.quality_text import documents, pieces
 from mptk import advise, prune, recover
 from mptk.io import data, models
-from mptk.protocols.advice import STANDARD_ERRORS, Advice, Point, Range
+from mptk.protocols import STANDARD_ERRORS, Advice, Point, Range
 from mptk.reading import make_typed
 
 SHARE = 10

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from benchmarks.common import result_header, write_result
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from passes.analysis.group import analyze_program
 from passes.frontend.trace import trace_to_program
 

@@ -20,10 +20,7 @@ from torch import Tensor
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk.io import data, models
-from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir import Analysis, FamilyPlan, Plan, Samples, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import Calibration
 from mptk.methods.criteria.fisher import combine_curvature

@@ -20,11 +20,7 @@ from mptk import rewrite
 from mptk.cli.options import parse_width
 from mptk.cost.model import CostModel
 from mptk.io import data, models
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir import Analysis, Plan, Program, Samples, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.observe import sum_losses
 from mptk.methods.reconstruct import gather_products

@@ -19,8 +19,7 @@ import typer
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk import prune
-from mptk.io import data, models
-from mptk.io.evaluation import measure_perplexity
+from mptk.io import data, measure_perplexity, models
 
 
 def measured(module: Any, texts: dict[str, str], windows: list[int]) -> dict[str, float]:

@@ -39,11 +39,10 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
 from mptk.cli.options import parse_width
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.cost.estimate import measure_machine
-from mptk.io import data, models
-from mptk.io.evaluation import measure_perplexity, zero_shot
-from mptk.protocols.report import Report
+from mptk.io import data, measure_perplexity, models, zero_shot
+from mptk.protocols import Report
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import complete_settings
 from mptk.trust import NO_CODE, trust_by_caller

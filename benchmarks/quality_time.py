@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.quality import MODEL, rows_in
 from mptk import Settings
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.cost.estimate import measure_machine
 from mptk.run.estimate import read_estimator
 from mptk.trust import NO_CODE

@@ -26,7 +26,7 @@ import mptk
 from benchmarks.zoo_plans import plan_of_widths
 from mptk.distributed.processes import find_module_blocks
 from mptk.files import write_json
-from mptk.io.checkpoint import save_tokenizer
+from mptk.io import save_tokenizer
 
 WORDS = (
     "quick",

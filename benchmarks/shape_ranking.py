@@ -21,7 +21,7 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality import MODEL, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, shapes
-from mptk.protocols.shapes import Shape, Shapes
+from mptk.protocols import Shape, Shapes
 from mptk.reading import make_damage_error, read_as
 from mptk.run.advise import SHAPES_FILE
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mptk.ir.samples import Samples, join_outputs
+from mptk.ir import Samples, join_outputs
 from mptk.tasks.dual_encoder import EMBEDS, has_embeddings
 from mptk.tasks.image_text import ImageText
 

@@ -27,18 +27,13 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.config.learning import Learning, Training
-from mptk.config.settings import Settings
+from mptk.config import Learning, Settings, Training
 from mptk.io import models
-from mptk.ir.passes import Log
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import Log, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import show_nothing
-from mptk.protocols.chain import Prepared
-from mptk.protocols.conversion import Analysed, DenseModel, Opened
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols import Analysed, DenseModel, Opened, Prepared, RunFolder
 from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
 from mptk.tasks import CAUSAL_LM

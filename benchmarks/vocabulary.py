@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from benchmarks.common import result_header, write_result
 from mptk.conversions.vocabulary import Tokens
 from mptk.io import models
-from mptk.ir.plan import Plan
+from mptk.ir import Plan
 
 PIECE, PROMPT, PROMPTS, NEW = 1_000, 80, 8, 24
 Runner = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -38,9 +38,7 @@ from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import depth_acceptance, stock_acceptance
 from mptk import rewrite
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Plan, resolve_plan
 from passes.analysis.group import analyze_program
 from passes.frontend.trace import trace_to_program
 from passes.transforms.masked_reference import mask

@@ -27,11 +27,7 @@ from benchmarks.tiny_models import model_types, tiny_model
 from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, difference, saved_rows, sweep
 from benchmarks.zoo_plans import draw, legal_width
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Log, Plan, Program, resolve_plan
 from mptk.ort.decoder import OrtDecoder
 from passes.analysis.group import analyze_program
 from passes.frontend.trace_decoder import (

@@ -15,11 +15,7 @@ from benchmarks.tiny_models import Tiny
 from benchmarks.tiny_wrappers import Logits
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
-from mptk.ir.axes import list_axes
-from mptk.ir.families import Analysis, Depth, Family
-from mptk.ir.passes import Log
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Depth, Family, FamilyPlan, Log, Plan, list_axes, resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import find_derived_families

@@ -10,10 +10,7 @@ from torch import Tensor, fx
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError, ProofError
-from mptk.ir.families import Analysis
-from mptk.ir.ops import resolve_shape
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Program, resolve_shape
 from passes.analysis.vocabulary import find_tables
 from passes.frontend.eager import check_steady
 from passes.transforms.masked_reference import mask

@@ -12,10 +12,7 @@ import torch
 from onnx_ir.passes import common
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, run_passes
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Log, Pass, Program, run_passes
 from mptk.ort.sessions import CPU
 from passes.targets.onnx.attention import FoldKVPass, GroupQueriesPass
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass, LookUpInBlocksPass

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError, find_exhaustion
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Program, Samples
 from mptk.progress import step_through
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.weight_types import RoundWeights

@@ -10,18 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.api.pruned import Shown, report_progress, resolve_place
 from mptk.api.words import wrap_public
-from mptk.config.choices import MOST_SPARSITY
-from mptk.config.recipe import format_command
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import MOST_SPARSITY, Settings, format_command, with_keywords
 from mptk.errors import MptkError
 from mptk.files import make_scratch
-from mptk.io.data import list_source_names
-from mptk.ir.passes import Log
-from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
-from mptk.protocols.conversion import Opened
-from mptk.protocols.shapes import Shapes
-from mptk.protocols.values import Context
+from mptk.io import list_source_names
+from mptk.ir import Log
+from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Context, Opened, Point, Shapes
 from mptk.run.advise import measure_cuts, search_and_rank
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model

@@ -13,24 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch
-from mptk.io.checkpoint import save_tokenizer
-from mptk.io.live import unwrap_parallel
-from mptk.io.tensors import write_weights
-from mptk.io.untrusted import load_tensors
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.io import load_tensors, save_tokenizer, unwrap_parallel, write_weights
+from mptk.ir import Log, Program, Samples, Weights
 from mptk.proof.claims import LATER
 from mptk.proof.proof import check_proof
-from mptk.protocols.conversion import Opened
-from mptk.protocols.onnx_form import Dense, Use
-from mptk.protocols.origin import Origin
-from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import PROVEN_ON, REPORT_FILE, Context, Dense, Opened, Origin, Report, SampleSets, Use
 from mptk.publish.folder import publish
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import MARKER, hash_weight_files, list_files

@@ -13,14 +13,21 @@ from mptk.api.words import wrap_public
 from mptk.compat.torch import forget_sources
 from mptk.conversions import read_plan_conversions
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.live import unwrap_parallel
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, PassResult, list_state_shapes, run_passes
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, list_removed_blocks, resolve_plan
-from mptk.ir.text import describe_program
+from mptk.io import models, unwrap_parallel
+from mptk.ir import (
+    Analysis,
+    Cut,
+    Log,
+    Pass,
+    PassResult,
+    Plan,
+    Program,
+    describe_program,
+    list_removed_blocks,
+    list_state_shapes,
+    resolve_plan,
+    run_passes,
+)
 from mptk.tasks import match_task
 from passes.analysis import group
 from passes.analysis.rules import rule

@@ -19,29 +19,31 @@ from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
-from mptk.config.choices import GgufType
-from mptk.config.settings import Settings
+from mptk.config import GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import expand_path, write_result
 from mptk.files.outputs import check_apart, check_file
-from mptk.io import data, models
-from mptk.io.auto_classes import find_model_classes
-from mptk.io.cache import build_private, locate_private_folder
-from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.data import check_positions, find_position_limit
-from mptk.io.dense import hash_model
-from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.samples import make_token_samples
+from mptk.io import (
+    Loaded,
+    build_private,
+    check_positions,
+    copy_processors,
+    data,
+    find_model_classes,
+    find_position_limit,
+    hash_model,
+    locate_private_folder,
+    models,
+    save_tokenizer,
+)
+from mptk.ir import Log, Plan, make_token_samples
 from mptk.ort.bench import LENGTHS, Bench, bench_graphs
 from mptk.ort.decoder import find_graph, find_model_folder, find_onnx_file
 from mptk.ort.steps import find_phase_graphs
 from mptk.progress import Progress, enter_stage, show_nothing
 from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, prove_extras
-from mptk.protocols.execution import build_executor, find_session_device
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
+from mptk.protocols import Dense, OnnxForm, Use, build_executor, find_session_device
 from mptk.publish.folder import check_replaceable, publish
 from mptk.run.inputs import GivenInputs, Inputs
 from mptk.run.open import open_in_memory

@@ -12,16 +12,14 @@ from mptk.api.changed import FirstRun
 from mptk.api.pruned import Pruned, Shown, check_start, make_default_settings, report_progress, resolve_place
 from mptk.api.words import wrap_public
 from mptk.compile.rungs import list_rung_sizes, restore_rung
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import Settings, with_keywords
 from mptk.cost.estimate import Estimate, sum_estimates
 from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.files.outputs import check_apart
-from mptk.ir.passes import Log, PassRecord
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context
+from mptk.ir import Log, PassRecord
+from mptk.protocols import Context, Report
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import read_estimator

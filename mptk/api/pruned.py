@@ -19,27 +19,17 @@ from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, w
 from mptk.api.display import show_progress
 from mptk.api.words import wrap_public
 from mptk.arguments import TURN
-from mptk.config.choices import IN_MEMORY
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings, with_keywords
 from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch, make_write_error
-from mptk.io import models
-from mptk.io.checkpoint import find_stored_dtype
-from mptk.io.dense import resolve_model_name
-from mptk.io.live import forget_folder, unwrap_parallel
-from mptk.ir.passes import Log, PassRecord
-from mptk.ir.plan import Plan
+from mptk.io import find_stored_dtype, forget_folder, models, resolve_model_name, unwrap_parallel
+from mptk.ir import Log, PassRecord, Plan
 from mptk.methods import find_method
 from mptk.progress import Progress, show_nothing
 from mptk.proof.claims import LATER
 from mptk.proof.verification import read_folder_plan
-from mptk.protocols.chain import Compiled
-from mptk.protocols.conversion import Opened
-from mptk.protocols.origin import check_dense, check_given_tokenizer
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context
+from mptk.protocols import Compiled, Context, Opened, Report, check_dense, check_given_tokenizer
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
 from mptk.run.estimate import read_estimator

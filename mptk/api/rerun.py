@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from mptk.api.pruned import prune, recover
-from mptk.config.choices import IN_MEMORY
-from mptk.config.recipe import RECIPE_FILE, read_recipe
+from mptk.config import IN_MEMORY, RECIPE_FILE, read_recipe
 from mptk.errors import MptkError
 from mptk.files.outputs import check_apart
-from mptk.ir.passes import PassRecord
+from mptk.ir import PassRecord
 from mptk.progress import Progress
-from mptk.protocols.report import REPORT_FILE, Report
-from mptk.protocols.run_folder import METRICS, TRACKER
+from mptk.protocols import METRICS, REPORT_FILE, TRACKER, Report
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
 from mptk.reading import Json

@@ -15,29 +15,36 @@ from mptk.api.pruned import Pruned, Shown, report_progress
 from mptk.api.words import wrap_public
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import LONGEST_TRACE, fit_to_program, trace_loaded
-from mptk.config.choices import IN_MEMORY
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings, with_keywords
 from mptk.conversions import convert_model, read_plan_conversions
 from mptk.errors import MptkError, explain_errors
+from mptk.io import (
+    LogitsFn,
+    Perplexity,
+    Resident,
+    evaluation,
+    find_position_limit,
+    models,
+    open_dense,
+    set_evaluating,
+    unwrap_parallel,
+)
 from mptk.io import data as text
-from mptk.io import evaluation, models
-from mptk.io.data import find_position_limit
-from mptk.io.dense import open_dense
-from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import set_evaluating, unwrap_parallel
-from mptk.io.resident import Resident
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Log, Program, Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room, encode_prompts
 from mptk.progress import Count, Progress, show_nothing
 from mptk.proof.verification import read_folder_plan
-from mptk.protocols.conversion import Analysed
-from mptk.protocols.execution import build_executor, find_device, find_session_device
-from mptk.protocols.report import REPORT_FILE, Report
-from mptk.protocols.task import Task
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import (
+    REPORT_FILE,
+    Analysed,
+    Context,
+    Report,
+    SampleSets,
+    Task,
+    build_executor,
+    find_device,
+    find_session_device,
+)
 from mptk.reading import Json
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, open_in_memory, open_model

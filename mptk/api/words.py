@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from mptk.arguments import P, R, guard_call
-from mptk.config.setting import Declared
-from mptk.config.settings import Settings
+from mptk.config import Declared, Settings
 from mptk.errors import MptkError, find_broken_package
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)

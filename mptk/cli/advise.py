@@ -22,10 +22,9 @@ from mptk.cli.options import (
     refuse_idle,
     with_latency,
 )
-from mptk.config.setting import Asked
-from mptk.config.settings import Settings
+from mptk.config import Asked, Settings
 from mptk.files import write_text
-from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
+from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
 @register_command(

@@ -27,11 +27,10 @@ from mptk.cli.console import VOICE, out, print_text
 from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, report_failure, report_unprinted
 from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_output_paths, make_parameters
 from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
-from mptk.config.setting import Record
-from mptk.config.settings import Settings
+from mptk.config import Record, Settings
 from mptk.errors import explain_errors
 from mptk.files import check_open_files, check_text, expand_path, format_json, tidy, write_json
-from mptk.io.cache import tidy_shared
+from mptk.io import tidy_shared
 
 app = typer.Typer(
     # A failure is one line (``failure.py``), so typer's own tracebacks are off.

@@ -23,7 +23,7 @@ from mptk.plain import escape_text
 from mptk.progress import Progress, show_nothing
 
 if TYPE_CHECKING:
-    from mptk.ir.passes import PassRecord
+    from mptk.ir import PassRecord
 
 WIDE_COLUMNS = 1000
 """Columns if the output is not a terminal: wide enough that no table is cut."""

@@ -92,7 +92,7 @@ def _report_usage(error: Exception) -> int:
 
 def _log(error: BaseException) -> str:
     """Write the traceback of an error to a file; returns how the message names it."""
-    from mptk.io.cache import cache_dir
+    from mptk.io import cache_dir
 
     text = f"mptk {__version__}\n{''.join(traceback.format_exception(error))}"
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}"

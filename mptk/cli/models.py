@@ -14,7 +14,7 @@ from rich.text import Text
 from mptk.cli.app import register_command, show_result
 from mptk.cli.console import err, out, print_text, show_stages
 from mptk.cli.options import JsonOption, ModelArgument, make_file_option
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.files import write_text
 
 OPS = "mptk-ops/1"
@@ -108,7 +108,7 @@ def show_analysis(
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.ir.consumers import check_engines
+    from mptk.ir import check_engines
     from mptk.methods.division.budget import build_alignment
     from mptk.methods.division.selection import build_part_rows, check_aligned
     from mptk.report.analysis import build_analysis_json, build_analysis_view
@@ -155,7 +155,7 @@ def show_program(
     """Print a model's program: one line for each value, with its axes. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.ir.plan import Plan
+    from mptk.ir import Plan
 
     chosen = None if plan is None else Plan.load(plan)
     with show_stages(err) as progress:

@@ -23,21 +23,22 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.models import OptionInfo
 
-from mptk.config.cases import CUT, READING
-from mptk.config.setting import (
+from mptk.config import (
     COUNT,
+    CUT,
+    READING,
     AnyRecord,
     Asked,
     Choices,
     Declared,
     Record,
+    Settings,
     find_bound_error,
     find_idle,
     find_settings,
     format_number,
     with_keywords,
 )
-from mptk.config.settings import Settings
 from mptk.errors import MptkError, suggest_name
 from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
@@ -172,7 +173,7 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
             yield from (expand_path(name) for name in _list_names(report, "model"))
             texts += [name for key in SAMPLES_FROM for name in _list_names(report.get("settings"), key)]
     if texts:
-        from mptk.io.data import read_places
+        from mptk.io import read_places
 
         for text in texts:
             with contextlib.suppress(MptkError):  # a wrong source is refused where it is read
@@ -195,7 +196,7 @@ def _list_names(content: object, key: str) -> list[str]:
 
 def _list_packaged(name: str) -> list[Path]:
     """The place of a packaged model that has been fetched."""
-    from mptk.io.packaged import ALIASES, find_cached
+    from mptk.io import ALIASES, find_cached
 
     found = find_cached(name) if name in ALIASES else None
     return [] if found is None else [found]
@@ -439,7 +440,7 @@ def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.config.recipe import list_refused, read_recipe
+    from mptk.config import list_refused, read_recipe
 
     tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
     # Each option by the names that it has when it is typed: not every flag is named like its parameter.

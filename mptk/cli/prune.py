@@ -23,9 +23,7 @@ from mptk.cli.options import (
     refuse_idle,
     with_latency,
 )
-from mptk.config.cases import CUT
-from mptk.config.setting import Asked
-from mptk.config.settings import Settings
+from mptk.config import CUT, Asked, Settings
 from mptk.errors import MptkError
 from mptk.progress import Progress
 

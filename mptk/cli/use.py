@@ -25,9 +25,7 @@ from mptk.cli.options import (
     parse_names,
     refuse,
 )
-from mptk.config.choices import GgufType
-from mptk.config.setting import SEED, Choices
-from mptk.config.settings import Settings
+from mptk.config import SEED, Choices, GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
@@ -123,7 +121,7 @@ def generate_text(
 ) -> None:
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
     from mptk.ort.generation import Sampling, TextGenerator, fit_prompts
-    from mptk.protocols.execution import find_session_device
+    from mptk.protocols import find_session_device
 
     # Options that would do nothing: without sampling, and with images.
     if not temperature:

@@ -19,8 +19,7 @@ from mptk.cli.options import (
     make_folder_option,
     refuse,
 )
-from mptk.config.setting import collect_values
-from mptk.config.settings import Settings
+from mptk.config import Settings, collect_values
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import enter_stage

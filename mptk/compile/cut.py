@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.resident import Resident
-from mptk.io.untrusted import load_tensors
-from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis
-from mptk.ir.program import ProgramModule
-from mptk.ir.resolved_plan import Cut, build_renumbering
-from mptk.ir.samples import Samples, join_outputs
-from mptk.ir.weights import Lazy, Weights
-from mptk.protocols.chain import Chosen, Compiled, Prepared
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context
+from mptk.io import Resident, load_tensors, models
+from mptk.ir import Analysis, Cut, Dims, Lazy, ProgramModule, Samples, Weights, build_renumbering, join_outputs
+from mptk.protocols import Chosen, Compiled, Context, Prepared, Report
 from mptk.reading import make_damage_error
 from mptk.targets.graph import WEIGHTS, GraphTarget
 from mptk.trust import Trust

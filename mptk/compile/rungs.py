@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mptk.compile.cut import COMPENSATION
 from mptk.errors import MptkError, ProofError
-from mptk.io.slices import Places, open_file_weights, restore_file, write_part
-from mptk.ir.weights import Weights
+from mptk.io import Places, open_file_weights, restore_file, write_part
+from mptk.ir import Weights
 from mptk.publish.manifest import MARKER, RUNGS, hash_file, list_files, read_manifest
 
 PART_SUFFIX = ".part"

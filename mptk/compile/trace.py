@@ -17,13 +17,9 @@ from transformers import PreTrainedModel
 
 import passes.frontend.trace
 from mptk.errors import MptkError
-from mptk.io.live import choose_wide_type
-from mptk.io.models import Loaded
-from mptk.io.resident import measure_free_memory
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Prepared
-from mptk.protocols.task import Task
+from mptk.io import Loaded, choose_wide_type, measure_free_memory
+from mptk.ir import Program, Samples, is_tokens
+from mptk.protocols import Prepared, Task
 from mptk.staged.staged import Executor
 from passes.frontend.bound import limit_processor_time
 from passes.frontend.eager import GradientMode, check_steady, compare_to_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mptk.config.setting import Idle
 from mptk.cost.budgets import CACHED, LATENCY
-from mptk.ir.consumers import needs_graphs
+from mptk.ir import needs_graphs
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")

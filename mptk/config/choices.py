@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mptk.config.setting import Choices
-from mptk.ir.consumers import ENGINES, FORMS
+from mptk.ir import ENGINES, FORMS
 
 IN_MEMORY = "samples given in Python"
 """What settings and reports call samples that were given in memory."""

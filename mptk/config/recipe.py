@@ -13,7 +13,7 @@ from mptk.config.setting import Asked, Record, find_idle, find_settings
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
-from mptk.io.dense import resolve_model_name
+from mptk.io import resolve_model_name
 from mptk.reading import read_text
 
 RECIPE_FILE = "run.yaml"

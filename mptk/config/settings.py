@@ -63,7 +63,7 @@ from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers, record
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
-from mptk.ir.alignment import HARDWARE, KERNEL_BLOCK, read_alignment
+from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
 from mptk.trust import Trust, trust_by_caller
 
 

@@ -7,18 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from mptk.compile.trace import trace_loaded
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.conversions.kv_heads import MergedHeads
 from mptk.conversions.vocabulary import TrimmedVocabulary
 from mptk.errors import MptkError
-from mptk.io.models import Loaded
-from mptk.ir.plan import Plan
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.conversion import Analysed, Change, Conversion
-from mptk.protocols.task import Task
-from mptk.protocols.values import Context, shorten_samples
+from mptk.io import Loaded
+from mptk.ir import Plan, Samples, Weights
+from mptk.protocols import Analysed, Change, Chosen, Context, Conversion, Prepared, Task, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
 

@@ -19,20 +19,14 @@ from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import match_configs
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.remade import rebuild_model
-from mptk.ir.axes import collect_axes
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Entry
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.io import models, rebuild_model
+from mptk.ir import Analysis, Entry, Program, Samples, Weights, collect_axes
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, find_sites, split_batches
 from mptk.methods.reconstruct import name_operand_weight
-from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads

@@ -23,22 +23,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mptk.compat.transformers import find_config_field
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch
-from mptk.io import data, models
-from mptk.io.models import Loaded
-from mptk.io.remade import rebuild_model
-from mptk.io.text.files import Document
-from mptk.io.text.tokens import split_documents
-from mptk.ir.alignment import read_alignment
-from mptk.ir.plan import Entry, encode_ranges, read_family
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, KeptUnits
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.io import Document, Loaded, data, models, rebuild_model, split_documents
+from mptk.ir import Cut, Entry, KeptUnits, Program, Samples, Weights, encode_ranges, read_alignment, read_family
+from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.reading import Json, read_json
 from mptk.staged.staged import Executor
 from mptk.tasks.base import TokenTask

@@ -23,7 +23,7 @@ from torch import nn
 from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch, make_staging
-from mptk.io.cache import cache_dir, keep, read_kept
+from mptk.io import cache_dir, keep, read_kept
 from mptk.reading import make_typed
 
 CPU = torch.device("cpu")

@@ -22,12 +22,18 @@ from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Term, compute_size
-from mptk.ir.axis_facts import AxisFacts, Contraction
-from mptk.ir.blocks import list_block_calls
-from mptk.ir.families import Analysis
-from mptk.ir.ops import get_argument, list_schema_arguments
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    Analysis,
+    Axis,
+    AxisFacts,
+    Contraction,
+    SourceLocation,
+    Term,
+    compute_size,
+    get_argument,
+    list_block_calls,
+    list_schema_arguments,
+)
 
 PROBES = (0.91, 0.83, 0.71)
 """Shares of the dense widths at which two operators' sizes are compared."""

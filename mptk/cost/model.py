@@ -11,11 +11,20 @@ from torch import fx
 
 from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Term, compute_size
-from mptk.ir.blocks import list_block_calls, split_block_name
-from mptk.ir.families import Analysis, Family, Variables
-from mptk.ir.ops import find_aliased_arguments, get_argument, resolve_result_shape
-from mptk.ir.plan import Plan
+from mptk.ir import (
+    Analysis,
+    Axis,
+    Family,
+    Plan,
+    Term,
+    Variables,
+    compute_size,
+    find_aliased_arguments,
+    get_argument,
+    list_block_calls,
+    resolve_result_shape,
+    split_block_name,
+)
 
 
 @dataclass(frozen=True)

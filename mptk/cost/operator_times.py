@@ -22,7 +22,7 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.files import format_json
-from mptk.io.cache import cache_dir, keep, read_kept
+from mptk.io import cache_dir, keep, read_kept
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]

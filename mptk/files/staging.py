@@ -132,7 +132,7 @@ def make_staging(parent: Path) -> Staging:
 
 
 def stage_openly(parent: Path) -> Staging:
-    """As ``make_staging``, also if other users can rename what is in ``parent``. Then use only descriptors, no paths."""
+    """As ``make_staging``, also if others can rename what is in ``parent``. Then use only descriptors, no paths."""
     check_open_files()
     with hold_open(parent) as at:
         return Staging(*_make_hidden(at, parent))

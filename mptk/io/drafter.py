@@ -23,8 +23,7 @@ from mptk.errors import MptkError, take_first_line
 from mptk.io.models import Loaded, fill_program
 from mptk.io.resident import Resident, open_stored_weight
 from mptk.io.tensors import Deferred, Files, find_own_weight, list_weight_names, read_likes
-from mptk.ir.program import Program
-from mptk.ir.weights import Weights
+from mptk.ir import Program, Weights
 
 # The module of a drafter that holds the layers.
 HEADS = "mtp"

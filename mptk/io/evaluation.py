@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError, take_first_line
 from mptk.io import models
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir import Samples, make_token_samples
 from mptk.progress import Count
 from mptk.trust import NO_CODE, Trust
 

@@ -26,8 +26,7 @@ from mptk.io import models
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
 from mptk.io.remade import make_anew
-from mptk.ir.copies import copy_module
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights, copy_module
 from mptk.trust import NO_CODE, Trust
 
 

@@ -42,8 +42,7 @@ from mptk.io.quantized import read_quantization, write_float
 from mptk.io.resident import Resident
 from mptk.io.tensors import Files
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
-from mptk.ir.program import Program
-from mptk.ir.weights import Weights
+from mptk.ir import Program, Weights
 from mptk.publish.licence import write_stub
 from mptk.trust import NO_CODE, Trust, trust_by_caller
 

@@ -24,7 +24,7 @@ from mptk.io.checkpoint import SMALL_FILES
 from mptk.io.resident import Resident, open_stored_weight
 from mptk.io.tensors import read_likes, write_weights
 from mptk.io.untrusted import CONFIG, read_object
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 from mptk.reading import Json, shorten_text
 
 # Bits of the whole numbers in which GPTQ and AWQ pack smaller ones.

@@ -15,7 +15,7 @@ from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
-from mptk.ir.weights import Weights
+from mptk.ir import Weights
 
 
 def rebuild_model(

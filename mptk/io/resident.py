@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.weights import Lazy
+from mptk.ir import Lazy
 
 MEMORY_SHARE = 0.5
 """Share of the free memory for weights and values between stages, if the user names no bound. Libraries, activations

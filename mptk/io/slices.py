@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mptk.io.tensors import read_likes, write_weights
 from mptk.io.untrusted import check_weights, load_tensors
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 from mptk.reading import make_damage_error
 
 Places = Mapping[str, Sequence[Tensor]]

@@ -28,7 +28,7 @@ from mptk.errors import MptkError
 from mptk.files import format_json
 from mptk.io.checkpoint import read_float_types
 from mptk.io.resident import Resident, open_stored_weight
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 
 
 def read_likes(file: Path) -> dict[str, Tensor]:

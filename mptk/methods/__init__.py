@@ -6,7 +6,7 @@ from mptk.methods.criteria import list_criteria
 from mptk.methods.maskprune.method import MaskPrune
 from mptk.methods.one_shot import OneShotMethod
 from mptk.plugins import find_entry, with_plugins
-from mptk.protocols.chain import Method
+from mptk.protocols import Method
 
 MASKPRUNE = MaskPrune()
 

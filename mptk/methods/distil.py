@@ -17,21 +17,15 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import Sharing, share_batches
-from mptk.ir.axes import collect_axes
-from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, list_removed_blocks
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.ir import Analysis, Cut, Dims, Program, Samples, Weights, collect_axes, list_removed_blocks
 from mptk.methods.criteria.observe import find_sites, split_batches
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import name_operand_weight
 from mptk.progress import Count
-from mptk.protocols.run_folder import Kept, RunFolder
+from mptk.protocols import Kept, RunFolder
 from mptk.staged.partition import Flow, partition_blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun

@@ -11,16 +11,10 @@ import re
 from dataclasses import replace
 
 from mptk.errors import MptkError
-from mptk.io.drafter import BLOCK, HEADS, OpenDrafter, open_drafter
-from mptk.io.resident import Resident
-from mptk.ir.families import Analysis, Family, Group
-from mptk.ir.passes import Log
-from mptk.ir.plan import FamilyPlan, Keep, Plan
-from mptk.ir.resolved_plan import build_renumbering, resolve_plan
-from mptk.ir.samples import Samples
+from mptk.io import BLOCK, HEADS, OpenDrafter, Resident, open_drafter
+from mptk.ir import Analysis, Family, FamilyPlan, Group, Keep, Log, Plan, Samples, build_renumbering, resolve_plan
 from mptk.methods.criteria import score_units
-from mptk.protocols.chain import Compiled
-from mptk.protocols.values import CutDrafter
+from mptk.protocols import Compiled, CutDrafter
 from passes.analysis import group
 from passes.frontend.trace import trace_to_program
 from passes.pipelines import cut_program

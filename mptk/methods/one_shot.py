@@ -12,18 +12,14 @@ from functools import partial
 
 import torch
 
-from mptk.config.choices import FREE
-from mptk.config.settings import Settings
+from mptk.config import FREE, Settings
 from mptk.cost.estimate import Pass
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
 from mptk.methods.division.layers import choose_division, describe_ends
 from mptk.methods.division.trial import find_best_plan, plan_widths
-from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import Kept
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import Chosen, Context, Kept, Method, Prepared, SampleSets
 from passes.targets.legalize import describe_widths
 
 COMPARED_TOKENS = 1024

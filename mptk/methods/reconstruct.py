@@ -25,16 +25,22 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import Sharing, share_batches
-from mptk.ir.blocks import Block
-from mptk.ir.families import Analysis
-from mptk.ir.ops import get_argument, name_base_op
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, build_renumbering, list_removed_blocks
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import (
+    Analysis,
+    Block,
+    Cut,
+    Lazy,
+    Program,
+    Samples,
+    Weights,
+    build_renumbering,
+    get_argument,
+    list_removed_blocks,
+    name_base_op,
+)
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, Site, find_sites, split_batches
 from mptk.progress import Count
 from mptk.staged.spool import Spool

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field
 
 from mptk.errors import MptkError
-from mptk.ir.alignment import KERNEL_BLOCK
+from mptk.ir import KERNEL_BLOCK
 from mptk.ort.decoder import find_onnx_file
 from mptk.ort.roofline import Peaks, Roofline, compute_graph_work, measure_peak_memory, run_work
 from mptk.ort.sessions import CPU, HOST, open_session

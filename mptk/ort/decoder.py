@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.io.packaged import check_folder_named
+from mptk.io import check_folder_named
 from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
 # optimum's names of files and inputs. ``passes/targets/onnx`` has them, too, but is a layer above.

@@ -15,9 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.chat_templates import ChatTemplate
-from mptk.io.data import find_position_limit
+from mptk.io import ChatTemplate, find_position_limit, models
 from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, find_model_folder
 from mptk.ort.sessions import CPU
 

@@ -19,17 +19,13 @@ from mptk.conversions import CONVERSIONS
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.files import format_json
-from mptk.io.untrusted import CONFIG, read_object
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, is_tokens
+from mptk.io import CONFIG, read_object
+from mptk.ir import Analysis, Plan, Program, Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import list_criteria
 from mptk.methods.division.budget import build_cost_model
 from mptk.methods.division.selection import tie_as_planned
-from mptk.protocols.conversion import Conversion, find_imitated
-from mptk.protocols.report import PROVEN_ON, Report
+from mptk.protocols import PROVEN_ON, Conversion, Report, find_imitated
 from mptk.publish.manifest import hash_weight_files, list_files
 from mptk.targets import ONNX, list_targets
 from passes.check_cut import find_table_size

@@ -15,13 +15,12 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
 from mptk.compile.cut import open_pruned_weights
-from mptk.config.choices import GgufType
+from mptk.config import GgufType
 from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path, make_scratch
-from mptk.io import models
-from mptk.io.resident import measure_free_memory
-from mptk.ir.plan import Plan
-from mptk.protocols.report import Report
+from mptk.io import measure_free_memory, models
+from mptk.ir import Plan
+from mptk.protocols import Report
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import name_pruned
 from mptk.targets.gguf.architectures import GELU, find_ignored_window

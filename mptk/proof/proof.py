@@ -19,18 +19,23 @@ from transformers import PreTrainedModel
 
 from mptk.compat.torch import tree_leaves
 from mptk.compile.trace import trace_as_example
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
-from mptk.io.resident import measure_free_memory
-from mptk.ir.families import Analysis
-from mptk.ir.limits import CallSizes
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, transfer_cut
-from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Compiled, Proven, Target
-from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Further, Witness, describe_left_out, shorten_samples
+from mptk.io import measure_free_memory
+from mptk.ir import Analysis, CallSizes, Cut, Log, Program, Samples, is_tokens, transfer_cut
+from mptk.protocols import (
+    LONG,
+    PROOF_SHAPE,
+    Compiled,
+    Extra,
+    Further,
+    Proven,
+    Target,
+    Witness,
+    describe_left_out,
+    shorten_samples,
+)
 from mptk.staged.staged import Executor
 from passes.analysis import group
 from passes.analysis.borders import MARGIN, Reach, find_config_borders, reach

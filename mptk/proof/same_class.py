@@ -18,13 +18,9 @@ from transformers import PreTrainedModel
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.io.checkpoint import fill_parameters
-from mptk.io.models import Loaded
-from mptk.io.remade import make_anew
-from mptk.io.resident import measure_free_memory
-from mptk.ir.copies import copy_module
-from mptk.ir.samples import Samples
-from mptk.protocols.task import Task
+from mptk.io import Loaded, fill_parameters, make_anew, measure_free_memory
+from mptk.ir import Samples, copy_module
+from mptk.protocols import Task
 from passes.frontend.eager import compute_relative_error
 from passes.verify import TOLERANCE, WIDEST
 

@@ -14,21 +14,14 @@ from mptk.arguments import guard_arguments
 from mptk.compat.torch import forget_sources, use_default_state
 from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
 from mptk.compile.trace import fit_to_program, trace_loaded
-from mptk.config.recipe import RECIPE_FILE
-from mptk.config.settings import Settings
+from mptk.config import RECIPE_FILE, Settings
 from mptk.conversions import convert_model, read_plan_conversions
 from mptk.conversions.vocabulary import describe_unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path
-from mptk.io.dense import open_dense
-from mptk.io.models import Loaded
-from mptk.io.packaged import check_folder_named
-from mptk.io.untrusted import read_object
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.io import Loaded, check_folder_named, open_dense, read_object
+from mptk.ir import Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
@@ -36,12 +29,24 @@ from mptk.progress import show_nothing
 from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Compiled, Prepared, Target, find_stored_type
-from mptk.protocols.conversion import Analysed, DenseModel, Opened
-from mptk.protocols.execution import build_executor
-from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report, make_report_error
-from mptk.protocols.run_folder import METRICS, TRACKER
-from mptk.protocols.values import Context
+from mptk.protocols import (
+    METRICS,
+    PROVEN_ON,
+    REPORT_FILE,
+    TRACKER,
+    Analysed,
+    Chosen,
+    Compiled,
+    Context,
+    DenseModel,
+    Opened,
+    Prepared,
+    Report,
+    Target,
+    build_executor,
+    find_stored_type,
+    make_report_error,
+)
 from mptk.publish.licence import CARD, list_notices
 from mptk.publish.manifest import MARKER, RUNGS, check_manifest, hash_file, identify_file, list_files
 from mptk.staged.staged import Executor

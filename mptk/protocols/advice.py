@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)

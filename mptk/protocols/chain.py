@@ -20,20 +20,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.learning import Learning
-from mptk.config.settings import Settings
+from mptk.config import Learning, Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import make_replica, run_once
-from mptk.io.models import Loaded
-from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis, Variables
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program, compute_typical_size
-from mptk.ir.resolved_plan import Cut, collect_kept_units
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.io import Loaded
+from mptk.ir import (
+    Alignment,
+    Analysis,
+    Cut,
+    Log,
+    Plan,
+    Program,
+    Samples,
+    Variables,
+    Weights,
+    collect_kept_units,
+    compute_typical_size,
+)
 from mptk.protocols.conversion import Analysed, Conversion, DenseModel
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written

@@ -9,12 +9,9 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from mptk.config.settings import Settings
-from mptk.io.models import Loaded
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Entry
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.config import Settings
+from mptk.io import Loaded
+from mptk.ir import Analysis, Entry, Program, Samples
 from mptk.protocols.task import Task
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.verify import StageOutputs

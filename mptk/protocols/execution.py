@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io.resident import Resident, choose_memory_bound
+from mptk.io import Resident, choose_memory_bound
 from mptk.ort.sessions import CPU, HOST, list_providers
 from mptk.staged.staged import Executor
 

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
-from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.config import Settings
+from mptk.io import Loaded
+from mptk.ir import Log, Plan, Program, Samples
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.onnx.names import ONNX_FILE, name_quantized_file

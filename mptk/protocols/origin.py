@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings
 from mptk.errors import MptkError
 from mptk.files import expand_path, format_json
-from mptk.io import data
-from mptk.io.dense import hash_model, list_model_files
-from mptk.io.live import hash_loaded_weights
-from mptk.io.models import Loaded
-from mptk.ir.plan import Plan
+from mptk.io import Loaded, data, hash_loaded_weights, hash_model, list_model_files
+from mptk.ir import Plan
 from mptk.publish.manifest import MARKER, compute_digests, hash_file
 
 # Names of inputs as messages show them.

@@ -14,11 +14,10 @@ from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapV
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from mptk.arguments import guard_arguments
-from mptk.config.setting import from_json, to_json
-from mptk.config.settings import Settings
+from mptk.config import Settings, from_json, to_json
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
-from mptk.io.packaged import check_folder_named
+from mptk.io import check_folder_named
 from mptk.protocols.shapes import Shapes
 from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
 from mptk.reading import Json, make_damage_error, make_typed, read_json, shorten_text

@@ -34,9 +34,8 @@ from mptk.files import (
     write_file,
     write_text,
 )
-from mptk.io.tensors import write_weights
-from mptk.io.untrusted import load_tensors, read_metadata, stream_tensors
-from mptk.ir.weights import Weights
+from mptk.io import load_tensors, read_metadata, stream_tensors, write_weights
+from mptk.ir import Weights
 from mptk.protocols.origin import name_differing
 from mptk.reading import Damaged, Json, make_damage_error, parse_json, read_json_object
 from mptk.staged.spool import spool_weights

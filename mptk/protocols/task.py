@@ -12,13 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
-from mptk.io.data import name_data
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.program import Program, ProgramModule
-from mptk.ir.samples import Samples
+from mptk.config import IN_MEMORY, Settings
+from mptk.io import Loaded, Runs, name_data
+from mptk.ir import Program, ProgramModule, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets

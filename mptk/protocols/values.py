@@ -14,11 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
-from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.io import Loaded
+from mptk.ir import Log, Program, Samples, Weights
 from mptk.progress import Progress, enter_stage
 from mptk.protocols.run_folder import Kept, RunFolder
 from passes.targets.stock.config import StockConfig

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.protocols.advice import STANDARD_ERRORS, Advice, Figures, Point, Recovery
+from mptk.protocols import STANDARD_ERRORS, Advice, Figures, Point, Recovery
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,

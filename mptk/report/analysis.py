@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mptk.cost.model import CostModel
-from mptk.ir.families import Analysis, Family
-from mptk.protocols.report import Row
+from mptk.ir import Analysis, Family
+from mptk.protocols import Row
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import Name, Section, Table, View, format_ranges
 from passes.targets.legalize import LegalWidths

@@ -18,11 +18,8 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.files import write_text
-from mptk.io.auto_classes import name_loader
-from mptk.io.diffusion import PIPELINE, DiffusersConfig
-from mptk.io.packaged import ALIASES
-from mptk.protocols.chain import Compiled
-from mptk.protocols.report import Report
+from mptk.io import ALIASES, PIPELINE, DiffusersConfig, name_loader
+from mptk.protocols import Compiled, Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
 from mptk.report.runs import shorten_model_name

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from mptk.files import format_json
-from mptk.ir.plan import FamilyPlan, Plan, split_layer
+from mptk.ir import FamilyPlan, Plan, split_layer
 from mptk.ort.bench import Bench
-from mptk.protocols.report import REPORT_FILE, Report, Row
+from mptk.protocols import REPORT_FILE, Report, Row
 from mptk.publish.manifest import RUNGS
 from mptk.reading import make_damage_error, make_typed, parse_json, read_as, read_text
 from mptk.report.view import format_count, format_ranges

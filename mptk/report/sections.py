@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import Estimate, describe_duration, describe_size
-from mptk.ir.alignment import KERNEL_BLOCK
+from mptk.ir import KERNEL_BLOCK
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report, Row
-from mptk.protocols.shapes import Shapes
+from mptk.protocols import Report, Row, Shapes
 from mptk.reading import make_typed
 from mptk.report.runs import (
     Comparable,

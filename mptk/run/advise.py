@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mptk.config.recipe import format_command
-from mptk.config.settings import Settings
+from mptk.config import Settings, format_command
 from mptk.conversions import fit_conversions
 from mptk.files import write_json
 from mptk.methods.division.advice import give_advice
 from mptk.methods.division.search import search_shapes
-from mptk.protocols.advice import Advice
-from mptk.protocols.shapes import Shapes
+from mptk.protocols import Advice, Shapes
 from mptk.publish.folder import publish
 from mptk.run.prepare import prepare
 from mptk.run.prune import keep_stages_on_failure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.io import data
 from mptk.methods import find_method
 from mptk.methods.division.search import count_judged, count_searched

@@ -14,15 +14,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from mptk.compile.cut import COMPENSATION, compile_plan, open_pruned_weights, widen_weights
-from mptk.config.recipe import RECIPE_FILE
+from mptk.config import RECIPE_FILE
 from mptk.errors import MptkError
-from mptk.io.untrusted import load_tensors
-from mptk.ir.resolved_plan import build_renumbering
-from mptk.ir.weights import Weights
+from mptk.io import load_tensors
+from mptk.ir import Weights, build_renumbering
 from mptk.methods.drafter import with_drafter
 from mptk.proof.claims import read_proof_samples
-from mptk.protocols.chain import Chosen, Compiled, Prepared
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Chosen, Compiled, Prepared, SampleSets
 from mptk.publish.folder import publish
 from mptk.reading import make_damage_error
 from mptk.run.describe import measure, publish_report

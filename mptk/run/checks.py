@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mptk.config.choices import FREE, IN_MEMORY, UNIFORM
-from mptk.config.settings import Settings
+from mptk.config import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import find_conversions
 from mptk.cost.budgets import LATENCY
 from mptk.distributed.processes import connect_processes, has_shards
 from mptk.errors import MptkError
 from mptk.io import data
-from mptk.ir.consumers import check_engines
-from mptk.ir.plan import Plan
+from mptk.ir import Plan, check_engines
 from mptk.methods import find_method
 from mptk.methods.division.search import plan_search_rungs
-from mptk.protocols.chain import Target
+from mptk.protocols import Target
 from mptk.targets import find_target, list_targets
 
 

@@ -11,19 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mptk.config.settings import Settings
-from mptk.io import data
-from mptk.io.dense import resolve_model_name
-from mptk.io.tensors import write_weights
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.config import Settings
+from mptk.io import data, resolve_model_name, write_weights
+from mptk.ir import Samples, Weights
 from mptk.progress import Count
 from mptk.proof.claims import compute_costs, compute_widths
-from mptk.protocols.chain import Compiled, Proven
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.origin import list_sources
-from mptk.protocols.report import PROVEN_ON, REPORT_FILE, Report
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import PROVEN_ON, REPORT_FILE, Compiled, Context, OnnxForm, Proven, Report, SampleSets, list_sources
 from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import hash_weight_files, list_files, update_manifest

@@ -12,23 +12,19 @@ import torch
 from transformers import PreTrainedModel
 
 from mptk.compat.transformers import find_config_field
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.conversions import count_dense_models
 from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, describe_size, estimate, measure_machine, sum_estimates
 from mptk.distributed.processes import find_module_blocks
 from mptk.errors import MptkError
 from mptk.files import expand_path
-from mptk.io import models
-from mptk.io.checkpoint import find_stored_dtype
-from mptk.io.resident import choose_memory_bound, measure_free_memory
-from mptk.io.text.sampled import count_rows_at_once
+from mptk.io import choose_memory_bound, count_rows_at_once, find_stored_dtype, measure_free_memory, models
 from mptk.methods import distil, find_method, reconstruct
 from mptk.methods.division import advice, search
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
-from mptk.protocols.chain import should_reconstruct
-from mptk.protocols.execution import find_device, measure_device_memory
+from mptk.protocols import find_device, measure_device_memory, should_reconstruct
 from mptk.run.amounts import count_written, describe_numbers, should_learn_masks
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.config.choices import IN_MEMORY
-from mptk.ir.samples import Samples
+from mptk.config import IN_MEMORY
+from mptk.ir import Samples
 
 GivenInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""

@@ -13,21 +13,20 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 
 from mptk.compat.accelerate import separate_state
-from mptk.config.choices import IN_MEMORY, MOST_SPARSITY, UNIFORM
-from mptk.config.setting import to_json, with_keywords
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import MptkError
 from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
-from mptk.io.cache import tidy_shared
-from mptk.io.text.sources import RANDOM_DATA, SELF
-from mptk.ir.passes import Log
+from mptk.io import RANDOM_DATA, tidy_shared
+from mptk.io.text.sources import SELF
+from mptk.ir import Log
 from mptk.progress import show_nothing
-from mptk.protocols.execution import build_executor
-from mptk.protocols.report import Report
-from mptk.protocols.run_folder import (
+from mptk.protocols import (
     GIVEN,
+    Context,
+    Report,
+    build_executor,
     check_run_folder,
     check_unfinished,
     make_run_folder,
@@ -35,7 +34,6 @@ from mptk.protocols.run_folder import (
     read_kept_settings,
     remove_run_folder,
 )
-from mptk.protocols.values import Context
 from mptk.publish.folder import check_replaceable
 from mptk.publish.manifest import MARKER, check_manifest, is_ours
 from mptk.run.checks import check_settings

@@ -14,21 +14,15 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from mptk.compile.cut import find_changes, without
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.distributed.processes import holds
 from mptk.errors import MptkError
 from mptk.files import expand_path, format_json
-from mptk.io.live import copy_without_weights
-from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import Cut, collect_kept_units, resolve_plan
-from mptk.ir.weights import Weights
+from mptk.io import copy_without_weights
+from mptk.ir import Analysis, Cut, FamilyPlan, Plan, Weights, collect_kept_units, resolve_plan
 from mptk.methods.division.budget import find_widths
 from mptk.proof.verification import read_folder_plan
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.conversion import Analysed, Conversion
-from mptk.protocols.origin import Origin
-from mptk.protocols.report import Report
+from mptk.protocols import Analysed, Chosen, Conversion, Origin, Prepared, Report
 from mptk.publish.manifest import check_manifest
 from mptk.targets.stock_config import check_code
 from passes.targets.legalize import Candidate

@@ -12,20 +12,15 @@ from math import ceil
 
 import torch
 
-from mptk.config.choices import SAMPLES, TRIAL_TOKENS
-from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings, with_keywords
 from mptk.conversions import needs_fit
 from mptk.cost.estimate import Estimate, describe_duration, measure_machine
 from mptk.errors import MptkError
 from mptk.io import data
-from mptk.ir.plan import Plan
+from mptk.ir import Plan
 from mptk.methods import find_method
 from mptk.methods.division.search import count_least_tokens
-from mptk.protocols.chain import should_reconstruct
-from mptk.protocols.execution import find_device
-from mptk.protocols.values import PROOF_SHAPE
+from mptk.protocols import PROOF_SHAPE, find_device, should_reconstruct
 from mptk.run.amounts import describe_numbers, should_learn_masks
 from mptk.run.estimate import Estimator
 

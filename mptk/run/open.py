@@ -8,14 +8,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.live import name_live_model, open_live, unwrap_parallel
-from mptk.io.models import Loaded
-from mptk.io.resident import Resident
-from mptk.protocols.conversion import Opened
-from mptk.protocols.task import Task
+from mptk.io import Loaded, Resident, models, name_live_model, open_live, unwrap_parallel
+from mptk.protocols import Opened, Task
 from mptk.run.inputs import Inputs
 from mptk.tasks import bind_task, open_task
 from mptk.tasks.module import Module, make_example_samples, read_inputs

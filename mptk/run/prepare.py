@@ -6,29 +6,32 @@ from dataclasses import replace
 from functools import partial
 
 from mptk.compile.trace import has_same_sizes, trace_loaded
-from mptk.config.choices import FREE, IN_MEMORY
-from mptk.config.settings import Settings
+from mptk.config import FREE, IN_MEMORY, Settings
 from mptk.conversions import convert_model, find_conversions
 from mptk.cost.budgets import CACHED
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import run_once
 from mptk.errors import MptkError
 from mptk.files.outputs import check_apart
-from mptk.io import data
-from mptk.io.models import Loaded
-from mptk.io.resident import measure_free_memory
-from mptk.io.text.sampled import can_write_text
-from mptk.ir.plan import Plan, split_layer
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.io import Loaded, can_write_text, data, measure_free_memory
+from mptk.ir import Plan, Samples, resolve_plan, split_layer
 from mptk.methods import find_method
 from mptk.methods.division.budget import apply_budget, build_alignment, check_any, find_widths
 from mptk.methods.division.selection import Tying, expand_parts, tie_layers
 from mptk.proof.same_class import check_same_class
-from mptk.protocols.chain import Chosen, Prepared, find_stored_type
-from mptk.protocols.conversion import Analysed, DenseModel, Opened, find_imitated
-from mptk.protocols.origin import Origin, compute_origin, read_file_states
-from mptk.protocols.run_folder import read_kept_tensors
+from mptk.protocols import (
+    Analysed,
+    Chosen,
+    DenseModel,
+    Opened,
+    Origin,
+    Prepared,
+    compute_origin,
+    find_imitated,
+    find_stored_type,
+    read_file_states,
+    read_kept_tensors,
+)
 from mptk.run.checks import check_divides, check_ragged
 from mptk.run.larger import keep_reachable, read_larger
 from mptk.run.open import open_named

@@ -17,27 +17,21 @@ from typing_extensions import TypedDict
 
 from mptk.compile.cut import COMPENSATION, apply_choice, compile_plan
 from mptk.compile.trace import describe_fixed_sizes, describe_gradient_limits, describe_one_length
-from mptk.config.recipe import write_recipe
+from mptk.config import write_recipe
 from mptk.conversions import fit_conversions, with_conversions
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.distributed.processes import describe_processes as describe_processes
 from mptk.errors import MptkError, ProofError
 from mptk.files import format_json
-from mptk.io.tensors import write_weights
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.weights import Weights
+from mptk.io import write_weights
+from mptk.ir import Plan, Weights, resolve_plan
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
 from mptk.methods.division.search import fix_winner, search_shapes
 from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import start_training
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.proof.same_class import check_same_class
-from mptk.protocols.chain import Chosen, Compiled, Prepared, Proven
-from mptk.protocols.origin import compute_origin
-from mptk.protocols.report import Report
-from mptk.protocols.run_folder import Kept, name_run_folder
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Chosen, Compiled, Kept, Prepared, Proven, Report, SampleSets, compute_origin, name_run_folder
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
 from mptk.reading import make_typed

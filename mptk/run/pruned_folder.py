@@ -9,14 +9,10 @@ from typing import ClassVar
 from torch import nn
 
 from mptk.compile.cut import find_changes
-from mptk.config.setting import collect_values
-from mptk.config.settings import Settings
+from mptk.config import Settings, collect_values
 from mptk.distributed.processes import holds
-from mptk.io.dense import open_dense
-from mptk.io.resident import Resident
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.conversion import Opened
-from mptk.protocols.report import Report
+from mptk.io import Resident, open_dense
+from mptk.protocols import Chosen, Opened, Prepared, Report
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import Estimator
 from mptk.targets.stock_config import check_code

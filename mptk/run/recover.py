@@ -12,19 +12,14 @@ from torch import Tensor
 
 from mptk.compile.cut import apply_choice, build_small_model, cut_to, widen_weights
 from mptk.distributed.processes import holds
-from mptk.io.slices import Places
-from mptk.ir.resolved_plan import build_renumbering, list_removed_blocks
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.io import Places
+from mptk.ir import Samples, Weights, build_renumbering, list_removed_blocks
 from mptk.methods.distil import NO_BLOCK, Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, Recovered
 from mptk.methods.maskprune.together import Together
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
-from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
-from mptk.protocols.report import Row
-from mptk.protocols.run_folder import Kept
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Chosen, Compiled, Kept, Prepared, Row, SampleSets, should_reconstruct
 from mptk.run.run import Run
 from passes.verify import Difference
 

@@ -14,22 +14,27 @@ from typing import Self
 
 from mptk.compat.accelerate import separate_state
 from mptk.compat.torch import forget_sources
-from mptk.config.setting import to_json
-from mptk.config.settings import Settings
+from mptk.config import Settings, to_json
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import explain_errors
 from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
-from mptk.io.cache import tidy_shared
-from mptk.io.resident import Resident
-from mptk.ir.plan import Plan
+from mptk.io import Resident, tidy_shared
+from mptk.ir import Plan
 from mptk.progress import show_nothing
-from mptk.protocols.conversion import DenseModel, Opened
-from mptk.protocols.execution import build_executor, find_device
-from mptk.protocols.origin import Origin
-from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished, read_kept_settings
-from mptk.protocols.shapes import Shapes
-from mptk.protocols.values import Context
+from mptk.protocols import (
+    GIVEN,
+    Context,
+    DenseModel,
+    Opened,
+    Origin,
+    RunFolder,
+    Shapes,
+    build_executor,
+    check_unfinished,
+    find_device,
+    read_kept_settings,
+)
 from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
 from mptk.run.estimate import Estimator, check_room_for, read_estimator

@@ -14,20 +14,12 @@ from transformers import PreTrainedModel
 
 from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings
 from mptk.errors import MptkError
+from mptk.io import Loaded, check_positions, find_position_limit, read_row_texts
 from mptk.io import data as text
-from mptk.io.data import check_positions, find_position_limit
-from mptk.io.models import Loaded
-from mptk.io.text.files import read_row_texts
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, concatenate_samples, is_tokens
-from mptk.protocols.chain import Prepared
-from mptk.protocols.origin import check_kept_samples
-from mptk.protocols.run_folder import Kept
-from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets
+from mptk.ir import Program, Samples, concatenate_samples, is_tokens
+from mptk.protocols import Kept, Prepared, SampleSets, Task, check_kept_samples
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
 from mptk.run.inputs import Data, Inputs, is_in_memory
 from mptk.run.run import Run

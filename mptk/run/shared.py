@@ -13,16 +13,14 @@ from pathlib import Path
 
 from mptk.compile.cut import compile_plan
 from mptk.compile.rungs import keep_rung
-from mptk.config.recipe import write_recipe
-from mptk.config.settings import Settings
+from mptk.config import Settings, write_recipe
 from mptk.conversions import fit_conversions
 from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
 from mptk.methods.drafter import with_drafter
-from mptk.protocols.chain import Compiled, Prepared
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Compiled, Prepared, SampleSets
 from mptk.publish.folder import publish
 from mptk.run.describe import measure
 from mptk.run.larger import join_larger, keep_reachable, take_larger

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import find_schema, find_size_hint, tree_leaves
-from mptk.ir.ops import find_reachable, find_storage
-from mptk.ir.program import Program
+from mptk.ir import Program, find_reachable, find_storage
 
 Wanted = Sequence[tuple[fx.Node, ...]]
 """Values that are read together, each group as soon as its last value is there."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from mptk.files import Staging, make_scratch
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 
 Values = dict[fx.Node, Any]
 """Values of a graph: tensors, sizes, or lists of these."""

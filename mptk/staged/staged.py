@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import find_schema, move_samples_last, tree_leaves, tree_map
-from mptk.ir.ops import TYPE_CHECK
-from mptk.ir.program import DeviceInterpreter, Program
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import TYPE_CHECK, DeviceInterpreter, Lazy, Program, Weights
 from mptk.progress import Count
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.spool import Spool, Values

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.plugins import find_entry, with_plugins
-from mptk.protocols.chain import Target
+from mptk.protocols import Target
 from mptk.targets.graph import GraphTarget
 from mptk.targets.nemotron_nas import NemotronNasTarget
 from mptk.targets.onnx import OnnxTarget

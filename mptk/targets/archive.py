@@ -22,12 +22,20 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from mptk.compat.torch import build_exported, hide_exporter_logs
 from mptk.errors import MptkError, take_first_line
 from mptk.files import format_json, make_scratch
-from mptk.io.archive import EXTRA, read_archive
-from mptk.ir.containers import Container
-from mptk.ir.limits import CallSizes, Condition, Limits
-from mptk.ir.program import Program, list_symbolic_sizes, remove_state_copies
-from mptk.ir.size_calls import assert_sizes, take_assertions, write_size_functions
-from mptk.ir.weights import Weights
+from mptk.io import EXTRA, read_archive
+from mptk.ir import (
+    CallSizes,
+    Condition,
+    Container,
+    Limits,
+    Program,
+    Weights,
+    assert_sizes,
+    list_symbolic_sizes,
+    remove_state_copies,
+    take_assertions,
+    write_size_functions,
+)
 from mptk.reading import Damaged, make_damage_error, make_typed, parse_json
 from passes.frontend.trace import copy_written_state
 

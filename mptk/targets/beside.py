@@ -13,10 +13,7 @@ from safetensors import safe_open
 
 from mptk.errors import ProofError
 from mptk.files import make_scratch
-from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.diffusion import list_pipeline_files
-from mptk.io.models import Loaded
-from mptk.io.untrusted import read_object
+from mptk.io import Loaded, copy_processors, list_pipeline_files, read_object, save_tokenizer
 from mptk.publish.manifest import compute_digests, list_files
 from mptk.tasks.runtimes import CONFIG_KEY
 

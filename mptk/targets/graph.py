@@ -8,14 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from mptk.errors import ProofError
-from mptk.io.tensors import write_weights
-from mptk.io.untrusted import load_tensors
-from mptk.ir.passes import Log
-from mptk.ir.program import Program, ProgramModule
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.chain import Compiled, Target
-from mptk.protocols.values import Checks, SampleSets
+from mptk.io import load_tensors, write_weights
+from mptk.ir import Log, Program, ProgramModule, Samples, Weights
+from mptk.protocols import Checks, Compiled, SampleSets, Target
 from mptk.reading import make_damage_error
 from mptk.targets.archive import ARCHIVE, check_archive, list_saved, open_archive, write_archive
 from passes.transforms.weight_types import Retype, restore_types

@@ -19,18 +19,21 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.auto_classes import OWN_CODE
-from mptk.io.modeling_nemotron_nas import WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM
-from mptk.io.resident import measure_free_memory
-from mptk.ir.alignment import Alignment
-from mptk.ir.consumers import LIMITS, NAS, Limit, find_programs_needing, list_engines
-from mptk.ir.families import Analysis, Family
-from mptk.ir.passes import Log
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Lazy
-from mptk.protocols.chain import Compiled
-from mptk.protocols.values import SampleSets, Written
+from mptk.io import OWN_CODE, WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM, measure_free_memory, models
+from mptk.ir import (
+    LIMITS,
+    NAS,
+    Alignment,
+    Analysis,
+    Family,
+    Lazy,
+    Limit,
+    Log,
+    Samples,
+    find_programs_needing,
+    list_engines,
+)
+from mptk.protocols import Compiled, SampleSets, Written
 from mptk.targets.stock import StockTarget
 from passes.targets.legalize import LegalWidths, cut_shapes, list_aligned_widths
 from passes.targets.stock.attempt import Refusal, build_config, build_on_meta

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, ProofError, take_first_line
 from mptk.files import make_scratch
-from mptk.io import models
-from mptk.io.checkpoint import save_tokenizer
-from mptk.io.data import find_position_limit
-from mptk.io.models import Loaded
-from mptk.io.untrusted import read_object
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Compiled, Prepared, Target
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import Checks, Extra, SampleSets, describe_left_out
+from mptk.io import Loaded, find_position_limit, models, read_object, save_tokenizer
+from mptk.ir import Log, Program, Samples, is_tokens
+from mptk.protocols import (
+    Checks,
+    Compiled,
+    Dense,
+    Extra,
+    OnnxForm,
+    Prepared,
+    SampleSets,
+    Target,
+    Use,
+    describe_left_out,
+)
 from mptk.publish.manifest import list_files
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.exporting import EXPORTER, VERSION, use_apart

@@ -12,23 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError, ProofError
 from mptk.files import make_scratch
-from mptk.io import models
-from mptk.io.checkpoint import copy_processors, make_portable_config
-from mptk.io.diffusion import list_pipeline_files
-from mptk.io.drafter import open_drafter
-from mptk.io.resident import Resident
-from mptk.io.tensors import make_writer
-from mptk.io.untrusted import CONFIG, GENERATION, read_object
-from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import build_renumbering
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.chain import Compiled, Target
-from mptk.protocols.task import Task
-from mptk.protocols.values import Checks, CutDrafter, Further, SampleSets, Written
+from mptk.io import (
+    CONFIG,
+    GENERATION,
+    Resident,
+    copy_processors,
+    list_pipeline_files,
+    make_portable_config,
+    make_writer,
+    models,
+    open_drafter,
+    read_object,
+)
+from mptk.ir import Alignment, Analysis, Log, Program, Samples, Weights, build_renumbering
+from mptk.protocols import Checks, Compiled, CutDrafter, Further, SampleSets, Target, Task, Written
 from mptk.publish.manifest import list_files
 from mptk.staged.staged import Executor
 from mptk.targets.beside import (

@@ -9,11 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.io import models
-from mptk.io.auto_classes import OWN_CODE
-from mptk.io.checkpoint import make_portable_config
-from mptk.io.untrusted import read_object
-from mptk.protocols.values import Written
+from mptk.io import OWN_CODE, make_portable_config, models, read_object
+from mptk.protocols import Written
 from mptk.publish.manifest import hash_file
 from mptk.targets.beside import CONFIG_STAGE, JsonObject, compare, fail, require, walk_fields
 from mptk.tasks.runtimes import CONFIG_KEY, build_js_config

@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.auto_classes import find_model_classes
-from mptk.io.models import Loaded
-from mptk.io.resident import Resident
-from mptk.io.untrusted import load_tensors
+from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
 from mptk.plugins import with_plugins
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.report import PROVEN_ON, Report
-from mptk.protocols.task import Task
+from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
 from mptk.tasks.causal_lm import CausalLM, make_kind_error
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
 from mptk.tasks.diffusion import AUTOENCODING, DENOISING

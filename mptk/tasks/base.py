@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.samples import IGNORED, Samples
+from mptk.io import Loaded, Runs
+from mptk.ir import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.protocols.task import Task
+from mptk.protocols import Task
 from mptk.reading import Json
 from mptk.tasks.inputs import Inputs, choose_inputs
 

@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs, measure_perplexities
-from mptk.io.models import Loaded
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.io import Loaded, Runs, measure_perplexities
+from mptk.ir import Samples, make_token_samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
 from mptk.tasks.inputs import Inputs

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, ProofError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir import Log, Plan, Program, Samples, make_token_samples
 from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
 from mptk.tasks.exporting import MOST_ROWS, compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
 from mptk.tasks.inputs.image_forms import POSITIONS
 from mptk.tasks.runtimes import GENAI_FILE, write_genai_config

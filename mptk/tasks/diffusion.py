@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.io.diffusion import DiffusersConfig
-from mptk.ir.samples import Samples
+from mptk.io import DiffusersConfig
+from mptk.ir import Samples
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers
 from passes.frontend.trace import Flat, unwrap_module

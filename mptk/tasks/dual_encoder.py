@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples, join_outputs
+from mptk.io import Runs
+from mptk.ir import Samples, join_outputs
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import Progress, step
-from mptk.protocols.onnx_form import Dense, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks, SampleSets
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, SampleSets, Use
 from mptk.reading import Json
 from mptk.tasks.exporting import Traced, is_same_output, list_proof_stages
 from mptk.tasks.inputs import Inputs

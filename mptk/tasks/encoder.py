@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples
+from mptk.io import Runs
+from mptk.ir import Samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
 from mptk.tasks.model_form import FEATURES, ModelForm

@@ -16,15 +16,12 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mptk.compat.torch import check
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.samples import Samples
+from mptk.ir import Log, Plan, Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,

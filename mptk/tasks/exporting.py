@@ -17,18 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan, transfer_cut
-from mptk.ir.samples import Samples, is_tokens
+from mptk.ir import Log, Plan, Program, Samples, is_tokens, resolve_plan, transfer_cut
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.chain import find_stored_type
-from mptk.protocols.onnx_form import Dense
-from mptk.protocols.values import Checks, describe_left_out
+from mptk.protocols import Checks, Dense, describe_left_out, find_stored_type
 from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.image_forms import PIXELS

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mptk.config.choices import IN_MEMORY
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.samples import IGNORED, Samples, make_token_samples
+from mptk.config import IN_MEMORY
+from mptk.io import Loaded, Runs
+from mptk.ir import IGNORED, Samples, make_token_samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.causal_lm import make_kind_error

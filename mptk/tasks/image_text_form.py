@@ -18,16 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Log, Plan, Program, Samples
 from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import Checks, Further
+from mptk.protocols import Checks, Dense, Further, OnnxForm, Use
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decode_samples, decode_sizes, open_proof_decoder
 from mptk.tasks.exporting import (

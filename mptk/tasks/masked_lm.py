@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
-from mptk.ir.samples import IGNORED, Samples
+from mptk.io import RANDOM_DATA, Loaded, Runs
+from mptk.ir import IGNORED, Samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.inputs import Inputs

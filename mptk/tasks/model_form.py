@@ -12,14 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mptk.config.settings import Settings
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.samples import Samples, join_outputs
+from mptk.config import Settings
+from mptk.ir import Log, Plan, Samples, join_outputs
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
 from mptk.tasks.exporting import (
     CHANGED,
     HALF,

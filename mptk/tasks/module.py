@@ -14,18 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY, INPUTS
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, INPUTS, Settings
 from mptk.errors import MptkError, find_exhaustion, take_first_line
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.io.untrusted import load_tensors
-from mptk.ir.copies import separate
-from mptk.ir.samples import Samples, join_outputs
+from mptk.io import Loaded, Runs, load_tensors
+from mptk.ir import Samples, join_outputs, separate
 from mptk.progress import Count, Progress
-from mptk.protocols.onnx_form import Dense, OnnxForm
-from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Dense, OnnxForm, SampleSets, Task
 from mptk.reading import Json
 from mptk.tasks.base import measure_figures
 from mptk.tasks.encoder import compute_feature_errors, compute_projection

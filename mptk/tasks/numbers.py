@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples, join_outputs
+from mptk.io import Runs
+from mptk.ir import Samples, join_outputs
 from mptk.progress import Progress
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.values import SampleSets
+from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
 from mptk.tasks.classifier import AutoLists

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.io.models import Loaded
+from mptk.io import Loaded
 from mptk.tasks.inputs.base import Named, select_accepted
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"

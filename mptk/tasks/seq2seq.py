@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from mptk.config.choices import IN_MEMORY
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
-from mptk.ir.samples import IGNORED, Samples
+from mptk.config import IN_MEMORY
+from mptk.io import RANDOM_DATA, Loaded, Runs
+from mptk.ir import IGNORED, Samples
 from mptk.ort.decoder import DECODER_IDS
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm

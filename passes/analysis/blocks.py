@@ -19,12 +19,20 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from mptk.ir.axes import Axis, resolve
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.blocks import Block, Stack, make_prefix, split_block_name
-from mptk.ir.ops import find_reachable, name_base_op
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation, list_module_paths
+from mptk.ir import (
+    Axis,
+    AxisFacts,
+    Block,
+    Program,
+    SourceLocation,
+    Stack,
+    find_reachable,
+    list_module_paths,
+    make_prefix,
+    name_base_op,
+    resolve,
+    split_block_name,
+)
 
 _ADDITIONS = frozenset({"add", "add_"})
 Lists = dict[str, dict[int, set[fx.Node]]]

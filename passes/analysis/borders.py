@@ -19,8 +19,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-from mptk.ir.ops import name_base_op
-from mptk.ir.program import Program
+from mptk.ir import Program, name_base_op
 
 MARGIN = 8
 """Positions that a proof needs beyond a border: a few steps after it, and a few in case the border is inexact."""

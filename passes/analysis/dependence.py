@@ -15,8 +15,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx.node import Argument
 
-from mptk.ir.ops import find_aliased_arguments, name_base_op, name_op
-from mptk.ir.program import Program
+from mptk.ir import Program, find_aliased_arguments, name_base_op, name_op
 
 
 @dataclass(frozen=True)

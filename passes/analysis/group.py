@@ -10,13 +10,35 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Axis, Sum, Term, collect_axes, count_coordinates, freeze, is_nested, list_axes, resolve
-from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.blocks import Stack
-from mptk.ir.families import Analysis, Blocked, Depth, Family, Group, Member, Place, Role
-from mptk.ir.ops import find_reachable, get_argument, name_base_op, resolve_result_shape, resolve_shape
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    Analysis,
+    Axis,
+    AxisFacts,
+    Blocked,
+    Depth,
+    Dims,
+    Family,
+    Group,
+    Member,
+    Place,
+    Program,
+    Role,
+    SourceLocation,
+    Stack,
+    Sum,
+    Term,
+    collect_axes,
+    count_coordinates,
+    find_reachable,
+    freeze,
+    get_argument,
+    is_nested,
+    list_axes,
+    name_base_op,
+    resolve,
+    resolve_result_shape,
+    resolve_shape,
+)
 from passes.analysis.blocks import find_stacks, name_stacks
 from passes.analysis.propagate import propagate
 from passes.analysis.zero_propagation import find_divisors, find_spoilers

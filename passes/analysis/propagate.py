@@ -14,11 +14,20 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.errors import MptkError
-from mptk.ir.axes import make_axis
-from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, find_argument_at
-from mptk.ir.ops import name_op, resolve_result_shape, resolve_shape, resolve_size
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    ArgumentPath,
+    AxisFacts,
+    Dims,
+    Program,
+    Results,
+    SourceLocation,
+    find_argument_at,
+    make_axis,
+    name_op,
+    resolve_result_shape,
+    resolve_shape,
+    resolve_size,
+)
 from passes.analysis.dependence import find_dependence, find_writes, list_nodes
 from passes.analysis.rules import POINTWISE, load_rules
 from passes.analysis.rules.context import RuleContext, Value

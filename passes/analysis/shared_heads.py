@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, list_axes
-from mptk.ir.families import Analysis, Group, Member
+from mptk.ir import Analysis, Axis, Group, Member, list_axes
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from torch import fx
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, list_axes, resolve
-from mptk.ir.families import Analysis
-from mptk.ir.ops import name_base_op
+from mptk.ir import Analysis, Axis, list_axes, name_base_op, resolve
 
 # Calls through which token ids stay token ids.
 _MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")

@@ -14,10 +14,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
-from mptk.ir.axes import Axis, collect_axes, count_coordinates, list_axes
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.ops import name_base_op
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import Axis, AxisFacts, SourceLocation, collect_axes, count_coordinates, list_axes, name_base_op
 from passes.analysis.dependence import list_nodes
 from passes.analysis.rules import POINTWISE
 from passes.analysis.rules.table import find_rule

@@ -30,10 +30,19 @@ from torch.overrides import TorchFunctionMode
 
 from mptk.compat.torch import FakeTensor, find_custom_function, find_schema, list_gradient_hooks, tree_leaves
 from mptk.errors import MptkError, take_first_line
-from mptk.ir.copies import copy_module, describe_attributes, describe_outside_state
-from mptk.ir.ops import find_storage, find_written_arguments, get_argument, resolve_shape
-from mptk.ir.program import Program, ProgramModule
-from mptk.ir.source_location import SourceLocation, find_source_line
+from mptk.ir import (
+    Program,
+    ProgramModule,
+    SourceLocation,
+    copy_module,
+    describe_attributes,
+    describe_outside_state,
+    find_source_line,
+    find_storage,
+    find_written_arguments,
+    get_argument,
+    resolve_shape,
+)
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types: the proof's tolerance."""

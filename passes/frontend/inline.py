@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.errors import MptkError
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled

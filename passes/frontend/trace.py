@@ -25,13 +25,22 @@ from mptk.compat.torch import (
     stop_operator_cache,
 )
 from mptk.errors import MptkError, take_first_line
-from mptk.ir.containers import Container, take_apart
-from mptk.ir.copies import copy_module, separate
-from mptk.ir.limits import Condition, Limits
-from mptk.ir.ops import find_storage, find_written_arguments, is_open
-from mptk.ir.program import STATE_COPY, Program, ProgramModule
-from mptk.ir.source_location import find_source_line
-from mptk.ir.weights import Weights
+from mptk.ir import (
+    STATE_COPY,
+    Condition,
+    Container,
+    Limits,
+    Program,
+    ProgramModule,
+    Weights,
+    copy_module,
+    find_source_line,
+    find_storage,
+    find_written_arguments,
+    is_open,
+    separate,
+    take_apart,
+)
 from passes.frontend.inline import inline_regions
 
 TRACED_BATCH, TRACED_LENGTH = 2, 7

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
-from mptk.ir.program import Program
+from mptk.ir import Program
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.frontend.trace import export_program, hold_evaluation_mode
 

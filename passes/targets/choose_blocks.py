@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from mptk.errors import MptkError
-from mptk.ir.blocks import Stack
+from mptk.ir import Stack
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 

@@ -8,11 +8,7 @@ from collections.abc import Iterator, Set
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Product, collect_axes, resolve
-from mptk.ir.axis_facts import find_argument_at
-from mptk.ir.families import Analysis
-from mptk.ir.ops import name_base_op
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import Analysis, Axis, Product, SourceLocation, collect_axes, find_argument_at, name_base_op, resolve
 from passes.transforms.fold_norms import find_unfoldable
 
 ALIKE = re.compile(r"(new_)?(zeros|ones|full)(_like)?|scalar_tensor")

@@ -14,11 +14,18 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
-from mptk.ir.alignment import Alignment
-from mptk.ir.axes import Term, compute_size, list_axes
-from mptk.ir.families import Analysis, Family, Variables
-from mptk.ir.ops import name_op
-from mptk.ir.plan import encode_ranges, split_layer
+from mptk.ir import (
+    Alignment,
+    Analysis,
+    Family,
+    Term,
+    Variables,
+    compute_size,
+    encode_ranges,
+    list_axes,
+    name_op,
+    split_layer,
+)
 from passes.analysis.rules.contract import ROW_BYTES
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks

@@ -22,13 +22,21 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import list_axes
-from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import TYPE_CHECK, get_argument, name_base_op, name_target
-from mptk.ir.passes import Pass, PassResult, list_state_shapes
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
-from mptk.ir.weights import Edit
+from mptk.ir import (
+    TYPE_CHECK,
+    Analysis,
+    Edit,
+    Family,
+    Pass,
+    PassResult,
+    Program,
+    SourceLocation,
+    get_argument,
+    list_axes,
+    list_state_shapes,
+    name_base_op,
+    name_target,
+)
 from passes.analysis.rules.resizer import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})

@@ -27,11 +27,20 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, collect_axes, list_axes
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Depth, Group, Member, Variable, find_unit_indices
-from mptk.ir.program import Program
-from mptk.ir.source_location import list_module_paths
+from mptk.ir import (
+    Analysis,
+    AxisFacts,
+    Depth,
+    Group,
+    Member,
+    Program,
+    Term,
+    Variable,
+    collect_axes,
+    find_unit_indices,
+    list_axes,
+    list_module_paths,
+)
 
 
 @dataclass(frozen=True)

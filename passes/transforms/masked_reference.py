@@ -14,13 +14,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from mptk.ir.axes import ONE, Term, list_axes
-from mptk.ir.axis_facts import AxisFacts, Reduction
-from mptk.ir.families import Analysis
-from mptk.ir.ops import get_argument, name_base_op
-from mptk.ir.passes import Pass, PassResult, list_state_shapes
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, list_removed_blocks
+from mptk.ir import (
+    ONE,
+    Analysis,
+    AxisFacts,
+    Cut,
+    Pass,
+    PassResult,
+    Program,
+    Reduction,
+    Term,
+    get_argument,
+    list_axes,
+    list_removed_blocks,
+    list_state_shapes,
+    name_base_op,
+)
 from passes.analysis.rules.reduce import read_correction
 from passes.analysis.rules.table import normalize_all
 from passes.transforms.remove_blocks import mask_blocks

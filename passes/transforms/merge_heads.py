@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, list_axes
-from mptk.ir.families import Member, find_unit_positions
-from mptk.ir.weights import Edit
+from mptk.ir import Axis, Edit, Member, find_unit_positions, list_axes
 from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]

@@ -24,12 +24,20 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from mptk.errors import MptkError
-from mptk.ir.blocks import Block, Renumbering, make_prefix
-from mptk.ir.families import Analysis
-from mptk.ir.ops import find_reachable, name_base_op
-from mptk.ir.passes import Pass, PassResult
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, build_renumbering, list_removed_blocks
+from mptk.ir import (
+    Analysis,
+    Block,
+    Cut,
+    Pass,
+    PassResult,
+    Program,
+    Renumbering,
+    build_renumbering,
+    find_reachable,
+    list_removed_blocks,
+    make_prefix,
+    name_base_op,
+)
 from passes.analysis.rules.resizer import scale_of
 
 

@@ -12,12 +12,7 @@ from torch import Tensor, fx
 
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError, take_first_line
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Pass, PassResult, list_state_shapes
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import Analysis, Cut, Pass, PassResult, Plan, Program, SourceLocation, list_state_shapes, resolve_plan
 from mptk.staged.partition import find_vmap_levels
 from passes.analysis.rules.resizer import Resizer
 from passes.analysis.rules.table import find_rule

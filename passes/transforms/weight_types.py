@@ -19,9 +19,7 @@ from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.ir.ops import TYPE_CHECK
-from mptk.ir.passes import Pass, PassResult, list_state_shapes
-from mptk.ir.program import Program, Types
+from mptk.ir import TYPE_CHECK, Pass, PassResult, Program, Types, list_state_shapes
 
 OWN_TYPES = "own types"
 """In the ``meta`` of a call: the floating types among its arguments before ``Retype``, in order."""

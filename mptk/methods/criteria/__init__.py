@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis, Depth, Variable
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir import Analysis, Depth, FamilyPlan, Plan, Samples, Variable, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
 from mptk.methods.criteria.flap import FLAP

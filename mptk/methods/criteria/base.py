@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term
-from mptk.ir.families import Analysis, Group, Kind, Variable, find_unit_indices
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Group, Kind, Term, Variable, find_unit_indices
 from mptk.methods.criteria.observe import Calibration, Site, find_uses
 
 Scores = dict[str, Tensor]

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Group, Variable, find_unit_indices
+from mptk.ir import Group, Variable, find_unit_indices
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import (

@@ -19,10 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from mptk.ir.axes import resolve
-from mptk.ir.families import Analysis, Variable
-from mptk.ir.ops import get_argument
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Variable, get_argument, resolve
 from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_uses
 from mptk.methods.criteria.observe import Observation, Site, measure_activations
 

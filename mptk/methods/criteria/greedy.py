@@ -15,10 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Depth
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.ir import Depth, FamilyPlan, Plan, Samples, resolve_plan
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion
 from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, sum_losses

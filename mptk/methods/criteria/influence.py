@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mptk.ir.axes import collect_axes, list_axes
-from mptk.ir.blocks import Block
-from mptk.ir.families import Analysis, Depth, Variable
+from mptk.ir import Analysis, Block, Depth, Variable, collect_axes, list_axes
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Calibration, watch
 

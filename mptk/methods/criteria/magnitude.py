@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mptk.ir.families import Analysis, Variable
+from mptk.ir import Analysis, Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
 
 

@@ -18,14 +18,21 @@ from torch import Tensor, fx
 from mptk.compat.torch import vmap_opens
 from mptk.distributed.processes import Sharing, share_batches
 from mptk.errors import MptkError
-from mptk.ir.axes import list_axes, resolve
-from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis, Group, Variable
-from mptk.ir.ops import get_argument, is_open, resolve_size
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import (
+    Analysis,
+    Dims,
+    Group,
+    Program,
+    Samples,
+    Variable,
+    get_argument,
+    is_open,
+    list_axes,
+    resolve,
+    resolve_size,
+)
 from mptk.progress import Count
-from mptk.protocols.task import Task
+from mptk.protocols import Task
 from mptk.staged.staged import EXECUTOR, Executor, Tap
 from mptk.tasks import CAUSAL_LM
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mptk.ir.families import Variable
+from mptk.ir import Variable
 from mptk.methods.criteria.base import Criterion, Scores
 
 

@@ -20,11 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, list_axes, resolve
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Group, Variable
-from mptk.ir.ops import name_base_op
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, AxisFacts, Cut, Group, Term, Variable, list_axes, name_base_op, resolve
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_units
 from mptk.methods.criteria.observe import (

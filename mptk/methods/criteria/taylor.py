@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mptk.ir.families import Analysis, Variable
+from mptk.ir import Analysis, Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
 from mptk.methods.criteria.observe import Calibration, sum_gradients
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mptk.ir.families import Variable
+from mptk.ir import Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_uses
 from mptk.methods.criteria.observe import Observation, Site, measure_activations
 

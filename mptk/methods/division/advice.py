@@ -19,19 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.cost.latency import interpolate
 from mptk.errors import MptkError
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Program, Samples
 from mptk.methods.division.budget import list_cuttable
 from mptk.methods.division.layers import measure_curves
 from mptk.methods.division.trials import Trials, report_part
 from mptk.methods.maskprune import learner
-from mptk.protocols.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
-from mptk.protocols.chain import Prepared
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import (
+    TRAINED,
+    Advice,
+    Context,
+    Figures,
+    JudgedBy,
+    Point,
+    Prepared,
+    Recovery,
+    SampleSets,
+    sort_distinct,
+)
 from mptk.report.view import format_count
 from passes.targets.legalize import Candidate, choose_candidates, describe_widths, find_candidates, find_finest_families
 from passes.targets.width_choices import keep_complete_families

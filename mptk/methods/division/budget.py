@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from mptk.config.choices import FREE, MOST_SPARSITY
-from mptk.config.settings import Settings
+from mptk.config import FREE, MOST_SPARSITY, Settings
 from mptk.cost.budgets import CACHED, KV_CACHE, LATENCY, VOCABULARY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
-from mptk.ir.alignment import Alignment, read_alignment
-from mptk.ir.families import Analysis
+from mptk.ir import Alignment, Analysis, read_alignment
 from mptk.progress import Progress
-from mptk.protocols.chain import Prepared
+from mptk.protocols import Prepared
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS

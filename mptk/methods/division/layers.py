@@ -18,15 +18,13 @@ from functools import partial
 from mptk.cost.budgets import LATENCY
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
-from mptk.ir.families import Variable
-from mptk.ir.plan import Plan
+from mptk.ir import Plan, Variable
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.division.budget import build_cost_model
 from mptk.methods.division.trial import find_best_plan, measure_masked_losses, plan_widths
 from mptk.progress import Count
-from mptk.protocols.chain import Prepared
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import Context, Prepared, SampleSets
 
 CURVE_TOKENS = 512
 """Calibration tokens for each layer's curve."""

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from mptk.compile.cut import with_dense_outputs
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Program, Samples
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import measure_losses
@@ -32,10 +31,19 @@ from mptk.methods.division.trials import Trials, report_part
 from mptk.methods.maskprune.learner import Learner, estimate_training_memory
 from mptk.methods.reconstruct import reconstruct_consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Chosen, Compiled, Prepared
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.shapes import Rung, Shape, Shapes, limit_loss, rank_shapes
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import (
+    Chosen,
+    Compiled,
+    Context,
+    Prepared,
+    RunFolder,
+    Rung,
+    SampleSets,
+    Shape,
+    Shapes,
+    limit_loss,
+    rank_shapes,
+)
 from mptk.reading import make_damage_error, read_as
 from mptk.staged.spool import spool_weights
 from passes.targets.legalize import Candidate, describe_widths

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.model import is_layered
 from mptk.errors import MptkError
-from mptk.ir.alignment import read_alignment
-from mptk.ir.families import Analysis, Family, Variable, Variables
+from mptk.ir import Analysis, Family, Variable, Variables, read_alignment
 from passes.targets.legalize import LegalWidths
 from passes.targets.width_choices import find_missing_partners
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.ir import Plan, Program, Samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.observe import sum_losses
 from mptk.progress import Count
-from mptk.protocols.chain import Prepared
+from mptk.protocols import Prepared
 from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256

@@ -11,12 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mptk.compile.cut import build_small_model, compile_plan
-from mptk.config.learning import Learning
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Lazy, Weights
+from mptk.config import Learning
+from mptk.ir import Lazy, Log, Program, Samples, Weights, resolve_plan
 from mptk.methods.criteria import list_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
@@ -25,9 +21,7 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.one_shot import keep_scores
 from mptk.methods.reconstruct import Products, gather_products
 from mptk.progress import Progress, show_nothing
-from mptk.protocols.chain import Chosen, Compiled, Prepared, should_reconstruct
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import Chosen, Compiled, Context, Prepared, RunFolder, SampleSets, should_reconstruct
 from passes.pipelines import cut_program
 
 

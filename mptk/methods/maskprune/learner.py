@@ -23,9 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.accelerate import without_autocast
 from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapters
-from mptk.config.choices import FREE
-from mptk.config.learning import Learning
-from mptk.config.settings import Settings
+from mptk.config import FREE, Learning, Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import (
     find_module_blocks,
@@ -38,8 +36,7 @@ from mptk.distributed.processes import (
     place_model,
 )
 from mptk.errors import MptkError
-from mptk.ir.resolved_plan import collect_kept_units, resolve_plan
-from mptk.ir.samples import Samples
+from mptk.ir import Samples, collect_kept_units, resolve_plan
 from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.layers import describe_ends
@@ -49,10 +46,7 @@ from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_mode
 from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
 from mptk.progress import Progress
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.run_folder import TRACKER, Kept, RunFolder
-from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets, Witness
+from mptk.protocols import TRACKER, Chosen, Kept, Prepared, RunFolder, SampleSets, Task, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mptk.config.learning import LossWeights
+from mptk.config import LossWeights
 from mptk.distributed.processes import find_widest_float
-from mptk.ir.samples import IGNORED
+from mptk.ir import IGNORED
 
 CHUNK = 2**20
 """Logits that are processed at once. They should fit the processor's cache."""

@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from mptk.config.choices import FREE
-from mptk.config.settings import Settings
+from mptk.config import FREE, Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.methods.division.layers import choose_division
 from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner
 from mptk.methods.one_shot import keep_scores
-from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import Kept
-from mptk.protocols.values import Context, SampleSets
+from mptk.protocols import Chosen, Context, Kept, Method, Prepared, SampleSets
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import find_disturbance
 

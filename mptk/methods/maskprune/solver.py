@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mptk.config.learning import Rates
+from mptk.config import Rates
 from mptk.distributed.processes import find_widest_float
 from mptk.errors import MptkError
 from mptk.methods.criteria.fisher import combine_curvature, subtract_noise

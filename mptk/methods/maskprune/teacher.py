@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mptk.errors import MptkError
 from mptk.files import tidy, write_file
-from mptk.io.untrusted import load_tensors
-from mptk.ir.samples import Samples
+from mptk.io import load_tensors
+from mptk.ir import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten_logits
 
 TeacherOutputs = tuple[Tensor | TopLogits, Sequence[Tensor] | None]

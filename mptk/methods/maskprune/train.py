@@ -18,15 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.distributed.processes import find_widest_float, gather_tensor, gather_tensors, prepare_training, shard_like
 from mptk.errors import MptkError
-from mptk.ir.program import ProgramModule
-from mptk.ir.samples import Samples, join_outputs
+from mptk.ir import ProgramModule, Samples, join_outputs
 from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.task import Task
+from mptk.protocols import RunFolder, Task
 from passes.frontend.trace import unwrap_module
 
 NAME = "held-out"

@@ -12,11 +12,10 @@ import numpy as np
 
 from mptk.files import write_result
 from mptk.files.outputs import PLOT_MARK
-from mptk.ir.plan import FamilyPlan
+from mptk.ir import FamilyPlan
 from mptk.ort.bench import Bench
 from mptk.plain import escape_text
-from mptk.protocols.advice import Advice, Point
-from mptk.protocols.shapes import WORST, Shape, Shapes
+from mptk.protocols import WORST, Advice, Point, Shape, Shapes
 from mptk.report.advice import name_text
 from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, draw_chart, save
 from mptk.report.runs import Comparable, Run, find_front, shorten_model_name

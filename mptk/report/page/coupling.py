@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from mptk.ir.families import Analysis, Family, Group, Member
+from mptk.ir import Analysis, Family, Group, Member
 from mptk.report.page.svg import INK, LINE, PAPER, QUIET, SERIES, WIDTH, Svg, draw_chart
 from passes.targets.legalize import LegalWidths
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mptk.files.outputs import PAGE_MARK
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.plain import escape_text
-from mptk.protocols.advice import Advice
-from mptk.protocols.report import Row, make_report_error
-from mptk.protocols.shapes import Shapes
+from mptk.protocols import Advice, Row, Shapes, make_report_error
 from mptk.reading import make_typed
 from mptk.report import sections
 from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, build_advice_view, list_commands

@@ -25,10 +25,10 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mptk.config.choices import GgufType
+from mptk.config import GgufType
 from mptk.errors import ProofError, take_first_line
-from mptk.io.untrusted import check_gguf
-from mptk.ir.weights import Weights
+from mptk.io import check_gguf
+from mptk.ir import Weights
 from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING
 from mptk.targets.gguf.architectures import ARCHITECTURES, Architecture

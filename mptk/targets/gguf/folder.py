@@ -15,13 +15,11 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.config.choices import GgufType
+from mptk.config import GgufType
 from mptk.errors import MptkError, take_first_line
 from mptk.files.outputs import GGUF_MARK
-from mptk.io import models
-from mptk.io.untrusted import check_gguf
-from mptk.ir.plan import Plan
-from mptk.ir.weights import Weights
+from mptk.io import check_gguf, models
+from mptk.ir import Plan, Weights
 from mptk.reading import make_damage_error
 from mptk.targets.gguf.architectures import (
     ARCHITECTURES,

@@ -19,9 +19,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from mptk.config.choices import GgufType
+from mptk.config import GgufType
 from mptk.errors import MptkError
-from mptk.ir.weights import Weights
+from mptk.ir import Weights
 from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoFeatureExtractor
 
 from mptk.errors import MptkError
-from mptk.io.models import Loaded
+from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor
 

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
 from mptk.files import expand_path
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME
-from mptk.ir.samples import Samples
+from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded
+from mptk.ir import Samples
 from mptk.progress import Count
 
 EXAMPLES = 2

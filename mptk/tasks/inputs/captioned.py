@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
-from mptk.io.data import SELF, check_ids
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
+from mptk.io import RANDOM_DATA, Loaded, check_ids
+from mptk.io.data import SELF
 from mptk.progress import Count
 from mptk.tasks.inputs.base import Inputs, Named, draw_inputs
 from mptk.tasks.inputs.chats import Chat, read_chats

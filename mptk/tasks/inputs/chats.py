@@ -12,8 +12,7 @@ from transformers import ProcessorMixin
 
 from mptk.errors import MptkError
 from mptk.files import expand_path
-from mptk.io.chat_templates import ChatTemplate
-from mptk.io.text.files import CHATS, has_text, read_json_rows
+from mptk.io import CHATS, ChatTemplate, has_text, read_json_rows
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Names of the file of captions in a folder of images."""

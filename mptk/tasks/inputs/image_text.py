@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
-from mptk.io import models
-from mptk.io.chat_templates import ChatTemplate
-from mptk.io.data import SELF, check_ids, check_positions, find_position_limit, name_data
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
+from mptk.io import (
+    RANDOM_DATA,
+    ChatTemplate,
+    Loaded,
+    check_ids,
+    check_positions,
+    find_position_limit,
+    models,
+    name_data,
+)
+from mptk.io.data import SELF
 from mptk.ort.decoder import OrtDecoder, find_model_folder
 from mptk.ort.generation import PromptImages
 from mptk.progress import Count

@@ -18,8 +18,7 @@ from transformers import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 
 from mptk.errors import MptkError
-from mptk.io.diffusion import import_diffusers
-from mptk.io.models import Loaded
+from mptk.io import Loaded, import_diffusers
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor, select_accepted
 

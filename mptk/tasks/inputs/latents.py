@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
+from mptk.io import ADDED_CONDITIONS, RANDOM_DATA, Loaded, open_pipeline
 from mptk.io import data as text
-from mptk.io.diffusion import ADDED_CONDITIONS, open_pipeline
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA, SELF
+from mptk.io.text.sources import SELF
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.errors import MptkError, take_first_line
-from mptk.io.models import Loaded
+from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.reading import read_text
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named

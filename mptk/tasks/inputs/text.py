@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
-from mptk.io import data
-from mptk.io.data import find_position_limit, name_data
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
+from mptk.config import Settings
+from mptk.io import RANDOM_DATA, Loaded, data, find_position_limit, name_data
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Term, add_role, freeze, list_axes, make_axis, unify
-from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
-from mptk.ir.ops import name_base_op, name_op
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    Contraction,
+    Dims,
+    Positions,
+    Program,
+    Reduction,
+    ReductionKind,
+    Results,
+    Route,
+    SourceLocation,
+    Term,
+    add_role,
+    freeze,
+    list_axes,
+    make_axis,
+    name_base_op,
+    name_op,
+    unify,
+)
 from passes.analysis.dependence import Dependence
 
 UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")

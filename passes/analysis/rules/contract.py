@@ -8,9 +8,21 @@ from typing import cast
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, collect_axes, make_axis, make_product, require_multiple
-from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import get_argument, name_base_op, name_op, resolve_result_shape
+from mptk.ir import (
+    ONE,
+    Axis,
+    AxisFacts,
+    Dims,
+    Term,
+    collect_axes,
+    get_argument,
+    make_axis,
+    make_product,
+    name_base_op,
+    name_op,
+    require_multiple,
+    resolve_result_shape,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Counted, Resizer
 from passes.analysis.rules.table import Result, ZeroOf, align, rule

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, collect_axes, make_axis, make_product
-from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import get_argument, resolve_result_shape, resolve_shape
+from mptk.ir import (
+    Axis,
+    AxisFacts,
+    Dims,
+    Term,
+    collect_axes,
+    get_argument,
+    make_axis,
+    make_product,
+    resolve_result_shape,
+    resolve_shape,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Counted, count_argument
 from passes.analysis.rules.table import Result, ZeroOf, record_meeting, rule, zero_of_first

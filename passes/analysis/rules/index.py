@@ -7,9 +7,20 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, collect_axes, concat, make_axis
-from mptk.ir.axis_facts import AxisFacts, Dims, Results
-from mptk.ir.ops import get_argument, list_schema_arguments, name_base_op, resolve_result_shape
+from mptk.ir import (
+    Axis,
+    AxisFacts,
+    Dims,
+    Results,
+    Term,
+    collect_axes,
+    concat,
+    get_argument,
+    list_schema_arguments,
+    make_axis,
+    name_base_op,
+    resolve_result_shape,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast

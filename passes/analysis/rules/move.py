@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from mptk.compat.torch import vmap_closes, vmap_opens
-from mptk.ir.axes import ONE, concat
-from mptk.ir.axis_facts import Dims
-from mptk.ir.ops import name_base_op, name_target, resolve_result_shape
+from mptk.ir import ONE, Dims, concat, name_base_op, name_target, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.pointwise import broadcast
 from passes.analysis.rules.resizer import Resizer, Squeezed

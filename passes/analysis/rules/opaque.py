@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
-from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import resolve_shape
+from mptk.ir import Dims, Results, resolve_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule
 

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Term, concat
-from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import get_argument, name_base_op, resolve_result_shape
+from mptk.ir import ONE, Dims, Results, Term, concat, get_argument, name_base_op, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.table import normalize, normalize_all, record_meeting, rule, zero_of_first

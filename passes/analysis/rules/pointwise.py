@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, collect_axes, make_axis
-from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import get_argument, resolve_result_shape
+from mptk.ir import ONE, Axis, AxisFacts, Dims, Term, collect_axes, get_argument, make_axis, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import shape_argument
 from passes.analysis.rules.shape import cut_term

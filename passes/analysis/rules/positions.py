@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Term, collect_axes, make_axis, require_size
-from mptk.ir.axis_facts import Dims, ReductionKind, Results
-from mptk.ir.ops import get_argument, name_base_op, resolve_result_shape, set_argument
+from mptk.ir import (
+    ONE,
+    Dims,
+    ReductionKind,
+    Results,
+    Term,
+    collect_axes,
+    get_argument,
+    make_axis,
+    name_base_op,
+    require_size,
+    resolve_result_shape,
+    set_argument,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast, zero_of_clamp

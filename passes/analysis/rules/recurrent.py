@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from mptk.compat.torch import tree_leaves
-from mptk.ir.axes import Axis, Term, collect_axes, concat, make_axis, make_product
-from mptk.ir.axis_facts import AxisFacts, Dims, Results
+from mptk.ir import Axis, AxisFacts, Dims, Results, Term, collect_axes, concat, make_axis, make_product
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.table import ZeroOf, align, rule

@@ -14,10 +14,23 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, collect_axes, require_size, split_product
-from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
-from mptk.ir.ops import get_argument, name_base_op, name_op, resolve_result_shape, set_argument
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    ONE,
+    Axis,
+    AxisFacts,
+    Dims,
+    ReductionKind,
+    Results,
+    SourceLocation,
+    collect_axes,
+    get_argument,
+    name_base_op,
+    name_op,
+    require_size,
+    resolve_result_shape,
+    set_argument,
+    split_product,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.contract import zero_of_kept
 from passes.analysis.rules.pointwise import broadcast

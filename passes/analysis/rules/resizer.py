@@ -10,10 +10,18 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from mptk.ir.axes import Term, resolve
-from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Note, find_argument_at
-from mptk.ir.ops import get_argument, set_argument
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import (
+    ArgumentPath,
+    AxisFacts,
+    Cut,
+    Dims,
+    Note,
+    Term,
+    find_argument_at,
+    get_argument,
+    resolve,
+    set_argument,
+)
 
 _SCALE = "mptk_scale"
 """The key of ``scale_of`` in a node's metadata, which copies of the graph keep."""

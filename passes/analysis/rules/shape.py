@@ -6,10 +6,25 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, concat, make_axis, make_product, resolve, split_product, split_sum
-from mptk.ir.axis_facts import AxisFacts, Dims, Results
-from mptk.ir.ops import get_argument, resolve_result_shape, resolve_shape, set_argument
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    ONE,
+    Axis,
+    AxisFacts,
+    Dims,
+    Results,
+    SourceLocation,
+    Term,
+    concat,
+    get_argument,
+    make_axis,
+    make_product,
+    resolve,
+    resolve_result_shape,
+    resolve_shape,
+    set_argument,
+    split_product,
+    split_sum,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.resizer import Repeated, Resizer, Segments, shape_argument

@@ -14,9 +14,7 @@ from typing import Literal, TypeVar
 from torch import fx
 
 from mptk.arguments import guard_arguments
-from mptk.ir.axes import Axis, Term, collect_axes, count_coordinates
-from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
-from mptk.ir.ops import name_target
+from mptk.ir import Axis, AxisFacts, Dims, Positions, Results, Term, collect_axes, count_coordinates, name_target
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Resize
 

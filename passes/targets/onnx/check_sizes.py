@@ -18,9 +18,7 @@ import torch
 
 from mptk.compat.symbols import interpret
 from mptk.errors import MptkError
-from mptk.ir.limits import CallSizes
-from mptk.ir.size_calls import REFUSED, compute_symbols
-from mptk.ir.size_functions import SizeOperations, SizeValue
+from mptk.ir import REFUSED, CallSizes, SizeOperations, SizeValue, compute_symbols
 
 # Python's numbers: float64, since float32 would round sizes.
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.BOOL

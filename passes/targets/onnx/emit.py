@@ -19,8 +19,7 @@ from torch.export import ExportedProgram
 
 from mptk.compat.torch import hide_exporter_logs
 from mptk.errors import MptkError, take_first_line
-from mptk.ir.passes import Log, Pass, PassRecord, run_passes
-from mptk.ir.program import Program
+from mptk.ir import Log, Pass, PassRecord, Program, run_passes
 from mptk.progress import step_through
 from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter

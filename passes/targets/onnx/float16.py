@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
-from mptk.ir.ops import find_reachable
+from mptk.ir import find_reachable
 from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Array, get_constant_tensor, name_nodes, read_tensor_shape, slice_in_parts
 

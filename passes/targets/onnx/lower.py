@@ -33,10 +33,7 @@ from torch.fx.node import Argument
 
 from mptk.compat.torch import OpOverload, enable_python_dispatcher, express_size, find_schema, mark_undecomposed
 from mptk.errors import MptkError
-from mptk.ir.ops import name_op
-from mptk.ir.passes import Pass, PassResult, list_state_shapes
-from mptk.ir.program import Program
-from mptk.ir.size_calls import write_size_functions
+from mptk.ir import Pass, PassResult, Program, list_state_shapes, name_op, write_size_functions
 
 aten = torch.ops.aten
 ASSERTIONS = {

@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mptk.ir.passes import Log
+from mptk.ir import Log
 from passes.targets.onnx.block_weights import BLOCK
 from passes.targets.onnx.emit import run_onnx
 from passes.targets.onnx.equalize import BalancePass, SmoothPass

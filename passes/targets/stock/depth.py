@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.ir.blocks import Renumbering, make_prefix, split_block_name
+from mptk.ir import Renumbering, make_prefix, split_block_name
 from passes.targets.stock.attempt import Refusal, build_config, build_on_meta, list_weight_shapes
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.symbolic import WeightShapes

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.compat.transformers import replace_saver
 from mptk.errors import MptkError
 from mptk.files import format_json
-from mptk.io.checkpoint import make_portable_config, save_tokenizer
-from mptk.io.tensors import defer_weight, make_writer, plan_shards
-from mptk.ir.weights import Weights
+from mptk.io import defer_weight, make_portable_config, make_writer, plan_shards, save_tokenizer
+from mptk.ir import Weights
 from passes.targets.stock.attempt import list_weight_shapes
 from passes.targets.stock.config import StockConfig
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.program import Program
+from mptk.ir import Analysis, FamilyPlan, Plan, Program
 from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal, build_on_meta, hide_warnings, list_weight_shapes
 from passes.targets.stock.config import StockConfig

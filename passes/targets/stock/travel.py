@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import find_config_field, match_configs
-from mptk.ir.consumers import STOCK, Limit, find_programs_needing
+from mptk.ir import STOCK, Limit, find_programs_needing
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 

@@ -178,15 +178,15 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 def test_a_killed_search_loses_one_rung_of_one_shape(
     llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
 ) -> None:
-    inside.stop("mptk.methods.division.search.Search.trained", 5)
-    calls = inside.calls("mptk.methods.division.search.Search.trained")
+    inside.stop("mptk.methods.division.search.Search.train_shape", 5)
+    calls = inside.calls("mptk.methods.division.search.Search.train_shape")
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    inside.forbid("mptk.methods.division.search.Search.measured")  # all of these were kept
+    inside.forbid("mptk.methods.division.search.Search.measure_shape")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):

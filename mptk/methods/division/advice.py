@@ -196,7 +196,7 @@ class Advising:
             for done, point in enumerate(points):
                 say = partial(report_part, context.progress, stage, done, len(points), describe_widths(point.widths))
                 place = self.trials.folder.open_part(stage, {}, resume=False)
-                compiled = self.trials.cut(self.trials.chosen(point.widths))
+                compiled = self.trials.cut(self.trials.choose_for(point.widths))
                 program = self.trials.recover_program(compiled, steps, place, say, held_out=sets.held_out)
                 place.remove()
                 found.append(self._point(point.widths, point.sparsity, self.windows(program)))

@@ -181,14 +181,14 @@ class Search(Trials):
     def try_candidates(self) -> list[Shape]:
         """Each candidate after its last trial."""
         candidates, context = self.prepared.candidates, self.context
-        known = [self.kept(i) for i in range(len(candidates))]
+        known = [self.read_shape(i) for i in range(len(candidates))]
         if None in known:
             _ = self.scores, self.products  # stages of their own
         shapes = []
         with context.stage(stage := "shapes"):
             for i, (candidate, shape) in enumerate(zip(candidates, known, strict=True)):
                 context.progress(stage, i, len(candidates), describe_widths(candidate.widths))
-                shapes.append(shape or self.keep(i, self.measured(candidate)))
+                shapes.append(shape or self.keep(i, self.measure_shape(candidate)))
             context.progress(stage, len(candidates), len(candidates))
         if planned := plan_search_rungs(self.prepared.settings, len(shapes)):
             with context.stage("train shapes"):
@@ -208,7 +208,7 @@ class Search(Trials):
                 if len(shapes[i].rungs) <= rung:
                     what = describe_widths(shapes[i].widths)
                     say = partial(report_part, self.context.progress, "train shapes", done, total, what)
-                    shapes[i] = self.keep(i, self.trained(i, shapes[i], steps, say))
+                    shapes[i] = self.keep(i, self.train_shape(i, shapes[i], steps, say))
                 done += 1
         self._forget(alive)
         self.context.progress("train shapes", done, total)
@@ -220,7 +220,7 @@ class Search(Trials):
         held_out = self.sets.held_out[:JUDGED]  # training may hold out more
         return with_dense_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
 
-    def measured(self, candidate: Candidate) -> Shape:
+    def measure_shape(self, candidate: Candidate) -> Shape:
         """A candidate's losses before training: masked and, if consumers are fitted, with fitted consumers."""
         masked, *fitted = [self._measure_loss(program) for program in self.programs(candidate.widths)]
         cost = self.prepared.cost(candidate.widths)
@@ -233,7 +233,7 @@ class Search(Trials):
             fitted[0] if fitted else None,
         )
 
-    def trained(self, number: int, shape: Shape, steps: int, say: Progress) -> Shape:
+    def train_shape(self, number: int, shape: Shape, steps: int, say: Progress) -> Shape:
         """Train the shape for a further rung of ``steps`` steps. Its checkpoint stays while it is in the search."""
         if number not in self.compiled:
             self.compiled[number] = self.cut(self.units(number, say))
@@ -251,7 +251,7 @@ class Search(Trials):
         """
         p, sets = self.prepared, self.sets
         if not p.method.learns:
-            return self.chosen(p.candidates[number].widths)
+            return self.choose_for(p.candidates[number].widths)
         learning = replace(p.settings.learning, steps=plan_search_rungs(p.settings, len(p.candidates))[0][1])
         own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
         place = self._place(number, "-masks")
@@ -275,7 +275,7 @@ class Search(Trials):
 
     # ---- what is kept ----
 
-    def kept(self, number: int) -> Shape | None:
+    def read_shape(self, number: int) -> Shape | None:
         """The stored shape of that number, if there is one with the same widths."""
         path = self._file(number)
         if not path.is_file():

@@ -56,7 +56,7 @@ class Trials:
             cuts = [resolve_plan(p.analysis, plan_widths(p, self.scores, each.widths)) for each in p.candidates]
             return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
 
-    def chosen(self, widths: Mapping[str, int]) -> Chosen:
+    def choose_for(self, widths: Mapping[str, int]) -> Chosen:
         """The best units for ``widths``, and the consumers fitted to them on demand."""
         plan = plan_widths(self.prepared, self.scores, widths)
         cut = resolve_plan(self.prepared.analysis, plan)
@@ -70,7 +70,7 @@ class Trials:
 
         It is one program, whose weights change when the second is asked for: to cut takes time.
         """
-        analysis, chosen = self.prepared.analysis, self.chosen(widths)
+        analysis, chosen = self.prepared.analysis, self.choose_for(widths)
         dense = analysis.program.state
         now: Mapping[str, Tensor] = dense
 

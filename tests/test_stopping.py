@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from inside import Inside
 
+import mptk.cli.main  # noqa: F401  # it registers the commands, before these tests register their own
 from mptk import MptkError
 from mptk.cli.app import app, register_command
 from mptk.cli.console import err, show_stages
@@ -181,13 +182,12 @@ def test_another_error_that_python_drops_is_shown_as_ever(
 PROGRAM = """
 import contextlib, os, sys
 from pathlib import Path
-from mptk.cli.app import command, main
-from mptk.cli.console import err, out
-from mptk.cli.console import stages
+from mptk.cli.app import main, register_command
+from mptk.cli.console import err, out, show_stages
 
-@command("work")
+@register_command("work")
 def work():
-    with stages(err) as progress, open("file", "w") as file:
+    with show_stages(err) as progress, open("file", "w") as file:
         for n in range(3):
             progress(f"stage {n}", 0, 0)
         with contextlib.suppress(OSError):

@@ -114,7 +114,7 @@ class Ran(list[tuple[str, torch.dtype]]):
 @pytest.fixture
 def ran(inside: Inside) -> Ran:
     found = Ran()
-    for name in ("outputs", "watch", "gradients"):
+    for name in ("run_programs", "watch", "compute_gradients"):
 
         def spied(own: Any, self: Executor, *args: Any, **options: Any) -> Any:
             found.append((found.stage, self.compute))

@@ -116,7 +116,7 @@ def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, ins
         return replace(RATES, speedup=2.0) if dtype is torch.bfloat16 else RATES
 
     for place in ("estimate", "minutes"):
-        inside.around(f"mptk.run.{place}.this_machine", rate)
+        inside.around(f"mptk.run.{place}.measure_machine", rate)
     found = complete(timed, llama)
     assert (found.compute_dtype, found.learning.precision) == ("bfloat16", "bf16")
     assert found.steps > 60

@@ -496,7 +496,7 @@ def exports(inside: Inside, graph: Callable[[Path], bytes]) -> None:
         (folder / "model.onnx").write_bytes(graph(dense))
 
     form = SimpleNamespace(export=export)
-    inside.around(f"{api.__name__}._dense", lambda real, model, *settings: (Path(model), form))
+    inside.around(f"{api.__name__}._load_dense", lambda real, model, *settings: (Path(model), form))
 
 
 def test_an_export_of_other_content_is_never_used_again(

@@ -71,7 +71,7 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
     """
     # Not by ``multiprocessing``, which would import the caller's script again. The number is the last word that is
     # printed: libraries may print before.
-    code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}, {!r}))"
+    code = "import sys; from pathlib import Path; from {} import measure_growth; print(measure_growth(Path(sys.argv[1]), {}, {!r}))"
     command = [sys.executable, "-c", code.format(__name__, length, str(device)), str(file.resolve())]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 

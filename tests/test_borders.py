@@ -114,7 +114,7 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def empty(self, batch: int) -> int:
+    def make_empty(self, batch: int) -> int:
         return 0
 
     def step(self, ids: object, mask: object, cache: int, positions: None) -> tuple[object, int]:

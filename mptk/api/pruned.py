@@ -294,6 +294,7 @@ class Pruned:
         else:
             assert found.report is not None  # one process writes again
             self.report, self.compiled = found.report, found.compiled
+            self._origin = replace(self._origin, digests=found.run.origin)
         self._reported = format_json(self.report.to_json())
         # From now on this is the folder. A user's own folder stays as it is until `save`.
         self.proven, self._kept, self._files = out, kept, read_manifest(out)

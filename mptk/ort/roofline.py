@@ -71,8 +71,9 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
     """
     # Not by ``multiprocessing``, which would import the caller's script again. The number is the last word that is
     # printed: libraries may print before.
-    code = "import sys; from pathlib import Path; from {} import measure_growth; print(measure_growth(Path(sys.argv[1]), {}, {!r}))"
-    command = [sys.executable, "-c", code.format(__name__, length, str(device)), str(file.resolve())]
+    code = "import sys; from pathlib import Path; from {0} import {1}; print({1}(Path(sys.argv[1]), {2}, {3!r}))"
+    code = code.format(__name__, measure_growth.__name__, length, str(device))
+    command = [sys.executable, "-c", code, str(file.resolve())]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

@@ -213,7 +213,7 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(
     inside.bound("tempfile.tempdir", None)
     with pytest.raises(MptkError, match=rf"^{tmp_path}/tmp lets other .* written; set TMPDIR to a folder of your own$"):
         make_scratch()
-    inside.forbid("mptk.run.prune.prepare")
+    inside.forbid("mptk.run.prepare.open_unchanged")
     with pytest.raises(MptkError, match="set TMPDIR to a folder of your own"):
         mptk.prune(llama, tmp_path / "out", settings)
     assert names(tmp_path) == ["tmp"]
@@ -402,7 +402,7 @@ def test_hidden_folders_are_private(tmp_path: Path) -> None:
 def test_a_command_refuses_the_users_folder_before_any_work(
     llama: str, settings: mptk.Settings, tmp_path: Path, inside: Inside, name: str
 ) -> None:
-    inside.forbid("mptk.run.prune.prepare")
+    inside.forbid("mptk.run.prepare.open_unchanged")
     asked = {"data": settings.data, "samples": 4, "length": 32, "onnx": False, "progress": None}
     out = tmp_path / "out"
     for work, output in (
